@@ -9,7 +9,25 @@ from typing import Any, NamedTuple, overload
 from gcx._table import aligned
 from gcx.layout import Layout
 
-__all__ = ["Plan", "PlanRow"]
+__all__ = ["LeaveAlone", "Plan", "PlanRow"]
+
+
+class LeaveAlone(NamedTuple):
+    """Answer of a layer's rule: this parameter is not centralized, for this reason.
+
+    Attributes
+    ----------
+    reason : str
+        Shown in the plan.
+
+    Examples
+    --------
+    >>> from gcx.plan import LeaveAlone
+    >>> LeaveAlone("scale of a norm")
+    LeaveAlone(reason='scale of a norm')
+    """
+
+    reason: str
 
 
 class PlanRow(NamedTuple):

@@ -33,7 +33,7 @@ class Rules(Generic[AnswerT]):
         classes, and what they refer to are rules, loaded when a layer needs them.
     """
 
-    def __init__(self, table: Mapping[type | str, Rule[AnswerT]], group: str) -> None:
+    def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
         self._by_type = {kind: rule for kind, rule in table.items() if isinstance(kind, type)}
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group

@@ -99,7 +99,8 @@ def test_remove_gives_plain_training_back_bit_for_bit(where: Any, layer: nn.Line
     train(twin, plain)
     assert torch.equal(layer.weight, twin.weight)
     assert torch.equal(layer.bias, twin.bias)
-    gcx.torch.centralize(optimizer, layer)  # which a second handle would refuse
+    with pytest.warns(UserWarning, match="momentum"):
+        gcx.torch.centralize(optimizer, layer)  # which a second handle would refuse
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
@@ -127,7 +128,9 @@ def test_momentum_from_before_is_centralized(kind: Any, layer: nn.Linear) -> Non
     key = "momentum_buffer" if kind is SGD else "exp_avg"
     momentum, of_bias = (optimizer.state[p][key] for p in (layer.weight, layer.bias))
     expected, bias_before = momentum - momentum.mean(1, keepdim=True), of_bias.clone()
-    gcx.torch.centralize(optimizer, layer)
+    with pytest.warns(UserWarning, match=r"momentum of 1 weights \(weight") as caught:
+        gcx.torch.centralize(optimizer, layer)
+    assert caught[0].filename == __file__
     torch.testing.assert_close(momentum, expected, rtol=0, atol=1e-14)
     assert torch.equal(of_bias, bias_before)
     if kind is SGD:
@@ -140,7 +143,9 @@ def test_momentum_of_a_loaded_checkpoint_is_centralized(layer: nn.Linear) -> Non
     plain = optimizer.state_dict()
     resumed = SGD(layer.parameters(), lr=0.01, momentum=0.9)
     handle = gcx.torch.centralize(resumed, layer)
-    resumed.load_state_dict(plain)
+    with pytest.warns(UserWarning, match="momentum") as caught:
+        resumed.load_state_dict(plain)
+    assert caught[0].filename == __file__
     assert_centralized(change_of(layer, lambda: train(layer, resumed)), rtol=RTOL)
     handle.remove()
     resumed.load_state_dict(plain)
@@ -451,8 +456,10 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
             self.optimizer = optimizer
 
     wrapper = Wrapper(SGD(layer.parameters()))
-    with pytest.raises(TypeError, match=r"not a Wrapper.*\.optimizer"):
-        gcx.torch.centralize(wrapper, layer)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(wrapper.optimizer)
+    for other in (Wrapper(layer), scheduler):
+        with pytest.raises(TypeError, match=r"not a (Wrapper|ConstantLR).*\.optimizer"):
+            gcx.torch.centralize(other, layer)
     with pytest.raises(TypeError, match="not a list"):
         gcx.torch.centralize([layer.weight], layer)
     with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a generator"):

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import gcx.torch
 from gcx.layout import Layout
-from gcx.torch._layers import _RULES, FanIn, _activation, _embedding, _norm
+from gcx.torch._fan_in import FanIn
+from gcx.torch._layers import TORCH_NN, _activation, _embedding, _norm
 from gcx.torch._plan import decide
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -146,7 +147,7 @@ def test_declared_fan_in_is_what_autograd_sees(case: str) -> None:
 def test_every_layer_with_a_fan_in_is_checked() -> None:
     checked = {type(make()[0]) for make, _, _ in LAYERS.values()}
     no_fan_in = {_embedding, _norm, _activation}
-    assert checked == {kind for kind, rule in _RULES.items() if rule not in no_fan_in}
+    assert checked == {kind for kind, rule in TORCH_NN.items() if rule not in no_fan_in}
 
 
 class Zoo(nn.Module):

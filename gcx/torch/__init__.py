@@ -1,6 +1,16 @@
 """Gradient Centralization for the optimizers of torch."""
 
+from gcx.torch._fan_in import FanIn
+from gcx.torch._gradients import centralize_grads_
 from gcx.torch._hooks import GradientCentralization, centralize
+from gcx.torch._layers import register_layer
 from gcx.torch._plan import plan
 
-__all__ = ["GradientCentralization", "centralize", "plan"]
+__all__ = [
+    "FanIn",
+    "GradientCentralization",
+    "centralize",
+    "centralize_grads_",
+    "plan",
+    "register_layer",
+]

@@ -29,14 +29,14 @@ def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> float | Te
             f"to the gradient, and {kind} shrinks the weights apart; use where='update'"
         )
         raise ValueError(msg)
-    if decay is None and couples is None and rate:
+    if decay is None and couples is None and _is_some(rate):
         msg = (
             f"does {kind} add weight_decay * w to the gradient? Then say decay='inside', so that "
             "it is projected as well; if it shrinks the weights apart, say decay='outside'"
         )
         raise ValueError(msg)
     is_inside = couples if decay is None else decay == "inside"
-    if not is_inside or not rate:
+    if not is_inside or not _is_some(rate):
         return None
     if group.get("maximize"):
         rate = -rate  # the sign of the gradient is turned before decay is added
@@ -66,8 +66,13 @@ def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> float | Tenso
 
 
 def _rate(group: Group) -> float | Tensor:
-    rate: float | Tensor = group.get("weight_decay") or 0.0
-    return rate
+    rate: float | Tensor | None = group.get("weight_decay")
+    return 0.0 if rate is None else rate
+
+
+def _is_some(rate: float | Tensor) -> bool:
+    # A tensor counts as decay unseen: to look at it would wait for the device at every step.
+    return isinstance(rate, Tensor) or rate != 0
 
 
 def _couples(optimizer: Optimizer, group: Group) -> bool | None:

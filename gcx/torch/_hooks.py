@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,14 +14,26 @@ from torch.optim import Optimizer
 
 from gcx.plan import Plan
 from gcx.torch._decay import Decay, Group, coupled_rate, shrinkage
+from gcx.torch._gradients import centralize_gradient, has_gradient
 from gcx.torch._momentum import centralize_momentum
-from gcx.torch._plan import Decision, Weight, decide, plan_of
+from gcx.torch._overrides import Overrides
+from gcx.torch._plan import Decision, Layers, Weight, check_choice, decide, plan_of
 
 Where = Literal["gradient", "update"]
 
+# The key by which a parameter group switches Gradient Centralization off; it is on by default.
+_SWITCH = "centralize"
+_SWITCHED_OFF = f"switched off: {_SWITCH!r} is False in its parameter group"
+
 
 def centralize(
-    optimizer: Optimizer, model: nn.Module, *, where: Where = "gradient", decay: Decay = None
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    where: Where = "gradient",
+    decay: Decay = None,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
@@ -27,7 +41,9 @@ def centralize(
     ----------
     optimizer : torch.optim.Optimizer
         Any optimizer; it goes on being used as before, by schedulers, gradient scalers and
-        closures too. Parameters added to it later are covered.
+        closures too. Parameters added to it later are covered. A parameter group with
+        ``"centralize": False`` is left alone; the switch goes into ``state_dict()``, and a
+        checkpoint without it leaves it as it is.
     model : torch.nn.Module
         The model, all of whose layers say where the fan-in of their weights is. It must hold every
         parameter of the optimizer.
@@ -42,6 +58,10 @@ def centralize(
         outside if it applies it apart (AdamW, Muon); say it for an optimizer that is not one of
         torch's. With ``where="update"`` the default is inside; outside, decoupled decay goes on
         shrinking the mean by ``1 - lr * weight_decay`` a step.
+    layers : {"all", "conv"}, optional
+        ``"conv"`` is the variant of the paper for convolutions alone, of any rank.
+    overrides : mapping, optional
+        Answers that come before those of the layers, as in `plan`.
 
     Returns
     -------
@@ -54,20 +74,26 @@ def centralize(
         If `optimizer` is not an optimizer of torch, or wraps one; if `model` is not a module. In
         a step: if the gradient of a weight to centralize is sparse.
     ValueError
-        If the optimizer already has Gradient Centralization, if nothing would be centralized, or
-        if `decay` does not fit the optimizer or is needed and not given.
+        If the optimizer already has Gradient Centralization, if nothing would be centralized, if
+        `decay` does not fit the optimizer or is needed and not given, or if `overrides` does not
+        fit the model.
     RuntimeError
         If a parameter of the optimizer is not in the model, has no shape yet (lazy layers), or no
-        longer that of its layer (FSDP1, DeepSpeed). In a step: if such a parameter was added.
+        longer that of its layer (FSDP1, DeepSpeed). In a step: if such a parameter was added, or
+        one was replaced in the model, as `load_state_dict(assign=True)`, `to_empty` and
+        `fully_shard` do, and not in the optimizer.
 
     Warns
     -----
     UserWarning
-        If weights narrower than 32 bits are to be centralized in the update.
+        If weights narrower than 32 bits are to be centralized in the update; if momentum from
+        before carries a mean; if the optimizer is copied or pickled, since its copy does not
+        centralize.
 
     See Also
     --------
     plan : what would be centralized.
+    centralize_grads_ : centralize gradients now, such as before clipping.
     gcx.centralize : the operator, for one gradient.
 
     Notes
@@ -83,12 +109,13 @@ def centralize(
     by element, such as Adam, do so only with ``where="update"``.
 
     Momentum from steps before this call would go on moving that mean, so with
-    ``where="gradient"`` the buffers ``momentum_buffer`` and ``exp_avg`` are centralized, now
-    and after each ``load_state_dict`` (not that of RMSprop, which holds gradients already divided).
+    ``where="gradient"`` the buffers ``momentum_buffer`` and ``exp_avg`` are centralized, with a
+    warning, now and after each ``load_state_dict`` (not that of RMSprop, which holds gradients
+    already divided). Momentum of centralized gradients has no mean and is left as it is.
 
     Gradients are centralized when the step begins, so after clipping and averaging over workers,
     and again whenever a closure has computed new ones. Copies of an optimizer by `copy.deepcopy`
-    or pickle carry no hooks: call this again for them.
+    or pickle carry no hooks, and warn of it: call this again for them.
 
     References
     ----------
@@ -112,7 +139,9 @@ def centralize(
     >>> abs(model.weight.mean().item() - start) < 1e-6
     True
     """
-    return GradientCentralization(optimizer, model, where=where, decay=decay)
+    return GradientCentralization(
+        optimizer, model, where=where, decay=decay, layers=layers, overrides=overrides
+    )
 
 
 class GradientCentralization:
@@ -120,7 +149,7 @@ class GradientCentralization:
 
     Parameters
     ----------
-    optimizer, model, where, decay
+    optimizer, model, where, decay, layers, overrides
         As in `gcx.torch.centralize`.
 
     Examples
@@ -139,16 +168,24 @@ class GradientCentralization:
     """
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, *, where: Where, decay: Decay
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        where: Where,
+        decay: Decay,
+        layers: Layers,
+        overrides: Overrides | None,
     ) -> None:
-        _check_choice("where", where, ("gradient", "update"))
-        _check_choice("decay", decay, (None, "inside", "outside"))
-        _check_optimizer(optimizer)
+        check_choice("where", where, ("gradient", "update"))
+        check_choice("decay", decay, (None, "inside", "outside"))
+        optimizer = _unwrapped(optimizer)
+        _check_has_no_other(optimizer)
         self._optimizer = optimizer
-        self._model = model
+        self._decide = partial(decide, model, layers, overrides)
         self._where = where
         self._decay: Decay = decay
-        self._decisions: dict[Tensor, Decision] = decide(model)
+        self._decisions: dict[Tensor, Decision] = self._decide()
         groups = optimizer.param_groups
         weights = [weight for group in groups for weight in self._weights(group)]
         if not weights:
@@ -158,7 +195,7 @@ class GradientCentralization:
         for group in groups:
             find_decay(optimizer, group, decay)  # raises here what a step would raise
         if where == "gradient":
-            centralize_momentum(optimizer, weights)
+            centralize_momentum(optimizer, weights, stacklevel=3)
             self._hooks = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_load_state_dict_post_hook(self._after_loading),
@@ -172,17 +209,24 @@ class GradientCentralization:
                 optimizer.register_step_pre_hook(self._remember_means),
                 optimizer.register_step_post_hook(self._restore_means),
             ]
+        self._hooks.append(optimizer.register_load_state_dict_pre_hook(_keep_switches))
+        # Asked of the instance first, by pickle and by copy.deepcopy.
+        vars(optimizer)["__reduce_ex__"] = partial(_reduce_with_warning, optimizer)
 
     @property
     def plan(self) -> Plan:
         """What happens to each parameter of the optimizer, and why, as a `gcx.plan.Plan`."""
-        held = {p for group in self._optimizer.param_groups for p in group["params"]}
-        return plan_of({p: found for p, found in self._decisions.items() if p in held})
+        groups = self._optimizer.param_groups
+        is_on = {parameter: _is_on(group) for group in groups for parameter in group["params"]}
+        found = {p: decision for p, decision in self._decisions.items() if p in is_on}
+        return plan_of({p: d if is_on[p] else _switched_off(d) for p, d in found.items()})
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
+        vars(self._optimizer).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, type(self._optimizer).__name__
@@ -208,16 +252,18 @@ class GradientCentralization:
     def _after_loading(self, optimizer: Optimizer) -> None:
         # The checkpoint may be of a run without centralization.
         groups = optimizer.param_groups
-        centralize_momentum(optimizer, [w for group in groups for w in self._weights(group)])
+        weights = [weight for group in groups for weight in self._weights(group)]
+        # torch has a frame of its own around load_state_dict.
+        centralize_momentum(optimizer, weights, stacklevel=5)
 
     @torch.no_grad()
     def _centralize_gradients(self) -> None:
         jobs: list[tuple[Weight, float | Tensor | None]] = []
         for group in self._optimizer.param_groups:
             rate = coupled_rate(self._optimizer, group, self._decay)
-            jobs += [(weight, rate) for weight in self._weights(group) if _has_gradient(weight)]
+            jobs += [(weight, rate) for weight in self._weights(group) if has_gradient(weight)]
         for weight, rate in jobs:
-            _centralize_gradient(weight, rate)
+            centralize_gradient(weight, rate)
 
     @torch.no_grad()
     def _remember_means(self, optimizer: Optimizer, *_: Any) -> None:
@@ -235,21 +281,21 @@ class GradientCentralization:
         for baseline in self._baselines.pop():
             _restore_mean(*baseline)
 
-    def _weights(self, group: Group) -> list[Weight]:
+    def _weights(self, group: Group) -> Iterator[Weight]:
         """List what there is to centralize in a group."""
-        found = [(self._decision(parameter), parameter) for parameter in group["params"]]
-        return [Weight(name, p, fan_in) for (name, fan_in, _), p in found if fan_in is not None]
+        if _is_on(group):
+            for parameter in group["params"]:
+                decision = self._decision(parameter)
+                if decision.fan_in is not None:
+                    yield Weight(decision.name, parameter, decision.fan_in)
 
     def _decision(self, parameter: Tensor) -> Decision:
+        known = self._decisions.get(parameter)
+        if known is not None and known.is_about(parameter):
+            return known
+        self._decisions = self._decide()  # it may have been added, or moved
         if parameter not in self._decisions:
-            self._decisions = decide(self._model)  # it may have been added, or replaced
-        if parameter not in self._decisions:
-            msg = (
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in "
-                "the model. Give the model that holds them all; if parameters were flattened "
-                "(DeepSpeed), shard with torch.distributed.fsdp.fully_shard instead"
-            )
-            raise RuntimeError(msg)
+            raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
         return self._decisions[parameter]
 
 
@@ -261,34 +307,27 @@ class _Baseline(NamedTuple):
     shrinkage: float | Tensor | None
 
 
-def _centralize_gradient(weight: Weight, rate: float | Tensor | None) -> None:
-    _, parameter, fan_in = weight
-    grad = parameter.grad
-    assert grad is not None
-    if 0 in grad.stride():  # expanded: several elements in one place
-        grad = parameter.grad = grad.contiguous()
-    if rate is None:
-        fan_in.centralize_(grad)
-    else:
-        fan_in.subtract_(grad, fan_in.mean(grad) + rate * fan_in.mean(parameter))
-
-
-def _has_gradient(weight: Weight) -> bool:
-    grad = weight.parameter.grad
-    if grad is not None and grad.layout is not torch.strided:
-        msg = (
-            f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
-            "fan-in; make it dense (sparse=False), or use where='update'"
-        )
-        raise TypeError(msg)
-    return grad is not None
-
-
 def _restore_mean(weight: Weight, mean: Tensor, shrinkage: float | Tensor | None) -> None:
     _, parameter, fan_in = weight
     if shrinkage is not None and parameter.grad is not None:  # else the optimizer passes it over
         mean = mean * shrinkage
     fan_in.subtract_(parameter, fan_in.mean(parameter) - mean)
+
+
+def _replaced(name: str) -> str:
+    return (
+        f"{name} was replaced in the model, and the optimizer goes on updating the old one "
+        "(load_state_dict(assign=True), to_empty, fully_shard and weight_norm replace "
+        "parameters); make the optimizer after that, and centralize the new one"
+    )
+
+
+def _foreign(parameter: Tensor) -> str:
+    return (
+        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
+        "model. Give the model that holds them all; if parameters were flattened (DeepSpeed), "
+        "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+    )
 
 
 def _warn_of_low_precision(weights: list[Weight]) -> None:
@@ -302,27 +341,62 @@ def _warn_of_low_precision(weights: list[Weight]) -> None:
         warnings.warn(msg, UserWarning, stacklevel=4)
 
 
+def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
+    kind = type(optimizer).__name__
+    msg = (
+        f"the copy of this {kind} does not centralize: hooks are not copied. Call "
+        "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
+    )
+    warnings.warn(msg, UserWarning, stacklevel=3)
+    return type(optimizer).__reduce_ex__(optimizer, protocol)
+
+
+def _is_on(group: Group) -> bool:
+    switch = group.get(_SWITCH, True)
+    if not isinstance(switch, bool):
+        msg = f"{_SWITCH!r} in a parameter group is True or False, not {switch!r}"
+        raise TypeError(msg)
+    return switch
+
+
+def _switched_off(decision: Decision) -> Decision:
+    if decision.fan_in is None:
+        return decision
+    return decision._replace(fan_in=None, reason=_SWITCHED_OFF)
+
+
+def _keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Keep the switches of parameter groups that a checkpoint knows nothing of."""
+    here = [{k: v for k, v in g.items() if k == _SWITCH} for g in optimizer.param_groups]
+    saved = state_dict["param_groups"]
+    if len(here) != len(saved):
+        return state_dict  # torch has an error for that
+    groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
+    return {**state_dict, "param_groups": groups}
+
+
 def _count_steps(kind: type[Optimizer]) -> int:
     """Count the steps that can run within one another: those of a class and its bases."""
     return sum("step" in vars(base) for base in kind.__mro__)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    kind = type(optimizer).__name__
-    # A wrapper may be a subclass of Optimizer, and yet have no hooks.
-    if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
-        msg = (
-            f"optimizer is a torch.optim.Optimizer, not a {kind}; if that wraps one, give the "
-            "one inside (often its attribute .optimizer)"
-        )
-        raise TypeError(msg)
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Find the optimizer that has the hooks: Accelerate's is a wrapper that has none."""
+    found: object = optimizer
+    while isinstance(found, Optimizer):
+        if "_optimizer_step_pre_hooks" in vars(found):
+            return found
+        found = getattr(found, "optimizer", None)
+    msg = (
+        f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
+        "one, give the one inside (often its attribute .optimizer)"
+    )
+    raise TypeError(msg)
+
+
+def _check_has_no_other(optimizer: Optimizer) -> None:
     hooks = vars(optimizer)["_optimizer_step_pre_hooks"].values()
     if any(isinstance(getattr(h, "__self__", None), GradientCentralization) for h in hooks):
+        kind = type(optimizer).__name__
         msg = f"this {kind} has Gradient Centralization already; .remove() that handle first"
-        raise ValueError(msg)
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)

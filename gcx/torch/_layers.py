@@ -3,140 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from math import prod
-from typing import Any, NamedTuple
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-import gcx
-from gcx.backends import _torch
-from gcx.layout import Layout
+from gcx._rules import Rule, Rules
+from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.plan import LeaveAlone
+from gcx.torch._fan_in import FanIn
+from gcx.torch._packages import PACKAGES
 
+Answer = FanIn | LayoutLike | LeaveAlone | None
+RuleT = TypeVar("RuleT", bound=Callable[..., Mapping[str, Answer]])
 
-class FanIn(NamedTuple):
-    """Where the fan-in of a weight is.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-    Attributes
-    ----------
-    ndim : int
-        Rank of the weight; another rank means that something has flattened it.
-    layout : Layout
-        The axes of the weight; of its view if there are several groups.
-    groups : int
-        If more than 1, the weight (G * n, ...) is seen as (G, n, ...).
-    """
-
-    ndim: int
-    layout: Layout = Layout("o...")
-    groups: int = 1
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """See a tensor of the shape of the weight with the axes that the layout names."""
-        if self.groups == 1:
-            return tensor
-        rows, *rest = tensor.shape
-        return tensor.view(self.groups, rows // self.groups, *rest)
-
-    def size(self, tensor: Tensor) -> int:
-        """Count the elements of one mean."""
-        view = self.view(tensor)
-        return prod(view.shape[axis] for axis in self._axes(view))
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Average over the fan-in, in float32 at least; the result fits the view."""
-        view = self.view(tensor)
-        return _torch.fan_in_mean(view, self._axes(view))
-
-    def subtract_(self, tensor: Tensor, mean: Tensor) -> None:
-        """Subtract in place what fits the view."""
-        view = self.view(tensor)
-        _torch.subtract(view, mean, view)
-
-    def centralize_(self, tensor: Tensor) -> None:
-        """Subtract in place the mean over the fan-in."""
-        view = self.view(tensor)
-        gcx.centralize(view, layout=self.layout, out=view)
-
-    def _axes(self, view: Tensor) -> tuple[int, ...]:
-        return self.layout.fan_in_axes(view.ndim)
+_BIAS = LeaveAlone("bias")
+_NORM = LeaveAlone("norm")
 
 
-# A layer answers for all of its own parameters: name or glob -> fan-in, or why to leave it alone.
-Answers = Mapping[str, FanIn | str]
+def _linear(_: nn.Linear) -> Mapping[str, Answer]:
+    return {"weight": FanIn(ndim=2), "bias": _BIAS}
 
 
-def answer(layer: nn.Module, name: str) -> tuple[FanIn | str, str]:
-    """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
-
-    The rule is that of the nearest base class, so a subclass of `nn.Linear` is a `Linear`. Nothing
-    is guessed: without a rule, or a rule that does not know the name, the parameter is left alone.
-    """
-    for base in type(layer).__mro__:
-        if base in _RULES:
-            for pattern, found in _RULES[base](layer).items():
-                if fnmatchcase(name, pattern):
-                    return found, base.__name__
-            break
-    owner = type(layer).__name__
-    return f"unknown: nobody declared {owner}.{name}", owner
+def _bilinear(_: nn.Bilinear) -> Mapping[str, Answer]:
+    return {"weight": FanIn(ndim=3), "bias": _BIAS}
 
 
-def _linear(_: nn.Linear) -> Answers:
-    return {"weight": FanIn(ndim=2), "bias": "bias"}
-
-
-def _bilinear(_: nn.Bilinear) -> Answers:
-    return {"weight": FanIn(ndim=3), "bias": "bias"}
-
-
-def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Answers:
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Mapping[str, Answer]:
     # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
-    return {"weight": FanIn(ndim=2 + len(layer.kernel_size)), "bias": "bias"}
+    return {"weight": FanIn(ndim=2 + len(layer.kernel_size)), "bias": _BIAS}
 
 
 def _transposed_convolution(
     layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-) -> Answers:
+) -> Mapping[str, Answer]:
     # (in, out / groups, kernel...): an output of a group sees the inputs of that group alone.
     layout = Layout("io...") if layer.groups == 1 else Layout("oio...")
-    weight = FanIn(2 + len(layer.kernel_size), layout, layer.groups)
-    return {"weight": weight, "bias": "bias"}
+    weight = FanIn(layout, 2 + len(layer.kernel_size), layer.groups)
+    return {"weight": weight, "bias": _BIAS}
 
 
-def _attention(_: nn.MultiheadAttention) -> Answers:
+def _attention(_: nn.MultiheadAttention) -> Mapping[str, Answer]:
     return {
         "*_proj_weight": FanIn(ndim=2),
-        "*_proj_bias": "bias",
-        "bias_[kv]": "token: appended to the keys and values",
+        "*_proj_bias": _BIAS,
+        "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
     }
 
 
-def _recurrent(_: nn.RNNBase | nn.RNNCellBase) -> Answers:
-    return {"weight_*": FanIn(ndim=2), "bias_*": "bias"}
+def _recurrent(_: nn.RNNBase | nn.RNNCellBase) -> Mapping[str, Answer]:
+    return {"weight_*": FanIn(ndim=2), "bias_*": _BIAS}
 
 
-def _embedding(_: nn.Module) -> Answers:
-    return {"weight": "embedding: a row is an input, not an output unit"}
+def _embedding(_: nn.Module) -> Mapping[str, Answer]:
+    return {"weight": LeaveAlone("embedding: a row is an input, not an output unit")}
 
 
-def _norm(_: nn.Module) -> Answers:
-    return {"weight": "norm", "bias": "bias"}
+def _norm(_: nn.Module) -> Mapping[str, Answer]:
+    return {"weight": _NORM, "bias": _BIAS}
 
 
-def _activation(_: nn.PReLU) -> Answers:
-    return {"weight": "slope of an activation"}
+def _activation(_: nn.PReLU) -> Mapping[str, Answer]:
+    return {"weight": LeaveAlone("slope of an activation")}
 
 
-_RULES: dict[type[nn.Module], Callable[[Any], Answers]] = {
+TORCH_NN: Mapping[type[nn.Module], Rule[Answer]] = {
     nn.Linear: _linear,
     nn.Bilinear: _bilinear,
     nn.MultiheadAttention: _attention,
     nn.PReLU: _activation,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
-    **dict.fromkeys(
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed_convolution
-    ),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(TRANSPOSED, _transposed_convolution),
     **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
     **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), _embedding),
@@ -144,3 +83,69 @@ _RULES: dict[type[nn.Module], Callable[[Any], Answers]] = {
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _norm),
     **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _norm),
 }
+
+_RULES: Rules[Answer] = Rules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
+
+
+def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
+    """Tell what the parameters of a layer type are, for `plan` and all that centralizes.
+
+    Parameters
+    ----------
+    kind : type
+        The class of the layer. Its subclasses follow the rule, unless they have their own.
+
+    Returns
+    -------
+    callable
+        A decorator for the rule: a function of a layer that returns, by name or glob of the
+        layer's own parameters (not those of its children), one of
+
+        - a layout (``"o..."``, ``"io"``) of the weight, or a `FanIn` for one in groups;
+        - `gcx.plan.LeaveAlone` with the reason, or None.
+
+        The first name that matches counts, and what none matches is left alone as unknown.
+
+    Raises
+    ------
+    TypeError
+        If `kind` is not a class.
+
+    Notes
+    -----
+    A package can bring its rules without importing gcx, by an entry point of the group
+    ``gcx.torch.layers``, whose name is the qualified name of the layer::
+
+        [project.entry-points."gcx.torch.layers"]
+        "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> from gcx.plan import LeaveAlone
+    >>> class InputFirst(torch.nn.Module):
+    ...     def __init__(self, inputs: int, outputs: int) -> None:
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
+    ...         self.offset = torch.nn.Parameter(torch.zeros(1, outputs))
+    >>> @gcx.torch.register_layer(InputFirst)
+    ... def input_first(layer):
+    ...     return {"weight": "io", "offset": LeaveAlone("bias")}
+    >>> print(gcx.torch.plan(InputFirst(4, 3)))
+    parameter  shape  layout  reason
+    weight     4x3    io      InputFirst
+    offset     1x3    -       bias
+    1 of 2 parameters centralized
+    """
+    return _RULES.register(kind)
+
+
+def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str]:
+    """Ask the rule of a layer about its parameter `name`; the second is the name of that rule."""
+    found, rule = _RULES.answer(layer, name)
+    if found is None:
+        return LeaveAlone(f"left alone by the rule of {rule}"), rule
+    if isinstance(found, (FanIn, LeaveAlone)):
+        return found, rule
+    return FanIn(as_layout(found)), rule

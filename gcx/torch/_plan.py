@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
-from gcx.plan import Plan, PlanRow
-from gcx.torch._layers import FanIn, answer
+from gcx.plan import LeaveAlone, Plan, PlanRow
+from gcx.torch._fan_in import FanIn
+from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
+from gcx.torch._overrides import Overrides, answers
+from gcx.torch._reparametrized import Owned, owned_parameters
 
-# Parametrizations whose original has its fan-in where the weight has it.
-_KEEP_FAN_IN = (_WeightNorm, _SpectralNorm, _Orthogonal)
+Layers = Literal["all", "conv"]
+
+_NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
 class Decision(NamedTuple):
@@ -23,6 +24,12 @@ class Decision(NamedTuple):
     name: str
     fan_in: FanIn | None
     reason: str
+    holder: nn.Module  # where the parameter is registered, as `key`
+    key: str
+
+    def is_about(self, parameter: Tensor) -> bool:
+        """Whether the model still holds this parameter where it was found."""
+        return vars(self.holder)["_parameters"].get(self.key) is parameter
 
 
 class Weight(NamedTuple):
@@ -33,7 +40,7 @@ class Weight(NamedTuple):
     fan_in: FanIn
 
 
-def plan(model: nn.Module) -> Plan:
+def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show what would be centralized in a model, over which axes, and what is left alone and why.
 
     Parameters
@@ -41,6 +48,14 @@ def plan(model: nn.Module) -> Plan:
     model : torch.nn.Module
         Any model. Its parameters of any shape are judged by the layer that owns them, never by
         their rank; a layer that nobody declared is left alone, and says so.
+    layers : {"all", "conv"}, optional
+        ``"conv"`` is the variant of the paper for convolutions alone, of any rank.
+    overrides : mapping, optional
+        Answers that come before those of the layers. A key is the name of a parameter or a glob
+        (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all that it
+        holds; the first key counts that covers a parameter. A value is a layout, the fan-in axes
+        (an integer or a sequence of them), or None, which leaves alone. For layers of your own,
+        `register_layer` says it once for all models.
 
     Returns
     -------
@@ -53,6 +68,8 @@ def plan(model: nn.Module) -> Plan:
     ------
     TypeError
         If `model` is not a module.
+    ValueError
+        If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
     RuntimeError
         If a parameter has no shape yet (lazy layers), or no longer that of its layer (FSDP1).
 
@@ -70,8 +87,10 @@ def plan(model: nn.Module) -> Plan:
     3.weight   2x48   o...    Linear
     3.bias     2      -       bias
     2 of 6 parameters centralized
+    >>> gcx.torch.plan(model, overrides={"3.*": None})
+    <gcx plan: 1 of 6 parameters centralized>
     """
-    return plan_of(decide(model))
+    return plan_of(decide(model, layers, overrides))
 
 
 def plan_of(decisions: dict[Tensor, Decision]) -> Plan:
@@ -89,93 +108,91 @@ def plan_of(decisions: dict[Tensor, Decision]) -> Plan:
 
 
 def _view_shape(parameter: Tensor, fan_in: FanIn | None) -> tuple[int, ...] | None:
-    if fan_in is None or fan_in.groups == 1:
-        return None
-    return tuple(fan_in.view(parameter).shape)
+    is_view = fan_in is not None and fan_in.groups > 1
+    return fan_in.view_shape(parameter) if fan_in is not None and is_view else None
 
 
-def decide(model: nn.Module) -> dict[Tensor, Decision]:
+def decide(
+    model: nn.Module, layers: Layers = "all", overrides: Overrides | None = None
+) -> dict[Tensor, Decision]:
     """Settle what happens to each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
         msg = f"model is a torch.nn.Module, not a {type(model).__name__}"
         raise TypeError(msg)
+    check_choice("layers", layers, ("all", "conv"))
+    owned_by_all = list(owned_parameters(model))
+    given = answers(overrides or {}, [(owned.name, owned.parameter) for owned in owned_by_all])
     decisions: dict[Tensor, Decision] = {}
-    for owned in _owned_parameters(model):
-        decision = _decide(owned)
+    for owned in owned_by_all:
+        _check_has_shape(owned)
+        found, rule = given.get(owned.parameter), "override"
+        if found is None:
+            found, rule = _ask(owned, layers)
+        decision = _decide(owned, found, rule)
         earlier = decisions.get(owned.parameter)
         decisions[owned.parameter] = decision if earlier is None else _tied(earlier, decision)
     return decisions
 
 
-class _Owned(NamedTuple):
-    name: str
-    parameter: Tensor
-    owner: nn.Module
-    name_in_owner: str
-    parametrization: ParametrizationList | None = None
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise a ValueError unless an option has one of the values it can have."""
+    if value not in choices:
+        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
+        raise ValueError(msg)
 
 
-def _owned_parameters(model: nn.Module) -> Iterator[_Owned]:
-    # Not model.named_parameters(), which hides the second owner of a tied parameter.
-    for path, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{path}.{key}" if path else key
-            if isinstance(module, ParametrizationList):
-                # At OWNER.parametrizations.TENSOR; OWNER is empty for the model itself.
-                owner_path, _, tensor = path.rpartition("parametrizations.")
-                owner = model.get_submodule(owner_path.removesuffix("."))
-                yield _Owned(name, parameter, owner, tensor, module)
-            else:
-                yield _Owned(name, parameter, module, key)
-
-
-def _decide(owned: _Owned) -> Decision:
-    name, parameter = owned.name, owned.parameter
-    if is_lazy(parameter):
+def _check_has_shape(owned: Owned) -> None:
+    if is_lazy(owned.parameter):
         msg = (
-            f"{name} has no shape yet: it belongs to a lazy layer; run one forward pass of the "
-            "model first"
+            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
+            "the model first"
         )
         raise RuntimeError(msg)
-    if getattr(parameter, "_is_flat_param", False):
-        raise RuntimeError(_flattened(name, "a flat buffer of several parameters"))
+    if getattr(owned.parameter, "_is_flat_param", False):
+        raise RuntimeError(_flattened(owned.name, "a flat buffer of several parameters"))
+
+
+def _ask(owned: Owned, layers: Layers) -> tuple[FanIn | LeaveAlone, str]:
+    """Answer of the layer about a parameter, and the name of the rule."""
+    found, rule = answer(owned.owner, owned.weight)
+    if isinstance(found, LeaveAlone):
+        return found, rule
+    if owned.objection:
+        return LeaveAlone(owned.objection), rule
+    if layers == "conv" and not isinstance(owned.owner, (*CONVOLUTIONS, *TRANSPOSED)):
+        return _NOT_CONVOLUTION, rule
+    return found, rule
+
+
+def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
+    parameter = owned.parameter
+
+    def decision(fan_in: FanIn | None, reason: str) -> Decision:
+        return Decision(owned.name, fan_in, reason, owned.holder, owned.key)
+
     if not (parameter.is_floating_point() or parameter.is_complex()):
-        return Decision(name, None, f"dtype {parameter.dtype}".replace("torch.", ""))
-    found, rule = answer(owned.owner, owned.name_in_owner)
-    if isinstance(found, str):
-        return Decision(name, None, found)
-    if owned.parametrization is not None:
-        objection = _objection(owned.parametrization, parameter)
-        if objection:
-            return Decision(name, None, objection)
-    if parameter.ndim != found.ndim:
-        of_rank = f"of rank {parameter.ndim}, where a {rule} has rank {found.ndim}"
-        raise RuntimeError(_flattened(name, of_rank))
+        return decision(None, f"dtype {parameter.dtype}".replace("torch.", ""))
+    if isinstance(found, LeaveAlone):
+        return decision(None, found.reason)
+    if not found.fits(parameter):
+        expected = f"rank {found.ndim}" if found.ndim is not None else f"layout {found.layout}"
+        of_rank = f"of rank {parameter.ndim}, where a {rule} has {expected}"
+        raise RuntimeError(_flattened(owned.name, of_rank))
     size = found.size(parameter)
     if size < 2:
-        return Decision(name, None, f"fan-in {size}: subtracting its mean would freeze it")
+        return decision(None, f"fan-in {size}: subtracting its mean would freeze it")
     view = _view_shape(parameter, found)
     if view is not None:
         shape = "x".join(map(str, view))
-        return Decision(name, found, f"{rule}, {found.groups} groups: seen as {shape}")
-    return Decision(name, found, rule)
-
-
-def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
-    """Why what a parametrized weight is computed from does not have its fan-in; empty if it has."""
-    if isinstance(parametrization[0], _WeightNorm) and original is parametrization.original0:
-        return "weight_norm g: the length of a weight"
-    if all(isinstance(step, _KEEP_FAN_IN) for step in parametrization):
-        return ""
-    kinds = ", ".join(type(step).__name__ for step in parametrization)
-    return f"unknown: nobody declared the parametrization by {kinds}"
+        return decision(found, f"{rule}, {found.groups} groups: seen as {shape}")
+    return decision(found, rule)
 
 
 def _flattened(name: str, what: str) -> str:
     return (
         f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
         "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "
-        "keeps them"
+        "keeps them, or call gcx.torch.centralize_in_backward(model) before the model is wrapped"
     )
 
 
@@ -184,4 +201,4 @@ def _tied(first: Decision, second: Decision) -> Decision:
     if first.fan_in == second.fan_in:
         return first
     reason = f"tied, and the rules differ: {first.reason}; {second.name}: {second.reason}"
-    return Decision(first.name, None, reason)
+    return first._replace(fan_in=None, reason=reason)

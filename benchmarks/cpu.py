@@ -16,6 +16,7 @@ from benchmarks.timing import machine, use_one_core
 if TYPE_CHECKING:
     from benchmarks.accuracy import Accuracy
     from benchmarks.speed import Speed
+    from benchmarks.training_step import TrainingStep
 
 _PACKAGES = {"numpy": ["numpy"], "torch": ["torch", "pytorch_optimizer"], "jax": ["jax", "optax"]}
 
@@ -70,6 +71,13 @@ def report(libraries: Iterable[str], *, brief: bool) -> Iterator[str]:
         if not brief:
             yield ""
             yield from _accuracy_table(accuracies(library))
+    if "torch" in libraries:
+        from benchmarks.training_step import training_steps
+
+        yield ""
+        yield "### A training step of torch"
+        yield ""
+        yield from _training_table(training_steps(brief=brief))
 
 
 def _speed_table(rows: Iterable[Speed]) -> Iterator[str]:
@@ -95,6 +103,20 @@ def _accuracy_table(rows: Iterable[Accuracy]) -> Iterator[str]:
         yield (
             f"| {row.fan_in:,} | {row.axis} | {row.rows} | {row.gcx:.2f} | {row.expression:.2f} |"
         )
+
+
+def _training_table(rows: Iterable[TrainingStep]) -> Iterator[str]:
+    yield "Batches of 32. Added is what `optimizer.step()` takes longer, beside the whole step."
+    yield ""
+    yield "| model | optimizer | centralization | whole step | over none | added |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        for name, seconds in row.whole.items():
+            added = row.added(name)
+            yield (
+                f"| {row.model} | {row.optimizer} | {name} | {1e3 * seconds:.1f} ms "
+                f"| {row.ratio(name):.3f} | {1e6 * added:.0f} us ({added / seconds:.2%}) |"
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from math import prod
 from typing import Any, NamedTuple, overload
 
 from gcx._table import aligned
@@ -42,7 +44,8 @@ class PlanRow(NamedTuple):
     layout : Layout or None
         How its gradient is centralized; None means left alone.
     reason : str
-        Why: the rule that matched, or what speaks against it.
+        Why: the rule that matched, or what speaks against it. It begins with ``"unknown"`` where
+        nobody has declared the parameter, so that a person has to look at it.
     view : tuple of int or None
         The shape in which the layout sees the parameter, if that is not its own: the weight of a
         grouped transposed convolution needs an axis for the groups.
@@ -65,6 +68,8 @@ class PlanRow(NamedTuple):
 
 class Plan(Sequence[PlanRow]):
     """One row per parameter; a sequence that prints as a table.
+
+    A plan of more than 40 rows prints as its `summary`; `table` shows every row.
 
     Parameters
     ----------
@@ -121,23 +126,76 @@ class Plan(Sequence[PlanRow]):
         """
         return {row.name: _plain(row) for row in self}
 
+    def table(self) -> str:
+        """Show every row, however many there are.
+
+        Returns
+        -------
+        str
+            One line per parameter, and one that counts them.
+        """
+        return "\n".join([*aligned([_HEADER, *map(_cells, self)]), self._counts()])
+
+    def summary(self) -> str:
+        """Show the parameters by kind: one line for each reason and layout.
+
+        Returns
+        -------
+        str
+            In the order in which the kinds appear: how many parameters and elements there are, the
+            layout, the reason and some names. A star in a name stands for the numbers in which
+            names differ, as it does in ``overrides`` and mappings of layouts. Of unknown
+            parameters all names are shown.
+
+        Examples
+        --------
+        >>> from gcx import Layout
+        >>> from gcx.plan import Plan, PlanRow
+        >>> plan = Plan(
+        ...     row
+        ...     for k in range(12)
+        ...     for row in (
+        ...         PlanRow(f"blocks.{k}.fc.weight", (64, 16), Layout("o..."), "Linear"),
+        ...         PlanRow(f"blocks.{k}.fc.bias", (64,), None, "bias"),
+        ...     )
+        ... )
+        >>> print(plan.summary())
+        parameters  elements  layout  reason  names
+                12    12,288  o...    Linear  blocks.*.fc.weight
+                12       768  -       bias    blocks.*.fc.bias
+        12 of 24 parameters centralized
+        """
+        lines = aligned([_KIND_HEADER, *map(_kind_cells, self._kinds())], to_the_right=(0, 1))
+        return "\n".join([*lines, self._counts()])
+
     def __str__(self) -> str:
-        return "\n".join([*aligned([_HEADER, *map(_cells, self)]), self._summary()])
+        if not self._is_long():
+            return self.table()
+        return f"{self.summary()}; plan.table() shows every row"
 
     def __repr__(self) -> str:
-        return f"<gcx plan: {self._summary()}>"
+        return f"<gcx plan: {self._counts()}>"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{cell}</th>" for cell in _HEADER)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
-            for row in self
-        )
-        return f"<table><tr>{head}</tr>{body}</table><p>{self._summary()}</p>"
+        counts = f"<p>{escape(self._counts())}</p>"
+        every_row = _html_table(_HEADER, map(_cells, self))
+        if not self._is_long():
+            return every_row + counts
+        kinds = _html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
+        return f"{kinds}{counts}<details><summary>each parameter</summary>{every_row}</details>"
 
-    def _summary(self) -> str:
+    def _is_long(self) -> bool:
+        return len(self) > _LONGEST_TABLE
+
+    def _counts(self) -> str:
         centralized = sum(row.layout is not None for row in self)
         return f"{centralized} of {len(self)} parameters centralized"
+
+    def _kinds(self) -> Iterable[list[PlanRow]]:
+        kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}
+        for row in self:
+            kinds.setdefault((row.reason, row.layout), []).append(row)
+        return kinds.values()
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:
@@ -149,9 +207,56 @@ def _plain(row: PlanRow) -> dict[str, Any]:
     return plain if row.view is None else {**plain, "view": list(row.view)}
 
 
+_LONGEST_TABLE = 40  # rows that a person reads one by one
 _HEADER = ("parameter", "shape", "layout", "reason")
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
     shape = "x".join(map(str, row.shape)) or "scalar"
-    return row.name, shape, "-" if row.layout is None else str(row.layout), row.reason
+    return row.name, shape, _layout_cell(row), row.reason
+
+
+def _layout_cell(row: PlanRow) -> str:
+    return "-" if row.layout is None else str(row.layout)
+
+
+_KIND_HEADER = ("parameters", "elements", "layout", "reason", "names")
+_NAMES_SHOWN = 2
+
+
+def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
+    """Cells of rows with the same layout and reason."""
+    elements = sum(prod(row.shape) for row in rows)
+    patterns = _patterns(row.name for row in rows)
+    is_unknown = rows[0].reason.startswith("unknown")  # which is for people to look at
+    shown = patterns if is_unknown else patterns[:_NAMES_SHOWN]
+    names = ", ".join(shown) + (", ..." if len(shown) < len(patterns) else "")
+    return f"{len(rows):,}", f"{elements:,}", _layout_cell(rows[0]), rows[0].reason, names
+
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Names, where those that differ in numbers alone are one, with a star for each such number.
+
+    Those that stand for most names come first.
+    """
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in names:
+        parts = _NUMBER.split(name)  # every second one is a number
+        alike.setdefault(tuple(parts[::2]), []).append(parts)
+    most_first = sorted(alike.values(), key=len, reverse=True)
+    return ["".join(map(_common, zip(*together, strict=True))) for together in most_first]
+
+
+def _common(parts: Sequence[str]) -> str:
+    return parts[0] if len(set(parts)) == 1 else "*"
+
+
+def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             "Default: those installed."
         ),
     )
+    parser.addoption(
+        "--packages",
+        default="",
+        help="further packages, separated by commas, whose absence is a failure and not a skip",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +41,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.config.stash[_NAMES]
     if "backend_name" in metafunc.fixturenames:
         metafunc.parametrize("backend_name", names)
+    if "package_name" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("--packages")
+        metafunc.parametrize("package_name", asked.split(",") if asked else [])
     if {"xp", "pair"} & set(metafunc.fixturenames):
         found = [library for name in names for library in libraries.MAKERS[name]()]
         if "xp" in metafunc.fixturenames:

@@ -1,6 +1,8 @@
-"""Green must mean that the libraries which the run asked for did run."""
+"""Green must mean that the libraries and packages which the run asked for did run."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import numpy as np
 
@@ -17,3 +19,7 @@ def test_requested_library_runs(backend_name: str) -> None:
         grad = library.asarray([[1.0, 3.0], [2.0, 6.0]], "float32")
         assert backend_for(grad).__name__ == f"gcx.backends._{library.backend}"
         np.testing.assert_array_equal(library.numpy(gcx.centralize(grad)), [[-1, 1], [-2, 2]])
+
+
+def test_requested_package_is_there(package_name: str) -> None:
+    import_module(package_name)

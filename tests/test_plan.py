@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -17,9 +19,33 @@ ROWS = [
 ]
 
 
+# A transformer of 12 blocks in small: 63 rows.
+LONG = [
+    PlanRow("embed.weight", (100, 4), None, "embedding"),
+    PlanRow("cls_token", (1, 4), None, "unknown: no rule"),
+    *(
+        row
+        for k in range(12)
+        for row in (
+            PlanRow(f"blocks.{k}.norm1.weight", (4,), None, "norm"),
+            PlanRow(f"blocks.{k}.q.weight", (4, 4), Layout("o..."), "Linear"),
+            PlanRow(f"blocks.{k}.k.weight", (4, 4), Layout("o..."), "Linear"),
+            PlanRow(f"blocks.{k}.up1.w", (8, 4), Layout("o..."), "Linear"),
+            PlanRow(f"blocks.{k}.up2.w", (4, 8), Layout("o..."), "Linear"),
+        )
+    ),
+    PlanRow("temperature", (), None, "scalar"),
+]
+
+
 @pytest.fixture
 def plan() -> Plan:
     return Plan(iter(ROWS))
+
+
+@pytest.fixture
+def long_plan() -> Plan:
+    return Plan(LONG)
 
 
 def test_is_a_sequence_of_rows(plan: Plan) -> None:
@@ -59,6 +85,76 @@ def test_prints_as_a_table(plan: Plan) -> None:
     assert repr(plan) == "<gcx plan: 1 of 3 parameters centralized>"
 
 
+def test_a_long_plan_prints_by_reason_and_layout(long_plan: Plan) -> None:
+    assert str(long_plan).splitlines() == [
+        "parameters  elements  layout  reason            names",
+        "         1       400  -       embedding         embed.weight",
+        "         1         4  -       unknown: no rule  cls_token",
+        "        12        48  -       norm              blocks.*.norm1.weight",
+        "        48     1,152  o...    Linear            blocks.*.up*.w, blocks.*.q.weight, ...",
+        "         1         1  -       scalar            temperature",
+        "48 of 63 parameters centralized; plan.table() shows every row",
+    ]
+
+
+def test_how_it_prints_goes_by_the_number_of_rows() -> None:
+    assert str(Plan(LONG[:40])) == Plan(LONG[:40]).table()
+    assert str(Plan(LONG[:41])).startswith(Plan(LONG[:41]).summary())
+
+
+def test_table_has_every_row_of_a_long_plan(long_plan: Plan) -> None:
+    _, *lines, counts = long_plan.table().splitlines()
+    assert [line.split()[0] for line in lines] == [row.name for row in LONG]
+    assert counts == "48 of 63 parameters centralized"
+
+
+def test_summary_of_a_short_plan(plan: Plan) -> None:
+    assert plan.summary().splitlines() == [
+        "parameters  elements  layout  reason              names",
+        "         1       216  o...    Conv2d              conv.weight",
+        "         1         8  -       bias                conv.bias",
+        "         1         1  -       no layer gcx knows  temperature",
+        "1 of 3 parameters centralized",
+    ]
+
+
+def test_the_same_reason_with_another_layout_is_another_line() -> None:
+    rows = [PlanRow(name, (4, 4), Layout(name), "weight") for name in ("oi", "io")]
+    assert [line.split() for line in Plan(rows).summary().splitlines()[1:3]] == [
+        ["1", "16", "oi", "weight", "oi"],
+        ["1", "16", "io", "weight", "io"],
+    ]
+
+
+def names_in_summary(names: Sequence[str], reason: str = "unknown") -> list[str]:
+    line = Plan(PlanRow(name, (), None, reason) for name in names).summary().splitlines()[1]
+    return re.split(r"\s{2,}", line.strip())[-1].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["Dense_0/kernel", "Dense_1/kernel"], ["Dense_*/kernel"]),
+        (["layers.0.weight", "layers.10.weight"], ["layers.*.weight"]),
+        (["layer1.0.conv1.w", "layer2.0.conv1.w"], ["layer*.0.conv1.w"]),
+        (["a.0.conv1.w", "a.0.conv2.w", "a.1.conv1.w"], ["a.*.conv*.w"]),
+        (["conv1.w"], ["conv1.w"]),
+        (["head.w", "a.0.w", "a.1.w"], ["a.*.w", "head.w"]),
+        (["0", "1"], ["*"]),
+        (["a1", "a", "a*"], ["a1", "a", "a*"]),
+    ],
+)
+def test_names_that_differ_in_numbers_are_one(names: list[str], shown: list[str]) -> None:
+    assert names_in_summary(names) == shown
+    assert [n for n in names if not any(fnmatchcase(n, pattern) for pattern in shown)] == []
+
+
+def test_every_unknown_name_is_in_the_summary() -> None:
+    names = [f"{letter}.weight" for letter in "abcdefgh"]
+    assert names_in_summary(names) == names
+    assert names_in_summary(names, "bias") == ["a.weight", "b.weight", "..."]
+
+
 def test_an_empty_plan_says_so() -> None:
     plan = Plan([])
     assert not plan
@@ -88,8 +184,19 @@ def test_in_a_notebook_it_is_an_html_table(plan: Plan) -> None:
     assert html.endswith("<p>1 of 3 parameters centralized</p>")
 
 
-def test_names_cannot_break_out_of_the_html() -> None:
+def test_a_long_one_is_a_summary_that_opens(long_plan: Plan) -> None:
+    html = long_plan._repr_html_()
+    summary, details = html.split("<details>")
+    assert summary.count("<tr>") == 1 + 5
+    assert summary.endswith("<p>48 of 63 parameters centralized</p>")
+    assert "<td>12</td><td>48</td><td>-</td><td>norm</td><td>blocks.*.norm1.weight</td>" in summary
+    assert details.count("<tr>") == 1 + 63
+    assert details.endswith("</table></details>")
+
+
+@pytest.mark.parametrize(("count", "times"), [(1, 2), (41, 41 * 2 + 2)])
+def test_names_cannot_break_out_of_the_html(count: int, times: int) -> None:
     nasty = "<script>alert('&')</script>"
-    html = Plan([PlanRow(nasty, (2,), None, nasty)])._repr_html_()
+    html = Plan([PlanRow(nasty, (2,), None, nasty)] * count)._repr_html_()
     assert "<script" not in html
-    assert html.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == 2
+    assert html.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") == times

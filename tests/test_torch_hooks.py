@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+import io
+import pickle
+from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
+from weakref import ref
 
 import pytest
 
 pytest.importorskip("torch")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch_training import GRAD, RTOL, change_of, loss_of, new_layer, train
 
 import gcx.torch
 from gcx.testing import assert_centralized
 
-# Weights of size 1 in float64 after some steps: means are kept to rounding.
-RTOL = 1e-9
-X = torch.rand(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-GRAD = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-
 
 @pytest.fixture
 def layer() -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(5, 3).double()
-
-
-def loss_of(layer: nn.Module) -> Tensor:
-    return (layer(X) - 1).square().sum()
-
-
-def train(layer: nn.Module, optimizer: Optimizer, steps: int = 5) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(layer).backward()
-        optimizer.step()
-
-
-def change_of(layer: nn.Linear, training: Callable[[], None]) -> Tensor:
-    start = layer.weight.detach().clone()
-    training()
-    change = layer.weight.detach() - start
-    assert change.abs().max() > 1e-5
-    return change
+    return new_layer()
 
 
 class Inherited(Adam):
@@ -117,6 +98,226 @@ def test_state_dict_knows_nothing_of_it(where: Any, layer: nn.Linear) -> None:
     assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
 
 
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_remove_leaves_nothing_behind(where: Any, layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters())
+    before = {name: copy.copy(value) for name, value in vars(optimizer).items()}
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    assert vars(optimizer) != before
+    handle.remove()
+    assert vars(optimizer) == before
+
+
+def test_handle_that_nobody_keeps(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    gcx.torch.centralize(optimizer, nn.Sequential(layer))
+    gc.collect()
+    assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_handle_that_is_removed_frees_the_model_at_once(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(layer)
+    is_alive = ref(model)
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    train(layer, optimizer)
+    gc.disable()  # or it might be the collector of cycles that frees it
+    try:
+        handle.remove()
+        del handle, model
+        assert is_alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_handle_removed_in_a_closure(where: Any, layer: nn.Linear) -> None:
+    """The step that is under way is that of the plain optimizer already."""
+    twin = copy.deepcopy(layer)
+    optimizer, plain = SGD(layer.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+
+    def closure() -> None:
+        loss_of(layer).backward()
+        handle.remove()
+
+    optimizer.step(closure)
+    train(twin, plain, steps=1)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+class Wrapper(Optimizer):
+    """As that of Accelerate: called an optimizer, without being made as one."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_wrapped_optimizer(layer: nn.Linear) -> None:
+    inside = SGD(layer.parameters(), lr=0.1)
+    wrapper = Wrapper(Wrapper(inside))
+    handle = gcx.torch.centralize(wrapper, layer)
+    assert "of SGD" in repr(handle)
+    loss_of(layer).backward()
+    assert_centralized(change_of(layer, wrapper.step), rtol=RTOL)
+    with pytest.raises(ValueError, match="already"):
+        gcx.torch.centralize(inside, layer)
+
+
+# Copies
+
+
+def torch_saved(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPY = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
+    "torch.save": torch_saved,
+}
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_copy_of_the_optimizer_warns_and_works(where: Any, copied: Any, layer: nn.Linear) -> None:
+    optimizer = Adam(layer.parameters(), lr=0.01)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    train(layer, optimizer)
+    with pytest.warns(UserWarning, match="copy of this Adam does not centralize") as caught:
+        twin = copied(optimizer)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert type(twin) is Adam
+    copied(optimizer.state_dict())  # which loses nothing
+    handle.remove()
+    assert vars(twin).keys() == vars(copied(optimizer)).keys()
+    assert str(twin.state_dict()) == str(optimizer.state_dict())
+
+
+class Module(nn.Module):
+    """Holds its optimizer and the handle, as modules of Lightning do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = new_layer()
+        self.optimizer = SGD(self.layer.parameters(), lr=0.01, momentum=0.9)
+        self.handle = gcx.torch.centralize(self.optimizer, self)
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+def test_copy_of_a_model_that_holds_optimizer_and_handle(copied: Any) -> None:
+    model = Module()
+    with pytest.warns(UserWarning, match="copy of this SGD does not centralize") as caught:
+        twin = copied(model)
+    assert {warning.filename for warning in caught} == {__file__}
+    assert twin.handle.plan[0].name == "layer.weight"
+    twin.handle.remove()
+    gcx.torch.centralize(twin.optimizer, twin)
+    for one in (model, twin):
+        change = change_of(one.layer, lambda one=one: train(one.layer, one.optimizer))
+        assert_centralized(change, rtol=RTOL)
+
+
+# The switch of a parameter group
+
+
+def off_and_on(layer: nn.Linear) -> tuple[nn.Sequential, SGD]:
+    """Two layers of which the first is switched off."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
+    off = {"params": model[0].parameters(), "centralize": False}
+    return model, SGD([off, {"params": layer.parameters()}], lr=0.01, momentum=0.9)
+
+
+def is_centralized(weight: Tensor, optimizer: Optimizer, model: nn.Module) -> bool:
+    change = change_of(weight, lambda: train(model, optimizer))
+    return bool(change.mean(1).abs().max() < RTOL * change.abs().max())
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_group_that_is_switched_off(where: Any, layer: nn.Linear) -> None:
+    model, optimizer = off_and_on(layer)
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    assert handle.plan[0].reason == "switched off: 'centralize' is False in its parameter group"
+    assert [row.name for row in handle.plan if row.layout is not None] == ["1.weight"]
+    start = layer.weight.detach().clone()
+    assert not is_centralized(model[0].weight, optimizer, model)
+    assert_centralized(layer.weight.detach() - start, rtol=RTOL)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
+    where: Any, layer: nn.Linear
+) -> None:
+    model, optimizer = off_and_on(layer)
+    gcx.torch.centralize(optimizer, model, where=where)
+    new = copy.deepcopy(optimizer.state_dict())
+    assert [group.get("centralize") for group in new["param_groups"]] == [False, None]
+    old = copy.deepcopy(new)
+    del old["param_groups"][0]["centralize"]
+    optimizer.load_state_dict(old)
+    assert not is_centralized(model[0].weight, optimizer, model)
+    optimizer.param_groups[0]["centralize"] = True
+    optimizer.load_state_dict(new)
+    assert not is_centralized(model[0].weight, optimizer, model)
+    assert "centralize" not in old["param_groups"][0]
+
+
+def test_checkpoint_of_other_groups_is_an_error_of_torch(layer: nn.Linear) -> None:
+    model, optimizer = off_and_on(layer)
+    gcx.torch.centralize(optimizer, model)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(SGD(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_group_switched_on_in_mid_training(where: Any, layer: nn.Linear) -> None:
+    model, optimizer = off_and_on(layer)
+    gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    optimizer.param_groups[0]["centralize"] = True
+    if where == "gradient":
+        loss_of(model).backward()
+        with pytest.warns(UserWarning, match=r"momentum of 1 weights \(0.weight") as caught:
+            optimizer.step()
+        assert caught[0].filename == __file__
+    assert is_centralized(model[0].weight, optimizer, model)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_group_that_is_switched_off_is_not_asked_for_anything(where: Any, layer: nn.Linear) -> None:
+    """Neither how decay is applied, nor to be in the model."""
+    stranger = nn.Linear(5, 3).double()
+    off = {"params": stranger.parameters(), "centralize": False, "weight_decay": 0.1}
+    optimizer = Own([off, {"params": layer.parameters()}])
+    gcx.torch.centralize(optimizer, layer, where=where)
+    loss_of(stranger).backward()
+    loss_of(layer).backward()
+    assert_centralized(change_of(layer, optimizer.step), rtol=RTOL)
+
+
+def test_group_without_weights_is_not_asked_for_its_decay(layer: nn.Linear) -> None:
+    groups = [{"params": [layer.bias], "weight_decay": 0.1}, {"params": [layer.weight]}]
+    optimizer = Own(groups)
+    gcx.torch.centralize(optimizer, layer)
+    assert is_centralized(layer.weight, optimizer, layer)
+
+
+def test_switch_is_a_bool(layer: nn.Linear) -> None:
+    optimizer = SGD([{"params": layer.parameters(), "centralize": "no"}])
+    with pytest.raises(
+        TypeError, match=r"'centralize' in a parameter group is True or False.*'no'"
+    ):
+        gcx.torch.centralize(optimizer, layer)
+
+
 # Momentum from before
 
 
@@ -151,6 +352,39 @@ def test_momentum_of_a_loaded_checkpoint_is_centralized(layer: nn.Linear) -> Non
     resumed.load_state_dict(plain)
     momentum = resumed.state[layer.weight]["momentum_buffer"]
     assert torch.equal(momentum, optimizer.state[layer.weight]["momentum_buffer"])
+
+
+def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
+    """A mean of a few percent is not rounding, though an element has but eight bits."""
+    layer = nn.Linear(512, 4).bfloat16()
+    optimizer = SGD(layer.parameters(), momentum=0.9)
+    momentum = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    momentum = (momentum - momentum.mean(1, keepdim=True)).bfloat16()
+    for offset, match in ((0.1, "momentum of 1 weights"), (0.0, None)):
+        optimizer.state[layer.weight]["momentum_buffer"] = (momentum + offset).bfloat16()
+        with pytest.warns(UserWarning, match=match) if match else nullcontext():
+            gcx.torch.centralize(optimizer, layer).remove()
+        found = optimizer.state[layer.weight]["momentum_buffer"].float().mean(1).abs().max()
+        assert found < 1e-3
+
+
+def test_memory_of_lbfgs_is_centralized(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    with pytest.warns(UserWarning, match=r"momentum of 2 weights \(0.weight"):
+        gcx.torch.centralize(optimizer, model)
+    for one in (model[0], layer):
+        change = change_of(one, lambda: [optimizer.step(closure) for _ in range(3)])
+        assert_centralized(change, rtol=RTOL)
 
 
 def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:
@@ -370,26 +604,57 @@ WITH_DECAY = [
 ]
 
 
-@pytest.mark.parametrize("kind", WITH_DECAY)
-def test_decay_is_placed_as_every_optimizer_of_torch_applies_it(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "maximize"),
+    [(kind, False) for kind in WITH_DECAY]
+    + [(kind, True) for kind in WITH_DECAY if "maximize" in signature(kind).parameters],
+)
+def test_decay_is_placed_as_every_optimizer_of_torch_applies_it(kind: Any, maximize: bool) -> None:
     """By experiment: coupled decay does what the gradient does that has it added by hand."""
+    options = {"lr": 0.01, "maximize": True} if maximize else {"lr": 0.01}
     layer = nn.Linear(5, 3, bias=False).double()
     start = layer.weight.detach().clone()
+    decay = -0.1 * start if maximize else 0.1 * start
 
     def stepped(weight_decay: float, grad: Tensor) -> Tensor:
         twin = copy.deepcopy(layer)
         twin.weight.grad = grad.clone()
-        kind(twin.parameters(), lr=0.01, weight_decay=weight_decay).step()
+        kind(twin.parameters(), weight_decay=weight_decay, **options).step()
         return twin.weight.detach()
 
-    is_coupled = torch.allclose(stepped(0.1, GRAD), stepped(0.0, GRAD + 0.1 * start))
+    is_coupled = torch.allclose(stepped(0.1, GRAD), stepped(0.0, GRAD + decay))
 
-    optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = kind(layer.parameters(), weight_decay=0.1, **options)
     gcx.torch.centralize(optimizer, layer)
     layer.weight.grad = GRAD.clone()
     optimizer.step()
-    subtracted = GRAD + 0.1 * start if is_coupled else GRAD
+    subtracted = GRAD + decay if is_coupled else GRAD
     torch.testing.assert_close(layer.weight.grad, GRAD - subtracted.mean(1, keepdim=True))
+
+
+DECOUPLED = {
+    "AdamW": AdamW,
+    "Adafactor": optim.Adafactor,
+    "Muon": optim.Muon,
+    **{
+        kind.__name__: partial(kind, decoupled_weight_decay=True)
+        for kind in WITH_DECAY
+        if "decoupled_weight_decay" in signature(kind).parameters
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "lr", [0.01, torch.tensor(0.01, dtype=torch.float64)], ids=["float", "tensor"]
+)
+@pytest.mark.parametrize("kind", DECOUPLED)
+def test_decay_outside_shrinks_the_means_and_nothing_else_does(kind: str, lr: Any) -> None:
+    layer = nn.Linear(5, 3, bias=False).double()
+    means = layer.weight.detach().mean(1)
+    optimizer = DECOUPLED[kind](layer.parameters(), lr=lr, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
+    train(layer, optimizer, steps=4)
+    torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.5) ** 4)
 
 
 @pytest.mark.parametrize(("decay", "keeps_means"), [("inside", True), ("outside", False)])
@@ -451,10 +716,6 @@ def test_choices(layer: nn.Linear) -> None:
 
 
 def test_not_an_optimizer(layer: nn.Linear) -> None:
-    class Wrapper(Optimizer):
-        def __init__(self, optimizer: Optimizer) -> None:
-            self.optimizer = optimizer
-
     wrapper = Wrapper(SGD(layer.parameters()))
     scheduler = torch.optim.lr_scheduler.ConstantLR(wrapper.optimizer)
     for other in (Wrapper(layer), scheduler):

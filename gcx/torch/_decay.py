@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gcx.torch._working import working
+
 Decay = Literal["inside", "outside"] | None
 Group = dict[str, Any]
 
@@ -80,7 +82,7 @@ def _couples(optimizer: Optimizer, group: Group) -> bool | None:
     if "decoupled_weight_decay" in group:
         return not group["decoupled_weight_decay"]
     # By what the step does: a subclass with a step of its own may decay as it likes.
-    step = _step_of(type(optimizer))
+    step = _step_of(type(working(optimizer)))
     if step in _COUPLED:
         return True
     return False if step in _DECOUPLED else None

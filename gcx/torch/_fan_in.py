@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-import gcx
 from gcx.backends import _torch
 from gcx.layout import Layout
 
@@ -23,7 +22,8 @@ class FanIn(NamedTuple):
         Rank of the weight, if the layer has but one: another rank means that something has
         flattened it.
     groups : int
-        If more than 1, the weight (G * n, ...) is seen as (G, n, ...).
+        If more than 1, the weight (G * n, ...) is seen as (G, n, ...), and the layout begins with
+        ``"oi"``.
 
     Examples
     --------
@@ -66,21 +66,18 @@ class FanIn(NamedTuple):
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Average over the fan-in, in float32 at least; the result fits the tensor itself."""
-        view = self.view(tensor)
-        mean = _torch.fan_in_mean(view, self._axes(view.ndim))
+        axes = self._axes(tensor.ndim + (self.groups > 1))
         if self.groups == 1:
-            return mean
-        _, rows, *_ = view.shape
-        return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
+            return _torch.fan_in_mean(tensor, axes)
+        return _torch.fan_in_mean_of_groups(tensor, self.groups, axes)
 
     def subtract_(self, tensor: Tensor, mean: Tensor) -> None:
         """Subtract in place what `mean` returns."""
         _torch.subtract(tensor, mean, tensor)
 
-    def centralize_(self, tensor: Tensor) -> None:
-        """Subtract in place the mean over the fan-in."""
-        view = self.view(tensor)
-        gcx.centralize(view, layout=self.layout, out=view)
+    def centralize(self, tensor: Tensor) -> Tensor:
+        """Subtract the mean over the fan-in."""
+        return _torch.subtract(tensor, self.mean(tensor))
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         return self.layout.fan_in_axes(ndim)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers, Weight, decide
+from gcx.torch._untraced import untraced
 
 
+@untraced
 @torch.no_grad()
 def centralize_grads_(
     model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None
@@ -75,7 +77,7 @@ def centralize_gradient(weight: Weight, rate: float | Tensor | None) -> None:
     assert grad is not None
     if 0 in grad.stride():  # expanded: several elements in one place
         grad = parameter.grad = grad.contiguous()
-    if rate is None:
-        fan_in.centralize_(grad)
-    else:
-        fan_in.subtract_(grad, fan_in.mean(grad) + rate * fan_in.mean(parameter))
+    mean = fan_in.mean(grad)
+    if rate is not None:
+        mean = mean + rate * fan_in.mean(parameter)
+    fan_in.subtract_(grad, mean)

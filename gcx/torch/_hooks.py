@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +17,8 @@ from gcx.torch._gradients import centralize_gradient, has_gradient
 from gcx.torch._momentum import centralize_momentum
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Decision, Layers, Weight, check_choice, decide, plan_of
+from gcx.torch._untraced import untraced
+from gcx.torch._warn import warn
 
 Where = Literal["gradient", "update"]
 
@@ -42,8 +43,8 @@ def centralize(
     optimizer : torch.optim.Optimizer
         Any optimizer; it goes on being used as before, by schedulers, gradient scalers and
         closures too. Parameters added to it later are covered. A parameter group with
-        ``"centralize": False`` is left alone; the switch goes into ``state_dict()``, and a
-        checkpoint without it leaves it as it is.
+        ``"centralize": False`` is left alone; the switch goes into ``state_dict()``, and loading a
+        checkpoint without it, after this call, leaves it as it is.
     model : torch.nn.Module
         The model, all of whose layers say where the fan-in of their weights is. It must hold every
         parameter of the optimizer.
@@ -109,13 +110,19 @@ def centralize(
     by element, such as Adam, do so only with ``where="update"``.
 
     Momentum from steps before this call would go on moving that mean, so with
-    ``where="gradient"`` the buffers ``momentum_buffer`` and ``exp_avg`` are centralized, with a
-    warning, now and after each ``load_state_dict`` (not that of RMSprop, which holds gradients
-    already divided). Momentum of centralized gradients has no mean and is left as it is.
+    ``where="gradient"`` the buffers ``momentum_buffer`` and ``exp_avg`` and the memory of LBFGS
+    are centralized, with a warning, now, when a group is switched on, and after each
+    ``load_state_dict`` (not the momentum of RMSprop, which holds gradients already divided).
+    Momentum of centralized gradients has no mean and is left as it is.
 
     Gradients are centralized when the step begins, so after clipping and averaging over workers,
-    and again whenever a closure has computed new ones. Copies of an optimizer by `copy.deepcopy`
-    or pickle carry no hooks, and warn of it: call this again for them.
+    and again whenever a closure has computed new ones. Where an optimizer is built around another
+    (SAM), only the one whose ``step`` is called can be given; weight decay is that of the inner
+    one. Optimizers that step during backward hold a parameter each: give those whose parameter has
+    a fan-in. `torch.compile` calls the hooks as they are, at one break of the graph.
+
+    Copies of an optimizer by `copy.deepcopy` or pickle carry no hooks, and warn of it: call this
+    again for them.
 
     References
     ----------
@@ -186,19 +193,20 @@ class GradientCentralization:
         self._where = where
         self._decay: Decay = decay
         self._decisions: dict[Tensor, Decision] = self._decide()
-        groups = optimizer.param_groups
-        weights = [weight for group in groups for weight in self._weights(group)]
+        self._switches = self._read_switches()
+        weights = list(self._weights())
         if not weights:
             msg = f"there is nothing to centralize in this {type(optimizer).__name__}:\n{self.plan}"
             raise ValueError(msg)
         find_decay = coupled_rate if where == "gradient" else shrinkage
-        for group in groups:
-            find_decay(optimizer, group, decay)  # raises here what a step would raise
+        for group in optimizer.param_groups:
+            if any(self._weights_of(group)):
+                find_decay(optimizer, group, decay)  # raises here what a step would raise
         if where == "gradient":
-            centralize_momentum(optimizer, weights, stacklevel=3)
+            centralize_momentum(optimizer, weights)
             self._hooks = [
                 optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_load_state_dict_post_hook(self._after_loading),
+                optimizer.register_load_state_dict_post_hook(self._centralize_momentum),
             ]
         else:
             _warn_of_low_precision(weights)
@@ -218,7 +226,7 @@ class GradientCentralization:
         """What happens to each parameter of the optimizer, and why, as a `gcx.plan.Plan`."""
         groups = self._optimizer.param_groups
         is_on = {parameter: _is_on(group) for group in groups for parameter in group["params"]}
-        found = {p: decision for p, decision in self._decisions.items() if p in is_on}
+        found = {p: decision for p, decision in self._decide().items() if p in is_on}
         return plan_of({p: d if is_on[p] else _switched_off(d) for p, d in found.items()})
 
     def remove(self) -> None:
@@ -232,9 +240,13 @@ class GradientCentralization:
         name, kind = type(self).__name__, type(self._optimizer).__name__
         return f"<{name} of {kind}, where={self._where!r}, {self.plan!r}>"
 
+    @untraced
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._switches != self._read_switches():
+            self._switches = self._read_switches()
+            self._centralize_momentum()
         # Also where there is a closure: an optimizer may ignore it, and P P = P.
         self._centralize_gradients()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -243,45 +255,54 @@ class GradientCentralization:
 
         def centralizing() -> Any:
             loss = closure()
-            self._centralize_gradients()
+            if self._hooks:  # none if the closure has removed this
+                self._centralize_gradients()
             return loss
 
         new_args = tuple(centralizing if value is closure else value for value in args)
         return new_args, {k: centralizing if v is closure else v for k, v in kwargs.items()}
 
-    def _after_loading(self, optimizer: Optimizer) -> None:
-        # The checkpoint may be of a run without centralization.
-        groups = optimizer.param_groups
-        weights = [weight for group in groups for weight in self._weights(group)]
-        # torch has a frame of its own around load_state_dict.
-        centralize_momentum(optimizer, weights, stacklevel=5)
+    def _centralize_momentum(self, *_: Any) -> None:
+        # After loading too: the checkpoint may be of a run without centralization.
+        centralize_momentum(self._optimizer, self._weights())
 
+    @untraced
     @torch.no_grad()
     def _centralize_gradients(self) -> None:
         jobs: list[tuple[Weight, float | Tensor | None]] = []
         for group in self._optimizer.param_groups:
-            rate = coupled_rate(self._optimizer, group, self._decay)
-            jobs += [(weight, rate) for weight in self._weights(group) if has_gradient(weight)]
+            weights = [weight for weight in self._weights_of(group) if has_gradient(weight)]
+            if weights:
+                rate = coupled_rate(self._optimizer, group, self._decay)
+                jobs += [(weight, rate) for weight in weights]
         for weight, rate in jobs:
             centralize_gradient(weight, rate)
 
+    @untraced
     @torch.no_grad()
     def _remember_means(self, optimizer: Optimizer, *_: Any) -> None:
-        baselines = []
+        baselines: list[_Baseline] = []
         for group in optimizer.param_groups:
-            factor = shrinkage(optimizer, group, self._decay)
-            baselines += [
-                _Baseline(weight, weight.fan_in.mean(weight.parameter), factor)
-                for weight in self._weights(group)
-            ]
+            weights = list(self._weights_of(group))
+            if weights:
+                factor = shrinkage(optimizer, group, self._decay)
+                baselines += [_Baseline(w, w.fan_in.mean(w.parameter), factor) for w in weights]
         self._baselines.append(baselines)
 
+    @untraced
     @torch.no_grad()
     def _restore_means(self, *_: Any) -> None:
         for baseline in self._baselines.pop():
             _restore_mean(*baseline)
 
-    def _weights(self, group: Group) -> Iterator[Weight]:
+    def _read_switches(self) -> list[bool]:
+        return [_is_on(group) for group in self._optimizer.param_groups]
+
+    def _weights(self) -> Iterator[Weight]:
+        for group in self._optimizer.param_groups:
+            yield from self._weights_of(group)
+
+    def _weights_of(self, group: Group) -> Iterator[Weight]:
         """List what there is to centralize in a group."""
         if _is_on(group):
             for parameter in group["params"]:
@@ -293,10 +314,11 @@ class GradientCentralization:
         known = self._decisions.get(parameter)
         if known is not None and known.is_about(parameter):
             return known
-        self._decisions = self._decide()  # it may have been added, or moved
-        if parameter not in self._decisions:
+        found = self._decide()  # it may have been added, or moved
+        if parameter not in found:
             raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
-        return self._decisions[parameter]
+        self._decisions = found
+        return found[parameter]
 
 
 class _Baseline(NamedTuple):
@@ -325,8 +347,9 @@ def _replaced(name: str) -> str:
 def _foreign(parameter: Tensor) -> str:
     return (
         f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
-        "model. Give the model that holds them all; if parameters were flattened (DeepSpeed), "
-        "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+        f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
+        f"put it into a parameter group with {_SWITCH!r}: False; if parameters were flattened "
+        "(DeepSpeed), call gcx.torch.centralize_in_backward(model) before the model is wrapped"
     )
 
 
@@ -334,20 +357,18 @@ def _warn_of_low_precision(weights: list[Weight]) -> None:
     narrow = [w for w in weights if torch.finfo(w.parameter.dtype).bits < 32]
     if narrow:
         name, parameter, _ = narrow[0]
-        msg = (
+        warn(
             f"{name} is {parameter.dtype}: rounding the weights loses most of what where='update' "
             "does; keep float32 weights, or use where='gradient'"
         )
-        warnings.warn(msg, UserWarning, stacklevel=4)
 
 
 def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
     kind = type(optimizer).__name__
-    msg = (
+    warn(
         f"the copy of this {kind} does not centralize: hooks are not copied. Call "
         "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
     )
-    warnings.warn(msg, UserWarning, stacklevel=3)
     return type(optimizer).__reduce_ex__(optimizer, protocol)
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from gcx._rules import Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone
 from gcx.torch._fan_in import FanIn
@@ -19,21 +19,18 @@ RuleT = TypeVar("RuleT", bound=Callable[..., Mapping[str, Answer]])
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-_BIAS = LeaveAlone("bias")
-_NORM = LeaveAlone("norm")
-
 
 def _linear(_: nn.Linear) -> Mapping[str, Answer]:
-    return {"weight": FanIn(ndim=2), "bias": _BIAS}
+    return {"weight": FanIn(ndim=2), "bias": BIAS}
 
 
 def _bilinear(_: nn.Bilinear) -> Mapping[str, Answer]:
-    return {"weight": FanIn(ndim=3), "bias": _BIAS}
+    return {"weight": FanIn(ndim=3), "bias": BIAS}
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Mapping[str, Answer]:
     # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
-    return {"weight": FanIn(ndim=2 + len(layer.kernel_size)), "bias": _BIAS}
+    return {"weight": FanIn(ndim=2 + len(layer.kernel_size)), "bias": BIAS}
 
 
 def _transposed_convolution(
@@ -42,27 +39,27 @@ def _transposed_convolution(
     # (in, out / groups, kernel...): an output of a group sees the inputs of that group alone.
     layout = Layout("io...") if layer.groups == 1 else Layout("oio...")
     weight = FanIn(layout, 2 + len(layer.kernel_size), layer.groups)
-    return {"weight": weight, "bias": _BIAS}
+    return {"weight": weight, "bias": BIAS}
 
 
 def _attention(_: nn.MultiheadAttention) -> Mapping[str, Answer]:
     return {
         "*_proj_weight": FanIn(ndim=2),
-        "*_proj_bias": _BIAS,
+        "*_proj_bias": BIAS,
         "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
     }
 
 
 def _recurrent(_: nn.RNNBase | nn.RNNCellBase) -> Mapping[str, Answer]:
-    return {"weight_*": FanIn(ndim=2), "bias_*": _BIAS}
+    return {"weight_*": FanIn(ndim=2), "bias_*": BIAS}
 
 
 def _embedding(_: nn.Module) -> Mapping[str, Answer]:
-    return {"weight": LeaveAlone("embedding: a row is an input, not an output unit")}
+    return {"weight": EMBEDDING}
 
 
 def _norm(_: nn.Module) -> Mapping[str, Answer]:
-    return {"weight": _NORM, "bias": _BIAS}
+    return {"weight": NORM, "bias": BIAS}
 
 
 def _activation(_: nn.PReLU) -> Mapping[str, Answer]:
@@ -76,8 +73,8 @@ TORCH_NN: Mapping[type[nn.Module], Rule[Answer]] = {
     nn.PReLU: _activation,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(TRANSPOSED, _transposed_convolution),
-    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU), _recurrent),
-    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
+    **dict.fromkeys((nn.RNNBase, nn.RNN, nn.LSTM, nn.GRU), _recurrent),
+    **dict.fromkeys((nn.RNNCellBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), _embedding),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _norm),
@@ -99,25 +96,33 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     -------
     callable
         A decorator for the rule: a function of a layer that returns, by name or glob of the
-        layer's own parameters (not those of its children), one of
+        layer's own parameters, one of
 
         - a layout (``"o..."``, ``"io"``) of the weight, or a `FanIn` for one in groups;
         - `gcx.plan.LeaveAlone` with the reason, or None.
 
-        The first name that matches counts, and what none matches is left alone as unknown.
+        The first name that matches counts, and what none matches is asked of the base classes.
+        A name with dots is one of a child (``"scale.weight"``), or of a list or dict of parameters
+        (``"codes.*"``), and comes before what the child says itself.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class.
+        If `kind` is not a class, or the rule not a function.
 
     Notes
     -----
-    A package can bring its rules without importing gcx, by an entry point of the group
-    ``gcx.torch.layers``, whose name is the qualified name of the layer::
+    A subclass of a layer of torch is taken for one that uses its weight as that layer does. If
+    yours does not, such as a subclass of `torch.nn.Linear` that holds (in, out), nothing about it
+    says so: register a rule for it.
+
+    A package can bring its rules without importing gcx, by entry points of the group
+    ``gcx.torch.layers``, whose names are the qualified names of layers, or globs of them::
 
         [project.entry-points."gcx.torch.layers"]
         "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
+
+    A rule without layouts needs nothing of gcx: None leaves a parameter alone.
 
     Examples
     --------
@@ -141,11 +146,23 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     return _RULES.register(kind)
 
 
-def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str]:
-    """Ask the rule of a layer about its parameter `name`; the second is the name of that rule."""
-    found, rule = _RULES.answer(layer, name)
+def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str] | None:
+    """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
+
+    None means that no rule knows the parameter.
+    """
+    known = _RULES.find(layer, name)
+    if known is None:
+        return None
+    found, rule = known
     if found is None:
         return LeaveAlone(f"left alone by the rule of {rule}"), rule
-    if isinstance(found, (FanIn, LeaveAlone)):
+    if isinstance(found, LeaveAlone):
         return found, rule
-    return FanIn(as_layout(found)), rule
+    try:
+        # A rule may write the layout of a FanIn as text too.
+        layout = as_layout(found.layout if isinstance(found, FanIn) else found)
+    except (TypeError, ValueError) as error:
+        msg = f"the rule of {rule} answers {found!r} for {name!r}: {error}"
+        raise type(error)(msg) from None
+    return (found._replace(layout=layout) if isinstance(found, FanIn) else FanIn(layout)), rule

@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gcx._rules import unknown
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._fan_in import FanIn
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
-from gcx.torch._overrides import Overrides, answers
+from gcx.torch._overrides import Overrides, answers, is_trainable
 from gcx.torch._reparametrized import Owned, owned_parameters
 
 Layers = Literal["all", "conv"]
@@ -53,9 +54,9 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     overrides : mapping, optional
         Answers that come before those of the layers. A key is the name of a parameter or a glob
         (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all that it
-        holds; the first key counts that covers a parameter. A value is a layout, the fan-in axes
-        (an integer or a sequence of them), or None, which leaves alone. For layers of your own,
-        `register_layer` says it once for all models.
+        holds (but a layout is not for its vectors); the first key counts that covers a parameter.
+        A value is a layout, the fan-in axes (an integer or a sequence of them), or None, which
+        leaves alone. For layers of your own, `register_layer` says it once for all models.
 
     Returns
     -------
@@ -67,11 +68,17 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     Raises
     ------
     TypeError
-        If `model` is not a module.
+        If `model` is not a module, or a key or a value of `overrides` is of another kind.
     ValueError
         If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or no longer that of its layer (FSDP1).
+        If a parameter has no shape yet (lazy layers), or another than its layer gives it: FSDP1
+        flattens it.
+
+    Notes
+    -----
+    A weight of several layers, such as an embedding that is the head of a language model too, is
+    left alone unless all of them average over the same axes; `overrides` can decide otherwise.
 
     Examples
     --------
@@ -121,17 +128,16 @@ def decide(
         raise TypeError(msg)
     check_choice("layers", layers, ("all", "conv"))
     owned_by_all = list(owned_parameters(model))
-    given = answers(overrides or {}, [(owned.name, owned.parameter) for owned in owned_by_all])
-    decisions: dict[Tensor, Decision] = {}
     for owned in owned_by_all:
         _check_has_shape(owned)
+    given = answers(overrides or {}, [(owned.name, owned.parameter) for owned in owned_by_all])
+    decisions: dict[Tensor, list[Decision]] = {}
+    for owned in owned_by_all:
         found, rule = given.get(owned.parameter), "override"
         if found is None:
             found, rule = _ask(owned, layers)
-        decision = _decide(owned, found, rule)
-        earlier = decisions.get(owned.parameter)
-        decisions[owned.parameter] = decision if earlier is None else _tied(earlier, decision)
-    return decisions
+        decisions.setdefault(owned.parameter, []).append(_decide(owned, found, rule))
+    return {parameter: _agreed(parameter, each) for parameter, each in decisions.items()}
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -154,14 +160,23 @@ def _check_has_shape(owned: Owned) -> None:
 
 def _ask(owned: Owned, layers: Layers) -> tuple[FanIn | LeaveAlone, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
-    found, rule = answer(owned.owner, owned.weight)
-    if isinstance(found, LeaveAlone):
-        return found, rule
+    # A module that knows how it uses the weights of its children comes before these.
+    known = next(filter(None, (answer(*user) for user in owned.users)), None)
+    if known is not None and isinstance(known[0], LeaveAlone):
+        return known
     if owned.objection:
-        return LeaveAlone(owned.objection), rule
-    if layers == "conv" and not isinstance(owned.owner, (*CONVOLUTIONS, *TRANSPOSED)):
-        return _NOT_CONVOLUTION, rule
-    return found, rule
+        return LeaveAlone(owned.objection), ""
+    if known is None:
+        return _unknown(owned), ""
+    if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
+        return _NOT_CONVOLUTION, ""
+    return known
+
+
+def _unknown(owned: Owned) -> LeaveAlone:
+    if owned.parameter.ndim < 2:
+        return LeaveAlone(f"a {'vector' if owned.parameter.ndim else 'scalar'} has no fan-in")
+    return unknown(*owned.users[-1])
 
 
 def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
@@ -170,14 +185,12 @@ def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
     def decision(fan_in: FanIn | None, reason: str) -> Decision:
         return Decision(owned.name, fan_in, reason, owned.holder, owned.key)
 
-    if not (parameter.is_floating_point() or parameter.is_complex()):
+    if not is_trainable(parameter):
         return decision(None, f"dtype {parameter.dtype}".replace("torch.", ""))
     if isinstance(found, LeaveAlone):
         return decision(None, found.reason)
     if not found.fits(parameter):
-        expected = f"rank {found.ndim}" if found.ndim is not None else f"layout {found.layout}"
-        of_rank = f"of rank {parameter.ndim}, where a {rule} has {expected}"
-        raise RuntimeError(_flattened(owned.name, of_rank))
+        raise RuntimeError(_misfit(owned, found, rule))
     size = found.size(parameter)
     if size < 2:
         return decision(None, f"fan-in {size}: subtracting its mean would freeze it")
@@ -188,6 +201,18 @@ def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
     return decision(found, rule)
 
 
+def _misfit(owned: Owned, found: FanIn, rule: str) -> str:
+    rank = owned.parameter.ndim
+    expected = f"rank {found.ndim}" if found.ndim is not None else f"layout {found.layout}"
+    what = f"of rank {rank}, where a {rule} has {expected}"
+    if rank < 2:
+        return _flattened(owned.name, what)
+    return (
+        f"{owned.name} is {what}. If {type(owned.layer).__name__} has weights of another shape, "
+        "gcx.torch.register_layer tells how they are to be read, and overrides for this one"
+    )
+
+
 def _flattened(name: str, what: str) -> str:
     return (
         f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
@@ -196,9 +221,24 @@ def _flattened(name: str, what: str) -> str:
     )
 
 
-def _tied(first: Decision, second: Decision) -> Decision:
-    """One decision for a parameter of two owners."""
-    if first.fan_in == second.fan_in:
+def _agreed(parameter: Tensor, decisions: list[Decision]) -> Decision:
+    """One decision for a parameter, which may have several owners."""
+    first, *others = decisions
+    means = {_what_is_averaged(parameter, decision.fan_in) for decision in decisions}
+    if len(means) == 1:
         return first
-    reason = f"tied, and the rules differ: {first.reason}; {second.name}: {second.reason}"
+    views = {first.reason: first.reason}
+    for other in others:
+        views.setdefault(other.reason, f"{other.name}: {other.reason}")
+    reason = f"tied, and the rules differ: {'; '.join(views.values())}"
     return first._replace(fan_in=None, reason=reason)
+
+
+def _what_is_averaged(
+    parameter: Tensor, fan_in: FanIn | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and axes, which two rules can describe in two ways."""
+    if fan_in is None:
+        return None
+    shape = fan_in.view_shape(parameter)
+    return shape, fan_in.layout.fan_in_axes(len(shape))

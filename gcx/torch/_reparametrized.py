@@ -1,8 +1,8 @@
-"""Parameters from which a weight is computed: by parametrizations, or by hooks of older torch."""
+"""Which layer uses a parameter, and as what: not always the module where it is registered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 # Parametrizations whose original has its fan-in where the weight has it.
 _KEEP_FAN_IN = (_WeightNorm, _SpectralNorm, _Orthogonal)
 _LENGTH = "weight_norm g: the length of a weight"
+# What holds parameters for another module, which uses them.
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
+
+class User(NamedTuple):
+    """A module that may use a parameter, and the path to it from there."""
+
+    module: nn.Module
+    name: str
 
 
 class Owned(NamedTuple):
@@ -24,26 +33,45 @@ class Owned(NamedTuple):
     parameter: Tensor
     holder: nn.Module  # where it is registered, as `key`
     key: str
-    owner: nn.Module  # the layer whose rule is asked, about `weight`
-    weight: str
-    objection: str = ""  # to its having the fan-in of that weight
+    users: tuple[User, ...]  # the layer comes last, after the modules that hold it
+    objection: str = ""  # to its having the fan-in of the weight of that layer
+
+    @property
+    def layer(self) -> nn.Module:
+        """The innermost module that uses the parameter."""
+        return self.users[-1].module
 
 
 def owned_parameters(model: nn.Module) -> Iterator[Owned]:
-    """List the parameters of a model with their owners, tied ones with each of them."""
-    # Not model.named_parameters(), which hides the second owner.
-    for path, module in model.named_modules():
+    """List the parameters of a model with their layers, by each of their names."""
+    # Not model.named_parameters(), which hides the second owner of a tied parameter.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{path}.{key}" if path else key
-            if isinstance(module, ParametrizationList):
-                # At OWNER.parametrizations.TENSOR; OWNER is empty for the model itself.
-                owner_path, _, tensor = path.rpartition("parametrizations.")
-                owner = model.get_submodule(owner_path.removesuffix("."))
-                objection = _objection(module, parameter)
-                yield Owned(name, parameter, module, key, owner, tensor, objection)
-            else:
-                weight, objection = _by_hook(module, key)
-                yield Owned(name, parameter, module, key, module, weight, objection)
+            weight, objection = _weight_of(path, module, key)
+            name = _joined(path, key)
+            users = _users(modules, weight)
+            yield Owned(name, parameter, module, key, users, objection)
+
+
+def _users(modules: Mapping[str, nn.Module], weight: str) -> tuple[User, ...]:
+    steps = weight.split(".")
+    users = [
+        User(modules[".".join(steps[:depth])], ".".join(steps[depth:]))
+        for depth in range(len(steps))
+    ]
+    return tuple([u for u in users if not isinstance(u.module, _CONTAINERS)] or users)
+
+
+def _weight_of(path: str, module: nn.Module, key: str) -> tuple[str, str]:
+    """Path of the weight that a parameter is or is the origin of, and what speaks against that."""
+    if isinstance(module, ParametrizationList):
+        # At LAYER.parametrizations.WEIGHT; LAYER is empty for the model itself.
+        layer, found, weight = path.rpartition("parametrizations.")
+        if found:
+            return layer + weight, _objection(module, module.get_parameter(key))
+    weight, objection = _by_hook(module, key)
+    return _joined(path, weight), objection
 
 
 def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
@@ -70,3 +98,7 @@ def _by_hook(layer: nn.Module, key: str) -> tuple[str, str]:
 def _pruned(hook: prune.BasePruningMethod) -> str:
     name: str = vars(hook)["_tensor_name"]
     return name
+
+
+def _joined(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,237 @@
+"""Gradients centralized while backward computes them, before anything can flatten them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gcx._tree import naming
+from gcx.backends import _torch
+from gcx.plan import Plan
+from gcx.torch._overrides import Overrides
+from gcx.torch._plan import Decision, Layers, decide, plan_of
+from gcx.torch._warn import warn
+
+# Passes of the model in training after which the gradient of each weight should have come by.
+_PASSES = 8
+
+
+def centralize_in_backward(
+    model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None
+) -> CentralizationInBackward:
+    """Let backward centralize the gradients of a model, from its next forward pass on.
+
+    For what flattens parameters, or updates them before there is a step: FSDP1, DeepSpeed ZeRO,
+    optimizers that work in backward. Where none of these is, `centralize` does more: it knows of
+    weight decay and momentum.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, before it is wrapped: while its weights have the shapes of their layers.
+    layers, overrides
+        As in `plan`, which shows what is centralized.
+
+    Returns
+    -------
+    CentralizationInBackward
+        A handle: ``.plan`` shows what is centralized and why, ``.remove()`` ends it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module. In backward: if the gradient of a weight is sparse.
+    ValueError
+        As `plan`; if nothing would be centralized; if the model has such a handle already.
+    RuntimeError
+        If a parameter has no shape yet (lazy layers), or no longer that of its layer: then call
+        this before the model is wrapped.
+
+    Warns
+    -----
+    UserWarning
+        If no gradient of a weight has come by after 8 forward passes in training mode, or when the
+        handle is removed.
+
+    See Also
+    --------
+    centralize : at the step of an optimizer.
+    centralize_grads_ : one explicit call.
+
+    Notes
+    -----
+    A tensor hook projects the gradient of each weight, on whatever the layer has in its place in
+    the forward pass: the parameter itself; under FSDP1 a view of the flat parameter, and under
+    FSDP2 the parameter made whole. So the gradient is projected before workers average it, which
+    comes to the same, and nothing is communicated. ``torch.autograd.grad`` sees these gradients,
+    too: those of weights for a gradient penalty come out centralized.
+
+    Weight decay that an optimizer adds to the gradient comes later, so its mean remains: prefer
+    decoupled decay (AdamW), or none. Layers added to the model later are not covered. A copy of the
+    model, by `copy.deepcopy` or pickle, centralizes as well, and has no handle.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> gcx.torch.centralize_in_backward(model)
+    <CentralizationInBackward of Linear, <gcx plan: 1 of 2 parameters centralized>>
+    >>> model(torch.rand(8, 3)).square().sum().backward()
+    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
+    True
+    """
+    return CentralizationInBackward(model, layers=layers, overrides=overrides)
+
+
+class CentralizationInBackward:
+    """Gradient Centralization at work in backward, as `centralize_in_backward` returns it.
+
+    Parameters
+    ----------
+    model, layers, overrides
+        As in `gcx.torch.centralize_in_backward`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
+    >>> print(handle.plan)
+    parameter  shape  layout  reason
+    weight     2x3    o...    Linear
+    bias       2      -       bias
+    1 of 2 parameters centralized
+    >>> handle.remove()
+    """
+
+    def __init__(self, model: nn.Module, *, layers: Layers, overrides: Overrides | None) -> None:
+        decisions = decide(model, layers, overrides)
+        self._kind = type(model).__name__
+        self._plan = plan_of(decisions)
+        self._places = [_Place(p, d) for p, d in decisions.items() if d.fan_in is not None]
+        if not self._places:
+            msg = f"there is nothing to centralize in this {self._kind}:\n{self._plan}"
+            raise ValueError(msg)
+        _check_has_no_other(model)
+        self._passes = 0
+        self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+        self._hooks = [model.register_forward_pre_hook(self._count)]
+        # Around a layer, too: some use its weight without calling it, as MultiheadAttention does.
+        for module, places in _places_around(model, self._places):
+            hook = partial(self._before_forward, places)
+            self._hooks.append(module.register_forward_pre_hook(hook))
+        self._before_forward(self._places)  # parameters that stay are settled now
+
+    @property
+    def plan(self) -> Plan:
+        """What happens to each parameter of the model, and why, as a `gcx.plan.Plan`."""
+        return self._plan
+
+    def remove(self) -> None:
+        """Leave the model as it was before; a second time does nothing."""
+        if self._hooks and 0 < self._passes < _PASSES:
+            self._warn_of_idle()
+        for hook in (*self._hooks, *self._hooked.values()):
+            hook.remove()
+        self._hooks.clear()
+        self._hooked.clear()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._kind}, {self.plan!r}>"
+
+    # Not to be traced: it looks at which tensor is there now.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self, places: list[_Place], *_: Any) -> None:
+        for place in places:
+            tensor = place.tensor()
+            if tensor is not None and tensor not in self._hooked:
+                hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
+                self._hooked[tensor] = hook
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count(self, model: nn.Module, *_: Any) -> None:
+        if self._passes < _PASSES and model.training and torch.is_grad_enabled():
+            self._passes += 1
+            if self._passes == _PASSES:
+                self._warn_of_idle()
+
+    def _warn_of_idle(self) -> None:
+        idle = [place.name for place in self._places if place.is_idle()]
+        if idle:
+            warn(
+                f"in {self._passes} passes no gradient of {len(idle)} weights ({idle[0]}, ...) was "
+                "there to centralize: the loss does not depend on them, or they are used outside "
+                "the forward of the layers around them; leave such weights out by overrides"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies of the model. Hooks on tensors are not copied with these.
+        return {**vars(self), "_hooked": None, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _hooked=WeakIdKeyDictionary())
+
+
+class _Place:
+    """Where a layer has a weight: the parameter, or what stands for it in the forward pass."""
+
+    def __init__(self, parameter: Tensor, decision: Decision) -> None:
+        assert decision.fan_in is not None
+        self.name = decision.name
+        self.holder = decision.holder
+        self._key = decision.key
+        self._shape = parameter.shape
+        self._fan_in = decision.fan_in
+        self._has_seen_one = False
+
+    def tensor(self) -> Tensor | None:
+        """Give what is there now, if it has the shape of the weight and will have a gradient."""
+        found = self._found()
+        if found is None or found.shape != self._shape:
+            return None
+        # A view left over from an earlier pass, whose memory FSDP1 has freed, is not of this pass,
+        # and asking more of it is an error.
+        is_freed = type(found) is Tensor and found.untyped_storage().nbytes() == 0
+        return None if is_freed else found
+
+    def centralize(self, grad: Tensor) -> Tensor:
+        """Centralize a gradient on its way."""
+        self._has_seen_one = True
+        with naming(self.name):
+            _torch.check_dtype(grad)
+        return self._fan_in.centralize(grad)
+
+    def is_idle(self) -> bool:
+        """Whether no gradient has come by, of a weight that is trained."""
+        return not self._has_seen_one and self._found() is not None
+
+    def _found(self) -> Tensor | None:
+        found = getattr(self.holder, self._key, None)
+        return found if isinstance(found, Tensor) and found.requires_grad else None
+
+
+def _places_around(
+    model: nn.Module, places: list[_Place]
+) -> Iterator[tuple[nn.Module, list[_Place]]]:
+    """List each module in which there are weights, with these."""
+    for module in model.modules():
+        inside = set(module.modules())
+        within = [place for place in places if place.holder in inside]
+        if within:
+            yield module, within
+
+
+def _check_has_no_other(model: nn.Module) -> None:
+    hooks = vars(model)["_forward_pre_hooks"].values()
+    if any(isinstance(getattr(hook, "__self__", None), CentralizationInBackward) for hook in hooks):
+        msg = (
+            f"this {type(model).__name__} is centralized in backward already; .remove() that first"
+        )
+        raise ValueError(msg)

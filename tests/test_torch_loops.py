@@ -1,0 +1,505 @@
+"""gcx.torch.centralize in the training loops that there are, beside the plain one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, parametrizations, prune
+from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
+from torch_training import GRAD, RTOL, X, change_of, loss_of, new_layer, train
+
+import gcx.torch
+from gcx.testing import assert_centralized
+
+# Two roundings apart: the same steps, summed in another order.
+ATOL = 1e-13
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    return new_layer()
+
+
+def sgd(model: nn.Module, **options: Any) -> SGD:
+    """SGD as the paper runs it."""
+    return SGD(model.parameters(), **{"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, **options})
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+
+
+def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]) -> None:
+    """Corollary 4.1."""
+    assert_centralized(change_of(weight, training), rtol=RTOL)
+
+
+def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    return loss
+
+
+# Accumulation and clipping
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
+    """Four parts of a batch do what the batch does."""
+    twin = copy.deepcopy(layer)
+    optimizer, whole = sgd(layer), sgd(twin)
+    gcx.torch.centralize(optimizer, layer, where=where)
+    gcx.torch.centralize(whole, twin, where=where)
+
+    def training() -> None:
+        for _ in range(5):
+            for part in X.chunk(4):
+                loss_of(layer, part).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+    assert_means_kept(layer, training)
+    train(twin, whole)
+    assert_same(layer, twin)
+
+
+def test_steps_that_keep_the_gradient(layer: nn.Linear) -> None:
+    """The second step centralizes what it has centralized before, and the decay of new weights."""
+    optimizer = sgd(layer, momentum=0)
+    gcx.torch.centralize(optimizer, layer)
+    loss_of(layer).backward()
+    assert_means_kept(layer, lambda: [optimizer.step() for _ in range(3)])
+
+
+def test_clipping_in_the_loop_comes_first(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, layer)
+    start = layer.weight.detach().clone()
+    loss_of(layer).backward()
+    grad = layer.weight.grad.clone()
+    norm = clip_grad_norm_(layer.parameters(), 0.5)
+    assert norm > 0.5
+    optimizer.step()
+    clipped = grad * 0.5 / norm
+    expected = start - 0.1 * (clipped - clipped.mean(1, keepdim=True))
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_centralize_grads_before_clipping(attached: bool, layer: nn.Linear) -> None:
+    """The norm is that of the centralized gradients, of which nothing is lost after it."""
+    optimizer = sgd(layer, weight_decay=0)
+    if attached:
+        gcx.torch.centralize(optimizer, layer)
+
+    def training() -> None:
+        for _ in range(5):
+            backward(layer, optimizer)
+            gcx.torch.centralize_grads_(layer)
+            assert clip_grad_norm_(layer.parameters(), 0.5) > 0.5
+            optimizer.step()
+            grads = [p.grad for p in layer.parameters()]
+            norm = torch.nn.utils.get_total_norm(grads)
+            torch.testing.assert_close(norm.item(), 0.5, rtol=1e-5, atol=0)
+
+    assert_means_kept(layer, training)
+
+
+def test_centralize_grads_touches_nothing_else(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), layer, nn.Linear(5, 3))
+    layer.weight.grad, layer.bias.grad = GRAD.clone(), torch.ones_like(layer.bias)
+    model[0].weight.grad = conv = torch.rand(3, 2, 2)
+    weights = [p.detach().clone() for p in model.parameters()]
+    kept = conv.clone()
+    gcx.torch.centralize_grads_(model, overrides={"0.*": None})
+    assert torch.equal(conv, kept)
+    torch.testing.assert_close(layer.weight.grad, GRAD - GRAD.mean(1, keepdim=True))
+    assert torch.equal(layer.bias.grad, torch.ones_like(layer.bias))
+    assert model[2].weight.grad is None
+    assert all(map(torch.equal, weights, model.parameters()))
+    gcx.torch.centralize_grads_(model, layers="conv")
+    torch.testing.assert_close(conv, kept - kept.mean((1, 2), keepdim=True))
+
+
+def test_centralize_grads_with_nothing_to_do(layer: nn.Linear) -> None:
+    with pytest.raises(ValueError, match=r"no gradient to centralize; call backward\(\) first"):
+        gcx.torch.centralize_grads_(layer)
+    loss_of(layer).backward()
+    with pytest.raises(ValueError, match=r"no gradient to centralize"):
+        gcx.torch.centralize_grads_(layer, layers="conv")
+
+
+def test_centralize_grads_of_a_sparse_gradient_changes_none(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 3).double(), layer)
+    model[0].weight.grad, layer.weight.grad = GRAD.clone(), GRAD.to_sparse()
+    with pytest.raises(TypeError, match=r"1\.weight has a gradient of layout torch\.sparse_coo"):
+        gcx.torch.centralize_grads_(model)
+    assert torch.equal(model[0].weight.grad, GRAD)
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize("step_inside", [False, True])
+def test_autocast(step_inside: bool, where: Any) -> None:
+    layer = new_layer().float()
+    optimizer = sgd(layer)
+    gcx.torch.centralize(optimizer, layer, where=where)
+    dtypes = set()
+
+    def training() -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = layer(X.float())
+                dtypes.add(out.dtype)
+                (out - 1).square().sum().backward()
+                if step_inside:
+                    optimizer.step()
+            if not step_inside:
+                optimizer.step()
+
+    # float32 now: rounding of 1e-7 in weights that move by 1.
+    assert_centralized(change_of(layer, training), rtol=1e-5)
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_training_goes_on_after_an_infinity(
+    where: Any, fused: bool, kind: Any, layer: nn.Linear
+) -> None:
+    """A GradScaler skips that step, and the ones after it are what they would have been."""
+    twin = copy.deepcopy(layer)
+    options = {"lr": 0.01, "weight_decay": 0.125}  # exact in float32, as the scale is
+    optimizer = kind(layer.parameters(), fused=fused, **options)
+    plain = kind(twin.parameters(), **options)
+    gcx.torch.centralize(optimizer, layer, where=where)
+    gcx.torch.centralize(plain, twin, where=where)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1, 1, torch.inf, 1, 1, torch.inf, 1):
+        optimizer.zero_grad()
+        scaler.scale(factor * loss_of(layer)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 256.0
+    train(twin, plain, steps=5)
+    assert_same(layer, twin)
+
+
+# Closures
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization around a base optimizer, as it is usually written."""
+
+    def __init__(self, params: Any, base: Any, *, rho: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        for p in parameters:
+            self.state[p]["start"] = p.clone()
+            p.add_(p.grad * self.defaults["rho"] / norm)
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["start"])
+        self.base.step()
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        self.climb()
+        closure()
+        self.descend()
+        return loss
+
+
+def train_sam(layer: nn.Module, sam: SAM) -> None:
+    for _ in range(5):
+        sam.step(lambda: backward(layer, sam))
+
+
+def test_base_of_sam_takes_a_centralized_step(layer: nn.Linear) -> None:
+    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
+    gcx.torch.centralize(sam.base, layer)
+    assert_means_kept(layer, lambda: train_sam(layer, sam))
+
+
+def test_base_of_sam_in_a_loop_that_calls_both_steps(layer: nn.Linear) -> None:
+    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
+    gcx.torch.centralize(sam.base, layer)
+
+    def training() -> None:
+        for step in (sam.climb, sam.descend) * 5:
+            backward(layer, sam)
+            step()
+
+    assert_means_kept(layer, training)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_sam_itself_climbs_and_descends_centralized(where: Any, layer: nn.Linear) -> None:
+    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9)
+    gcx.torch.centralize(sam, layer, where=where)
+    climbed: list[Tensor] = []
+
+    def closure() -> Tensor:
+        climbed.append(layer.weight.detach().clone())
+        return backward(layer, sam)
+
+    assert_means_kept(layer, lambda: [sam.step(closure) for _ in range(5)])
+    if where == "gradient":
+        for before, after in zip(climbed[::2], climbed[1::2], strict=True):
+            assert_centralized(after - before, rtol=RTOL)
+
+
+def test_sam_and_its_base_where_weight_decay_is_in_the_base(layer: nn.Linear) -> None:
+    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
+    with pytest.raises(ValueError, match="does SAM add weight_decay"):
+        gcx.torch.centralize(sam, layer)
+    gcx.torch.centralize(sam, layer, decay="outside")
+    gcx.torch.centralize(sam.base, layer)
+    assert_means_kept(layer, lambda: train_sam(layer, sam))
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
+    optimizer = sgd(layer)
+    gcx.torch.centralize(optimizer, layer, where=where)
+
+    def closure() -> None:
+        loss_of(layer).backward()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert_means_kept(layer, lambda: train(layer, optimizer))
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_lbfgs_in_two_parts_of_a_training(where: Any, layer: nn.Linear) -> None:
+    """Its state is that of all parameters in a row, and a checkpoint of it is taken as it is."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    optimizer = LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    gcx.torch.centralize(optimizer, model, where=where)
+    assert_means_kept(layer, lambda: optimizer.step(lambda: backward(model, optimizer)))
+    resumed = LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    gcx.torch.centralize(resumed, model, where=where)
+    resumed.load_state_dict(optimizer.state_dict())  # without warning: it has no mean
+    assert_means_kept(model[0].weight, lambda: resumed.step(lambda: backward(model, resumed)))
+
+
+# Optimizers that step in backward, one for each parameter
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_optimizers_applied_in_backward(layer: nn.Linear) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    twin = copy.deepcopy(layer)
+    plain = sgd(twin)
+    gcx.torch.centralize(plain, twin)
+    options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}
+    _apply_optimizer_in_backward(SGD, layer.parameters(), options)
+    for optimizer in layer.weight._in_backward_optimizers:
+        gcx.torch.centralize(optimizer, layer)
+    for _ in range(5):
+        loss_of(layer).backward()
+    train(twin, plain)
+    assert_same(layer, twin)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn.Linear) -> None:
+    optimizers = {p: SGD([p], lr=0.01, weight_decay=0.1) for p in layer.parameters()}
+    with pytest.raises(ValueError, match="nothing to centralize"):
+        gcx.torch.centralize(optimizers[layer.bias], layer)
+    centralized = {row.name for row in gcx.torch.plan(layer) if row.layout is not None}
+    for name, parameter in layer.named_parameters():
+        if name in centralized:
+            gcx.torch.centralize(optimizers[parameter], layer, where=where)
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    assert_means_kept(layer, lambda: [loss_of(layer).backward() for _ in range(5)])
+
+
+# Models that change
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
+    """As of a generator and a discriminator; one may leave, and the other stays."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    first, second = sgd(model[0]), sgd(layer)
+    handles = [gcx.torch.centralize(one, model, where=where) for one in (first, second)]
+
+    def training() -> None:
+        for _ in range(5):
+            for one in (first, second):
+                backward(model, one)
+                one.step()
+
+    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
+    assert_centralized(change, rtol=RTOL)
+    handles[0].remove()
+    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
+    assert change.mean(1).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    model[0].requires_grad_(requires_grad=False)
+    frozen = model[0].weight.detach().clone()
+    optimizer = sgd(model)
+    gcx.torch.centralize(optimizer, model, where=where)
+    assert_means_kept(layer, lambda: train(model, optimizer))
+    assert torch.equal(model[0].weight, frozen)
+    model[0].requires_grad_()
+    layer.requires_grad_(requires_grad=False)
+    assert_means_kept(model[0].weight, lambda: train(model, optimizer))
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def empty(model: nn.Module) -> None:
+    state = copy.deepcopy(model.state_dict())
+    model.to_empty(device="meta").to_empty(device="cpu").load_state_dict(state)
+
+
+REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
+    "load_state_dict(assign=True)": assign,
+    "to_empty": empty,
+    "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
+    "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_parameters_that_were_replaced(where: Any, replace: Any, layer: nn.Linear) -> None:
+    """The step of the optimizer would be of no use, and says so each time, before it is made."""
+    model = nn.Sequential(nn.Tanh(), layer)
+    weight = layer.weight
+    optimizer = sgd(model)
+    gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    replace(model)
+    weight.grad, before = GRAD.clone(), weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1\.weight was replaced in the model.*after that"):
+            optimizer.step()
+    assert torch.equal(weight.grad, GRAD)
+    assert torch.equal(weight, before)
+    gcx.torch.centralize(new := sgd(model), model, where=where)
+    (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
+    assert_means_kept(weight, lambda: train(model, new))
+
+
+MOVING: dict[str, Callable[[nn.Linear], object]] = {
+    "spectral_norm": parametrizations.spectral_norm,
+    "prune": lambda layer: prune.identity(layer, "weight"),
+    "to": lambda layer: layer.to(torch.float64),
+    "share_memory": nn.Module.share_memory,
+}
+
+
+@pytest.mark.parametrize("move", MOVING.values(), ids=MOVING)
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(layer)
+    optimizer = sgd(model)
+    weight = layer.weight
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    move(layer)
+    assert_means_kept(weight, lambda: train(model, optimizer))
+    names = {row.name for row in handle.plan}
+    assert names == {name for name, _ in model.named_parameters()}
+
+
+# Gradients and weights of other kinds
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_complex_weights(where: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3, dtype=torch.complex128)
+    optimizer = sgd(layer) if where == "gradient" else Adam(layer.parameters(), weight_decay=0.1)
+    gcx.torch.centralize(optimizer, layer, where=where)
+
+    def training() -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer((X - 0.5) * (1 + 2j)).abs().square().sum().backward()
+            optimizer.step()
+
+    change = change_of(layer, training)
+    assert change.imag.abs().max() > 1e-5
+    assert_centralized(change, rtol=RTOL)
+
+
+def test_update_by_a_sparse_gradient(layer: nn.Linear) -> None:
+    optimizer = SGD([layer.weight], lr=0.1)
+    gcx.torch.centralize(optimizer, layer, where="update")
+    layer.weight.grad = GRAD.to_sparse()
+    assert_means_kept(layer, optimizer.step)
+
+
+def test_muon_takes_the_centralized_gradient(layer: nn.Linear) -> None:
+    """As it would if it were given it by hand; it orthogonalizes in bfloat16 whatever it gets."""
+    twin = copy.deepcopy(layer)
+    optimizer, plain = Muon([layer.weight]), Muon([twin.weight])
+    gcx.torch.centralize(optimizer, layer)
+    for _ in range(5):
+        backward(layer, optimizer)
+        backward(twin, plain)
+        twin.weight.grad -= twin.weight.grad.mean(1, keepdim=True)
+        optimizer.step()
+        plain.step()
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_muon_and_adamw_share_a_model(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1).double(), layer)
+    of_conv = AdamW(model[0].parameters(), lr=0.01)
+    for optimizer in (muon := Muon([layer.weight]), of_conv):
+        gcx.torch.centralize(optimizer, model, where="update")
+
+    def training() -> None:
+        for _ in range(5):
+            model.zero_grad()
+            (model(X[:, None]) - 1).square().sum().backward()
+            muon.step()
+            of_conv.step()
+
+    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
+    assert_centralized(change, rtol=RTOL)

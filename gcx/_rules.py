@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from gcx.layout import LayoutLike
 from gcx.plan import LeaveAlone
@@ -19,24 +19,41 @@ AnswerT = TypeVar("AnswerT")
 Rule = Callable[[Any], Mapping[str, AnswerT]]
 RuleT = TypeVar("RuleT", bound=Callable[[Any], Mapping[str, Any]])
 
+# Reasons that many rules share.
+BIAS = LeaveAlone("bias")
+NORM = LeaveAlone("norm")
+EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+
+
+class _Named(NamedTuple):
+    """A rule, and the name of the class that it is the rule of."""
+
+    kind: str
+    rule: Rule[Any]
+
 
 class Rules(Generic[AnswerT]):
-    """The rules of one framework, found along the MRO: a subclass follows its nearest base class.
+    """The rules of one framework, found along the MRO.
+
+    The nearest class counts whose rule knows the name of a parameter: a subclass follows its base
+    classes, and a rule of its own needs to say only what is different.
 
     Parameters
     ----------
     table : mapping from type or str to rule
         Text is the qualified name of a class (``"transformers.pytorch_utils.Conv1D"``) or a glob
-        of such names, so that a package needs not be imported to have rules.
+        of such names, so that a package needs not be imported to have rules. Of several names
+        that match a class, the first one counts whose rule knows the parameter.
     group : str
         The entry points by which other packages bring rules: their names are qualified names of
-        classes, and what they refer to are rules, loaded when a layer needs them.
+        classes, or globs, and what they refer to are rules, loaded when a layer needs them.
     """
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
         self._by_type = {kind: rule for kind, rule in table.items() if isinstance(kind, type)}
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
+        self._found: dict[type, tuple[_Named, ...]] = {}  # a model has many layers of few types
 
     def register(self, kind: type) -> Callable[[RuleT], RuleT]:
         """Decorate the rule of a layer type; a later rule of the same type replaces it."""
@@ -45,7 +62,11 @@ class Rules(Generic[AnswerT]):
             raise TypeError(msg)
 
         def decorator(rule: RuleT) -> RuleT:
+            if not callable(rule):
+                msg = f"the rule of {kind.__name__} is a function of a layer, not {rule!r}"
+                raise TypeError(msg)
             self._by_type[kind] = rule
+            self._found.clear()
             return rule
 
         return decorator
@@ -53,29 +74,70 @@ class Rules(Generic[AnswerT]):
     def answer(self, layer: object, name: str) -> tuple[AnswerT | LeaveAlone | None, str]:
         """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
 
-        Nothing is guessed: without a rule, or a rule that does not know the name, the parameter is
-        left alone.
+        Nothing is guessed: what no rule knows is left alone.
         """
-        for base in type(layer).__mro__:
-            rule = self._rule_of(base)
-            if rule is not None:
-                for pattern, found in rule(layer).items():
-                    if fnmatchcase(name, pattern):
-                        return found, base.__name__
-                break
         owner = type(layer).__name__
-        return LeaveAlone(f"unknown: nobody declared {owner}.{name}"), owner
+        return self.find(layer, name) or (unknown(layer, name), owner)
 
-    def _rule_of(self, kind: type) -> Rule[AnswerT] | None:
-        if kind in self._by_type:
-            return self._by_type[kind]
-        qualified = f"{kind.__module__}.{kind.__qualname__}"
-        found: EntryPoint | None = self._entry_points.get(qualified)
-        if found is not None:
-            rule: Rule[AnswerT] = found.load()
-            return rule
-        return next((r for name, r in self._by_name.items() if fnmatchcase(qualified, name)), None)
+    def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
+        """Answer as `answer` does, or None if no rule knows the parameter."""
+        for kind, rule in self._rules_of(type(layer)):
+            answers = rule(layer)
+            if not isinstance(answers, Mapping):
+                msg = (
+                    f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the "
+                    "names of parameters to their layouts"
+                )
+                raise TypeError(msg)
+            for pattern, found in answers.items():
+                if _matches(pattern, name):
+                    return found, kind
+        return None
+
+    def _rules_of(self, kind: type) -> tuple[_Named, ...]:
+        if kind not in self._found:
+            self._found[kind] = tuple(self._search(kind))
+        return self._found[kind]
+
+    def _search(self, kind: type) -> Iterator[_Named]:
+        for base in kind.__mro__:
+            qualified = f"{base.__module__}.{base.__qualname__}"
+            if base in self._by_type:
+                yield _Named(base.__name__, self._by_type[base])
+            for found in self._entry_points:
+                if fnmatchcase(qualified, found.name):
+                    yield _Named(base.__name__, _load(found))
+            for name, rule in self._by_name.items():
+                if fnmatchcase(qualified, name):
+                    yield _Named(base.__name__, rule)
 
     @cached_property
-    def _entry_points(self) -> dict[str, EntryPoint]:
-        return {found.name: found for found in entry_points(group=self._group)}
+    def _entry_points(self) -> tuple[EntryPoint, ...]:
+        return tuple(entry_points(group=self._group))
+
+
+def unknown(layer: object, name: str) -> LeaveAlone:
+    """Answer for a parameter that no rule knows."""
+    return LeaveAlone(f"unknown: nobody declared {type(layer).__name__}.{name}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    # The dots are those of children: a `*` for the parameters of a layer stays in that layer.
+    return pattern.count(".") == name.count(".") and fnmatchcase(name, pattern)
+
+
+def _load(found: EntryPoint) -> Rule[Any]:
+    """Load the rule of another package."""
+    brought = f"the entry point {found.name!r} of group {found.group!r}"
+    if found.dist is not None:
+        brought += f", of the package {found.dist.name}"
+    try:
+        rule = found.load()
+    except Exception as error:
+        msg = f"{brought}, does not load {found.value!r}: {type(error).__name__}: {error}"
+        raise ImportError(msg) from error
+    if not callable(rule):
+        msg = f"{brought}, is {rule!r}, which is not a function of a layer"
+        raise TypeError(msg)
+    checked: Rule[Any] = rule
+    return checked

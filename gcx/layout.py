@@ -8,7 +8,6 @@ __all__ = ["Layout", "LayoutLike", "match_layouts"]
 
 _ELLIPSIS = "..."
 _USUAL_RANKS = 9
-_GLOB = frozenset("*?[")  # what makes a key more than a name
 
 
 class Layout:
@@ -171,25 +170,8 @@ def match_layouts(
     ValueError
         If a key matches no name.
     """
-    from fnmatch import fnmatchcase
+    from gcx._globs import first_keys
 
-    for key in layouts:
-        if not isinstance(key, str):
-            msg = f"layouts: a key is the name of a parameter or a glob, not {key!r}"
-            raise TypeError(msg)
-    names = list(names)
+    keys = first_keys(layouts, names, what="layouts", complete=complete)
     parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
-    matched: dict[str, Layout | None] = {}
-    used = set()
-    for name in names:
-        keys = [k for k in parsed if k == name or (_GLOB & set(k) and fnmatchcase(name, k))]
-        used.update(keys)
-        if keys:
-            matched[name] = parsed[keys[0]]
-    unused = [key for key in parsed if key not in used]
-    if unused and complete:
-        shown = 10
-        listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-        msg = f"layouts: {unused[0]!r} matches no parameter; there are: {listed or '(none)'}"
-        raise ValueError(msg)
-    return matched
+    return {name: parsed[key] for name, key in keys.items()}

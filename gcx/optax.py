@@ -1,10 +1,8 @@
-"""Gradient Centralization as an optax transformation, with layouts by parameter path."""
+"""Gradient Centralization as an optax transformation, with layouts from the model itself."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,58 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import gcx
 from gcx._centralize import checked_strength
+from gcx._jax_layers._forms import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
+from gcx._jax_layers._frameworks import RULES, decide
+from gcx._jax_layers._names import is_none, named_leaves
+from gcx._mesh_axes import AxisName, axes_by_path, centralize_part, check_axis_name
+from gcx._rules import RuleT
 from gcx._tree import naming
-from gcx.layout import Layout, LayoutLike, as_layout, match_layouts
-from gcx.plan import Plan, PlanRow
+from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
-__all__ = ["centralize", "plan"]
-
-Layouts = str | Mapping[str, LayoutLike | None] | Callable[[str, Any], LayoutLike | None]
-
-# Path and array to layout (or None) and the reason for it.
-_Rule = Callable[[str, Any], tuple[LayoutLike | None, str]]
-
-# The rows of a preset: how the path ends, layout or None, reason. The first row counts that matches
-# and fits the rank. Patterns are regular expressions since the "*" of a glob crosses "/", and
-# "conv_transpose_block/conv/w" is not a transposed convolution.
-_PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
-    "flax": (
-        (r"(query|key|value)/kernel", "ioo", "attention projection"),
-        (r"/kernel", "...o", "kernel"),
-        (r"/embedding", None, "embedding"),
-        (r"/bias", None, "bias"),
-        (r"/scale", None, "norm"),
-    ),
-    "haiku": (
-        (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
-        (r"/(w|w_i|w_h)", "...o", "weight"),
-        (r"/embeddings", None, "embedding"),
-        (r"/b", None, "bias"),
-        (r"/(scale|offset)", None, "norm"),
-    ),
-    "equinox": (
-        (r"embed[^/]*/weight", None, "embedding"),
-        (r"norm[^/]*/(weight|bias)", None, "norm"),
-        (r"/(weight|weight_ih|weight_hh)", "o...", "weight"),
-        (r"/(bias|bias_n)", None, "bias"),
-    ),
-    "keras": (
-        (r"(query|key|value)/kernel", "ioo", "attention projection"),
-        (r"conv[^/]*_transpose[^/]*/kernel", "...oi", "transposed convolution"),
-        # The second and third name are those of keras.applications.
-        (r"(depthwise|dwconv|conv_dw)[^/]*/kernel", "...oo", "depthwise convolution"),
-        (r"/depthwise_kernel", "...oo", "depthwise convolution"),
-        (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
-        (r"/(embeddings|reverse_embeddings)", None, "embedding"),
-        (r"/bias", None, "bias"),
-        (r"/(gamma|beta|scale)", None, "norm"),
-    ),
-}
+__all__ = ["centralize", "layouts", "plan", "register_layer"]
 
 
-def centralize(layouts: Layouts, *, strength: float = 1.0) -> optax.GradientTransformation:
+def centralize(
+    layouts: Layouts, *, strength: float = 1.0, axis_name: AxisName = None
+) -> optax.GradientTransformation:
     """Centralize the updates that pass: subtract their mean over the fan-in.
 
     The place in the chain says what is centralized:
@@ -81,37 +43,48 @@ def centralize(layouts: Layouts, *, strength: float = 1.0) -> optax.GradientTran
 
     Parameters
     ----------
-    layouts : str, mapping or callable
+    layouts : model, mapping, callable or str
         Which axes are fan-in, by the path of the parameter (``"Dense_0/kernel"``: names joined by
         ``/``, the ``.value`` of Flax boxes dropped). One of
 
-        - a preset: ``"flax"`` (linen and nnx), ``"haiku"``, ``"equinox"`` or ``"keras"``;
-        - a mapping from path to layout or None (leave alone), where a path may be a glob
-          (``"*/kernel"``) and the first that matches counts;
+        - an nnx or Equinox module: each parameter is judged by the layer that owns it;
+        - a mapping from path to layout, None or `LeaveAlone`, such as `layouts` makes from any
+          model; a path may be a glob (``"*/kernel"``), and the first that matches counts;
         - a function of path and array (of a gradient, or of a parameter: use its shape and dtype)
-          that returns a layout or None.
+          that returns a layout, None or `LeaveAlone`;
+        - a preset, for who has parameters and no model: ``"flax"`` (linen and nnx), ``"haiku"``,
+          ``"equinox"`` or ``"keras"``.
 
         What nothing matches is left alone.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract. A Python number: in
         `optax.inject_hyperparams` name it among the ``static_args``.
+    axis_name : str, tuple of str or mapping, optional
+        Inside `jax.shard_map` and `jax.pmap`: the mesh axes over which the fan-in is split, so
+        that the mean is taken over these too. One name or tuple for all parameters, or a mapping
+        from path or glob to name, tuple or None (the fan-in is whole). Not for `jax.jit` alone,
+        under which XLA communicates by itself.
 
     Returns
     -------
     optax.GradientTransformation
         Without state, for use alone or in `optax.chain`, `optax.masked`, `optax.multi_transform`,
         `optax.MultiSteps` and so on. Its ``init`` raises the errors of `plan`, and a ValueError if
-        there are parameters and nothing is centralized, as within `optax.flatten`.
+        there are parameters and nothing is centralized, as within `optax.flatten`. Its ``update``
+        raises a ValueError where `axis_name` names an axis that is not bound, and in
+        `jax.shard_map` where a gradient differs along an axis and `axis_name` says nothing of it.
 
     Raises
     ------
     TypeError
-        If `layouts` is none of these.
+        If `layouts` or `axis_name` is none of these, or `layouts` is a model that has no layers
+        before it sees an input (linen, Haiku): give those to `layouts`.
     ValueError
         If there is no such preset, or `strength` is not a number from 0 to 1.
 
     See Also
     --------
+    layouts : the mapping for a model; needed for linen and Haiku.
     plan : what would be centralized, and why not; print it before you train.
 
     Notes
@@ -119,21 +92,26 @@ def centralize(layouts: Layouts, *, strength: float = 1.0) -> optax.GradientTran
     `optax.centralize` averages over all axes but the first, whatever the layer. On the kernels of
     Flax, Haiku and Keras, whose output axis is the last, those are not the fan-in.
 
-    **A preset goes by name and rank only.** It takes every kernel for that of an ordinary layer and
-    cannot know of
+    A model is read once, here: its arrays are neither kept nor looked at, only their shapes.
 
-    - kernels stacked by ``scan`` or ``vmap``, which have one more axis in front;
+    **A preset goes by name and rank only.** Where the name says that they do not tell the fan-in
+    (``Einsum_0``, ``ScanDense_0``, ``einsum_dense``), it leaves the kernel alone. Any other kernel
+    it takes for that of an ordinary layer, and cannot know of
+
+    - kernels stacked by ``scan`` or ``vmap``, which have one more axis (but it knows the
+      ``layer_stack`` of Haiku);
     - several output axes, as of ``DenseGeneral``, ``Einsum`` or ``EinsumDense``;
     - a ``Conv1D`` called ``query``, which it takes for an attention projection;
     - transposed convolutions of Haiku and Keras, and depthwise ones of Keras, under other names;
     - ``ConvTranspose(transpose_kernel=True)`` and ``ConvLocal`` of Flax.
 
-    For these start from the plan of the preset (see the examples) or give a function.
+    For these use `layouts`, or start from the plan of the preset (see the examples).
 
     The variables of a Keras model are a list; a preset needs a dict of them by ``variable.path``.
 
-    In `jax.shard_map` and `jax.pmap`, give it whole gradients or shards that keep the fan-in whole:
-    it does not communicate.
+    In `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``, JAX does not know a part from a
+    whole gradient: a fan-in that is split, and of which `axis_name` says nothing, is centralized
+    part by part without an error.
 
     References
     ----------
@@ -166,23 +144,25 @@ def centralize(layouts: Layouts, *, strength: float = 1.0) -> optax.GradientTran
     heads/kernel  2x4x3  ioo     as given
     2 of 3 parameters centralized
     """
-    _check_layouts(layouts)
+    source = source_of(layouts)
     checked_strength(strength)
+    check_axis_name(axis_name)
 
     def init(params: optax.Params) -> optax.OptState:
-        _check_not_idle(params, plan(params, layouts))
+        _check_not_idle(params, _plan(params, source, _mesh_axes(params, axis_name)))
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_is_none)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
+        axes = _mesh_axes(updates, axis_name)
         centralized = [
             leaf
             if row.layout is None
-            else gcx.centralize(leaf, layout=row.layout, strength=strength)
-            for leaf, row in zip(leaves, plan(updates, layouts), strict=True)
+            else centralize_part(leaf, row.layout, strength, axes.get(row.name), row.name)
+            for leaf, row in zip(leaves, _plan(updates, source, axes), strict=True)
         ]
         return jax.tree.unflatten(structure, centralized), state
 
@@ -197,7 +177,7 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     params : pytree
         Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves that `optax.masked` hides
         are not listed.
-    layouts : str, mapping or callable
+    layouts : model, mapping, callable or str
         As in `centralize`.
 
     Returns
@@ -210,7 +190,8 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     Raises
     ------
     TypeError
-        If `layouts` is not one of the forms, or gives something else than a layout or None.
+        If `layouts` is not one of the forms, or gives something else than a layout, None or
+        `LeaveAlone`.
     ValueError
         If a key of a mapping matches no parameter (not checked where `optax.masked` or
         `optax.multi_transform` hide some), or a layout is not valid or does not fit the rank.
@@ -230,27 +211,107 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     token          1x8      -       unknown: no rule for this name
     1 of 3 parameters centralized
     """
-    _check_layouts(layouts)
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_none)
-    named = [(_name(path), leaf) for path, leaf in paths_and_leaves]
-    rule = _rule(layouts, [name for name, _ in named], complete=not _is_partial(params))
-    return Plan(_row(name, leaf, rule) for name, leaf in named)
+    return _plan(params, source_of(layouts), {})
 
 
-def _check_layouts(layouts: object) -> None:
-    presets = ", ".join(map(repr, _PRESETS))
-    if isinstance(layouts, str) and layouts not in _PRESETS:
-        msg = (
-            f"layouts: no preset {layouts!r}; there are {presets}. "
-            "To give every parameter one layout use a mapping: {'*': 'o...'}"
-        )
-        raise ValueError(msg)
-    if not isinstance(layouts, (str, Mapping)) and not callable(layouts):
-        msg = (
-            f"layouts is a preset ({presets}), a mapping from path to layout or None, or a "
-            f"function of path and array, not {type(layouts).__name__}"
-        )
-        raise TypeError(msg)
+def layouts(
+    model: object, /, *example_inputs: Any, **keyword_inputs: Any
+) -> dict[str, Layout | LeaveAlone]:
+    """Read off a model where the fan-in of each of its parameters is.
+
+    Each parameter is judged by the type of the layer that owns it, never by its name or its rank. A
+    subclass follows its base class. Where layers are stacked (``scan``, ``vmap``, ``layer_stack``),
+    the axes of the stack are kept. A layer that nobody declared is left alone, and says so.
+
+    Parameters
+    ----------
+    model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
+        Of concrete arrays or of shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``).
+    *example_inputs, **keyword_inputs
+        For linen and Haiku what their ``init`` takes after the random key: arrays, or
+        `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
+
+    Returns
+    -------
+    dict from str to Layout or LeaveAlone
+        For `centralize` and `plan`; change in it what you know better. The names are those of the
+        parameters as an optimizer gets them: of ``nnx.state(model, nnx.Param)``, of
+        ``equinox.filter(model, equinox.is_array)``, of linen's ``variables["params"]`` (put
+        ``"params/"`` in front if you optimize all of `variables`), and of Haiku's ``params``.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a model, or is given example inputs that it does not need.
+
+    See Also
+    --------
+    register_layer : declare a layer of your own.
+
+    Examples
+    --------
+    >>> import gcx.optax
+    >>> gcx.optax.layouts("flax")
+    Traceback (most recent call last):
+        ...
+    TypeError: model is an nnx, linen or Equinox module, or what haiku.transform has made, not str
+
+    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may give
+    ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
+    """
+    decisions = decide(model, example_inputs, keyword_inputs)
+    return {name: layout or LeaveAlone(why) for name, (layout, why) in decisions.items()}
+
+
+def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
+    """Declare where the parameters of a layer type have their fan-in: decorates its rule.
+
+    Parameters
+    ----------
+    kind : type
+        The class of a layer of nnx, linen, Equinox or Haiku; its subclasses follow.
+
+    Returns
+    -------
+    callable
+        Decorator of a function that takes such a layer, and returns a mapping from the name of each
+        of its own parameters, or a glob of names, to a layout, `LeaveAlone` or None. A layout
+        without ``...`` is that of a single layer: a stack of layers has more axes in front. In
+        linen and Haiku the function is called while the layer is.
+
+    Raises
+    ------
+    TypeError
+        If `kind` is not a class.
+
+    Notes
+    -----
+    A package brings rules without importing gcx by entry points of the group
+    ``gcx.optax.layers``: the name is the qualified name of the class
+    (``my_package.layers.Experts``), the object the rule.
+
+    Examples
+    --------
+    >>> import gcx.optax
+    >>> from gcx.plan import LeaveAlone
+    >>> class Experts:  # of nnx.Module, say
+    ...     pass
+    >>> @gcx.optax.register_layer(Experts)
+    ... def experts(layer):
+    ...     return {"w_in": "oio", "w_out": "oio", "router": "io", "bias_*": LeaveAlone("bias")}
+    """
+    return RULES.register(kind)
+
+
+def _plan(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
+    named = named_leaves(params)
+    rule = source([name for name, _ in named], not _is_partial(params))
+    return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
+
+
+def _mesh_axes(params: optax.Params, axis_name: AxisName) -> dict[str, tuple[str, ...]]:
+    names = [name for name, _ in named_leaves(params)]
+    return axes_by_path(axis_name, names, complete=not _is_partial(params))
 
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:
@@ -275,63 +336,7 @@ def _is_partial(tree: Any) -> bool:
     return not leaves or any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
 
 
-def _is_none(node: object) -> bool:
-    return node is None
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Keys of a path joined by ``/``, without the ``.value`` by which Flax boxes hold an array."""
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return "/".join(map(_key_text, path))
-
-
-def _key_text(key: object) -> str:
-    # Those of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey; other keys are what they are.
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _rule(layouts: Layouts, names: list[str], *, complete: bool) -> _Rule:
-    """One function of path and array, from any form of `layouts`."""
-    if isinstance(layouts, str):
-        return partial(_from_preset, layouts)
-    if isinstance(layouts, Mapping):
-        return partial(_from_mapping, match_layouts(layouts, names, complete=complete))
-    return lambda name, leaf: (layouts(name, leaf), "as given")
-
-
-def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
-    for pattern, layout, reason in _PRESETS[preset]:
-        is_named_so = re.search(f"{pattern}$", f"/{name}")
-        if is_named_so and (layout is None or _fits(layout, leaf.ndim)):
-            return layout, reason
-    return None, _no_rule(leaf)
-
-
-def _from_mapping(
-    matched: Mapping[str, Layout | None], name: str, leaf: Any
-) -> tuple[LayoutLike | None, str]:
-    return (matched[name], "as given") if name in matched else (None, _no_rule(leaf))
-
-
-def _no_rule(leaf: Any) -> str:
-    return "unknown: no rule for this name" if leaf.ndim > 1 else _TOO_FEW_AXES
-
-
-def _fits(layout: str, ndim: int) -> bool:
-    try:
-        return bool(as_layout(layout).fan_in_axes(ndim))
-    except ValueError:
-        return False
-
-
-_TOO_FEW_AXES = "rank below 2"
-
-
-def _row(name: str, leaf: Any, rule: _Rule) -> PlanRow:
+def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
@@ -342,8 +347,8 @@ def _row(name: str, leaf: Any, rule: _Rule) -> PlanRow:
         return PlanRow(name, shape, None, reason)
     layout, axes = _fan_in(name, shape, chosen)
     size = prod(shape[a] for a in axes)
-    if size < 2:
-        obstacle = f"fan-in {size}: it would never change" if axes else _TOO_FEW_AXES
+    if size < 2 and not (axes and is_split):  # a part of one may belong to a fan-in of more
+        obstacle = f"fan-in {size}: it would never change" if axes else TOO_FEW_AXES
         return PlanRow(name, shape, None, obstacle)
     return PlanRow(name, shape, layout, reason)
 

@@ -6,6 +6,7 @@ import ast
 import re
 import runpy
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # The library that must run here for a block that imports the module.
 LIBRARY_OF = {"numpy": "numpy", "torch": "torch", "jax": "jax", "optax": "jax", "cupy": "cupy"}
 
+# Packages that are not everywhere where their framework is.
+PACKAGES = {
+    "accelerate", "equinox", "flax", "haiku", "keras", "lightning", "sklearn", "thinc",
+    "transformers",
+}  # fmt: skip
+
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
     """Line number and text of each fenced block."""
@@ -27,15 +34,26 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
         yield text.count("\n", 0, block.start()) + 1, block[1]
 
 
-def needs(code: str) -> set[str]:
-    """Libraries without which the code does not run."""
-    imported = set()
+def imported(code: str) -> set[str]:
+    """Parts of the names of all modules that the code imports."""
+    found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            imported |= {part for alias in node.names for part in alias.name.split(".")}
+            found |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.ImportFrom):
-            imported |= set(str(node.module).split("."))
-    return {LIBRARY_OF[name] for name in imported & set(LIBRARY_OF)}
+            found |= set(str(node.module).split("."))
+    return found
+
+
+def needs(code: str) -> set[str]:
+    """Libraries without which the code does not run."""
+    return {LIBRARY_OF[name] for name in imported(code) & set(LIBRARY_OF)}
+
+
+def absent(code: str) -> list[str]:
+    """What the code needs, and is not here."""
+    lacking = {name for name in needs(code) if not libraries.installed(name)}
+    return sorted(lacking | {name for name in imported(code) & PACKAGES if not find_spec(name)})
 
 
 PYTHON_BLOCKS = [
@@ -45,11 +63,12 @@ PYTHON_BLOCKS = [
 ]
 
 
+# torch.compile imports what warns of itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("code", PYTHON_BLOCKS)
 def test_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = sorted(name for name in needs(code) if not libraries.installed(name))
-    if absent:
-        pytest.skip(f"needs {', '.join(absent)}")
+    if absent(code):
+        pytest.skip(f"needs {', '.join(absent(code))}")
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")

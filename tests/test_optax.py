@@ -24,6 +24,7 @@ import optax
 from jax import lax
 
 import gcx.optax
+from gcx._jax_layers._names import name_of
 
 from optax_training import train
 
@@ -514,6 +515,91 @@ def test_works_inside(wrap: Any, names: tuple[str, ...], layouts: Any) -> None:
         np.testing.assert_allclose(updates[name]["bias"], -0.1 * layer["bias"], atol=1e-15)
 
 
+def means_stay(end: Any) -> None:
+    """Corollary 4.1 for the kernels of `two_layers`, which have moved."""
+    for name, layer in START.items():
+        change = np.asarray(end[name]["kernel"]) - layer["kernel"]
+        assert np.abs(change).max() > 1e-3
+        np.testing.assert_allclose(fan_in_means(change, (0,)), 0, atol=1e-13)
+
+
+KEPT_BY: dict[str, Any] = {
+    "ema": lambda c: optax.chain(c, optax.ema(0.9), optax.sgd(LEARNING_RATE)),
+    "contrib.muon": lambda c: optax.chain(c, optax.contrib.muon(LEARNING_RATE)),
+    "contrib.schedule_free": lambda c: optax.contrib.schedule_free(
+        optax.chain(c, optax.sgd(LEARNING_RATE)), LEARNING_RATE
+    ),
+    "MultiSteps": lambda c: optax.MultiSteps(optax.chain(c, optax.sgd(LEARNING_RATE)), 2),
+}
+
+
+@pytest.mark.parametrize("make", KEPT_BY.values(), ids=KEPT_BY)
+def test_optimizers_that_keep_the_means(make: Any) -> None:
+    means_stay(train(make(gcx.optax.centralize("flax")), two_layers, START, steps=12))
+
+
+def test_lbfgs_searches_along_centralized_directions() -> None:
+    optimizer = optax.chain(gcx.optax.centralize("flax"), optax.lbfgs())
+    value_and_grad = jax.jit(optax.value_and_grad_from_state(two_layers))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        value, grad = value_and_grad(params, state=state)
+        updates, state = optimizer.update(
+            grad, state, params, value=value, grad=grad, value_fn=two_layers
+        )
+        return optax.apply_updates(params, updates), state
+
+    params, state = START, optimizer.init(START)
+    for _ in range(5):
+        params, state = step(params, state)
+    assert two_layers(params) < two_layers(START)
+    means_stay(params)
+
+
+# --- inside the transformations of JAX ------------------------------------------------------------
+
+PAPER = optax.chain(gcx.optax.centralize("flax"), optax.sgd(LEARNING_RATE, momentum=0.9))
+
+
+def step_of_paper(params: Any, state: Any) -> Any:
+    updates, state = PAPER.update(jax.grad(two_layers)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def test_steps_in_scan_and_with_donated_buffers_are_the_same() -> None:
+    expected = train(PAPER, two_layers, START, steps=6)
+    start = jax.tree.map(jnp.asarray, START)
+    (scanned, _), _ = lax.scan(
+        lambda carry, _: (step_of_paper(*carry), None), (start, PAPER.init(start)), length=6
+    )
+    donating = jax.jit(step_of_paper, donate_argnums=(0, 1))
+    params, state = start, PAPER.init(start)
+    for _ in range(6):
+        params, state = donating(params, state)
+    for found in (scanned, params):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), found, expected)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
+
+
+def test_members_of_an_ensemble_are_trained_apart() -> None:
+    ensemble = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), START)
+    found, _ = jax.vmap(step_of_paper)(ensemble, jax.vmap(PAPER.init)(ensemble))
+    for k in range(3):
+        member = jax.tree.map(lambda a, k=k: a[k], ensemble)
+        expected, _ = step_of_paper(member, PAPER.init(member))
+        jax.tree.map(
+            lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=1e-12), found, expected
+        )
+
+
+def test_replicas_in_pmap() -> None:
+    replicated = jax.tree.map(lambda a: jnp.asarray(a)[None], START)
+    found, _ = jax.pmap(step_of_paper)(replicated, jax.pmap(PAPER.init)(replicated))
+    expected, _ = step_of_paper(START, PAPER.init(START))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-12), found, expected)
+
+
 def test_inject_hyperparams_of_the_transformation_itself() -> None:
     inject = optax.inject_hyperparams(gcx.optax.centralize, static_args=("layouts", "strength"))
     optimizer = inject("flax", strength=0.5)
@@ -640,7 +726,7 @@ def test_every_kind_of_key_makes_a_name(node: Any, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_key_of_a_flattened_index() -> None:
-    assert gcx.optax._key_text(jax.tree_util.FlattenedIndexKey(3)) == "3"
+    assert name_of((jax.tree_util.FlattenedIndexKey(3),)) == "3"
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -669,6 +755,14 @@ PARAMETERS: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]]
         ("PReLU_0/negative_slope", (), None),
         ("pos_embedding", (1, 5, 8), None),
         ("lora/lora_a", (8, 2), None),
+        # What neither name nor rank can tell is not guessed.
+        ("DenseGeneral_0/kernel", (8, 3), (0,)),
+        ("DenseGeneral_0/kernel", (6, 2, 4), None),
+        ("Einsum_0/kernel", (8, 2, 4), None),
+        ("ConvLocal_0/kernel", (3, 3, 18, 4), None),
+        ("ScanDense_0/kernel", (5, 8, 3), None),
+        ("VmapBlock_0/Dense_0/kernel", (5, 8, 3), None),
+        ("Scanner_0/Dense_0/kernel", (8, 3), (0,)),
     ],
     "haiku": [
         ("w", (8, 3), (0,)),
@@ -686,6 +780,10 @@ PARAMETERS: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]]
         ("gru/w_h", (3, 9), (0,)),
         ("gru/w_i", (8, 9), (0,)),
         ("conv2_dlstm/hidden_to_hidden/w", (3, 3, 3, 12), (0, 1, 2)),
+        ("__layer_stack_no_per_layer/linear/w", (5, 8, 3), (1,)),
+        ("__layer_stack_with_per_layer_1/block/gru/w_h", (5, 3, 9), (1,)),
+        ("__layer_stack_no_per_layer/conv2_d_transpose/w", (5, 3, 3, 6, 4), (1, 2, 4)),
+        ("__layer_stack_no_per_layer/linear/b", (5, 3), None),
         ("embed/embeddings", (7, 4), None),
         ("bias/b", (8, 8, 4), None),
         ("batch_norm/scale", (1, 8), None),
@@ -743,6 +841,8 @@ PARAMETERS: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]]
         ("layer_normalization/beta", (5, 8), None),
         ("rms_normalization/scale", (8,), None),
         ("p_re_lu/alpha", (5, 8), None),
+        ("einsum_dense/kernel", (8, 3), (0,)),
+        ("einsum_dense_1/kernel", (8, 2, 4), None),
         ("dense/lora_kernel_a", (8, 2), None),
     ],
 }
@@ -815,8 +915,9 @@ def test_function_gets_path_and_array() -> None:
 @pytest.mark.parametrize("layouts", [None, 3, ["...o"], Layout("...o"), {"kernel"}])
 def test_what_layouts_may_be(layouts: Any) -> None:
     message = (
-        f"layouts is a preset ('flax', 'haiku', 'equinox', 'keras'), a mapping from path to layout "
-        f"or None, or a function of path and array, not {type(layouts).__name__}"
+        "layouts is an nnx or Equinox module, a mapping from path to layout or None, a function of "
+        "path and array, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
+        f"{type(layouts).__name__}"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         gcx.optax.centralize(layouts)

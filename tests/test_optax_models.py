@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import gcx.optax
 
@@ -249,10 +250,53 @@ def test_plan_of_a_model(preset: str, params: Any, axes: dict[str, tuple[int, ..
 def test_optimizer_of_nnx() -> None:
     model = nnx.Linear(4, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     start = np.asarray(model.kernel[...])
-    transformation = optax.chain(gcx.optax.centralize({"kernel": "...o"}), optax.sgd(0.1))
+    transformation = optax.chain(gcx.optax.centralize(model), optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     grads = nnx.grad(lambda m: jnp.mean((m(jnp.eye(4)) - 1.0) ** 2))(model)
     optimizer.update(model, grads)
     expected = start - 0.1 * reference.centralized(np.asarray(grads["kernel"][...]), (0,))
     np.testing.assert_allclose(model.kernel[...], expected, atol=1e-15)
     assert not np.array_equal(expected, start)
+
+
+def test_train_state_of_flax() -> None:
+    model, x = nn.Dense(1), jnp.eye(4)
+    params = model.init(KEY, x)["params"]
+    transformation = optax.chain(
+        gcx.optax.centralize(gcx.optax.layouts(model, x)), optax.sgd(0.1, momentum=0.9)
+    )
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=transformation)
+
+    @jax.jit
+    def step(state: TrainState) -> TrainState:
+        def loss(params: Any) -> Any:
+            return jnp.mean((state.apply_fn({"params": params}, x) - 1.0) ** 2)
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    for _ in range(5):
+        state = step(state)
+    change = state.params["kernel"] - params["kernel"]
+    assert np.abs(change).max() > 1e-3
+    np.testing.assert_allclose(reference.fan_in_means(change, (0,)), 0, atol=1e-7)
+
+
+def test_filtered_trees_of_equinox() -> None:
+    # Functions are leaves of the model, and None in its gradient.
+    model = eqx.nn.MLP(4, 1, 8, 2, key=KEY)
+    optimizer = optax.chain(optax.adamw(0.01), gcx.optax.centralize(model))
+    x = jnp.eye(4)
+
+    @eqx.filter_jit
+    def step(model: Any, state: Any) -> Any:
+        grads = eqx.filter_grad(lambda m: jnp.mean((jax.vmap(m)(x) - 1.0) ** 2))(model)
+        updates, state = optimizer.update(grads, state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), state
+
+    trained, state = model, optimizer.init(eqx.filter(model, eqx.is_array))
+    for _ in range(5):
+        trained, state = step(trained, state)
+    for before, after in zip(model.layers, trained.layers, strict=True):
+        change = np.asarray(after.weight - before.weight)
+        assert np.abs(change).max() > 1e-3
+        np.testing.assert_allclose(reference.fan_in_means(change, (1,)), 0, atol=1e-7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -29,8 +30,32 @@ def is_writable(array: jax.Array, /) -> bool:
 def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, /) -> jax.Array:
     """See `gcx.backends.Backend`; `out` is None, since arrays of JAX cannot be written to."""
     del out
-    result: jax.Array = _centralize(grad, axes, float(strength))
-    return result
+    return _run(grad, axes, strength)
+
+
+def centralize_part(
+    grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...], /
+) -> jax.Array:
+    """Centralize a part of a gradient whose fan-in is split over mesh axes, into equal parts.
+
+    For the inside of `jax.shard_map`, `jax.pmap` and `jax.vmap`, where these names are bound; a
+    NameError elsewhere. Costs one all-reduce of the means.
+    """
+    parts: int = jax.lax.psum(1, axis_names)  # type: ignore[no-untyped-call]
+    if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean is the element
+        return grad
+    return _run(grad, axes, strength, axis_names)
+
+
+def varying_axes(grad: jax.Array, /) -> frozenset[str]:
+    """Mesh axes along which an array is not known to be the same, inside `jax.shard_map`.
+
+    JAX tracks them since 0.6, but neither in `jax.pmap` nor with ``check_vma=False``.
+    """
+    aval: Any = getattr(grad, "aval", None)
+    if hasattr(aval, "manual_axis_type"):  # since 0.10
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(getattr(aval, "vma", ()))
 
 
 def devices() -> list[str]:
@@ -58,11 +83,44 @@ def double_precision() -> AbstractContextManager[Any]:
     return context
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
+def _run(
+    grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...] = ()
+) -> jax.Array:
+    # A call by itself is a program of its own, and the fastest where XLA makes one kernel of it.
+    in_program = isinstance(grad, jax.core.Tracer)
+    result: jax.Array = _centralize(grad, axes, float(strength), axis_names, in_program)
+    return result
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _centralize(
+    grad: jax.Array,
+    axes: tuple[int, ...],
+    strength: float,
+    axis_names: tuple[str, ...],
+    in_program: bool,
+) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
     mean = jnp.mean(wide, axis=axes, keepdims=True)
+    if axis_names:
+        mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
+    if in_program:
+        mean = _computed_once(mean)
     return (wide - strength * mean).astype(grad.dtype)
+
+
+@jax.custom_jvp  # since releases before 0.6 cannot differentiate a barrier
+def _computed_once(mean: jax.Array) -> jax.Array:
+    """Return the mean as it is; XLA keeps it in memory.
+
+    Left to itself, XLA on a GPU works out the mean again in each kernel that uses the centralized
+    gradient. In Adam these are two, and each reads the whole gradient for it.
+    """
+    kept: jax.Array = jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
+    return kept
+
+
+_computed_once.defjvps(lambda tangent, _result, _mean: tangent)
 
 
 def _working_dtype(dtype: Any) -> Any:

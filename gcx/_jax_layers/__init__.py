@@ -1,0 +1,1 @@
+"""Where the fan-in is in the layers of JAX: one file for each framework."""

@@ -1,0 +1,72 @@
+"""The frameworks that gcx knows, and which of them a model is of.
+
+None is imported before a model of it comes along.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gcx._jax_layers import _equinox, _haiku, _linen, _nnx
+from gcx._jax_layers._decision import Decision, KernelAnswer
+from gcx._rules import Rules
+
+RULES: Rules[KernelAnswer] = Rules(
+    {**_equinox.RULES, **_haiku.RULES, **_linen.RULES, **_nnx.RULES}, group="gcx.optax.layers"
+)
+
+
+class Framework(NamedTuple):
+    """How to recognise the models of a framework, and how to read one."""
+
+    module: str
+    models: tuple[str, ...]
+    decide: Callable[..., dict[str, Decision]]
+    needs_inputs: bool  # it has no layers, or none with shapes, before it is called
+
+
+_FRAMEWORKS = (
+    Framework("equinox", ("Module",), _equinox.decide, needs_inputs=False),
+    Framework("flax.nnx", ("Module",), _nnx.decide, needs_inputs=False),
+    Framework("flax.linen", ("Module",), _linen.decide, needs_inputs=True),
+    Framework("haiku", ("Transformed", "TransformedWithState"), _haiku.decide, needs_inputs=True),
+)
+
+
+def framework_of(model: object) -> Framework | None:
+    """Find the framework that a model is of; None if it is not a model."""
+    for framework in _FRAMEWORKS:
+        # Who has a model has imported its framework.
+        module = sys.modules.get(framework.module)
+        if module is not None:
+            kinds = tuple(getattr(module, name) for name in framework.models)
+            if isinstance(model, kinds):
+                return framework
+    return None
+
+
+def decide(
+    model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
+) -> dict[str, Decision]:
+    """Decide on each parameter of a model by the layer that owns it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a model, or example inputs are given to one that needs none.
+    """
+    framework = framework_of(model)
+    if framework is None:
+        msg = (
+            "model is an nnx, linen or Equinox module, or what haiku.transform has made, not "
+            f"{type(model).__name__}"
+        )
+        raise TypeError(msg)
+    if framework.needs_inputs:
+        return framework.decide(RULES, model, inputs, keyword_inputs or {})
+    if inputs or keyword_inputs:
+        msg = f"a module of {framework.module} is read as it is: give it without example inputs"
+        raise TypeError(msg)
+    return framework.decide(RULES, model)

@@ -1,0 +1,108 @@
+"""Haiku: the modules that a function calls, caught while it is traced on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gcx._jax_layers._decision import (
+    BIAS,
+    EMBEDDING,
+    NORM,
+    Decision,
+    KernelAnswer,
+    Shape,
+    settle,
+)
+from gcx._jax_layers._names import named_leaves
+from gcx._jax_layers._tracing import shapes_of
+from gcx._rules import Rule, Rules
+
+
+class _Seen(NamedTuple):
+    answer: KernelAnswer
+    rule: str
+    shape: Shape  # within layer_stack
+
+
+def decide(
+    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, Decision]:
+    """Decide on each parameter of what ``haiku.transform`` has made."""
+    import haiku as hk
+    import jax
+
+    # What the calls have shown that are under way, the innermost last.
+    calls: list[dict[str, _Seen]] = [{}]
+
+    def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name in ("params_dict", "state_dict"):
+            return method(*args, **kwargs)
+        calls.append({})
+        output = method(*args, **kwargs)
+        seen, module = calls.pop(), context.module
+        for full_name, array in module.params_dict().items():
+            name = full_name.removeprefix(f"{module.module_name}/")
+            if full_name not in seen and name in seen:
+                # A layer that was lifted, as by layer_stack: inside its name was shorter.
+                seen[full_name] = seen.pop(name)
+            elif full_name not in seen and "/" not in name:
+                seen[full_name] = _Seen(*rules.answer(module, name), array.shape)
+        calls[-1] = seen | calls[-1]
+        return output
+
+    def params(*inputs: Any, **keyword_inputs: Any) -> Any:
+        made = model.init(jax.random.key(0), *inputs, **keyword_inputs)
+        return made[0] if isinstance(model, hk.TransformedWithState) else made
+
+    with hk.intercept_methods(watch):
+        shapes = shapes_of(params, inputs, keyword_inputs)
+    (seen,) = calls
+    return {name: _decision(seen.get(name), leaf.shape) for name, leaf in named_leaves(shapes)}
+
+
+def _decision(seen: _Seen | None, shape: Shape) -> Decision:
+    if seen is None:
+        return Decision(None, "unknown: it belongs to no module")
+    return settle(seen.answer, seen.rule, shape, seen.shape)
+
+
+def _linear(_: Any) -> dict[str, KernelAnswer]:
+    return {"w": "io", "b": BIAS}
+
+
+def _convolution(_: Any) -> dict[str, KernelAnswer]:
+    # (kernel..., in / groups, out): the fan-in of a grouped convolution is that of its group.
+    return {"w": "...o", "b": BIAS}
+
+
+def _transposed_convolution(_: Any) -> dict[str, KernelAnswer]:
+    return {"w": "...oi", "b": BIAS}
+
+
+def _gated_recurrent(_: Any) -> dict[str, KernelAnswer]:
+    return {"w_i": "io", "w_h": "io", "b": BIAS}
+
+
+def _embedding(_: Any) -> dict[str, KernelAnswer]:
+    return {"embeddings": EMBEDDING}
+
+
+def _bias(_: Any) -> dict[str, KernelAnswer]:
+    return {"b": BIAS}
+
+
+def _norm(_: Any) -> dict[str, KernelAnswer]:
+    return {"scale": NORM, "offset": NORM}
+
+
+RULES: dict[str, Rule[KernelAnswer]] = {
+    "haiku.*.Linear": _linear,
+    "haiku.*.ConvND": _convolution,
+    "haiku.*.DepthwiseConvND": _convolution,
+    "haiku.*.ConvNDTranspose": _transposed_convolution,
+    "haiku.*.GRU": _gated_recurrent,
+    "haiku.*.Embed": _embedding,
+    "haiku.*.Bias": _bias,
+    **dict.fromkeys([f"haiku.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _norm),
+}

@@ -1,0 +1,146 @@
+"""Flax linen: the modules that a model calls, caught while it is traced on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gcx._jax_layers._decision import (
+    BIAS,
+    EMBEDDING,
+    LENGTH,
+    NORM,
+    SLOPE,
+    Decision,
+    KernelAnswer,
+    Shape,
+    settle,
+)
+from gcx._jax_layers._names import named_leaves
+from gcx._jax_layers._tracing import shapes_of
+from gcx._rules import Rule, Rules
+from gcx.plan import LeaveAlone
+
+
+class _Seen(NamedTuple):
+    answer: KernelAnswer
+    rule: str
+    shape: Shape  # within scan and vmap
+
+
+def decide(
+    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, Decision]:
+    """Decide on each parameter of a linen module; names are those within ``"params"``."""
+    import jax
+    from flax import linen as nn
+
+    seen: dict[str, _Seen] = {}
+
+    def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        before = _parameters(module)
+        output = method(*args, **kwargs)
+        for name, leaf in _parameters(module).items():
+            full_name = "/".join([*module.path, name])
+            # Made by this call, and not by one within it.
+            if name not in before and full_name not in seen:
+                seen[full_name] = _Seen(*rules.answer(module, name), leaf.shape)
+        return output
+
+    def params(*inputs: Any, **keyword_inputs: Any) -> Any:
+        return model.init(jax.random.key(0), *inputs, **keyword_inputs).get("params", {})
+
+    with nn.intercept_methods(watch):
+        shapes = shapes_of(params, inputs, keyword_inputs)
+    return {
+        name: settle(seen[name].answer, seen[name].rule, leaf.shape, seen[name].shape)
+        for name, leaf in named_leaves(shapes)
+    }
+
+
+def _parameters(module: Any) -> dict[str, Any]:
+    """Those that a module and the modules within it have so far."""
+    if module.scope is None:
+        return {}
+    return dict(named_leaves(module.variables.get("params", {})))
+
+
+def _dense(_: Any) -> dict[str, KernelAnswer]:
+    return {"kernel": "io", "bias": BIAS}
+
+
+def _dense_general(layer: Any) -> dict[str, KernelAnswer]:
+    batch, inputs, outputs = map(_length, (layer.batch_dims, layer.axis, layer.features))
+    return {"kernel": "o" * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
+
+
+def _length(number_or_sequence: Any) -> int:
+    return 1 if isinstance(number_or_sequence, int) else len(number_or_sequence)
+
+
+def _einsum(layer: Any) -> dict[str, KernelAnswer]:
+    return {"kernel": einsum_kernel(layer.einsum_str), "bias": BIAS}
+
+
+def einsum_kernel(subscripts: str | None) -> KernelAnswer:
+    """Layout of the second operand of an einsum: its fan-in are the axes that are summed over.
+
+    >>> einsum_kernel("bei,eio->beo")
+    'oio'
+    """
+    if subscripts is None:
+        return LeaveAlone("unknown: the einsum string came with the call")
+    operands, output = subscripts.replace(" ", "").split("->")
+    kernel = operands.split(",")[1]
+    if "..." in kernel:
+        return LeaveAlone("unknown: an ellipsis in the kernel of an einsum")
+    layout = "".join("o" if letter in output else "i" for letter in kernel)
+    return layout if "i" in layout else LeaveAlone("no fan-in: nothing is summed over")
+
+
+def _convolution(_: Any) -> dict[str, KernelAnswer]:
+    # (kernel..., in / groups, out): the fan-in of a grouped convolution is that of its group.
+    return {"kernel": "...o", "bias": BIAS}
+
+
+def _transposed_convolution(layer: Any) -> dict[str, KernelAnswer]:
+    return {"kernel": "...oi" if layer.transpose_kernel else "...o", "bias": BIAS}
+
+
+def _local_convolution(layer: Any) -> dict[str, KernelAnswer]:
+    # (pixels of the output..., patch * in, out): each pixel has weights of its own.
+    return {"kernel": "o" * _length(layer.kernel_size) + "io", "bias": BIAS}
+
+
+def _embedding(_: Any) -> dict[str, KernelAnswer]:
+    return {"embedding": EMBEDDING}
+
+
+def _norm(_: Any) -> dict[str, KernelAnswer]:
+    return {"scale": NORM, "bias": BIAS}
+
+
+def _weight_norm(_: Any) -> dict[str, KernelAnswer]:
+    return {"*/scale": LENGTH}
+
+
+def _activation(_: Any) -> dict[str, KernelAnswer]:
+    return {"negative_slope": SLOPE}
+
+
+RULES: dict[str, Rule[KernelAnswer]] = {
+    "flax.linen.*.DenseGeneral": _dense_general,
+    "flax.linen.*.Einsum": _einsum,
+    "flax.linen.*.ConvTranspose": _transposed_convolution,
+    "flax.linen.*.ConvLocal": _local_convolution,
+    "flax.linen.*.Embed": _embedding,
+    "flax.linen.*.WeightNorm": _weight_norm,
+    "flax.linen.*.PReLU": _activation,
+    **dict.fromkeys(("flax.linen.*.Dense", "flax.linen.*.DenseParams"), _dense),
+    **dict.fromkeys(
+        [f"flax.linen.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS", "Instance")],
+        _norm,
+    ),
+    "flax.linen.*.Conv": _convolution,
+}

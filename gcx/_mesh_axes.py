@@ -1,0 +1,81 @@
+"""Gradients in parts, as in `jax.shard_map` and `jax.pmap`: a fan-in split over mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gcx._centralize import centralize
+from gcx._globs import first_keys
+from gcx.backends import _jax
+from gcx.layout import Layout
+
+__all__ = ["AxisName", "axes_by_path", "centralize_part", "check_axis_name"]
+
+_Names = str | tuple[str, ...]
+AxisName = _Names | Mapping[str, _Names | None] | None
+
+
+def check_axis_name(axis_name: object) -> None:
+    """Raise a TypeError unless it is of one of the forms."""
+    for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
+        together = names if isinstance(names, tuple) else (names,)
+        if names is not None and not all(isinstance(name, str) for name in together):
+            msg = (
+                "axis_name is the name of a mesh axis, a tuple of names, None, or a mapping from "
+                f"path to these, not {names!r}"
+            )
+            raise TypeError(msg)
+
+
+def axes_by_path(
+    axis_name: AxisName, paths: Iterable[str], *, complete: bool
+) -> dict[str, tuple[str, ...]]:
+    """Names of the axes by path, none where the fan-in is whole; without the paths not spoken of.
+
+    >>> axes_by_path({"*/kernel": "x", "head/*": None}, ["a/kernel", "head/w", "b"], complete=True)
+    {'a/kernel': ('x',), 'head/w': ()}
+    """
+    if axis_name is None:
+        return {}
+    if not isinstance(axis_name, Mapping):
+        return dict.fromkeys(paths, _as_tuple(axis_name))
+    keys = first_keys(axis_name, paths, what="axis_name", complete=complete)
+    return {path: _as_tuple(axis_name[key]) for path, key in keys.items()}
+
+
+def centralize_part(
+    grad: Any, layout: Layout, strength: float, axes: tuple[str, ...] | None, path: str
+) -> Any:
+    """Centralize a gradient whose fan-in is split over these axes; None if nobody said how.
+
+    Raises a ValueError that names the path where that cannot be known, or an axis is not bound.
+    """
+    if axes is None:
+        _check_not_split(grad, path)
+    if not axes:
+        return centralize(grad, layout=layout, strength=strength)
+    try:
+        return _jax.centralize_part(grad, layout.fan_in_axes(grad.ndim), strength, axes)
+    except NameError as error:
+        msg = (
+            f"{path}: axis_name {axes} is not bound here. It is for the inside of shard_map and "
+            "pmap; under jit alone leave it out, there XLA communicates by itself"
+        )
+        raise ValueError(msg) from error
+
+
+def _check_not_split(grad: Any, path: str) -> None:
+    for axis in sorted(_jax.varying_axes(grad)):
+        msg = (
+            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
+            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
+            f"a whole fan-in, axis_name={{{path!r}: None}}"
+        )
+        raise ValueError(msg)
+
+
+def _as_tuple(names: _Names | None) -> tuple[str, ...]:
+    if isinstance(names, tuple):
+        return names
+    return () if names is None else (names,)

@@ -1,0 +1,147 @@
+"""Program: GC of gradients in parts, in shard_map, pmap, vmap and under explicit sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import gcx
+import gcx.optax
+
+from jax_meshes import Facts, collectives, mesh, sharded, whole, write_facts
+from reference import centralized
+
+Function = Callable[[Any], Any]
+
+SHAPE = (16, 24)
+
+
+def gc(axis_name: Any = None) -> Function:
+    """GC of one gradient, a Flax kernel, by the transformation of optax."""
+    optimizer = gcx.optax.centralize("flax", axis_name=axis_name)
+
+    def update(grad: Any) -> Any:
+        updates, _ = optimizer.update({"dense": {"kernel": grad}}, optax.EmptyState())
+        return updates["dense"]["kernel"]
+
+    return update
+
+
+def in_shard_map(
+    spec: P,
+    function: Function,
+    *,
+    shape: tuple[int, int] = SHAPE,
+    dtype: str = "float32",
+    x: int = 4,
+    y: int = 2,
+    **options: Any,
+) -> Facts:
+    devices = mesh(x, y)
+    mapped = jax.shard_map(function, mesh=devices, in_specs=spec, out_specs=spec, **options)
+    return facts(devices, mapped, sharded(devices, spec, shape, dtype))
+
+
+def explicit(spec: P) -> Facts:
+    devices = mesh(kind=AxisType.Explicit)
+    function = partial(gcx.centralize, layout="...o")
+    return facts(devices, function, sharded(devices, spec, SHAPE))
+
+
+def facts(devices: Any, function: Function, grad: Any) -> Facts:
+    """Call it, compile it, and compare; a ValueError is a fact too."""
+    numbers = whole(devices, grad)
+    expected = centralized(numbers, (0,)) if len(numbers) > 1 else numbers
+    try:
+        program = jax.jit(function).lower(grad).compile()
+        results = (program(grad), function(grad))
+    except ValueError as error:
+        return {"raises": str(error)}
+    return {
+        "collectives": collectives(program),
+        "error": [np.abs(whole(devices, r) - expected).max() for r in results],
+        "keeps": all(
+            r.sharding.is_equivalent_to(grad.sharding, 2) and r.dtype == grad.dtype for r in results
+        ),
+    }
+
+
+def of_this_device(grad: Any) -> Any:
+    """One of four gradients, of which `grad` is the mean."""
+    return grad * (jax.lax.axis_index("x") + 1) / 2.5
+
+
+def averaged(grad: Any) -> Any:
+    return jax.lax.pmean(grad, "x")
+
+
+def in_pmap(split: Function, function: Function, join: Function) -> Facts:
+    """With one part a device."""
+    numbers = np.random.default_rng(0).normal(size=SHAPE).astype("float32")
+    mapped = jax.pmap(function, axis_name="x")
+    parts = split(numbers)
+    result = np.asarray(mapped(parts))
+    return {
+        "collectives": collectives(mapped.lower(parts).compile()),
+        "error": [np.abs(join(result) - centralized(numbers, (0,))).max()],
+        "keeps": result.dtype == numbers.dtype,
+    }
+
+
+def rows(numbers: Any) -> Any:
+    return numbers.reshape(8, 2, 24)
+
+
+CASES: dict[str, Callable[[], Facts]] = {
+    "fan-in": partial(in_shard_map, P("x"), gc("x")),
+    "fan-in, by path": partial(in_shard_map, P("x"), gc({"*/kernel": "x"})),
+    "fan-in, unchecked": partial(in_shard_map, P("x"), gc("x"), check_vma=False),
+    "fan-in, untold": partial(in_shard_map, P("x"), gc()),
+    "fan-in over two axes": partial(in_shard_map, P(("x", "y")), gc(("x", "y"))),
+    "fan-in over two axes, one automatic": partial(in_shard_map, P("x"), gc("x"), axis_names={"x"}),
+    "fan-in and fan-out": partial(in_shard_map, P("x", "y"), gc("x")),
+    "fan-in, one element a device": partial(in_shard_map, P("x"), gc("x"), shape=(4, 6)),
+    "fan-in of one element": partial(in_shard_map, P("x"), gc("x"), shape=(1, 6), x=1, y=8),
+    "fan-in, bfloat16": partial(in_shard_map, P("x"), gc("x"), dtype="bfloat16"),
+    "fan-out": partial(in_shard_map, P(None, "x"), gc({"*": None})),
+    "fan-out, unchecked": partial(in_shard_map, P(None, "x"), gc(), check_vma=False),
+    "fan-out, untold": partial(in_shard_map, P(None, "x"), gc()),
+    "whole": partial(in_shard_map, P(), gc()),
+    "whole, told": partial(in_shard_map, P(), gc("x")),
+    "wrong name": partial(in_shard_map, P("x"), gc("z")),
+    "averaged, then centralized": partial(
+        in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))
+    ),
+    "centralized, then averaged": partial(
+        in_shard_map, P(), lambda grad: averaged(gc({"*": None})(of_this_device(grad)))
+    ),
+    "not averaged, untold": partial(
+        in_shard_map, P(), lambda grad: averaged(gc()(of_this_device(grad)))
+    ),
+    "derivative": partial(
+        in_shard_map,
+        P("x"),
+        jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2),
+    ),
+    "pmap, fan-in": partial(in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE)),
+    "pmap, averaged": partial(
+        in_pmap,
+        lambda numbers: np.stack([numbers * k / 3.5 for k in range(8)]),
+        lambda grad: gc()(averaged(grad)),
+        lambda results: results[5],
+    ),
+    "explicit, whole": partial(explicit, P()),
+    "explicit, fan-in": partial(explicit, P("x")),
+    "explicit, fan-out": partial(explicit, P(None, "x")),
+    "explicit, fan-in and fan-out": partial(explicit, P("x", "y")),
+}
+
+if __name__ == "__main__":
+    write_facts(CASES)

@@ -1,0 +1,97 @@
+"""What GC adds to an optimizer step on a CPU: counted, not timed. On a GPU: see xla_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gcx
+import gcx.optax
+from gcx.backends import _jax
+
+
+def weights(*shapes: tuple[int, ...]) -> Any:
+    rng = np.random.default_rng(0)
+    return {f"w{k}": jnp.asarray(rng.normal(size=s), "float32") for k, s in enumerate(shapes)}
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [{"w0": "...o", "w1": "ioo"}, {"w*": "o..."}, lambda path, leaf: "...o"],
+    ids=["names", "glob", "function"],
+)
+def test_compiles_once(layouts: Any) -> None:
+    params = weights((6, 5), (4, 3, 2))
+    optimizer = optax.chain(gcx.optax.centralize(layouts), optax.adamw(1e-3))
+    state = optimizer.init(params)
+    traced = []
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        traced.append(1)
+        grads = jax.grad(lambda p: sum(jnp.sin(w).sum() for w in p.values()))(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    assert len(traced) == 1
+
+
+def test_compiles_once_without_jit() -> None:
+    params = weights((6, 5), (4, 3, 2))
+    optimizer = gcx.optax.centralize({"w0": "...o", "w1": "ioo"})
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state)
+    compiled = _jax._centralize._cache_size()
+    for _ in range(3):
+        updates, state = optimizer.update(updates, state)
+    assert _jax._centralize._cache_size() == compiled
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])
+def test_no_more_work_than_the_peer(shape: tuple[int, ...]) -> None:
+    """Where both take the same axes for the fan-in; as XLA counts memory accesses and additions."""
+    params = weights(shape)
+    work = {}
+    for name, gc in (
+        ("plain", optax.identity()),
+        ("gcx", gcx.optax.centralize({"w0": "o..."})),
+        ("peer", optax.centralize()),
+    ):
+        optimizer = optax.chain(gc, optax.adamw(1e-3))
+        program = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile()
+        counted = program.cost_analysis()
+        work[name] = counted["bytes accessed"], counted["flops"]
+    assert work["plain"] < work["gcx"] <= work["peer"]
+
+
+def barriers(function: Any, *arguments: Any) -> int:
+    return str(jax.make_jaxpr(function)(*arguments)).count("optimization_barrier")
+
+
+def test_a_program_keeps_the_means_of_each_weight() -> None:
+    params = weights((6, 5), (4, 3, 2), (7,))
+    gc = gcx.optax.centralize("flax")
+    renamed = {name: {"kernel": weight} for name, weight in params.items()}
+    assert barriers(gc.update, renamed, gc.init(renamed)) == 2
+    assert barriers(gcx.centralize, params["w2"]) == 0
+
+
+def test_a_call_by_itself_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(_jax, "_computed_once", lambda mean: kept.append(mean.shape) or mean)
+    grad = jnp.ones((3, 17))  # a shape of its own, so that nothing is compiled already
+    gcx.centralize(grad)
+    assert kept == []
+    jax.jit(gcx.centralize)(grad)
+    assert kept == [(3, 1)]

@@ -1,0 +1,168 @@
+"""gcx.optax and layers: what needs no framework of layers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+import jax
+import jax.numpy as jnp
+
+import gcx.optax
+from gcx import Layout
+from gcx._jax_layers._decision import Decision, Kernel, merge, settle
+from gcx._jax_layers._frameworks import RULES
+from gcx._jax_layers._linen import einsum_kernel
+from gcx._jax_layers._tracing import shapes_of
+from gcx.plan import LeaveAlone
+
+# Layout and shape of one layer, shape of what the optimizer has, layout of that.
+STACKS: list[tuple[str, tuple[int, ...], tuple[int, ...], str | None]] = [
+    ("io", (5, 4), (5, 4), "io"),
+    ("io", (5, 4), (3, 5, 4), "oio"),
+    ("io", (5, 4), (3, 2, 5, 4), "ooio"),
+    ("io", (5, 4), (5, 3, 4), "ioo"),  # scanned over axis 1
+    ("io", (5, 4), (5, 4, 3), "ioo"),
+    ("io", (5, 4), (5, 3, 2, 4), "iooo"),
+    ("io", (5, 5), (5, 5, 5), "oio"),  # all axes fit: it is the one in front
+    ("...o", (3, 3, 2, 4), (7, 3, 3, 2, 4), "oiiio"),
+    ("...oi", (3, 4, 2), (3, 7, 4, 2), "iooi"),
+    ("o...", (4, 2, 3), (7, 4, 2, 3), "ooii"),
+    ("io", (5, 4), (4, 5), None),
+    ("io", (5, 4), (20,), None),
+    ("io", (5, 4), (3, 4, 5), None),
+]
+
+
+@pytest.mark.parametrize(("layout", "own", "shape", "expected"), STACKS)
+def test_axes_of_a_stack_are_kept_wherever_they_are(
+    layout: str, own: tuple[int, ...], shape: tuple[int, ...], expected: str | None
+) -> None:
+    unknown = Decision(None, f"unknown: the shape is {shape}, where a Dense has {own}")
+    decision = unknown if expected is None else Decision(Layout(expected), "Dense")
+    assert settle(layout, "Dense", shape, own) == decision
+    assert settle(Kernel(layout, own), "Dense", shape, None) == decision
+
+
+@pytest.mark.parametrize(
+    ("layout", "ndim", "expected"),
+    [("io", 2, "io"), ("io", 4, "ooio"), ("...o", 4, "...o"), ("ioo", 2, "ioo")],
+)
+def test_more_axes_than_a_layout_names_are_those_of_a_stack(
+    layout: str, ndim: int, expected: str
+) -> None:
+    assert settle(layout, "Mine", (2,) * ndim, None) == (Layout(expected), "Mine")
+
+
+def test_what_a_rule_may_answer_besides() -> None:
+    assert settle(LeaveAlone("token"), "Mine", (2, 3), None) == (None, "token")
+    assert settle(None, "Mine", (2, 3), None) == (None, "left alone by the rule of Mine")
+
+
+def test_tied_parameters() -> None:
+    dense, other = Decision(Layout("io"), "Dense"), Decision(Layout("io"), "Mine")
+    table = Decision(None, "embedding")
+    assert merge(dense, other) == dense
+    assert merge(dense, table) == (None, "tied, and the rules differ: Dense; embedding")
+
+
+EINSUMS = {
+    "bi,io->bo": "io",
+    "b i, i o -> b o": "io",
+    "bei,eio->beo": "oio",
+    "...d,dhk->...hk": "ioo",
+    "bhk,hkd->bd": "iio",
+    "bd,d->bd": LeaveAlone("no fan-in: nothing is summed over"),
+    "...d,d...->...": LeaveAlone("unknown: an ellipsis in the kernel of an einsum"),
+    None: LeaveAlone("unknown: the einsum string came with the call"),
+}
+
+
+@pytest.mark.parametrize(("subscripts", "expected"), EINSUMS.items())
+def test_fan_in_of_an_einsum_is_what_it_sums_over(subscripts: Any, expected: Any) -> None:
+    assert einsum_kernel(subscripts) == expected
+
+
+def test_tracing_takes_shapes_and_leaves_options_alone() -> None:
+    def model(x: Any, scale: float, *, train: bool, more: Any) -> Any:
+        assert isinstance(x, jax.core.Tracer)
+        assert isinstance(more["y"], jax.core.Tracer)
+        return x * scale @ more["y"] if train else x
+
+    def shape(train: bool) -> Any:
+        struct = jax.ShapeDtypeStruct((2, 3), "float32")
+        options = {"train": train, "more": {"y": jnp.ones((3, 4))}}
+        return shapes_of(model, (struct, 2.0), options).shape
+
+    assert shape(train=True) == (2, 4)
+    assert shape(train=False) == (2, 3)
+
+
+# --- mappings with reasons ------------------------------------------------------------------------
+
+
+def test_a_mapping_may_say_why() -> None:
+    params = {name: jnp.zeros((2, 3)) for name in "abcd"} | {"table": jnp.zeros((5, 3))}
+    given = {
+        "a": Layout("io"),
+        "[bt]*": LeaveAlone("a table"),
+        "c": None,
+        "d": "oi",
+        "table": "io",  # too late: the first key that matches counts
+    }
+    expected = """\
+parameter  shape  layout  reason
+a          2x3    io      as given
+b          2x3    -       a table
+c          2x3    -       as given
+d          2x3    oi      as given
+table      5x3    -       a table
+2 of 5 parameters centralized"""
+    assert str(gcx.optax.plan(params, given)) == expected
+
+
+def test_a_function_may_say_why() -> None:
+    (row,) = gcx.optax.plan([jnp.zeros((2, 3))], lambda name, array: LeaveAlone(f"token {name}"))
+    assert (row.layout, row.reason) == (None, "token 0")
+
+
+def test_only_reasons_are_nothing_to_centralize() -> None:
+    optimizer = gcx.optax.centralize({"a": LeaveAlone("token")})
+    with pytest.raises(ValueError, match=r"'a', is left alone for this reason: token\. Print"):
+        optimizer.init({"a": jnp.zeros((2, 3))})
+
+
+# --- errors, and rules of others ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
+def test_layouts_of_what_is_no_model(model: Any) -> None:
+    message = (
+        "model is an nnx, linen or Equinox module, or what haiku.transform has made, not "
+        f"{type(model).__name__}"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gcx.optax.layouts(model)
+
+
+def test_register_layer_takes_a_class() -> None:
+    with pytest.raises(TypeError, match="register_layer takes the class of a layer, not 'Experts'"):
+        gcx.optax.register_layer("Experts")  # type: ignore[arg-type]
+
+
+def test_packages_bring_rules_by_entry_points_of_this_group() -> None:
+    assert RULES._group == "gcx.optax.layers"  # test_rules.py has what comes of it
+
+
+def test_frameworks_are_not_imported_before_a_model_of_them_comes_along() -> None:
+    script = "import sys; import gcx.optax; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "gcx._jax_layers._equinox" in run.stdout.split()
+    assert {"flax", "equinox", "haiku"} & set(run.stdout.split()) == set()

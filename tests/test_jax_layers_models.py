@@ -1,0 +1,691 @@
+"""gcx.optax.layouts on whole models of Flax, Equinox and Haiku."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+pytest.importorskip("flax")
+pytest.importorskip("haiku")
+pytest.importorskip("equinox")
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import nnx
+
+import gcx.optax
+from gcx import Layout
+from gcx._jax_layers._frameworks import RULES
+from gcx.plan import LeaveAlone, Plan
+
+from optax_training import train
+from reference import fan_in_means
+
+KEY = jax.random.key(0)
+KEYS = jax.random.split(KEY, 3)
+IMAGES = jax.ShapeDtypeStruct((2, 7, 7, 3), "float32")
+
+Axes = dict[str, tuple[int, ...] | None]
+
+
+def axes_of(plan: Plan) -> Axes:
+    """Fan-in axes of each parameter, None where it is left alone."""
+    return {
+        row.name: row.layout.fan_in_axes(len(row.shape)) if row.layout else None
+        for row in plan
+        if row.reason != "not an array"  # what a layer of Equinox does without
+    }
+
+
+def linen_axes(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Axes:
+    params = jax.eval_shape(partial(model.init, **keyword_inputs), KEY, *inputs)["params"]
+    layouts = gcx.optax.layouts(model, *inputs, **keyword_inputs)
+    return axes_of(gcx.optax.plan(params, layouts))
+
+
+def nnx_axes(model: nnx.Module) -> Axes:
+    return axes_of(gcx.optax.plan(nnx.state(model, nnx.Param), model))
+
+
+def equinox_axes(model: eqx.Module) -> Axes:
+    return axes_of(gcx.optax.plan(eqx.filter(model, eqx.is_inexact_array), model))
+
+
+def haiku_axes(model: Callable[..., Any], *inputs: Any) -> Axes:
+    transformed = hk.transform(model)
+    params = jax.eval_shape(transformed.init, KEY, *inputs)
+    return axes_of(gcx.optax.plan(params, gcx.optax.layouts(transformed, *inputs)))
+
+
+# --- every kind of parameter, with its true fan-in axes -------------------------------------------
+
+
+class Stacked(nn.Module):
+    """A layer to scan over: it takes a carry."""
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        return nn.Dense(x.shape[-1])(x), None
+
+
+class OfLinen(nn.Module):
+    @nn.compact
+    def __call__(self, images: Any) -> Any:
+        x = nn.Conv(4, (3, 3))(images)
+        x = nn.Conv(8, (3, 3), feature_group_count=4, use_bias=False)(x)
+        x = nn.ConvTranspose(6, (3, 3), use_bias=False)(x)
+        x = nn.ConvTranspose(8, (3, 3), transpose_kernel=True, use_bias=False)(x)
+        x = nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))(x).mean((1, 2))
+        x = x[:, None] + nn.Embed(7, 8)(jnp.arange(5))
+        x = nn.MultiHeadDotProductAttention(2)(x)
+        x = nn.DenseGeneral((2, 4))(x)
+        x = nn.DenseGeneral(8, axis=(-2, -1), use_bias=False)(x)
+        x, _ = nn.scan(Stacked, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+            name="scanned"
+        )(x, None)
+        x = nn.PReLU()(x)
+        return nn.Dense(1)(x)
+
+
+def stack_of_linears(keys: Any) -> Any:
+    return nnx.vmap(lambda key: nnx.Linear(4, 6, rngs=nnx.Rngs(key)))(keys)
+
+
+class OfNnx(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 3, (3, 3), transpose_kernel=True, use_bias=False, rngs=rngs)
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, use_bias=False, rngs=rngs)
+        self.adapted = nnx.LoRALinear(6, 4, lora_rank=2, use_bias=False, rngs=rngs)
+        self.stack = stack_of_linears(KEYS)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(4, 1, rngs=rngs)
+
+
+class OfEquinox(eqx.Module):
+    layers: list[Any]
+
+    def __init__(self) -> None:
+        self.layers = [
+            eqx.nn.Linear(6, 4, key=KEY),
+            eqx.nn.Conv2d(3, 4, 3, key=KEY),
+            eqx.nn.ConvTranspose2d(4, 3, 3, key=KEY),
+            eqx.nn.MultiheadAttention(2, 8, key=KEY),
+            eqx.nn.Embedding(7, 4, key=KEY),
+            eqx.nn.LayerNorm((5, 8)),
+            eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 6, key=key))(KEYS),
+            eqx.nn.Linear("scalar", 4, key=KEY),
+        ]
+
+
+def of_haiku(images: Any) -> Any:
+    x = hk.Conv2D(4, 3)(images)
+    x = hk.DepthwiseConv2D(2, 3, with_bias=False)(x)
+    x = hk.Conv2DTranspose(5, 3, with_bias=False, name="up")(x)
+    x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x).mean((1, 2))
+    x = x + hk.Embed(7, 5)(jnp.arange(2))
+    x = hk.experimental.layer_stack(3)(hk.Linear(5, name="stacked"))(x)
+    x, _ = hk.LSTM(4)(x, hk.LSTMState(jnp.zeros((2, 4)), jnp.zeros((2, 4))))
+    return hk.Linear(1)(x)
+
+
+MODELS: dict[str, tuple[Callable[[], Axes], Axes]] = {
+    "linen": (
+        lambda: linen_axes(OfLinen(), IMAGES),
+        {
+            "Conv_0/bias": None,
+            "Conv_0/kernel": (0, 1, 2),
+            "Conv_1/kernel": (0, 1, 2),
+            "ConvTranspose_0/kernel": (0, 1, 2),
+            "ConvTranspose_1/kernel": (0, 1, 3),
+            "DenseGeneral_0/bias": None,
+            "DenseGeneral_0/kernel": (0,),
+            "DenseGeneral_1/kernel": (0, 1),
+            "Dense_0/bias": None,
+            "Dense_0/kernel": (0,),
+            "Embed_0/embedding": None,
+            "LayerNorm_0/bias": None,
+            "LayerNorm_0/scale": None,
+            "MultiHeadDotProductAttention_0/key/bias": None,
+            "MultiHeadDotProductAttention_0/key/kernel": (0,),
+            "MultiHeadDotProductAttention_0/out/bias": None,
+            "MultiHeadDotProductAttention_0/out/kernel": (0, 1),
+            "MultiHeadDotProductAttention_0/query/bias": None,
+            "MultiHeadDotProductAttention_0/query/kernel": (0,),
+            "MultiHeadDotProductAttention_0/value/bias": None,
+            "MultiHeadDotProductAttention_0/value/kernel": (0,),
+            "PReLU_0/negative_slope": None,
+            "scanned/Dense_0/bias": None,
+            "scanned/Dense_0/kernel": (1,),
+        },
+    ),
+    "nnx": (
+        lambda: nnx_axes(OfNnx()),
+        {
+            "adapted/kernel": (0,),
+            "adapted/lora/lora_a": (0,),
+            "adapted/lora/lora_b": (0,),
+            "attention/key/kernel": (0,),
+            "attention/out/kernel": (0, 1),
+            "attention/query/kernel": (0,),
+            "attention/value/kernel": (0,),
+            "conv/bias": None,
+            "conv/kernel": (0, 1, 2),
+            "embed/embedding": None,
+            "head/bias": None,
+            "head/kernel": (0,),
+            "norm/bias": None,
+            "norm/scale": None,
+            "stack/bias": None,
+            "stack/kernel": (1,),
+            "up/kernel": (0, 1, 3),
+        },
+    ),
+    "equinox": (
+        lambda: equinox_axes(OfEquinox()),
+        {
+            "layers/0/bias": None,
+            "layers/0/weight": (1,),
+            "layers/1/bias": None,
+            "layers/1/weight": (1, 2, 3),
+            "layers/2/bias": None,
+            "layers/2/weight": (1, 2, 3),
+            **{f"layers/3/{part}_proj/weight": (1,) for part in ("query", "key", "value")},
+            "layers/3/output_proj/weight": (1,),
+            "layers/4/weight": None,
+            "layers/5/weight": None,
+            "layers/5/bias": None,
+            "layers/6/weight": (2,),
+            "layers/6/bias": None,
+            "layers/7/weight": None,  # (4, 1): a fan-in of 1
+            "layers/7/bias": None,
+        },
+    ),
+    "haiku": (
+        lambda: haiku_axes(of_haiku, IMAGES),
+        {
+            "__layer_stack_no_per_layer/stacked/b": None,
+            "__layer_stack_no_per_layer/stacked/w": (1,),
+            "conv2_d/b": None,
+            "conv2_d/w": (0, 1, 2),
+            "depthwise_conv2_d/w": (0, 1, 2),
+            "embed/embeddings": None,
+            "layer_norm/offset": None,
+            "layer_norm/scale": None,
+            "linear/b": None,
+            "linear/w": (0,),
+            "lstm/linear/b": None,
+            "lstm/linear/w": (0,),
+            "up/w": (0, 1, 3),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("found", "expected"), MODELS.values(), ids=MODELS)
+def test_every_parameter_of_a_model(found: Callable[[], Axes], expected: Axes) -> None:
+    assert found() == expected
+
+
+def test_the_models_have_every_kind_of_parameter() -> None:
+    assert sum(len(expected) for _, expected in MODELS.values()) > 45
+
+
+# --- linen: how modules are made and called -------------------------------------------------------
+
+
+class ByUseOfSetup(nn.Module):
+    def setup(self) -> None:
+        self.embed = nn.Embed(7, 4)
+        self.blocks = [nn.Dense(4), nn.Dense(4)]
+        self.unused_in_call = nn.Dense(9)
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.embed.attend(self.blocks[0](x))  # two layers that are shared
+
+
+class Wrapped(nn.Module):
+    """Modules in transformations: the stack of the second has its axis in the middle."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        stacked = {"split_rngs": {"params": True}}
+        x = nn.vmap(nn.Dense, variable_axes={"params": 0}, in_axes=-2, out_axes=-2, **stacked)(
+            4, name="vmapped"
+        )(x)
+        x, _ = nn.scan(Stacked, variable_axes={"params": 1}, length=3, **stacked)(name="scanned")(
+            x, None
+        )
+        x = nn.remat(nn.Dense)(5, name="rematerialized")(x)
+        x = nn.jit(nn.Dense)(4, name="compiled")(x)
+        x = nn.RNN(nn.OptimizedLSTMCell(3))(x)
+        x = nn.WeightNorm(nn.Dense(2))(x)
+        return nn.SpectralNorm(nn.Dense(2))(x, update_stats=True)
+
+
+class Adapted(nn.Module):
+    """Puts its own parameters beside those of the layer that it wraps."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = nn.Dense(4)
+        nn.share_scope(self, layer)
+        low = x @ self.param("down", nn.initializers.lecun_normal(), (x.shape[-1], 2))
+        return layer(x) + low @ self.param("up", nn.initializers.zeros, (2, 4))
+
+
+def test_setup_and_shared_modules() -> None:
+    assert linen_axes(ByUseOfSetup(), jnp.zeros((2, 3), int)) == {
+        "blocks_0/bias": None,
+        "blocks_0/kernel": (0,),
+        "blocks_1/bias": None,
+        "blocks_1/kernel": (0,),
+        "embed/embedding": None,
+    }
+
+
+def test_modules_in_transformations() -> None:
+    found = linen_axes(Wrapped(), jax.ShapeDtypeStruct((2, 6, 8), "float32"))
+    assert {name: axes for name, axes in found.items() if axes} == {
+        "Dense_0/kernel": (0,),
+        "Dense_1/kernel": (0,),
+        **{f"OptimizedLSTMCell_0/{a}{b}/kernel": (0,) for a in "ih" for b in "ifgo"},
+        "compiled/kernel": (0,),
+        "rematerialized/kernel": (0,),
+        "scanned/Dense_0/kernel": (0,),  # (4, 3, 4)
+        "vmapped/kernel": (1,),  # (6, 8, 4)
+    }
+
+
+def test_layers_that_share_the_scope_of_another() -> None:
+    layouts = gcx.optax.layouts(Adapted(), jnp.zeros((2, 3)))
+    assert layouts == {
+        "bias": LeaveAlone("bias"),
+        "kernel": Layout("io"),
+        "down": LeaveAlone("unknown: nobody declared Adapted.down"),
+        "up": LeaveAlone("unknown: nobody declared Adapted.up"),
+    }
+
+
+def test_names_of_boxed_parameters_end_before_the_box() -> None:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    assert linen_axes(nn.Dense(4, kernel_init=init), jnp.zeros((2, 3))) == {
+        "bias": None,
+        "kernel": (0,),
+    }
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(4, kernel_init=_traced)(x)
+
+    def encode(self, x: Any) -> Any:
+        return self(x, train=False)
+
+
+def _traced(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    value = jax.random.normal(key, shape, dtype)
+    assert isinstance(value, jax.core.Tracer)
+    return value
+
+
+def test_linen_is_traced_and_nothing_computed() -> None:
+    x = jax.ShapeDtypeStruct((2, 3), "float32")
+    names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
+    assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
+    assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
+
+
+def test_names_are_those_within_params() -> None:
+    model, x = nn.Dense(4), jnp.zeros((2, 3))
+    variables, layouts = model.init(KEY, x), gcx.optax.layouts(model, x)
+    message = "'bias' matches no parameter; there are: params/bias, params/kernel"
+    with pytest.raises(ValueError, match=message):
+        gcx.optax.centralize(layouts).init(variables)
+    whole = {f"params/{name}": layout for name, layout in layouts.items()}
+    gcx.optax.centralize(whole).init(variables)
+
+
+# --- nnx: modules that hold modules, lists and each other's parameters ----------------------------
+
+
+class Held(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.tokens = nnx.Param(jnp.zeros((1, 4)))
+        self.listed = nnx.List([nnx.Linear(4, 2, rngs=rngs), nnx.Param(jnp.zeros((2, 2)))])
+        self.by_name = nnx.Dict(inner=nnx.Linear(4, 2, rngs=rngs))
+        self.twice = self.by_name.inner
+        self.statistics = nnx.BatchStat(jnp.zeros((2, 2)))
+
+
+def test_parameters_in_lists_and_dicts() -> None:
+    reasons = {row.name: row.reason for row in gcx.optax.plan(nnx.state(Held(), nnx.Param), Held())}
+    assert reasons == {
+        "by_name/inner/bias": "bias",
+        "by_name/inner/kernel": "Linear",
+        "listed/0/bias": "bias",
+        "listed/0/kernel": "Linear",
+        "listed/1": "unknown: nobody declared Held.listed/1",
+        "tokens": "unknown: nobody declared Held.tokens",
+    }
+
+
+class Tied(nnx.Module):
+    def __init__(self, other: Callable[[], nnx.Module], name: str) -> None:
+        self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.second = other()
+        setattr(self.second, name, self.first.kernel)
+
+
+def test_tied_parameters_of_nnx() -> None:
+    rngs = nnx.Rngs(0)
+    alike = Tied(lambda: nnx.Linear(4, 4, rngs=rngs), "kernel")
+    assert nnx_axes(alike)["first/kernel"] == (0,)
+    table = Tied(lambda: nnx.Embed(4, 4, rngs=rngs), "embedding")
+    layouts = gcx.optax.layouts(table)
+    assert set(layouts) == {"first/bias", "first/kernel"}
+    assert layouts["first/kernel"] == LeaveAlone(
+        "tied, and the rules differ: Linear; embedding: a row is an input, not an output unit"
+    )
+
+
+def test_axis_of_a_stack_of_nnx_may_be_another() -> None:
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+    model = nnx.vmap(lambda key: nnx.Linear(4, 6, rngs=nnx.Rngs(key)), out_axes=axes)(KEYS)
+    assert model.kernel.shape == (4, 3, 6)
+    assert nnx_axes(model) == {"bias": None, "kernel": (0,)}
+
+
+def test_weight_that_is_not_that_of_its_layer() -> None:
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(jnp.zeros((6, 4)))
+    reason = "unknown: the shape is (6, 4), where a Linear has (4, 6)"
+    assert gcx.optax.layouts(model)["kernel"] == LeaveAlone(reason)
+
+
+@pytest.mark.parametrize(
+    ("make", "abstractly"), [(OfNnx, nnx.eval_shape), (OfEquinox, eqx.filter_eval_shape)]
+)
+def test_model_of_shapes(make: Callable[[], Any], abstractly: Callable[[Any], Any]) -> None:
+    assert gcx.optax.layouts(abstractly(make)) == gcx.optax.layouts(make())
+
+
+# --- Equinox --------------------------------------------------------------------------------------
+
+
+def reasons_of(model: Any) -> dict[str, str]:
+    return {row.name: row.reason for row in gcx.optax.plan(model, model) if row.shape}
+
+
+class Wrappers(eqx.Module):
+    tokens: Any
+    layers: dict[str, Any]
+
+    def __init__(self) -> None:
+        linear = eqx.nn.Linear(4, 3, use_bias=False, key=KEY)
+        self.tokens = jnp.zeros((1, 4))
+        self.layers = {
+            "mlp": eqx.nn.MLP(
+                4, 3, 5, 1, eqx.nn.PReLU(), use_bias=False, use_final_bias=False, key=KEY
+            ),
+            "spectral": eqx.nn.SpectralNorm(linear, "weight", key=KEY),
+            "weight_norm": eqx.nn.WeightNorm(linear),
+        }
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+def test_wrappers_of_equinox() -> None:
+    assert reasons_of(Wrappers()) == {
+        "layers/mlp/activation/negative_slope": "slope of an activation",
+        "layers/mlp/layers/0/weight": "Linear",
+        "layers/mlp/layers/1/weight": "Linear",
+        "layers/spectral/layer/weight": "Linear",
+        "layers/spectral/uv_index/init/0": "state of a layer",
+        "layers/spectral/uv_index/init/1": "state of a layer",
+        "layers/weight_norm/g": "weight norm: the length of a weight",
+        "layers/weight_norm/layer/weight": "Linear",
+        "tokens": "unknown: nobody declared Wrappers.tokens",
+    }
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_tied_parameters_of_equinox(kept: int) -> None:
+    pair = (eqx.nn.Embedding(5, 4, key=KEY), eqx.nn.Linear(4, 5, use_bias=False, key=KEY))
+    model = eqx.nn.Shared(pair, lambda p: p[1 - kept].weight, lambda p: p[kept].weight)
+    ((name, reason),) = reasons_of(model).items()
+    assert name == f"pytree/{kept}/weight"
+    assert reason.startswith("tied, and the rules differ: embedding")
+    alike = eqx.nn.Shared((pair[1], pair[1]), lambda p: p[1].weight, lambda p: p[0].weight)
+    assert reasons_of(alike) == {"pytree/0/weight": "Linear"}
+
+
+class Opaque:
+    """A node that does not tell how to get inside."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+
+jax.tree_util.register_pytree_node(
+    Opaque, lambda node: ((node.layer,), None), lambda _, children: Opaque(*children)
+)
+
+
+class Hidden(eqx.Module):
+    node: Opaque
+
+
+def test_layer_in_a_node_without_keys_is_unknown() -> None:
+    model = Hidden(Opaque(eqx.nn.Linear(4, 3, use_bias=False, key=KEY)))
+    assert list(reasons_of(model).values()) == ["unknown: nobody declared Hidden.node/0/weight"]
+
+
+# --- Haiku ----------------------------------------------------------------------------------------
+
+
+def test_modules_of_haiku_with_state_and_options() -> None:
+    def model(x: Any, with_head: bool) -> Any:
+        x = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.9)(x, True)
+        weight = hk.get_parameter("weight", (3, 4), init=jnp.zeros)
+        return hk.nets.MLP([4, 1])(x @ weight) if with_head else x
+
+    transformed = hk.transform_with_state(model)
+    layouts = gcx.optax.layouts(transformed, jnp.zeros((2, 3)), with_head=True)
+    assert layouts["mlp/~/linear_0/w"] == layouts["mlp/~/linear_1/w"] == Layout("io")
+    assert layouts["batch_norm/scale"] == LeaveAlone("norm")
+    assert layouts["~/weight"] == LeaveAlone("unknown: it belongs to no module")
+    assert "mlp/~/linear_0/w" not in gcx.optax.layouts(transformed, jnp.zeros((2, 3)), False)
+
+
+class OwnWeight(hk.Module):
+    def __call__(self, x: Any) -> Any:
+        return hk.Linear(4)(x) @ hk.get_parameter("w", (4, 4), init=jnp.zeros)
+
+
+def test_own_parameter_of_an_unknown_module_of_haiku() -> None:
+    def model(x: Any) -> Any:
+        return OwnWeight(name="own")(x)
+
+    transformed = hk.transform(model)
+    assert gcx.optax.layouts(transformed, jnp.zeros((2, 3))) == {
+        "own/w": LeaveAlone("unknown: nobody declared OwnWeight.w"),
+        "own/linear/w": Layout("io"),
+        "own/linear/b": LeaveAlone("bias"),
+    }
+
+
+def test_layers_of_the_same_name_in_several_stacks() -> None:
+    def model(x: Any) -> Any:
+        def linear(x: Any) -> Any:
+            return hk.Linear(4, name="layer")(x)
+
+        def transposed(x: Any) -> Any:
+            return hk.Conv1DTranspose(4, 3, name="layer")(x)
+
+        x = hk.Embed(7, 4, name="layer")(x)
+        x = hk.experimental.layer_stack(2, name="a")(linear)(x)
+        return hk.experimental.layer_stack(2, name="b")(transposed)(x)
+
+    assert haiku_axes(model, jnp.zeros((2, 5), int)) == {
+        "layer/embeddings": None,
+        "a/layer/b": None,
+        "a/layer/w": (1,),
+        "b/layer/b": None,
+        "b/layer/w": (1, 3),
+    }
+
+
+# --- layers of others -----------------------------------------------------------------------------
+
+
+def forget(kind: type) -> None:
+    del RULES._by_type[kind]
+
+
+def test_layers_of_others_register_a_rule(request: pytest.FixtureRequest) -> None:
+    class Experts(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.zeros((2, 3, 4)))
+            self.gate = nnx.Param(jnp.zeros((3, 2)))
+            self.bias_in = nnx.Param(jnp.zeros((2, 4)))
+
+    class MoreExperts(Experts):
+        pass
+
+    assert nnx_axes(Experts()) == dict.fromkeys(("bias_in", "gate", "w"))
+    request.addfinalizer(partial(forget, Experts))
+
+    @gcx.optax.register_layer(Experts)
+    def rule(layer: Experts) -> dict[str, Any]:
+        return {"w": "oio", "gate": None, "bias_*": LeaveAlone("bias of an expert")}
+
+    assert rule.__name__ == "rule"
+    rows = gcx.optax.plan(nnx.state(MoreExperts(), nnx.Param), MoreExperts())
+    assert [(row.layout, row.reason) for row in rows] == [
+        (None, "bias of an expert"),
+        (None, "left alone by the rule of Experts"),
+        (Layout("oio"), "Experts"),
+    ]
+
+
+def test_subclass_follows_its_base_class() -> None:
+    class Mine(nn.Dense):
+        pass
+
+    assert gcx.optax.layouts(Mine(4), jnp.zeros((2, 3)))["kernel"] == Layout("io")
+
+
+# --- in the optimizer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [OfNnx, OfEquinox], ids=["nnx", "equinox"])
+def test_model_itself_is_enough(make: Callable[[], Any]) -> None:
+    model = make()
+    params = nnx.state(model, nnx.Param) if make is OfNnx else eqx.filter(model, eqx.is_array)
+    by_model, by_mapping = model, gcx.optax.layouts(model)
+    grads = jax.tree.map(lambda a: jax.random.normal(KEY, a.shape), params)
+    results = []
+    for layouts in (by_model, by_mapping):
+        optimizer = gcx.optax.centralize(layouts)
+        updates, _ = optimizer.update(grads, optimizer.init(params))
+        results.append(updates)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    axes = axes_of(gcx.optax.plan(params, model))
+    for (name, fan_in), leaf in zip(axes.items(), jax.tree.leaves(results[0]), strict=True):
+        if fan_in:
+            np.testing.assert_allclose(fan_in_means(leaf, fan_in), 0, atol=1e-6, err_msg=name)
+
+
+def test_part_of_a_model_may_be_trained() -> None:
+    model = OfNnx()
+    optimizer = nnx.Optimizer(
+        model,
+        optax.chain(gcx.optax.centralize(model), optax.sgd(0.1)),
+        wrt=nnx.LoRAParam,
+    )
+    assert jax.tree.leaves(optimizer.opt_state) is not None
+    rows = gcx.optax.plan(nnx.state(model, nnx.LoRAParam), model)
+    assert [row.name for row in rows if row.layout] == [
+        "adapted/lora/lora_a",
+        "adapted/lora/lora_b",
+    ]
+
+
+def test_training_a_linen_model_keeps_the_fan_in_means() -> None:
+    model = OfLinen()
+    x = jax.random.normal(KEY, IMAGES.shape)
+    start = model.init(KEY, x)["params"]
+    layouts = gcx.optax.layouts(model, IMAGES)
+
+    def loss(params: Any) -> Any:
+        return jnp.mean((model.apply({"params": params}, x) - 1.0) ** 2)
+
+    optimizer = optax.chain(gcx.optax.centralize(layouts), optax.sgd(0.05, momentum=0.9))
+    end = train(optimizer, loss, start)
+    rows = gcx.optax.plan(start, layouts)
+    moved = 0
+    for row, before, after in zip(rows, jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
+        if row.layout:
+            drift = fan_in_means(after - before, row.layout.fan_in_axes(before.ndim))
+            np.testing.assert_allclose(drift, 0, atol=2e-7, err_msg=row.name)
+            moved += bool(np.abs(after - before).max() > 1e-4)
+    assert moved == sum(row.layout is not None for row in rows)
+
+
+MODELS_WITHOUT_INPUTS = {
+    "linen": (nn.Dense(4), "flax.linen"),
+    "haiku": (hk.transform(of_haiku), "haiku"),
+    "haiku with state": (hk.transform_with_state(of_haiku), "haiku"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "module"), MODELS_WITHOUT_INPUTS.values(), ids=MODELS_WITHOUT_INPUTS
+)
+def test_model_that_has_no_layers_yet(model: Any, module: str) -> None:
+    message = f"a model of {module} has no layers before it sees an input: give gcx.optax.layouts"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gcx.optax.centralize(model)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gcx.optax.plan({}, model)
+
+
+@pytest.mark.parametrize("make", [OfNnx, OfEquinox])
+def test_model_that_needs_no_inputs(make: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match="is read as it is: give it without example inputs"):
+        gcx.optax.layouts(make(), jnp.zeros((2, 3)))
+
+
+def test_parameters_of_another_model() -> None:
+    optimizer = gcx.optax.centralize(OfNnx())
+    with pytest.raises(ValueError, match="there is nothing to centralize in these 1 parameters"):
+        optimizer.init({"weight": jnp.zeros((4, 3))})
+
+
+def test_flatten_before_it_is_an_error_with_a_model_too() -> None:
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    for layouts in (model, gcx.optax.layouts(model)):
+        optimizer = optax.flatten(gcx.optax.centralize(layouts))
+        with pytest.raises(ValueError, match=r"nothing to centralize|matches no parameter"):
+            optimizer.init(nnx.state(model, nnx.Param))

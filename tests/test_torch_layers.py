@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,58 +12,53 @@ pytest.importorskip("torch")
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 
 import gcx.torch
-from gcx.layout import Layout
-from gcx.torch._fan_in import FanIn
-from gcx.torch._layers import TORCH_NN, _activation, _embedding, _norm
-from gcx.torch._plan import decide
+from gcx import Layout
+from gcx.plan import LeaveAlone
+from gcx.torch import FanIn
+from gcx.torch._layers import (
+    _RULES,
+    TORCH_NN,
+    _activation,
+    _attention,
+    _bilinear,
+    _convolution,
+    _embedding,
+    _linear,
+    _norm,
+    _recurrent,
+    _transposed_convolution,
+    answer,
+)
+
+from torch_fan_in import assert_fan_in_is_support, channels, declared_fan_in, features
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
-def _fan_in(layer: nn.Module, name: str) -> FanIn:
-    found = {d.name: d.fan_in for d in decide(layer).values()}[name]
-    assert found is not None
-    return found
-
-
-def _output_units(layout: Layout, view: Tensor) -> Tensor:
-    """Number each element of a weight by the output unit it belongs to, as the layout says."""
-    fan_in = layout.fan_in_axes(view.ndim)
-    kept = [1 if axis in fan_in else n for axis, n in enumerate(view.shape)]
-    return torch.arange(view.new_empty(kept).numel()).reshape(kept).expand(view.shape)
-
-
-def _channels(output: Tensor) -> Tensor:
-    return output.transpose(0, 1).flatten(1).sum(1)
-
-
-def _features(output: Tensor) -> Tensor:
-    return output.flatten(0, -2).sum(0)
-
-
 def _channels_of(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
-    return layer, _channels(layer(torch.randn(shape)))
+    return layer, channels(layer(torch.randn(shape)))
 
 
 def _features_of(layer: nn.Module, *shapes: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     output = layer(*[torch.randn(shape) for shape in shapes])
-    return layer, _features(output[0] if isinstance(output, tuple) else output)
+    return layer, features(output[0] if isinstance(output, tuple) else output)
 
 
 def _cell_state_of(layer: nn.LSTM, *shape: int) -> tuple[nn.Module, Tensor]:
     """The new cell state, which depends on three of four gates, from one that is not zero."""
     _, (_, cell) = layer(torch.randn(shape), (torch.randn(1, 2, 4), torch.randn(1, 2, 4)))
-    return layer, _features(cell)
+    return layer, features(cell)
 
 
 def _lstm_cell() -> tuple[nn.Module, Tensor]:
     layer = nn.LSTMCell(3, 4)
     hidden, _ = layer(torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)))
-    return layer, _features(hidden)
+    return layer, features(hidden)
 
 
 def _heads_of(**options: int) -> tuple[nn.Module, Tensor]:
@@ -73,7 +70,7 @@ def _heads_of(**options: int) -> tuple[nn.Module, Tensor]:
     size = {"key": options.get("kdim", width), "value": options.get("vdim", width)}
     query = torch.randn(3, width)
     key, value = torch.randn(5, size["key"]), torch.randn(5, size["value"])
-    return layer, _features(layer(query, key, value)[0])
+    return layer, features(layer(query, key, value)[0])
 
 
 # How to make a layer and one number for each output, the name of a weight, and how many output
@@ -130,24 +127,49 @@ def test_declared_fan_in_is_what_autograd_sees(case: str) -> None:
     """An output depends on the elements of its own output units, on all of them and no others."""
     torch.manual_seed(0)
     make, name, units_per_output = LAYERS[case]
-    layer, outputs = make()
-    weight, fan_in = layer.get_parameter(name), _fan_in(layer, name)
-    seen: set[int] = set()
-    for output in outputs:
-        (grad,) = torch.autograd.grad(output, weight, retain_graph=True)
-        units = _output_units(fan_in.layout, fan_in.view(weight))
-        depends = fan_in.view(grad) != 0
-        touched = set(units[depends].tolist())
-        assert len(touched) == units_per_output
-        assert depends[torch.isin(units, torch.tensor(sorted(touched)))].all()
-        assert not touched & seen
-        seen |= touched
+    assert_fan_in_is_support(*make(), name, units_per_output)
 
 
 def test_every_layer_with_a_fan_in_is_checked() -> None:
     checked = {type(make()[0]) for make, _, _ in LAYERS.values()}
     no_fan_in = {_embedding, _norm, _activation}
-    assert checked == {kind for kind, rule in TORCH_NN.items() if rule not in no_fan_in}
+    with_fan_in = {kind for kind, rule in TORCH_NN.items() if rule not in no_fan_in}
+    assert checked == with_fan_in - {nn.RNNBase, nn.RNNCellBase}
+
+
+def _registers_parameters(kind: type[nn.Module]) -> bool:
+    bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    return any(re.search(r"\bParameter\(", inspect.getsource(base)) for base in bases)
+
+
+def test_every_layer_of_torch_has_a_rule() -> None:
+    """A release of torch with a new layer breaks this."""
+    modules = {m for m in vars(nn).values() if inspect.isclass(m) and issubclass(m, nn.Module)}
+    lazy = {m for m in modules if issubclass(m, LazyModuleMixin)}  # they become the others
+    without = {m for m in modules if _registers_parameters(m) and not _RULES._rules_of(m)}
+    # Of containers, the modules that hold them are asked.
+    assert without - lazy == {nn.ParameterList, nn.ParameterDict}
+
+
+ARGUMENTS = {nn.RNNBase: ("LSTM", 3, 4), nn.RNNCellBase: (3, 4, True, 4), nn.GroupNorm: (2, 4)}
+ARGUMENTS_BY_RULE = {
+    _activation: (),
+    _attention: (4, 2),
+    _bilinear: (3, 4, 2),
+    _convolution: (4, 4, 2),
+    _embedding: (7, 4),
+    _linear: (4, 3),
+    _norm: (4,),
+    _recurrent: (3, 4),
+    _transposed_convolution: (4, 4, 2),
+}
+
+
+@pytest.mark.parametrize("kind", TORCH_NN, ids=lambda kind: kind.__name__)
+def test_every_parameter_of_torch_has_an_answer(kind: type[nn.Module]) -> None:
+    layer = kind(*ARGUMENTS.get(kind, ARGUMENTS_BY_RULE[TORCH_NN[kind]]))
+    names = [name for name, _ in layer.named_parameters(recurse=False)]
+    assert [name for name in names if answer(layer, name) is None] == []
 
 
 class Zoo(nn.Module):
@@ -205,12 +227,21 @@ def _is_centralized(model: nn.Module, name: str) -> bool:
     return row.layout is not None
 
 
-def test_tied_parameter_of_two_rules_is_left_alone() -> None:
+def test_embedding_tied_to_the_head_is_left_alone() -> None:
     model = Zoo()
     model.head.weight = model.embed.weight
     assert _reason(model, "embed.weight") == (
         "tied, and the rules differ: embedding: a row is an input, not an output unit; "
         "head.weight: Linear"
+    )
+
+
+def test_tied_parameter_of_three_owners_names_each_rule_once() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Embedding(4, 4), nn.Embedding(4, 4)])
+    model[1].weight = model[2].weight = model[0].weight
+    assert _reason(model, "0.weight") == (
+        "tied, and the rules differ: Linear; "
+        "1.weight: embedding: a row is an input, not an output unit"
     )
 
 
@@ -227,6 +258,22 @@ def test_tied_parameter_of_one_rule_is_centralized() -> None:
     assert [(row.name, str(row.layout)) for row in plan if row.layout] == [("0.weight", "o...")]
 
 
+def test_tied_parameter_of_rules_that_mean_the_same_is_centralized() -> None:
+    class Router(nn.Linear):
+        pass
+
+    gcx.torch.register_layer(Router)(lambda _: {"weight": "oi"})
+    model = nn.Sequential(nn.Linear(4, 4), Router(4, 4))
+    model[1].weight = model[0].weight
+    assert _is_centralized(model, "0.weight")
+
+
+def test_layer_in_two_places_is_listed_once() -> None:
+    layer = nn.Linear(4, 3)
+    plan = gcx.torch.plan(nn.ModuleDict({"encoder": layer, "decoder": layer}))
+    assert [row.name for row in plan] == ["encoder.weight", "encoder.bias"]
+
+
 def test_subclass_follows_the_rule_of_its_base() -> None:
     class LowRank(nn.Linear):
         def __init__(self) -> None:
@@ -237,9 +284,73 @@ def test_subclass_follows_the_rule_of_its_base() -> None:
     assert _reason(LowRank(), "lora_a") == "unknown: nobody declared LowRank.lora_a"
 
 
-def test_integers_are_left_alone() -> None:
+def test_rule_of_a_subclass_needs_to_say_only_what_is_new() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.scales = nn.Parameter(torch.ones(2, 2))
+
+    gcx.torch.register_layer(Scaled)(lambda _: {"scales": LeaveAlone("scales")})
+    assert [row.reason for row in gcx.torch.plan(Scaled())] == ["Linear", "bias", "scales"]
+
+
+class Codes(nn.Module):
+    """Parameters in containers, and a child whose weight is used the other way around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.ParameterList([torch.zeros(3, 4), torch.zeros(3)])
+        self.nested = nn.ParameterDict({"a": nn.ParameterList([torch.zeros(5, 4)])})
+        self.backwards = nn.Linear(4, 3)
+
+
+def test_parameters_in_containers_are_those_of_the_module_that_holds_them() -> None:
+    assert _reason(Codes(), "codes.0") == "unknown: nobody declared Codes.codes.0"
+    assert _reason(Codes(), "codes.1") == "a vector has no fan-in"
+    assert _reason(Codes(), "nested.a.0") == "unknown: nobody declared Codes.nested.a.0"
+    alone = nn.ParameterList([torch.zeros(3, 4)])
+    assert _reason(alone, "0") == "unknown: nobody declared ParameterList.0"
+
+
+def test_rule_of_a_module_can_answer_for_its_children() -> None:
+    class Declared(Codes):
+        pass
+
+    gcx.torch.register_layer(Declared)(
+        lambda _: {"codes.*": LeaveAlone("codes"), "nested.*.*": "oi", "backwards.weight": "io"}
+    )
+    plan = {row.name: row for row in gcx.torch.plan(nn.Sequential(Declared()))}
+    assert plan["0.codes.0"].reason == "codes"
+    assert str(plan["0.nested.a.0"].layout) == "oi"
+    assert str(plan["0.backwards.weight"].layout) == "io"
+    assert plan["0.backwards.bias"].reason == "bias"  # of which the rule says nothing
+
+
+def test_glob_for_the_parameters_of_a_layer_does_not_reach_its_children() -> None:
+    class Greedy(Codes):
+        pass
+
+    gcx.torch.register_layer(Greedy)(lambda _: {"*": None})
+    assert _is_centralized(Greedy(), "backwards.weight")
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((), "scalar"), ((1,), "vector"), ((7,), "vector")])
+def test_vectors_of_unknown_layers_have_no_fan_in(shape: tuple[int, ...], kind: str) -> None:
+    model = nn.Module()
+    model.tau = nn.Parameter(torch.zeros(shape))
+    assert _reason(model, "tau") == f"a {kind} has no fan-in"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_left_alone(dtype: torch.dtype) -> None:
     layer = nn.Linear(4, 2)
-    layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight = nn.Parameter(torch.zeros(2, 4).to(dtype), requires_grad=False)
+    assert _reason(layer, "weight") == str(dtype).replace("torch.", "dtype ")
+
+
+def test_quantized_weights_may_have_any_shape() -> None:
+    layer = nn.Linear(4, 2)
+    layer.weight = nn.Parameter(torch.zeros(8, 1, 1, dtype=torch.uint8), requires_grad=False)
     assert _reason(layer, "weight") == "dtype uint8"
 
 
@@ -260,6 +371,38 @@ def test_weight_norm(wrapped: bool) -> None:
 @pytest.mark.parametrize("apply", [parametrizations.spectral_norm, parametrizations.orthogonal])
 def test_parametrized_weight_follows_its_owner(apply: Callable[[nn.Module], nn.Module]) -> None:
     assert _is_centralized(apply(nn.Linear(4, 3)), "parametrizations.weight.original")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weight_norm_by_hooks() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2), dim=1))
+    assert _reason(model, "0.weight_g") == "weight_norm g: the length of a weight"
+    assert declared_fan_in(model, "0.weight_v") == FanIn(Layout("oio..."), 4, 2)
+
+
+def test_spectral_norm_by_hooks() -> None:
+    layer = nn.utils.spectral_norm(nn.Linear(4, 3))
+    assert _is_centralized(layer, "weight_orig")
+
+
+def test_pruned_weight_follows_its_owner() -> None:
+    layer = prune.random_unstructured(nn.Linear(4, 3), "weight", 0.5)
+    prune.ln_structured(layer, "weight", 0.5, n=2, dim=0)  # a container of both
+    prune.random_unstructured(layer, "bias", 0.3)
+    assert _is_centralized(layer, "weight_orig")
+    assert _reason(layer, "bias_orig") == "bias"
+
+
+def test_g_of_an_unknown_layer_is_still_a_length() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(3, 4))
+
+    layer = parametrizations.weight_norm(Mine(), "matrix")
+    name = "parametrizations.matrix.original"
+    assert _reason(layer, name + "0") == "weight_norm g: the length of a weight"
+    assert _reason(layer, name + "1") == "unknown: nobody declared ParametrizedMine.matrix"
 
 
 class _Flat(nn.Module):
@@ -331,6 +474,32 @@ def test_flattened_weights_are_an_error() -> None:
     flat.buffer._is_flat_param = True
     with pytest.raises(RuntimeError, match=r"buffer is a flat buffer.*fully_shard"):
         gcx.torch.plan(flat)
+
+
+def test_weight_of_another_rank_than_its_layer_has_is_an_error() -> None:
+    class Batched(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.weight = nn.Parameter(torch.zeros(2, 3, 4))
+
+    with pytest.raises(RuntimeError, match=r"weight is of rank 3.*Batched.*register_layer"):
+        gcx.torch.plan(Batched())
+    assert gcx.torch.plan(Batched(), overrides={"weight": "ooi"})[0].layout == Layout("ooi")
+
+
+def test_layout_of_a_rule_is_checked() -> None:
+    class Wrong(nn.Module):
+        def __init__(self, answer: object) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 3))
+            self.answer = answer
+
+    gcx.torch.register_layer(Wrong)(lambda layer: {"weight": layer.answer})
+    assert declared_fan_in(Wrong(FanIn("oi")), "weight") == FanIn(Layout("oi"))  # text will do
+    with pytest.raises(ValueError, match=r"the rule of Wrong answers 'out' for 'weight': layout"):
+        gcx.torch.plan(Wrong("out"))
+    with pytest.raises(TypeError, match=r"the rule of Wrong answers 1 for 'weight': a layout is"):
+        gcx.torch.plan(Wrong(1))
 
 
 def test_plan_is_of_a_module() -> None:

@@ -1,0 +1,397 @@
+"""gcx.torch on many processes: the weights of one process, and no gradient is sent."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import distributed, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import gcx
+import gcx.torch
+from gcx import Layout
+from gcx.torch import FanIn
+
+import processes
+from sharded_training import (
+    Net,
+    Sent,
+    Weights,
+    adamw,
+    centralized_gradients,
+    centralized_updates,
+    net,
+    project,
+    sgd,
+    train,
+    whole,
+    whole_weights,
+)
+
+EVEN, UNEVEN = 8, 7
+
+
+class Spread(NamedTuple):
+    """A model on several processes, and which part of the data is for this one."""
+
+    model: nn.Module
+    part: int
+    parts: int
+
+
+def by_data(wrap: Callable[[Net], nn.Module], hidden: int) -> Spread:
+    model = wrap(net(hidden))
+    return Spread(model, distributed.get_rank(), distributed.get_world_size())
+
+
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
+    """FSDP2, as its manual has it: the layers, then the rest."""
+    for layer in model.children():
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def ddp(hidden: int) -> Spread:
+    return by_data(DistributedDataParallel, hidden)
+
+
+def fsdp2(hidden: int) -> Spread:
+    return by_data(sharded, hidden)
+
+
+def fsdp2_along_fan_in(hidden: int) -> Spread:
+    def cut(parameter: nn.Parameter) -> Shard:
+        return Shard(min(1, parameter.ndim - 1))
+
+    return by_data(lambda model: sharded(model, shard_placement_fn=cut), hidden)
+
+
+def fsdp2_offloaded(hidden: int) -> Spread:
+    policy = CPUOffloadPolicy(pin_memory=False)
+    return by_data(lambda model: sharded(model, offload_policy=policy), hidden)
+
+
+def hsdp(hidden: int) -> Spread:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    return by_data(lambda model: sharded(model, mesh=mesh), hidden)
+
+
+def tensor_parallel(hidden: int) -> Spread:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    return Spread(in_parallel(net(hidden), mesh), 0, 1)
+
+
+def tensor_and_data_parallel(hidden: int) -> Spread:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = sharded(in_parallel(net(hidden), mesh["tensor"]), mesh=mesh["data"])
+    return Spread(model, mesh["data"].get_local_rank(), 2)
+
+
+def in_parallel(model: Net, mesh: Any) -> Net:
+    plan = {"wide": ColwiseParallel(), "head": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+class Outcome(NamedTuple):
+    weights: Weights
+    sent: list[tuple[str, int]]
+
+
+def trained(spread: Callable[[int], Spread], hidden: int, where: Any) -> Outcome:
+    """Train on this process."""
+    model, part, parts = spread(hidden)
+    optimizer = (sgd if where == "gradient" else adamw)(model.parameters())
+    gcx.torch.centralize(optimizer, model, where=where)
+    sent = train(model, optimizer, part, parts)
+    return Outcome(whole_weights(model), sent)
+
+
+# How many means of each weight there are, where a fan-in is cut, as a step adds them up.
+CONV, UP, WIDE, HEAD = 6, 6, EVEN, 4
+SCHEMES = [
+    pytest.param(ddp, 2, EVEN, [], id="DDP"),
+    pytest.param(fsdp2, 2, EVEN, [UP], id="FSDP2"),
+    pytest.param(fsdp2, 2, UNEVEN, [UP], id="FSDP2-uneven"),
+    pytest.param(fsdp2, 4, UNEVEN, [UP], id="FSDP2-uneven-4"),
+    pytest.param(fsdp2_along_fan_in, 2, EVEN, [CONV, WIDE, HEAD], id="FSDP2-along-fan-in"),
+    pytest.param(fsdp2_offloaded, 2, EVEN, [UP], id="FSDP2-offloaded"),
+    pytest.param(hsdp, 4, EVEN, [UP], id="HSDP"),
+    pytest.param(tensor_parallel, 2, EVEN, [HEAD], id="TP"),
+    pytest.param(tensor_and_data_parallel, 4, EVEN, [UP, HEAD // 2], id="FSDP2-and-TP"),
+]
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize(("spread", "world", "hidden", "cut"), SCHEMES)
+def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where: Any) -> None:
+    expected = (centralized_gradients if where == "gradient" else centralized_updates)(hidden)
+    for weights, sent in processes.run(world, trained, spread, hidden, where):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+        assert sent == [("all_reduce", means) for means in cut]
+
+
+# Schemes that need more than a wrapped model
+
+
+def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, part, parts = ddp(EVEN)
+    make, kind = (sgd, torch.optim.SGD) if where == "gradient" else (adamw, torch.optim.AdamW)
+    optimizer = make(model.parameters(), ZeroRedundancyOptimizer, optimizer_class=kind)
+    if is_centralized:
+        gcx.torch.centralize(optimizer, model, where=where)
+    sent = train(model, optimizer, part, parts)
+    return Outcome(whole_weights(model), sent)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_zero_redundancy_optimizer(where: Any) -> None:
+    expected = (centralized_gradients if where == "gradient" else centralized_updates)(EVEN)
+    plain = processes.run(2, trained_with_zero, where, False)
+    for (weights, sent), (_, sent_without) in zip(
+        processes.run(2, trained_with_zero, where, True), plain, strict=True
+    ):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+        assert sent == sent_without  # the weights themselves: each process has updated some
+
+
+def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(net(UNEVEN), mp_policy=policy)
+    optimizer = sgd(model.parameters(), decay=0.0)
+    if not is_written_out:
+        gcx.torch.centralize(optimizer, model)
+        sent = train(model, optimizer, distributed.get_rank(), 2)
+        return Outcome(whole_weights(model), sent)
+
+    def centralize_whole_gradients() -> None:
+        for name, p in model.named_parameters():
+            grad = project(name, whole(p.grad))
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
+
+    sent = train(model, optimizer, distributed.get_rank(), 2, centralize_whole_gradients)
+    return Outcome(whole_weights(model), sent)
+
+
+def test_mixed_precision() -> None:
+    expected = processes.run(2, trained_in_mixed_precision, True)[0].weights
+    for weights, sent in processes.run(2, trained_in_mixed_precision, False):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        assert sent == [("all_reduce", UP)]
+
+
+# What would be found out
+
+
+def sent_by_plain_expression() -> list[tuple[str, int]]:
+    """What everybody would write for the gradients of a sharded layer."""
+    model, part, parts = fsdp2_along_fan_in(EVEN)
+    optimizer = sgd(model.parameters())
+
+    def centralize() -> None:
+        grad = model.wide.weight.grad
+        model.wide.weight.grad = grad - grad.mean(1, keepdim=True)
+
+    return train(model, optimizer, part, parts, centralize)
+
+
+def test_plain_expression_gathers_the_gradient() -> None:
+    """Or the tests above could not fail."""
+    for sent in processes.run(2, sent_by_plain_expression):
+        assert ("all_gather_into_tensor", EVEN * 54 // 2) in sent
+
+
+# Momentum from before
+
+
+def attached_late(spread: Callable[[int], Spread], hidden: int) -> Weights:
+    model, part, parts = spread(hidden)
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, part, parts)
+    with pytest.warns(UserWarning, match="momentum of 4 weights"):
+        gcx.torch.centralize(optimizer, model)
+    train(model, optimizer, part, parts)
+    return whole_weights(model)
+
+
+def resumed(spread: Callable[[int], Spread], hidden: int) -> Weights:
+    model, part, parts = spread(hidden)
+    first = sgd(model.parameters())
+    train(model, first, part, parts)
+    optimizer = sgd(model.parameters())
+    gcx.torch.centralize(optimizer, model)
+    with pytest.warns(UserWarning, match="momentum of 4 weights"):
+        optimizer.load_state_dict(first.state_dict())
+    train(model, optimizer, part, parts)
+    return whole_weights(model)
+
+
+def alone(hidden: int) -> Spread:
+    return Spread(net(hidden), 0, 1)
+
+
+@pytest.mark.parametrize("training", [attached_late, resumed])
+@pytest.mark.parametrize(
+    ("spread", "hidden"), [(fsdp2, UNEVEN), (fsdp2_along_fan_in, EVEN), (tensor_parallel, EVEN)]
+)
+def test_momentum_from_before(training: Any, spread: Any, hidden: int) -> None:
+    expected = training(alone, hidden)
+    for weights in processes.run(2, training, spread, hidden):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+
+
+def attached_late_to_zero() -> tuple[Weights, list[str]]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, part, parts = ddp(EVEN)
+    optimizer = sgd(model.parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD)
+    train(model, optimizer, part, parts)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gcx.torch.centralize(optimizer, model)
+    train(model, optimizer, part, parts)
+    return whole_weights(model), [str(warning.message) for warning in caught]
+
+
+def test_momentum_of_a_zero_redundancy_optimizer() -> None:
+    """Each process has that of some weights."""
+    outcomes = processes.run(2, attached_late_to_zero)
+    expected = attached_late(alone, EVEN)
+    for weights, _ in outcomes:
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+    found = [re.search(r"momentum of (\d) weights", " ".join(said)) for _, said in outcomes]
+    assert sum(int(match[1]) for match in found if match) == 4
+
+
+# Weights that have lost their shape
+
+
+def errors_under_fsdp1(use_orig_params: bool) -> list[str]:
+    model = FullyShardedDataParallel(
+        net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    errors = []
+    for call in (
+        lambda: gcx.torch.centralize(sgd(model.parameters()), model),
+        lambda: gcx.torch.centralize(adamw(model.parameters()), model, where="update"),
+        lambda: gcx.torch.centralize_in_backward(model),
+        lambda: gcx.torch.plan(model),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        errors.append(str(caught.value))
+    return errors
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_an_error_that_says_what_to_do(use_orig_params: bool) -> None:
+    for errors in processes.run(2, errors_under_fsdp1, use_orig_params):
+        for error in errors:
+            assert "the shapes of the layers are gone" in error
+            assert "gcx.torch.centralize_in_backward(model) before" in error
+
+
+# Single tensors
+
+
+WEIGHTS = [
+    pytest.param((4, 6), FanIn(), id="even"),
+    pytest.param((5, 7), FanIn(), id="uneven"),
+    pytest.param((1, 5), FanIn(), id="one-row"),
+    pytest.param((3, 1, 4), FanIn(), id="depthwise"),
+    pytest.param((3, 5), FanIn(Layout("io")), id="input-first"),
+    pytest.param((6, 3, 2, 2), FanIn(Layout("oio..."), groups=2), id="groups"),
+    pytest.param((6, 2, 1, 1), FanIn(Layout("oio..."), groups=3), id="groups-pointwise"),
+    pytest.param((5, 2, 3), FanIn(Layout("oio..."), groups=5), id="groups-of-one"),
+]
+
+
+def on_every_placement(shape: tuple[int, ...], fan_in: FanIn, dtype: torch.dtype) -> None:
+    """Centralize in place and not, however a tensor is cut, and compare with the whole of it."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    full = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = fan_in.centralize(full)
+    kinds = [*map(Shard, range(len(shape))), Replicate(), Partial(), Partial("avg")]
+    for kind in kinds:
+        is_sum = kind == Partial()
+        spread = (
+            DTensor.from_local(full / mesh.size() if is_sum else full, mesh, [kind])
+            if kind.is_partial()
+            else distribute_tensor(full.clone(), mesh, [kind])
+        )
+        with Sent() as sent:
+            result = fan_in.centralize(spread)
+            fan_in.subtract_(spread, fan_in.mean(spread))
+        for found in (result, spread):
+            assert found.placements == (kind,)
+            assert found.dtype == dtype
+            assert found.shape == full.shape
+            torch.testing.assert_close(found.full_tensor(), expected)
+        means = full.numel() // fan_in.size(full)
+        assert kind == Partial("avg") or all(size <= means for _, size in sent.messages)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("shape", "fan_in"), WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_placement(shape: Any, fan_in: FanIn, dtype: Any, world: int) -> None:
+    processes.run(world, on_every_placement, shape, fan_in, dtype)
+
+
+def by_the_core() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.arange(15.0).reshape(3, 5) ** 2
+    expected = gcx.centralize(full, strength=0.5)
+    for cut in (Shard(0), Shard(1), Replicate()):
+        grad = distribute_tensor(full, mesh, [cut])
+        out = distribute_tensor(torch.zeros(3, 5), mesh, [Shard(0)])
+        results = [
+            gcx.centralize(grad, strength=0.5),
+            gcx.centralize_many({"w": grad, "none": None}, strength=0.5)["w"],
+            gcx.centralize(grad, strength=0.5, out=out),
+        ]
+        assert results[2] is out
+        assert [r.placements for r in results] == [(cut,), (cut,), (Shard(0),)]
+        for result in results:
+            torch.testing.assert_close(result.full_tensor(), expected)
+        gcx.centralize_many([grad], out=[grad], strength=0.5)
+        torch.testing.assert_close(grad.full_tensor(), expected)
+
+
+def test_public_functions() -> None:
+    processes.run(2, by_the_core)
+
+
+def differentiated() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    full, direction = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5)
+    for cut in (Shard(0), Shard(1)):
+        x = distribute_tensor(full, mesh, [cut]).requires_grad_()
+        (gcx.centralize(x) * distribute_tensor(direction, mesh, [cut])).sum().backward()
+        torch.testing.assert_close(x.grad.full_tensor(), gcx.centralize(direction))
+
+
+def test_derivative() -> None:
+    processes.run(2, differentiated)

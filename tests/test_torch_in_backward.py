@@ -1,0 +1,399 @@
+"""Gradients centralized in backward, wherever the weights are kept and however they are used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+from torch.distributed.fsdp import ShardingStrategy as Strategy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+from torch.optim import SGD, Optimizer
+from torch.utils.checkpoint import checkpoint
+
+import gcx.torch
+from gcx.testing import assert_centralized
+
+import processes
+from sharded_training import Weights, whole_weights
+
+STEPS = 4
+X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Attention(nn.Module):
+    """Uses the weights of two of its layers without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.mix = nn.Linear(6, 6, bias=False)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.out(nn.functional.linear(x, self.mix.weight).tanh())
+
+
+class Model(nn.Module):
+    """A block in a checkpoint or not, and a layer that is called twice."""
+
+    def __init__(self, **checkpointing: bool) -> None:
+        super().__init__()
+        self.twice = nn.Linear(6, 6)
+        self.block = Attention()
+        self.last = parametrizations.weight_norm(nn.Linear(6, 4))
+        self._checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x).tanh())
+        x = (
+            checkpoint(self.block, x, **self._checkpointing)
+            if self._checkpointing
+            else self.block(x)
+        )
+        return self.last(x)
+
+
+def built(**checkpointing: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(**checkpointing).double()
+
+
+def backward(model: nn.Module, part: int = 0, parts: int = 1) -> None:
+    (model(X[part::parts]) - 1).square().mean().backward()
+
+
+def optimizer_of(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(model: nn.Module, optimizer: Optimizer, part: int = 0, parts: int = 1) -> None:
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, part, parts)
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def expected() -> Weights:
+    """What centralizing at the step comes to."""
+    model = built()
+    optimizer = optimizer_of(model)
+    gcx.torch.centralize(optimizer, model)
+    train(model, optimizer)
+    return whole_weights(model)
+
+
+def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+# On one process
+
+
+@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_as_at_the_step(checkpointing: Any, expected: Weights) -> None:
+    model = built(**checkpointing)
+    gcx.torch.centralize_in_backward(model)
+    train(model, optimizer_of(model))
+    assert_weights(whole_weights(model), expected)
+
+
+def test_hooks_do_not_pile_up() -> None:
+    model = built()
+    gcx.torch.centralize_in_backward(model)
+    train(model, optimizer_of(model))
+    assert [len(p._backward_hooks or ()) for p in model.block.parameters() if p.ndim == 2] == [
+        1
+    ] * 4
+
+
+def test_accumulated_gradients() -> None:
+    model, plain = built(), built()
+    gcx.torch.centralize_in_backward(model)
+    for part in range(4):
+        backward(model, part, 4)
+        backward(plain, part, 4)
+    gcx.torch.centralize_grads_(plain)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
+
+
+def test_optimizer_in_backward(expected: Weights) -> None:
+    model = built()
+    gcx.torch.centralize_in_backward(model)
+    optimizers = {p: SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(STEPS):
+        backward(model)
+    assert_weights(whole_weights(model), expected)
+
+
+def test_gradients_of_autograd() -> None:
+    layer = nn.Linear(6, 4)
+    gcx.torch.centralize_in_backward(layer)
+    loss = layer(X.float()).square().sum()
+    (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    assert_centralized(grad)
+    (second,) = torch.autograd.grad(grad.square().sum(), layer.weight)
+    assert second.abs().max() > 0
+
+
+def test_parameter_that_is_replaced_or_unfrozen_is_found_in_the_next_pass() -> None:
+    layer = nn.Linear(6, 4)
+    layer.weight.requires_grad_(False)
+    gcx.torch.centralize_in_backward(layer)
+    layer.weight.requires_grad_(True)
+    for state in (None, nn.Linear(6, 4).state_dict()):
+        if state is not None:
+            layer.load_state_dict(state, assign=True)
+        layer(X.float()).square().sum().backward()
+        assert_centralized(layer.weight.grad)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copy_of_a_model(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Linear(6, 4)
+    handle = gcx.torch.centralize_in_backward(model)
+    model(X.float()).square().sum().backward()
+    twin = copied(model)
+    handle.remove()
+    for each in (model, twin):
+        each.zero_grad()
+        each(X.float()).square().sum().backward()
+    assert_centralized(twin.weight.grad)
+    assert model.weight.grad.mean(1).abs().max() > 0.01
+
+
+def test_remove() -> None:
+    model, plain = built(), built()
+    handle = gcx.torch.centralize_in_backward(model)
+    backward(model)
+    model.zero_grad()
+    handle.remove()
+    handle.remove()
+    train(model, optimizer_of(model))
+    train(plain, optimizer_of(plain))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+    )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    gcx.torch.centralize_in_backward(model)  # which a second handle would refuse
+
+
+def test_handle_shows_the_plan() -> None:
+    model = built()
+    handle = gcx.torch.centralize_in_backward(model, overrides={"last.*": None})
+    assert isinstance(handle, gcx.torch.CentralizationInBackward)
+    assert handle.plan == gcx.torch.plan(model, overrides={"last.*": None})
+    assert repr(handle) == f"<CentralizationInBackward of Model, {handle.plan!r}>"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_model() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    gcx.torch.centralize_in_backward(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(X.float()).square().sum().backward()
+    assert_centralized(model[0].weight.grad)
+    assert_centralized(model[2].weight.grad)
+
+
+# Errors and warnings
+
+
+def test_twice_is_an_error() -> None:
+    model = built()
+    gcx.torch.centralize_in_backward(model)
+    with pytest.raises(ValueError, match="this Model is centralized in backward already"):
+        gcx.torch.centralize_in_backward(model)
+
+
+def test_nothing_to_centralize_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"nothing to centralize in this LayerNorm:\n.*\nweight "):
+        gcx.torch.centralize_in_backward(nn.LayerNorm(3))
+
+
+def test_sparse_gradient_is_an_error() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
+    with pytest.raises(TypeError, match=r"weight: expected a dense tensor"):
+        table(torch.tensor([1, 2])).sum().backward()
+
+
+def test_gradients_that_go_another_way_are_noticed() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    handle = gcx.torch.centralize_in_backward(model)
+    idle = r"in 8 passes no gradient of 1 weights \(0\.weight, \.\.\.\)"
+    for passed in range(1, 10):
+        with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
+            model[1](X.float()).sum().backward()
+            model(X.float())
+    handle.remove()
+
+
+def test_gradients_that_never_came_are_noticed_at_the_end() -> None:
+    model = nn.Linear(6, 4)
+    handle = gcx.torch.centralize_in_backward(model)
+    model(X.float())
+    with pytest.warns(UserWarning, match="in 1 passes no gradient of 1 weights"):
+        handle.remove()
+
+
+def test_evaluation_and_frozen_weights_are_no_reason_to_warn() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    model[0].requires_grad_(False)
+    handle = gcx.torch.centralize_in_backward(model)
+    for _ in range(10):
+        model.eval()(X.float())
+    for _ in range(10):
+        model.train()(X.float()).sum().backward()
+    handle.remove()
+
+
+# On several processes
+
+
+def under_fsdp1(
+    checkpointing: Any, is_nested: bool, use_orig_params: bool, strategy: Any, micro_steps: int = 1
+) -> Weights:
+    rank = distributed.get_rank()
+    options = {
+        "use_orig_params": use_orig_params,
+        "sharding_strategy": strategy,
+        "device_id": torch.device("cpu"),
+    }
+    model = built(**checkpointing)
+    gcx.torch.centralize_in_backward(model)
+    if is_nested:
+        model.block = FullyShardedDataParallel(model.block, **options)
+        model.last = FullyShardedDataParallel(model.last, **options)
+    wrapped = FullyShardedDataParallel(model, **options)
+    optimizer = optimizer_of(wrapped)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        if micro_steps == 1:
+            backward(wrapped, rank, 2)
+        else:
+            with wrapped.no_sync():
+                backward(wrapped, rank, 4)
+            backward(wrapped, rank + 2, 4)
+            for p in wrapped.parameters():
+                p.grad = None if p.grad is None else p.grad / 2
+        optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        named = wrapped.named_parameters()
+        return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named}
+
+
+PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "is_nested", "strategy"),
+    [
+        pytest.param(PLAIN, False, Strategy.FULL_SHARD, id="one"),
+        pytest.param(PLAIN, True, Strategy.FULL_SHARD, id="nested"),
+        pytest.param(PLAIN, True, Strategy.SHARD_GRAD_OP, id="grads"),
+        pytest.param(PLAIN, False, Strategy.NO_SHARD, id="no-shard"),
+        pytest.param(REENTRANT, True, Strategy.FULL_SHARD, id="reentrant"),
+        pytest.param(NOT_REENTRANT, True, Strategy.FULL_SHARD, id="not-reentrant"),
+    ],
+)
+def test_fsdp1(
+    checkpointing: Any, is_nested: bool, strategy: Any, use_orig_params: bool, expected: Weights
+) -> None:
+    arguments = (checkpointing, is_nested, use_orig_params, strategy)
+    for weights in processes.run(2, under_fsdp1, *arguments):
+        assert_weights(weights, expected)
+
+
+def test_fsdp1_that_accumulates(expected: Weights) -> None:
+    arguments = (PLAIN, True, False, Strategy.FULL_SHARD)
+    for weights in processes.run(2, under_fsdp1, *arguments, 2):
+        assert_weights(weights, expected)
+
+
+def change_under_fsdp1_in_mixed_precision() -> Tensor:
+    layer = nn.Linear(64, 4)
+    start = layer.weight.detach().clone()
+    gcx.torch.centralize_in_backward(layer)
+    mixed = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = FullyShardedDataParallel(
+        layer, mixed_precision=mixed, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.rand(8, 64, generator=torch.Generator().manual_seed(step))
+        model(x).float().square().mean().backward()
+        optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(model):
+        return layer.weight.detach() - start
+
+
+def test_fsdp1_in_mixed_precision() -> None:
+    for change in processes.run(2, change_under_fsdp1_in_mixed_precision):
+        # Each gradient is rounded to bfloat16 once, after its mean was taken off.
+        assert_centralized(change, rtol=torch.finfo(torch.bfloat16).eps / 2)
+
+
+def under_ddp() -> Weights:
+    rank = distributed.get_rank()
+    model = built()
+    gcx.torch.centralize_in_backward(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = optimizer_of(wrapped)
+    train(wrapped, optimizer, rank, 2)
+    return whole_weights(model)
+
+
+def under_fsdp2() -> Weights:
+    model = built(use_reentrant=False)
+    gcx.torch.centralize_in_backward(model)
+    for part in (model.block, model):
+        fully_shard(part)
+    train(model, optimizer_of(model), distributed.get_rank(), 2)
+    return whole_weights(model)
+
+
+@pytest.mark.parametrize("training", [under_ddp, under_fsdp2])
+def test_what_keeps_the_shapes_is_right_too(training: Any, expected: Weights) -> None:
+    for weights in processes.run(2, training):
+        assert_weights(weights, expected)
+
+
+def gradients_in_parallel() -> tuple[Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)).double()
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    gcx.torch.centralize_in_backward(model)
+    model(X).square().sum().backward()
+    return model[0].weight.grad.full_tensor(), model[2].weight.grad.full_tensor()
+
+
+def test_tensor_parallel() -> None:
+    for gradients in processes.run(2, gradients_in_parallel):
+        for grad in gradients:
+            assert_centralized(grad)

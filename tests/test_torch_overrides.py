@@ -1,0 +1,255 @@
+"""Answers of the user: every kind of key and of value, and what comes before what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import gcx.torch
+from gcx import Layout
+
+
+def new_model() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3), nn.LayerNorm((2, 3)), nn.Linear(3, 2))
+
+
+def plan(model: nn.Module, overrides: Any, **options: Any) -> dict[str, tuple[str | None, str]]:
+    """Layout and reason of each parameter."""
+    rows = gcx.torch.plan(model, overrides=overrides, **options)
+    return {row.name: (row.layout and str(row.layout), row.reason) for row in rows}
+
+
+AS_GIVEN = (None, "left alone by an override")
+
+
+KEYS = {
+    "name": lambda model: "1.weight",
+    "glob": lambda model: "1.w*",
+    "set": lambda model: "[01].weight",
+    "parameter": lambda model: model[1].weight,
+    "module": lambda model: model[1],
+    "model": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys(key: str) -> None:
+    model = new_model()
+    without, found = plan(model, None), plan(model, {KEYS[key](model): None})
+    covered = {
+        "module": {"1.weight", "1.bias"},
+        "model": set(without),
+        "set": {"0.weight", "1.weight"},
+    }
+    for name in without:
+        is_covered = name in covered.get(key, {"1.weight"})
+        assert found[name] == (AS_GIVEN if is_covered else without[name])
+
+
+def test_name_with_brackets_is_a_name() -> None:
+    model = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
+    found = plan(model, {"w[0]": "oi"})
+    assert found["w[0]"] == ("oi", "override")
+    assert found["w0"] == ("oi", "override")  # which it matches as a glob
+
+
+def test_model_that_is_one_layer() -> None:
+    layer = nn.Linear(3, 2)
+    assert plan(layer, {layer: None}) == {"weight": AS_GIVEN, "bias": AS_GIVEN}
+
+
+VALUES = {
+    "text": ("io", "io"),
+    "layout": (Layout("...o"), "...o"),
+    "axis 0": (0, "io"),
+    "axis -1": (-1, "oi"),
+    "tuple": ((1,), "oi"),
+    "list": ([0], "io"),
+    "all axes": ((0, 1), "ii"),
+    "an axis twice": ((1, -1), "oi"),
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values(value: str) -> None:
+    given, layout = VALUES[value]
+    model = new_model()
+    found = plan(model, {"1.weight": given, "0.weight": given, "2.weight": given})
+    assert found["0.weight"] == found["1.weight"] == found["2.weight"] == (layout, "override")
+    assert found["3.weight"] == ("o...", "Linear")
+
+
+@pytest.mark.parametrize("value", [0, "io"])
+def test_axis_0_is_what_is_averaged(value: int | str) -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    layer(torch.rand(5, 4)).square().sum().backward()
+    gcx.torch.centralize_grads_(layer, overrides={"weight": value})
+    grad = layer.weight.grad
+    assert grad is not None
+    torch.testing.assert_close(grad.sum(0), torch.zeros(4), atol=1e-5, rtol=0)
+    assert grad.sum(1).abs().min() > 1e-3
+
+
+def test_vector_with_an_axis_is_centralized() -> None:
+    assert plan(new_model(), {"1.bias": 0})["1.bias"] == ("i", "override")
+
+
+def test_fan_in_of_one_is_left_alone_nevertheless() -> None:
+    (reason,) = [reason for _, reason in plan(nn.Linear(1, 3, bias=False), {"weight": 1}).values()]
+    assert reason == "fan-in 1: subtracting its mean would freeze it"
+
+
+def test_first_key_counts() -> None:
+    model = new_model()
+    found = plan(model, {"3.weight": "io", "*.weight": None, model[3]: "oi"})
+    assert found["3.weight"] == ("io", "override")
+    assert found["1.weight"] == AS_GIVEN
+    found = plan(model, {"*.weight": None, "3.weight": "io"})
+    assert found["3.weight"] == AS_GIVEN
+
+
+def test_layout_for_a_module_is_not_for_its_vectors() -> None:
+    model = new_model()
+    found = plan(model, {model[1]: "io"})
+    assert found["1.weight"] == ("io", "override")
+    assert found["1.bias"] == (None, "bias")
+
+
+@pytest.mark.parametrize("by", ["embedding", "head"])
+def test_override_decides_a_tied_weight(by: str) -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    assert plan(model, None)["embedding.weight"][1].startswith("tied, and the rules differ")
+    assert plan(model, {f"{by}.weight": "oi"}) == {"embedding.weight": ("oi", "override")}
+    assert plan(model, {model[by]: None}) == {"embedding.weight": AS_GIVEN}
+
+
+def test_both_names_of_a_layer_in_two_places() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    model = nn.ModuleDict({"encoder": layer, "decoder": layer})
+    assert plan(model, {"decoder.weight": "io"}) == {"encoder.weight": ("io", "override")}
+
+
+class _Transposed(nn.Module):
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original.T
+
+    right_inverse = forward
+
+
+def test_override_of_a_parametrized_weight() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Transposed())
+    name = "parametrizations.weight.original"
+    assert plan(layer, None)[name][1].startswith("unknown")
+    assert plan(layer, {name: 0}) == {name: ("io", "override")}
+    assert plan(layer, {layer: None}) == {name: AS_GIVEN}
+
+
+def test_override_of_weight_norm() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(4, 3, bias=False))
+    found = plan(layer, {"*.original1": None})
+    assert list(found.values()) == [(None, "weight_norm g: the length of a weight"), AS_GIVEN]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_override_of_weights_by_hooks() -> None:
+    layer = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
+    assert plan(layer, {"weight_v": None})["weight_v"] == AS_GIVEN
+    pruned = prune.random_unstructured(nn.Linear(4, 3, bias=False), "weight", 0.5)
+    assert plan(pruned, {"weight_orig": 0}) == {"weight_orig": ("io", "override")}
+
+
+def test_override_comes_before_layers() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 3, 2, bias=False), nn.Linear(4, 3), nn.Linear(4, 3))
+    found = plan(model, {"1.weight": "oi", "0.*": None}, layers="conv")
+    assert found["0.weight"] == AS_GIVEN
+    assert found["1.weight"] == ("oi", "override")
+    assert found["2.weight"] == (None, "not a convolution, and layers='conv'")
+
+
+NOTHING = {
+    "name": ("1.wieght", r"'1\.wieght' matches no parameter of the model; there are: 0\.weight, 1"),
+    "glob": ("*.wieght", r"'\*\.wieght' matches no parameter"),
+    "unused glob": ("2.conv*", "matches no parameter"),
+    "parameter": (nn.Parameter(torch.zeros(3, 4)), r"a tensor of shape \(3, 4\) is no parameter"),
+    "module": (nn.Linear(4, 3), "a Linear holds no parameters of the model"),
+    "module without any": (nn.ReLU(), "a ReLU holds no parameters of the model"),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_key_that_covers_nothing(case: str) -> None:
+    key, message = NOTHING[case]
+    with pytest.raises(ValueError, match=message):
+        gcx.torch.plan(new_model(), overrides={"1.weight": None, key: None})
+
+
+def test_layout_for_a_module_of_vectors() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    with pytest.raises(ValueError, match=r"a LayerNorm holds no .* with two axes or"):
+        gcx.torch.plan(model, overrides={model[1]: "oi"})
+
+
+def test_model_without_parameters() -> None:
+    with pytest.raises(ValueError, match=r"'\*' matches no parameter .* there are: \(none\)"):
+        gcx.torch.plan(nn.ReLU(), overrides={"*": None})
+
+
+@pytest.mark.parametrize("key", [nn.Linear, 1, None, ("1.weight",)])
+def test_key_of_another_kind(key: Any) -> None:
+    with pytest.raises(TypeError, match="a key is the name of a parameter, a glob, a parameter or"):
+        gcx.torch.plan(new_model(), overrides={key: None})
+
+
+@pytest.mark.parametrize("value", [True, (True,), 1.0, {"0": 1}, [0.5], (None,)])
+def test_value_of_another_kind(value: Any) -> None:
+    message = "the value for 1.weight is a layout, the axes of its fan-in, or None"
+    with pytest.raises(TypeError, match=message):
+        gcx.torch.plan(new_model(), overrides={"1.weight": value})
+
+
+@pytest.mark.parametrize("value", [2, -3, (), (0, 2), []])
+def test_axes_that_the_weight_does_not_have(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"1\.weight has rank 2, and .* is not fan-in axes of it"):
+        gcx.torch.plan(new_model(), overrides={"1.weight": value})
+
+
+@pytest.mark.parametrize(("name", "layout"), [("1.weight", "oio"), ("1.bias", "o...")])
+def test_layout_that_does_not_fit(name: str, layout: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} of shape .* does not fit layout {layout}"):
+        gcx.torch.plan(new_model(), overrides={name: layout})
+
+
+def test_layout_that_is_none() -> None:
+    with pytest.raises(ValueError, match="layout 'out' is not valid"):
+        gcx.torch.plan(new_model(), overrides={"1.weight": "out"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])
+def test_weight_without_gradient(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 2)
+    layer.weight = nn.Parameter(torch.zeros(2, 4).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"weight is of dtype {dtype}, which has no gradient"):
+        gcx.torch.plan(layer, overrides={"weight": "oi"})
+    assert plan(layer, {"weight": None})["weight"][0] is None
+
+
+def test_lazy_layer_must_have_run_once_here_too() -> None:
+    with pytest.raises(RuntimeError, match="has no shape yet"):
+        gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": 0})
+
+
+def test_nothing_is_changed_by_an_error() -> None:
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        gcx.torch.centralize(optimizer, model, overrides={"1.weight": None, "typo": None})
+    gcx.torch.centralize(optimizer, model)  # it has no other

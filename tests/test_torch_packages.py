@@ -1,0 +1,332 @@
+"""What the layers of transformers declare, with transformers itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
+from transformers.models.csm.modeling_csm import CsmCodebooksHead
+from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.inkling.modeling_inkling import InklingSharedExperts
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
+from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+from transformers.models.swiftformer.modeling_swiftformer import (
+    SwiftFormerEfficientAdditiveAttention,
+)
+from transformers.pytorch_utils import Conv1D
+
+import gcx.torch
+
+from torch_fan_in import (
+    assert_fan_in_is_support,
+    centralized_outside_of_torch,
+    declared_fan_in,
+    features,
+    unknown_in,
+)
+
+WIDTH, EXPERTS = 4, 2
+
+
+def _fill(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+
+
+def _mix_nothing_after(name: str, last: Tensor) -> None:
+    if name != "down_proj":
+        last.data.copy_(torch.eye(WIDTH))
+
+
+def _experts(layer: nn.Module, name: str = "down_proj") -> tuple[nn.Module, Tensor, str]:
+    """One output for each expert and feature, of experts that are given a token each."""
+    _fill(layer)
+    _mix_nothing_after(name, layer.down_proj)
+    chosen, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    return layer, layer(torch.rand(EXPERTS, WIDTH), chosen, weights).flatten(), name
+
+
+def _config(*experts: str, **more: Any) -> SimpleNamespace:
+    """Configuration of experts as wide inside as outside, with a gate that is never closed."""
+    sizes = dict.fromkeys(experts, EXPERTS) | {"hidden_size": WIDTH, "intermediate_size": WIDTH}
+    return SimpleNamespace(
+        **sizes,
+        moe_intermediate_size=WIDTH,
+        hidden_act="tanh",
+        _experts_implementation="eager",
+        **more,
+    )
+
+
+def _mixtral() -> nn.Module:
+    return MixtralExperts(_config("num_local_experts"))
+
+
+def _gpt_oss() -> nn.Module:
+    return GptOssExperts(_config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0))
+
+
+def _aria() -> nn.Module:
+    return AriaExperts(_config("moe_num_experts"))
+
+
+def _longcat() -> nn.Module:
+    config = _config("n_routed_experts", zero_expert_num=0, expert_ffn_hidden_size=WIDTH)
+    return LongcatFlashExperts(config)
+
+
+def _step() -> nn.Module:
+    return Step3p7Experts(_config("num_local_experts"))
+
+
+def _nemotron() -> nn.Module:
+    config = _config("n_routed_experts", moe_latent_size=None, mlp_hidden_act="tanh")
+    return NemotronHExperts(config)
+
+
+def _llama4(name: str) -> tuple[nn.Module, Tensor, str]:
+    layer = Llama4TextExperts(_config("num_local_experts"))
+    _fill(layer)
+    _mix_nothing_after(name, layer.down_proj)
+    return layer, layer(torch.rand(EXPERTS, WIDTH)).flatten(), name
+
+
+def _inkling(name: str) -> tuple[nn.Module, Tensor, str]:
+    layer = InklingSharedExperts(_config("n_shared_experts"))
+    _fill(layer)
+    _mix_nothing_after(name, layer.down_proj)
+    return layer, layer(torch.rand(EXPERTS, WIDTH), torch.eye(EXPERTS)).flatten(), name
+
+
+def _dbrx(name: str) -> tuple[nn.Module, Tensor, str]:
+    config = _config("moe_num_experts", ffn_hidden_size=WIDTH, ffn_act_fn={"name": "tanh"})
+    layer = DbrxExpertGLU(config)
+    _fill(layer)
+    stacks = [w.view(EXPERTS, WIDTH, WIDTH) for w in (layer.w1, layer.v1, layer.w2)]
+    if name != "w2":
+        _mix_nothing_after(name, stacks[-1])
+    outputs = [layer(torch.rand(1, WIDTH), *matrices) for matrices in zip(*stacks, strict=True)]
+    return layer, torch.cat(outputs).flatten(), name
+
+
+def _jetmoe() -> tuple[nn.Module, Tensor, str]:
+    layer = JetMoeParallelExperts(EXPERTS, 5, 3)
+    _fill(layer)
+    return layer, layer(torch.rand(EXPERTS, 5), [1] * EXPERTS).flatten(), "weight"
+
+
+def _router() -> tuple[nn.Module, Tensor, str]:
+    layer = MixtralTopKRouter(
+        SimpleNamespace(num_experts_per_tok=1, num_local_experts=3, hidden_size=5)
+    )
+    _fill(layer)
+    return layer, features(layer(torch.rand(2, 5))[0]), "weight"
+
+
+def _conv1d() -> tuple[nn.Module, Tensor, str]:
+    layer = Conv1D(3, 5)
+    return layer, features(layer(torch.rand(2, 5))), "weight"
+
+
+def _codebooks(layer: nn.Module, width: int) -> tuple[nn.Module, Tensor, str]:
+    _fill(layer)
+    return layer, layer(torch.rand(1, 2, width)).flatten(), "weight"
+
+
+def _csm() -> tuple[nn.Module, Tensor, str]:
+    layer = CsmCodebooksHead(5, 3, 4)
+    _fill(layer)
+    return layer, layer(torch.rand(1, 2, 5), torch.arange(1, 3)).flatten(), "weight"
+
+
+def _grouped() -> tuple[nn.Module, Tensor, str]:
+    layer = GroupedLinearLayer(6, 4, 2)
+    _fill(layer)
+    return layer, features(layer(torch.rand(1, 3, 6))), "weight"
+
+
+SUPPORT: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, str]], int]] = {
+    "Conv1D": (_conv1d, 1),
+    "router": (_router, 1),
+    "experts (E, out, in)": (lambda: _experts(_mixtral()), 1),
+    "experts (E, 2 out, in)": (lambda: _experts(_mixtral(), "gate_up_proj"), 2),
+    "experts without gate": (lambda: _experts(_nemotron()), 1),
+    "experts without gate, up": (lambda: _experts(_nemotron(), "up_proj"), 1),
+    "experts (E, in, out)": (lambda: _experts(_gpt_oss()), 1),
+    "experts (E, in, 2 out)": (lambda: _experts(_gpt_oss(), "gate_up_proj"), 2),
+    "experts (E, in, out), Aria": (lambda: _experts(_aria()), 1),
+    "experts of LongcatFlash": (lambda: _experts(_longcat()), 1),
+    "experts of LongcatFlash, up": (lambda: _experts(_longcat(), "gate_up_proj"), 2),
+    "experts of Step": (lambda: _experts(_step()), 1),
+    "experts of Llama 4": (lambda: _llama4("down_proj"), 1),
+    "experts of Llama 4, up": (lambda: _llama4("gate_up_proj"), 2),
+    "shared experts of Inkling": (lambda: _inkling("down_proj"), 1),
+    "shared experts of Inkling, up": (lambda: _inkling("up_proj"), 1),
+    "experts of DBRX": (lambda: _dbrx("w2"), 1),
+    "experts of DBRX, up": (lambda: _dbrx("v1"), 1),
+    "experts of JetMoe": (_jetmoe, 1),
+    "codebooks (N, out, in)": (lambda: _codebooks(MoshiFlexibleLinear(5, 4, 2), 5), 1),
+    "codebooks (N, in, out)": (_csm, 1),
+    "groups": (_grouped, 1),
+}
+
+
+@pytest.mark.parametrize("case", SUPPORT)
+def test_declared_fan_in_is_what_autograd_sees(case: str) -> None:
+    torch.manual_seed(0)
+    make, units_per_output = SUPPORT[case]
+    assert_fan_in_is_support(*make(), units_per_output)
+
+
+def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
+    """An input of mean zero does not see a constant that is added to a weight over its fan-in."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(num_attention_heads=2, lru_width=8)
+    layer = RecurrentGemmaRglru(config)
+    _fill(layer)
+    x = torch.randn(1, 3, 2, 4)
+    x = (x - x.mean(-1, keepdim=True)).flatten(2)
+    positions = torch.arange(3)[None]
+    with torch.no_grad():
+        before = layer(x, positions)
+        for name in ("input_gate_weight", "recurrent_gate_weight"):
+            axes = declared_fan_in(layer, name).layout.fan_in_axes(3)
+            weight = layer.get_parameter(name)
+            weight += torch.randn([1 if k in axes else n for k, n in enumerate(weight.shape)])
+            layer.recurrent_states = None
+        torch.testing.assert_close(layer(x, positions), before)
+
+
+def test_swiftformer_multiplies_from_the_right() -> None:
+    layer = SwiftFormerEfficientAdditiveAttention(SimpleNamespace(), 4)
+    assert str(declared_fan_in(layer, "w_g").layout) == "io"
+
+
+def test_experts_that_do_not_say_their_order_are_unknown() -> None:
+    layer = _mixtral()
+    del layer.is_transposed
+    assert {row.reason for row in gcx.torch.plan(layer)} == {
+        "unknown: nobody declared MixtralExperts.gate_up_proj",
+        "unknown: nobody declared MixtralExperts.down_proj",
+    }
+
+
+def _experts_and_router(
+    name: str, layout: str = "ooi", router: str = "TopKRouter"
+) -> dict[str, str]:
+    return {
+        f"{name}{router}.weight": "oi",
+        f"{name}Experts.gate_up_proj": layout,
+        f"{name}Experts.down_proj": layout,
+    }
+
+
+# Models that can be made from their default configuration, and the weights in them that are
+# centralized in layers of their own. All other weights that are centralized are in those of torch.
+MODELS: dict[str, dict[str, str]] = {
+    "albert": {},
+    "bart": {},
+    "beit": {},
+    "bert": {},
+    "blip": {},
+    "bloom": {},
+    "clip": {},
+    "convnext": {},
+    "convnextv2": {},
+    "cvt": {},
+    "deberta": {},
+    "deberta-v2": {},
+    "deepseek_v3": _experts_and_router("DeepseekV3", router="TopkRouter"),
+    "deepseek_v4": {
+        **_experts_and_router("DeepseekV4"),
+        "DeepseekV4HashRouter.weight": "oi",
+        "DeepseekV4HyperConnection.fn": "oi",
+        "DeepseekV4HyperHead.hc_fn": "oi",
+    },
+    "deit": {},
+    "dinov2": {},
+    "distilbert": {},
+    "electra": {},
+    "falcon": {},
+    "funnel": {"FunnelRelMultiheadAttention.r_kernel": "ioo"},
+    "gemma": {},
+    "gemma3": {"Gemma3MultiModalProjector.mm_input_projection_weight": "io"},
+    "gpt2": {"Conv1D.weight": "io"},
+    "gpt_neox": {},
+    "gpt_oss": _experts_and_router("GptOss", "oio"),
+    "ibert": {"QuantLinear.weight": "oi"},
+    "levit": {},
+    "llama": {},
+    "llama4_text": {
+        "Llama4TextExperts.gate_up_proj": "oio",
+        "Llama4TextExperts.down_proj": "oio",
+    },
+    "mamba": {},
+    "mamba2": {},
+    "mistral": {},
+    "mixtral": _experts_and_router("Mixtral"),
+    "opt": {},
+    "perceiver": {},
+    "phi": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": _experts_and_router("Qwen3Moe"),
+    "qwen3_next": _experts_and_router("Qwen3Next"),
+    "reformer": {},
+    "roberta": {},
+    "rwkv": {},
+    "sam": {},
+    "seggpt": {},
+    "siglip": {},
+    "swin": {},
+    "swinv2": {},
+    "t5": {},
+    "vit": {},
+    "vit_mae": {},
+    "vits": {},
+    "wav2vec2": {},
+    "whisper": {},
+    "xlnet": {f"XLNetRelativeAttention.{name}": "ioo" for name in "qkvr"}
+    | {"XLNetRelativeAttention.o": "oii"},
+    "zamba": {"ZambaMambaMixer.x_proj_weight": "ooi", "ZambaMambaMixer.dt_proj_weight": "ooi"},
+}
+
+
+def _of_transformers(name: str) -> nn.Module:
+    config = transformers.AutoConfig.for_model(name, architectures=[])
+    for part in [config, *vars(config).values()]:
+        for layers in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"):
+            if isinstance(part, transformers.PretrainedConfig) and hasattr(part, layers):
+                with suppress(NotImplementedError):  # it is worked out from something else
+                    setattr(part, layers, min(getattr(part, layers), 8))
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_unknown_in_a_model_of_transformers(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _of_transformers(name)
+    assert unknown_in(model) == []
+    assert centralized_outside_of_torch(model) == MODELS[name]

@@ -1,0 +1,102 @@
+"""What the layers of timm declare, with timm itself."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+pytest.importorskip("torch")
+if find_spec("timm") is None:
+    pytest.skip("needs timm", allow_module_level=True)
+
+import torch
+
+import gcx.torch
+from gcx import Layout
+
+from timm_models import new_model
+from torch_fan_in import (
+    assert_fan_in_is_support,
+    centralized_outside_of_torch,
+    declared_fan_in,
+    unknown_in,
+)
+
+# One of each family whose layers own parameters.
+TIMM = {
+    "beit_base_patch16_224": {},
+    "bat_resnext26ts": {},
+    "botnet26t_256": {},
+    "cait_xxs24_224": {},
+    "coat_tiny": {},
+    "convit_tiny": {},
+    "convnext_atto": {},
+    "crossvit_tiny_240": {},
+    "deit3_small_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "edgenext_xx_small": {},
+    "efficientformer_l1": {},
+    "efficientvim_m1": {},
+    "efficientvit_m0": {},
+    "eva02_tiny_patch14_224": {},
+    "fastvit_t8": {},
+    "halonet26t": {},
+    "hiera_tiny_224": {},
+    "iformer_t": {},
+    "lambda_resnet26t": {},
+    "levit_128s": {},
+    "maxvit_tiny_tf_224": {},
+    "mixer_s32_224": {},
+    "mobilenetv4_hybrid_medium": {},
+    "mvitv2_tiny": {},
+    "naflexvit_base_patch16_gap": {},
+    "nest_tiny": {},
+    "nfnet_l0": {},
+    "pit_ti_224": {},
+    "resmlp_12_224": {},
+    "resnet50": {},
+    "resnetv2_50x1_bit": {},
+    "samvit_base_patch16": {},
+    "sequencer2d_s": {},
+    "swiftformer_xs": {"EfficientAdditiveAttention.w_g": "io"},
+    "swin_tiny_patch4_window7_224": {},
+    "swinv2_tiny_window8_256": {},
+    "tf_efficientnet_cc_b0_4e": {},
+    "tiny_vit_5m_224": {},
+    "tnt_s_patch16_224": {},
+    "visformer_tiny": {},
+    "vit_base_patch16_rope_mixed_224": {},
+    "vit_relpos_small_patch16_224": {},
+    "vit_tiny_patch16_224": {},
+    "volo_d1_224": {},
+    "xcit_nano_12_p16_224": {},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_nothing_is_unknown_in_a_model_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        model = new_model(name)
+    assert unknown_in(model) == []
+    assert centralized_outside_of_torch(model) == TIMM[name]
+
+
+def test_multi_query_attention_of_timm() -> None:
+    torch.manual_seed(0)
+    layer = import_module("timm.layers.attention2d").MultiQueryAttentionV2(
+        6, 3, num_heads=2, key_dim=4
+    )
+    outputs = layer(torch.rand(2, 6, 3, 3)).transpose(0, 1).flatten(1).sum(1)
+    assert_fan_in_is_support(layer, outputs, "out_proj")
+    layouts = {row.name: str(row.layout) for row in gcx.torch.plan(layer)}
+    assert layouts == {"query_proj": "ooi", "key_proj": "io", "value_proj": "io", "out_proj": "oii"}
+
+
+def test_decoder_of_timm() -> None:
+    """It gives each group of classes a matrix (in, out); its forward is not for this torch."""
+    decoder = import_module("timm.layers.ml_decoder").MLDecoder(
+        num_classes=6, num_of_groups=3, decoder_embedding=8, initial_num_features=4
+    )
+    assert declared_fan_in(decoder, "duplicate_pooling").layout == Layout("oio")

@@ -37,6 +37,21 @@ BACKENDS = {
 ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
+
+# What is built around the frameworks: a dependency group, and the modules that must be there.
+AROUND = {
+    "torch": ("around-torch", "lightning,transformers,accelerate,peft,timm_models"),
+    "keras": ("keras", "keras"),
+    "thinc": ("thinc", "thinc"),
+}
+PEERS = "flax,haiku,equinox,pytorch_optimizer"
+
+# timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
+TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml")
+
+# Tests that run what is documented, so far as the packages for it are there.
+EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
+
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
 
@@ -62,7 +77,34 @@ def tests(session: nox.Session, backend: str) -> None:
 def agreement(session: nox.Session) -> None:
     """Run the tests with all frameworks in one environment, and compare them with each other."""
     install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers")
-    run_pytest(session, f"--backends={ALL_BACKENDS}")
+    run_pytest(session, f"--backends={ALL_BACKENDS}", f"--packages={PEERS}", "-m", "not processes")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("around", list(AROUND), ids=list(AROUND))
+def integrations(session: nox.Session, around: str) -> None:
+    """Run the tests of what is built around a framework: trainers, and packages of layers."""
+    group, packages = AROUND[around]
+    install(session, "-e.", group, "core-test")
+    if around == "torch":
+        session.install("--no-deps", *TIMM)
+    arguments = (f"tests/around_{around}", *EXAMPLES, f"--packages={packages}", "--backends=numpy")
+    if around != "keras":
+        run_pytest(session, *arguments)
+        return
+    for backend in ("torch", "jax"):
+        session.env["KERAS_BACKEND"] = backend
+        run_pytest(session, *arguments)
+
+
+@nox.session(python=RUNNING)
+def xla_gpu(session: nox.Session) -> None:
+    """Compile optimizer steps for a GPU that is not here, and count the bytes that they move."""
+    install(session, "-e.", "jax", "core-test")
+    jaxlib = session.run("python", "-c", "import jaxlib; print(jaxlib.__version__)", silent=True)
+    version = str(jaxlib).strip()
+    session.install("--no-deps", f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}")
+    run_pytest(session, "tests/xla_gpu.py", "--backends=jax")
 
 
 @nox.session(python=PYTHONS)
@@ -80,7 +122,7 @@ def wheel(session: nox.Session) -> None:
             shutil.copy(ROOT / name, away)
         with session.chdir(away):
             session.run("python", "-c", IS_INSTALLED)
-            run_pytest(session, f"--backends={ALL_BACKENDS}")
+            run_pytest(session, f"--backends={ALL_BACKENDS}", "-m", "not processes")
 
 
 @nox.session(python=RUNNING)
@@ -94,7 +136,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def typing(session: nox.Session) -> None:
     """Check types: mypy on everything, pyright on what users of the package see."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "typing")
+    install(session, "-e.[demo]", *FRAMEWORKS, "around-torch", "keras", "thinc", "typing")
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "gcx", "--ignoreexternal")
@@ -103,7 +145,8 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation, where each warning is an error, and run its examples."""
-    install(session, "-e.", *FRAMEWORKS, "docs")
+    install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", "docs")
+    session.env["KERAS_BACKEND"] = "torch"
     for builder in ("html", "doctest"):
         strictly = ("-W", "-n", "--keep-going", "-q")
         session.run("sphinx-build", *strictly, "-b", builder, "docs", f"docs/_build/{builder}")

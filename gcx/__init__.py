@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(f"gcx.{name}")
-    adapters = ("torch", "optax")
+    adapters = ("keras", "lightning", "optax", "thinc", "torch", "transformers")
     hint = f"; import gcx.{name} brings it" if name in adapters else ""
     msg = f"module 'gcx' has no attribute {name!r}{hint}"
     raise AttributeError(msg)

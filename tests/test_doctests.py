@@ -16,7 +16,9 @@ WITH_EXAMPLES = sorted(
     for path in PACKAGE.rglob("*.py")
     if ">>>" in path.read_text(encoding="utf-8")
 )
-OPTIONAL = {"torch", "jax", "optax"}
+OPTIONAL = {
+    "equinox", "flax", "haiku", "jax", "keras", "lightning", "optax", "torch", "thinc", "transformers",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=str)
@@ -25,7 +27,7 @@ def test_examples_run(path: Path) -> None:
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
-        if error.name in OPTIONAL:
+        if str(error.name).partition(".")[0] in OPTIONAL:
             pytest.skip(f"needs {error.name}")
         raise
     results = doctest.testmod(module)

@@ -22,8 +22,8 @@ LIBRARY_OF = {"numpy": "numpy", "torch": "torch", "jax": "jax", "optax": "jax", 
 
 # Packages that are not everywhere where their framework is.
 PACKAGES = {
-    "accelerate", "equinox", "flax", "haiku", "keras", "lightning", "sklearn", "thinc",
-    "transformers",
+    "accelerate", "equinox", "flax", "haiku", "keras", "lightning", "mlx", "sklearn", "spacy",
+    "thinc", "transformers",
 }  # fmt: skip
 
 

@@ -36,10 +36,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-# Reasons that several frameworks share.
-BIAS = LeaveAlone("bias")
-NORM = LeaveAlone("norm")
-EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+# Reasons that several frameworks share, besides those of gcx._rules.
 SLOPE = LeaveAlone("slope of an activation")
 LENGTH = LeaveAlone("weight norm: the length of a weight")
 

@@ -6,20 +6,9 @@ from typing import Any
 
 import jax
 
-from gcx._jax_layers._decision import (
-    BIAS,
-    EMBEDDING,
-    LENGTH,
-    NORM,
-    SLOPE,
-    Decision,
-    Kernel,
-    KernelAnswer,
-    merge,
-    settle,
-)
+from gcx._jax_layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx._jax_layers._names import name_of
-from gcx._rules import Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx.plan import LeaveAlone
 
 

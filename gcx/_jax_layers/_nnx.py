@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gcx._jax_layers._decision import (
-    BIAS,
-    EMBEDDING,
-    NORM,
-    SLOPE,
-    Decision,
-    Kernel,
-    KernelAnswer,
-    merge,
-    settle,
-)
+from gcx._jax_layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx._jax_layers._linen import einsum_kernel
-from gcx._rules import Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:

@@ -43,6 +43,8 @@ class FanIn(NamedTuple):
         """Whether a weight has the rank that this describes; a vector has no fan-in to be found."""
         if self.ndim is not None:
             return tensor.ndim == self.ndim
+        if tensor.ndim and tensor.shape[0] % self.groups:
+            return False
         try:
             return bool(self._axes(tensor.ndim + (self.groups > 1)))
         except ValueError:

@@ -73,7 +73,8 @@ def centralize(
     ------
     TypeError
         If `optimizer` is not an optimizer of torch, or wraps one; if `model` is not a module. In
-        a step: if the gradient of a weight to centralize is sparse.
+        a step: if the gradient of a weight to centralize is sparse. If a value of `overrides` is
+        of none of its types.
     ValueError
         If the optimizer already has Gradient Centralization, if nothing would be centralized, if
         `decay` does not fit the optimizer or is needed and not given, or if `overrides` does not

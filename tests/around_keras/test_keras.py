@@ -1,0 +1,597 @@
+"""gcx.keras in training: fit and loops of one's own, every option of an optimizer, saving."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if find_spec("keras") is None:  # an import that fails for want of its backend is no skip
+    pytest.skip("needs keras", allow_module_level=True)
+os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported, here or by gcx
+
+import keras
+from sklearn.datasets import load_digits
+
+import gcx.keras
+from gcx.testing import assert_centralized
+
+import reference
+from keras_support import ASKED_BACKEND, to_numpy
+
+SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
+LossScale = keras.optimizers.LossScaleOptimizer
+PIXELS, DIGITS = load_digits(return_X_y=True)
+IMAGES = (PIXELS[:48] / 16).reshape(-1, 8, 8, 1).astype("float32")
+LABELS = DIGITS[:48]
+
+
+def small_model(**compiling: Any) -> Any:
+    """A convolution, a norm and a dense layer, always with the same weights."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, name="conv"),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, name="head"),
+        ],
+        name="net",
+    )
+    if compiling:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(loss=loss, **compiling)
+    return model
+
+
+def fit(model: Any, epochs: int = 2) -> None:
+    model.fit(IMAGES, LABELS, batch_size=16, epochs=epochs, shuffle=False, verbose=0)
+
+
+def kernels(model: Any) -> dict[str, Any]:
+    """Kernels by the names of their layers."""
+    found = [v for v in model.trainable_variables if v.name == "kernel"]
+    return {v.path.split("/")[-2]: to_numpy(v) for v in found}
+
+
+def assert_means_kept(model: Any, start: dict[str, Any]) -> None:
+    """Corollary 4.1, which also fails if nothing was trained."""
+    for path, kernel in kernels(model).items():
+        assert_centralized(kernel, start=start[path], layout="...o", rtol=1e-5)
+
+
+def means_moved(model: Any, start: dict[str, Any]) -> float:
+    now = kernels(model)
+    return min(
+        np.abs((now[path] - kernel).mean(tuple(range(kernel.ndim - 1)))).max()
+        for path, kernel in start.items()
+    )
+
+
+def assert_same_weights(model: Any, other: Any) -> None:
+    for mine, theirs in zip(model.weights, other.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(mine), to_numpy(theirs), err_msg=mine.path)
+
+
+def test_the_backend_that_was_asked_for_runs() -> None:
+    assert keras.backend.backend() == ASKED_BACKEND
+    assert ASKED_BACKEND in ("torch", "jax")
+
+
+# A real training
+
+
+def digits_by_hand(w1: Any, w2: Any, *, steps: int, rate: float, momentum: float) -> Any:
+    """Train two layers by SGD with momentum and centralized gradients, in plain NumPy."""
+    x, y = PIXELS / 16, np.eye(10)[DIGITS]
+    m1, m2 = np.zeros_like(w1), np.zeros_like(w2)
+    for _ in range(steps):
+        hidden = x @ w1
+        active = np.maximum(hidden, 0)
+        error = 2 * (active @ w2 - y) / y.size
+        g2 = reference.centralized(active.T @ error, (0,))
+        g1 = reference.centralized(x.T @ ((error @ w2.T) * (hidden > 0)), (0,))
+        m1, m2 = momentum * m1 - rate * g1, momentum * m2 - rate * g2
+        w1, w2 = w1 + m1, w2 + m2
+    return w1, w2
+
+
+def test_digits_are_learned_as_by_hand() -> None:
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(32, activation="relu", use_bias=False)
+    model = keras.Sequential([keras.Input((64,)), hidden, keras.layers.Dense(10, use_bias=False)])
+    start = [to_numpy(w) for w in model.weights]
+    optimizer = SGD(0.5, momentum=0.875)  # exact in float32, which Keras computes in
+    gcx.keras.centralize(optimizer, model)
+    model.compile(optimizer, loss="mse")
+    x, y, steps = PIXELS / 16, np.eye(10)[DIGITS], 60
+    model.fit(x, y, batch_size=len(x), epochs=steps, verbose=0)
+    by_hand = digits_by_hand(*start, steps=steps, rate=0.5, momentum=0.875)
+    for weight, expected, before in zip(model.weights, by_hand, start, strict=True):
+        np.testing.assert_allclose(to_numpy(weight), expected, rtol=0, atol=1e-5)
+        assert_centralized(to_numpy(weight), start=before, layout="io")
+    predictions = keras.ops.argmax(model(x), -1)
+    assert (to_numpy(predictions) == DIGITS).mean() > 0.85
+
+
+class GCRMSprop(keras.optimizers.RMSprop):
+    """The recipe of keras.io: nothing in Keras 3 calls get_gradients."""
+
+    def get_gradients(self, loss: Any, params: Any) -> Any:
+        raise AssertionError
+
+
+def test_the_well_known_recipe_does_nothing() -> None:
+    recipe = small_model(optimizer=GCRMSprop(1e-3))
+    plain = small_model(optimizer=keras.optimizers.RMSprop(1e-3))
+    if ASKED_BACKEND == "torch":  # a subclass does not get the steps that Keras has for torch
+        plain.optimizer.__class__ = type("Subclass", (keras.optimizers.RMSprop,), {})
+    fit(recipe)
+    fit(plain)
+    assert_same_weights(recipe, plain)
+
+
+# Every option of an optimizer
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "clipnorm": {"clipnorm": 1e-2},
+    "global_clipnorm": {"global_clipnorm": 1e-2},
+    "clipvalue": {"clipvalue": 1e-3},
+    "ema": {"use_ema": True, "ema_momentum": 0.5},
+    "ema overwriting": {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+    "ema of accumulated": {"use_ema": True, "gradient_accumulation_steps": 2},
+    "loss_scale_factor": {"loss_scale_factor": 1024.0},
+}
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.01, 2, 0.9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_sgd_keeps_the_means(options: dict[str, Any]) -> None:
+    optimizer = SGD(0.01, momentum=0.9, **options)
+    model = small_model(optimizer=optimizer)
+    start = kernels(model)
+    gcx.keras.centralize(optimizer, model)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_eager_steps(where: Any) -> None:
+    optimizer = SGD(0.01, momentum=0.9, gradient_accumulation_steps=2)
+    model = small_model(optimizer=optimizer, run_eagerly=True)
+    start = kernels(model)
+    gcx.keras.centralize(optimizer, model, where=where)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_any_optimizer_keeps_the_means_in_the_update(options: dict[str, Any]) -> None:
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, **options)
+    model = small_model(optimizer=optimizer)
+    start = kernels(model)
+    gcx.keras.centralize(optimizer, model, where="update")
+    fit(model)
+    assert_means_kept(model, start)
+
+
+@pytest.mark.parametrize(
+    "name", ["Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lion", "Muon", "Nadam"]
+)
+def test_the_other_optimizers_too(name: str) -> None:
+    model = kernel_model()
+    start = kernels(model)
+    optimizer = getattr(keras.optimizers, name)(0.01)
+    gcx.keras.centralize(optimizer, model, where="update")
+    for _ in range(3):
+        step(optimizer, model)
+    assert_means_kept(model, start)
+
+
+def test_without_centralization_the_means_move() -> None:
+    model = small_model(optimizer=SGD(0.01, momentum=0.9))
+    start = kernels(model)
+    fit(model)
+    assert means_moved(model, start) > 1e-3
+
+
+def test_adam_moves_the_means_in_the_gradient() -> None:
+    model = small_model(optimizer=Adam(0.01))
+    start = kernels(model)
+    gcx.keras.centralize(model.optimizer, model)
+    fit(model)
+    assert means_moved(model, start) > 1e-3
+
+
+@pytest.mark.parametrize("wraps", [lambda o: o, LossScale], ids=["alone", "loss scale"])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_schedules_and_loss_scales(where: Any, wraps: Callable[[Any], Any]) -> None:
+    optimizer = wraps(SGD(SCHEDULE, momentum=0.9))
+    model = small_model(optimizer=optimizer)
+    start = kernels(model)
+    handle = gcx.keras.centralize(optimizer, model, where=where)
+    assert "of SGD" in repr(handle)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+def test_mixed_precision_wraps_the_optimizer_itself() -> None:
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = small_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    start = kernels(model)
+    optimizer = SGD(0.01)
+    gcx.keras.centralize(optimizer, model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss)
+    assert isinstance(model.optimizer, LossScale)
+    fit(model, epochs=4)
+    assert_means_kept(model, start)
+
+
+# One step, by hand
+
+
+def kernel_model(**options: Any) -> Any:
+    """One kernel of size 1, to be given gradients."""
+    keras.utils.set_random_seed(1)
+    layer = keras.layers.Dense(3, use_bias=False, name="head", **options)
+    return keras.Sequential([keras.Input((5,)), layer], name="net")
+
+
+GRAD = np.random.default_rng(2).standard_normal((5, 3)).astype("float32")
+
+
+def step(optimizer: Any, model: Any, grad: Any = GRAD) -> None:
+    tensor = keras.ops.convert_to_tensor(grad)
+    optimizer.apply([tensor], model.trainable_variables)
+
+
+def test_the_gradient_is_centralized_after_clipping() -> None:
+    model = kernel_model()
+    (start,) = kernels(model).values()
+    optimizer = SGD(1.0, clipvalue=0.5)
+    gcx.keras.centralize(optimizer, model)
+    step(optimizer, model)
+    expected = start - reference.centralized(np.clip(GRAD, -0.5, 0.5), (0,))
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_that_is_given_stays_as_it_is() -> None:
+    model = kernel_model()
+    optimizer = SGD(1.0)
+    gcx.keras.centralize(optimizer, model)
+    grad = keras.ops.convert_to_tensor(GRAD)
+    optimizer.apply([grad], model.trainable_variables)
+    np.testing.assert_array_equal(to_numpy(grad), GRAD)
+
+
+@pytest.mark.parametrize("accumulate", [None, 2])
+@pytest.mark.parametrize(("decay", "shrinkage"), [("inside", 1.0), ("outside", 0.95), (None, 1.0)])
+def test_decay_is_inside_or_outside(decay: Any, shrinkage: float, accumulate: Any) -> None:
+    model = kernel_model()
+    (start,) = kernels(model).values()
+    optimizer = SGD(0.5, weight_decay=0.1, gradient_accumulation_steps=accumulate)
+    gcx.keras.centralize(optimizer, model, where="update", decay=decay)
+    for _ in range(accumulate or 1):
+        step(optimizer, model)
+    rest = reference.centralized(start * 0.95 - 0.5 * GRAD, (0,))
+    expected = rest + shrinkage * reference.fan_in_means(start, (0,))
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
+def test_decay_is_outside_the_gradient() -> None:
+    model = kernel_model()
+    (start,) = kernels(model).values()
+    optimizer = SGD(0.5, weight_decay=0.1)
+    gcx.keras.centralize(optimizer, model)
+    step(optimizer, model)
+    expected = start * 0.95 - 0.5 * reference.centralized(GRAD, (0,))
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_regularizer_is_inside_the_gradient() -> None:
+    model = kernel_model(kernel_regularizer=keras.regularizers.L2(0.1))
+    start = kernels(model)
+    optimizer = SGD(0.5)
+    gcx.keras.centralize(optimizer, model)
+    model.compile(optimizer, loss="mse")
+    model.fit(PIXELS[:8, :5], PIXELS[:8, :3] / 99, epochs=5, verbose=0)
+    assert_means_kept(model, start)
+
+
+def test_a_constraint_comes_after_the_update() -> None:
+    model = kernel_model(kernel_constraint="non_neg")
+    (start,) = kernels(model).values()
+    optimizer = SGD(0.5)
+    gcx.keras.centralize(optimizer, model, where="update")
+    step(optimizer, model)
+    expected = np.maximum(start - 0.5 * reference.centralized(GRAD, (0,)), 0)
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+def test_a_missing_gradient_is_none_of_our_business() -> None:
+    model = small_model()
+    optimizer = SGD(0.5)
+    gcx.keras.centralize(optimizer, model)
+    start = kernels(model)
+    grads = [
+        None if v.name == "bias" else keras.ops.ones(v.shape) for v in model.trainable_variables
+    ]
+    optimizer.apply(grads, model.trainable_variables)
+    for path, kernel in kernels(model).items():  # the gradients are their own means
+        np.testing.assert_allclose(kernel, start[path], rtol=0, atol=1e-6)
+
+
+def test_stateless_steps() -> None:
+    model = kernel_model()
+    optimizer = SGD(0.5, momentum=0.9)
+    gcx.keras.centralize(optimizer, model)
+    optimizer.build(model.trainable_variables)
+    weights, _ = optimizer.stateless_apply(
+        [v.value for v in optimizer.variables],
+        [keras.ops.convert_to_tensor(GRAD)],
+        [v.value for v in model.trainable_variables],
+    )
+    if ASKED_BACKEND == "jax":  # torch writes in place, where Keras has its fast steps
+        (start,) = kernels(model).values()
+        expected = start - 0.5 * reference.centralized(GRAD, (0,))
+        np.testing.assert_allclose(to_numpy(weights[0]), expected, rtol=0, atol=1e-6)
+
+
+# Beginning late, and ending
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_a_step_that_is_compiled_already_is_compiled_again(where: Any) -> None:
+    model = small_model(optimizer=SGD(0.01, momentum=0.9))
+    fit(model)
+    start = kernels(model)
+    gcx.keras.centralize(model.optimizer, model, where=where)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+def test_a_compiled_step_out_of_reach_is_told() -> None:
+    model = small_model(optimizer=SGD(0.01))
+    fit(model)
+    inner = keras.Sequential([keras.Input((8, 8, 1)), *model.layers])
+    if ASKED_BACKEND == "jax":
+        with pytest.warns(UserWarning, match="has taken steps already"):
+            gcx.keras.centralize(model.optimizer, inner)
+    else:  # torch compiles nothing
+        gcx.keras.centralize(model.optimizer, inner)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_remove_gives_plain_training_back_bit_for_bit(where: Any) -> None:
+    model, twin = (small_model(optimizer=Adam(0.01)) for _ in range(2))
+    kind = type(model.optimizer)
+    handle = gcx.keras.centralize(model.optimizer, model, where=where)
+    handle.remove()
+    assert type(model.optimizer) is kind
+    fit(model)
+    fit(twin)
+    assert_same_weights(model, twin)
+    second = gcx.keras.centralize(model.optimizer, model)
+    handle.remove()  # which does nothing, least of all to the second
+    assert model.optimizer.gradient_centralization is second
+
+
+def test_remove_after_training() -> None:
+    model = small_model(optimizer=SGD(0.01))
+    handle = gcx.keras.centralize(model.optimizer, model)
+    fit(model)
+    handle.remove()
+    model.make_train_function(force=True)
+    start = kernels(model)
+    fit(model)
+    assert means_moved(model, start) > 1e-4
+
+
+def test_the_optimizer_keeps_its_class() -> None:
+    model = kernel_model()
+    optimizer = SGD(0.1)
+    kind = type(optimizer)  # on torch, not keras.optimizers.SGD but its fast subclass
+    assert (kind is SGD) == (ASKED_BACKEND == "jax")
+    gcx.keras.centralize(optimizer, model)
+    assert isinstance(optimizer, kind)
+    assert isinstance(optimizer, gcx.keras.Centralized)
+
+
+# The plan, as the optimizer comes to know its variables
+
+
+def test_the_plan_is_that_of_the_variables_trained() -> None:
+    model = small_model(optimizer=SGD(0.01))
+    handle = gcx.keras.centralize(model.optimizer, model)
+    assert handle.plan == gcx.keras.plan(model)
+    model.get_layer("conv").trainable = False
+    fit(model)
+    assert [row.name for row in handle.plan if row.layout] == ["net/head/kernel"]
+
+
+def test_layers_unfrozen_before_training_are_covered() -> None:
+    model = small_model()
+    conv = model.get_layer("conv")
+    conv.trainable = False
+    optimizer = SGD(0.01)
+    gcx.keras.centralize(optimizer, model)
+    conv.trainable = True
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss=loss)
+    start = kernels(model)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+def test_overrides_and_registered_rules_reach_the_step() -> None:
+    model = kernel_model()
+    (start,) = kernels(model).values()
+    optimizer = SGD(1.0)
+    gcx.keras.centralize(optimizer, model, overrides={"*/kernel": "oi"})
+    step(optimizer, model)
+    expected = start - reference.centralized(GRAD, (1,))
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
+def test_momentum_from_before_is_centralized() -> None:
+    model = kernel_model()
+    optimizer = SGD(0.1, momentum=0.9)
+    step(optimizer, model, GRAD + 1)
+    start = kernels(model)
+    if ASKED_BACKEND == "jax":
+        with pytest.warns(UserWarning, match="has taken steps already"):
+            gcx.keras.centralize(optimizer, model)
+    else:
+        gcx.keras.centralize(optimizer, model)
+    step(optimizer, model, GRAD + 1)
+    assert_means_kept(model, start)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("wraps", [lambda o: o, LossScale], ids=["alone", "loss scale"])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_a_saved_model_goes_on_as_if_it_had_not_been(
+    where: Any, wraps: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    model = small_model(optimizer=wraps(SGD(0.01, momentum=0.9)))
+    start = kernels(model)
+    handle = gcx.keras.centralize(model.optimizer, model, where=where)
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    inner = getattr(loaded.optimizer, "inner_optimizer", loaded.optimizer)
+    assert isinstance(inner, gcx.keras.Centralized)
+    assert repr(inner.gradient_centralization) == repr(handle)
+    assert inner.gradient_centralization.plan == handle.plan
+    fit(loaded)
+    fit(model)
+    assert_means_kept(loaded, start)
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")  # there are none yet
+def test_an_untrained_model_is_saved_with_its_plan(tmp_path: Path) -> None:
+    model = small_model(optimizer=Adam(0.01))
+    gcx.keras.centralize(model.optimizer, model, where="update", decay="outside")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    start = kernels(loaded)
+    fit(loaded)
+    assert_means_kept(loaded, start)
+
+
+LOAD = """
+import keras
+try:
+    keras.saving.load_model("model.keras")
+except TypeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_loading_without_gcx_is_an_error(kind: str, tmp_path: Path) -> None:
+    model = small_model(optimizer=getattr(keras.optimizers, kind)(0.01))
+    gcx.keras.centralize(model.optimizer, model)
+    model.save(tmp_path / "model.keras")
+    environment = {**os.environ, "KERAS_BACKEND": ASKED_BACKEND}
+    loading = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+    )
+    assert f"Could not locate class 'Centralized{kind}'" in loading.stdout
+
+
+def test_a_saved_optimizer_is_for_its_variables() -> None:
+    model = kernel_model()
+    optimizer = SGD(0.1)
+    gcx.keras.centralize(optimizer, model)
+    copied = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    other = small_model()
+    with pytest.raises(ValueError, match=r"saved for 1 variables of shapes \[\(5, 3\)\]"):
+        copied.build(other.trainable_variables)
+    (start,) = kernels(model).values()
+    step(copied, model)
+    assert_means_kept(model, {"head": start})
+
+
+# Errors, before anything is changed
+
+
+def test_what_cannot_be_centralized_is_an_error() -> None:
+    model, optimizer = kernel_model(), SGD(0.1)
+    centralize = gcx.keras.centralize
+    with pytest.raises(TypeError, match=r"is a keras.optimizers.Optimizer, not a str"):
+        centralize("sgd", model)
+    with pytest.raises(ValueError, match="where is 'gradient' or 'update', not 'weights'"):
+        centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="decay is 'inside', 'outside' or None"):
+        centralize(optimizer, model, decay="in")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="decay='inside' needs where='update'"):
+        centralize(optimizer, model, decay="inside")
+    with pytest.raises(ValueError, match="net has no variables yet"):
+        centralize(optimizer, keras.Sequential([keras.layers.Dense(2)], name="net"))
+    with pytest.raises(ValueError, match="nothing to centralize in net:\nparameter"):
+        centralize(optimizer, model, overrides={"*": None})
+    assert not isinstance(optimizer, gcx.keras.Centralized)
+    handle = centralize(optimizer, model)
+    with pytest.raises(ValueError, match="has Gradient Centralization already"):
+        centralize(optimizer, model)
+    handle.remove()
+
+
+def test_an_optimizer_with_a_step_of_its_own_is_an_error() -> None:
+    class Own(SGD):
+        def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"Own of Keras .* has a step of its own"):
+        gcx.keras.centralize(Own(), kernel_model())
+
+
+def test_variables_of_another_model_are_an_error() -> None:
+    model, optimizer = kernel_model(), SGD(0.1)
+    gcx.keras.centralize(optimizer, model)
+    other = small_model()
+    with pytest.raises(ValueError, match="to train net/conv/kernel, which is not in the model"):
+        optimizer.build(other.trainable_variables)
+    built = SGD(0.1)
+    built.build(other.trainable_variables)
+    with pytest.raises(ValueError, match="which is not in the model"):
+        gcx.keras.centralize(built, model)
+    assert not isinstance(built, gcx.keras.Centralized)
+
+
+def test_narrow_weights_are_told_of() -> None:
+    model = kernel_model(dtype="bfloat16")
+    with pytest.warns(UserWarning, match="net/head/kernel is bfloat16: rounding the weights"):
+        gcx.keras.centralize(SGD(0.1), model, where="update")
+    gcx.keras.centralize(SGD(0.1), model)
+
+
+def test_another_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    with pytest.raises(RuntimeError, match="the backend torch or jax, not tensorflow"):
+        gcx.keras.centralize(SGD(0.1), kernel_model())

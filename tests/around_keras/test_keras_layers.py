@@ -1,0 +1,318 @@
+"""What gcx.keras says about layers: the fan-in it declares is what an output depends on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+if find_spec("keras") is None:  # an import that fails for want of its backend is no skip
+    pytest.skip("needs keras", allow_module_level=True)
+os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported, here or by gcx
+
+import keras
+
+import gcx.keras
+from gcx.plan import LeaveAlone
+
+from keras_support import derivative
+
+layers = keras.layers
+RNG = np.random.default_rng(0)
+
+
+class Case(NamedTuple):
+    """A layer, the shape of its input, and how many units of a weight one output depends on."""
+
+    layer: Any
+    shape: tuple[int, ...]
+    units: int = 1
+
+
+DIRECT = {
+    "Dense": lambda: Case(layers.Dense(4), (2, 5)),
+    "Dense on a sequence": lambda: Case(layers.Dense(4), (2, 3, 5)),
+    "Conv1D": lambda: Case(layers.Conv1D(4, 3), (2, 7, 5)),
+    "Conv2D": lambda: Case(layers.Conv2D(4, 3, strides=2), (2, 7, 7, 5)),
+    "Conv2D in groups": lambda: Case(layers.Conv2D(4, 3, groups=2), (2, 5, 5, 6)),
+    "Conv3D": lambda: Case(layers.Conv3D(4, 2), (2, 5, 5, 5, 3)),
+    "Conv1DTranspose": lambda: Case(layers.Conv1DTranspose(4, 3), (2, 7, 5)),
+    "Conv2DTranspose": lambda: Case(layers.Conv2DTranspose(4, 3), (2, 7, 7, 5)),
+    "Conv3DTranspose": lambda: Case(layers.Conv3DTranspose(4, 2), (2, 5, 5, 5, 3)),
+    "DepthwiseConv1D": lambda: Case(layers.DepthwiseConv1D(3, depth_multiplier=2), (2, 7, 5)),
+    "DepthwiseConv2D": lambda: Case(layers.DepthwiseConv2D(3, depth_multiplier=2), (2, 7, 7, 5)),
+    "EinsumDense": lambda: Case(layers.EinsumDense("abc,cd->abd", (3, 4)), (2, 3, 5)),
+    "EinsumDense, any batch": lambda: Case(layers.EinsumDense("...x,xy->...y", 4), (2, 3, 5)),
+    "EinsumDense, batch last": lambda: Case(layers.EinsumDense("ab...,bc->ac...", 4), (2, 5, 3)),
+    "EinsumDense into heads": lambda: Case(
+        layers.EinsumDense("abc,cde->abde", (3, 2, 4)), (2, 3, 5)
+    ),
+    "EinsumDense out of heads": lambda: Case(
+        layers.EinsumDense("abde,dec->abc", (3, 4)), (2, 3, 2, 5)
+    ),
+    "EinsumDense, output first": lambda: Case(layers.EinsumDense("ab,cb->ac", 4), (2, 5)),
+    "EinsumDense, a kernel a place": lambda: Case(
+        layers.EinsumDense("abc,bcd->abd", (3, 4)), (2, 3, 5)
+    ),
+}
+CELLS = {
+    "SimpleRNNCell": lambda: Case(layers.SimpleRNNCell(4), (2, 5), 1),
+    "GRUCell": lambda: Case(layers.GRUCell(4), (2, 5), 3),
+    "LSTMCell": lambda: Case(layers.LSTMCell(4), (2, 5), 4),
+    "ConvLSTMCell": lambda: Case(
+        layers.ConvLSTM2D(4, 3, recurrent_activation="sigmoid").cell, (2, 7, 7, 5), 4
+    ),
+}
+
+
+def random(*shape: int) -> Any:
+    return keras.ops.convert_to_tensor(RNG.uniform(0.5, 1.5, shape).astype("float32"))
+
+
+def in_the_middle(output: Any) -> Any:
+    """One output, away from the edges."""
+    return output[tuple(n // 2 for n in output.shape)]
+
+
+def assert_fan_in(layer: Any, output: Callable[[], Any], *, units: int) -> None:
+    """An output depends on all of the fan-in of so many units of each weight, and on no others."""
+    found = {row.name: row for row in gcx.keras.plan(layer)}
+    weights = [v for v in layer.trainable_variables if v.name.endswith("kernel")]
+    assert weights
+    for weight in weights:
+        layout = found[weight.path].layout
+        assert layout is not None
+        depends = derivative(lambda: in_the_middle(output()), weight) != 0
+        axes = layout.fan_in_axes(depends.ndim)
+        of_unit = depends.all(axes)
+        np.testing.assert_array_equal(depends.any(axes), of_unit, err_msg=weight.path)
+        assert of_unit.sum() == units < of_unit.size
+
+
+@pytest.mark.parametrize("make", DIRECT.values(), ids=DIRECT)
+def test_an_output_depends_on_its_fan_in(make: Callable[[], Case]) -> None:
+    layer, shape, units = make()
+    x = random(*shape)
+    layer(x)
+    assert_fan_in(layer, lambda: layer(x), units=units)
+
+
+@pytest.mark.parametrize("make", CELLS.values(), ids=CELLS)
+def test_a_cell_depends_on_the_fan_in_of_its_gates(make: Callable[[], Case]) -> None:
+    cell, shape, units = make()
+    x = random(*shape)
+    cell.build(shape)
+    inner = keras.ops.shape(x)[1:-1]
+    state = random(shape[0], *(n - 2 for n in inner), 4)
+    states = [state, state + 1] if units == 4 else [state]
+    assert_fan_in(cell, lambda: cell(x, states)[0], units=units)
+
+
+# Layers made of others, and weights that are left alone
+
+
+def decisions(model: Any) -> dict[str, str]:
+    """Layout or reason of each variable, by its path below the model."""
+    rows = gcx.keras.plan(model)
+    return {r.name.partition("/")[2]: str(r.layout) if r.layout else r.reason for r in rows}
+
+
+def built(layer: Any, *shapes: tuple[int, ...]) -> Any:
+    layer(*[random(*shape) for shape in shapes])
+    return layer
+
+
+def test_attention_is_made_of_its_projections() -> None:
+    layer = built(layers.MultiHeadAttention(2, 3), (2, 4, 6), (2, 4, 6))
+    heads = {f"{name}/kernel": "ioo" for name in ("query", "key", "value")}
+    biases = {f"{n}/bias": "bias" for n in ("query", "key", "value", "attention_output")}
+    assert decisions(layer) == {**heads, **biases, "attention_output/kernel": "iio"}
+
+
+def test_grouped_attention_too() -> None:
+    layer = built(layers.GroupQueryAttention(4, 4, 2), (2, 4, 6), (2, 4, 6))
+    kernels = {r.name.split("/")[-2]: str(r.layout) for r in gcx.keras.plan(layer) if r.layout}
+    assert kernels == {"query": "ioo", "key": "ioo", "value": "ioo", "attention_output": "iio"}
+
+
+def test_both_directions_of_a_recurrent_layer() -> None:
+    layer = built(layers.Bidirectional(layers.GRU(4, name="gru")), (2, 3, 5))
+    cells = [f"{way}_gru/gru_cell" for way in ("forward", "backward")]
+    kernels = {f"{c}/{n}": "...o" for c in cells for n in ("kernel", "recurrent_kernel")}
+    assert decisions(layer) == {**kernels, **{f"{cell}/bias": "bias" for cell in cells}}
+
+
+def test_separable_convolution_has_two_kernels() -> None:
+    layer = built(layers.SeparableConv2D(4, 3), (2, 7, 7, 5))
+    assert decisions(layer) == {
+        "depthwise_kernel": "...oo",
+        "pointwise_kernel": "...o",
+        "bias": "bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "names"),
+    [
+        (lambda: layers.Embedding(7, 3), (2,), ["embeddings"]),
+        (layers.BatchNormalization, (2, 4), ["beta", "gamma"]),
+        (lambda: layers.LayerNormalization(axis=(1, 2)), (2, 3, 4), ["beta", "gamma"]),
+        (lambda: layers.GroupNormalization(2), (2, 4), ["beta", "gamma"]),
+        (layers.RMSNormalization, (2, 4), ["scale"]),
+        (layers.PReLU, (2, 3, 4), ["alpha"]),
+        (lambda: layers.ReversibleEmbedding(7, 3, tie_weights=False), (2,), None),
+    ],
+    ids=["Embedding", "BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "PReLU", "Reversible"],
+)
+def test_what_has_no_fan_in_is_left_alone(make: Any, shape: Any, names: Any) -> None:
+    layer = make()
+    layer.build(shape)
+    found = {r.name.rpartition("/")[2]: r for r in gcx.keras.plan(layer)}
+    assert sorted(found) == (names or ["embeddings", "reverse_embeddings"])
+    assert all(r.layout is None and not r.reason.startswith("unknown") for r in found.values())
+
+
+def test_attention_scores_are_left_alone() -> None:
+    layer = layers.AdditiveAttention()
+    layer([random(2, 3, 4), random(2, 3, 4)])
+    assert decisions(layer) == {"scale": "scale of attention scores"}
+
+
+def test_lora_factors_are_layers_of_their_own() -> None:
+    layer = built(layers.Dense(4, use_bias=False), (2, 5))
+    layer.enable_lora(2)
+    assert decisions(layer) == {"lora_kernel_a": "...o", "lora_kernel_b": "io"}
+    layer = built(layers.EinsumDense("abc,cde->abde", (3, 2, 4)), (2, 3, 5))
+    layer.enable_lora(2)
+    assert decisions(layer) == {"lora_kernel_a": "ioo", "lora_kernel_b": "io"}
+    layer = built(layers.EinsumDense("ab,cb->ac", 4), (2, 5))
+    layer.enable_lora(2)
+    assert decisions(layer) == {"lora_kernel_a": "oi", "lora_kernel_b": "oi"}
+
+
+def test_lora_of_rank_one_is_not_frozen() -> None:
+    layer = built(layers.Dense(4, use_bias=False), (2, 5))
+    layer.enable_lora(1)
+    assert decisions(layer)["lora_kernel_b"].startswith("fan-in 1")
+
+
+def test_quantized_kernel_is_not_trained() -> None:
+    layer = built(layers.Dense(4), (2, 5))
+    layer.quantize("int8")
+    assert decisions(layer) == {"bias": "bias"}
+
+
+def test_product_element_by_element_has_no_fan_in() -> None:
+    layer = built(layers.EinsumDense("ab,b->ab", 5), (2, 5))
+    assert decisions(layer)["kernel"].startswith("product element by element")
+
+
+def test_frozen_layers_are_not_listed() -> None:
+    head = layers.Dense(3, name="head")
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4, trainable=False), head])
+    assert list(decisions(model)) == ["head/kernel", "head/bias"]
+
+
+def test_a_layer_used_twice_is_listed_once() -> None:
+    x = keras.Input((4,))
+    shared = layers.Dense(4, name="shared")
+    model = keras.Model(x, shared(shared(x)))
+    assert list(decisions(model)) == ["kernel", "bias"]
+
+
+class Transposed(layers.Layer):
+    """Uses the kernel of another layer the other way round."""
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__(name="decoder")
+        self.weight = dense.kernel
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.matmul(x, keras.ops.transpose(self.weight))
+
+
+def test_tied_weights_need_one_answer() -> None:
+    dense = built(layers.Dense(3, use_bias=False, name="encoder"), (2, 4))
+    model = keras.Sequential([dense, Transposed(dense)])
+    model.build((None, 4))
+    (row,) = gcx.keras.plan(model)
+    assert row.layout is None
+    assert row.reason == (
+        "tied, and the rules differ: Dense; unknown: nobody declared Transposed.kernel"
+    )
+
+
+class Sharing(layers.Dense):
+    """Has the kernel of another layer."""
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__(dense.units, use_bias=False)
+        self.twin = dense.kernel
+
+    def build(self, shape: Any) -> None:
+        self.built = True
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return keras.ops.matmul(x, self.twin)
+
+
+def test_tied_weights_may_agree() -> None:
+    dense = built(layers.Dense(3, use_bias=False), (2, 3))
+    model = keras.Sequential([dense, Sharing(dense)])
+    model.build((None, 3))
+    assert [str(row.layout) for row in gcx.keras.plan(model)] == ["...o"]
+
+
+# Layers that nobody declared
+
+
+class Bilinear(layers.Layer):
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(3, shape[-1], shape[-1]), name="w")
+        self.offset = self.add_weight(shape=(1, 3), name="offset")
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.einsum("oij,bi,bj->bo", self.w, x, x) + self.offset
+
+
+def test_unknown_layers_are_listed_and_left_alone() -> None:
+    layer = built(Bilinear(), (2, 4))
+    assert decisions(layer)["w"] == "unknown: nobody declared Bilinear.w"
+
+
+def test_registered_layers_answer_for_themselves() -> None:
+    class Registered(Bilinear):
+        pass
+
+    @gcx.keras.register_layer(Registered)
+    def rule(layer: Any) -> Any:
+        return {"w": "oii", "offset": LeaveAlone("an offset")}
+
+    assert decisions(built(Registered(), (2, 4))) == {"w": "oii", "offset": "an offset"}
+
+
+def test_overrides_come_first() -> None:
+    layer = built(Bilinear(name="pair"), (2, 4))
+    overrides = {"pair/w": "oii", "*": None}
+    first, second = gcx.keras.plan(layer, overrides=overrides)
+    assert (str(first.layout), first.reason) == ("oii", "override")
+    assert second.layout is None
+
+
+def test_overrides_that_match_nothing_are_an_error() -> None:
+    layer = built(Bilinear(name="pair"), (2, 4))
+    with pytest.raises(ValueError, match="'pair/v' matches no parameter"):
+        gcx.keras.plan(layer, overrides={"pair/v": None})
+    with pytest.raises(ValueError, match=r"pair/w: .*rank 2, not 3"):
+        gcx.keras.plan(layer, overrides={"pair/w": "oi"})
+
+
+def test_a_model_without_variables_is_an_error() -> None:
+    with pytest.raises(ValueError, match="net has no variables yet: build it first"):
+        gcx.keras.plan(keras.Sequential([layers.Dense(3)], name="net"))
+    with pytest.raises(TypeError, match=r"keras.Model or a keras.Layer, not a list"):
+        gcx.keras.plan([])

@@ -16,9 +16,7 @@ WITH_EXAMPLES = sorted(
     for path in PACKAGE.rglob("*.py")
     if ">>>" in path.read_text(encoding="utf-8")
 )
-OPTIONAL = {
-    "equinox", "flax", "haiku", "jax", "keras", "lightning", "optax", "torch", "thinc", "transformers",
-}  # fmt: skip
+OPTIONAL = {"jax", "keras", "lightning", "optax", "thinc", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=str)

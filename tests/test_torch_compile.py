@@ -17,10 +17,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch_training import RTOL, change_of, loss_of, train
 
 import gcx.torch
 from gcx.testing import assert_centralized
+
+from torch_training import RTOL, change_of, loss_of, train
 
 # The compiler uses what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")

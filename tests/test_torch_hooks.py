@@ -19,10 +19,11 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
-from torch_training import GRAD, RTOL, change_of, loss_of, new_layer, train
 
 import gcx.torch
 from gcx.testing import assert_centralized
+
+from torch_training import GRAD, RTOL, change_of, loss_of, new_layer, train
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrizations, prune
 from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
-from torch_training import GRAD, RTOL, X, change_of, loss_of, new_layer, train
 
 import gcx.torch
 from gcx.testing import assert_centralized
+
+from torch_training import GRAD, RTOL, X, change_of, loss_of, new_layer, train
 
 # Two roundings apart: the same steps, summed in another order.
 ATOL = 1e-13

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from gcx.backends import _torch_dtensor
 
 _DENSE = torch.strided
 
@@ -22,6 +25,8 @@ _WIDE = {
 }
 # Not every floating dtype: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers in one.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
+# Types that are known to be on one process, without asking.
+_PLAIN = (Tensor, Parameter)
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -81,11 +86,29 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Mean over `axes`, which stay with size 1; in float32 at least."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
+    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+        return _torch_dtensor.fan_in_mean(x, axes)
     return x.mean(axes if len(axes) > 1 else axes[0], True)  # keepdim; torch parses this faster
+
+
+def fan_in_mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...]) -> Tensor:
+    """Mean over `axes` of `x` seen as (groups, rows, ...), repeated for each row of `x`.
+
+    Axis 1 is among `axes`, axis 0 is not.
+    """
+    if x.dtype in _WIDE:
+        x = x.to(_WIDE[x.dtype])
+    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+        return _torch_dtensor.fan_in_mean_of_groups(x, groups, axes)
+    rows = len(x) // groups
+    mean = fan_in_mean(x.view(groups, rows, *x.shape[1:]), axes)
+    return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute ``x - mean`` in the dtype of the mean, rounded once to that of `x`."""
+    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+        return _torch_dtensor.subtract(x, mean, out, subtract)
     if x.dtype in _WIDE:
         difference = (x.to(mean.dtype) - mean).to(x.dtype)
         return difference if out is None else out.copy_(difference)

@@ -1,0 +1,131 @@
+"""Gradient Centralization for the trainers of Lightning."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+import gcx.torch
+from gcx.plan import Plan
+from gcx.torch._decay import Decay
+from gcx.torch._hooks import Where
+from gcx.torch._overrides import Overrides
+from gcx.torch._plan import Layers
+
+if not TYPE_CHECKING and find_spec("lightning") is None:
+    import pytorch_lightning as pl  # the same package by its older name
+else:
+    import lightning.pytorch as pl
+
+__all__ = ["GradientCentralization"]
+
+
+class GradientCentralization(pl.Callback):
+    """Callback of a Lightning trainer: its optimizers use Gradient Centralization while it fits.
+
+    `gcx.torch.centralize` is called for each optimizer when fitting starts, and undone when it
+    ends, by an exception too. Testing and predicting go on as without it.
+
+    Parameters
+    ----------
+    where, decay, layers, overrides
+        As in `gcx.torch.centralize`. They hold for all optimizers; a parameter group with
+        ``"centralize": False`` is left alone.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        When fitting starts, as `gcx.torch.centralize`. An optimizer in which there is nothing to
+        centralize is left alone beside others; it is an error if there is nothing in any.
+
+    See Also
+    --------
+    gcx.torch.centralize : what is centralized, and what the options are.
+    gcx.torch.plan : what would be centralized.
+
+    Notes
+    -----
+    Gradients are centralized when the optimizer steps: after accumulation, averaging over workers,
+    unscaling, and the clipping of the trainer.
+
+    The callback is one of ``lightning.pytorch``, or of ``pytorch_lightning`` where only that is
+    installed. Given in a list (``callbacks=[...]``) it works with the trainers of both.
+
+    Examples
+    --------
+    >>> import lightning
+    >>> import torch
+    >>> from gcx.lightning import GradientCentralization
+    >>> class Regression(lightning.LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(3, 1)
+    ...
+    ...     def training_step(self, batch):
+    ...         return self.layer(batch).square().mean()
+    ...
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+    >>> module, callback = Regression(), GradientCentralization()
+    >>> start = module.layer.weight.mean().item()
+    >>> trainer = lightning.Trainer(callbacks=[callback], max_epochs=2, barebones=True)
+    >>> trainer.fit(module, torch.rand(8, 4, 3))
+    >>> callback.plans
+    [<gcx plan: 1 of 2 parameters centralized>]
+    >>> abs(module.layer.weight.mean().item() - start) < 1e-6
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        where: Where = "gradient",
+        decay: Decay = None,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+    ) -> None:
+        self._plan = partial(gcx.torch.plan, layers=layers, overrides=overrides)
+        self._centralize = partial(
+            gcx.torch.centralize, where=where, decay=decay, layers=layers, overrides=overrides
+        )
+        self._handles: list[gcx.torch.GradientCentralization] = []
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What is centralized and why: one for each optimizer of the latest fit that does it."""
+        return [handle.plan for handle in self._handles]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach to the optimizers, before a checkpoint is loaded into them."""
+        if not trainer.optimizers:
+            msg = "there is nothing to centralize: the trainer has no optimizer"
+            raise ValueError(msg)
+        rows = [row for row in self._plan(pl_module) if row.layout is not None]
+        weights: set[Tensor] = {pl_module.get_parameter(row.name) for row in rows}
+        concerned = [opt for opt in trainer.optimizers if _has_some_of(weights, opt)]
+        self._handles = []
+        for optimizer in concerned or trainer.optimizers:  # which say why, if there are none
+            handle = self._centralize(optimizer, pl_module)
+            self._handles.append(handle)
+            pl.utilities.rank_zero_info(f"{handle}")
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave the optimizers as they were before."""
+        self._remove()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leave the optimizers as they were before."""
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:
+    groups = [group for group in optimizer.param_groups if group.get("centralize", True)]
+    return any(parameter in weights for group in groups for parameter in group["params"])

@@ -96,7 +96,7 @@ class GradientCentralization(pl.Callback):
 
     @property
     def plans(self) -> list[Plan]:
-        """What is centralized and why: one for each optimizer of the latest fit that does it."""
+        """One plan for each optimizer that centralizes, of the latest fit."""
         return [handle.plan for handle in self._handles]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

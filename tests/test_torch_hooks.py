@@ -728,6 +728,36 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
         gcx.torch.centralize(wrapper.optimizer, layer.parameters())
 
 
+def test_optimizer_without_a_step(layer: nn.Linear) -> None:
+    class InBackward(Optimizer):
+        """Updates in backward, as LOMO does."""
+
+    with pytest.raises(TypeError, match=r"InBackward has no step.*centralize_in_backward"):
+        gcx.torch.centralize(InBackward(layer.parameters(), {}), layer)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_closure_that_accumulates_and_clips(where: Any, layer: nn.Linear) -> None:
+    """What is clipped is the whole gradient, as in a loop without a closure."""
+    twin = copy.deepcopy(layer)
+    optimizer, other = (SGD(m.parameters(), lr=0.01, weight_decay=0.1) for m in (layer, twin))
+    gcx.torch.centralize(optimizer, layer, where=where)
+    gcx.torch.centralize(other, twin, where=where)
+
+    def closure(model: nn.Linear) -> None:
+        loss_of(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+    for _ in range(4):
+        for model in (layer, twin):
+            model.zero_grad()
+            loss_of(model).backward()
+        optimizer.step(lambda: closure(layer))
+        closure(twin)
+        other.step()
+    torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-14)
+
+
 def test_attaching_twice(layer: nn.Linear) -> None:
     optimizer = SGD(layer.parameters())
     gcx.torch.centralize(optimizer, layer)

@@ -32,7 +32,7 @@ class Projection:
     """
 
     def __init__(self, find_rows: FindRows, plan: Plan, *, where: Where, decay: Decay) -> None:
-        self.plan = plan
+        self.plan: Plan = plan
         self.where = where
         self.decay = decay
         self._find_rows = find_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from inspect import unwrap
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ Where = Literal["gradient", "update"]
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 _SWITCH = "centralize"
 _SWITCHED_OFF = f"switched off: {_SWITCH!r} is False in its parameter group"
+
+# The way out for what flattens weights, or updates them outside of a step.
+_IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
 
 
 def centralize(
@@ -188,6 +192,7 @@ class GradientCentralization:
         check_choice("where", where, ("gradient", "update"))
         check_choice("decay", decay, (None, "inside", "outside"))
         optimizer = _unwrapped(optimizer)
+        _check_steps(optimizer)
         _check_has_no_other(optimizer)
         self._optimizer = optimizer
         self._decide = partial(decide, model, layers, overrides)
@@ -248,13 +253,18 @@ class GradientCentralization:
         if self._switches != self._read_switches():
             self._switches = self._read_switches()
             self._centralize_momentum()
-        # Also where there is a closure: an optimizer may ignore it, and P P = P.
-        self._centralize_gradients()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
+            self._centralize_gradients()
             return None
+        # An optimizer may use gradients from before its closure, or ignore the closure. A closure
+        # that adds to these gradients, and clips the sum, finds them as they were.
+        means = self._means_of_gradients()
+        self._centralize_gradients()
 
         def centralizing() -> Any:
+            while means:
+                _restore_mean_of_gradient(*means.pop())
             loss = closure()
             if self._hooks:  # none if the closure has removed this
                 self._centralize_gradients()
@@ -278,6 +288,15 @@ class GradientCentralization:
                 jobs += [(weight, rate) for weight in weights]
         for weight, rate in jobs:
             centralize_gradient(weight, rate)
+
+    @untraced
+    @torch.no_grad()
+    def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
+        return [
+            (weight, weight.fan_in.mean(grad))
+            for weight in self._weights()
+            if has_gradient(weight) and (grad := weight.parameter.grad) is not None
+        ]
 
     @untraced
     @torch.no_grad()
@@ -337,6 +356,13 @@ def _restore_mean(weight: Weight, mean: Tensor, shrinkage: float | Tensor | None
     fan_in.subtract_(parameter, fan_in.mean(parameter) - mean)
 
 
+@torch.no_grad()
+def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
+    _, parameter, fan_in = weight
+    if parameter.grad is not None:
+        fan_in.subtract_(parameter.grad, fan_in.mean(parameter.grad) - mean)
+
+
 def _replaced(name: str) -> str:
     return (
         f"{name} was replaced in the model, and the optimizer goes on updating the old one "
@@ -350,7 +376,7 @@ def _foreign(parameter: Tensor) -> str:
         f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
         f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
         f"put it into a parameter group with {_SWITCH!r}: False; if parameters were flattened "
-        "(DeepSpeed), call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+        f"(DeepSpeed), {_IN_BACKWARD}"
     )
 
 
@@ -411,9 +437,17 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
         found = getattr(found, "optimizer", None)
     msg = (
         f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
-        "one, give the one inside (often its attribute .optimizer)"
+        "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
+        f"the weights: {_IN_BACKWARD}"
     )
     raise TypeError(msg)
+
+
+def _check_steps(optimizer: Optimizer) -> None:
+    if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
+        kind = type(optimizer).__name__
+        msg = f"{kind} has no step() in which to centralize (LOMO is like that): {_IN_BACKWARD}"
+        raise TypeError(msg)
 
 
 def _check_has_no_other(optimizer: Optimizer) -> None:

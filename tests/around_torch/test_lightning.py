@@ -1,0 +1,415 @@
+"""gcx.lightning in real trainings: the means of the weights stay put, whatever the trainer does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("lightning")
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+import gcx.torch
+from gcx.lightning import GradientCentralization
+from gcx.testing import assert_centralized
+
+# Lightning asks torch for what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning")
+
+# Four batches of eight images; a tensor is a data loader as good as any.
+BATCHES = torch.rand(4, 8, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+Weights = dict[str, Tensor]
+
+
+class Net(lightning.LightningModule):
+    """Regresses to 1, by SGD with momentum and weight decay unless another optimizer is given."""
+
+    def __init__(self, optimizer: Any = torch.optim.SGD, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(64, 3)
+        usual = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
+        self.optimizer = lambda p: optimizer(p, **(options or usual))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.head(self.backbone(batch))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return (self(batch) - 1).square().mean()
+
+    def test_step(self, batch: Tensor) -> None:
+        self(batch)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+    def weights(self) -> Weights:
+        return {n: p.detach().clone() for n, p in self.named_parameters() if p.ndim > 1}
+
+
+def trainer_of(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    usual = {**quiet, "enable_checkpointing": False, "accelerator": "cpu", "max_epochs": 2}
+    return lightning.Trainer(
+        default_root_dir=folder, callbacks=list(callbacks), **{**usual, **options}
+    )
+
+
+def assert_means_stay(net: Net, start: Weights) -> None:
+    assert len(start) == 2
+    for name, weight in net.weights().items():
+        assert_centralized(weight, start=start[name])
+
+
+def fit(trainer: lightning.Trainer, net: Net, **options: Any) -> Weights:
+    """Train; return the weights from before."""
+    start = net.weights()
+    trainer.fit(net, BATCHES, **options)
+    return start
+
+
+# What the trainer does around the step
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clipping by norm": {"gradient_clip_val": 0.1},
+    "clipping by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "bf16": {"precision": "bf16-mixed"},
+    "all three": {
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 0.1,
+        "precision": "bf16-mixed",
+    },
+}
+
+
+@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
+def test_means_stay(options: dict[str, Any], tmp_path: Path) -> None:
+    net = Net()
+    start = fit(trainer_of(tmp_path, GradientCentralization(), **options), net)
+    assert_means_stay(net, start)
+
+
+@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
+def test_means_move_without_the_callback(options: dict[str, Any], tmp_path: Path) -> None:
+    net = Net()
+    start = fit(trainer_of(tmp_path, **options), net)
+    with pytest.raises(AssertionError, match="not centralized"):
+        assert_means_stay(net, start)
+
+
+def test_means_stay_with_a_gradient_scaler(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    net, half = Net(), MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = trainer_of(tmp_path, GradientCentralization(), plugins=[half], gradient_clip_val=0.1)
+    start = fit(trainer, net)
+    assert scaler.get_scale() == 2.0**8  # no step was left out
+    assert_means_stay(net, start)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.LBFGS])
+def test_means_stay_in_the_update_of_any_optimizer(kind: Any, tmp_path: Path) -> None:
+    net = Net(kind, lr=0.01)
+    start = fit(trainer_of(tmp_path, GradientCentralization(where="update")), net)
+    assert_means_stay(net, start)
+
+
+def test_gradients_are_clipped_before_they_are_centralized(tmp_path: Path) -> None:
+    net, twin = Net(), Net()
+    fit(trainer_of(tmp_path, GradientCentralization(), gradient_clip_val=0.1, max_epochs=1), net)
+    optimizer = twin.configure_optimizers()
+    gcx.torch.centralize(optimizer, twin)
+    for batch in BATCHES:
+        optimizer.zero_grad()
+        twin.training_step(batch).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+    torch.testing.assert_close(net.weights(), twin.weights())
+
+
+class CentralizedFirst(Net):
+    """For those who want to clip what is left, as the documentation has it."""
+
+    def on_before_optimizer_step(self, _: Any) -> None:
+        gcx.torch.centralize_grads_(self)
+
+
+def test_gradients_can_be_centralized_before_they_are_clipped(tmp_path: Path) -> None:
+    options = {"lr": 0.01, "momentum": 0.9}  # without weight decay, which the step adds
+    net = CentralizedFirst(**options)
+    callback, clipping = GradientCentralization(), {"gradient_clip_val": 0.1, "max_steps": 1}
+    start = fit(trainer_of(tmp_path, callback, **clipping), net)
+    norm = nn.utils.get_total_norm(p.grad for p in net.parameters())
+    torch.testing.assert_close(norm, torch.tensor(0.1))
+    assert_means_stay(net, start)
+
+
+class Scheduled(Net):
+    def configure_optimizers(self) -> Any:
+        backbone, head = self.backbone.parameters(), self.head.parameters()
+        groups = [{"params": backbone}, {"params": head, "lr": 0.02}]
+        optimizer = self.optimizer(groups)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def test_means_stay_with_parameter_groups_and_a_scheduler(tmp_path: Path) -> None:
+    net = Scheduled()
+    trainer = trainer_of(tmp_path, GradientCentralization())
+    start = fit(trainer, net)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-4, 2e-4]
+    assert_means_stay(net, start)
+
+
+# Other callbacks that touch weights or optimizers
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: LearningRateFinder(attr_name="rate", num_training_steps=20),
+    ],
+    ids=["SWA", "EMA", "learning rate finder"],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_means_stay_beside_another_callback(other: Any, is_first: bool, tmp_path: Path) -> None:
+    net = Net()
+    net.rate = 0.01
+    callbacks = [GradientCentralization(), other()]
+    start = fit(trainer_of(tmp_path, *callbacks[:: 1 if is_first else -1]), net)
+    assert_means_stay(net, start)
+
+
+class HeadFirst(Net):
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.head.parameters())
+
+
+def test_weights_that_thaw_later_are_centralized(tmp_path: Path) -> None:
+    net = HeadFirst()
+    callback = GradientCentralization()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)
+    start = fit(trainer_of(tmp_path, thaw, callback), net)
+    (plan,) = callback.plans
+    assert [row.name for row in plan if row.layout] == ["backbone.0.weight", "head.weight"]
+    assert_means_stay(net, start)
+
+
+# Several optimizers
+
+
+class Adversaries(Net):
+    """Steps by hand, with one optimizer each for the backbone and the head."""
+
+    def __init__(self, of_backbone: Any = torch.optim.SGD) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.of_backbone = of_backbone
+
+    def configure_optimizers(self) -> Any:
+        backbone = self.of_backbone(self.backbone.parameters())
+        return [backbone, torch.optim.SGD(self.head.parameters())]
+
+    def training_step(self, batch: Tensor) -> None:
+        for sign, optimizer in zip((1, -1), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(sign * super().training_step(batch))
+            optimizer.step()
+
+
+def test_means_stay_in_each_of_several_optimizers(tmp_path: Path) -> None:
+    net, callback = Adversaries(), GradientCentralization()
+    start = fit(trainer_of(tmp_path, callback), net)
+    assert_means_stay(net, start)
+    assert [[row.name for row in plan if row.layout] for plan in callback.plans] == [
+        ["backbone.0.weight"],
+        ["head.weight"],
+    ]
+
+
+def test_an_optimizer_with_nothing_to_centralize_is_left_alone(tmp_path: Path) -> None:
+    def switched_off(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": params, "centralize": False}])
+
+    net, callback = Adversaries(switched_off), GradientCentralization()
+    start = fit(trainer_of(tmp_path, callback), net)
+    assert [[row.name for row in plan if row.layout] for plan in callback.plans] == [
+        ["head.weight"]
+    ]
+    assert_centralized(net.head.weight, start=start["head.weight"])
+
+
+# What the callback says, and when it refuses
+
+
+def test_options_are_those_of_gcx_torch(tmp_path: Path) -> None:
+    net = Net()
+    expected = gcx.torch.plan(net, layers="conv", overrides={"head.weight": "io"})
+    callback = GradientCentralization(layers="conv", overrides={"head.weight": "io"})
+    assert callback.plans == []
+    fit(trainer_of(tmp_path, callback), net)
+    (plan,) = callback.plans
+    assert plan.to_dict() == expected.to_dict()
+
+
+def test_it_says_once_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(trainer_of(tmp_path, GradientCentralization()), Net())
+    (said,) = [text for text in caplog.messages if "Centralization" in text]
+    assert said == (
+        "<GradientCentralization of SGD, where='gradient', "
+        "<gcx plan: 2 of 4 parameters centralized>>"
+    )
+
+
+class WithoutOptimizers(Adversaries):
+    def configure_optimizers(self) -> Any:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (Net, {"overrides": {"*": None}}, "nothing to centralize in this SGD"),
+        (Net, {"overrides": {"tail.*": None}}, "no parameter of the model"),
+        (Net, {"where": "update", "decay": "outside"}, "decay='outside'"),
+        (WithoutOptimizers, {}, "no optimizer"),
+    ],
+)
+def test_errors_come_before_the_training(
+    kind: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    net = kind()
+    start = net.weights()
+    with pytest.raises(ValueError, match=message):
+        fit(trainer_of(tmp_path, GradientCentralization(**options)), net)
+    torch.testing.assert_close(net.weights(), start, rtol=0, atol=0)
+
+
+# Beginning, ending, and beginning again
+
+
+def assert_left_as_it_was(trainer: lightning.Trainer, net: Net) -> None:
+    (optimizer,) = trainer.optimizers
+    gcx.torch.centralize(optimizer, net).remove()  # refuses an optimizer that has it already
+
+
+def test_the_optimizer_is_left_as_it_was(tmp_path: Path) -> None:
+    net = Net()
+    trainer = trainer_of(tmp_path, GradientCentralization())
+    fit(trainer, net)
+    assert_left_as_it_was(trainer, net)
+
+
+class Failing(Net):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise InterruptedError
+
+
+def test_the_optimizer_is_left_as_it_was_after_an_exception(tmp_path: Path) -> None:
+    net = Failing()
+    trainer = trainer_of(tmp_path, GradientCentralization())
+    with pytest.raises(InterruptedError):
+        fit(trainer, net)
+    assert_left_as_it_was(trainer, net)
+
+
+def test_one_callback_serves_one_fit_after_another(tmp_path: Path) -> None:
+    callback = GradientCentralization()
+    trainer = trainer_of(tmp_path, callback)
+    for net in (Net(), Net()):
+        start = fit(trainer, net)
+        assert_means_stay(net, start)
+        trainer.fit_loop.max_epochs += 2
+    assert len(callback.plans) == 1
+
+
+def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, GradientCentralization())
+    trainer.test(Net(), BATCHES, verbose=False)
+    trainer.predict(Net(), BATCHES)
+
+
+# Checkpoints
+
+
+def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:
+    whole, half, other_half = Net(), Net(), Net()
+    nn.init.zeros_(other_half.head.weight)  # so that it can be right by the checkpoint alone
+    fit(trainer_of(tmp_path, GradientCentralization(), max_epochs=4), whole)
+    trainer = trainer_of(tmp_path, GradientCentralization())
+    fit(trainer, half)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = trainer_of(tmp_path, GradientCentralization(), max_epochs=4)
+    fit(resumed, other_half, ckpt_path=tmp_path / "half.ckpt")  # a warning would be an error here
+    torch.testing.assert_close(other_half.weights(), whole.weights(), rtol=0, atol=0)
+
+
+def test_momentum_of_a_run_without_centralization_is_centralized(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    fit(trainer, Net())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    net = Net()
+    net.load_state_dict(torch.load(tmp_path / "plain.ckpt")["state_dict"])
+    with pytest.warns(UserWarning, match="momentum of 2 weights"):
+        start = fit(
+            trainer_of(tmp_path, GradientCentralization(), max_epochs=4),
+            net,
+            ckpt_path=tmp_path / "plain.ckpt",
+        )
+    assert_means_stay(net, start)
+
+
+# The same package by its older name
+
+
+def test_it_works_with_the_trainer_of_pytorch_lightning(tmp_path: Path) -> None:
+    import pytorch_lightning
+
+    class Regression(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 1)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return (self.layer(batch) - 1).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module = Regression()
+    start = module.layer.weight.detach().clone()
+    trainer = pytorch_lightning.Trainer(
+        accelerator="cpu", barebones=True, max_epochs=2, callbacks=[GradientCentralization()]
+    )
+    trainer.fit(module, BATCHES)
+    assert_centralized(module.layer.weight, start=start)
+
+
+def test_it_needs_but_one_of_the_two() -> None:
+    script = """
+import sys
+sys.modules["lightning"] = None  # as if it were not installed
+from gcx.lightning import GradientCentralization
+import pytorch_lightning
+assert issubclass(GradientCentralization, pytorch_lightning.Callback)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,307 @@
+"""gcx.transformers in real trainings by Trainer and Accelerate: the means of the weights stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+import gcx.torch
+from gcx.testing import assert_centralized
+from gcx.transformers import GradientCentralization
+
+TOKENS = torch.randint(32, (32, 8), generator=torch.Generator().manual_seed(1))
+
+Weights = dict[str, Tensor]
+
+
+def gpt2(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    tokens = {"vocab_size": 32, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, **tokens))
+
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(max_position_embeddings=8, **SMALL))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
+
+
+def samples(model: nn.Module) -> list[dict[str, Tensor]]:
+    is_classifier = isinstance(model, BertForSequenceClassification)
+    return [{"input_ids": row, "labels": row[0] % 2 if is_classifier else row} for row in TOKENS]
+
+
+def trainer_of(
+    folder: Path, model: nn.Module, *callbacks: TrainerCallback, **options: Any
+) -> Trainer:
+    quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": []}
+    usual = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 6, "weight_decay": 0.1}
+    machine = {"use_cpu": True, "dataloader_pin_memory": False}
+    arguments = TrainingArguments(
+        output_dir=str(folder), **{**quiet, **usual, **machine, **options}
+    )
+    return Trainer(model, arguments, train_dataset=samples(model), callbacks=list(callbacks))
+
+
+def weights_of(model: nn.Module) -> Weights:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def train(trainer: Trainer, **options: Any) -> Weights:
+    """Train; return the weights from before."""
+    start = weights_of(trainer.model)
+    trainer.train(**options)
+    return start
+
+
+def assert_means_stay(model: nn.Module, start: Weights) -> None:
+    rows = [row for row in gcx.torch.plan(model) if row.layout is not None]
+    assert rows
+    for row in rows:
+        weight = model.get_parameter(row.name)
+        assert_centralized(weight, start=start[row.name], layout=row.layout)
+
+
+@pytest.fixture
+def callback() -> GradientCentralization:
+    return GradientCentralization()
+
+
+# What the Trainer does around the step
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "clipping": {"max_grad_norm": 0.1},
+    "bf16": {"bf16": True},
+    "all three": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True},
+}
+
+
+@pytest.mark.parametrize("options", TRAININGS.values(), ids=TRAININGS)
+@pytest.mark.parametrize("make", [gpt2, bert, llama])
+def test_means_stay(
+    make: Any, options: dict[str, Any], callback: GradientCentralization, tmp_path: Path
+) -> None:
+    model = make()
+    start = train(trainer_of(tmp_path, model, callback, **options))
+    assert_means_stay(model, start)
+
+
+@pytest.mark.parametrize("options", TRAININGS.values(), ids=TRAININGS)
+@pytest.mark.parametrize("make", [gpt2, bert, llama])
+def test_means_move_without_the_callback(
+    make: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make()
+    start = train(trainer_of(tmp_path, model, **options))
+    with pytest.raises(AssertionError, match="not centralized"):
+        assert_means_stay(model, start)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
+def test_means_stay_in_the_update_of_any_optimizer(optim: str, tmp_path: Path) -> None:
+    model = gpt2()
+    trainer = trainer_of(tmp_path, model, GradientCentralization(where="update"), optim=optim)
+    start = train(trainer)
+    assert_means_stay(model, start)
+
+
+def test_adam_is_given_centralized_gradients(
+    callback: GradientCentralization, tmp_path: Path
+) -> None:
+    model = gpt2()
+    trainer = trainer_of(tmp_path, model, callback, optim="adamw_torch")
+    train(trainer)
+    for row in gcx.torch.plan(model):
+        if row.layout is not None:
+            momentum = trainer.optimizer.state[model.get_parameter(row.name)]["exp_avg"]
+            assert_centralized(momentum, layout=row.layout)
+
+
+def test_decay_of_an_optimizer_of_transformers_must_be_told(tmp_path: Path) -> None:
+    def trainer(model: nn.Module, **options: Any) -> Trainer:
+        callback = GradientCentralization(**options)
+        return trainer_of(tmp_path, model, callback, optim="adafactor", weight_decay=0.1)
+
+    model = gpt2()
+    start = weights_of(model)
+    with pytest.raises(ValueError, match="does Adafactor add weight_decay"):
+        train(trainer(model))
+    torch.testing.assert_close(weights_of(model), start, rtol=0, atol=0)
+    train(trainer(model, decay="outside"))
+
+
+def test_an_optimizer_that_steps_in_backward_is_an_error(
+    callback: GradientCentralization, tmp_path: Path
+) -> None:
+    model = gpt2()
+    start = weights_of(model)
+    trainer = trainer_of(tmp_path, model, callback)
+    trainer.optimizer = LayerWiseDummyOptimizer(lr=0.1)  # as optim="galore_adamw_layerwise" does
+    with pytest.raises(RuntimeError, match="not in the model"):
+        trainer.train()
+    torch.testing.assert_close(weights_of(model), start, rtol=0, atol=0)
+
+
+# What the callback says
+
+
+def test_plan_is_that_of_the_model(tmp_path: Path) -> None:
+    model = gpt2()
+    options: dict[str, Any] = {"overrides": {"*.c_fc.weight": None}}
+    callback = GradientCentralization(**options)
+    assert callback.plan is None
+    train(trainer_of(tmp_path, model, callback))
+    assert callback.plan is not None
+    by_name = {row.name: row for row in callback.plan}
+    expected = {row.name: row for row in gcx.torch.plan(model, **options)}
+    assert by_name == expected
+    assert str(by_name["transformer.h.0.attn.c_attn.weight"].layout) == "io"
+    assert by_name["transformer.h.0.mlp.c_fc.weight"].layout is None
+
+
+def test_it_says_once_what_it_does(
+    callback: GradientCentralization, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="gcx.transformers"):
+        train(trainer_of(tmp_path, gpt2(), callback))
+    (said,) = [record for record in caplog.records if record.name == "gcx.transformers"]
+    assert said.getMessage() == (
+        "<GradientCentralization of SGD, where='gradient', "
+        "<gcx plan: 4 of 16 parameters centralized>>"
+    )
+
+
+# Beginning, ending, and beginning again
+
+
+def test_the_optimizer_is_left_as_it_was(callback: GradientCentralization, tmp_path: Path) -> None:
+    model = gpt2()
+    trainer = trainer_of(tmp_path, model, callback)
+    train(trainer)
+    gcx.torch.centralize(trainer.optimizer, model)  # refuses an optimizer that has it already
+
+
+class Interruption(TrainerCallback):
+    """Fails in the first training."""
+
+    def __init__(self) -> None:
+        self.fails = True
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.fails:
+            self.fails = False
+            raise InterruptedError
+
+
+def test_training_begins_again_after_an_exception(
+    callback: GradientCentralization, tmp_path: Path
+) -> None:
+    model = gpt2()
+    trainer = trainer_of(tmp_path, model, callback, Interruption(), optim_args="momentum=0.9")
+    start = weights_of(model)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.train()
+    assert_means_stay(model, start)
+
+
+def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    whole, resumed = gpt2(), gpt2(seed=1)
+    train(trainer_of(tmp_path, whole, GradientCentralization(), **saving))
+    trainer = trainer_of(tmp_path, resumed, GradientCentralization(), **saving)
+    train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # without a warning
+    torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
+
+
+def test_momentum_of_a_run_without_centralization_is_centralized(
+    callback: GradientCentralization, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3, "optim_args": "momentum=0.9"}
+    plain, model = gpt2(), gpt2()
+    train(trainer_of(tmp_path, plain, max_steps=3, **saving))
+    trainer = trainer_of(tmp_path, model, callback, **saving)
+    with pytest.warns(UserWarning, match="momentum of 4 weights"):
+        train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_means_stay(model, weights_of(plain))
+
+
+# Accelerate, without a Trainer
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """Accumulate over two batches, in bfloat16, whatever other tests have set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerated(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> int:
+    """Train; return the number of steps."""
+    steps: list[None] = []
+    optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(None))
+    for batch in TOKENS.split(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    return len(steps)
+
+
+@pytest.mark.parametrize("is_centralized", [True, False])
+def test_means_stay_with_an_optimizer_of_accelerate(
+    is_centralized: bool, accelerator: Accelerator
+) -> None:
+    model = gpt2()
+    start = weights_of(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    prepared, optimizer = accelerator.prepare(model, sgd)
+    if is_centralized:
+        gcx.torch.centralize(optimizer, model)
+    assert accelerated(accelerator, prepared, optimizer) == 4
+    if is_centralized:
+        assert_means_stay(model, start)
+    else:
+        with pytest.raises(AssertionError, match="not centralized"):
+            assert_means_stay(model, start)

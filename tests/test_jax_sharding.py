@@ -11,6 +11,8 @@ import devices
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 
+pytestmark = pytest.mark.processes
+
 # The collectives that GC adds, by the number of their elements: the means of a fan-in that is
 # split, and nothing for one that is whole.
 ADDED = {

@@ -29,7 +29,7 @@ def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
     They are added up when it is subtracted, so that sums of means are sent once.
     """
     # Not x.mean: where the shards of a fan-in are uneven, that gathers all of x.
-    return x.sum(tuple(axes), True) / prod(x.shape[axis] for axis in axes)
+    return x.sum(tuple(axes), True) / prod([x.shape[axis] for axis in axes])
 
 
 def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tensor:
@@ -52,7 +52,7 @@ def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tenso
         shape=whole.shape,
         stride=whole.stride(),
     )
-    return spread / (len(x) // groups * prod(x.shape[axis] for axis in rest))
+    return spread / (len(x) // groups * prod([x.shape[axis] for axis in rest]))
 
 
 def subtract(

@@ -16,6 +16,7 @@ from gcx.backends import _torch
 from gcx.plan import Plan
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Decision, Layers, decide, plan_of
+from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
 
 # Passes of the model in training after which the gradient of each weight should have come by.
@@ -146,8 +147,7 @@ class CentralizationInBackward:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._kind}, {self.plan!r}>"
 
-    # Not to be traced: it looks at which tensor is there now.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _before_forward(self, places: list[_Place], *_: Any) -> None:
         for place in places:
             tensor = place.tensor()
@@ -155,7 +155,7 @@ class CentralizationInBackward:
                 hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
                 self._hooked[tensor] = hook
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _count(self, model: nn.Module, *_: Any) -> None:
         if self._passes < _PASSES and model.training and torch.is_grad_enabled():
             self._passes += 1

@@ -47,7 +47,7 @@ AROUND = {
 PEERS = "flax,haiku,equinox,pytorch_optimizer"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
-TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml")
+TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 
 # Tests that run what is documented, so far as the packages for it are there.
 EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")

@@ -16,7 +16,7 @@ WITH_EXAMPLES = sorted(
     for path in PACKAGE.rglob("*.py")
     if ">>>" in path.read_text(encoding="utf-8")
 )
-OPTIONAL = {"jax", "keras", "lightning", "optax", "thinc", "torch", "transformers"}
+OPTIONAL = {"jax", "keras", "optax", "pytorch_lightning", "thinc", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=str)

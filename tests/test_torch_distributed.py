@@ -60,6 +60,10 @@ class Spread(NamedTuple):
     parts: int
 
 
+def alone(hidden: int) -> Spread:
+    return Spread(net(hidden), 0, 1)
+
+
 def by_data(wrap: Callable[[Net], nn.Module], hidden: int) -> Spread:
     model = wrap(net(hidden))
     return Spread(model, distributed.get_rank(), distributed.get_world_size())
@@ -202,6 +206,22 @@ def test_mixed_precision() -> None:
         assert sent == [("all_reduce", UP)]
 
 
+def trained_with_decay_outside(spread: Callable[[int], Spread]) -> Weights:
+    """With a learning rate in a tensor, by which a tensor spread over processes is multiplied."""
+    model, part, parts = spread(EVEN)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), weight_decay=0.5)
+    gcx.torch.centralize(optimizer, model, where="update", decay="outside")
+    train(model, optimizer, part, parts)
+    return whole_weights(model)
+
+
+@pytest.mark.parametrize("spread", [fsdp2, fsdp2_along_fan_in])
+def test_decay_outside(spread: Any) -> None:
+    expected = trained_with_decay_outside(alone)
+    for weights in processes.run(2, trained_with_decay_outside, spread):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+
+
 # What would be found out
 
 
@@ -246,10 +266,6 @@ def resumed(spread: Callable[[int], Spread], hidden: int) -> Weights:
         optimizer.load_state_dict(first.state_dict())
     train(model, optimizer, part, parts)
     return whole_weights(model)
-
-
-def alone(hidden: int) -> Spread:
-    return Spread(net(hidden), 0, 1)
 
 
 @pytest.mark.parametrize("training", [attached_late, resumed])
@@ -395,3 +411,17 @@ def differentiated() -> None:
 
 def test_derivative() -> None:
     processes.run(2, differentiated)
+
+
+def compiled() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.arange(15.0).reshape(3, 5) ** 2
+    program = torch.compile(gcx.centralize, fullgraph=True, backend="aot_eager")
+    for cut in (Shard(0), Shard(1)):
+        found = program(distribute_tensor(full, mesh, [cut]))
+        assert found.placements == (cut,)
+        torch.testing.assert_close(found.full_tensor(), gcx.centralize(full))
+
+
+def test_compiles_to_one_graph() -> None:
+    processes.run(2, compiled)

@@ -41,6 +41,7 @@ FRAMEWORKS = ("numpy", "torch", "jax")
 # What is built around the frameworks: a dependency group, and the modules that must be there.
 AROUND = {
     "torch": ("around-torch", "lightning,transformers,accelerate,peft,timm_models"),
+    "deepspeed": ("deepspeed", "deepspeed"),
     "keras": ("keras", "keras"),
     "thinc": ("thinc", "thinc"),
 }
@@ -85,6 +86,7 @@ def agreement(session: nox.Session) -> None:
 def integrations(session: nox.Session, around: str) -> None:
     """Run the tests of what is built around a framework: trainers, and packages of layers."""
     group, packages = AROUND[around]
+    session.env["DS_BUILD_OPS"] = "0"  # DeepSpeed is to compile nothing
     install(session, "-e.", group, "core-test")
     if around == "torch":
         session.install("--no-deps", *TIMM)

@@ -49,6 +49,8 @@ from sharded_training import (
     whole_weights,
 )
 
+pytestmark = pytest.mark.processes
+
 EVEN, UNEVEN = 8, 7
 
 

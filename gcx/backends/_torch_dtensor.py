@@ -62,7 +62,9 @@ def subtract(
     from torch.distributed.tensor import DTensor
 
     assert is_dtensor(mean)
-    x_here, mean_here = x.to_local(), _part_of_mean(mean, x)
+    x_here = x.to_local()
+    # To the CPU, if that is where FSDP keeps gradients: from_local goes to the device of the mesh.
+    mean_here = _part_of_mean(mean, x).to(x_here.device)
     if out is x:
         subtract_here(x_here, mean_here, x_here)
         return x
@@ -73,7 +75,6 @@ def subtract(
         shape=x.shape,
         stride=x.stride(),
     )
-    # On the CPU, if that is where FSDP keeps gradients.
     return difference.to(x_here.device) if out is None else out.copy_(difference)
 
 
@@ -104,12 +105,12 @@ def _group_of_rows(x: DTensor, groups: int) -> Tensor:
     """Give the number of the group for each row of `x` that is here."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = x.device_mesh
-    group = torch.arange(len(x), device=x.to_local().device) // (len(x) // groups)
+    mesh, device = x.device_mesh, x.to_local().device
+    group = torch.arange(len(x), device=device) // (len(x) // groups)
     everywhere = DTensor.from_local(group, mesh, [Replicate()] * mesh.ndim)
     # The same cut again, whatever its kind.
     cut = [p if _cut_axis(p) == 0 else Replicate() for p in x.placements]
-    return everywhere.redistribute(placements=cut).to_local()
+    return everywhere.redistribute(placements=cut).to_local().to(device)
 
 
 def _cut_axis(placement: Placement) -> int | None:

@@ -67,7 +67,10 @@ class FanIn(NamedTuple):
         return prod(shape[axis] for axis in self._axes(len(shape)))
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Average over the fan-in, in float32 at least; the result fits the tensor itself."""
+        """Average over the fan-in, in float32 at least; the result fits the tensor itself.
+
+        That of a DTensor is for arithmetic and `subtract_` alone, which adds up its parts.
+        """
         axes = self._axes(tensor.ndim + (self.groups > 1))
         if self.groups == 1:
             return _torch.fan_in_mean(tensor, axes)

@@ -11,22 +11,20 @@ from thinc.backends import get_array_ops
 
 import gcx
 from gcx._rows import row
-from gcx.layout import Layout, LayoutLike
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer
+from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 __all__ = ["GradientCentralization", "centralize", "plan", "register_layer"]
 
 Where = Literal["gradient", "update"]
-Answer = LayoutLike | LeaveAlone | None
 RuleT = TypeVar("RuleT", bound=Callable[[Any], Mapping[str, Answer]])
 
 # How thinc names a parameter to an optimizer: by the id of its layer and its own name.
 Key = tuple[int, str]
 
-_BIAS = LeaveAlone("bias")
-_EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
 _FLAT = LeaveAlone("flat: all weights in one vector, in which no fan-in is to be seen")
-_DENSE: Mapping[str, Answer] = {"W": "oi", "b": _BIAS}
+_DENSE: Mapping[str, Answer] = {"W": "oi", "b": BIAS}
 
 # All layers are of one type, and names are for people: what a layer is, its forward function says.
 _LAYERS: Mapping[str, Mapping[str, Answer]] = {
@@ -43,22 +41,22 @@ _LAYERS: Mapping[str, Mapping[str, Answer]] = {
     "thinc.layers.softmax.forward": _DENSE,
     "thinc.layers.swish.forward": _DENSE,
     # (nO, nP, nI): each of the nP pieces is a unit of its own, of which the largest is taken.
-    "thinc.layers.maxout.forward": {"W": "ooi", "b": _BIAS},
+    "thinc.layers.maxout.forward": {"W": "ooi", "b": BIAS},
     # One score for each input vector: a unit with as many inputs as the vector is wide.
     "thinc.layers.parametricattention.forward": {"Q": "i"},
     "thinc.layers.parametricattention_v2.forward": {"Q": "i"},
     "thinc.layers.cauchysimilarity.forward": {"W": LeaveAlone("scale of each dimension")},
-    "thinc.layers.embed.forward": {"E": _EMBEDDING},
-    "thinc.layers.hashembed.forward": {"E": _EMBEDDING},
-    "thinc.layers.layernorm.forward": {"G": LeaveAlone("norm"), "b": _BIAS},
+    "thinc.layers.embed.forward": {"E": EMBEDDING},
+    "thinc.layers.hashembed.forward": {"E": EMBEDDING},
+    "thinc.layers.layernorm.forward": {"G": NORM, "b": BIAS},
     "thinc.layers.lstm.forward": {"LSTM": _FLAT, "HC0": LeaveAlone("initial state")},
-    "thinc.layers.sparselinear.forward": {"W": _FLAT, "b": _BIAS},
-    "spacy.ml.character_embed.forward": {"E": _EMBEDDING},
+    "thinc.layers.sparselinear.forward": {"W": _FLAT, "b": BIAS},
+    "spacy.ml.character_embed.forward": {"E": EMBEDDING},
     "spacy.ml.staticvectors.forward": {"W": "oi"},
     # (nF, nO, nP, nI): a unit of the parser adds up its nF features.
     "spacy.ml._precomputable_affine.forward": {
         "W": "iooi",
-        "b": _BIAS,
+        "b": BIAS,
         "pad": LeaveAlone("stands for a missing feature"),
     },
 }

@@ -7,34 +7,31 @@ from typing import Any, TypeVar
 
 from keras import layers
 
-from gcx._rules import Answer, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules
 from gcx.plan import LeaveAlone
 
 RuleT = TypeVar("RuleT", bound=Callable[..., Mapping[str, Answer]])
 
-_BIAS = LeaveAlone("bias")
-_NORM = LeaveAlone("norm")
-_EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
 _SCALE = LeaveAlone("scale of attention scores")
 
 
 def _kernel(_: Any) -> Mapping[str, Answer]:
     # (in, out), or (window..., in / groups, out). The product of the LoRA factors (..., rank) and
     # (rank, out) is added to the kernel: two layers, one after the other.
-    return {"kernel": "...o", "bias": _BIAS, "lora_kernel_a": "...o", "lora_kernel_b": "io"}
+    return {"kernel": "...o", "bias": BIAS, "lora_kernel_a": "...o", "lora_kernel_b": "io"}
 
 
 def _transposed_convolution(_: Any) -> Mapping[str, Answer]:
-    return {"kernel": "...oi", "bias": _BIAS}
+    return {"kernel": "...oi", "bias": BIAS}
 
 
 def _depthwise_convolution(_: Any) -> Mapping[str, Answer]:
     # (window..., channels, multiplier): an output channel sees one input channel alone.
-    return {"kernel": "...oo", "bias": _BIAS}
+    return {"kernel": "...oo", "bias": BIAS}
 
 
 def _separable_convolution(_: Any) -> Mapping[str, Answer]:
-    return {"depthwise_kernel": "...oo", "pointwise_kernel": "...o", "bias": _BIAS}
+    return {"depthwise_kernel": "...oo", "pointwise_kernel": "...o", "bias": BIAS}
 
 
 def _einsum(layer: Any) -> Mapping[str, Answer]:
@@ -47,7 +44,7 @@ def _einsum(layer: Any) -> Mapping[str, Answer]:
     second_factor = "io" if letters[-1] == "o" else "oi"
     return {
         "kernel": letters,
-        "bias": _BIAS,
+        "bias": BIAS,
         "lora_kernel_a": letters,
         "lora_kernel_b": second_factor,
     }
@@ -55,15 +52,15 @@ def _einsum(layer: Any) -> Mapping[str, Answer]:
 
 def _recurrent(_: Any) -> Mapping[str, Answer]:
     # The gates side by side on the last axis, each with its own units.
-    return {"kernel": "...o", "recurrent_kernel": "...o", "bias": _BIAS}
+    return {"kernel": "...o", "recurrent_kernel": "...o", "bias": BIAS}
 
 
 def _embedding(_: Any) -> Mapping[str, Answer]:
-    return {"*embeddings*": _EMBEDDING}
+    return {"*embeddings*": EMBEDDING}
 
 
 def _norm(_: Any) -> Mapping[str, Answer]:
-    return {"gamma": _NORM, "scale": _NORM, "beta": _BIAS}
+    return {"gamma": NORM, "scale": NORM, "beta": BIAS}
 
 
 def _activation(_: Any) -> Mapping[str, Answer]:

@@ -167,6 +167,7 @@ def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
     session.run("python", "-m", "benchmarks.cpu", *session.posargs)
+    session.run("python", "-m", "benchmarks.jax_axes")
 
 
 def install(session: nox.Session, *names: str) -> None:

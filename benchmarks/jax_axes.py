@@ -16,8 +16,8 @@ from flax import linen as nn
 from flax import nnx
 
 import gcx.optax
-from gcx._jax_layers._names import named_leaves
 from gcx.backends._jax import double_precision
+from gcx.optax._layers._names import named_leaves
 
 STEPS = 30
 KEY = jax.random.key(0)

@@ -23,10 +23,10 @@ from flax import linen as nn
 from flax import nnx
 
 import gcx.optax
-from gcx._jax_layers import _equinox, _haiku, _linen, _nnx
-from gcx._jax_layers._frameworks import RULES
-from gcx._jax_layers._names import name_of, named_leaves
 from gcx.layout import as_layout
+from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
+from gcx.optax._layers._frameworks import RULES
+from gcx.optax._layers._names import name_of, named_leaves
 
 KEY = jax.random.key(0)
 

@@ -24,7 +24,7 @@ import optax
 from jax import lax
 
 import gcx.optax
-from gcx._jax_layers._names import name_of
+from gcx.optax._layers._names import name_of
 
 from optax_training import train
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from gcx._jax_layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx._jax_layers._names import name_of
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
+from gcx.optax._layers._names import name_of
 from gcx.plan import LeaveAlone
 
 

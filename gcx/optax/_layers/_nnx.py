@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gcx._jax_layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx._jax_layers._linen import einsum_kernel
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx.optax._layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
+from gcx.optax._layers._linen import einsum_kernel
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:

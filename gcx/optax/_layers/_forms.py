@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from gcx._globs import first_keys
-from gcx._jax_layers._decision import Decision
-from gcx._jax_layers._frameworks import decide, framework_of
-from gcx._jax_layers._presets import PRESETS
 from gcx._rules import Answer
 from gcx.layout import LayoutLike, as_layout
+from gcx.optax._layers._decision import Decision
+from gcx.optax._layers._frameworks import decide, framework_of
+from gcx.optax._layers._presets import PRESETS
 from gcx.plan import LeaveAlone
 
 # A preset, a mapping, a function, or a model of a framework that need not be installed.

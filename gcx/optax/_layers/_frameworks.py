@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gcx._jax_layers import _equinox, _haiku, _linen, _nnx
-from gcx._jax_layers._decision import Decision, KernelAnswer
 from gcx._rules import Rules
+from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
+from gcx.optax._layers._decision import Decision, KernelAnswer
 
 RULES: Rules[KernelAnswer] = Rules(
     {**_equinox.RULES, **_haiku.RULES, **_linen.RULES, **_nnx.RULES}, group="gcx.optax.layers"

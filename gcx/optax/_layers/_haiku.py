@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gcx._jax_layers._decision import Decision, KernelAnswer, Shape, settle
-from gcx._jax_layers._names import named_leaves
-from gcx._jax_layers._tracing import shapes_of
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx.optax._layers._decision import Decision, KernelAnswer, Shape, settle
+from gcx.optax._layers._names import named_leaves
+from gcx.optax._layers._tracing import shapes_of
 
 
 class _Seen(NamedTuple):

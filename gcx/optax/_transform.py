@@ -1,0 +1,176 @@
+"""Gradient Centralization as an optax transformation."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from gcx._centralize import checked_strength
+from gcx.optax._layers._forms import Layouts, source_of
+from gcx.optax._layers._names import is_none, named_leaves
+from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_part, check_axis_name
+from gcx.optax._plan import is_partial, plan_of
+from gcx.plan import Plan
+
+
+def centralize(
+    layouts: Layouts, *, strength: float = 1.0, axis_name: AxisName = None
+) -> optax.GradientTransformation:
+    """Centralize the updates that pass: subtract their mean over the fan-in.
+
+    The place in the chain says what is centralized:
+
+    - ``chain(centralize, sgd)`` or ``chain(centralize, adamw)``: the gradient;
+    - ``chain(add_decayed_weights, centralize, sgd)``: gradient and weight decay, the paper's SGD;
+    - ``chain(adamw, centralize)``: the update with the decay in it, which the authors advise for
+      adaptive optimizers;
+    - ``chain(scale_by_adam, centralize, add_decayed_weights, scale_by_learning_rate)``: the update
+      with the decay outside.
+
+    The second, the third, and the first with SGD without weight decay keep the mean of each fan-in
+    where it started (Corollary 4.1). Where it comes after the optimizer, weights narrower than 32
+    bits round part of that away.
+
+    Parameters
+    ----------
+    layouts : model, mapping, callable or str
+        Which axes are fan-in, by the path of the parameter (``"Dense_0/kernel"``: names joined by
+        ``/``, the ``.value`` of Flax boxes dropped). One of
+
+        - an nnx or Equinox module: each parameter is judged by the layer that owns it;
+        - a mapping from path to layout, None or `LeaveAlone`, such as `layouts` makes from any
+          model; a path may be a glob (``"*/kernel"``), and the first that matches counts;
+        - a function of path and array (of a gradient, or of a parameter: use its shape and dtype)
+          that returns a layout, None or `LeaveAlone`;
+        - a preset, for who has parameters and no model: ``"flax"`` (linen and nnx), ``"haiku"``,
+          ``"equinox"`` or ``"keras"``.
+
+        What nothing matches is left alone.
+    strength : float, optional
+        From 0 to 1: the part of the mean to subtract. A Python number: in
+        `optax.inject_hyperparams` name it among the ``static_args``.
+    axis_name : str, tuple of str or mapping, optional
+        Inside `jax.shard_map` and `jax.pmap`: the mesh axes over which the fan-in is split, so
+        that the mean is taken over these too. One name or tuple for all parameters, or a mapping
+        from path or glob to name, tuple or None (the fan-in is whole). Not for `jax.jit` alone,
+        under which XLA communicates by itself.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Without state, for use alone or in `optax.chain`, `optax.masked`, `optax.multi_transform`,
+        `optax.MultiSteps` and so on. Its ``init`` raises the errors of `plan`, and a ValueError if
+        there are parameters and nothing is centralized, as within `optax.flatten`. Its ``update``
+        raises a ValueError where `axis_name` names an axis that is not bound, and in
+        `jax.shard_map` where a gradient differs along an axis and `axis_name` says nothing of it.
+
+    Raises
+    ------
+    TypeError
+        If `layouts` or `axis_name` is none of these, or `layouts` is a model that has no layers
+        before it sees an input (linen, Haiku): give those to `layouts`.
+    ValueError
+        If there is no such preset, or `strength` is not a number from 0 to 1.
+
+    See Also
+    --------
+    layouts : the mapping for a model; needed for linen and Haiku.
+    plan : what would be centralized, and why not; print it before you train.
+
+    Notes
+    -----
+    `optax.centralize` averages over all axes but the first, whatever the layer. On the kernels of
+    Flax, Haiku and Keras, whose output axis is the last, those are not the fan-in.
+
+    A model is read once, here: its arrays are neither kept nor looked at, only their shapes.
+
+    **A preset goes by name and rank only.** Where the name says that they do not tell the fan-in
+    (``Einsum_0``, ``ScanDense_0``, ``einsum_dense``), it leaves the kernel alone. Any other kernel
+    it takes for that of an ordinary layer, and cannot know of
+
+    - kernels stacked by ``scan`` or ``vmap``, which have one more axis (but it knows the
+      ``layer_stack`` of Haiku);
+    - several output axes, as of ``DenseGeneral``, ``Einsum`` or ``EinsumDense``;
+    - a ``Conv1D`` called ``query``, which it takes for an attention projection;
+    - transposed convolutions of Haiku and Keras, and depthwise ones of Keras, under other names;
+    - ``ConvTranspose(transpose_kernel=True)`` and ``ConvLocal`` of Flax.
+
+    For these use `layouts`, or start from the plan of the preset (see the examples).
+
+    The variables of a Keras model are a list; a preset needs a dict of them by ``variable.path``.
+
+    In `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``, JAX does not know a part from a
+    whole gradient: a fan-in that is split, and of which `axis_name` says nothing, is centralized
+    part by part without an error.
+
+    References
+    ----------
+    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
+    Neural Networks", ECCV 2020, equation (1) and algorithms 1 and 2.
+    https://arxiv.org/abs/2004.01461
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import gcx.optax
+    >>> params = {"dense": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+    >>> optimizer = optax.chain(gcx.optax.centralize("flax"), optax.sgd(1.0))
+    >>> state = optimizer.init(params)
+    >>> grads = {"dense": {"kernel": jnp.array([[1.0, 0.0], [3.0, 0.0]]), "bias": jnp.ones(2)}}
+    >>> updates, state = optimizer.update(grads, state, params)
+    >>> updates["dense"]["kernel"].tolist(), updates["dense"]["bias"].tolist()
+    ([[1.0, -0.0], [-1.0, -0.0]], [-1.0, -1.0])
+
+    A preset with exceptions, here for a layer with two output axes:
+
+    >>> params["heads"] = {"kernel": jnp.zeros((2, 4, 3))}
+    >>> layouts = {row.name: row.layout for row in gcx.optax.plan(params, "flax")}
+    >>> layouts["heads/kernel"] = "ioo"
+    >>> print(gcx.optax.plan(params, layouts))
+    parameter     shape  layout  reason
+    dense/bias    2      -       as given
+    dense/kernel  2x2    ...o    as given
+    heads/kernel  2x4x3  ioo     as given
+    2 of 3 parameters centralized
+    """
+    source = source_of(layouts)
+    checked_strength(strength)
+    check_axis_name(axis_name)
+
+    def init(params: optax.Params) -> optax.OptState:
+        _check_not_idle(params, plan_of(params, source, _mesh_axes(params, axis_name)))
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
+        axes = _mesh_axes(updates, axis_name)
+        centralized = [
+            leaf
+            if row.layout is None
+            else centralize_part(leaf, row.layout, strength, axes.get(row.name), row.name)
+            for leaf, row in zip(leaves, plan_of(updates, source, axes), strict=True)
+        ]
+        return jax.tree.unflatten(structure, centralized), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mesh_axes(params: optax.Params, axis_name: AxisName) -> dict[str, tuple[str, ...]]:
+    names = [name for name, _ in named_leaves(params)]
+    return axes_by_path(axis_name, names, complete=not is_partial(params))
+
+
+def _check_not_idle(params: optax.Params, rows: Plan) -> None:
+    if is_partial(params) or any(row.layout is not None for row in rows):
+        return
+    msg = (
+        f"there is nothing to centralize in these {len(rows)} parameters; the first, "
+        f"{rows[0].name!r}, is left alone for this reason: {rows[0].reason}. Print "
+        "gcx.optax.plan(params, layouts) for the others. Within optax.flatten there is no fan-in "
+        "to be seen: put gcx.optax.centralize before it"
+    )
+    raise ValueError(msg)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import gcx.torch
 from gcx.plan import Plan
 from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where
+from gcx.torch._hooks import Where, check_options
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers
 
@@ -88,6 +88,7 @@ class GradientCentralization(pl.Callback):
         layers: Layers = "all",
         overrides: Overrides | None = None,
     ) -> None:
+        check_options(where, decay)
         self._plan = partial(gcx.torch.plan, layers=layers, overrides=overrides)
         self._centralize = partial(
             gcx.torch.centralize, where=where, decay=decay, layers=layers, overrides=overrides

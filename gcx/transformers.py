@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import gcx.torch
 from gcx.plan import Plan
 from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where
+from gcx.torch._hooks import Where, check_options
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers
+from gcx.torch._targets import keep_switches
 
 __all__ = ["GradientCentralization"]
 
@@ -81,6 +82,7 @@ class GradientCentralization(TrainerCallback):
         layers: Layers = "all",
         overrides: Overrides | None = None,
     ) -> None:
+        check_options(where, decay)
         self._centralize = partial(
             gcx.torch.centralize, where=where, decay=decay, layers=layers, overrides=overrides
         )
@@ -91,6 +93,14 @@ class GradientCentralization(TrainerCallback):
         """What is centralized and why, in the latest training; None before the first."""
         return None if self._handle is None else self._handle.plan
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the switches of an optimizer of the user, if a checkpoint is loaded into it."""
+        del args, state, control
+        if kwargs["optimizer"] is not None:
+            kwargs["optimizer"].register_load_state_dict_pre_hook(keep_switches)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -99,7 +109,7 @@ class GradientCentralization(TrainerCallback):
         self._remove()  # nothing is called after a training that raised
         self._handle = self._centralize(kwargs["optimizer"], kwargs["model"])
         if state.is_world_process_zero:
-            _LOG.info("%r", self._handle)
+            _LOG.info("%s", repr(self._handle))  # as it is now
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer as it was before."""

@@ -807,3 +807,97 @@ def test_update_of_low_precision_weights_warns(dtype: torch.dtype, layer: nn.Lin
     with pytest.warns(UserWarning, match=f"weight is {dtype}.*where='gradient'") as caught:
         gcx.torch.centralize(SGD(layer.parameters()), layer, where="update")
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("decay", [None, "outside"])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_resumed_training_is_the_same(
+    kind: Any, where: Any, decay: Any, layer: nn.Linear, recwarn: pytest.WarningsRecorder
+) -> None:
+    if kind is SGD and where == "update":
+        decay = None  # the other is an error
+    options: Any = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.1, **options)
+    gcx.torch.centralize(optimizer, layer, where=where, decay=decay)
+    train(layer, optimizer)
+    twin = copy.deepcopy(layer)
+    resumed = kind(twin.parameters(), lr=0.01, weight_decay=0.1, **options)
+    gcx.torch.centralize(resumed, twin, where=where, decay=decay)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(layer, optimizer)
+    train(twin, resumed)
+    assert torch.equal(layer.weight, twin.weight)
+    assert not recwarn.list
+
+
+def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
+    groups = [
+        {"params": model[0].parameters(), "centralize": False},
+        {"params": layer.parameters()},
+    ]
+    handle = gcx.torch.centralize(SGD(groups), model)
+    with pytest.raises(ValueError, match="there is no gradient to centralize"):
+        handle.centralize_grads_()
+    loss_of(model).backward()
+    before = model[0].weight.grad.clone()
+    handle.centralize_grads_()
+    assert torch.equal(model[0].weight.grad, before)
+    assert_centralized(layer.weight.grad, rtol=RTOL)
+
+
+def test_frozen_weights_are_passed_over_in_the_update(layer: nn.Linear) -> None:
+    frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
+    model = nn.ModuleList([frozen, layer])
+    optimizer = SGD(model.parameters(), lr=0.01)
+    gcx.torch.centralize(optimizer, model, where="update")  # no warning of bfloat16
+    version = frozen.weight._version
+    assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+    assert frozen.weight._version == version
+
+
+def test_closure_in_another_place(layer: nn.Linear) -> None:
+    class Reporting(Own):
+        def step(self, metrics: Any = None, closure: Any = None) -> None:
+            assert metrics == {}
+            closure(1.0)
+            super().step()
+
+    optimizer = Reporting(layer.parameters())
+    gcx.torch.centralize(optimizer, layer)
+
+    def closure(scale: float) -> None:
+        optimizer.zero_grad()
+        (scale * loss_of(layer)).backward()
+
+    assert_centralized(change_of(layer, lambda: optimizer.step({}, closure)), rtol=RTOL)
+
+
+def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None:
+    off = SGD([{"params": layer.parameters(), "centralize": False}])
+    optimizer = SGD([{"params": layer.parameters(), "centralize": True}])
+    gcx.torch.centralize(optimizer, layer)
+    with pytest.warns(UserWarning, match="switches off all that there is") as caught:
+        optimizer.load_state_dict(off.state_dict())
+    assert caught[0].filename == __file__
+
+
+def test_removed_handle_says_so(layer: nn.Linear) -> None:
+    handle = gcx.torch.centralize(SGD(layer.parameters()), layer)
+    handle.remove()
+    assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")
+
+
+def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters())
+    handle = gcx.torch.centralize(optimizer, layer)
+    optimizer.add_param_group({"params": nn.Linear(2, 7).parameters()})
+    assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
+
+
+def test_learning_rate_that_nobody_knows(layer: nn.Linear) -> None:
+    optimizer = AdamW(layer.parameters())
+    optimizer.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
+    with pytest.raises(ValueError, match="finds its learning rate by itself; leave decay inside"):
+        gcx.torch.centralize(optimizer, layer, where="update", decay="outside")

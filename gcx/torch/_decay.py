@@ -47,6 +47,12 @@ def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> float | Te
     return rate if scale is None else rate * scale
 
 
+def keeps_mean_in_gradient(optimizer: Optimizer, group: Group, decay: Decay) -> bool:
+    """Whether what the optimizer uses has a mean in spite of the projection: that of the decay."""
+    is_left_out = decay == "outside" and _couples(optimizer, group) is not False
+    return is_left_out and _is_some(_rate(group))
+
+
 def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> float | Tensor | None:
     """Factor by which the coming step shrinks the weights apart from the gradient.
 
@@ -59,6 +65,13 @@ def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> float | Tenso
             f"decay='outside' with where='update' needs an optimizer that shrinks the weights "
             f"apart, and {type(optimizer).__name__} adds weight_decay * w to the gradient; use "
             "where='gradient'"
+        )
+        raise ValueError(msg)
+    if group["lr"] is None:
+        msg = (
+            f"decay='outside' with where='update' needs to know by how much a step shrinks the "
+            f"weights, and this {type(optimizer).__name__} finds its learning rate by itself; "
+            "leave decay inside"
         )
         raise ValueError(msg)
     lost: float | Tensor = group["lr"] * _rate(group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,8 @@ def centralize_grads_(
 
     For loops that need centralized gradients before the step, such as to clip their norm; where
     nothing comes between, `centralize` does it for an optimizer once and for all. Both together are
-    right too: the step centralizes again, which changes nothing, and includes weight decay.
+    right too: the step centralizes again, which changes nothing, and includes weight decay. Where
+    that has overrides or switches, call ``centralize_grads_()`` of its handle, which has the same.
 
     Parameters
     ----------
@@ -49,12 +52,16 @@ def centralize_grads_(
     >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     """
     found = decide(model, layers, overrides).items()
-    weights = [Weight(d.name, p, d.fan_in) for p, d in found if d.fan_in is not None]
-    weights = [weight for weight in weights if has_gradient(weight)]
-    if not weights:
+    centralize_gradients(Weight(d.name, p, d.fan_in) for p, d in found if d.fan_in is not None)
+
+
+def centralize_gradients(weights: Iterable[Weight]) -> None:
+    """Centralize what gradients there are; a ValueError if there are none."""
+    found = [weight for weight in weights if has_gradient(weight)]
+    if not found:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
         raise ValueError(msg)
-    for weight in weights:
+    for weight in found:
         centralize_gradient(weight, None)
 
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from inspect import unwrap
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gcx.plan import Plan
-from gcx.torch._decay import Decay, Group, coupled_rate, shrinkage
-from gcx.torch._gradients import centralize_gradient, has_gradient
-from gcx.torch._momentum import centralize_momentum
+from gcx.torch._decay import Decay
+from gcx.torch._gradients import centralize_gradients
+from gcx.torch._in_gradient import InGradient
+from gcx.torch._in_update import InUpdate
 from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Decision, Layers, Weight, check_choice, decide, plan_of
+from gcx.torch._plan import Layers, check_choice, decide
+from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
 from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
+from gcx.torch._working import working
 
 Where = Literal["gradient", "update"]
-
-# The key by which a parameter group switches Gradient Centralization off; it is on by default.
-_SWITCH = "centralize"
-_SWITCHED_OFF = f"switched off: {_SWITCH!r} is False in its parameter group"
-
-# The way out for what flattens weights, or updates them outside of a step.
-_IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
 
 
 def centralize(
@@ -76,9 +70,9 @@ def centralize(
     Raises
     ------
     TypeError
-        If `optimizer` is not an optimizer of torch, or wraps one; if `model` is not a module. In
-        a step: if the gradient of a weight to centralize is sparse. If a value of `overrides` is
-        of none of its types.
+        If `optimizer` is not an optimizer of torch, holds another one that moves the weights, or
+        has no step; if `model` is not a module; if a value of `overrides` is of none of its types.
+        In a step: if the gradient of a weight to centralize is sparse.
     ValueError
         If the optimizer already has Gradient Centralization, if nothing would be centralized, if
         `decay` does not fit the optimizer or is needed and not given, or if `overrides` does not
@@ -94,7 +88,7 @@ def centralize(
     UserWarning
         If weights narrower than 32 bits are to be centralized in the update; if momentum from
         before carries a mean; if the optimizer is copied or pickled, since its copy does not
-        centralize.
+        centralize; if a checkpoint switches everything off.
 
     See Also
     --------
@@ -122,9 +116,12 @@ def centralize(
 
     Gradients are centralized when the step begins, so after clipping and averaging over workers,
     and again whenever a closure has computed new ones. Where an optimizer is built around another
-    (SAM), only the one whose ``step`` is called can be given; weight decay is that of the inner
-    one. Optimizers that step during backward hold a parameter each: give those whose parameter has
-    a fan-in. `torch.compile` calls the hooks as they are, at one break of the graph.
+    (SAM, Lookahead), give the one inside. Optimizers that step during backward hold a parameter
+    each: give those whose parameter has a fan-in. `torch.compile` calls the hooks as they are, at
+    one break of the graph.
+
+    With ``where="gradient"`` and ``decay="outside"``, an optimizer that adds decay to the gradient
+    keeps the mean of that in its momentum, which is left alone, also that from before.
 
     Copies of an optimizer by `copy.deepcopy` or pickle carry no hooks, and warn of it: call this
     again for them.
@@ -189,51 +186,43 @@ class GradientCentralization:
         layers: Layers,
         overrides: Overrides | None,
     ) -> None:
-        check_choice("where", where, ("gradient", "update"))
-        check_choice("decay", decay, (None, "inside", "outside"))
+        check_options(where, decay)
         optimizer = _unwrapped(optimizer)
         _check_steps(optimizer)
         _check_has_no_other(optimizer)
         self._optimizer = optimizer
-        self._decide = partial(decide, model, layers, overrides)
         self._where = where
-        self._decay: Decay = decay
-        self._decisions: dict[Tensor, Decision] = self._decide()
-        self._switches = self._read_switches()
-        weights = list(self._weights())
-        if not weights:
+        self._targets = Targets(optimizer, partial(decide, model, layers, overrides))
+        if not any(self._targets.weights()):
             msg = f"there is nothing to centralize in this {type(optimizer).__name__}:\n{self.plan}"
             raise ValueError(msg)
-        find_decay = coupled_rate if where == "gradient" else shrinkage
-        for group in optimizer.param_groups:
-            if any(self._weights_of(group)):
-                find_decay(optimizer, group, decay)  # raises here what a step would raise
-        if where == "gradient":
-            centralize_momentum(optimizer, weights)
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_load_state_dict_post_hook(self._centralize_momentum),
-            ]
-        else:
-            _warn_of_low_precision(weights)
-            # A stack, since a step that calls the step of its base class runs the hooks of both.
-            # What a step that raised has left behind falls off the far end.
-            self._baselines: deque[list[_Baseline]] = deque(maxlen=_count_steps(type(optimizer)))
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._remember_means),
-                optimizer.register_step_post_hook(self._restore_means),
-            ]
-        self._hooks.append(optimizer.register_load_state_dict_pre_hook(_keep_switches))
+        place = InGradient if where == "gradient" else InUpdate
+        self._hooks = place(self._targets, decay).hooks
+        self._hooks += [
+            optimizer.register_load_state_dict_pre_hook(keep_switches),
+            optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
+        ]
         # Asked of the instance first, by pickle and by copy.deepcopy.
         vars(optimizer)["__reduce_ex__"] = partial(_reduce_with_warning, optimizer)
 
     @property
     def plan(self) -> Plan:
         """What happens to each parameter of the optimizer, and why, as a `gcx.plan.Plan`."""
-        groups = self._optimizer.param_groups
-        is_on = {parameter: _is_on(group) for group in groups for parameter in group["params"]}
-        found = {p: decision for p, decision in self._decide().items() if p in is_on}
-        return plan_of({p: d if is_on[p] else _switched_off(d) for p, d in found.items()})
+        return self._targets.plan()
+
+    @untraced
+    @torch.no_grad()
+    def centralize_grads_(self) -> None:
+        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan.
+
+        Raises
+        ------
+        TypeError, RuntimeError
+            As a step would.
+        ValueError
+            If there is no gradient to centralize.
+        """
+        centralize_gradients(self._targets.weights())
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
@@ -244,150 +233,19 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, type(self._optimizer).__name__
-        return f"<{name} of {kind}, where={self._where!r}, {self.plan!r}>"
+        state = f"where={self._where!r}" if self._hooks else "removed"
+        return f"<{name} of {kind}, {state}, {self.plan!r}>"
 
-    @untraced
-    def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._switches != self._read_switches():
-            self._switches = self._read_switches()
-            self._centralize_momentum()
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._centralize_gradients()
-            return None
-        # An optimizer may use gradients from before its closure, or ignore the closure. A closure
-        # that adds to these gradients, and clips the sum, finds them as they were.
-        means = self._means_of_gradients()
-        self._centralize_gradients()
-
-        def centralizing() -> Any:
-            while means:
-                _restore_mean_of_gradient(*means.pop())
-            loss = closure()
-            if self._hooks:  # none if the closure has removed this
-                self._centralize_gradients()
-            return loss
-
-        new_args = tuple(centralizing if value is closure else value for value in args)
-        return new_args, {k: centralizing if v is closure else v for k, v in kwargs.items()}
-
-    def _centralize_momentum(self, *_: Any) -> None:
-        # After loading too: the checkpoint may be of a run without centralization.
-        centralize_momentum(self._optimizer, self._weights())
-
-    @untraced
-    @torch.no_grad()
-    def _centralize_gradients(self) -> None:
-        jobs: list[tuple[Weight, float | Tensor | None]] = []
-        for group in self._optimizer.param_groups:
-            weights = [weight for weight in self._weights_of(group) if has_gradient(weight)]
-            if weights:
-                rate = coupled_rate(self._optimizer, group, self._decay)
-                jobs += [(weight, rate) for weight in weights]
-        for weight, rate in jobs:
-            centralize_gradient(weight, rate)
-
-    @untraced
-    @torch.no_grad()
-    def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        return [
-            (weight, weight.fan_in.mean(grad))
-            for weight in self._weights()
-            if has_gradient(weight) and (grad := weight.parameter.grad) is not None
-        ]
-
-    @untraced
-    @torch.no_grad()
-    def _remember_means(self, optimizer: Optimizer, *_: Any) -> None:
-        baselines: list[_Baseline] = []
-        for group in optimizer.param_groups:
-            weights = list(self._weights_of(group))
-            if weights:
-                factor = shrinkage(optimizer, group, self._decay)
-                baselines += [_Baseline(w, w.fan_in.mean(w.parameter), factor) for w in weights]
-        self._baselines.append(baselines)
-
-    @untraced
-    @torch.no_grad()
-    def _restore_means(self, *_: Any) -> None:
-        for baseline in self._baselines.pop():
-            _restore_mean(*baseline)
-
-    def _read_switches(self) -> list[bool]:
-        return [_is_on(group) for group in self._optimizer.param_groups]
-
-    def _weights(self) -> Iterator[Weight]:
-        for group in self._optimizer.param_groups:
-            yield from self._weights_of(group)
-
-    def _weights_of(self, group: Group) -> Iterator[Weight]:
-        """List what there is to centralize in a group."""
-        if _is_on(group):
-            for parameter in group["params"]:
-                decision = self._decision(parameter)
-                if decision.fan_in is not None:
-                    yield Weight(decision.name, parameter, decision.fan_in)
-
-    def _decision(self, parameter: Tensor) -> Decision:
-        known = self._decisions.get(parameter)
-        if known is not None and known.is_about(parameter):
-            return known
-        found = self._decide()  # it may have been added, or moved
-        if parameter not in found:
-            raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
-        self._decisions = found
-        return found[parameter]
+    def _warn_if_idle(self, optimizer: Optimizer) -> None:
+        if not any(self._targets.weights()):
+            kind = type(optimizer).__name__
+            warn(f"the checkpoint switches off all that there is to centralize in this {kind}")
 
 
-class _Baseline(NamedTuple):
-    """What to hold on to in the update of a weight: its mean, but for the decay of that."""
-
-    weight: Weight
-    mean: Tensor
-    shrinkage: float | Tensor | None
-
-
-def _restore_mean(weight: Weight, mean: Tensor, shrinkage: float | Tensor | None) -> None:
-    _, parameter, fan_in = weight
-    if shrinkage is not None and parameter.grad is not None:  # else the optimizer passes it over
-        mean = mean * shrinkage
-    fan_in.subtract_(parameter, fan_in.mean(parameter) - mean)
-
-
-@torch.no_grad()
-def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
-    _, parameter, fan_in = weight
-    if parameter.grad is not None:
-        fan_in.subtract_(parameter.grad, fan_in.mean(parameter.grad) - mean)
-
-
-def _replaced(name: str) -> str:
-    return (
-        f"{name} was replaced in the model, and the optimizer goes on updating the old one "
-        "(load_state_dict(assign=True), to_empty, fully_shard and weight_norm replace "
-        "parameters); make the optimizer after that, and centralize the new one"
-    )
-
-
-def _foreign(parameter: Tensor) -> str:
-    return (
-        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
-        f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
-        f"put it into a parameter group with {_SWITCH!r}: False; if parameters were flattened "
-        f"(DeepSpeed), {_IN_BACKWARD}"
-    )
-
-
-def _warn_of_low_precision(weights: list[Weight]) -> None:
-    narrow = [w for w in weights if torch.finfo(w.parameter.dtype).bits < 32]
-    if narrow:
-        name, parameter, _ = narrow[0]
-        warn(
-            f"{name} is {parameter.dtype}: rounding the weights loses most of what where='update' "
-            "does; keep float32 weights, or use where='gradient'"
-        )
+def check_options(where: object, decay: object) -> None:
+    """Raise a ValueError unless these are among the choices."""
+    check_choice("where", where, ("gradient", "update"))
+    check_choice("decay", decay, (None, "inside", "outside"))
 
 
 def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
@@ -397,35 +255,6 @@ def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
         "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
     )
     return type(optimizer).__reduce_ex__(optimizer, protocol)
-
-
-def _is_on(group: Group) -> bool:
-    switch = group.get(_SWITCH, True)
-    if not isinstance(switch, bool):
-        msg = f"{_SWITCH!r} in a parameter group is True or False, not {switch!r}"
-        raise TypeError(msg)
-    return switch
-
-
-def _switched_off(decision: Decision) -> Decision:
-    if decision.fan_in is None:
-        return decision
-    return decision._replace(fan_in=None, reason=_SWITCHED_OFF)
-
-
-def _keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Keep the switches of parameter groups that a checkpoint knows nothing of."""
-    here = [{k: v for k, v in g.items() if k == _SWITCH} for g in optimizer.param_groups]
-    saved = state_dict["param_groups"]
-    if len(here) != len(saved):
-        return state_dict  # torch has an error for that
-    groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
-    return {**state_dict, "param_groups": groups}
-
-
-def _count_steps(kind: type[Optimizer]) -> int:
-    """Count the steps that can run within one another: those of a class and its bases."""
-    return sum("step" in vars(base) for base in kind.__mro__)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -438,20 +267,28 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     msg = (
         f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
         "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
-        f"the weights: {_IN_BACKWARD}"
+        f"the weights: {IN_BACKWARD}"
     )
     raise TypeError(msg)
 
 
 def _check_steps(optimizer: Optimizer) -> None:
+    """Raise a TypeError unless it is this optimizer that moves the weights, in its step."""
+    kind = type(optimizer).__name__
     if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
-        kind = type(optimizer).__name__
-        msg = f"{kind} has no step() in which to centralize (LOMO is like that): {_IN_BACKWARD}"
+        msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         raise TypeError(msg)
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer) and value is not working(optimizer):
+            msg = (
+                f"{kind} moves the weights by another optimizer, whose steps may be called without "
+                f"its own: centralize that one, its attribute {name}"
+            )
+            raise TypeError(msg)
 
 
 def _check_has_no_other(optimizer: Optimizer) -> None:
-    hooks = vars(optimizer)["_optimizer_step_pre_hooks"].values()
+    hooks = vars(optimizer)["_optimizer_load_state_dict_post_hooks"].values()
     if any(isinstance(getattr(h, "__self__", None), GradientCentralization) for h in hooks):
         kind = type(optimizer).__name__
         msg = f"this {kind} has Gradient Centralization already; .remove() that handle first"

@@ -16,6 +16,8 @@ from gcx.torch._working import working
 
 # As it is kept: of one parameter, or of all those of LBFGS in a row.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+# Beside these it is a sum of gradients already divided: in RMSprop, and Adafactor of transformers.
+_DIVIDES_BEFORE = {"exp_avg": {"exp_avg_sq_row"}, "momentum_buffer": {"square_avg"}}
 _FLAT = ("d", "prev_flat_grad")
 _FLAT_HISTORIES = ("old_dirs", "old_stps")
 
@@ -56,9 +58,7 @@ def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
         return
     state: dict[str, Any] = optimizer.state.get(parameter, {})
     for key in _FIRST_MOMENTS:
-        # Beside a square_avg (RMSprop), momentum is a sum of gradients already divided.
-        is_divided = key == "momentum_buffer" and "square_avg" in state
-        if isinstance(state.get(key), Tensor) and not is_divided:
+        if isinstance(state.get(key), Tensor) and not _DIVIDES_BEFORE[key] & state.keys():
             yield state[key]
 
 

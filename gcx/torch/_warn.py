@@ -6,7 +6,8 @@ import warnings
 from inspect import currentframe
 
 # The packages whose frames may lie between that line and gcx.
-_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"})
+_TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 
 
 def warn(message: str) -> None:

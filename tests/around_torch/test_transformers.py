@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -68,7 +69,11 @@ def samples(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def trainer_of(
-    folder: Path, model: nn.Module, *callbacks: TrainerCallback, **options: Any
+    folder: Path,
+    model: nn.Module,
+    *callbacks: TrainerCallback,
+    optimizer: Optimizer | None = None,
+    **options: Any,
 ) -> Trainer:
     quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": []}
     usual = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 6, "weight_decay": 0.1}
@@ -76,7 +81,13 @@ def trainer_of(
     arguments = TrainingArguments(
         output_dir=str(folder), **{**quiet, **usual, **machine, **options}
     )
-    return Trainer(model, arguments, train_dataset=samples(model), callbacks=list(callbacks))
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=samples(model),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -241,6 +252,33 @@ def test_training_begins_again_after_an_exception(
         trainer.train()
     trainer.train()
     assert_means_stay(model, start)
+
+
+def test_a_checkpoint_that_knows_no_switches_leaves_them(tmp_path: Path) -> None:
+    """They are those of an optimizer of the user."""
+
+    def new_trainer(*callbacks: GradientCentralization) -> Trainer:
+        model = gpt2()
+        attention = [p for name, p in model.named_parameters() if ".attn." in name]
+        rest = [p for name, p in model.named_parameters() if ".attn." not in name]
+        off = {"centralize": False} if callbacks else {}
+        groups = [{"params": attention, **off}, {"params": rest}]
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        return trainer_of(tmp_path, model, *callbacks, optimizer=optimizer, **saving)
+
+    train(new_trainer())
+    callback = GradientCentralization()
+    with pytest.warns(UserWarning, match="the momentum of"):
+        train(new_trainer(callback), resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert callback.plan is not None
+    off = [row.name for row in callback.plan if row.reason.startswith("switched off")]
+    assert off == ["transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"]
+
+
+def test_options_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="where is one of"):
+        GradientCentralization(where="grad")  # type: ignore[arg-type]
 
 
 def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:

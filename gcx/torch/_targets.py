@@ -1,0 +1,130 @@
+"""What there is to centralize in an optimizer, looked at anew in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gcx.plan import Plan, PlanRow
+from gcx.torch._decay import Group
+from gcx.torch._plan import Decision, Weight, plan_of
+
+# The key by which a parameter group switches Gradient Centralization off; it is on by default.
+SWITCH = "centralize"
+_SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
+
+# The way out for what flattens weights, or updates them outside of a step.
+IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+
+
+class Targets:
+    """The weights of an optimizer that are to be centralized.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Its groups and their parameters may change later.
+    decide : callable
+        What happens to each parameter of the model as it is now.
+    """
+
+    def __init__(self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]]) -> None:
+        self.optimizer = optimizer
+        self._decide = decide
+        self._decisions = decide()
+
+    def by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
+        """List the groups in which there is something to centralize, with that.
+
+        Raises a RuntimeError if one of their parameters is not, or no longer, in the model.
+        """
+        for group in self.optimizer.param_groups:
+            weights = list(self._weights_of(group)) if is_on(group) else []
+            if weights:
+                yield group, weights
+
+    def weights(self) -> Iterator[Weight]:
+        """List what there is to centralize."""
+        for _, weights in self.by_group():
+            yield from weights
+
+    def switches(self) -> list[bool]:
+        """Tell of each group whether it is switched on."""
+        return [is_on(group) for group in self.optimizer.param_groups]
+
+    def plan(self) -> Plan:
+        """Show what happens to each parameter of the optimizer, by the model as it is now."""
+        self._decisions = self._decide()
+        held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
+        known = {p: decision for p, decision in self._decisions.items() if p in held}
+        rows = plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
+        strangers = [parameter for parameter in held if parameter not in known]
+        return Plan([*rows, *map(_row_of_stranger, strangers)])
+
+    def _weights_of(self, group: Group) -> Iterator[Weight]:
+        for parameter in group["params"]:
+            decision = self._decision(parameter)
+            if decision.fan_in is not None:
+                yield Weight(decision.name, parameter, decision.fan_in)
+
+    def _decision(self, parameter: Tensor) -> Decision:
+        known = self._decisions.get(parameter)
+        if known is not None and known.is_about(parameter):
+            return known
+        found = self._decide()  # it may have been added, or moved
+        if parameter not in found:
+            raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
+        self._decisions = found
+        return found[parameter]
+
+
+def is_on(group: Group) -> bool:
+    """Whether a parameter group is to be centralized; a TypeError if it says something else."""
+    switch = group.get(SWITCH, True)
+    if not isinstance(switch, bool):
+        msg = f"{SWITCH!r} in a parameter group is True or False, not {switch!r}"
+        raise TypeError(msg)
+    return switch
+
+
+def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Keep the switches of parameter groups that a checkpoint knows nothing of.
+
+    A hook of `Optimizer.register_load_state_dict_pre_hook`.
+    """
+    here = [{k: v for k, v in g.items() if k == SWITCH} for g in optimizer.param_groups]
+    saved = state_dict["param_groups"]
+    if len(here) != len(saved):
+        return state_dict  # torch has an error for that
+    groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
+    return {**state_dict, "param_groups": groups}
+
+
+def _switched_off(decision: Decision) -> Decision:
+    if decision.fan_in is None:
+        return decision
+    return decision._replace(fan_in=None, reason=_SWITCHED_OFF)
+
+
+def _row_of_stranger(parameter: Tensor) -> PlanRow:
+    return PlanRow("?", tuple(parameter.shape), None, "unknown: it is not in the model")
+
+
+def _replaced(name: str) -> str:
+    return (
+        f"{name} was replaced in the model, and the optimizer goes on updating the old one "
+        "(load_state_dict(assign=True), to_empty, fully_shard and weight_norm replace "
+        "parameters); make the optimizer after that, and centralize the new one"
+    )
+
+
+def _foreign(parameter: Tensor) -> str:
+    return (
+        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
+        f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
+        f"put it into a parameter group with {SWITCH!r}: False; if parameters were flattened "
+        f"(DeepSpeed), {IN_BACKWARD}"
+    )

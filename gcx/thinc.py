@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from thinc.api import Model, Optimizer
 from thinc.backends import get_array_ops
 
 import gcx
+from gcx._globs import first_keys
 from gcx._rows import row
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 __all__ = ["GradientCentralization", "centralize", "plan", "register_layer"]
 
 Where = Literal["gradient", "update"]
-RuleT = TypeVar("RuleT", bound=Callable[[Any], Mapping[str, Answer]])
 
 # How thinc names a parameter to an optimizer: by the id of its layer and its own name.
 Key = tuple[int, str]
@@ -61,7 +63,7 @@ _LAYERS: Mapping[str, Mapping[str, Answer]] = {
     },
 }
 
-_registered: dict[Callable[..., Any], Callable[[Any], Mapping[str, Answer]]] = {}
+_registered: dict[Callable[..., Any], Rule[Answer]] = {}
 
 _forward_of = attrgetter("_func")
 
@@ -77,13 +79,14 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        A decorator for the rule: a function of a layer that returns, by name of the layer's own
-        parameters, a layout (``"oi"``), `gcx.plan.LeaveAlone` with the reason, or None.
+        A decorator for the rule: a function of a layer that returns, by name or glob of the
+        layer's own parameters, a layout (``"oi"``), `gcx.plan.LeaveAlone` with the reason, or
+        None. The first name that matches counts, and what none matches is left alone as unknown.
 
     Raises
     ------
     TypeError
-        If `forward` is not a function.
+        If `forward` is not a function, or is a model; if the rule is not a function.
 
     Examples
     --------
@@ -100,11 +103,17 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     mine.kernel  4x3    io      mine
     1 of 1 parameters centralized
     """
+    if isinstance(forward, Model):  # which is callable
+        msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
+        raise TypeError(msg)
     if not callable(forward):
         msg = f"register_layer takes the forward function of a layer, not {forward!r}"
         raise TypeError(msg)
 
     def decorator(rule: RuleT) -> RuleT:
+        if not callable(rule):
+            msg = f"the rule of {_qualified(forward)} is a function of a layer, not {rule!r}"
+            raise TypeError(msg)
         _registered[forward] = rule
         return rule
 
@@ -181,6 +190,11 @@ def centralize(
     RuntimeError
         In a step: if the parameter is not of these models.
 
+    Warns
+    -----
+    UserWarning
+        If the optimizer is copied or pickled: its copy does not centralize.
+
     See Also
     --------
     plan : what would be centralized.
@@ -256,6 +270,7 @@ class GradientCentralization:
         self._optimizer = optimizer
         self._kind = kind = type(optimizer)
         self._rows = _decide(models)
+        self._foreign: set[Key] = set()  # parameters of shims
         self._step = self._update_step if where == "update" else self._gradient_step
         self._where = where
 
@@ -267,7 +282,12 @@ class GradientCentralization:
 
         # Calls look for __call__ in the class, and an object can only take on a class without room
         # for more attributes than it has: hence slots, and a class for each optimizer.
-        own = {"__slots__": (), "__call__": call, "gradient_centralization": self}
+        own = {
+            "__slots__": (),
+            "__call__": call,
+            "__reduce_ex__": _reduce_to_plain,
+            "gradient_centralization": self,
+        }
         optimizer.__class__ = type(f"Centralized{kind.__name__}", (kind,), own)
 
     @property
@@ -311,17 +331,40 @@ class GradientCentralization:
         return weights, gradient
 
     def _layout_of(self, key: Key) -> Layout | None:
+        if key in self._foreign:
+            return None
         if key not in self._rows:
             self._rows = _decide(self._models)  # layers may have been added, or replaced
         if key in self._rows:
             return self._rows[key].layout
+        # Only now: layers and shims are counted apart, and a new layer may have the id of a shim.
         if key[0] in {shim.id for _, layer in _walk(self._models) for shim in layer.shims}:
+            self._foreign.add(key)
             return None
         msg = (
             f"the optimizer is to train {key[1]!r} of a layer that is not in the models given to "
             "gcx.thinc.centralize; give it all of them: centralize(optimizer, *models)"
         )
         raise RuntimeError(msg)
+
+
+def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
+    """Copy or pickle a centralized optimizer as the plain one that it was, and warn of it."""
+    centralized = type(optimizer)
+    (kind,) = centralized.__bases__
+    warnings.warn(
+        f"the copy of this {kind.__name__} does not centralize: call gcx.thinc.centralize for the "
+        "copy and the models that it trains",
+        UserWarning,
+        stacklevel=2,
+    )
+    optimizer.__class__ = kind
+    try:
+        plain = copy.copy(optimizer)
+    finally:
+        optimizer.__class__ = centralized
+    # Pickle takes no plain object in the place of this one; a call that gives one it does.
+    return copy.copy, (plain,)
 
 
 def _decide(models: tuple[Model[Any, Any], ...]) -> dict[Key, PlanRow]:
@@ -362,14 +405,30 @@ def _walk(models: tuple[Model[Any, Any], ...]) -> Iterator[tuple[str, Model[Any,
 
 def _answer(layer: Model[Any, Any], name: str) -> tuple[Answer, str]:
     """Ask the rule of a layer about its parameter `name`; the second is the name of the layer."""
+    answers = _answers(layer)
+    keys = first_keys(answers, [name], what=f"the rule of {layer.name}", complete=False)
+    if name in keys:
+        return answers[keys[name]], layer.name
+    return LeaveAlone(f"unknown: nobody declared {layer.name}.{name}"), layer.name
+
+
+def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
     forward = _forward_of(layer)
-    if forward in _registered:
-        rule = _registered[forward](layer)
-    else:
-        qualified = f"{forward.__module__}.{getattr(forward, '__qualname__', '')}"
-        rule = _LAYERS.get(qualified, {})
-    unknown = LeaveAlone(f"unknown: nobody declared {layer.name}.{name}")
-    return rule.get(name, unknown), layer.name
+    if forward not in _registered:
+        return _LAYERS.get(_qualified(forward), {})
+    answers = _registered[forward](layer)
+    if not isinstance(answers, Mapping):
+        msg = (
+            f"the rule of {layer.name} returned {answers!r}; a rule returns a mapping from the "
+            "names of parameters to their layouts"
+        )
+        raise TypeError(msg)
+    return answers
+
+
+def _qualified(function: Callable[..., Any]) -> str:
+    # Callables need not have names.
+    return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
 
 
 def _l2(optimizer: Any, key: Key) -> float:

@@ -45,7 +45,7 @@ def centralize(
         the gradient: with ``where="gradient"`` it is always outside. With ``where="update"`` the
         default is inside; outside, it goes on shrinking the mean by ``1 - learning_rate *
         weight_decay`` a step. A ``kernel_regularizer`` is part of the gradient, so inside both.
-    overrides : mapping from str to Layout, str or None, optional
+    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         As in `plan`.
 
     Returns

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from keras import layers
 
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT
 from gcx.plan import LeaveAlone
-
-RuleT = TypeVar("RuleT", bound=Callable[..., Mapping[str, Answer]])
 
 _SCALE = LeaveAlone("scale of attention scores")
 

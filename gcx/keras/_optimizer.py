@@ -45,7 +45,10 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def build(self, variables: Sequence[Any]) -> None:
         """Find out what to do with the variables, and create those of the optimizer."""
-        self._projection.bind(variables)
+        # The legacy .h5 format builds the optimizer before it finds the variables of the model.
+        # Keras loads such a model to predict with, and raises an error when it is to be trained.
+        if variables:
+            self._projection.bind(variables)
         super().build(variables)
 
     # Keras calls these two next to each other in each step that changes the weights: after the

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 
+from gcx._globs import first_keys
 from gcx._rows import row, tied
+from gcx._rules import Answer
+from gcx._tree import naming
 from gcx.keras._layers import RULES
-from gcx.layout import LayoutLike, match_layouts
-from gcx.plan import Plan, PlanRow
+from gcx.layout import Layout, as_layout
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
-# By path of the variable or glob; None leaves alone.
-Overrides = Mapping[str, LayoutLike | None]
+# By path of the variable or glob; None and LeaveAlone leave alone.
+Overrides = Mapping[str, Answer]
 
 
 def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
@@ -24,10 +27,11 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     model : keras.Model or keras.Layer
         Any model that is built. Its variables are judged by the layer that owns them, never by
         their rank; a layer that nobody declared is left alone, and says so.
-    overrides : mapping from str to Layout, str or None, optional
+    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Answers that come before those of the layers, by the path of a variable
         (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``); the first key that matches
-        counts, and None leaves alone. For layers of your own, `register_layer` says it once.
+        counts, and None or `gcx.plan.LeaveAlone` leaves alone. For layers of your own,
+        `register_layer` says it once.
 
     Returns
     -------
@@ -37,7 +41,7 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     Raises
     ------
     TypeError
-        If `model` is not a layer.
+        If `model` is not a layer, or `overrides` holds something else.
     ValueError
         If the model is not built, a key of `overrides` matches no variable, or a layout does not
         fit the rank of its variable.
@@ -80,7 +84,7 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
         )
         raise ValueError(msg)
     owned = list(_owned_variables(model))
-    given = match_layouts(overrides or {}, [variable.path for _, variable in owned])
+    given = _given(overrides or {}, [variable.path for _, variable in owned])
     decided: dict[int, PlanRow] = {}
     for layer, variable in owned:
         answer = RULES.answer(layer, variable.name)
@@ -90,6 +94,22 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
         earlier = decided.get(id(variable))
         decided[id(variable)] = new if earlier is None else tied(earlier, new)
     return decided
+
+
+def _given(overrides: Overrides, names: Iterable[str]) -> dict[str, Layout | LeaveAlone]:
+    """Give each name that an override covers the answer of the first one."""
+    keys = first_keys(overrides, names, what="overrides")
+    answers = {key: _as_given(key, value) for key, value in overrides.items()}
+    return {name: answers[key] for name, key in keys.items()}
+
+
+def _as_given(key: str, value: Answer) -> Layout | LeaveAlone:
+    if value is None:
+        return LeaveAlone("left alone by an override")
+    if isinstance(value, LeaveAlone):
+        return value
+    with naming(f"overrides: {key}"):
+        return as_layout(value)
 
 
 def _owned_variables(layer: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:

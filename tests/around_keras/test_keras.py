@@ -498,6 +498,31 @@ def test_an_untrained_model_is_saved_with_its_plan(tmp_path: Path) -> None:
     assert_means_kept(loaded, start)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:keras")  # the format is a legacy one
+def test_the_legacy_format_loads_to_predict_and_not_to_train(tmp_path: Path) -> None:
+    model = small_model(optimizer=SGD(0.01, momentum=0.9))
+    gcx.keras.centralize(model.optimizer, model)
+    fit(model)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    assert_same_weights(loaded, model)
+    with pytest.raises(ValueError, match=r"Unknown variable|built with 0 variables"):  # of Keras
+        fit(loaded)
+    loaded = keras.saving.load_model(tmp_path / "model.h5")  # on JAX, the error leaves no weights
+    optimizer = SGD(0.01)
+    start = kernels(loaded)
+    gcx.keras.centralize(optimizer, loaded)
+    loaded.compile(optimizer, loss=model.loss)
+    fit(loaded)
+    assert_means_kept(loaded, start)
+
+
+def test_the_config_of_the_plain_optimizer_is_one_level_down() -> None:
+    model, optimizer = kernel_model(), SGD(0.25)
+    gcx.keras.centralize(optimizer, model)
+    assert optimizer.get_config()["optimizer"]["config"]["learning_rate"] == 0.25
+
+
 LOAD = """
 import keras
 try:

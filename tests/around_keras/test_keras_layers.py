@@ -300,13 +300,23 @@ def test_overrides_come_first() -> None:
     overrides = {"pair/w": "oii", "*": None}
     first, second = gcx.keras.plan(layer, overrides=overrides)
     assert (str(first.layout), first.reason) == ("oii", "override")
-    assert second.layout is None
+    assert (second.layout, second.reason) == (None, "left alone by an override")
+
+
+def test_an_override_may_say_why_it_leaves_alone() -> None:
+    layer = built(Bilinear(name="pair"), (2, 4))
+    overrides = {"pair/w": LeaveAlone("frozen by hand"), "*": "..."}
+    assert gcx.keras.plan(layer, overrides=overrides)[0][2:4] == (None, "frozen by hand")
 
 
 def test_overrides_that_match_nothing_are_an_error() -> None:
     layer = built(Bilinear(name="pair"), (2, 4))
-    with pytest.raises(ValueError, match="'pair/v' matches no parameter"):
+    with pytest.raises(ValueError, match=r"^overrides: 'pair/v' matches no parameter"):
         gcx.keras.plan(layer, overrides={"pair/v": None})
+    with pytest.raises(ValueError, match=r"^overrides: pair/\*: layout 'xyz' is not valid"):
+        gcx.keras.plan(layer, overrides={"pair/*": "xyz"})
+    with pytest.raises(TypeError, match=r"^overrides: pair/w: a layout is a string .* not int"):
+        gcx.keras.plan(layer, overrides={"pair/w": 0})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"pair/w: .*rank 2, not 3"):
         gcx.keras.plan(layer, overrides={"pair/w": "oi"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -98,6 +99,17 @@ def test_digits_are_learned_as_by_hand() -> None:
 
 
 # Every optimizer
+
+
+class Counting(api.Optimizer):
+    """An optimizer of the user, with an attribute of its own."""
+
+    steps = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.steps += 1
+        return super().__call__(*args, **options)
+
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "SGD": lambda **options: api.SGD(0.1, **options),
@@ -210,13 +222,37 @@ def test_remove_gives_plain_training_back_bit_for_bit() -> None:
     assert optimizer.gradient_centralization is second
 
 
+def pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("kind", [api.Optimizer, Counting])
+@pytest.mark.parametrize("copied_by", [copy.copy, copy.deepcopy, pickled])
+def test_copies_are_plain_and_warn(copied_by: Callable[[Any], Any], kind: type) -> None:
+    model = network()
+    optimizer = kind(0.1)
+    handle = gcx.thinc.centralize(optimizer, model)
+    train(model, optimizer, steps=2)
+    with pytest.warns(UserWarning, match=f"copy of this {kind.__name__} does not centralize: call"):
+        copied = copied_by(optimizer)
+    assert type(copied) is kind
+    assert copied.nr_update == optimizer.nr_update
+    assert getattr(copied, "steps", 0) == getattr(optimizer, "steps", 0)
+    assert optimizer.gradient_centralization is handle
+    second = gcx.thinc.centralize(copied, model)
+    second.remove()
+    assert optimizer.gradient_centralization is handle, "of the original, not of the copy"
+
+
 @pytest.mark.parametrize("where", ["gradient", "update"])
-def test_copies_go_on_by_themselves(where: Any) -> None:
+def test_copies_go_on_by_themselves_once_they_are_centralized(where: Any) -> None:
     model = network()
     start = weights(model)
     optimizer = api.SGD(0.1)
     gcx.thinc.centralize(optimizer, model, where=where)
-    copied = copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="does not centralize"):
+        copied = copy.deepcopy(optimizer)
+    gcx.thinc.centralize(copied, model, where=where)
     train(model, copied)
     assert_means_kept(model, start)
     assert copied.nr_update
@@ -224,13 +260,6 @@ def test_copies_go_on_by_themselves(where: Any) -> None:
 
 
 def test_subclasses_of_the_optimizer() -> None:
-    class Counting(api.Optimizer):
-        steps = 0
-
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            self.steps += 1
-            return super().__call__(*args, **options)
-
     model = network()
     start = weights(model)
     optimizer = Counting(0.1)
@@ -369,6 +398,32 @@ def test_unknown_layers_are_listed_until_they_are_registered() -> None:
     assert decisions(layer) == {"mine.W": "oi", "mine.offset": "an offset"}
     with pytest.raises(TypeError, match="takes the forward function of a layer, not 'linear'"):
         gcx.thinc.register_layer("linear")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="no model, such as 'mine': give its forward function"):
+        gcx.thinc.register_layer(layer)
+
+
+def registered(rule: Any) -> Any:
+    """A layer of one's own, of the weights W and V, with a rule."""
+
+    def forward(model: Any, x: Any, is_train: bool) -> Any:
+        raise AssertionError
+
+    gcx.thinc.register_layer(forward)(rule)
+    weight = np.ones((3, 4), "float32")
+    return api.Model("mine", forward, params={"W": weight, "V": weight})
+
+
+def test_rules_may_have_globs() -> None:
+    layer = registered(lambda layer: {"V": None, "?": "oi"})
+    found = {"mine.W": "oi", "mine.V": "left alone by the rule of mine"}
+    assert decisions(layer) == found
+
+
+def test_rules_that_are_none_are_an_error() -> None:
+    with pytest.raises(TypeError, match=r"^the rule of .*forward is a function of a layer, not {"):
+        registered({"W": "oi"})
+    with pytest.raises(TypeError, match="the rule of mine returned None; a rule returns a mapping"):
+        gcx.thinc.plan(registered(lambda layer: None))
 
 
 def test_layers_used_twice_are_listed_once() -> None:
@@ -424,6 +479,26 @@ def test_models_of_other_frameworks_are_left_alone() -> None:
     assert decisions(model)["1.wrapped.Foreign"].startswith("of another framework")
     model.finish_update(optimizer)
     np.testing.assert_array_equal(shim.weight, np.full((2, 3), 0.5))
+
+
+def test_models_of_other_frameworks_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, x: Any, is_train: bool) -> Any:
+        raise AssertionError
+
+    layers = api.Linear(nO=3, nI=4), api.Model("wrapped", forward, shims=[Foreign(None)])
+    model = api.chain(*layers).initialize()
+    optimizer = api.SGD(0.5)
+    gcx.thinc.centralize(optimizer, model)
+    model.finish_update(optimizer)
+    asked: list[str] = []
+
+    def rule(layer: Any) -> Any:
+        asked.append(layer.name)
+        return {"*": "oi"}
+
+    monkeypatch.setattr(gcx.thinc, "_answers", rule)
+    model.finish_update(optimizer)
+    assert asked == []
 
 
 @pytest.mark.skipif(find_spec("spacy") is None, reason="needs spacy")

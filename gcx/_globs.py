@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["first_keys"]
+__all__ = ["first_keys", "is_glob", "matches", "no_match"]
 
 _GLOB = frozenset("*?[")  # what makes a key more than a name
 
@@ -29,20 +29,28 @@ def first_keys(
     found: dict[str, str] = {}
     unused = dict.fromkeys(keys)
     for name in names:
-        matching = [key for key in keys if _matches(key, name)]
+        matching = [key for key in keys if matches(key, name)]
         if matching:
             found[name] = matching[0]
         for key in matching:
             unused.pop(key, None)
     if unused and complete:
-        shown = 10
-        listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-        msg = (
-            f"{what}: {next(iter(unused))!r} matches no parameter; there are: {listed or '(none)'}"
-        )
-        raise ValueError(msg)
+        raise ValueError(no_match(next(iter(unused)), names, what=what))
     return found
 
 
-def _matches(key: str, name: str) -> bool:
-    return key == name or (bool(_GLOB & set(key)) and fnmatchcase(name, key))
+def matches(key: str, name: str) -> bool:
+    """Whether a key is a name or a glob of it."""
+    return key == name or (is_glob(key) and fnmatchcase(name, key))
+
+
+def is_glob(key: str) -> bool:
+    """Whether a key can match more than the name that it is."""
+    return bool(_GLOB & set(key))
+
+
+def no_match(key: str, names: Sequence[str], *, what: str) -> str:
+    """Tell that a key of the mapping `what` matches none of the names."""
+    shown = 10
+    listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"

@@ -236,6 +236,15 @@ def test_nothing_to_centralize_is_an_error() -> None:
         gcx.torch.centralize_in_backward(nn.LayerNorm(3))
 
 
+def test_unknown_layers_alone_are_an_error_that_tells_what_to_do() -> None:
+    model = nn.Module()
+    model.mine = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(
+        ValueError, match=r"Module\.mine\n.*\n.*register_layer or overrides can tell"
+    ):
+        gcx.torch.centralize_in_backward(model)
+
+
 def test_sparse_gradient_is_an_error() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
@@ -246,7 +255,7 @@ def test_sparse_gradient_is_an_error() -> None:
 def test_gradients_that_go_another_way_are_noticed() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     handle = gcx.torch.centralize_in_backward(model)
-    idle = r"in 8 passes no gradient of 1 weights \(0\.weight, \.\.\.\)"
+    idle = r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
     for passed in range(1, 10):
         with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
             model[1](X.float()).sum().backward()
@@ -255,11 +264,25 @@ def test_gradients_that_go_another_way_are_noticed() -> None:
 
 
 def test_gradients_that_never_came_are_noticed_at_the_end() -> None:
-    model = nn.Linear(6, 4)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     handle = gcx.torch.centralize_in_backward(model)
     model(X.float())
-    with pytest.warns(UserWarning, match="in 1 passes no gradient of 1 weights"):
+    model[1](X.float()).sum().backward()
+    with pytest.warns(UserWarning, match="no gradient of 1 weights"):
         handle.remove()
+
+
+def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
+    cell = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    handle = gcx.torch.centralize_in_backward(cell)
+    x = X.float()
+    for _ in range(10):
+        x = cell(x)
+    x.sum().backward()
+    handle.remove()
+    handle = gcx.torch.centralize_in_backward(cell)
+    cell(X.float())
+    handle.remove()
 
 
 def test_evaluation_and_frozen_weights_are_no_reason_to_warn() -> None:
@@ -329,6 +352,23 @@ def test_fsdp1(
     arguments = (checkpointing, is_nested, use_orig_params, strategy)
     for weights in processes.run(2, under_fsdp1, *arguments):
         assert_weights(weights, expected)
+
+
+def step_under_fsdp1_that_came_too_late(kind: str) -> None:
+    layers = {"linear": nn.Linear(6, 6), "groups": nn.ConvTranspose2d(4, 6, 3, groups=2)}
+    inputs = {"linear": (2, 6), "groups": (2, 4, 5, 5)}
+    model = nn.Sequential(layers[kind])
+    optimizer = optimizer_of(model)
+    gcx.torch.centralize(optimizer, model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped(torch.rand(inputs[kind])).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight is of rank 1.*centralize_in_backward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["linear", "groups"])
+def test_fsdp1_after_centralizing_at_the_step_is_an_error(kind: str) -> None:
+    processes.run(2, step_under_fsdp1_that_came_too_late, kind)
 
 
 def test_fsdp1_that_accumulates(expected: Weights) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 
@@ -19,6 +20,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import gcx.torch
 from gcx import Layout
 from gcx.plan import LeaveAlone
+from gcx.testing import assert_centralized
 from gcx.torch import FanIn
 from gcx.torch._layers import (
     _RULES,
@@ -368,9 +370,24 @@ def test_weight_norm(wrapped: bool) -> None:
     assert _is_centralized(model, name + "1")
 
 
-@pytest.mark.parametrize("apply", [parametrizations.spectral_norm, parametrizations.orthogonal])
-def test_parametrized_weight_follows_its_owner(apply: Callable[[nn.Module], nn.Module]) -> None:
-    assert _is_centralized(apply(nn.Linear(4, 3)), "parametrizations.weight.original")
+def test_spectral_norm_divides_by_one_number() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    ratio = layer.weight / layer.parametrizations.weight.original
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(3, 4))
+    assert _is_centralized(layer, "parametrizations.weight.original")
+
+
+@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
+def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
+    shape: tuple[int, int], orthogonal_map: str
+) -> None:
+    layer = parametrizations.orthogonal(nn.Linear(*shape), orthogonal_map=orthogonal_map)
+    original = layer.parametrizations.weight.original
+    (grad,) = torch.autograd.grad(layer.weight[0].sum(), original)
+    assert (grad == 0).sum() >= 6  # half of it is not used at all
+    name = "parametrizations.weight.original"
+    assert _reason(layer, name) == "orthogonal: coordinates of a rotation"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -456,6 +473,41 @@ def test_row_of_a_grouped_transposed_convolution_has_the_view_of_its_layout() ->
     torch.testing.assert_close(layer.weight.grad, by_hand)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(4))]
+)
+def test_layers_of_torch_jit_are_unknown(
+    compiled: Callable[[nn.Module], nn.Module], where: Literal["gradient", "update"]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), compiled(nn.Linear(4, 3)))
+    assert _reason(model, "1.weight").startswith("unknown: nobody declared")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, model, where=where)
+    start = [p.detach().clone() for p in model.parameters()]
+    model(torch.rand(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert_centralized(model[0].weight.detach() - start[0])
+    assert not torch.equal(model[1].weight, start[2])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2)],
+    ids=lambda m: type(m).__name__,
+)
+def test_weight_that_is_flattened_in_place_is_an_error_of_the_step(layer: nn.Module) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, layer)
+    layer.weight.data = layer.weight.data.flatten()[:10]  # as FSDP1 does it
+    layer.weight.grad = torch.ones(10)
+    with pytest.raises(
+        RuntimeError, match=r"weight is of rank 1, .*centralize_in_backward\(model\)"
+    ):
+        optimizer.step()
+
+
 def test_lazy_layer_must_have_run_once() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(RuntimeError, match=r"0\.weight has no shape yet.*one forward pass"):
@@ -496,10 +548,35 @@ def test_layout_of_a_rule_is_checked() -> None:
 
     gcx.torch.register_layer(Wrong)(lambda layer: {"weight": layer.answer})
     assert declared_fan_in(Wrong(FanIn("oi")), "weight") == FanIn(Layout("oi"))  # text will do
+    with pytest.raises(RuntimeError, match=r"where a Wrong has layout oi\.\.\. in 3 groups"):
+        gcx.torch.plan(Wrong(FanIn(Layout("oi..."), ndim=2, groups=3)))
     with pytest.raises(ValueError, match=r"the rule of Wrong answers 'out' for 'weight': layout"):
         gcx.torch.plan(Wrong("out"))
     with pytest.raises(TypeError, match=r"the rule of Wrong answers 1 for 'weight': a layout is"):
         gcx.torch.plan(Wrong(1))
+
+
+def test_rule_with_a_typo_is_an_error() -> None:
+    class Typed(nn.Linear):
+        pass
+
+    gcx.torch.register_layer(Typed)(lambda _: {"wieght": "io"})
+    with pytest.raises(ValueError, match="the rule of Typed speaks of 'wieght', which this Typed"):
+        gcx.torch.plan(Typed(4, 3))
+
+
+def test_rule_may_speak_of_what_is_optional() -> None:
+    class Optional(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3, bias=False)
+            self.scale = None
+            self.add_module("0", nn.Linear(4, 3))
+
+    gcx.torch.register_layer(Optional)(
+        lambda _: {"bias": None, "scale": None, "offset*": None, "0.weight": "io", "weight": "oi"}
+    )
+    for layer in (Optional(), parametrizations.spectral_norm(Optional())):
+        assert {str(row.layout) for row in gcx.torch.plan(layer) if row.layout} == {"oi", "io"}
 
 
 def test_plan_is_of_a_module() -> None:

@@ -14,6 +14,8 @@ from torch.nn.utils import parametrizations, prune
 
 import gcx.torch
 from gcx import Layout
+from gcx.plan import LeaveAlone
+from gcx.torch import FanIn
 
 
 def new_model() -> nn.Sequential:
@@ -97,6 +99,28 @@ def test_axis_0_is_what_is_averaged(value: int | str) -> None:
     assert grad.sum(1).abs().min() > 1e-3
 
 
+def test_weight_in_groups() -> None:
+    layer = nn.Conv1d(4, 6, 3, bias=False)  # which holds (6, 4, 3)
+    for given in (FanIn(Layout("oio..."), groups=3), FanIn("oio...", ndim=3, groups=3)):
+        (row,) = gcx.torch.plan(layer, overrides={"weight": given})
+        assert (row.view, row.layout) == ((3, 2, 4, 3), Layout("oio..."))
+        assert row.reason == "override, 3 groups: seen as 3x2x4x3"
+
+
+@pytest.mark.parametrize("given", [FanIn(Layout("oio..."), ndim=3, groups=4), FanIn(ndim=2)])
+def test_groups_or_rank_that_do_not_fit(given: FanIn) -> None:
+    message = r"weight of shape \(6, 4, 3\) does not fit layout o"
+    with pytest.raises(ValueError, match=message):
+        gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
+
+
+def test_reason_to_leave_alone() -> None:
+    model = new_model()
+    found = plan(model, {model[1]: LeaveAlone("frozen soon"), model[2]: LeaveAlone("norm of mine")})
+    assert found["1.weight"] == found["1.bias"] == (None, "frozen soon")
+    assert found["2.weight"] == (None, "norm of mine")
+
+
 def test_vector_with_an_axis_is_centralized() -> None:
     assert plan(new_model(), {"1.bias": 0})["1.bias"] == ("i", "override")
 
@@ -176,7 +200,7 @@ def test_override_comes_before_layers() -> None:
 
 
 NOTHING = {
-    "name": ("1.wieght", r"'1\.wieght' matches no parameter of the model; there are: 0\.weight, 1"),
+    "name": ("1.wieght", r"'1\.wieght' matches no parameter; there are: 0\.weight, 1"),
     "glob": ("*.wieght", r"'\*\.wieght' matches no parameter"),
     "unused glob": ("2.conv*", "matches no parameter"),
     "parameter": (nn.Parameter(torch.zeros(3, 4)), r"a tensor of shape \(3, 4\) is no parameter"),
@@ -199,8 +223,14 @@ def test_layout_for_a_module_of_vectors() -> None:
 
 
 def test_model_without_parameters() -> None:
-    with pytest.raises(ValueError, match=r"'\*' matches no parameter .* there are: \(none\)"):
+    with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})
+
+
+@pytest.mark.parametrize("overrides", [[], ["1.weight"], 0, 3, "1.weight"])
+def test_overrides_of_another_kind(overrides: Any) -> None:
+    with pytest.raises(TypeError, match="overrides is a mapping from names to layouts, not "):
+        gcx.torch.plan(new_model(), overrides=overrides)
 
 
 @pytest.mark.parametrize("key", [nn.Linear, 1, None, ("1.weight",)])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gcx.backends import _torch
-from gcx.layout import Layout
+from gcx.layout import Layout, LayoutLike, as_layout
 
 
 class FanIn(NamedTuple):
@@ -39,10 +39,13 @@ class FanIn(NamedTuple):
     ndim: int | None = None
     groups: int = 1
 
+    def __str__(self) -> str:
+        return f"layout {self.layout}" + (f" in {self.groups} groups" if self.groups > 1 else "")
+
     def fits(self, tensor: Tensor) -> bool:
-        """Whether a weight has the rank that this describes; a vector has no fan-in to be found."""
-        if self.ndim is not None:
-            return tensor.ndim == self.ndim
+        """Whether this describes a weight of such a shape; a vector has no fan-in to be found."""
+        if self.ndim is not None and tensor.ndim != self.ndim:
+            return False
         if tensor.ndim and tensor.shape[0] % self.groups:
             return False
         try:
@@ -56,10 +59,6 @@ class FanIn(NamedTuple):
             return tuple(tensor.shape)
         rows, *rest = tensor.shape
         return (self.groups, rows // self.groups, *rest)
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """See a tensor of the shape of the weight with the axes that the layout names."""
-        return tensor if self.groups == 1 else tensor.view(self.view_shape(tensor))
 
     def size(self, tensor: Tensor) -> int:
         """Count the elements of one mean."""
@@ -86,3 +85,16 @@ class FanIn(NamedTuple):
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         return self.layout.fan_in_axes(ndim)
+
+
+def as_fan_in(answer: FanIn | LayoutLike) -> FanIn:
+    """Read an answer about a weight; the layout of a `FanIn` may be text, too."""
+    if isinstance(answer, FanIn):
+        return answer._replace(layout=as_layout(answer.layout))
+    return FanIn(as_layout(answer))
+
+
+def is_trainable(weight: Tensor) -> bool:
+    """Whether an optimizer can train a weight of this dtype: not integers, nor floats of 8 bits."""
+    is_number = weight.is_floating_point() or weight.is_complex()
+    return is_number and weight.dtype.itemsize > 1

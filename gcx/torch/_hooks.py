@@ -16,7 +16,7 @@ from gcx.torch._gradients import centralize_gradients
 from gcx.torch._in_gradient import InGradient
 from gcx.torch._in_update import InUpdate
 from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, check_choice, decide
+from gcx.torch._plan import Layers, check_choice, decide, nothing_to_centralize
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
 from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
@@ -194,8 +194,7 @@ class GradientCentralization:
         self._where = where
         self._targets = Targets(optimizer, partial(decide, model, layers, overrides))
         if not any(self._targets.weights()):
-            msg = f"there is nothing to centralize in this {type(optimizer).__name__}:\n{self.plan}"
-            raise ValueError(msg)
+            raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
         place = InGradient if where == "gradient" else InUpdate
         self._hooks = place(self._targets, decay).hooks
         self._hooks += [

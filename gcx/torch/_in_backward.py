@@ -15,11 +15,12 @@ from gcx._tree import naming
 from gcx.backends import _torch
 from gcx.plan import Plan
 from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Decision, Layers, decide, plan_of
+from gcx.torch._plan import Decision, Layers, decide, nothing_to_centralize, plan_of
 from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
 
-# Passes of the model in training after which the gradient of each weight should have come by.
+# Passes of the model in training, after one that had gradients, by which that of each weight should
+# have come by.
 _PASSES = 8
 
 
@@ -57,8 +58,8 @@ def centralize_in_backward(
     Warns
     -----
     UserWarning
-        If no gradient of a weight has come by after 8 forward passes in training mode, or when the
-        handle is removed.
+        If gradients of other weights have come by, and none of a weight in the 8 forward passes in
+        training mode after that, or until the handle is removed.
 
     See Also
     --------
@@ -118,8 +119,7 @@ class CentralizationInBackward:
         self._plan = plan_of(decisions)
         self._places = [_Place(p, d) for p, d in decisions.items() if d.fan_in is not None]
         if not self._places:
-            msg = f"there is nothing to centralize in this {self._kind}:\n{self._plan}"
-            raise ValueError(msg)
+            raise ValueError(nothing_to_centralize(self._kind, self._plan))
         _check_has_no_other(model)
         self._passes = 0
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
@@ -137,7 +137,7 @@ class CentralizationInBackward:
 
     def remove(self) -> None:
         """Leave the model as it was before; a second time does nothing."""
-        if self._hooks and 0 < self._passes < _PASSES:
+        if self._hooks and self._passes < _PASSES:
             self._warn_of_idle()
         for hook in (*self._hooks, *self._hooked.values()):
             hook.remove()
@@ -157,18 +157,23 @@ class CentralizationInBackward:
 
     @untraced
     def _count(self, model: nn.Module, *_: Any) -> None:
-        if self._passes < _PASSES and model.training and torch.is_grad_enabled():
+        # Passes before the first backward say nothing: there may be many, of an unrolled cell.
+        is_training = model.training and torch.is_grad_enabled()
+        if self._passes < _PASSES and is_training and self._has_seen_one():
             self._passes += 1
             if self._passes == _PASSES:
                 self._warn_of_idle()
 
+    def _has_seen_one(self) -> bool:
+        return any(place.has_seen_one for place in self._places)
+
     def _warn_of_idle(self) -> None:
         idle = [place.name for place in self._places if place.is_idle()]
-        if idle:
+        if idle and self._has_seen_one():
             warn(
-                f"in {self._passes} passes no gradient of {len(idle)} weights ({idle[0]}, ...) was "
-                "there to centralize: the loss does not depend on them, or they are used outside "
-                "the forward of the layers around them; leave such weights out by overrides"
+                f"no gradient of {len(idle)} weights ({idle[0]}, ...) was there to centralize, "
+                "while those of others were: the loss does not depend on them, or they are used "
+                "outside the forward of the layers around them; leave such weights out by overrides"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,7 +194,7 @@ class _Place:
         self._key = decision.key
         self._shape = parameter.shape
         self._fan_in = decision.fan_in
-        self._has_seen_one = False
+        self.has_seen_one = False
 
     def tensor(self) -> Tensor | None:
         """Give what is there now, if it has the shape of the weight and will have a gradient."""
@@ -203,14 +208,14 @@ class _Place:
 
     def centralize(self, grad: Tensor) -> Tensor:
         """Centralize a gradient on its way."""
-        self._has_seen_one = True
+        self.has_seen_one = True
         with naming(self.name):
             _torch.check_dtype(grad)
         return self._fan_in.centralize(grad)
 
     def is_idle(self) -> bool:
         """Whether no gradient has come by, of a weight that is trained."""
-        return not self._has_seen_one and self._found() is not None
+        return not self.has_seen_one and self._found() is not None
 
     def _found(self) -> Tensor | None:
         found = getattr(self.holder, self._key, None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
 
+from gcx._globs import is_glob
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.layout import Layout, LayoutLike
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn
+from gcx.torch._fan_in import FanIn, as_fan_in
 from gcx.torch._packages import PACKAGES
 
 Answer = FanIn | LayoutLike | LeaveAlone | None
@@ -109,6 +111,8 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     ------
     TypeError
         If `kind` is not a class, or the rule not a function.
+    ValueError
+        When the rule is asked: if a name in it, other than a glob, is of nothing in the layer.
 
     Notes
     -----
@@ -143,7 +147,29 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     offset     1x3    -       bias
     1 of 2 parameters centralized
     """
-    return _RULES.register(kind)
+    registered = _RULES.register(kind)
+
+    def decorator(rule: RuleT) -> RuleT:
+        registered(partial(_checked, rule, kind) if callable(rule) else rule)
+        return rule
+
+    return decorator
+
+
+def _checked(rule: Rule[Answer], kind: type[nn.Module], layer: nn.Module) -> Mapping[str, Answer]:
+    """Ask a rule, and see that it is not spoiled by a typo."""
+    answers = rule(layer)
+    # hasattr() would compute parametrized weights, and dir() leaves out names of digits.
+    children, parameters = layer.named_children(), layer.named_parameters(recurse=False)
+    known = {*dir(layer), *dict(children), *dict(parameters)}
+    for key in answers if isinstance(answers, Mapping) else ():
+        if not is_glob(key) and key.partition(".")[0] not in known:
+            msg = (
+                f"the rule of {kind.__name__} speaks of {key!r}, which this {type(layer).__name__} "
+                "does not have; a name that only some of the layers have can be a glob"
+            )
+            raise ValueError(msg)
+    return answers
 
 
 def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str] | None:
@@ -160,9 +186,7 @@ def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str] | None
     if isinstance(found, LeaveAlone):
         return found, rule
     try:
-        # A rule may write the layout of a FanIn as text too.
-        layout = as_layout(found.layout if isinstance(found, FanIn) else found)
+        return as_fan_in(found), rule
     except (TypeError, ValueError) as error:
         msg = f"the rule of {rule} answers {found!r} for {name!r}: {error}"
         raise type(error)(msg) from None
-    return (found._replace(layout=layout) if isinstance(found, FanIn) else FanIn(layout)), rule

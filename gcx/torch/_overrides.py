@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from gcx.layout import Layout, LayoutLike, as_layout
+from gcx._globs import matches, no_match
+from gcx.layout import Layout, LayoutLike
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn
+from gcx.torch._fan_in import FanIn, as_fan_in, is_trainable
 
 Key = str | Tensor | nn.Module
-Value = LayoutLike | int | Sequence[int] | None
+Value = FanIn | LayoutLike | int | Sequence[int] | LeaveAlone | None
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
 Overrides = Mapping[Key, Value]
 
@@ -27,24 +27,27 @@ def answers(
     Raises a TypeError for a key or a value of the wrong kind, and a ValueError for a key that
     covers nothing, or a value that does not fit the weight.
     """
+    if not isinstance(overrides, Mapping):
+        msg = f"overrides is a mapping from names to layouts, not {overrides!r}"
+        raise TypeError(msg)
     named = list(named)
     found: dict[Tensor, FanIn | LeaveAlone] = {}
     for key, value in overrides.items():
         covered = [(name, p) for name, p in named if _covers(key, name, p)]
-        if isinstance(key, nn.Module) and value is not None:
+        leaves_alone = value is None or isinstance(value, LeaveAlone)
+        if isinstance(key, nn.Module) and not leaves_alone:
             # The vectors of a module are its biases, which have no axes to speak of.
             covered = [(name, p) for name, p in covered if p.ndim > 1]
         if not covered:
-            raise ValueError(_covers_nothing(key, value, [name for name, _ in named]))
+            raise ValueError(_covers_nothing(key, leaves_alone, [name for name, _ in named]))
         for name, parameter in covered:
-            answer = _AS_GIVEN if value is None else _fan_in(value, name, parameter)
-            found.setdefault(parameter, answer)
+            found.setdefault(parameter, _answer(value, name, parameter))
     return found
 
 
 def _covers(key: Key, name: str, parameter: Tensor) -> bool:
     if isinstance(key, str):
-        return key == name or fnmatchcase(name, key)
+        return matches(key, name)
     if isinstance(key, nn.Module):
         return any(parameter is own for own in key.parameters())
     if isinstance(key, Tensor):
@@ -56,36 +59,31 @@ def _covers(key: Key, name: str, parameter: Tensor) -> bool:
     raise TypeError(msg)
 
 
-def _covers_nothing(key: Key, value: Value, names: list[str]) -> str:
+def _covers_nothing(key: Key, leaves_alone: bool, names: list[str]) -> str:
     if isinstance(key, nn.Module):
-        what = "parameters of the model" + ("" if value is None else " with two axes or more")
+        what = "parameters of the model" + ("" if leaves_alone else " with two axes or more")
         return f"overrides: a {type(key).__name__} holds no {what}"
     if isinstance(key, Tensor):
         return f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
-    shown = 10
-    listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-    return f"overrides: {key!r} matches no parameter of the model; there are: {listed or '(none)'}"
+    return no_match(key, names, what="overrides")
 
 
-def _fan_in(value: LayoutLike | int | Sequence[int], name: str, weight: Tensor) -> FanIn:
-    if isinstance(value, (str, Layout)):
-        layout = as_layout(value)
+def _answer(value: Value, name: str, weight: Tensor) -> FanIn | LeaveAlone:
+    if value is None:
+        return _AS_GIVEN
+    if isinstance(value, LeaveAlone):
+        return value
+    if isinstance(value, (FanIn, Layout, str)):
+        fan_in = as_fan_in(value)
     else:
-        layout = _layout_of_axes(value, name, weight.ndim)
-    fan_in = FanIn(layout)
+        fan_in = FanIn(_layout_of_axes(value, name, weight.ndim))
     if not fan_in.fits(weight):
-        msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit layout {layout}"
+        msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit {fan_in}"
         raise ValueError(msg)
     if not is_trainable(weight):
         msg = f"overrides: {name} is of dtype {weight.dtype}, which has no gradient"
         raise ValueError(msg)
     return fan_in
-
-
-def is_trainable(weight: Tensor) -> bool:
-    """Whether an optimizer can train a weight of this dtype: not integers, nor floats of 8 bits."""
-    is_number = weight.is_floating_point() or weight.is_complex()
-    return is_number and weight.dtype.itemsize > 1
 
 
 def _layout_of_axes(value: int | Sequence[int], name: str, ndim: int) -> Layout:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gcx._rules import unknown
 from gcx.plan import LeaveAlone, Plan, PlanRow
-from gcx.torch._fan_in import FanIn
+from gcx.torch._fan_in import FanIn, is_trainable
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
-from gcx.torch._overrides import Overrides, answers, is_trainable
+from gcx.torch._overrides import Overrides, answers
 from gcx.torch._reparametrized import Owned, owned_parameters
 
 Layers = Literal["all", "conv"]
@@ -27,10 +27,17 @@ class Decision(NamedTuple):
     reason: str
     holder: nn.Module  # where the parameter is registered, as `key`
     key: str
+    shape: Size  # which FSDP1 changes
 
     def is_about(self, parameter: Tensor) -> bool:
-        """Whether the model still holds this parameter where it was found."""
-        return vars(self.holder)["_parameters"].get(self.key) is parameter
+        """Whether the model still holds this parameter where it was found, and as it was."""
+        # Asked of each parameter at each step, so not by getattr where there is a dict to look in.
+        held = vars(self.holder).get("_parameters")
+        if isinstance(held, dict):
+            found = held.get(self.key)
+        else:  # torch.jit keeps parameters elsewhere
+            found = getattr(self.holder, self.key, None)
+        return found is parameter and parameter.shape == self.shape
 
 
 class Weight(NamedTuple):
@@ -55,8 +62,9 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
         Answers that come before those of the layers. A key is the name of a parameter or a glob
         (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all that it
         holds (but a layout is not for its vectors); the first key counts that covers a parameter.
-        A value is a layout, the fan-in axes (an integer or a sequence of them), or None, which
-        leaves alone. For layers of your own, `register_layer` says it once for all models.
+        A value is a layout, the fan-in axes (an integer or a sequence of them), a `FanIn` for a
+        weight in groups, or what leaves alone: None, or `gcx.plan.LeaveAlone` with the reason. For
+        layers of your own, `register_layer` says it once for all models.
 
     Returns
     -------
@@ -68,7 +76,7 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     Raises
     ------
     TypeError
-        If `model` is not a module, or a key or a value of `overrides` is of another kind.
+        If `model` is not a module, or `overrides`, a key or a value of it is of another kind.
     ValueError
         If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
     RuntimeError
@@ -77,6 +85,8 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
 
     Notes
     -----
+    What is unknown is left alone until `register_layer` or `overrides` tells where its fan-in is.
+
     A weight of several layers, such as an embedding that is the head of a language model too, is
     left alone unless all of them average over the same axes; `overrides` can decide otherwise.
 
@@ -114,6 +124,16 @@ def plan_of(decisions: dict[Tensor, Decision]) -> Plan:
     )
 
 
+def nothing_to_centralize(kind: str, plan: Plan) -> str:
+    """Tell that there is nothing to centralize, and what can be done about what is unknown."""
+    message = f"there is nothing to centralize in this {kind}:\n{plan}"
+    if any(row.reason.startswith("unknown") for row in plan):
+        message += (
+            "\ngcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
+        )
+    return message
+
+
 def _view_shape(parameter: Tensor, fan_in: FanIn | None) -> tuple[int, ...] | None:
     is_view = fan_in is not None and fan_in.groups > 1
     return fan_in.view_shape(parameter) if fan_in is not None and is_view else None
@@ -130,7 +150,8 @@ def decide(
     owned_by_all = list(owned_parameters(model))
     for owned in owned_by_all:
         _check_has_shape(owned)
-    given = answers(overrides or {}, [(owned.name, owned.parameter) for owned in owned_by_all])
+    named = [(owned.name, owned.parameter) for owned in owned_by_all]
+    given = answers({} if overrides is None else overrides, named)
     decisions: dict[Tensor, list[Decision]] = {}
     for owned in owned_by_all:
         found, rule = given.get(owned.parameter), "override"
@@ -183,7 +204,7 @@ def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
     parameter = owned.parameter
 
     def decision(fan_in: FanIn | None, reason: str) -> Decision:
-        return Decision(owned.name, fan_in, reason, owned.holder, owned.key)
+        return Decision(owned.name, fan_in, reason, owned.holder, owned.key, parameter.shape)
 
     if not is_trainable(parameter):
         return decision(None, f"dtype {parameter.dtype}".replace("torch.", ""))
@@ -203,7 +224,7 @@ def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
 
 def _misfit(owned: Owned, found: FanIn, rule: str) -> str:
     rank = owned.parameter.ndim
-    expected = f"rank {found.ndim}" if found.ndim is not None else f"layout {found.layout}"
+    expected = found if found.ndim in (None, rank) else f"rank {found.ndim}"
     what = f"of rank {rank}, where a {rule} has {expected}"
     if rank < 2:
         return _flattened(owned.name, what)

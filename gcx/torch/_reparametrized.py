@@ -13,8 +13,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 # Parametrizations whose original has its fan-in where the weight has it.
-_KEEP_FAN_IN = (_WeightNorm, _SpectralNorm, _Orthogonal)
+_KEEP_FAN_IN = (_WeightNorm, _SpectralNorm)
 _LENGTH = "weight_norm g: the length of a weight"
+_COORDINATES = "orthogonal: coordinates of a rotation"
 # What holds parameters for another module, which uses them.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
@@ -77,6 +78,8 @@ def _weight_of(path: str, module: nn.Module, key: str) -> tuple[str, str]:
 def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
     if isinstance(parametrization[0], _WeightNorm) and original is parametrization.original0:
         return _LENGTH
+    if any(isinstance(step, _Orthogonal) for step in parametrization):
+        return _COORDINATES
     if all(isinstance(step, _KEEP_FAN_IN) for step in parametrization):
         return ""
     kinds = ", ".join(type(step).__name__ for step in parametrization)

@@ -115,6 +115,7 @@ CASES: dict[str, Callable[[], Facts]] = {
     "fan-out, untold": partial(in_shard_map, P(None, "x"), gc()),
     "whole": partial(in_shard_map, P(), gc()),
     "whole, told": partial(in_shard_map, P(), gc("x")),
+    "whole, fan-in of one, told": partial(in_shard_map, P(), gc("x"), shape=(1, 6)),
     "wrong name": partial(in_shard_map, P("x"), gc("z")),
     "averaged, then centralized": partial(
         in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))

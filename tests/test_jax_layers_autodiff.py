@@ -26,7 +26,7 @@ import gcx.optax
 from gcx.layout import as_layout
 from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
 from gcx.optax._layers._frameworks import RULES
-from gcx.optax._layers._names import name_of, named_leaves
+from gcx.optax._layers._names import named_leaves
 
 KEY = jax.random.key(0)
 
@@ -278,7 +278,8 @@ def numbered_outputs(case: Case, value: Any) -> Any:
 
 
 def with_leaves(params: Any, new: dict[str, Any]) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(name_of(path), leaf), params)
+    leaves = [new.get(name, leaf) for name, leaf in named_leaves(params) if leaf is not None]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def units_of(layout: Any, shape: tuple[int, ...]) -> Any:

@@ -347,6 +347,25 @@ def _traced(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return value
 
 
+class Transposed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.ConvTranspose(4, (3, 3), transpose_kernel=True, name="c")(x)
+
+
+class WithAnother(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        Transposed(parent=None).init(KEY, x)
+        return nn.Conv(4, (3, 3), name="c")(x)
+
+
+def test_init_of_another_model_within_one_of_linen() -> None:
+    layouts = gcx.optax.layouts(WithAnother(), jnp.ones((1, 8, 8, 4)))
+    reason = "unknown: two layers have this name, a ConvTranspose and a Conv"
+    assert layouts["c/kernel"] == LeaveAlone(reason)
+
+
 def test_linen_is_traced_and_nothing_computed() -> None:
     x = jax.ShapeDtypeStruct((2, 3), "float32")
     names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
@@ -556,6 +575,50 @@ def test_layers_of_the_same_name_in_several_stacks() -> None:
     }
 
 
+def transposed(x: Any) -> Any:
+    return hk.Conv2DTranspose(4, 3, name="c")(x)
+
+
+def stacked(x: Any) -> Any:
+    return hk.experimental.layer_stack(3)(transposed)(x)
+
+
+def lifted(x: Any) -> Any:
+    inner = hk.transform(transposed)
+    return inner.apply(hk.lift(inner.init)(KEY, x), None, x)
+
+
+@pytest.mark.parametrize("before", [stacked, lifted])
+def test_layer_with_the_name_of_one_that_was_lifted(before: Callable[[Any], Any]) -> None:
+    def model(x: Any) -> Any:
+        return hk.Conv2D(4, 3, name="c")(before(x))
+
+    layouts = gcx.optax.layouts(hk.transform(model), jnp.ones((1, 8, 8, 4)))
+    assert layouts.pop("c/w") == Layout("...o")
+    (weight,) = (layout for name, layout in layouts.items() if name.endswith("/w"))
+    assert weight in (Layout("...oi"), Layout("oiioi"))
+
+
+def test_head_after_a_stack_of_the_same_kind() -> None:
+    def linear(x: Any) -> Any:
+        return hk.Linear(8)(x)
+
+    def model(x: Any) -> Any:
+        return hk.Linear(3)(hk.experimental.layer_stack(3)(linear)(x))
+
+    assert haiku_axes(model, jnp.ones((2, 8)))["linear/w"] == (0,)
+
+
+def test_init_of_another_model_within_one_of_haiku() -> None:
+    def model(x: Any) -> Any:
+        hk.transform(transposed).init(KEY, x)
+        return hk.Conv2D(4, 3, name="c")(x)
+
+    layouts = gcx.optax.layouts(hk.transform(model), jnp.ones((1, 8, 8, 4)))
+    reason = "unknown: two layers have this name, a ConvNDTranspose and a ConvND"
+    assert layouts["c/w"] == LeaveAlone(reason)
+
+
 # --- layers of others -----------------------------------------------------------------------------
 
 
@@ -677,10 +740,44 @@ def test_model_that_needs_no_inputs(make: Callable[[], Any]) -> None:
         gcx.optax.layouts(make(), jnp.zeros((2, 3)))
 
 
-def test_parameters_of_another_model() -> None:
-    optimizer = gcx.optax.centralize(OfNnx())
-    with pytest.raises(ValueError, match="there is nothing to centralize in these 1 parameters"):
-        optimizer.init({"weight": jnp.zeros((4, 3))})
+@pytest.mark.parametrize(
+    "wrap", [lambda gc: gc, partial(optax.masked, mask={"a": True, "b": False})]
+)
+def test_parameters_of_another_model(wrap: Callable[[Any], Any]) -> None:
+    optimizer = wrap(gcx.optax.centralize(OfNnx()))
+    message = "nothing to centralize in these .* 'a', .*: the model has no parameter of this name"
+    with pytest.raises(ValueError, match=message):
+        optimizer.init({"a": jnp.zeros((4, 3)), "b": jnp.zeros((4, 3))})
+
+
+class Projections(eqx.Module):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_field_of_equinox_may_be_called_value(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(forget, Projections))
+    gcx.optax.register_layer(Projections)(lambda _: dict.fromkeys(("query", "key", "value"), "oi"))
+    model = Projections(*jnp.ones((3, 4, 2)))
+    assert equinox_axes(model) == dict.fromkeys(("query", "key", "value"), (1,))
+
+
+def test_a_rule_that_gives_no_layout(request: pytest.FixtureRequest) -> None:
+    class Wrong(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.zeros((2, 3)))
+
+    request.addfinalizer(partial(forget, Wrong))
+    gcx.optax.register_layer(Wrong)(lambda _: {"w": 5})
+    with pytest.raises(TypeError, match=r"^layers/w: a layout is a string .* not int"):
+        gcx.optax.layouts(nnx.Dict(layers=Wrong()))
+
+
+@pytest.mark.parametrize("kind", [nn.Dense, nnx.Linear, eqx.nn.Conv])
+def test_class_of_a_layer_is_no_model(kind: type) -> None:
+    with pytest.raises(TypeError, match=f"layouts is the class {kind.__name__}"):
+        gcx.optax.centralize(kind)
 
 
 def test_flatten_before_it_is_an_error_with_a_model_too() -> None:

@@ -34,7 +34,8 @@ COLLECTIVES = {
     "fan-out": {},
     "fan-out, unchecked": {},
     "whole": {},
-    "whole, told": {"all-reduce 24": 1},
+    "whole, told": {},
+    "whole, fan-in of one, told": {},
     "averaged, then centralized": {"all-reduce 384": 1},  # the gradient, by the test itself
     "centralized, then averaged": {"all-reduce 384": 1},
     "derivative": {"all-reduce 24": 2},

@@ -15,10 +15,15 @@ import numpy as np
 
 def check_dtype(grad: jax.Array, /) -> None:
     """See `gcx.backends.Backend`."""
-    # float8_e8m0fnu is a scale: it has no sign and no zero.
-    if not jnp.issubdtype(grad.dtype, jnp.inexact) or "e8m0" in grad.dtype.name:
+    if not is_floating(grad.dtype):
         msg = f"expected a real or complex floating dtype, not {grad.dtype}"
         raise TypeError(msg)
+
+
+def is_floating(dtype: Any, /) -> bool:
+    """Whether a dtype, of real or complex numbers, can hold a gradient."""
+    # float8_e8m0fnu is a scale: it has no sign and no zero.
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and "e8m0" not in jnp.dtype(dtype).name
 
 
 def is_writable(array: jax.Array, /) -> bool:
@@ -33,18 +38,26 @@ def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float, out: Non
     return _run(grad, axes, strength)
 
 
-def centralize_part(
+def centralize_over_mesh(
     grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...], /
 ) -> jax.Array:
     """Centralize a part of a gradient whose fan-in is split over mesh axes, into equal parts.
 
     For the inside of `jax.shard_map`, `jax.pmap` and `jax.vmap`, where these names are bound; a
-    NameError elsewhere. Costs one all-reduce of the means.
+    NameError elsewhere. Costs one all-reduce of the means. An axis along which JAX knows the
+    gradient to be the same splits nothing, and is passed over.
     """
+    axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
     parts: int = jax.lax.psum(1, axis_names)  # type: ignore[no-untyped-call]
     if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean is the element
         return grad
     return _run(grad, axes, strength, axis_names)
+
+
+def _is_same_along(grad: jax.Array, axis: str) -> bool:
+    # Who tracks what differs knows that the position does.
+    is_tracked = axis in varying_axes(jax.lax.axis_index(axis))
+    return is_tracked and axis not in varying_axes(grad)
 
 
 def varying_axes(grad: jax.Array, /) -> frozenset[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gcx._centralize import centralize
-from gcx._globs import first_keys
 from gcx.backends import _jax
 from gcx.layout import Layout
+from gcx.optax._layers._names import Names, keys_by_name
 
-__all__ = ["AxisName", "axes_by_path", "centralize_part", "check_axis_name"]
+__all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name"]
 
 _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
@@ -28,23 +28,22 @@ def check_axis_name(axis_name: object) -> None:
             raise TypeError(msg)
 
 
-def axes_by_path(
-    axis_name: AxisName, paths: Iterable[str], *, complete: bool
-) -> dict[str, tuple[str, ...]]:
+def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
     """Names of the axes by path, none where the fan-in is whole; without the paths not spoken of.
 
-    >>> axes_by_path({"*/kernel": "x", "head/*": None}, ["a/kernel", "head/w", "b"], complete=True)
+    >>> names = Names(["a/kernel", "head/w", "b"], hidden=[])
+    >>> axes_by_path({"*/kernel": "x", "head/*": None}, names)
     {'a/kernel': ('x',), 'head/w': ()}
     """
     if axis_name is None:
         return {}
     if not isinstance(axis_name, Mapping):
-        return dict.fromkeys(paths, _as_tuple(axis_name))
-    keys = first_keys(axis_name, paths, what="axis_name", complete=complete)
+        return dict.fromkeys(names.visible, _as_tuple(axis_name))
+    keys = keys_by_name(axis_name, names, what="axis_name")
     return {path: _as_tuple(axis_name[key]) for path, key in keys.items()}
 
 
-def centralize_part(
+def centralize_split(
     grad: Any, layout: Layout, strength: float, axes: tuple[str, ...] | None, path: str
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these axes; None if nobody said how.
@@ -56,7 +55,7 @@ def centralize_part(
     if not axes:
         return centralize(grad, layout=layout, strength=strength)
     try:
-        return _jax.centralize_part(grad, layout.fan_in_axes(grad.ndim), strength, axes)
+        return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
         msg = (
             f"{path}: axis_name {axes} is not bound here. It is for the inside of shard_map and "

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from gcx._tree import naming
+from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._layers._forms import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
-from gcx.optax._layers._names import named_leaves
+from gcx.optax._layers._names import named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
 
@@ -41,8 +40,9 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
         If `layouts` is not one of the forms, or gives something else than a layout, None or
         `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter (not checked where `optax.masked` or
-        `optax.multi_transform` hide some), or a layout is not valid or does not fit the rank.
+        If a key of a mapping matches no parameter (neither one that is seen, nor one that
+        `optax.masked` or `optax.multi_transform` hide), or a layout is not valid or does not fit
+        the rank.
 
     Examples
     --------
@@ -65,25 +65,15 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
 def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
     """Make the plan by a source of layouts, where `axes` tells which fan-ins are split."""
     named = named_leaves(params)
-    rule = source([name for name, _ in named], not is_partial(params))
+    rule = source(names_of(params))
     return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
-
-
-def is_partial(tree: Any) -> bool:
-    """Whether leaves are hidden, so that what is missing here may be elsewhere.
-
-    `optax.masked` and `optax.multi_transform` put a `optax.MaskedNode` in their place, and
-    `optax.tree_map_params` calls ``init`` with no leaves at all.
-    """
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    return not leaves or any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
 
 
 def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if not is_floating(leaf.dtype):
         return PlanRow(name, shape, None, "not of floating dtype")
     chosen, reason = rule(name, leaf)
     if chosen is None:
@@ -91,7 +81,7 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     layout, axes = _fan_in(name, shape, chosen)
     size = prod(shape[a] for a in axes)
     if size < 2 and not (axes and is_split):  # a part of one may belong to a fan-in of more
-        obstacle = f"fan-in {size}: it would never change" if axes else TOO_FEW_AXES
+        obstacle = f"fan-in {size}: subtracting its mean would freeze it" if axes else TOO_FEW_AXES
         return PlanRow(name, shape, None, obstacle)
     return PlanRow(name, shape, layout, reason)
 

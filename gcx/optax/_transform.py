@@ -7,9 +7,9 @@ import optax
 
 from gcx._centralize import checked_strength
 from gcx.optax._layers._forms import Layouts, source_of
-from gcx.optax._layers._names import is_none, named_leaves
-from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_part, check_axis_name
-from gcx.optax._plan import is_partial, plan_of
+from gcx.optax._layers._names import is_none, names_of
+from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_axis_name
+from gcx.optax._plan import plan_of
 from gcx.plan import Plan
 
 
@@ -52,23 +52,26 @@ def centralize(
     axis_name : str, tuple of str or mapping, optional
         Inside `jax.shard_map` and `jax.pmap`: the mesh axes over which the fan-in is split, so
         that the mean is taken over these too. One name or tuple for all parameters, or a mapping
-        from path or glob to name, tuple or None (the fan-in is whole). Not for `jax.jit` alone,
-        under which XLA communicates by itself.
+        from path or glob to name, tuple or None (the fan-in is whole). Name all the axes that
+        split a fan-in: one that is missing here is not noticed. Not for `jax.jit` alone, under
+        which XLA communicates by itself.
 
     Returns
     -------
     optax.GradientTransformation
         Without state, for use alone or in `optax.chain`, `optax.masked`, `optax.multi_transform`,
         `optax.MultiSteps` and so on. Its ``init`` raises the errors of `plan`, and a ValueError if
-        there are parameters and nothing is centralized, as within `optax.flatten`. Its ``update``
-        raises a ValueError where `axis_name` names an axis that is not bound, and in
-        `jax.shard_map` where a gradient differs along an axis and `axis_name` says nothing of it.
+        there are parameters and nothing is centralized, as within `optax.flatten`. Where
+        `optax.masked` hides some, that is an error if the weights it shows are all unknown. Its
+        ``update`` raises a ValueError where `axis_name` names an axis that is not bound, and in
+        `jax.shard_map` where a gradient differs along an axis and `axis_name` says nothing of that
+        gradient.
 
     Raises
     ------
     TypeError
-        If `layouts` or `axis_name` is none of these, or `layouts` is a model that has no layers
-        before it sees an input (linen, Haiku): give those to `layouts`.
+        If `layouts` or `axis_name` is none of these, `layouts` is a model that has no layers
+        before it sees an input (linen, Haiku: give those to `layouts`), or `strength` is an array.
     ValueError
         If there is no such preset, or `strength` is not a number from 0 to 1.
 
@@ -101,7 +104,9 @@ def centralize(
 
     In `jax.pmap`, and in `jax.shard_map` with ``check_vma=False``, JAX does not know a part from a
     whole gradient: a fan-in that is split, and of which `axis_name` says nothing, is centralized
-    part by part without an error.
+    part by part without an error. Nor does it know that a gradient is the same everywhere: one
+    `axis_name` for all parameters would take a fan-in of 1 for a part of more, and its update would
+    be 0. Give a mapping there.
 
     References
     ----------
@@ -135,11 +140,13 @@ def centralize(
     2 of 3 parameters centralized
     """
     source = source_of(layouts)
+    _check_not_array(strength)
     checked_strength(strength)
     check_axis_name(axis_name)
 
     def init(params: optax.Params) -> optax.OptState:
-        _check_not_idle(params, plan_of(params, source, _mesh_axes(params, axis_name)))
+        axes = axes_by_path(axis_name, names_of(params))
+        _check_not_idle(params, plan_of(params, source, axes))
         return optax.EmptyState()
 
     def update(
@@ -147,11 +154,11 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
-        axes = _mesh_axes(updates, axis_name)
+        axes = axes_by_path(axis_name, names_of(updates))
         centralized = [
             leaf
             if row.layout is None
-            else centralize_part(leaf, row.layout, strength, axes.get(row.name), row.name)
+            else centralize_split(leaf, row.layout, strength, axes.get(row.name), row.name)
             for leaf, row in zip(leaves, plan_of(updates, source, axes), strict=True)
         ]
         return jax.tree.unflatten(structure, centralized), state
@@ -159,17 +166,25 @@ def centralize(
     return optax.GradientTransformation(init, update)
 
 
-def _mesh_axes(params: optax.Params, axis_name: AxisName) -> dict[str, tuple[str, ...]]:
-    names = [name for name, _ in named_leaves(params)]
-    return axes_by_path(axis_name, names, complete=not is_partial(params))
+def _check_not_array(strength: object) -> None:
+    if isinstance(strength, jax.Array):
+        msg = (
+            f"strength is the part of the mean to subtract, a Python number and not {strength!r}: "
+            'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
+        )
+        raise TypeError(msg)
 
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:
-    if is_partial(params) or any(row.layout is not None for row in rows):
+    weights = [row for row in rows if len(row.shape) > 1]
+    is_known = not all(row.reason.startswith("unknown") for row in weights)
+    is_elsewhere = names_of(params).hidden and (is_known or not weights)
+    if is_elsewhere or any(row.layout is not None for row in rows):
         return
+    shown = (weights or rows)[0]
     msg = (
-        f"there is nothing to centralize in these {len(rows)} parameters; the first, "
-        f"{rows[0].name!r}, is left alone for this reason: {rows[0].reason}. Print "
+        f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
+        f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
         "gcx.optax.plan(params, layouts) for the others. Within optax.flatten there is no fan-in "
         "to be seen: put gcx.optax.centralize before it"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._tree import naming
 from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx.optax._layers._names import name_of
 from gcx.plan import LeaveAlone
@@ -44,7 +45,8 @@ def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
 def _of(rules: Rules[KernelAnswer], tree: Any, path: tuple[Any, ...], leaf: Any) -> Decision:
     layer, rest = _owner(tree, path)
     answer, rule = rules.answer(layer, name_of(rest))
-    return settle(answer, rule, leaf.shape, own_shape=None)
+    with naming(name_of(path)):
+        return settle(answer, rule, leaf.shape, own_shape=None)
 
 
 def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import NoneType
 from typing import Any
 
-from gcx._globs import first_keys
 from gcx._rules import Answer
-from gcx.layout import LayoutLike, as_layout
+from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._layers._decision import Decision
 from gcx.optax._layers._frameworks import decide, framework_of
+from gcx.optax._layers._names import Names, keys_by_name
 from gcx.optax._layers._presets import PRESETS
 from gcx.plan import LeaveAlone
 
@@ -21,19 +22,20 @@ Layouts = str | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
 # Name and array to layout (or None) and the reason for it.
 NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
 
-# The names there are, and whether those are all, to a rule.
-Source = Callable[[list[str], bool], NameRule]
+# The names there are, to a rule.
+Source = Callable[[Names], NameRule]
 
 TOO_FEW_AXES = "rank below 2"
+
+_PRESET_NAMES = ", ".join(map(repr, PRESETS))
 
 
 def source_of(layouts: Layouts) -> Source:
     """Read any form of `layouts`, once; errors on what is none."""
-    presets = ", ".join(map(repr, PRESETS))
     if isinstance(layouts, str):
         if layouts not in PRESETS:
             msg = (
-                f"layouts: no preset {layouts!r}; there are {presets}. "
+                f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
                 "To give every parameter one layout use a mapping: {'*': 'o...'}"
             )
             raise ValueError(msg)
@@ -48,19 +50,24 @@ def source_of(layouts: Layouts) -> Source:
             )
             raise TypeError(msg)
         return _whatever_the_names(partial(_from_model, decide(layouts)))
+    if isinstance(layouts, type):
+        name = layouts.__name__
+        msg = f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
+        raise TypeError(msg)
     if isinstance(layouts, Mapping):
+        _check_answers(layouts)
         return partial(_mapping_rule, layouts)
     if callable(layouts):
         return _whatever_the_names(partial(_from_function, layouts))
     msg = (
         f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
-        f"of path and array, or a preset ({presets}), not {type(layouts).__name__}"
+        f"of path and array, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
 
 
 def _whatever_the_names(rule: NameRule) -> Source:
-    return lambda _names, _complete: rule
+    return lambda _names: rule
 
 
 def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
@@ -74,7 +81,9 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
 def _from_model(
     decisions: Mapping[str, Decision], name: str, leaf: Any
 ) -> tuple[LayoutLike | None, str]:
-    return decisions.get(name, (None, _no_rule(leaf)))
+    if name in decisions or leaf.ndim < 2:
+        return decisions.get(name, (None, TOO_FEW_AXES))
+    return None, "unknown: the model has no parameter of this name"
 
 
 def _from_function(
@@ -83,8 +92,19 @@ def _from_function(
     return _as_given(function(name, leaf))
 
 
-def _mapping_rule(layouts: Mapping[str, Answer], names: list[str], complete: bool) -> NameRule:
-    keys = first_keys(layouts, names, what="layouts", complete=complete)
+def _check_answers(layouts: Mapping[str, Answer]) -> None:
+    for path, answer in layouts.items():
+        if not isinstance(answer, (str, Layout, LeaveAlone, NoneType)):
+            msg = (
+                f"layouts: {path!r} has a {type(answer).__name__}, where a mapping goes from the "
+                "path of a parameter to a layout, LeaveAlone or None. Parameters alone do not tell "
+                f"their fan-in: give the model, or a preset ({_PRESET_NAMES})"
+            )
+            raise TypeError(msg)
+
+
+def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
+    keys = keys_by_name(layouts, names, what="layouts")
 
     def rule(name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
         return _as_given(layouts[keys[name]]) if name in keys else (None, _no_rule(leaf))

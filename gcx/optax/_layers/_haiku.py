@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._layers._decision import Decision, KernelAnswer, Shape, settle
-from gcx.optax._layers._names import named_leaves
-from gcx.optax._layers._tracing import shapes_of
-
-
-class _Seen(NamedTuple):
-    answer: KernelAnswer
-    rule: str
-    shape: Shape  # within layer_stack
+from gcx.optax._layers._decision import Decision, KernelAnswer
+from gcx.optax._layers._tracing import Seen, decisions, joined, shapes_of
 
 
 def decide(
@@ -25,10 +18,11 @@ def decide(
     import jax
 
     # What the calls have shown that are under way, the innermost last.
-    calls: list[dict[str, _Seen]] = [{}]
+    calls: list[dict[str, Seen]] = [{}]
 
     def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if context.method_name in ("params_dict", "state_dict"):
+        # A layer that was lifted, as by layer_stack, is applied after its init, with shorter names.
+        if context.method_name in ("params_dict", "state_dict") or not hk.running_init():
             return method(*args, **kwargs)
         calls.append({})
         output = method(*args, **kwargs)
@@ -39,8 +33,8 @@ def decide(
                 # A layer that was lifted, as by layer_stack: inside its name was shorter.
                 seen[full_name] = seen.pop(name)
             elif full_name not in seen and "/" not in name:
-                seen[full_name] = _Seen(*rules.answer(module, name), array.shape)
-        calls[-1] = seen | calls[-1]
+                seen[full_name] = Seen(*rules.answer(module, name), array.shape)
+        calls[-1] = joined(calls[-1], seen)
         return output
 
     def params(*inputs: Any, **keyword_inputs: Any) -> Any:
@@ -50,13 +44,7 @@ def decide(
     with hk.intercept_methods(watch):
         shapes = shapes_of(params, inputs, keyword_inputs)
     (seen,) = calls
-    return {name: _decision(seen.get(name), leaf.shape) for name, leaf in named_leaves(shapes)}
-
-
-def _decision(seen: _Seen | None, shape: Shape) -> Decision:
-    if seen is None:
-        return Decision(None, "unknown: it belongs to no module")
-    return settle(seen.answer, seen.rule, shape, seen.shape)
+    return decisions(seen, shapes)
 
 
 def _linear(_: Any) -> dict[str, KernelAnswer]:

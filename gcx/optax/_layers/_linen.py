@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, KernelAnswer, Shape, settle
+from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, KernelAnswer
 from gcx.optax._layers._names import named_leaves
-from gcx.optax._layers._tracing import shapes_of
+from gcx.optax._layers._tracing import Seen, decisions, joined, shapes_of
 from gcx.plan import LeaveAlone
-
-
-class _Seen(NamedTuple):
-    answer: KernelAnswer
-    rule: str
-    shape: Shape  # within scan and vmap
 
 
 def decide(
@@ -25,17 +19,21 @@ def decide(
     import jax
     from flax import linen as nn
 
-    seen: dict[str, _Seen] = {}
+    # What the calls have shown that are under way, the innermost last.
+    calls: list[dict[str, Seen]] = [{}]
 
     def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         before = _parameters(module)
+        calls.append({})
         output = method(*args, **kwargs)
+        seen = calls.pop()
         for name, leaf in _parameters(module).items():
             full_name = "/".join([*module.path, name])
             # Made by this call, and not by one within it.
             if name not in before and full_name not in seen:
-                seen[full_name] = _Seen(*rules.answer(module, name), leaf.shape)
+                seen[full_name] = Seen(*rules.answer(module, name), leaf.shape)
+        calls[-1] = joined(calls[-1], seen)
         return output
 
     def params(*inputs: Any, **keyword_inputs: Any) -> Any:
@@ -43,10 +41,8 @@ def decide(
 
     with nn.intercept_methods(watch):
         shapes = shapes_of(params, inputs, keyword_inputs)
-    return {
-        name: settle(seen[name].answer, seen[name].rule, leaf.shape, seen[name].shape)
-        for name, leaf in named_leaves(shapes)
-    }
+    (seen,) = calls
+    return decisions(seen, shapes)
 
 
 def _parameters(module: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._tree import naming
 from gcx.optax._layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx.optax._layers._linen import einsum_kernel
 
@@ -24,7 +25,8 @@ def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
 
     def of(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> Decision:
         answer, rule = rules.answer(layers[owner], _joined(rest))
-        return settle(answer, rule, param.shape, own_shape=None)
+        with naming(_joined((*owner, *rest))):
+            return settle(answer, rule, param.shape, own_shape=None)
 
     paths, decisions = {}, {}
     for path, param in nodes:

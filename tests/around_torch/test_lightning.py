@@ -289,7 +289,7 @@ class WithoutOptimizers(Adversaries):
     ("kind", "options", "message"),
     [
         (Net, {"overrides": {"*": None}}, "nothing to centralize in this SGD"),
-        (Net, {"overrides": {"tail.*": None}}, "no parameter of the model"),
+        (Net, {"overrides": {"tail.*": None}}, "matches no parameter"),
         (Net, {"where": "update", "decay": "outside"}, "decay='outside'"),
         (WithoutOptimizers, {}, "no optimizer"),
     ],

@@ -25,6 +25,18 @@ NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
 
 
+def asked(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
+    """Ask the rule of a kind of layers; a TypeError if what it returns is no mapping."""
+    answers = rule(layer)
+    if not isinstance(answers, Mapping):
+        msg = (
+            f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the names of "
+            "parameters to their layouts"
+        )
+        raise TypeError(msg)
+    return answers
+
+
 class _Named(NamedTuple):
     """A rule, and the name of the class that it is the rule of."""
 
@@ -82,14 +94,7 @@ class Rules(Generic[AnswerT]):
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Answer as `answer` does, or None if no rule knows the parameter."""
         for kind, rule in self._rules_of(type(layer)):
-            answers = rule(layer)
-            if not isinstance(answers, Mapping):
-                msg = (
-                    f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the "
-                    "names of parameters to their layouts"
-                )
-                raise TypeError(msg)
-            for pattern, found in answers.items():
+            for pattern, found in asked(rule, layer, kind).items():
                 if _matches(pattern, name):
                     return found, kind
         return None

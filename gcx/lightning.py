@@ -15,6 +15,7 @@ from gcx.torch._decay import Decay
 from gcx.torch._hooks import Where, check_options
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers
+from gcx.torch._targets import is_on
 
 if not TYPE_CHECKING and find_spec("lightning") is None:
     import pytorch_lightning as pl  # the same package by its older name
@@ -128,5 +129,5 @@ class GradientCentralization(pl.Callback):
 
 
 def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:
-    groups = [group for group in optimizer.param_groups if group.get("centralize", True)]
+    groups = [group for group in optimizer.param_groups if is_on(group)]
     return any(parameter in weights for group in groups for parameter in group["params"])

@@ -14,7 +14,7 @@ from thinc.backends import get_array_ops
 import gcx
 from gcx._globs import first_keys
 from gcx._rows import row
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, asked
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
@@ -416,14 +416,7 @@ def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
     forward = _forward_of(layer)
     if forward not in _registered:
         return _LAYERS.get(_qualified(forward), {})
-    answers = _registered[forward](layer)
-    if not isinstance(answers, Mapping):
-        msg = (
-            f"the rule of {layer.name} returned {answers!r}; a rule returns a mapping from the "
-            "names of parameters to their layouts"
-        )
-        raise TypeError(msg)
-    return answers
+    return asked(_registered[forward], layer, layer.name)
 
 
 def _qualified(function: Callable[..., Any]) -> str:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
 
 from torch import nn
 
 from gcx._globs import is_glob
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules, RuleT
 from gcx.layout import Layout, LayoutLike
 from gcx.plan import LeaveAlone
 from gcx.torch._fan_in import FanIn, as_fan_in
 from gcx.torch._packages import PACKAGES
 
 Answer = FanIn | LayoutLike | LeaveAlone | None
-RuleT = TypeVar("RuleT", bound=Callable[..., Mapping[str, Answer]])
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

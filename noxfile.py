@@ -100,6 +100,14 @@ def integrations(session: nox.Session, around: str) -> None:
 
 
 @nox.session(python=RUNNING)
+def kernels(session: nox.Session) -> None:
+    """Test the GPU kernels without a GPU: interpreted, emulated on the CPU, and compiled."""
+    install(session, "-e.", "kernels")
+    packages = "--packages=triton,cupy"
+    run_pytest(session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch")
+
+
+@nox.session(python=RUNNING)
 def xla_gpu(session: nox.Session) -> None:
     """Compile optimizer steps for a GPU that is not here, and count the bytes that they move."""
     install(session, "-e.", "jax", "core-test")

@@ -27,6 +27,7 @@ def centralize(
     axis: int | Sequence[int] | None = None,
     out: ArrayT | None = None,
     strength: float = 1.0,
+    reproducible: bool = False,
 ) -> ArrayT:
     r"""Subtract from a gradient its mean over the fan-in, for each output unit apart.
 
@@ -49,6 +50,10 @@ def centralize(
         place. Not for arrays that cannot be written to, such as those of JAX.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
+    reproducible : bool, optional
+        Sum in one fixed order, whatever the library, strides and number of threads: float16,
+        bfloat16, float32 and float64 then come out with equal bits on NumPy, torch (CPU and CUDA),
+        CuPy, and JAX on a CPU. Costs up to twice the time on a CPU.
 
     Returns
     -------
@@ -61,7 +66,8 @@ def centralize(
     ------
     TypeError
         If `grad` is not a dense array of floating dtype, if both `layout` and `axis` are given,
-        or if `out` cannot be written to.
+        if `out` cannot be written to, or if `reproducible` cannot be kept: for another dtype,
+        library or device, or for a DTensor whose fan-in is cut.
     ValueError
         If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
         `strength` is not between 0 and 1.
@@ -70,6 +76,11 @@ def centralize(
     -----
     Dtypes narrower than 32 bits (float16, bfloat16, float8) are averaged and subtracted in float32
     and rounded once. NaN and infinity stay in their own output unit.
+
+    XLA takes numbers below the smallest normal one for zero on a CPU, and so does JAX with
+    `reproducible`; all else is equal. Under `torch.compile` a reproducible call runs by itself, as
+    a graph break. Under `jax.jit` equal gradients give equal bits, but what comes before and after
+    is rounded as XLA likes.
 
     References
     ----------
@@ -98,9 +109,13 @@ def centralize(
     axes = _fan_in_axes(grad.shape, layout, axis)  # type: ignore[attr-defined]
     if type(strength) is not float or strength != 1.0:
         strength = checked_strength(strength)
+    if reproducible and axes:
+        backend.check_reproducible(grad, axes)
     if out is not None:
         _check_out(out, grad, backend)
-    return backend.centralize(grad, axes, strength, out) if axes else _unchanged(grad, out)
+    if not axes:
+        return _unchanged(grad, out)
+    return backend.centralize(grad, axes, strength, out, reproducible)
 
 
 def centralize_many(
@@ -110,6 +125,7 @@ def centralize_many(
     layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] = OUTPUT_FIRST,
     out: TreeT | None = None,
     strength: float = 1.0,
+    reproducible: bool = False,
 ) -> TreeT:
     """Centralize a whole list, tuple or dict of gradients, nested as you like.
 
@@ -128,6 +144,8 @@ def centralize_many(
         Where to write the results, built like `grads`; ``out=grads`` works in place.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
+    reproducible : bool, optional
+        Sum in one fixed order, as `gcx.centralize`.
 
     Returns
     -------
@@ -167,10 +185,10 @@ def centralize_many(
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
     # All is checked before anything is written, so an error leaves `out` as it was.
     jobs = [
-        _job(name, grad, layout, target, writes=out is not None)
+        _job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
-    return rebuild(grads, [_run(job, strength) for job in jobs])
+    return rebuild(grads, _run(jobs, strength, reproducible))
 
 
 def layouts_for(
@@ -211,7 +229,9 @@ class _Job(NamedTuple):
     out: Any
 
 
-def _job(name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool) -> _Job:
+def _job(
+    name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
+) -> _Job:
     if grad is None:
         return _Job(None, None, (), None)
     axes: tuple[int, ...] = ()
@@ -220,16 +240,27 @@ def _job(name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool)
         if layout is not None:
             backend.check_dtype(grad)
             axes = _fan_in_axes(grad.shape, layout)
+        if reproducible and axes:
+            backend.check_reproducible(grad, axes)
         if writes:
             _check_out(out, grad, backend)
     return _Job(backend, grad, axes, out)
 
 
-def _run(job: _Job, strength: float) -> Any:
-    backend, grad, axes, out = job
-    if backend is None or not axes:
-        return _unchanged(grad, out)
-    return backend.centralize(grad, axes, strength, out)
+def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
+    """Give each backend all of its arrays together, and put the results in the order of `jobs`."""
+    results = [None if job.axes else _unchanged(job.grad, job.out) for job in jobs]
+    left = [k for k, job in enumerate(jobs) if job.axes]
+    while left:
+        backend = jobs[left[0]].backend
+        assert backend is not None
+        mine = [k for k in left if jobs[k].backend is backend]
+        left = [k for k in left if jobs[k].backend is not backend]
+        _, grads, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
+        done = backend.centralize_many(grads, axes, strength, outs, reproducible)
+        for k, result in zip(mine, done, strict=True):
+            results[k] = result
+    return results
 
 
 def _unchanged(grad: ArrayT, out: ArrayT | None) -> ArrayT:

@@ -11,10 +11,11 @@ before a backend is called.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
 
-__all__ = ["LIBRARIES", "Backend", "Library", "load"]
+__all__ = ["LIBRARIES", "Backend", "Library", "load", "one_by_one"]
 
 ArrayT = TypeVar("ArrayT")
 
@@ -30,14 +31,35 @@ class Backend(Protocol):
     def is_writable(self, array: Any, /) -> bool:
         """Whether elements of `array` can be assigned to."""
 
+    def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
+        """Raise a TypeError unless the bits of `_canonical` can be promised for `grad`."""
+
     def centralize(
-        self, grad: ArrayT, axes: tuple[int, ...], strength: float, out: ArrayT | None, /
+        self,
+        grad: ArrayT,
+        axes: tuple[int, ...],
+        strength: float,
+        out: ArrayT | None,
+        reproducible: bool,
+        /,
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
         Dtypes narrower than 32 bits are computed in float32 and rounded once. `axes` is not empty
-        and holds at least two elements a mean; `out` may be `grad` itself.
+        and holds at least two elements a mean; `out` may be `grad` itself. With `reproducible`,
+        which `check_reproducible` has let through, sums are taken in the order of `_canonical`.
         """
+
+    def centralize_many(
+        self,
+        grads: Sequence[ArrayT],
+        axes: Sequence[tuple[int, ...]],
+        strength: float,
+        outs: Sequence[ArrayT | None],
+        reproducible: bool,
+        /,
+    ) -> list[ArrayT]:
+        """Do the same for several arrays, each with its own axes; see `one_by_one`."""
 
 
 class Library(Backend, Protocol):
@@ -51,6 +73,26 @@ class Library(Backend, Protocol):
 
     def to_numpy(self, array: Any, /) -> Any:
         """Copy an array to a NumPy array, low precision widened to float32."""
+
+
+def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """Make the `centralize_many` of a library that gains nothing by taking several at once."""
+
+    def centralize_many(
+        grads: Sequence[Any],
+        axes: Sequence[tuple[int, ...]],
+        strength: float,
+        outs: Sequence[Any],
+        reproducible: bool,
+        /,
+    ) -> list[Any]:
+        """See `gcx.backends.Backend`."""
+        return [
+            centralize(grad, fan_in, strength, out, reproducible)
+            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
+        ]
+
+    return centralize_many
 
 
 def load(library: str) -> Library:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gcx import _compat
+from gcx.backends import one_by_one
 
 _FLOATING = ("real floating", "complex floating")
 
@@ -25,8 +27,23 @@ def is_writable(array: Any, /) -> bool:
     return bool(_compat.is_writeable_array(array))
 
 
-def centralize(grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, /) -> Any:
+def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
+    del axes
+    msg = f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
+    raise TypeError(msg)
+
+
+def centralize(
+    grad: Any,
+    axes: tuple[int, ...],
+    strength: float,
+    out: Any | None,
+    reproducible: bool = False,
+    /,
+) -> Any:
+    """See `gcx.backends.Backend`."""
+    assert not reproducible
     xp = _compat.array_namespace(grad)
     is_narrow = xp.finfo(grad.dtype).bits < 32
     wide = xp.astype(grad, xp.float32) if is_narrow else grad
@@ -37,6 +54,9 @@ def centralize(grad: Any, axes: tuple[int, ...], strength: float, out: Any | Non
         return result
     out[...] = result
     return out
+
+
+centralize_many = one_by_one(centralize)
 
 
 def fan_in_mean(x: Any, axes: tuple[int, ...]) -> Any:

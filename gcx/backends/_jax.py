@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
@@ -11,6 +12,8 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+
+from gcx.backends import _canonical, _jax_canonical, one_by_one
 
 
 def check_dtype(grad: jax.Array, /) -> None:
@@ -32,10 +35,30 @@ def is_writable(array: jax.Array, /) -> bool:
     return False
 
 
-def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, /) -> jax.Array:
+def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
+    """See `gcx.backends.Backend`; inside a program the platform is checked when it is compiled."""
+    del axes
+    _canonical.check_dtype(grad.dtype.name)
+    if isinstance(grad, jax.core.Tracer):
+        return
+    others = {device.platform for device in grad.devices()} - {"cpu"}
+    if others:
+        msg = f"reproducible=True is for JAX on a CPU, and this array is on {', '.join(others)}"
+        raise TypeError(msg)
+
+
+def centralize(
+    grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
+) -> jax.Array:
     """See `gcx.backends.Backend`; `out` is None, since arrays of JAX cannot be written to."""
     del out
-    return _run(grad, axes, strength)
+    if not reproducible:
+        return _run(grad, axes, strength)
+    result: jax.Array = _centralize_in_order(grad, axes, strength)
+    return result
+
+
+centralize_many = one_by_one(centralize)
 
 
 def centralize_over_mesh(
@@ -120,6 +143,24 @@ def _centralize(
     if in_program:
         mean = _computed_once(mean)
     return (wide - strength * mean).astype(grad.dtype)
+
+
+def _tangent_in_order(
+    axes: tuple[int, ...],
+    strength: float,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Derive the operator, which is linear, and not its many additions."""
+    return (
+        _centralize_in_order(*primals, axes, strength),
+        _centralize(*tangents, axes, strength, (), False),
+    )
+
+
+_in_order = jax.custom_jvp(_jax_canonical.centralize, nondiff_argnums=(1, 2))
+_in_order.defjvp(_tangent_in_order)
+_centralize_in_order = jax.jit(_in_order, static_argnums=(1, 2))
 
 
 @jax.custom_jvp  # since releases before 0.6 cannot differentiate a barrier

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gcx.backends import _torch_dtensor
+from gcx.backends import _canonical, _torch_dtensor
 
 _DENSE = torch.strided
 
@@ -27,6 +28,10 @@ _WIDE = {
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 # Types that are known to be on one process, without asking.
 _PLAIN = (Tensor, Parameter)
+
+# Elements that the canonical order handles at a time: 1 MiB of float32, which a second-level cache
+# holds, and beside which the cost of a call of torch is small.
+_BLOCK = 1 << 18
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -49,14 +54,47 @@ def is_writable(array: Tensor, /) -> bool:
     return 0 not in array.stride() or not _is_expanded(array)
 
 
+def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
+    """See `gcx.backends.Backend`."""
+    _canonical.check_dtype(str(grad.dtype).removeprefix("torch."))
+    kind = grad.device.type
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.version.hip):
+        where = "ROCm" if kind == "cuda" else kind
+        msg = f"reproducible=True is for tensors on a CPU or on CUDA, not on {where}; use .cpu()"
+        raise TypeError(msg)
+    if type(grad) not in _PLAIN and _torch_dtensor.is_dtensor(grad):
+        _torch_dtensor.check_reproducible(grad, axes)
+
+
 def centralize(
-    grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, /
+    grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
     """See `gcx.backends.Backend`."""
-    mean = fan_in_mean(grad, axes)
+    if grad.is_cuda and _is_for_kernels(grad, axes, out):
+        return _launch([(grad, axes, out)], strength, reproducible)[0]
+    mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
         mean = mean * strength
     return subtract(grad, mean, out)
+
+
+def centralize_many(
+    grads: Sequence[Tensor],
+    axes: Sequence[tuple[int, ...]],
+    strength: float,
+    outs: Sequence[Tensor | None],
+    reproducible: bool,
+    /,
+) -> list[Tensor]:
+    """See `gcx.backends.Backend`; one launch for all that the kernels take."""
+    jobs = list(zip(grads, axes, outs, strict=True))
+    taken = [k for k, job in enumerate(jobs) if job[0].is_cuda and _is_for_kernels(*job)]
+    launched = _launch([jobs[k] for k in taken], strength, reproducible) if taken else []
+    results = dict(zip(taken, launched, strict=True))
+    for k, job in enumerate(jobs):
+        if k not in results:
+            results[k] = centralize(job[0], job[1], strength, job[2], reproducible)
+    return [results[k] for k in range(len(jobs))]
 
 
 def devices() -> list[str]:
@@ -82,16 +120,22 @@ def _is_expanded(array: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in strides)
 
 
-def fan_in_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False) -> Tensor:
     """Mean over `axes`, which stay with size 1; in float32 at least."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
     if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+        if reproducible:
+            return _torch_dtensor.of_parts(x, lambda here: _canonical_mean(here, axes))
         return _torch_dtensor.fan_in_mean(x, axes)
+    if reproducible:
+        return _canonical_mean(x, axes)
     return x.mean(axes if len(axes) > 1 else axes[0], True)  # keepdim; torch parses this faster
 
 
-def fan_in_mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...]) -> Tensor:
+def fan_in_mean_of_groups(
+    x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool = False
+) -> Tensor:
     """Mean over `axes` of `x` seen as (groups, rows, ...), repeated for each row of `x`.
 
     Axis 1 is among `axes`, axis 0 is not.
@@ -99,10 +143,45 @@ def fan_in_mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...]) -> Tens
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
     if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+        if reproducible:
+            return _torch_dtensor.of_parts(
+                x, lambda here: fan_in_mean_of_groups(here, groups, axes, True)
+            )
         return _torch_dtensor.fan_in_mean_of_groups(x, groups, axes)
     rows = len(x) // groups
-    mean = fan_in_mean(x.view(groups, rows, *x.shape[1:]), axes)
+    mean = fan_in_mean(x.view(groups, rows, *x.shape[1:]), axes, reproducible)
     return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
+
+
+def _canonical_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    if torch.compiler.is_compiling():  # compiled arithmetic rounds as it likes
+        untraced = torch.compiler.disable(_canonical_mean)  # type: ignore[no-untyped-call]
+        return untraced(x, axes)  # type: ignore[no-any-return]
+    if x.device.type != "cpu":
+        return _canonical.fan_in_mean(x, axes, torch)  # type: ignore[no-any-return]
+    first = tuple(slice(1) if axis in axes else slice(None) for axis in range(x.ndim))
+    mean = torch.empty_like(x[first])
+    for part in _canonical.blocks(x.shape, x.stride(), axes, _BLOCK):
+        mean[part] = _canonical.fan_in_mean(x[part], axes, torch, _BLOCK)
+    return mean
+
+
+def _is_for_kernels(grad: Tensor, axes: tuple[int, ...], out: Tensor | None) -> bool:
+    # Imported with the first tensor on CUDA, and not where there is none.
+    from gcx.backends import _torch_cuda
+
+    return _torch_cuda.takes(grad, axes, out)
+
+
+def _launch(
+    jobs: Sequence[tuple[Tensor, tuple[int, ...], Tensor | None]],
+    strength: float,
+    reproducible: bool,
+) -> list[Tensor]:
+    from gcx.backends import _torch_cuda
+
+    grads, axes, outs = zip(*jobs, strict=True)
+    return _torch_cuda.centralize_many(grads, axes, strength, outs, reproducible)
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:

@@ -23,6 +23,31 @@ def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
     return isinstance(x, DTensor)
 
 
+def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
+    """Raise a TypeError if a fan-in is not whole on a process, so that its order is not known."""
+    for placement in x.placements:
+        if placement.is_partial() or _cut_axis(placement) in axes:
+            msg = (
+                f"reproducible=True needs each fan-in whole on one process, but over axes "
+                f"{tuple(axes)} this DTensor is spread as {tuple(x.placements)}; shard another axis"
+            )
+            raise TypeError(msg)
+
+
+def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
+    """Means of what each process has, where that is whole fan-ins."""
+    from torch.distributed.tensor import DTensor
+
+    here = x.to_local()
+    mean = mean_here(here)
+    sizes = zip(mean.shape, here.shape, x.shape, strict=True)
+    shape = [whole if of_mean == part else of_mean for of_mean, part, whole in sizes]
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        mean, x.device_mesh, x.placements, shape=whole.shape, stride=whole.stride()
+    )
+
+
 def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
     """Mean over `axes`, which stay with size 1; along a cut axis, in parts that are to add up.
 

@@ -1,0 +1,83 @@
+"""JAX in the canonical order, on a CPU, where XLA rewrites what can be rewritten.
+
+It divides by a constant by multiplying with the reciprocal; LLVM joins a product and the sum after
+it, unrounded; and between two conversions, to a narrow dtype and back, both are left out. So
+divisors are no constants here, what may be a product passes through `_rounded`, and narrow arrays
+through a barrier.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from gcx.backends import _canonical
+
+__all__ = ["centralize"]
+
+
+def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
+    """Compute ``grad - strength * mean(grad, axes)``; a TypeError if compiled for no CPU."""
+    if not grad.size:
+        return grad
+    is_narrow = grad.dtype.itemsize < 4
+    grad = _only_on_cpu(grad)
+    wide = _rounded(_kept(grad).astype(jnp.float32) if is_narrow else grad)
+    mean = _quotient(_sum(wide, axes), prod(grad.shape[a] for a in axes))
+    if strength != 1.0:
+        mean = _rounded(mean * strength)
+    result = wide - mean
+    return _kept(result.astype(grad.dtype)) if is_narrow else result
+
+
+def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum over `axes`, which stay with size 1."""
+    first, stop = axes[0], axes[0] + len(axes)
+    moved = jnp.moveaxis(x, axes, range(first, stop))
+    # In one axis, but where it is: what is a transposed view elsewhere is a copy here.
+    merged = moved.reshape(*moved.shape[:first], -1, *moved.shape[stop:])
+    total: jax.Array = _canonical.sum_along(merged, first, jnp)
+    return total.reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+
+
+def _quotient(x: jax.Array, divisor: int) -> jax.Array:
+    return x / jnp.where(jnp.isnan(x), x, divisor)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Return the numbers as they are, rounded even if they are products that are added up next."""
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    """Return the array as it is; XLA works it out in its own dtype."""
+    kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    return kept
+
+
+def _only_on_cpu(x: jax.Array) -> jax.Array:
+    same: jax.Array = _on_cpu.bind(x)  # type: ignore[no-untyped-call]
+    return same
+
+
+# Inside a program an array does not tell where it will be; the compiler knows.
+_on_cpu = Primitive("gcx_reproducible")
+_on_cpu.def_impl(lambda x: x)  # type: ignore[no-untyped-call]
+_on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
+batching.primitive_batchers[_on_cpu] = lambda args, axes: (_only_on_cpu(*args), axes[0])
+
+
+def _refuse(context: Any, x: Any) -> Any:
+    del x
+    platforms = ", ".join(context.module_context.platforms)
+    msg = f"reproducible=True is for JAX on a CPU, and this is compiled for {platforms}"
+    raise TypeError(msg)
+
+
+mlir.register_lowering(_on_cpu, _refuse)
+mlir.register_lowering(_on_cpu, lambda _context, x: [x], platform="cpu")

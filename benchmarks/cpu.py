@@ -11,10 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.timing import machine, use_one_core
+from gcx._bench.timing import machine, use_one_core
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Accuracy
+    from benchmarks.reproducible import Cost
     from benchmarks.speed import Speed
     from benchmarks.training_step import TrainingStep
 
@@ -49,6 +50,7 @@ def report(libraries: Iterable[str], *, brief: bool) -> Iterator[str]:
         import_milliseconds,
         unchanged_nanoseconds,
     )
+    from benchmarks.reproducible import costs
     from benchmarks.speed import speeds
 
     libraries = list(libraries)
@@ -78,6 +80,10 @@ def report(libraries: Iterable[str], *, brief: bool) -> Iterator[str]:
         yield "### A training step of torch"
         yield ""
         yield from _training_table(training_steps(brief=brief))
+    yield ""
+    yield "### The cost of equal bits"
+    yield ""
+    yield from _cost_table(cost for library in libraries for cost in costs(library, brief=brief))
 
 
 def _speed_table(rows: Iterable[Speed]) -> Iterator[str]:
@@ -117,6 +123,19 @@ def _training_table(rows: Iterable[TrainingStep]) -> Iterator[str]:
                 f"| {row.model} | {row.optimizer} | {name} | {1e3 * seconds:.1f} ms "
                 f"| {row.ratio(name):.3f} | {1e6 * added:.0f} us ({added / seconds:.2%}) |"
             )
+
+
+def _cost_table(rows: Iterable[Cost]) -> Iterator[str]:
+    yield "Time of `reproducible=True`, and that over the time of gcx without it."
+    yield ""
+    yield "| library | call | array | fan-in axis | reproducible | over the default |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        yield (
+            f"| {row.library} | {row.what} | {row.size} {row.shape[0]}x{row.shape[1]} "
+            f"| {row.fan_in} | {1e6 * row.reproducible:.1f} us "
+            f"| {row.reproducible / row.default:.2f} |"
+        )
 
 
 if __name__ == "__main__":

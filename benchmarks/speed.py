@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gcx
-from benchmarks.timing import interleaved
+from gcx._bench.timing import interleaved
 
-__all__ = ["Speed", "speeds"]
+__all__ = ["FAN_IN", "LAYOUT", "SIZES", "Speed", "random", "speeds"]
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -53,12 +53,13 @@ def speeds(library: str, *, brief: bool = False) -> Iterator[Speed]:
                 yield Speed(library, what, size, oriented, fan_in, mine, times)
 
 
-def _random(shape: tuple[int, int]) -> Any:
+def random(shape: tuple[int, int]) -> Any:
+    """Draw standard normal numbers."""
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 def _numpy(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidates]:
-    grad, layout = _random(shape), gcx.Layout(LAYOUT[fan_in])
+    grad, layout = random(shape), gcx.Layout(LAYOUT[fan_in])
 
     def expression_in_place() -> None:
         grad.__isub__(grad.mean(axis, keepdims=True))
@@ -79,7 +80,7 @@ def _torch(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidat
     import torch
 
     torch.set_num_threads(1)
-    grad, layout = torch.from_numpy(_random(shape)), gcx.Layout(LAYOUT[fan_in])
+    grad, layout = torch.from_numpy(random(shape)), gcx.Layout(LAYOUT[fan_in])
     in_place: Candidates = {
         "gcx": lambda: gcx.centralize(grad, layout=layout, out=grad),
         "expression": lambda: grad.sub_(grad.mean(axis, keepdim=True)),
@@ -101,7 +102,7 @@ def _jax(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidates
     import jax
     import optax
 
-    grad, layout = jax.numpy.asarray(_random(shape)), gcx.Layout(LAYOUT[fan_in])
+    grad, layout = jax.numpy.asarray(random(shape)), gcx.Layout(LAYOUT[fan_in])
 
     def expression(g: Any) -> Any:
         return g - g.mean(axis, keepdims=True)

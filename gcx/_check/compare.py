@@ -14,7 +14,7 @@ from gcx._check.gradients import Case, centralized
 from gcx._check.targets import Target
 from gcx._cli.attempt import attempt
 
-__all__ = ["Finding", "difference", "error"]
+__all__ = ["Finding", "check_kind", "difference", "error"]
 
 
 class Finding(NamedTuple):
@@ -48,12 +48,17 @@ def _answer(target: Target, values: Any, case: Case, kind: Format) -> Any:
     if not case.fan_in and result is not grad:
         msg = "the gradient should have come back as it is"
         raise ValueError(msg)
+    check_kind(result, grad)
+    return target.to_numpy(result)
+
+
+def check_kind(result: Any, grad: Any) -> None:
+    """Raise a ValueError unless a result is the same kind of array as the gradient."""
     for trait in ("shape", "dtype", "device"):
         expected, found = getattr(grad, trait, None), getattr(result, trait, None)
         if expected != found:
             msg = f"{trait} is {found}, not {expected}"
             raise ValueError(msg)
-    return target.to_numpy(result)
 
 
 def _distance(a: Any, b: Any, values: Any, case: Case, kind: Format) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gcx._check.formats import Format
 
-__all__ = ["CASES", "Case", "centralized", "draw"]
+__all__ = ["CASES", "Case", "centralized", "draw", "keepdims", "unit_rows"]
 
 
 class Case(NamedTuple):
@@ -70,20 +70,22 @@ def centralized(values: Any, fan_in: tuple[int, ...]) -> Any:
     """``values - mean(values)`` with exactly rounded sums, one output unit after the other."""
     if not fan_in:
         return values
-    units = _unit_rows(values, fan_in)
+    units = unit_rows(values, fan_in)
     means = np.array([_mean(unit) for unit in units], complex)
     if not np.iscomplexobj(values):
         means = means.real
-    return values - means.reshape(_keepdims(values.shape, fan_in))
+    return values - means.reshape(keepdims(values.shape, fan_in))
 
 
-def _unit_rows(values: Any, fan_in: tuple[int, ...]) -> Any:
+def unit_rows(values: Any, fan_in: tuple[int, ...]) -> Any:
+    """Make a row of each output unit, with its fan-in in the order of the axes."""
     first = np.moveaxis(values, fan_in, range(-len(fan_in), 0))
     fan_in_size = int(np.prod([values.shape[axis] for axis in fan_in]))
     return first.reshape(-1, fan_in_size)
 
 
-def _keepdims(shape: tuple[int, ...], fan_in: tuple[int, ...]) -> list[int]:
+def keepdims(shape: tuple[int, ...], fan_in: tuple[int, ...]) -> list[int]:
+    """Shape of what there is one of for each output unit."""
     return [1 if axis in fan_in else size for axis, size in enumerate(shape)]
 
 

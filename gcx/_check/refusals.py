@@ -1,0 +1,54 @@
+"""What cannot be checked here: libraries that do not run, and what the others refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+
+from gcx._check.formats import Format
+from gcx._check.targets import Target
+from gcx._cli.attempt import attempt
+from gcx._cli.left_out import LeftOut
+from gcx._cli.libraries import LibraryInfo
+
+__all__ = ["Subject", "missing_dtypes", "refusals", "unusable"]
+
+Subject = tuple[Target, Format]
+
+# Dtypes that some library or device has not got; the others are never left out in peace.
+_OPTIONAL = ("float64", "bfloat16", "float8_e4m3fn", "complex64")
+
+
+def unusable(libraries: Iterable[LibraryInfo]) -> list[LeftOut]:
+    """Libraries that are not here, have no device, or are broken, which alone is a failure."""
+    return [
+        LeftOut(library.state != "broken", library.name, library.condition)
+        for library in libraries
+        if library.state != "ok"
+    ]
+
+
+def missing_dtypes(subjects: Iterable[Subject]) -> dict[Subject, LeftOut]:
+    """Dtypes that a target cannot make arrays of, with its own words for it."""
+
+    def make(target: Target, kind: Format) -> object:
+        return target.make(np.ones(1, "complex128" if kind.is_complex else "float64"), kind)
+
+    return refusals(subjects, make, lambda _, kind: kind.name in _OPTIONAL)
+
+
+def refusals(
+    subjects: Iterable[Subject],
+    ask: Callable[[Target, Format], object],
+    may_refuse: Callable[[Target, Format], bool],
+) -> dict[Subject, LeftOut]:
+    """Put a question to each target in each dtype, and keep what is raised."""
+    refused = {}
+    for target, kind in subjects:
+        _, why = attempt(partial(ask, target, kind))
+        if why:
+            is_fine = may_refuse(target, kind)
+            refused[target, kind] = LeftOut(is_fine, f"{kind.name} in {target}", why)
+    return refused

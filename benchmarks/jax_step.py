@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from benchmarks.timing import interleaved, machine, use_one_core
+from gcx._bench.timing import interleaved, machine, use_one_core
 
 WIDTHS = (256, 1024, 1024, 256)
 BATCH = 64

@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 
 import gcx
-from benchmarks.timing import interleaved
+from gcx._bench.timing import interleaved
 from gcx._dispatch import backend_for
 
 __all__ = ["dispatch_nanoseconds", "import_milliseconds", "unchanged_nanoseconds"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import gcx.torch
-from benchmarks.timing import interleaved
+from gcx._bench.timing import interleaved
 
 __all__ = ["NONE", "TrainingStep", "training_steps"]
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import gcx
 from gcx import backends
 from gcx.__main__ import main
-from gcx._check import gradients, run, targets
+from gcx._check import bits, gradients, run, targets
 from gcx._check.formats import FORMATS
 from gcx._check.gradients import CASES, Case
 from gcx._check.report import CheckReport, render
@@ -64,6 +65,8 @@ class TestCommandLine:
         ("command", "module", "install"),
         [
             ("check", "numpy", 'pip install "gcx[numpy]"'),
+            ("bench --plot speed.png", "matplotlib", "pip install matplotlib"),
+            ("bench gpu --check", "torch", 'pip install "gcx[numpy,torch]"'),
             ("demo", "numpy", 'pip install "gcx[demo]"'),
             ("demo", "sklearn", 'pip install "gcx[demo]"'),
             ("demo", "matplotlib", 'pip install "gcx[demo]"'),
@@ -80,7 +83,7 @@ class TestCommandLine:
         for needed in ("sklearn", "matplotlib"):
             monkeypatch.setitem(sys.modules, needed, SimpleNamespace())
         monkeypatch.setitem(sys.modules, module, None)
-        assert main([command, "--json"]) == 2
+        assert main([*command.split(), "--json"]) == 2
         out, err = capsys.readouterr()
         assert err.count("\n") == 1
         assert f"this needs {module}" in err
@@ -126,6 +129,55 @@ class TestInfo:
         assert main(["info"]) == 1
         assert "broken: OSError: libcuda.so is of the wrong age\n" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("reason", "said"),
+        [
+            ("", "; on CUDA one launch of a Triton kernel for each dtype"),
+            ("Triton is not installed", "; on CUDA, too: Triton is not installed"),
+        ],
+    )
+    def test_cuda_device_of_torch(
+        self, reason: str, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("torch")
+        from gcx.backends import _torch, _torch_cuda
+
+        monkeypatch.setattr(_torch, "devices", lambda: ["cpu", "cuda:0"])
+        monkeypatch.setattr(_torch_cuda, "why_not", lambda: reason)
+        assert libraries.look_up("torch").path.endswith(said)
+
+    def test_kernels_are_not_spoken_of_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torch")
+        from gcx.backends import _torch, _torch_cuda
+
+        monkeypatch.setattr(_torch, "devices", lambda: ["cpu"])
+        monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
+        assert (_torch.__doc__ or "").startswith(libraries.look_up("torch").path)
+
+    def test_json_is_written_to_a_file_beside_the_text(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "info.json"
+        code = main(["info", "--json", str(path)])
+        shown = json.loads(path.read_text(encoding="utf-8"))
+        assert shown["ok"] is (code == 0)
+        assert "any other" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("path", "reason"),
+        [("info.txt", "must end in .json"), ("nowhere/info.json", "there is no folder nowhere")],
+    )
+    def test_json_that_cannot_be_written(
+        self,
+        path: str,
+        reason: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(info, "collect", pytest.fail)
+        assert main(["info", "--json", path]) == 2
+        assert reason in capsys.readouterr().err
+
     def test_json_is_the_report(self, capsys: pytest.CaptureFixture[str]) -> None:
         code = main(["info", "--json"])
         shown = json.loads(capsys.readouterr().out)
@@ -163,7 +215,7 @@ def without_gc(grad: Any, *_: Any) -> Any:
     return grad.copy()
 
 
-def over_all_axes(grad: Any, axes: Any, strength: float, out: Any) -> Any:
+def over_all_axes(grad: Any, *_: Any) -> Any:
     wide = grad.astype("complex64" if grad.dtype.kind == "c" else "float32")
     return (wide - wide.mean()).astype(grad.dtype)
 
@@ -172,12 +224,12 @@ def not_a_number(grad: Any, *_: Any) -> Any:
     return (grad * np.nan).astype(grad.dtype)
 
 
-def flat(grad: Any, axes: Any, strength: float, out: Any) -> Any:
-    return correct(grad, axes, strength, out).ravel()
+def flat(*arguments: Any) -> Any:
+    return correct(*arguments).ravel()
 
 
-def doubled(grad: Any, axes: Any, strength: float, out: Any) -> Any:
-    return correct(grad, axes, strength, out).astype("complex128")
+def doubled(*arguments: Any) -> Any:
+    return correct(*arguments).astype("complex128")
 
 
 def raising(*_: Any) -> Any:
@@ -185,7 +237,7 @@ def raising(*_: Any) -> Any:
     raise NotImplementedError(msg)
 
 
-def rounding_the_mean(grad: Any, axes: Any, strength: float, out: Any) -> Any:
+def rounding_the_mean(grad: Any, axes: Any, *_: Any) -> Any:
     wide = grad.astype("complex128" if grad.dtype.kind == "c" else "float64")
     mean = wide.mean(axis=axes, keepdims=True).astype(grad.dtype)
     return (wide - mean.astype(wide.dtype)).astype(grad.dtype)
@@ -216,6 +268,14 @@ class TestCheck:
     def test_libraries_agree_whatever_is_drawn(self, seed: int) -> None:
         report = run.run(seed, names=[name for name in backends.LIBRARIES if installed(name)])
         assert report.ok, render(report)
+
+    def test_bits(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        few = partial(bits.run, names=["numpy"], cases=FEW_CASES[:1])
+        monkeypatch.setattr(bits, "run", few)
+        assert main(["check", "--bits", "--seed", "4", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(few(4))))
 
     def test_seed_draws_other_gradients(self) -> None:
         one, same, other = (self.check(seed, names=["numpy"]).rows for seed in (1, 1, 2))

@@ -48,7 +48,23 @@ def look_up(name: str) -> LibraryInfo:
     devices, error = attempt(library.devices)
     if devices is None:
         return LibraryInfo(name, "broken", version, path=path, detail=error)
+    if name == "torch" and any(device.startswith("cuda") for device in devices):
+        path = f"{path}; {_torch_on_cuda()}"
     return LibraryInfo(name, "ok" if devices else "no device", version, tuple(devices), path)
+
+
+def _torch_on_cuda() -> str:
+    """Whether the kernels run on CUDA devices, which they are tried on for that."""
+    why_not, error = attempt(_why_no_kernels)
+    if why_not or error:
+        return f"on CUDA, too: {why_not or error}"
+    return "on CUDA one launch of a Triton kernel for each dtype"
+
+
+def _why_no_kernels() -> str:
+    from gcx.backends import _torch_cuda
+
+    return _torch_cuda.why_not()
 
 
 def path_of(doc: str | None) -> str:

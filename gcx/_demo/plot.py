@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gcx._cli.requirements import CannotRunError
 from gcx._demo.problem import BATCH, DTYPES, STEPS_PER_EPOCH
 from gcx._demo.runs import Run
 from gcx._demo.training import Trace
 
-__all__ = ["check_path", "save"]
+__all__ = ["save"]
 
 # Told apart by people who do not see red and green, too; keyed by whether GC is on.
 _COLORS = {True: "#0072B2", False: "#D55E00"}
@@ -32,23 +29,6 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _DRIFT_LABEL = r"$|\overline{w} - \overline{w}_{start}|$, largest of all units"
 _PALETTES = {"numpy": _COLORS, "torch": _COLORS, "jax": _DARKER}
-
-
-def check_path(path: str) -> None:
-    """Find out before the training whether the picture can be written after it.
-
-    Raises
-    ------
-    CannotRunError
-        If the folder does not exist, or the ending is not that of a kind of picture.
-    """
-    endings = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if Path(path).suffix.removeprefix(".") not in endings:
-        msg = f"--plot {path}: the name must end in .{', .'.join(endings)}"
-        raise CannotRunError(msg)
-    if not Path(path).parent.is_dir():
-        msg = f"--plot {path}: there is no folder {Path(path).parent}"
-        raise CannotRunError(msg)
 
 
 def save(traces: Mapping[Run, Trace], path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gcx._cli.paths import check_picture
 from gcx._demo import plot
 from gcx._demo.report import DemoReport, summarize
 from gcx._demo.runs import find_frameworks, train_all
@@ -26,7 +27,7 @@ def run(path: str, seeds: int, steps: int = 440) -> DemoReport:
     CannotRunError
         If the picture could not be written there.
     """
-    plot.check_path(path)
+    check_picture("--plot", path)
     frameworks, left_out = find_frameworks()
     traces = train_all(frameworks, range(seeds), steps)
     plot.save(traces, path)

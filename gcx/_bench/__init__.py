@@ -1,0 +1,1 @@
+"""``python -m gcx bench``: how fast the gradients of whole models are centralized."""

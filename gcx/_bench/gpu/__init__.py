@@ -1,0 +1,1 @@
+"""``python -m gcx bench gpu --check``: whatever gcx promises of GPUs, measured."""

@@ -1,0 +1,21 @@
+"""``python -m gcx._bench.gpu.small DEVICE``: a few gradients of each kind, for slow inspectors."""
+
+from __future__ import annotations
+
+import sys
+
+from gcx._bench.gpu.bits import bits_of
+
+__all__: list[str] = []
+
+_FAN_INS = (9, 147, 4608)
+
+
+def main() -> int:
+    """Run as a program; the exit code says whether all bits are right."""
+    found = bits_of("torch", sys.argv[1], _FAN_INS)
+    return 0 if all(measured.ok for measured in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,28 +60,43 @@ class FanIn(NamedTuple):
         rows, *rest = tensor.shape
         return (self.groups, rows // self.groups, *rest)
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """See a tensor in the shape whose axes the layout names."""
+        return tensor if self.groups == 1 else tensor.view(self.view_shape(tensor))
+
+    def view_axes(self, tensor: Tensor) -> tuple[int, ...]:
+        """Fan-in axes of the view."""
+        return self._axes(tensor.ndim + (self.groups > 1))
+
     def size(self, tensor: Tensor) -> int:
         """Count the elements of one mean."""
         shape = self.view_shape(tensor)
         return prod(shape[axis] for axis in self._axes(len(shape)))
 
-    def mean(self, tensor: Tensor) -> Tensor:
+    def mean(self, tensor: Tensor, *, reproducible: bool = False) -> Tensor:
         """Average over the fan-in, in float32 at least; the result fits the tensor itself.
 
         That of a DTensor is for arithmetic and `subtract_` alone, which adds up its parts.
         """
-        axes = self._axes(tensor.ndim + (self.groups > 1))
+        axes = self.view_axes(tensor)
         if self.groups == 1:
-            return _torch.fan_in_mean(tensor, axes)
-        return _torch.fan_in_mean_of_groups(tensor, self.groups, axes)
+            return _torch.fan_in_mean(tensor, axes, reproducible)
+        return _torch.fan_in_mean_of_groups(tensor, self.groups, axes, reproducible)
 
     def subtract_(self, tensor: Tensor, mean: Tensor) -> None:
         """Subtract in place what `mean` returns."""
         _torch.subtract(tensor, mean, tensor)
 
-    def centralize(self, tensor: Tensor) -> Tensor:
+    def centralize(self, tensor: Tensor, *, reproducible: bool = False) -> Tensor:
         """Subtract the mean over the fan-in."""
-        return _torch.subtract(tensor, self.mean(tensor))
+        return _torch.subtract(tensor, self.mean(tensor, reproducible=reproducible))
+
+    def check_reproducible(self, tensor: Tensor) -> None:
+        """Raise a TypeError if the bits of a mean cannot be promised, for its dtype or device."""
+        axes = self.view_axes(tensor)
+        # The rows of a group are on axis 0 of the tensor itself.
+        own = axes if self.groups == 1 else tuple([axis - 1 for axis in axes])
+        _torch.check_reproducible(tensor, own)
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         return self.layout.fan_in_axes(ndim)

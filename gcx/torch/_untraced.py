@@ -21,6 +21,8 @@ def untraced(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         # Not where the function is defined, since it loads the compiler, which takes seconds.
         as_it_is: Callable[P, ResultT] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         return as_it_is(*args, **kwargs)

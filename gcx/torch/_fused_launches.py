@@ -1,0 +1,189 @@
+"""The step of a parameter group by the kernels: one launch for each dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcx.backends import _torch_cuda
+from gcx.torch._decay import Group
+from gcx.torch._fused_rules import Rule, Scalars, State
+from gcx.torch._plan import Weight
+
+# For each thing that a step needs (gradient, parameter, what is remembered) that of all.
+Roles = Sequence[Sequence[Tensor]]
+Weights = Sequence[Weight | None]  # of all parameters; None for those not to centralize
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Lists of parameters whose tables are kept, where not the same ones have a gradient in each step.
+_KEPT = 8
+
+
+class Launches:
+    """Steps by the kernels, with the tables that these need from step to step.
+
+    Parameters
+    ----------
+    rule : Rule
+        That of the optimizer.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._kept: dict[Hashable, _Tables] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of an optimizer make their own: tables are on a device, and know addresses.
+        return {"_rule": self._rule, "_kept": {}}
+
+    def step(
+        self, group: Group, parameters: Sequence[Tensor], states: Sequence[State], weights: Weights
+    ) -> list[int]:
+        """Make the step of these parameters, all of which have a gradient.
+
+        Gradients of weights are centralized on the way, and stay what they are. Returns the
+        positions of the parameters that are left to torch.
+        """
+        left: list[int] = []
+        for stage, members in _positions(self._rule.stages(group, states)).items():
+            if stage is None:
+                left += members
+                continue
+            of_stage = [[whole[k] for k in members] for whole in (parameters, states, weights)]
+            left += [members[k] for k in self._step_of_stage(group, stage, *of_stage)]
+        return left
+
+    def why_not(self, group: Group, parameter: Tensor, state: State, weight: Weight | None) -> str:
+        """Tell why a parameter would be left to torch; nothing if it would not.
+
+        A gradient or a state that is not there yet is taken to be like the parameter.
+        """
+        grad = parameter if parameter.grad is None else parameter.grad
+        if not state:
+            return _why_not([grad, parameter], weight)
+        if None in self._rule.stages(group, [state]):
+            return "the number of steps is kept on the GPU"
+        memory = self._rule.memory(group, [state], [grad])
+        return _why_not([grad, parameter, *(tensor for (tensor,) in memory)], weight)
+
+    def _step_of_stage(
+        self,
+        group: Group,
+        stage: Hashable,
+        parameters: list[Any],
+        states: list[Any],
+        weights: list[Any],
+    ) -> list[int]:
+        grads = [parameter.grad for parameter in parameters]
+        memory = self._rule.memory(group, states, grads)
+        launch = self._launch(
+            [grads, parameters, *memory], weights, self._rule.scalars(group, stage)
+        )
+        self._rule.remember(
+            [states[k] for k in launch.taken], [[kept[k] for k in launch.taken] for kept in memory]
+        )
+        return launch.left
+
+    def _launch(self, roles: Roles, weights: Weights, scalars: Scalars) -> _Tables:
+        key = (len(roles), *map(id, roles[1]))
+        tables = self._kept.pop(key, None)  # those used last come last
+        if tables is None or not tables.run(roles, weights, scalars):
+            tables = _Tables(self._rule.name, roles, weights)
+            tables.run(roles, weights, scalars)
+        self._kept[key] = tables
+        if len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+        return tables
+
+
+class _Tables:
+    """The launches for a list of parameters, and which of these are left to torch."""
+
+    def __init__(self, rule: str, roles: Roles, weights: Weights) -> None:
+        self._parameters, self._weights = roles[1], weights  # kept, so that an id stays theirs
+        reasons = map(_why_not, zip(*roles, strict=True), weights)
+        forms = [
+            None if reason else (parameter.device, parameter.dtype)
+            for reason, parameter in zip(reasons, roles[1], strict=True)
+        ]
+        places = _positions(forms)
+        self.left = places.pop(None, [])
+        self.taken = [k for each in places.values() for k in each]
+        self._tables = [_Table(rule, each, roles, weights) for each in places.values()]
+
+    def run(self, roles: Roles, weights: Weights, scalars: Scalars) -> bool:
+        """Centralize and update; do nothing and return False if these are for other tensors."""
+        if not all(map(is_, weights, self._weights)):
+            return False
+        if not all(_why_not([each[k] for each in roles], weights[k]) for k in self.left):
+            return False
+        selected = [table.select(roles) for table in self._tables]
+        if not all(t.kernel.fits(each) for t, each in zip(self._tables, selected, strict=True)):
+            return False
+        for table, each in zip(self._tables, selected, strict=True):
+            table.kernel.run(each, **scalars)
+        return True
+
+
+class _Table:
+    """What is updated in one launch: parameters of one device and dtype."""
+
+    def __init__(self, rule: str, places: list[int], roles: Roles, weights: Weights) -> None:
+        found = [weights[k] for k in places]
+        self._places = places
+        # Seen in another shape.
+        self._in_groups = [(k, w.fan_in) for k, w in enumerate(found) if w and w.fan_in.groups > 1]
+        self.kernel = _torch_cuda.MultiTensor(
+            rule,
+            self.select(roles),
+            [() if weight is None else _axes(weight) for weight in found],
+            any_order=not any(weight is not None and weight.reproducible for weight in found),
+        )
+
+    def select(self, roles: Roles) -> list[list[Tensor]]:
+        """Pick what the kernel updates, as it sees it."""
+        selected = [[tensors[k] for k in self._places] for tensors in roles]
+        for k, fan_in in self._in_groups:
+            for tensors in selected:
+                tensors[k] = fan_in.view(tensors[k])
+        return selected
+
+
+def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
+    """Tell why the kernels do not take a parameter; nothing if they do.
+
+    `tensors` are those of its step: the gradient, the parameter, and what is remembered.
+    """
+    grad, parameter, *_ = tensors
+    if grad.layout is not torch.strided:
+        return f"a gradient is {grad.layout}"
+    if parameter.dtype not in _DTYPES:
+        return f"a parameter is {parameter.dtype}"
+    if any(_form(tensor) != _form(parameter) for tensor in tensors):
+        return "a gradient, or what is remembered, is in memory in another way than its parameter"
+    axes = () if weight is None else _axes(weight)
+    seen = [tensor if weight is None else weight.fan_in.view(tensor) for tensor in tensors]
+    if not all(_torch_cuda.takes(tensor, axes, tensor) for tensor in seen):
+        kind = f"{type(grad).__name__} of shape {tuple(grad.shape)}"
+        return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
+    return ""
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _axes(weight: Weight) -> tuple[int, ...]:
+    return weight.fan_in.view_axes(weight.parameter)
+
+
+def _positions(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+    """List for each value where it is."""
+    found: dict[Hashable, list[int]] = {}
+    for k, value in enumerate(values):
+        found.setdefault(value, []).append(k)
+    return found

@@ -1,0 +1,567 @@
+"""gcx.torch.AdamW and SGD: what torch's do with gcx.torch.centralize, to the last bit on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+import gcx.torch
+from gcx.testing import assert_centralized
+from gcx.torch._fused import SGD, AdamW
+
+from torch_training import GRAD
+
+STEPS = 6
+DATA = torch.rand(8, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+# The optimizers of torch that ours are made of.
+BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
+
+Pair = tuple[nn.Sequential, Optimizer]
+
+
+def new_model() -> nn.Sequential:
+    """A weight of each kind of layout, biases and norms."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 6, 2, groups=2)
+    first = [nn.Conv2d(2, 4, 3), nn.Tanh(), nn.BatchNorm2d(4)]
+    return nn.Sequential(*first, up, nn.Tanh(), nn.Flatten(), nn.Linear(150, 3)).double()
+
+
+def ours(kind: Any, **options: Any) -> Pair:
+    model = new_model()
+    return model, kind(model, **options)
+
+
+def hooked(kind: Any, **options: Any) -> Pair:
+    """What ours have to equal."""
+    model = new_model()
+    optimizer = BASES[kind](model.parameters(), **options)
+    gcx.torch.centralize(optimizer, model)
+    return model, optimizer
+
+
+def both(kind: Any, **options: Any) -> tuple[Pair, Pair]:
+    return ours(kind, **options), hooked(kind, **options)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return (model(DATA) - 1).square().mean()
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def train_by_closure(model: nn.Module, optimizer: Optimizer) -> None:
+    """As Lightning does in every step."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        assert isinstance(optimizer.step(closure), Tensor)
+
+
+def train_by_adding_closure(model: nn.Module, optimizer: Optimizer) -> None:
+    """Adds to a gradient that is there, and clips the sum."""
+
+    def closure() -> None:
+        loss_of(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step(closure)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for k, state in expected["state"].items():
+        assert found["state"][k].keys() == state.keys()
+        for key, value in state.items():
+            same = found["state"][k][key]
+            assert torch.equal(same, value)
+            assert (same.dtype, same.device, same.stride()) == (
+                value.dtype,
+                value.device,
+                value.stride(),
+            )
+
+
+def assert_same(one: Pair, other: Pair) -> None:
+    """Equal bits, of the parameters and of all that the optimizers remember."""
+    for found, expected in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(found, expected)
+    assert_same_state(one[1].state_dict(), other[1].state_dict())
+
+
+OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (AdamW, {}),
+    "adamw-amsgrad": (AdamW, {"amsgrad": True}),
+    "adamw-maximize": (AdamW, {"maximize": True, "weight_decay": 0.1}),
+    "adamw-foreach": (AdamW, {"foreach": True}),
+    "adamw-one-by-one": (AdamW, {"foreach": False}),
+    "adamw-fused": (AdamW, {"fused": True}),
+    "adamw-tensor": (AdamW, {"lr": torch.tensor(0.01), "fused": True}),
+    "adamw-betas": (AdamW, {"betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.0}),
+    "sgd": (SGD, {}),
+    "sgd-decay": (SGD, {"weight_decay": 0.1}),
+    "sgd-tensors": (SGD, {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.1)}),
+    "sgd-momentum": (SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
+    "sgd-nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "sgd-maximize": (SGD, {"momentum": 0.9, "weight_decay": 0.1, "maximize": True}),
+    "sgd-foreach": (SGD, {"momentum": 0.9, "foreach": True}),
+    "sgd-fused": (SGD, {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
+}
+TYPICAL = {"adamw": OPTIONS["adamw"], "sgd": OPTIONS["sgd-momentum"]}
+
+
+@pytest.fixture(params=TYPICAL)
+def typical(request: pytest.FixtureRequest) -> Any:
+    """What makes an optimizer for a model or parameters."""
+    kind, options = TYPICAL[request.param]
+    return partial(kind, **{"lr": 0.01, **options})
+
+
+# The same as torch's with the hooks
+
+
+@pytest.mark.parametrize("training", [train, train_by_closure, train_by_adding_closure])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_same_as_torch_with_hooks(case: str, training: Callable[..., None]) -> None:
+    kind, options = OPTIONS[case]
+    one, other = both(kind, **{"lr": 0.01, **options})
+    training(*one)
+    training(*other)
+    assert_same(one, other)
+    for found, expected in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_same_arguments_as_torch(kind: Any) -> None:
+    found = signature(kind).parameters
+    expected = signature(BASES[kind]).parameters
+    assert [*found] == [*expected, "model", "layers", "overrides", "reproducible"]
+    for name, parameter in expected.items():
+        assert (found[name].default, found[name].kind) == (parameter.default, parameter.kind)
+
+
+def groups_of(model: nn.Sequential) -> list[dict[str, Any]]:
+    return [
+        {"params": model[0].parameters(), "lr": 0.02},
+        {"params": [*model[2].parameters(), *model[3].parameters()], "weight_decay": 0.0},
+        {"params": model[6].parameters(), "centralize": False},
+    ]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_parameter_groups(kind: Any) -> None:
+    model, twin = new_model(), new_model()
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    optimizer = kind(groups_of(model), model=model, **options)
+    other = BASES[kind](groups_of(twin), **options)
+    gcx.torch.centralize(other, twin)
+    assert [row.name for row in optimizer.plan if row.layout] == ["0.weight", "3.weight"]
+    assert optimizer.plan[-2].reason.startswith("switched off")
+    for pair in ((model, optimizer), (twin, other)):
+        train(*pair)
+    assert_same((model, optimizer), (twin, other))
+
+
+def test_parameters_named_and_given_beside_the_model(typical: Any) -> None:
+    model, twin = new_model(), new_model()
+    named = typical(model.named_parameters(), model=model)
+    part = typical(twin[6], model=twin)
+    assert named.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    assert [row.name for row in part.plan] == ["6.weight", "6.bias"]
+
+
+def test_layers_and_overrides(typical: Any) -> None:
+    model = new_model()
+    conv = typical(model, layers="conv")
+    assert [row.name for row in conv.plan if row.layout] == ["0.weight", "3.weight"]
+    given = typical(model, overrides={"0.*": None, "6.weight": "io"})
+    assert [str(row.layout) for row in given.plan if row.layout] == ["oio...", "io"]
+    before = model[6].weight.detach().clone()
+    train(model, given)
+    if isinstance(given, SGD):
+        assert_centralized(model[6].weight, start=before, layout="io", rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_corollary(options: dict[str, float]) -> None:
+    """4.1: the means of the weights stay where they were."""
+    model, optimizer = ours(SGD, lr=0.1, **options)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, steps=30)
+    for name, weight in model.named_parameters():
+        change = weight.detach() - start[name]
+        assert change.abs().max() > 1e-4
+        if name == "3.weight":
+            assert_centralized(change.unflatten(0, (2, 2)), layout="oio...", rtol=1e-9)
+        elif weight.ndim > 1:
+            assert_centralized(change, rtol=1e-9)
+
+
+# What is around an optimizer
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),  # momentum and betas
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(scheduler: str, typical: Any) -> None:
+    kind, options = typical.func, typical.keywords
+    one, other = both(kind, **options)
+    for model, optimizer in (one, other):
+        schedule = SCHEDULERS[scheduler](optimizer)
+        for _ in range(STEPS):
+            train(model, optimizer, steps=1)
+            schedule.step()
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(fused: bool | None, typical: Any) -> None:
+    one, other = both(typical.func, **typical.keywords, fused=fused)
+    for model, optimizer in (one, other):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for factor in (1, torch.inf, 1, 1):
+            optimizer.zero_grad()
+            scaler.scale(factor * loss_of(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert_same(one, other)
+
+
+def test_group_added_later_and_layer_unfrozen(typical: Any) -> None:
+    pairs = []
+    for is_ours in (True, False):
+        model = new_model()
+        model[0].requires_grad_(requires_grad=False)
+        first = [*model[0].parameters(), *model[3].parameters()]
+        if is_ours:
+            optimizer = typical(first, model=model)
+        else:
+            optimizer = BASES[typical.func](first, **typical.keywords)
+            gcx.torch.centralize(optimizer, model)
+        train(model, optimizer)
+        optimizer.add_param_group({"params": model[6].parameters(), "lr": 0.02})
+        model[0].requires_grad_()
+        train(model, optimizer)
+        pairs.append((model, optimizer))
+    assert_same(*pairs)
+
+
+def test_gradients_set_to_zero_instead_of_none(typical: Any) -> None:
+    one, other = both(typical.func, **typical.keywords)
+    for model, optimizer in (one, other):
+        for _ in range(STEPS):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert_same(one, other)
+
+
+def test_gradients_that_are_not_there_in_each_step(typical: Any) -> None:
+    one, other = both(typical.func, **typical.keywords)
+    for model, optimizer in (one, other):
+        for k in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if k % 2:
+                model[3].weight.grad = model[6].bias.grad = None
+            optimizer.step()
+    assert_same(one, other)
+
+
+def test_sparse_gradient_of_an_embedding() -> None:
+    pairs = []
+    for make in (SGD, BASES[SGD]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3))
+        is_ours = make is SGD
+        optimizer = make(model if is_ours else model.parameters(), lr=0.1)
+        if not is_ours:
+            gcx.torch.centralize(optimizer, model)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 2])).square().sum().backward()
+            optimizer.step()
+        pairs.append((model, optimizer))
+    assert_same(*pairs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_compiled_step(typical: Any) -> None:
+    one, other = ours(typical.func, **typical.keywords), ours(typical.func, **typical.keywords)
+
+    @torch.compile(backend="aot_eager")
+    def step() -> None:
+        one[1].step()
+
+    for _ in range(STEPS):
+        one[1].zero_grad()
+        loss_of(one[0]).backward()
+        step()
+    torch.compiler.reset()
+    train(*other)
+    assert_same(one, other)
+
+
+# Checkpoints
+
+
+def saved(optimizer: Optimizer) -> Any:
+    """Through a file, as checkpoints go."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def resumed(pair: Pair, make: Callable[[nn.Module], Optimizer]) -> Pair:
+    model = copy.deepcopy(pair[0])
+    optimizer = make(model)
+    optimizer.load_state_dict(saved(pair[1]))
+    return model, optimizer
+
+
+def test_checkpoint_of_ours_resumes_in_ours(typical: Any, recwarn: pytest.WarningsRecorder) -> None:
+    pair = ours(typical.func, **typical.keywords)
+    train(*pair)
+    other = resumed(pair, typical)
+    train(*pair)
+    train(*other)
+    assert_same(other, pair)
+    assert not recwarn.list
+
+
+def test_checkpoint_of_ours_resumes_in_torch(typical: Any) -> None:
+    """And goes on as it would have done where it comes from, but for the centralization."""
+    base = BASES[typical.func]
+    pair, reference = both(typical.func, **typical.keywords)
+    train(*pair)
+    train(*reference)
+    plain = resumed(pair, lambda model: base(model.parameters()))
+    expected = resumed(reference, lambda model: base(model.parameters()))
+    train(*plain)
+    train(*expected)
+    assert_same(plain, expected)
+
+
+def test_checkpoint_of_torch_resumes_in_ours(typical: Any) -> None:
+    """Its momentum is treated as `centralize` treats it."""
+    base = BASES[typical.func]
+    model = new_model()
+    pair = (model, base(model.parameters(), **typical.keywords))
+    train(*pair)
+
+    def with_hooks(model: nn.Module) -> Optimizer:
+        optimizer = base(model.parameters())
+        gcx.torch.centralize(optimizer, model)
+        return optimizer
+
+    with pytest.warns(UserWarning, match="momentum of 3 weights") as caught:
+        found = resumed(pair, typical)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="momentum of 3 weights"):
+        expected = resumed(pair, with_hooks)
+    train(*found)
+    train(*expected)
+    assert_same(found, expected)
+
+
+def test_switches_survive_checkpoints_that_do_not_know_them(typical: Any) -> None:
+    model = new_model()
+    groups = [{"params": model[:4].parameters()}, {"params": model[6].parameters()}]
+    known = copy.deepcopy(typical(groups, model=model).state_dict())
+    groups[1]["centralize"] = False
+    optimizer = typical(groups, model=model)
+    optimizer.load_state_dict(known)
+    assert optimizer.param_groups[1]["centralize"] is False
+
+
+# Copies
+
+
+def torch_saved(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPY: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
+    "torch.save": torch_saved,
+    "twice": lambda value: copy.deepcopy(pickle.loads(pickle.dumps(value))),
+}
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+def test_copies_go_on_alike(
+    copied: Callable[[Any], Any], typical: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    pair = ours(typical.func, **typical.keywords)
+    train(*pair)
+    twin = copied(pair)
+    assert type(twin[1]) is type(pair[1])
+    assert repr(twin[1]) == repr(pair[1])
+    for each in (pair, twin):
+        train(*each)
+    assert_same(twin, pair)
+    assert not torch.equal(twin[0][6].weight.grad, torch.zeros(3, 150))
+    twin[1].load_state_dict(pair[1].state_dict())
+    assert not recwarn.list
+
+
+def test_copy_of_the_optimizer_alone_has_its_own_model(typical: Any) -> None:
+    model, optimizer = ours(typical.func, **typical.keywords)
+    twin = copy.deepcopy(optimizer)
+    assert str(twin.plan) == str(optimizer.plan)
+    held = {p for group in twin.param_groups for p in group["params"]}
+    assert not held & set(model.parameters())
+
+
+class Module(nn.Module):
+    """Holds its optimizer, so that to copy the one is to copy the other."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.net = new_model()
+        self.optimizer = make(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+def test_copies_of_a_model_that_holds_its_optimizer(
+    first: str, copied: Callable[[Any], Any], typical: Any
+) -> None:
+    model = Module(typical)
+    train(model, model.optimizer)
+    pair = (model, model.optimizer) if first == "model" else (model.optimizer, model)
+    twin = next(each for each in copied(pair) if isinstance(each, nn.Module))
+    for each in (model, twin):
+        train(each, each.optimizer)
+    assert_same((twin, twin.optimizer), (model, model.optimizer))
+
+
+def test_hooks_of_others_are_not_copied(typical: Any) -> None:
+    """As with any optimizer of torch."""
+    model, optimizer = ours(typical.func, **typical.keywords)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, steps=1)
+    assert calls == ["before", "after"]
+    train(*copy.deepcopy((model, optimizer)), steps=1)
+    assert calls == ["before", "after"]
+
+
+# What is shown
+
+
+def test_plan_is_that_of_the_model(typical: Any) -> None:
+    model, optimizer = ours(typical.func, **typical.keywords)
+    assert str(optimizer.plan) == str(gcx.torch.plan(model))
+
+
+def test_repr_shows_options_plan_and_who_steps() -> None:
+    _, optimizer = ours(SGD, lr=0.01, foreach=False)
+    base = repr(hooked(SGD, lr=0.01, foreach=False)[1])
+    assert repr(optimizer) == (
+        base.removesuffix(")") + "Gradient Centralization\n"
+        "    plan: <gcx plan: 3 of 8 parameters centralized>\n"
+        f"    step of group 0: by torch ({optimizer.fallbacks[0]})\n)"
+    )
+
+
+# Errors
+
+
+def test_parameters_without_a_model(typical: Any) -> None:
+    model = new_model()
+    for params in (model.parameters(), list(model.parameters()), groups_of(model)):
+        with pytest.raises(TypeError, match=r"do not say where their fan-in is.*model="):
+            typical(params)
+    with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a list"):
+        typical(model.parameters(), model=[model])
+
+
+def test_what_centralize_refuses(typical: Any) -> None:
+    model = new_model()
+    with pytest.raises(ValueError, match="nothing to centralize in this"):
+        typical(model[2])
+    with pytest.raises(RuntimeError, match="that is not in the model"):
+        typical(model.parameters(), model=model[0])
+    with pytest.raises(ValueError, match="overrides"):
+        typical(model, overrides={"nothing.*": None})
+    with pytest.raises(ValueError, match="layers is one of"):
+        typical(model, layers="linear")
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        typical(model, lr=-1.0)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_centralize_refuses_ours(where: Any, typical: Any) -> None:
+    model, optimizer = ours(typical.func, **typical.keywords)
+    with pytest.raises(ValueError, match="has Gradient Centralization already"):
+        gcx.torch.centralize(optimizer, model, where=where)
+
+
+def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3).double(), nn.Linear(5, 3).double())
+    groups = [{"params": layer.parameters()} for layer in model]
+    optimizer = typical(groups, model=model)
+    before = copy.deepcopy(model.state_dict())
+    model[0].weight.grad, model[1].weight.grad = GRAD.clone(), GRAD.to_sparse()
+    with pytest.raises(TypeError, match=r"1\.weight has a gradient of layout torch\.sparse_coo"):
+        optimizer.step()
+    model[1].weight.grad = None
+    optimizer.add_param_group({"params": nn.Linear(4, 3).parameters()})
+    with pytest.raises(RuntimeError, match=r"shape \(3, 4\) that is not in the model"):
+        optimizer.step()
+    assert torch.equal(model[0].weight.grad, GRAD)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_parameters_that_were_replaced(typical: Any) -> None:
+    model, optimizer = ours(typical.func, **typical.keywords)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
+        optimizer.step()

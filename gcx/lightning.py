@@ -33,7 +33,7 @@ class GradientCentralization(pl.Callback):
 
     Parameters
     ----------
-    where, decay, layers, overrides
+    where, decay, layers, overrides, reproducible
         As in `gcx.torch.centralize`. They hold for all optimizers; a parameter group with
         ``"centralize": False`` is left alone.
 
@@ -88,11 +88,17 @@ class GradientCentralization(pl.Callback):
         decay: Decay = None,
         layers: Layers = "all",
         overrides: Overrides | None = None,
+        reproducible: bool = False,
     ) -> None:
         check_options(where, decay)
         self._plan = partial(gcx.torch.plan, layers=layers, overrides=overrides)
         self._centralize = partial(
-            gcx.torch.centralize, where=where, decay=decay, layers=layers, overrides=overrides
+            gcx.torch.centralize,
+            where=where,
+            decay=decay,
+            layers=layers,
+            overrides=overrides,
+            reproducible=reproducible,
         )
         self._handles: list[gcx.torch.GradientCentralization] = []
 

@@ -12,9 +12,12 @@ from thinc.api import Model, Optimizer
 from thinc.backends import get_array_ops
 
 import gcx
+from gcx._dispatch import backend_for
 from gcx._globs import first_keys
 from gcx._rows import row
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, asked
+from gcx._tree import naming
+from gcx.backends import _canonical
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
@@ -158,7 +161,10 @@ def plan(*models: Model[Any, Any]) -> Plan:
 
 
 def centralize(
-    optimizer: Optimizer, *models: Model[Any, Any], where: Where = "gradient"
+    optimizer: Optimizer,
+    *models: Model[Any, Any],
+    where: Where = "gradient",
+    reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
@@ -174,6 +180,9 @@ def centralize(
         ``"update"`` centralizes the displacement of the weights by the step, which the authors
         advise for adaptive optimizers such as Adam and RAdam; it keeps the mean of each weight
         over its fan-in constant with all of them, and holds for the moving averages too.
+    reproducible : bool, optional
+        Whether means are taken in the one order that gives equal bits everywhere (see
+        :doc:`reproducible`), on NumPy and on CuPy.
 
     Returns
     -------
@@ -183,7 +192,8 @@ def centralize(
     Raises
     ------
     TypeError
-        If `optimizer` is not an optimizer of thinc; or as `plan`.
+        If `optimizer` is not an optimizer of thinc; if `reproducible` cannot be promised for the
+        dtype of a weight; or as `plan`.
     ValueError
         If the optimizer already has Gradient Centralization, nothing would be centralized, or a
         model is not initialized.
@@ -245,7 +255,7 @@ def centralize(
     if not any(found.layout for found in expected):
         msg = f"there is nothing to centralize in these models:\n{expected}"
         raise ValueError(msg)
-    return GradientCentralization(optimizer, *models, where=where)
+    return GradientCentralization(optimizer, *models, where=where, reproducible=reproducible)
 
 
 class GradientCentralization:
@@ -265,11 +275,16 @@ class GradientCentralization:
     >>> handle.remove()
     """
 
-    def __init__(self, optimizer: Any, *models: Model[Any, Any], where: Where) -> None:
+    def __init__(
+        self, optimizer: Any, *models: Model[Any, Any], where: Where, reproducible: bool
+    ) -> None:
         self._models = models
         self._optimizer = optimizer
         self._kind = kind = type(optimizer)
         self._rows = _decide(models)
+        self._reproducible = reproducible
+        if reproducible:
+            _check_reproducible(models, self._rows)
         self._foreign: set[Key] = set()  # parameters of shims
         self._step = self._update_step if where == "update" else self._gradient_step
         self._where = where
@@ -306,29 +321,37 @@ class GradientCentralization:
     def _gradient_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        gradient = gcx.centralize(gradient, layout=layout, out=gradient)
+        gradient = gcx.centralize(
+            gradient, layout=layout, out=gradient, reproducible=self._reproducible
+        )
         if not optimizer.L2_is_weight_decay:
             # The optimizer is going to add L2 * weights.
-            gradient -= _l2(optimizer, key) * _mean(weights, layout)
+            gradient -= _l2(optimizer, key) * self._mean(weights, layout)
         return self._kind.__call__(optimizer, key, weights, gradient, **options)
 
     def _update_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        mean = _mean(weights, layout)
+        mean = self._mean(weights, layout)
         # The averages are to be those of the weights as they are at the end.
         averages, optimizer.averages = optimizer.averages, None
         try:
             weights, gradient = self._kind.__call__(optimizer, key, weights, gradient, **options)
         finally:
             optimizer.averages = averages
-        weights -= _mean(weights, layout) - mean
+        weights -= self._mean(weights, layout) - mean
         if averages is not None:
             ops = get_array_ops(weights)  # type: ignore[no-untyped-call]
             if key not in averages:
                 averages[key] = ops.alloc(weights.shape, dtype="float32")
             ops.update_averages(averages[key], weights, optimizer.nr_update[key])
         return weights, gradient
+
+    def _mean(self, x: Any, layout: Layout) -> Any:
+        axes = layout.fan_in_axes(x.ndim)
+        if self._reproducible:
+            return _canonical.fan_in_mean(x, axes, get_array_ops(x).xp)  # type: ignore[no-untyped-call]
+        return x.mean(axis=axes, keepdims=True)
 
     def _layout_of(self, key: Key) -> Layout | None:
         if key in self._foreign:
@@ -365,6 +388,17 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
         optimizer.__class__ = centralized
     # Pickle takes no plain object in the place of this one; a call that gives one it does.
     return copy.copy, (plain,)
+
+
+def _check_reproducible(models: tuple[Model[Any, Any], ...], rows: Mapping[Key, PlanRow]) -> None:
+    for _, layer in _walk(models):
+        for name in layer.param_names:
+            row = rows[layer.id, name]
+            if row.layout is not None:
+                weight = layer.get_param(name)
+                with naming(row.name):
+                    axes = row.layout.fan_in_axes(weight.ndim)
+                    backend_for(weight).check_reproducible(weight, axes)
 
 
 def _decide(models: tuple[Model[Any, Any], ...]) -> dict[Key, PlanRow]:
@@ -429,7 +463,3 @@ def _l2(optimizer: Any, key: Key) -> float:
     if callable(rate):
         rate = rate(optimizer.step, key=key, last_score=optimizer.last_score)
     return float(rate)
-
-
-def _mean(x: Any, layout: Layout) -> Any:
-    return x.mean(axis=layout.fan_in_axes(x.ndim), keepdims=True)

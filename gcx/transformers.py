@@ -29,7 +29,7 @@ class GradientCentralization(TrainerCallback):
 
     Parameters
     ----------
-    where, decay, layers, overrides
+    where, decay, layers, overrides, reproducible
         As in `gcx.torch.centralize`. An optimizer that is not one of torch's, such as the
         Adafactor of transformers, has to be told ``decay`` if it has a weight decay.
 
@@ -81,10 +81,16 @@ class GradientCentralization(TrainerCallback):
         decay: Decay = None,
         layers: Layers = "all",
         overrides: Overrides | None = None,
+        reproducible: bool = False,
     ) -> None:
         check_options(where, decay)
         self._centralize = partial(
-            gcx.torch.centralize, where=where, decay=decay, layers=layers, overrides=overrides
+            gcx.torch.centralize,
+            where=where,
+            decay=decay,
+            layers=layers,
+            overrides=overrides,
+            reproducible=reproducible,
         )
         self._handle: gcx.torch.GradientCentralization | None = None
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from gcx._dispatch import backend_for
+from gcx._tree import naming
 from gcx.keras._optimizer import GradientCentralization, attach
 from gcx.keras._plan import Overrides, decide, plan
 from gcx.keras._projection import NARROW_DTYPES, Decay, Projection, Where
@@ -25,6 +27,7 @@ def centralize(
     where: Where = "gradient",
     decay: Decay | None = None,
     overrides: Overrides | None = None,
+    reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
@@ -47,6 +50,10 @@ def centralize(
         weight_decay`` a step. A ``kernel_regularizer`` is part of the gradient, so inside both.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         As in `plan`.
+    reproducible : bool, optional
+        Whether means are taken in the one order that gives equal bits everywhere (see
+        :doc:`reproducible`): what is centralized, the gradient or the displacement, then has equal
+        bits afterwards wherever it had before. The rest of the step is left to Keras.
 
     Returns
     -------
@@ -58,7 +65,8 @@ def centralize(
     ------
     TypeError
         If `optimizer` is not an optimizer of Keras or has a step of its own kind, as
-        `MultiOptimizer` has; if `model` is not a layer.
+        `MultiOptimizer` has; if `model` is not a layer; if `reproducible` cannot be promised for
+        the dtype of a variable or where it is (JAX on anything but a CPU).
     ValueError
         As `plan`; if the optimizer already has Gradient Centralization, nothing would be
         centralized, or `where` and `decay` do not go together. When the optimizer is built: if one
@@ -121,6 +129,8 @@ def centralize(
     if not any(row.layout for row in expected):
         msg = f"there is nothing to centralize in {model.name}:\n{expected}"
         raise ValueError(msg)
+    if reproducible:
+        _check_reproducible(model, expected)
 
     def rows_of(variables: Sequence[Any]) -> list[PlanRow]:
         decided = decide(model, overrides)
@@ -128,7 +138,9 @@ def centralize(
         return [decided[id(variable)] for variable in variables]
 
     inherent: Decay = "inside" if where == "update" else "outside"
-    projection = Projection(rows_of, expected, where=where, decay=decay or inherent)
+    projection = Projection(
+        rows_of, expected, where=where, decay=decay or inherent, reproducible=reproducible
+    )
     handle = attach(optimizer, projection)
     if where == "update":
         _warn_of_low_precision(model, expected)
@@ -190,6 +202,14 @@ def _check_all_known(variables: Sequence[Any], decided: Mapping[int, PlanRow]) -
             "gcx.keras.centralize; give it the model that holds them all"
         )
         raise ValueError(msg)
+
+
+def _check_reproducible(model: Any, expected: Plan) -> None:
+    for variable, row in zip(model.trainable_variables, expected, strict=True):
+        if row.layout:
+            with naming(row.name):
+                axes = row.layout.fan_in_axes(len(row.shape))
+                backend_for(variable.value).check_reproducible(variable.value, axes)
 
 
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:

@@ -86,6 +86,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             ],
             "where": projection.where,
             "decay": projection.decay,
+            "reproducible": projection.reproducible,
         }
 
     @classmethod
@@ -101,8 +102,14 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             _check_same_shapes(rows, variables)
             return rows
 
-        where, decay = config["where"], config["decay"]
-        attach(optimizer, Projection(saved_rows, Plan(rows), where=where, decay=decay))
+        projection = Projection(
+            saved_rows,
+            Plan(rows),
+            where=config["where"],
+            decay=config["decay"],
+            reproducible=config["reproducible"],
+        )
+        attach(optimizer, projection)
         return optimizer
 
 

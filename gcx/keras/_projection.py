@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import keras
 from keras import ops
 
 import gcx
@@ -27,17 +28,26 @@ class Projection:
         Says what is to be done with the variables of the optimizer, once they are known.
     plan : Plan
         What is expected of it until then.
-    where, decay
+    where, decay, reproducible
         As in `gcx.keras.centralize`.
     """
 
-    def __init__(self, find_rows: FindRows, plan: Plan, *, where: Where, decay: Decay) -> None:
+    def __init__(
+        self,
+        find_rows: FindRows,
+        plan: Plan,
+        *,
+        where: Where,
+        decay: Decay,
+        reproducible: bool,
+    ) -> None:
         self.plan: Plan = plan
         self.where = where
         self.decay = decay
+        self.reproducible = reproducible
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
-        self._means: dict[int, Any] = {}
+        self._held: dict[int, Any] = {}
 
     def bind(self, variables: Sequence[Any]) -> None:
         """Find out what to do with the variables of the optimizer."""
@@ -50,27 +60,43 @@ class Projection:
         """Centralize arrays that belong to variables."""
         layouts = [self._layouts.get(id(variable)) for variable in variables]
         return [
-            array if layout is None else gcx.centralize(array, layout=layout)
+            array if layout is None else self._centralized(array, layout)
             for array, layout in zip(arrays, layouts, strict=True)
         ]
 
     def hold_means(self, variables: Sequence[Any]) -> None:
         """Remember the means of the weights as they are now."""
-        known = [v for v in variables if id(v) in self._layouts]
-        self._means = {id(v): self._mean(v) for v in known}
+        hold = ops.copy if self.reproducible else self._mean
+        self._held = {id(v): hold(v) for v in variables if id(v) in self._layouts}
 
     def restore_means(self, variables: Sequence[Any]) -> None:
         """Give the weights the means back that they had."""
+        restore = self._restore_in_order if self.reproducible else self._restore_mean
         for variable in variables:
-            if id(variable) in self._means:
-                moved = self._mean(variable) - self._means.pop(id(variable))
-                variable.assign(variable - ops.cast(moved, variable.dtype))
+            if id(variable) in self._held:
+                restore(variable, self._held.pop(id(variable)))
+
+    def _restore_mean(self, variable: Any, mean: Any) -> None:
+        moved = self._mean(variable) - mean
+        variable.assign(variable - ops.cast(moved, variable.dtype))
+
+    def _restore_in_order(self, variable: Any, start: Any) -> None:
+        # Keras has no mean of which the order is known, and centralizing the displacement does it.
+        start = _wide(start)
+        moved = self._centralized(_wide(variable) - start, self._layouts[id(variable)])
+        variable.assign(ops.cast(start + moved, variable.dtype))
+
+    def _centralized(self, array: Any, layout: Layout) -> Any:
+        return gcx.centralize(array, layout=layout, reproducible=self.reproducible)
 
     def _mean(self, variable: Any) -> Any:
         axes = self._layouts[id(variable)].fan_in_axes(len(variable.shape))
-        is_narrow = variable.dtype in NARROW_DTYPES
-        wide = ops.cast(variable, "float32") if is_narrow else variable
-        return ops.mean(wide, axis=axes, keepdims=True)
+        return ops.mean(_wide(variable), axis=axes, keepdims=True)
 
 
 NARROW_DTYPES = ("float16", "bfloat16")
+
+
+def _wide(array: Any) -> Any:
+    is_narrow = keras.backend.standardize_dtype(array.dtype) in NARROW_DTYPES
+    return ops.cast(array, "float32") if is_narrow else ops.convert_to_tensor(array)

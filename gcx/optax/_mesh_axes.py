@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from gcx._centralize import centralize
+from gcx._tree import naming
 from gcx.backends import _jax
 from gcx.layout import Layout
 from gcx.optax._layers._names import Names, keys_by_name
 
-__all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name"]
+__all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name", "check_whole"]
 
 _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
@@ -44,16 +45,26 @@ def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]
 
 
 def centralize_split(
-    grad: Any, layout: Layout, strength: float, axes: tuple[str, ...] | None, path: str
+    grad: Any,
+    layout: Layout,
+    axes: tuple[str, ...] | None,
+    path: str,
+    *,
+    strength: float,
+    reproducible: bool,
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these axes; None if nobody said how.
 
-    Raises a ValueError that names the path where that cannot be known, or an axis is not bound.
+    Raises a ValueError that names the path where that cannot be known, or an axis is not bound, and
+    a TypeError where `reproducible` cannot be promised.
     """
     if axes is None:
         _check_not_split(grad, path)
     if not axes:
-        return centralize(grad, layout=layout, strength=strength)
+        with naming(path):
+            return centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
+    if reproducible:
+        check_whole(axes, path)
     try:
         return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
@@ -62,6 +73,16 @@ def centralize_split(
             "pmap; under jit alone leave it out, there XLA communicates by itself"
         )
         raise ValueError(msg) from error
+
+
+def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
+    """Raise a TypeError if a fan-in is split, so that the order of its elements is not known."""
+    if axes:
+        msg = (
+            f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "
+            f"splits this one over {axes}; split another axis of the weight"
+        )
+        raise TypeError(msg)
 
 
 def _check_not_split(grad: Any, path: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import optax
 
@@ -10,11 +12,16 @@ from gcx.optax._layers._forms import Layouts, source_of
 from gcx.optax._layers._names import is_none, names_of
 from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_axis_name
 from gcx.optax._plan import plan_of
+from gcx.optax._reproducible import check_reproducible
 from gcx.plan import Plan
 
 
 def centralize(
-    layouts: Layouts, *, strength: float = 1.0, axis_name: AxisName = None
+    layouts: Layouts,
+    *,
+    strength: float = 1.0,
+    axis_name: AxisName = None,
+    reproducible: bool = False,
 ) -> optax.GradientTransformation:
     """Centralize the updates that pass: subtract their mean over the fan-in.
 
@@ -55,6 +62,10 @@ def centralize(
         from path or glob to name, tuple or None (the fan-in is whole). Name all the axes that
         split a fan-in: one that is missing here is not noticed. Not for `jax.jit` alone, under
         which XLA communicates by itself.
+    reproducible : bool, optional
+        Whether equal updates that arrive leave with equal bits in every program for a CPU, and as
+        from the other libraries (see :doc:`reproducible`). The arithmetic around it, such as that
+        of the optimizer, XLA rounds as it likes.
 
     Returns
     -------
@@ -62,10 +73,11 @@ def centralize(
         Without state, for use alone or in `optax.chain`, `optax.masked`, `optax.multi_transform`,
         `optax.MultiSteps` and so on. Its ``init`` raises the errors of `plan`, and a ValueError if
         there are parameters and nothing is centralized, as within `optax.flatten`. Where
-        `optax.masked` hides some, that is an error if the weights it shows are all unknown. Its
-        ``update`` raises a ValueError where `axis_name` names an axis that is not bound, and in
-        `jax.shard_map` where a gradient differs along an axis and `axis_name` says nothing of that
-        gradient.
+        `optax.masked` hides some, that is an error if the weights it shows are all unknown. A
+        TypeError says where `reproducible` cannot be promised: for another dtype, off the CPU, for
+        a fan-in that `axis_name` splits. Its ``update`` raises a ValueError where `axis_name` names
+        an axis that is not bound, and in `jax.shard_map` where a gradient differs along an axis and
+        `axis_name` says nothing of that gradient.
 
     Raises
     ------
@@ -143,10 +155,14 @@ def centralize(
     _check_not_array(strength)
     checked_strength(strength)
     check_axis_name(axis_name)
+    centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
         axes = axes_by_path(axis_name, names_of(params))
-        _check_not_idle(params, plan_of(params, source, axes))
+        rows = plan_of(params, source, axes)
+        _check_not_idle(params, rows)
+        if reproducible:
+            check_reproducible(params, rows, axes)
         return optax.EmptyState()
 
     def update(
@@ -158,7 +174,7 @@ def centralize(
         centralized = [
             leaf
             if row.layout is None
-            else centralize_split(leaf, row.layout, strength, axes.get(row.name), row.name)
+            else centralize_one(leaf, row.layout, axes.get(row.name), row.name)
             for leaf, row in zip(leaves, plan_of(updates, source, axes), strict=True)
         ]
         return jax.tree.unflatten(structure, centralized), state

@@ -1,90 +1,51 @@
-"""The gradients of weights, centralized where they are."""
+"""The gradients of weights: which there are, and their centralization where they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, Weight, decide
-from gcx.torch._untraced import untraced
+from gcx.torch._plan import Weight
+
+_DENSE = torch.strided
+
+# Factor of the weight that an optimizer adds to its gradient, if it does.
+Rate = float | Tensor | None
 
 
-@untraced
-@torch.no_grad()
-def centralize_grads_(
-    model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None
-) -> None:
-    """Centralize the gradients of a model now, in place in ``.grad``.
+def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
+    """List the weights that have a gradient, with that.
 
-    For loops that need centralized gradients before the step, such as to clip their norm; where
-    nothing comes between, `centralize` does it for an optimizer once and for all. Both together are
-    right too: the step centralizes again, which changes nothing, and includes weight decay. Where
-    that has overrides or switches, call ``centralize_grads_()`` of its handle, which has the same.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, after ``backward()``. Parameters without gradient are passed over.
-    layers, overrides
-        As in `plan`, which shows what is centralized.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a module, or the gradient of a weight to centralize is sparse.
-    ValueError
-        As `plan`; or if there is no gradient to centralize.
-    RuntimeError
-        As `plan`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> model = torch.nn.Linear(3, 2)
-    >>> model(torch.rand(8, 3)).square().sum().backward()
-    >>> gcx.torch.centralize_grads_(model)
-    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
-    True
-    >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    Raises a TypeError if the mean of one cannot be taken, or not as reproducibly as it should.
     """
-    found = decide(model, layers, overrides).items()
-    centralize_gradients(Weight(d.name, p, d.fan_in) for p, d in found if d.fan_in is not None)
-
-
-def centralize_gradients(weights: Iterable[Weight]) -> None:
-    """Centralize what gradients there are; a ValueError if there are none."""
-    found = [weight for weight in weights if has_gradient(weight)]
-    if not found:
-        msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
-        raise ValueError(msg)
-    for weight in found:
-        centralize_gradient(weight, None)
+    found = [(w, grad) for w in weights if (grad := w.parameter.grad) is not None]
+    for weight, grad in found:
+        if grad.layout is not _DENSE:
+            msg = (
+                f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
+                "fan-in; make it dense (sparse=False), or use where='update'"
+            )
+            raise TypeError(msg)
+        if weight.reproducible:
+            weight.check(grad)
+    return found
 
 
 def has_gradient(weight: Weight) -> bool:
-    """Whether a weight has a gradient; raises a TypeError if that is not dense."""
-    grad = weight.parameter.grad
-    if grad is not None and grad.layout is not torch.strided:
-        msg = (
-            f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
-            "fan-in; make it dense (sparse=False), or use where='update'"
-        )
-        raise TypeError(msg)
-    return grad is not None
+    """Whether a weight has a gradient; raises what `with_gradient` raises."""
+    return bool(with_gradient([weight]))
 
 
-def centralize_gradient(weight: Weight, rate: float | Tensor | None) -> None:
+def centralize_gradient(weight: Weight, rate: Rate) -> None:
     """Centralize a gradient to which the optimizer adds `rate` times the weight, if not None."""
-    _, parameter, fan_in = weight
+    parameter = weight.parameter
     grad = parameter.grad
     assert grad is not None
     if 0 in grad.stride():  # expanded: several elements in one place
         grad = parameter.grad = grad.contiguous()
-    mean = fan_in.mean(grad)
+    mean = weight.mean(grad)
     if rate is not None:
-        mean = mean + rate * fan_in.mean(parameter)
-    fan_in.subtract_(grad, mean)
+        mean = mean + rate * weight.mean(parameter)
+    weight.fan_in.subtract_(grad, mean)

@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from gcx.plan import Plan
 from gcx.torch._decay import Decay
-from gcx.torch._gradients import centralize_gradients
 from gcx.torch._in_gradient import InGradient
 from gcx.torch._in_update import InUpdate
+from gcx.torch._now import centralize_gradients
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers, check_choice, decide, nothing_to_centralize
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
+from gcx.torch._together import Together
 from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
 from gcx.torch._working import working
@@ -33,6 +34,7 @@ def centralize(
     decay: Decay = None,
     layers: Layers = "all",
     overrides: Overrides | None = None,
+    reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
@@ -61,6 +63,9 @@ def centralize(
         ``"conv"`` is the variant of the paper for convolutions alone, of any rank.
     overrides : mapping, optional
         Answers that come before those of the layers, as in `plan`.
+    reproducible : bool, optional
+        Whether means are taken in the one order that gives equal bits on every device, whatever
+        the strides: see :doc:`reproducible`.
 
     Returns
     -------
@@ -71,7 +76,8 @@ def centralize(
     ------
     TypeError
         If `optimizer` is not an optimizer of torch, holds another one that moves the weights, or
-        has no step; if `model` is not a module; if a value of `overrides` is of none of its types.
+        has no step; if `model` is not a module; if a value of `overrides` is of none of its types;
+        if a weight has a dtype, a device or shards for which `reproducible` cannot be promised.
         In a step: if the gradient of a weight to centralize is sparse.
     ValueError
         If the optimizer already has Gradient Centralization, if nothing would be centralized, if
@@ -149,7 +155,13 @@ def centralize(
     True
     """
     return GradientCentralization(
-        optimizer, model, where=where, decay=decay, layers=layers, overrides=overrides
+        optimizer,
+        model,
+        where=where,
+        decay=decay,
+        layers=layers,
+        overrides=overrides,
+        reproducible=reproducible,
     )
 
 
@@ -158,7 +170,7 @@ class GradientCentralization:
 
     Parameters
     ----------
-    optimizer, model, where, decay, layers, overrides
+    optimizer, model, where, decay, layers, overrides, reproducible
         As in `gcx.torch.centralize`.
 
     Examples
@@ -185,6 +197,7 @@ class GradientCentralization:
         decay: Decay,
         layers: Layers,
         overrides: Overrides | None,
+        reproducible: bool,
     ) -> None:
         check_options(where, decay)
         optimizer = _unwrapped(optimizer)
@@ -192,7 +205,10 @@ class GradientCentralization:
         _check_has_no_other(optimizer)
         self._optimizer = optimizer
         self._where = where
-        self._targets = Targets(optimizer, partial(decide, model, layers, overrides))
+        self._targets = Targets(
+            optimizer, partial(decide, model, layers, overrides), reproducible=reproducible
+        )
+        self._together = Together()
         if not any(self._targets.weights()):
             raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
         place = InGradient if where == "gradient" else InUpdate
@@ -221,7 +237,7 @@ class GradientCentralization:
         ValueError
             If there is no gradient to centralize.
         """
-        centralize_gradients(self._targets.weights())
+        centralize_gradients(self._targets.weights(), self._together)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""

@@ -15,7 +15,15 @@ from gcx._tree import naming
 from gcx.backends import _torch
 from gcx.plan import Plan
 from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Decision, Layers, decide, nothing_to_centralize, plan_of
+from gcx.torch._plan import (
+    Decision,
+    Layers,
+    Weight,
+    decide,
+    nothing_to_centralize,
+    plan_of,
+    weights_of,
+)
 from gcx.torch._untraced import untraced
 from gcx.torch._warn import warn
 
@@ -25,7 +33,11 @@ _PASSES = 8
 
 
 def centralize_in_backward(
-    model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None
+    model: nn.Module,
+    *,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
 ) -> CentralizationInBackward:
     """Let backward centralize the gradients of a model, from its next forward pass on.
 
@@ -39,6 +51,9 @@ def centralize_in_backward(
         The model, before it is wrapped: while its weights have the shapes of their layers.
     layers, overrides
         As in `plan`, which shows what is centralized.
+    reproducible : bool, optional
+        Whether means are taken in the one order that gives equal bits on every device, whatever
+        the strides: see :doc:`reproducible`.
 
     Returns
     -------
@@ -48,7 +63,8 @@ def centralize_in_backward(
     Raises
     ------
     TypeError
-        If `model` is not a module. In backward: if the gradient of a weight is sparse.
+        If `model` is not a module; if a weight has a dtype, a device or shards for which
+        `reproducible` cannot be promised. In backward: if the gradient of a weight is sparse.
     ValueError
         As `plan`; if nothing would be centralized; if the model has such a handle already.
     RuntimeError
@@ -89,7 +105,9 @@ def centralize_in_backward(
     >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
     True
     """
-    return CentralizationInBackward(model, layers=layers, overrides=overrides)
+    return CentralizationInBackward(
+        model, layers=layers, overrides=overrides, reproducible=reproducible
+    )
 
 
 class CentralizationInBackward:
@@ -97,7 +115,7 @@ class CentralizationInBackward:
 
     Parameters
     ----------
-    model, layers, overrides
+    model, layers, overrides, reproducible
         As in `gcx.torch.centralize_in_backward`.
 
     Examples
@@ -113,11 +131,21 @@ class CentralizationInBackward:
     >>> handle.remove()
     """
 
-    def __init__(self, model: nn.Module, *, layers: Layers, overrides: Overrides | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Layers,
+        overrides: Overrides | None,
+        reproducible: bool,
+    ) -> None:
         decisions = decide(model, layers, overrides)
         self._kind = type(model).__name__
         self._plan = plan_of(decisions)
-        self._places = [_Place(p, d) for p, d in decisions.items() if d.fan_in is not None]
+        self._places = [
+            _Place(weight, decisions[weight.parameter])
+            for weight in weights_of(decisions.items(), reproducible=reproducible)
+        ]
         if not self._places:
             raise ValueError(nothing_to_centralize(self._kind, self._plan))
         _check_has_no_other(model)
@@ -187,13 +215,14 @@ class CentralizationInBackward:
 class _Place:
     """Where a layer has a weight: the parameter, or what stands for it in the forward pass."""
 
-    def __init__(self, parameter: Tensor, decision: Decision) -> None:
-        assert decision.fan_in is not None
-        self.name = decision.name
+    def __init__(self, weight: Weight, decision: Decision) -> None:
+        self.name = weight.name
         self.holder = decision.holder
         self._key = decision.key
-        self._shape = parameter.shape
-        self._fan_in = decision.fan_in
+        self._shape = decision.shape
+        # Not the weight itself, whose memory a wrapper may want to free.
+        self._fan_in = weight.fan_in
+        self._reproducible = weight.reproducible
         self.has_seen_one = False
 
     def tensor(self) -> Tensor | None:
@@ -211,7 +240,9 @@ class _Place:
         self.has_seen_one = True
         with naming(self.name):
             _torch.check_dtype(grad)
-        return self._fan_in.centralize(grad)
+            if self._reproducible:
+                self._fan_in.check_reproducible(grad)
+        return self._fan_in.centralize(grad, reproducible=self._reproducible)
 
     def is_idle(self) -> bool:
         """Whether no gradient has come by, of a weight that is trained."""

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gcx.torch._decay import Decay, coupled_rate, keeps_mean_in_gradient
-from gcx.torch._gradients import centralize_gradient, has_gradient
+from gcx.torch._gradients import Rate, with_gradient
 from gcx.torch._momentum import centralize_momentum
 from gcx.torch._plan import Weight
 from gcx.torch._targets import Targets
+from gcx.torch._together import Together
 from gcx.torch._untraced import untraced
 
 
@@ -25,6 +26,7 @@ class InGradient:
         self._targets = targets
         self._decay: Decay = decay
         self._switches = targets.switches()
+        self._together = Together()
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, decay)  # raises here what a step would raise
@@ -71,14 +73,13 @@ class InGradient:
     @untraced
     @torch.no_grad()
     def _centralize(self) -> None:
-        jobs: list[tuple[Weight, float | Tensor | None]] = []
+        gradients: dict[Rate, list[tuple[Weight, Tensor]]] = {}
         for group, weights in self._targets.by_group():
-            with_gradient = [weight for weight in weights if has_gradient(weight)]
-            if with_gradient:
+            found = with_gradient(weights)
+            if found:
                 rate = coupled_rate(self._targets.optimizer, group, self._decay)
-                jobs += [(weight, rate) for weight in with_gradient]
-        for weight, rate in jobs:
-            centralize_gradient(weight, rate)
+                gradients.setdefault(rate, []).extend(found)
+        self._together.centralize_(gradients)
 
     def _centralize_momentum(self, *_: Any) -> None:
         # After loading too: the checkpoint may be of a run without centralization.
@@ -93,15 +94,12 @@ class InGradient:
 
     @torch.no_grad()
     def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        return [
-            (weight, weight.fan_in.mean(grad))
-            for weight in self._targets.weights()
-            if has_gradient(weight) and (grad := weight.parameter.grad) is not None
-        ]
+        found = with_gradient(self._targets.weights())
+        return [(weight, weight.mean(grad)) for weight, grad in found]
 
 
 @torch.no_grad()
 def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
-    _, parameter, fan_in = weight
-    if parameter.grad is not None:
-        fan_in.subtract_(parameter.grad, fan_in.mean(parameter.grad) - mean)
+    grad = weight.parameter.grad
+    if grad is not None:
+        weight.fan_in.subtract_(grad, weight.mean(grad) - mean)

@@ -42,7 +42,7 @@ class InUpdate:
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._decay)
             moving = [weight for weight in weights if _may_move(weight)]
-            baselines += [_Baseline(w, w.fan_in.mean(w.parameter), factor) for w in moving]
+            baselines += [_Baseline(w, w.mean(w.parameter), factor) for w in moving]
         self._baselines.append(baselines)
 
     @untraced
@@ -61,10 +61,10 @@ class _Baseline(NamedTuple):
 
 
 def _restore_mean(weight: Weight, mean: Tensor, shrinkage: float | Tensor | None) -> None:
-    _, parameter, fan_in = weight
+    parameter = weight.parameter
     if shrinkage is not None and parameter.grad is not None:  # else the optimizer passes it over
         mean = mean * shrinkage
-    fan_in.subtract_(parameter, fan_in.mean(parameter) - mean)
+    weight.fan_in.subtract_(parameter, weight.mean(parameter) - mean)
 
 
 def _may_move(weight: Weight) -> bool:
@@ -75,10 +75,10 @@ def _may_move(weight: Weight) -> bool:
 def _warn_of_low_precision(weights: list[Weight]) -> None:
     narrow = [w for w in weights if torch.finfo(w.parameter.dtype).bits < 32]
     if narrow:
-        name, parameter, _ = narrow[0]
+        weight = narrow[0]
         warn(
-            f"{name} is {parameter.dtype}: rounding the weights loses most of what where='update' "
-            "does; keep float32 weights, or use where='gradient'"
+            f"{weight.name} is {weight.parameter.dtype}: rounding the weights loses most of what "
+            "where='update' does; keep float32 weights, or use where='gradient'"
         )
 
 

@@ -41,7 +41,7 @@ def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> None
             raise ValueError(msg)
     foreign = [(weight, buffer) for weight, buffer in momentum if _has_mean(weight, buffer)]
     for weight, buffer in foreign:
-        weight.fan_in.subtract_(buffer, weight.fan_in.mean(buffer))
+        weight.fan_in.subtract_(buffer, weight.mean(buffer))
     names = dict.fromkeys(weight.name for weight, _ in foreign)
     if names:
         warn(
@@ -82,7 +82,7 @@ def _has_mean(weight: Weight, buffer: Tensor) -> bool:
     """Whether the mean over the fan-in is more than rounding, of itself or of the elements."""
     if buffer.numel() == 0:
         return False
-    mean = weight.fan_in.mean(buffer)
+    mean = weight.mean(buffer)
     of_mean, of_elements = (torch.finfo(x.dtype).eps for x in (mean, buffer))
     rounding = of_mean + of_elements / sqrt(weight.fan_in.size(buffer))
     return bool(mean.abs().max() > 16 * rounding * buffer.abs().max())

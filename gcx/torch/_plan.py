@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from torch import Size, Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gcx._rules import unknown
+from gcx._tree import naming
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._fan_in import FanIn, is_trainable
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
@@ -41,11 +43,22 @@ class Decision(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A parameter to centralize."""
+    """A parameter to centralize, and whether its means are to have equal bits everywhere."""
 
     name: str
     parameter: Tensor
     fan_in: FanIn
+    reproducible: bool = False
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor of the shape of the parameter, as `FanIn.mean`."""
+        return self.fan_in.mean(tensor, reproducible=self.reproducible)
+
+    def check(self, tensor: Tensor) -> None:
+        """Raise a TypeError that names the weight if the bits of a mean cannot be promised."""
+        if self.reproducible:
+            with naming(self.name):
+                self.fan_in.check_reproducible(tensor)
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
@@ -159,6 +172,17 @@ def decide(
             found, rule = _ask(owned, layers)
         decisions.setdefault(owned.parameter, []).append(_decide(owned, found, rule))
     return {parameter: _agreed(parameter, each) for parameter, each in decisions.items()}
+
+
+def weights_of(
+    decisions: Iterable[tuple[Tensor, Decision]], *, reproducible: bool
+) -> Iterator[Weight]:
+    """List the parameters to centralize; a TypeError if bits cannot be promised that shall be."""
+    for parameter, decision in decisions:
+        if decision.fan_in is not None:
+            weight = Weight(decision.name, parameter, decision.fan_in, reproducible)
+            weight.check(parameter)
+            yield weight
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

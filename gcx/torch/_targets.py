@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from gcx.plan import Plan, PlanRow
 from gcx.torch._decay import Group
-from gcx.torch._plan import Decision, Weight, plan_of
+from gcx.torch._plan import Decision, Weight, plan_of, weights_of
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
@@ -29,20 +30,31 @@ class Targets:
         Its groups and their parameters may change later.
     decide : callable
         What happens to each parameter of the model as it is now.
+    reproducible : bool, optional
+        Whether means are to have equal bits everywhere.
     """
 
-    def __init__(self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        decide: Callable[[], dict[Tensor, Decision]],
+        *,
+        reproducible: bool = False,
+    ) -> None:
         self.optimizer = optimizer
         self._decide = decide
         self._decisions = decide()
+        self._reproducible = reproducible
+        self._settled: dict[int, _Settled] = {}  # by the position of the group
 
     def by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
         """List the groups in which there is something to centralize, with that.
 
-        Raises a RuntimeError if one of their parameters is not, or no longer, in the model.
+        A list stays the same, and so do the weights in it, until a parameter of the group changes.
+        Raises a RuntimeError if one of them is not, or no longer, in the model.
         """
-        for group in self.optimizer.param_groups:
-            weights = list(self._weights_of(group)) if is_on(group) else []
+        for position, group in enumerate(self.optimizer.param_groups):
+            weights = self._weights_of(position, group["params"]) if is_on(group) else []
             if weights:
                 yield group, weights
 
@@ -57,18 +69,20 @@ class Targets:
 
     def plan(self) -> Plan:
         """Show what happens to each parameter of the optimizer, by the model as it is now."""
-        self._decisions = self._decide()
+        self._take(self._decide())
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
         known = {p: decision for p, decision in self._decisions.items() if p in held}
         rows = plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
         strangers = [parameter for parameter in held if parameter not in known]
         return Plan([*rows, *map(_row_of_stranger, strangers)])
 
-    def _weights_of(self, group: Group) -> Iterator[Weight]:
-        for parameter in group["params"]:
-            decision = self._decision(parameter)
-            if decision.fan_in is not None:
-                yield Weight(decision.name, parameter, decision.fan_in)
+    def _weights_of(self, position: int, parameters: Sequence[Tensor]) -> list[Weight]:
+        settled = self._settled.get(position)
+        if settled is None or not settled.holds_for(parameters):
+            decisions = [self._decision(parameter) for parameter in parameters]
+            settled = _Settled(parameters, decisions, reproducible=self._reproducible)
+            self._settled[position] = settled
+        return settled.weights
 
     def _decision(self, parameter: Tensor) -> Decision:
         known = self._decisions.get(parameter)
@@ -77,8 +91,50 @@ class Targets:
         found = self._decide()  # it may have been added, or moved
         if parameter not in found:
             raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
-        self._decisions = found
+        self._take(found)
         return found[parameter]
+
+    def _take(self, decisions: dict[Tensor, Decision]) -> None:
+        self._decisions = decisions
+        self._settled.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies of a model that holds the handle: what is settled is about this one.
+        return {**vars(self), "_settled": {}}
+
+
+class _Settled:
+    """The weights among some parameters, as long as the model holds these where it did."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], decisions: Sequence[Decision], *, reproducible: bool
+    ) -> None:
+        pairs = zip(parameters, decisions, strict=True)
+        self.weights = list(weights_of(pairs, reproducible=reproducible))
+        self._parameters = list(parameters)
+        self._places = [(vars(decision.holder), decision.key) for decision in decisions]
+        self._tensors = [weight.parameter for weight in self.weights]
+        self._shapes = list(map(_shape_of, self._tensors))
+
+    def holds_for(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the same, in the same places of the model, and of the same shapes.
+
+        Asked in each step, so it is made of what is fast for many parameters; what is not found
+        where it is looked for, such as in a scripted module, is left to `Decision.is_about`.
+        """
+        try:
+            held = [module["_parameters"][key] for module, key in self._places]
+        except KeyError:
+            return False
+        return (
+            len(parameters) == len(held)
+            and all(map(is_, parameters, self._parameters))
+            and all(map(is_, parameters, held))
+            and list(map(_shape_of, self._tensors)) == self._shapes
+        )
+
+
+_shape_of = attrgetter("shape")
 
 
 def is_on(group: Group) -> bool:

@@ -1,0 +1,188 @@
+"""Compile the Triton kernel for GPUs that are not here; see ``triton_programs.py``.
+
+The host's own code launches the kernel, with tensors on the CPU, and the launch ends when the
+program for it is there. Takes a list of cases in JSON, and prints a list of programs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton_programs import THREADS, Case, Program
+
+from gcx.backends import _torch_triton, _triton_kernels
+
+_TOOLS = Path(nvidia.__file__).parent / "bin"
+
+_SGD = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "weight_decay": 0.01,
+    "nesterov": True,
+    "maximize": False,
+    "first": False,
+}
+_ADAMW = {
+    "step_size": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "decay": 0.01,
+    "bias2_root": 0.1,
+    "maximize": False,
+}
+# Rule, number of roles, and scalars of a `MultiTensor`.
+RULES: dict[str, tuple[str, int, dict[str, float]]] = {
+    "centralize": ("centralize", 3, {"strength": 1.0, "rate": 0.0}),
+    "coupled": ("centralize", 3, {"strength": 1.0, "rate": 0.01}),
+    "sgd": ("sgd", 2, _SGD),
+    "momentum": ("sgd", 3, _SGD),
+    "adamw": ("adamw", 4, _ADAMW),
+}
+
+
+def _even(dtype: torch.dtype) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Rows, columns, and what is not centralized; each of them in whole pieces of 16 bytes."""
+    matrix, bias = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+    return [(matrix, (1,)), (matrix, (0,)), (bias, ())]
+
+
+def _shifted(dtype: torch.dtype) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The same, one element behind where a piece begins."""
+    return [
+        (torch.zeros(1 + tensor.numel(), dtype=dtype)[1:].view(tensor.shape), axes)
+        for tensor, axes in _even(dtype)
+    ]
+
+
+def _odd(dtype: torch.dtype) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Rows, columns, and rows whose elements lie in runs, of lengths that are no whole pieces."""
+    shapes = [((5, 7), (1,)), ((5, 7), (0,)), ((5, 7, 3), (0, 2)), ((7,), ())]
+    return [(torch.zeros(shape, dtype=dtype), axes) for shape, axes in shapes]
+
+
+TENSORS: dict[str, Callable[[torch.dtype], list[tuple[Tensor, tuple[int, ...]]]]] = {
+    "even": _even,
+    "shifted": _shifted,
+    "odd": _odd,
+}
+
+
+class Gpu:
+    """As much of a driver of Triton as it takes to compile."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return self._arch  # which is what Triton keeps programs by
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+
+class Kernel:
+    """In the place of the kernel: is launched the same way, and keeps what was compiled."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, int]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+        tile = dict(zip(_MULTI_TENSOR.arg_names, arguments, strict=True))["TILE"]
+        self.compiled.append((_MULTI_TENSOR.warmup(*arguments, grid=grid, **options), tile))
+
+
+_MULTI_TENSOR = _triton_kernels.multi_tensor
+
+
+def compile_case(case: Case) -> Program:
+    """Launch, and look at what would run."""
+    driver.set_active(Gpu(case.arch))
+    _triton_kernels.multi_tensor = kernel = Kernel()
+    rule, roles, scalars = RULES[case.rule]
+    tensors = TENSORS[case.tensors](getattr(torch, case.dtype))
+    if rule == "centralize":
+        tensors = [(tensor, axes) for tensor, axes in tensors if axes]
+    lists = [[tensor for tensor, _ in tensors]] * roles
+    launch = _torch_triton.MultiTensor(rule, lists, [axes for _, axes in tensors], any_order=False)
+    launch.run(lists, **scalars)
+    ((compiled, tile),) = kernel.compiled
+    return _described(compiled, tile)
+
+
+def _described(compiled: Any, tile: int) -> Program:
+    code = compiled.asm["ptx"]
+    assert f".reqntid {THREADS}\n" in code
+    registers, spilled = _resources(compiled.asm["cubin"])
+    loads = [load for load in re.findall(r"@%p\d+ ld\.global\.([\w.]+)", code) if "cg" not in load]
+    stores = re.findall(r"@%p\d+ st\.global\.([\w.]+)", code)
+    wide = ("v4.b32", "v2.b64")
+    arithmetic = re.findall(r"\b(?:add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt|ex2|cvt)\.[\w.]+", code)
+    return Program(
+        tile=tile,
+        registers=registers,
+        spilled=spilled,
+        wide_loads=sum(load in wide for load in loads),
+        narrow_loads=sum(load not in wide for load in loads),
+        wide_stores=sum(store in wide for store in stores),
+        narrow_stores=sum(store not in wide for store in stores),
+        inexact=sorted({name for name in arithmetic if not _is_exact(name)}),
+        atomics=re.findall(r"\batom[\w.:]+", code),
+    )
+
+
+def _is_exact(instruction: str) -> bool:
+    """Whether an instruction is for integers, or rounds as IEEE 754 says."""
+    if not re.search(r"\.b?f\d", instruction):
+        return True
+    rounded_once = r"(add|sub|mul|div|sqrt)\.rn\.(f32|f64|f32x2)|cvt\.rn\.[\w.]+"
+    widened = r"cvt\.(f32\.b?f16|f64\.b?f16|f64\.f32)"
+    return re.fullmatch(f"{rounded_once}|{widened}", instruction) is not None
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of the stack and of local memory: a kernel that spills has some."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        told = subprocess.run(
+            [_TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    assert found is not None, told
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def main() -> None:
+    """Compile each case, as if a GPU were here."""
+    _torch_triton._on = lambda device: nullcontext()
+    _torch_triton._stream = lambda: 0
+    _torch_triton._sent = lambda table, device, waits=True: table
+    cases = [Case(*case) for case in json.loads(sys.argv[1])]
+    print(json.dumps([compile_case(case) for case in cases]))
+
+
+if __name__ == "__main__":
+    main()

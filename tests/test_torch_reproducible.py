@@ -1,0 +1,325 @@
+"""Equal bits through every way into gcx.torch, whatever the strides; the reference is NumPy's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+import gcx.torch
+from gcx import Layout
+from gcx.torch._plan import decide
+
+import canonical_order
+import processes
+from same_bits import assert_same_bits
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+class Model(nn.Module):
+    """All the kinds of weights; fan-ins are long enough for orders to differ in bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(40, 6, 5)
+        self.linear = nn.Linear(1000, 5)
+        self.up = nn.ConvTranspose2d(60, 4, 5, groups=2)
+
+
+def new_model(dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def random_gradients(model: nn.Module, seed: int = 0) -> None:
+    """Set gradients to numbers that depend on nothing but the seed, in the strides of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        grad = 0.3 + torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(grad)
+
+
+def weights(model: nn.Module) -> dict[str, tuple[Tensor, Layout, tuple[int, ...]]]:
+    """List the weights, with layout and shape in which the layout sees them."""
+    found = {}
+    for parameter, decision in decide(model).items():
+        if decision.fan_in is not None:
+            view = decision.fan_in.view_shape(parameter)
+            found[decision.name] = (parameter, decision.fan_in.layout, view)
+    assert [len(view) for _, _, view in found.values()] == [4, 2, 5]
+    return found
+
+
+def numbers(tensor: Tensor) -> Any:
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(wide).contiguous().numpy()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def by_reference(model: nn.Module) -> dict[str, Any]:
+    """Centralize the gradients of a model, outside of gcx."""
+    expected = {}
+    for name, (parameter, layout, view) in weights(model).items():
+        grad = numbers(parameter.grad).reshape(view)
+        axes = layout.fan_in_axes(len(view))
+        result = canonical_order.centralized(grad, axes, name_of(parameter.dtype))
+        expected[name] = result.reshape(parameter.shape)
+    return expected
+
+
+def channels_last(model: Model) -> Model:
+    return model.to(memory_format=torch.channels_last)
+
+
+STRIDES: dict[str, Callable[[Model], Model]] = {
+    "contiguous": lambda model: model,
+    "channels last": channels_last,
+}
+
+
+# The gradients, by every way in
+
+
+def by_hook(model: nn.Module) -> None:
+    optimizer = SGD(model.parameters())
+    gcx.torch.centralize(optimizer, model, reproducible=True)
+    optimizer.step()
+
+
+def by_handle(model: nn.Module) -> None:
+    optimizer = SGD(model.parameters())
+    gcx.torch.centralize(optimizer, model, where="update", reproducible=True).centralize_grads_()
+
+
+def now(model: nn.Module) -> None:
+    gcx.torch.centralize_grads_(model, reproducible=True)
+
+
+def in_backward(model: nn.Module) -> None:
+    gcx.torch.centralize_in_backward(model, reproducible=True)
+    pairs = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
+    # Whose gradients are these.
+    sum((parameter * grad).sum() for parameter, grad in pairs).backward()
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("centralize", [by_hook, by_handle, now, in_backward])
+@pytest.mark.filterwarnings("ignore:.*rounding the weights loses:UserWarning")
+def test_gradients_have_the_canonical_bits(
+    centralize: Callable[[nn.Module], None], dtype: torch.dtype, strides: str
+) -> None:
+    model = STRIDES[strides](new_model(dtype))
+    random_gradients(model)
+    expected = by_reference(model)
+    centralize(model)
+    for name, grad in expected.items():
+        assert_same_bits(numbers(model.get_parameter(name).grad), grad)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_decay_is_added_to_the_mean(maximize: bool, strides: str) -> None:
+    """The mean of the weights in canonical order too, times the rate in float32."""
+    model = STRIDES[strides](new_model())
+    random_gradients(model)
+    rate = np.float32(-0.1 if maximize else 0.1)
+    expected = {}
+    for name, (parameter, layout, view) in weights(model).items():
+        grad, weight = (numbers(x).reshape(view) for x in (parameter.grad, parameter))
+        result = np.empty_like(grad)
+        for unit in canonical_order.output_units(view, layout.fan_in_axes(len(view))):
+            mean, of_weight = (canonical_order.scaled_mean(x[unit], 1.0) for x in (grad, weight))
+            result[unit] = grad[unit] - (mean + rate * of_weight)
+        expected[name] = result.reshape(parameter.shape)
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, maximize=maximize)
+    gcx.torch.centralize(optimizer, model, reproducible=True)
+    optimizer.step()
+    for name, grad in expected.items():
+        assert_same_bits(numbers(model.get_parameter(name).grad), grad)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_update_restores_the_canonical_mean(strides: str) -> None:
+    model = STRIDES[strides](new_model())
+    random_gradients(model)
+    plain = copy.deepcopy(model)
+    for one in (model, plain):
+        optimizer = AdamW(one.parameters(), lr=0.1, foreach=False)
+        if one is model:
+            gcx.torch.centralize(optimizer, one, where="update", reproducible=True)
+        for parameter, given in zip(one.parameters(), model.parameters(), strict=True):
+            parameter.grad = given.grad.clone()
+        before = {name: p.detach().clone() for name, p in one.named_parameters()}
+        optimizer.step()
+    for name, (moved, layout, view) in weights(plain).items():
+        start, end = (numbers(x).reshape(view) for x in (before[name], moved))
+        result = np.empty_like(end)
+        for unit in canonical_order.output_units(view, layout.fan_in_axes(len(view))):
+            old, new = (canonical_order.scaled_mean(x[unit], 1.0) for x in (start, end))
+            result[unit] = end[unit] - (new - old)
+        assert_same_bits(numbers(model.get_parameter(name)), result.reshape(moved.shape))
+
+
+# Runs
+
+
+def sgd(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+
+
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=0.1, foreach=False)
+
+
+def run(model: Model, make: Any, **options: Any) -> list[Any]:
+    """Train on recorded gradients, the first ones without centralization."""
+    optimizer = make(model)
+    random_gradients(model, seed=100)
+    optimizer.step()
+    gcx.torch.centralize(optimizer, model, **options)  # and momentum from before
+    for seed in range(3):
+        random_gradients(model, seed)
+        optimizer.step()
+    # A closure that adds to the gradients finds them as they were.
+    generator = torch.Generator().manual_seed(200)
+    more = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+    def closure() -> None:
+        for parameter, grad in zip(model.parameters(), more, strict=True):
+            parameter.grad += grad
+
+    optimizer.step(closure)
+    return [numbers(parameter) for parameter in model.parameters()]
+
+
+def has_same_bits(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the momentum of 3 weights:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "where"), [(sgd, "gradient"), (adamw, "gradient"), (adamw, "update")]
+)
+def test_memory_format_does_not_matter(make: Any, where: Any) -> None:
+    runs = {
+        reproducible: [
+            run(strides(new_model()), make, where=where, reproducible=reproducible)
+            for strides in STRIDES.values()
+        ]
+        for reproducible in (True, False)
+    }
+    assert has_same_bits(*runs[True])
+    assert not has_same_bits(*runs[False])
+
+
+# Where it cannot be promised
+
+
+def attached(model: nn.Module) -> object:
+    return gcx.torch.centralize(SGD(model.parameters()), model, reproducible=True)
+
+
+def attached_in_update(model: nn.Module) -> object:
+    return gcx.torch.centralize(SGD(model.parameters()), model, where="update", reproducible=True)
+
+
+def attached_in_backward(model: nn.Module) -> object:
+    return gcx.torch.centralize_in_backward(model, reproducible=True)
+
+
+@pytest.mark.parametrize(
+    "attach", [attached, attached_in_update, attached_in_backward, now], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": torch.complex64}, r"1\.weight: reproducible=True is for float16.*complex64"),
+        ({"device": "meta"}, r"1\.weight: reproducible=True is for tensors on a CPU.*meta"),
+    ],
+    ids=["dtype", "device"],
+)
+def test_attaching_names_the_weight(attach: Any, options: Any, match: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, **options))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(TypeError, match=match):
+        attach(model)
+    assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
+    for parameter in model[1].parameters():  # what is left alone promises nothing
+        parameter.requires_grad_(requires_grad=False)
+    gcx.torch.centralize(SGD(model.parameters()), model)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_weight_that_comes_later(where: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.complex64))
+    optimizer = SGD(model[0].parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, model, where=where, reproducible=True)
+    optimizer.add_param_group({"params": model[1].parameters()})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(TypeError, match=r"1\.weight: reproducible=True"):
+        optimizer.step()
+    assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+# Shards
+
+
+def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:
+    """Take a step of a weight (24, 1000), whole and cut; the weight afterwards, both ways."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    results = []
+    for is_cut in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(1000, 24, bias=False)
+        grad = torch.randn(24, 1000)
+        if is_cut:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [placement]))
+            grad = distribute_tensor(grad, mesh, [placement])
+        optimizer: Optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        gcx.torch.centralize(optimizer, layer, where=where, reproducible=True)
+        layer.weight.grad = grad
+        optimizer.step()
+        result = layer.weight.detach()
+        results.append(numbers(result.full_tensor() if is_cut else result))
+    return results[0], results[1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_shards_of_whole_fan_ins(placement: Placement, where: str) -> None:
+    for whole, cut in processes.run(2, sharded_step, placement, where):
+        assert_same_bits(cut, whole)
+
+
+def refusal() -> str:
+    with pytest.raises(TypeError) as caught:
+        sharded_step(Shard(1), "gradient")
+    return str(caught.value)
+
+
+@pytest.mark.processes
+def test_a_fan_in_that_is_cut_is_refused() -> None:
+    for message in processes.run(2, refusal):
+        assert message.startswith("weight: reproducible=True needs each fan-in whole")

@@ -215,11 +215,19 @@ def layouts_for(
 
 
 def resolve_axes(
-    grad: Any, layout: LayoutLike, axis: int | Sequence[int] | None = None
+    grad: Any,
+    layout: LayoutLike,
+    axis: int | Sequence[int] | None = None,
+    *,
+    reproducible: bool = False,
 ) -> tuple[int, ...]:
     """Axes over which `centralize` would average, after the same checks."""
-    backend_for(grad).check_dtype(grad)
-    return _fan_in_axes(grad.shape, layout, axis)
+    backend = backend_for(grad)
+    backend.check_dtype(grad)
+    axes = _fan_in_axes(grad.shape, layout, axis)
+    if reproducible and axes:
+        backend.check_reproducible(grad, axes)
+    return axes
 
 
 class _Job(NamedTuple):
@@ -238,10 +246,7 @@ def _job(
     with naming(name):
         backend = backend_for(grad)
         if layout is not None:
-            backend.check_dtype(grad)
-            axes = _fan_in_axes(grad.shape, layout)
-        if reproducible and axes:
-            backend.check_reproducible(grad, axes)
+            axes = resolve_axes(grad, layout, reproducible=reproducible)
         if writes:
             _check_out(out, grad, backend)
     return _Job(backend, grad, axes, out)

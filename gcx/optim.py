@@ -36,6 +36,7 @@ class _Optimizer:
     weight_decay: float = 0.0
     centralize: Literal["gradient", "update"] | None = "gradient"
     layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] = "o..."
+    reproducible: bool = False
 
     _decay_is_coupled: ClassVar[bool] = True
 
@@ -64,7 +65,8 @@ class _Optimizer:
         Raises
         ------
         TypeError
-            If `params` is not a list, tuple or dict, or holds anything but floating arrays.
+            If `params` is not a list, tuple or dict, or holds anything but floating arrays; or if
+            `reproducible` cannot be kept for one of them.
         ValueError
             If `layouts` does not fit `params`, or if it centralizes none of them.
         """
@@ -108,7 +110,8 @@ class _Optimizer:
         Raises
         ------
         TypeError
-            If a gradient or a buffer is of another library than its parameter.
+            If a gradient or a buffer is of another library than its parameter, or if
+            `reproducible` cannot be kept.
         ValueError
             If `grads` or `state` do not fit `params`. Nothing has been computed then.
 
@@ -131,14 +134,17 @@ class _Optimizer:
         if self.weight_decay and self._decay_is_coupled:
             grad = grad + self.weight_decay * param
         if self.centralize == "gradient":
-            grad = _project(grad, axes)
+            grad = self._project(grad, axes)
         direction, *new_buffers = self._direction(grad, step + 1, *buffers)
         if self.weight_decay and not self._decay_is_coupled:
             direction = direction + self.weight_decay * param
         if self.centralize == "update":
-            direction = _project(direction, axes)
+            direction = self._project(direction, axes)
         new_param = _as_dtype_of(param, param - self.lr * direction)
         return new_param, step + 1, *map(_as_dtype_of, buffers, new_buffers)
+
+    def _project(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return centralize(x, axis=axes, reproducible=self.reproducible) if axes else x
 
     @property
     def _buffers(self) -> tuple[str, ...]:
@@ -154,10 +160,13 @@ class _Optimizer:
         if self.centralize is None:
             return [()] * len(named)
         layouts = layouts_for([name for name, _ in named], self.layouts, like=params)
-        axes = []
+        axes: list[tuple[int, ...]] = []
         for (name, param), layout in zip(named, layouts, strict=True):
             with naming(name):
-                axes.append(() if layout is None else resolve_axes(param, layout))
+                if layout is None:
+                    axes.append(())
+                else:
+                    axes.append(resolve_axes(param, layout, reproducible=self.reproducible))
         return axes
 
     def _checked_rows(
@@ -215,6 +224,9 @@ class SGD(_Optimizer):
     layouts : Layout, str, mapping or sequence, optional
         As in `gcx.centralize_many`: one layout for all, a list built like the parameters, or a
         mapping from name or glob to layout; None leaves a parameter alone.
+    reproducible : bool, optional
+        Centralize as `gcx.centralize` does with ``reproducible=True``. See the notes for what
+        becomes of the weights.
     momentum : float, optional
         :math:`\mu`, from 0 to below 1. With 0 there is no buffer, and :math:`b_t` is :math:`g_t`.
     dampening : float, optional
@@ -233,6 +245,12 @@ class SGD(_Optimizer):
     The formulas are those of ``torch.optim.SGD``. The state is ``{"step": ..., "momentum": ...}``;
     steps are counted for each parameter, since one without gradient does not take part. Weights of
     float16 or bfloat16 are updated in their own precision; train float32 weights.
+
+    With `reproducible`, equal gradients lead to weights of equal bits on NumPy, torch on a CPU, and
+    JAX on a CPU, over any number of steps, in float32 and float64, but for subnormal numbers, which
+    JAX takes for zero. Not inside `jax.jit` or `torch.compile`, which round the arithmetic of the
+    step in their own ways, nor in narrower dtypes, where libraries round the hyperparameters in
+    theirs: there the centralization alone is the same.
 
     References
     ----------
@@ -320,6 +338,9 @@ class Adam(_Optimizer):
         None is plain Adam; `layouts` does not count then.
     layouts : Layout, str, mapping or sequence, optional
         As in `SGD`.
+    reproducible : bool, optional
+        Centralize as `gcx.centralize` does with ``reproducible=True``. The rest of the step has
+        roots and divisions, which libraries round in their own ways.
     betas : tuple of two floats, optional
         :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
     eps : float, optional
@@ -405,6 +426,8 @@ class AdamW(Adam):
         authors' code; the means stay constant. None is plain AdamW; `layouts` does not count then.
     layouts : Layout, str, mapping or sequence, optional
         As in `SGD`.
+    reproducible : bool, optional
+        As in `Adam`.
     betas : tuple of two floats, optional
         As in `Adam`.
     eps : float, optional
@@ -467,10 +490,6 @@ def _check_fits(what: str, array: Any, param: Any) -> None:
     if array.dtype != param.dtype:
         msg = f"the {what} has dtype {array.dtype}, its parameter {param.dtype}"
         raise ValueError(msg)
-
-
-def _project(x: Any, axes: tuple[int, ...]) -> Any:
-    return centralize(x, axis=axes) if axes else x
 
 
 def _as_dtype_of(old: Any, new: Any) -> Any:

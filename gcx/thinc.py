@@ -182,7 +182,7 @@ def centralize(
         over its fan-in constant with all of them, and holds for the moving averages too.
     reproducible : bool, optional
         Whether means are taken in the one order that gives equal bits everywhere (see
-        :doc:`reproducible`), on NumPy and on CuPy.
+        :doc:`/reproducible`), on NumPy and on CuPy.
 
     Returns
     -------

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gcx
 from gcx import backends
 from gcx.__main__ import main
 from gcx._check import bits, canonical, samples
 from gcx._check.formats import FORMATS
-from gcx._check.gradients import Case
+from gcx._check.gradients import Case, keepdims, unit_rows
 from gcx._cli import libraries
 from gcx.backends import _numpy
 
@@ -106,9 +105,9 @@ def in_the_order_of_memory(grad: Any, axes: Any, *rest: Any) -> Any:
 
 def by_the_reciprocal(grad: Any, axes: Any, strength: float, out: Any, reproducible: bool) -> Any:
     wide = grad.astype(np.result_type(grad, "float32"))
-    fan_in = np.prod([grad.shape[axis] for axis in axes])
-    total = _numpy._canonical.fan_in_sum(wide, axes, np)
-    return (wide - total * (1 / wide.dtype.type(fan_in))).astype(grad.dtype)
+    rows = unit_rows(wide, axes)
+    means = canonical._sums(rows) * (1 / wide.dtype.type(rows.shape[1]))
+    return (wide - means.reshape(keepdims(wide.shape, axes))).astype(grad.dtype)
 
 
 def padded_with_positive_zeros(grad: Any, *rest: Any) -> Any:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+
 import gcx
+from gcx.backends import _jax
 
+import canonical_order
 from reference import centralized
-
-jax = pytest.importorskip("jax")
-jnp = jax.numpy
+from same_bits import assert_same_bits
 
 
 def weight(*shape: int) -> Any:
@@ -29,6 +35,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "axis": partial(gcx.centralize, axis=(0, -1)),
     "strength": partial(gcx.centralize, strength=0.5),
     "low precision": lambda g: gcx.centralize(g.astype(jnp.bfloat16)),
+    "reproducible": partial(gcx.centralize, reproducible=True, strength=0.3),
     "many": lambda g: gcx.centralize_many({"a": [g, None]}, layouts={"a/*": "...o"}),
 }
 
@@ -65,13 +72,15 @@ class TestPrograms:
             program(weight(3, 4, 5))
 
 
-def test_derivative_is_the_projection_itself() -> None:
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_derivative_is_the_projection_itself(reproducible: bool) -> None:
+    program = partial(gcx.centralize, reproducible=reproducible)
     grad, direction = weight(3, 4), weight(4, 3).T
-    _, tangent = jax.jvp(gcx.centralize, (grad,), (direction,))
+    _, tangent = jax.jvp(program, (grad,), (direction,))
     np.testing.assert_allclose(tangent, gcx.centralize(direction), atol=1e-6)
-    _, pull_back = jax.vjp(gcx.centralize, grad)
+    _, pull_back = jax.vjp(program, grad)
     np.testing.assert_allclose(pull_back(direction)[0], gcx.centralize(direction), atol=1e-6)
-    projection = jax.jacobian(gcx.centralize)(grad[:1])[0, :, 0, :]
+    projection = jax.jacobian(program)(grad[:1])[0, :, 0, :]
     np.testing.assert_allclose(projection, np.eye(4) - 1 / 4, atol=1e-6)
 
 
@@ -98,9 +107,98 @@ def test_scan_over_steps_keeps_the_means() -> None:
     np.testing.assert_allclose(end.mean(1), start.mean(1), atol=1e-6)
 
 
-def test_compiles_once_a_shape() -> None:
-    from gcx.backends import _jax
+# Inside a program XLA rewrites: a division by a constant becomes a product with its reciprocal, a
+# product and a sum become one operation, a conversion to a narrow dtype and back is left out.
 
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((4000, 2), (1,)),
+        ((2, 4000), (0,)),
+        ((700, 7), (1,)),
+        ((9, 50, 8), (0, 2)),
+        ((64, 147), (1,)),
+        ((1, 1000), (1,)),
+        ((2, 20_000), (1,)),
+    ],
+    ids=str,
+)
+class TestReproducible:
+    @pytest.fixture(autouse=True)
+    def numbers(self, shape: Any, axes: Any, dtype: str, strength: float) -> Iterator[None]:
+        rng = np.random.default_rng(0)
+        with _jax.double_precision():
+            self.x, self.y = (jnp.asarray(rng.normal(1.0, 1.0, shape), dtype) for _ in range(2))
+            wide = np.asarray((self.x * self.y).astype(canonical_order.working_dtype(dtype)))
+            self.expected = canonical_order.centralized(wide, axes, dtype, strength)
+            yield
+
+    @pytest.fixture
+    def program(self, axes: Any, strength: float) -> Callable[[Any, Any], Any]:
+        def centralized_product(x: Any, y: Any) -> Any:
+            return gcx.centralize(x * y, axis=axes, strength=strength, reproducible=True)
+
+        return centralized_product
+
+    def assert_bits(self, result: Any) -> None:
+        assert result.dtype == self.x.dtype
+        assert_same_bits(np.asarray(result.astype(self.expected.dtype)), self.expected)
+
+    def test_eager(self, program: Any) -> None:
+        self.assert_bits(program(self.x, self.y))
+
+    def test_jit(self, program: Any) -> None:
+        self.assert_bits(jax.jit(program)(self.x, self.y))
+
+    def test_jit_with_the_result_widened(self, program: Any) -> None:
+        wide = jax.jit(lambda x, y: program(x, y).astype(self.expected.dtype))
+        assert_same_bits(np.asarray(wide(self.x, self.y)), self.expected)
+
+    def test_vmap(self, program: Any) -> None:
+        for axis in range(self.x.ndim):
+            batches = (jnp.stack([array, array], axis) for array in (self.x, self.y))
+            mapped = jax.jit(jax.vmap(program, axis, axis))(*batches)
+            self.assert_bits(jnp.take(mapped, 1, axis))
+
+    def test_scan(self, program: Any) -> None:
+        def step(carry: Any, array: Any) -> tuple[Any, Any]:
+            return carry, program(carry, array)
+
+        _, results = jax.jit(lambda x, ys: jax.lax.scan(step, x, ys))(self.x, self.y[None])
+        self.assert_bits(results[0])
+
+    def test_beside_the_derivative(self, program: Any) -> None:
+        value, _ = jax.jit(lambda x, y: jax.jvp(program, (x, y), (y, x)))(self.x, self.y)
+        self.assert_bits(value)
+
+
+def test_reproducible_without_jit() -> None:
+    grad = weight(5, 300)
+    with jax.disable_jit():
+        plain = gcx.centralize(grad, reproducible=True)
+    assert_same_bits(np.asarray(plain), np.asarray(gcx.centralize(grad, reproducible=True)))
+
+
+def test_reproducible_is_refused_where_it_is_compiled_for_no_cpu() -> None:
+    traced = jax.jit(partial(gcx.centralize, reproducible=True)).trace(weight(3, 4))
+    traced.lower(lowering_platforms=("cpu",))
+    for platform in ("cuda", "tpu"):
+        with pytest.raises(TypeError, match=f"on a CPU, and this is compiled for {platform}"):
+            traced.lower(lowering_platforms=(platform,))
+
+
+def test_reproducible_is_refused_for_an_array_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad = weight(3, 4)
+    elsewhere = {SimpleNamespace(platform="gpu")}
+    monkeypatch.setattr(type(grad), "devices", lambda _: elsewhere)
+    with pytest.raises(TypeError, match="on a CPU, and this array is on gpu"):
+        gcx.centralize(grad, reproducible=True)
+
+
+def test_compiles_once_a_shape() -> None:
     gcx.centralize(weight(3, 7), layout="...o")
     compiled = _jax._centralize._cache_size()
     for layout in ("...o", "io...", gcx.Layout("...o")):

@@ -13,7 +13,9 @@ import pytest
 import gcx
 from gcx import Layout
 
+import canonical_order
 from reference import centralized, fan_in_means
+from same_bits import assert_same_bits
 
 pytest.importorskip("jax")
 pytest.importorskip("optax")
@@ -613,6 +615,70 @@ def test_centralizes_the_mean_of_accumulated_gradients() -> None:
 
     found = second_update(optax.chain(gcx.optax.centralize("flax"), SGD))
     np.testing.assert_allclose(found, centralized(second_update(SGD), (0,)), atol=1e-15)
+
+
+# Equal bits
+
+
+def many_inputs() -> Any:
+    """Kernels with so many inputs that orders of summation differ in bits."""
+    rng = np.random.default_rng(0)
+    return {
+        "Dense_0": {"kernel": 0.3 + rng.normal(size=(1000, 5)), "bias": rng.normal(size=5)},
+        "Conv_0": {"kernel": 0.3 + rng.normal(size=(3, 3, 40, 7))},
+    }
+
+
+REPRODUCIBLE = gcx.optax.centralize("flax", reproducible=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_reproducible_bits(run: Any, dtype: str) -> None:
+    grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), many_inputs())
+    updates, _ = run(REPRODUCIBLE.update)(grads, REPRODUCIBLE.init(grads))
+    for name, axes in {"Dense_0": (0,), "Conv_0": (0, 1, 2)}.items():
+        grad, found = (np.asarray(tree[name]["kernel"]) for tree in (grads, updates))
+        wide = canonical_order.working_dtype(dtype)
+        expected = canonical_order.centralized(grad.astype(wide), axes, dtype)
+        assert_same_bits(found.astype(wide), expected)
+
+
+def test_reproducible_on_one_device_of_several_programs() -> None:
+    """Of a step, what is centralized has equal bits; what is done to it XLA may round as it likes."""
+    grads = jax.tree.map(lambda x: jnp.asarray(x, "float32"), many_inputs())
+    optimizer = optax.chain(optax.sgd(2**-4), REPRODUCIBLE)  # which scales exactly
+    init = optimizer.init(grads)
+    eager, _ = optimizer.update(grads, init, grads)
+    jitted, _ = jax.jit(optimizer.update)(grads, init, grads)
+    jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+
+
+def test_reproducible_takes_shapes() -> None:
+    shapes = jax.tree.map(lambda x: struct(*x.shape, dtype="float16"), many_inputs())
+    assert REPRODUCIBLE.init(shapes) == optax.EmptyState()
+    assert jax.eval_shape(REPRODUCIBLE.init, shapes) == optax.EmptyState()
+
+
+@pytest.mark.parametrize("make", [struct, lambda *shape, dtype: jnp.ones(shape, dtype)])
+def test_reproducible_is_refused_for_other_dtypes(make: Any) -> None:
+    params = {"Dense_0": {"kernel": make(3, 2, dtype="complex64"), "bias": make(2, dtype="int32")}}
+    with pytest.raises(TypeError, match=r"Dense_0/kernel: reproducible=True is for .*complex64"):
+        REPRODUCIBLE.init(params)
+
+
+def test_reproducible_is_refused_for_a_fan_in_that_is_split() -> None:
+    params = {"a": {"kernel": jnp.ones((4, 2))}, "b": {"kernel": jnp.ones((4, 2))}}
+    names = {"a/kernel": None, "b/kernel": "x"}
+    transform = gcx.optax.centralize("flax", axis_name=names, reproducible=True)
+    with pytest.raises(TypeError, match=r"b/kernel: reproducible=True .* over \('x',\)"):
+        transform.init(params)
+    with pytest.raises(TypeError, match=r"b/kernel: reproducible=True"):
+        transform.update(params, optax.EmptyState())
+    del params["b"], names["b/kernel"]
+    transform = gcx.optax.centralize("flax", axis_name=names, reproducible=True)
+    updates, _ = transform.update(params, transform.init(params))
+    assert not np.any(updates["a"]["kernel"])
 
 
 def test_has_no_state() -> None:

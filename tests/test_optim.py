@@ -16,8 +16,10 @@ from gcx._tree import flatten, rebuild
 from gcx.optim import SGD, Adam, AdamW
 from gcx.testing import assert_centralized
 
+import canonical_order
 import libraries
 import reference
+from same_bits import assert_same_bits
 
 LAYOUTS = {"conv": "o...", "*kernel": "...o", "*": None}
 FAN_INS = {"conv": (1, 2, 3), "dense/kernel": (0,)}  # what LAYOUTS says, in axes
@@ -176,7 +178,7 @@ def test_without_centralization_it_is_torch_optim(name: str) -> None:
     options = {
         option: value
         for option, value in vars(optimizer).items()
-        if option not in ("centralize", "layouts")
+        if option not in ("centralize", "layouts", "reproducible")
     }
     theirs = getattr(torch.optim, type(optimizer).__name__)(weights.values(), **options)
     for tree in grads:
@@ -194,6 +196,65 @@ def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
     grads = [xp.asarray(grad, "complex128")]
     (new,), _ = optimizer.update(params, grads, optimizer.init(params))
     np.testing.assert_allclose(xp.numpy(new), -grad / np.abs(grad), rtol=1e-12)
+
+
+# The same bits
+
+
+@every_place
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if isinstance(OPTIMIZERS[name], SGD)])
+def test_reproducible_steps_end_in_the_same_bits(
+    xp: Any, name: str, dtype: str, place: Any
+) -> None:
+    """200 steps, on large fan-ins too, against a step written for NumPy alone."""
+    if (xp.backend, xp.device) not in (("numpy", "cpu"), ("torch", "cpu"), ("jax", "cpu")):
+        return
+    optimizer = replace(OPTIMIZERS[name], centralize=place, reproducible=True)
+    rng = np.random.default_rng(0)
+    start, *grads = rng.normal(0.3, 1.0, (201, 4, 300)).astype(dtype)
+    params = [xp.asarray(start, dtype)]
+    state = optimizer.init(params)
+    for grad in grads:
+        params, state = optimizer.update(params, [xp.asarray(grad, dtype)], state)
+    expected = in_canonical_order(optimizer, start, grads)
+    assert_same_bits(xp.numpy(params[0]), expected)
+
+
+def in_canonical_order(optimizer: SGD, weight: Any, grads: list[Any]) -> Any:
+    number, name = weight.dtype.type, weight.dtype.name
+    lr, decay, momentum = (
+        number(getattr(optimizer, option)) for option in ("lr", "weight_decay", "momentum")
+    )
+    undamped = number(1 - optimizer.dampening)
+
+    def project(x: Any) -> Any:
+        return canonical_order.centralized(x, (1,), name)
+
+    buffer = None
+    for grad in grads:
+        d = grad + decay * weight
+        if optimizer.centralize == "gradient":
+            d = project(d)
+        if momentum:
+            buffer = d if buffer is None else momentum * buffer + undamped * d
+            d = d + momentum * buffer if optimizer.nesterov else buffer
+        weight = weight - lr * (project(d) if optimizer.centralize == "update" else d)
+    return weight
+
+
+@one_of_each
+def test_reproducible_is_refused_before_a_step(name: str) -> None:
+    optimizer = replace(OPTIMIZERS[name], reproducible=True)
+    params = {"good": np.ones((2, 3)), "bad": np.ones((2, 3), complex)}
+    plain = replace(optimizer, reproducible=False)
+    with pytest.raises(TypeError, match=r"^bad: reproducible=True.*complex128"):
+        optimizer.init(params)
+    with pytest.raises(TypeError, match=r"^bad: reproducible=True.*complex128"):
+        optimizer.update(params, params, plain.init(params))
+    layouts = {"good": "o...", "bad": None}  # which leaves nothing to be summed
+    state = replace(optimizer, layouts=layouts).init(params)
+    replace(optimizer, layouts=layouts).update(params, params, state)
 
 
 # Which parameters

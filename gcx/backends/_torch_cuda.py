@@ -121,14 +121,14 @@ class Launches:
             return [*range(len(grads))]
         if weights is None or rate == 0:
             weights, rate = grads, 0.0
+        looks = [*forms(grads), *([] if weights is grads else forms(weights))]
+        seen = [*looks, *axes, reproducible]
         roles = (grads, weights, grads)
-        seen = [*forms(grads), *([] if weights is grads else forms(weights)), *axes, reproducible]
         if seen != self._seen:
-            left = _left(grads, weights, axes)
-            make = partial(_Plan, roles, axes, any_order=not reproducible, left=left)
+            make = partial(_plan_in_place, roles, axes, reproducible)
             self._plan, self._seen = _kept(self._plans, tuple(seen), make), seen
         self._plan.run(roles, 1.0, rate)
-        return [*self._plan.left]
+        return sorted(self._plan.left)
 
 
 class _Plan:
@@ -143,12 +143,7 @@ class _Plan:
             kind = (roles[0][k].device, *(tensors[k].dtype for tensors in roles))
             places.setdefault(kind, []).append(k)
         self._parts = [
-            (
-                chosen,
-                MultiTensor(
-                    "centralize", _at(chosen, roles), [axes[k] for k in chosen], any_order=any_order
-                ),
-            )
+            (chosen, _multi_tensor(roles, axes, chosen, any_order=any_order))
             for chosen in places.values()
         ]
 
@@ -177,13 +172,24 @@ def _at(places: list[int], roles: Roles) -> Roles:
     return [chosen[id(tensors)] for tensors in roles]
 
 
-def _left(grads: Sequence[Tensor], weights: Sequence[Tensor], axes: Sequence[Axes]) -> set[int]:
-    """Positions of gradients that the kernel does not take, or has in hand already."""
-    return {
+def _multi_tensor(
+    roles: Roles, axes: Sequence[Axes], places: list[int], *, any_order: bool
+) -> MultiTensor:
+    chosen = [axes[k] for k in places]
+    return MultiTensor("centralize", _at(places, roles), chosen, any_order=any_order)
+
+
+def _plan_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> _Plan:
+    """Plan without gradients that the kernel does not take, or would have in hand already."""
+    grads, weights, _ = roles
+    taken = [
         k
         for k, (grad, weight, fan_in) in enumerate(zip(grads, weights, axes, strict=True))
-        if not (takes(grad, fan_in, grad) and (weight is grad or _goes_with(weight, grad)))
-    } | _repeated(grads)
+        if takes(grad, fan_in, grad) and (weight is grad or _goes_with(weight, grad))
+    ]
+    repeated = _repeated([grads[k] for k in taken])
+    left = {*range(len(axes))} - {k for n, k in enumerate(taken) if n not in repeated}
+    return _Plan(roles, axes, any_order=not reproducible, left=left)
 
 
 def _repeated(tensors: Sequence[Tensor]) -> set[int]:

@@ -194,7 +194,8 @@ class _Launch:
 def forms(tensors: Sequence[Tensor]) -> list[Any]:
     """List what the tables depend on, and whether a tensor is an ordinary one.
 
-    This is done in each step of training, so one attribute after the other, which is fastest.
+    This is done in each step of training, so one attribute after the other, which is fastest. That
+    a tensor is sparse shows in its strides, which are 0.
     """
     return [
         *map(type, tensors),

@@ -52,7 +52,7 @@ def centralize(
         As in `plan`.
     reproducible : bool, optional
         Whether means are taken in the one order that gives equal bits everywhere (see
-        :doc:`reproducible`): what is centralized, the gradient or the displacement, then has equal
+        :doc:`/reproducible`): what is centralized, the gradient or the displacement, then has equal
         bits afterwards wherever it had before. The rest of the step is left to Keras.
 
     Returns

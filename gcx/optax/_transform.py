@@ -64,7 +64,7 @@ def centralize(
         which XLA communicates by itself.
     reproducible : bool, optional
         Whether equal updates that arrive leave with equal bits in every program for a CPU, and as
-        from the other libraries (see :doc:`reproducible`). The arithmetic around it, such as that
+        from the other libraries (see :doc:`/reproducible`). The arithmetic around it, such as that
         of the optimizer, XLA rounds as it likes.
 
     Returns

@@ -89,6 +89,8 @@ class FanIn(NamedTuple):
 
     def centralize(self, tensor: Tensor, *, reproducible: bool = False) -> Tensor:
         """Subtract the mean over the fan-in."""
+        if self.groups == 1:  # by a kernel, if there is one
+            return _torch.centralize(tensor, self.view_axes(tensor), 1.0, None, reproducible)
         return _torch.subtract(tensor, self.mean(tensor, reproducible=reproducible))
 
     def check_reproducible(self, tensor: Tensor) -> None:

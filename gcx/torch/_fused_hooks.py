@@ -81,10 +81,10 @@ class InStep(InGradient):
             return cast("list[Tensor]", group["params"])
         optimizer = self._targets.optimizer
         parameters = [p for p in group["params"] if p.grad is not None]
-        new = [p for p in parameters if not optimizer.state.get(p)]
-        if new:
-            remember(new)
         states = [optimizer.state.get(p, {}) for p in parameters]
+        if not all(states):
+            remember([p for p, state in zip(parameters, states, strict=True) if not state])
+            states = [optimizer.state.get(p, {}) for p in parameters]
         places = self._launches.step(group, parameters, states, [*map(weights.get, parameters)])
         left = [parameters[k] for k in places]
         found = with_gradient([weights[p] for p in left if p in weights])

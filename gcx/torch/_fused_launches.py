@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gcx.backends import _torch_cuda
+from gcx.backends._torch_triton import forms
 from gcx.torch._decay import Group
 from gcx.torch._fused_rules import Rule, Scalars, State
 from gcx.torch._plan import Weight
+
+T = TypeVar("T")
 
 # For each thing that a step needs (gradient, parameter, what is remembered) that of all.
 Roles = Sequence[Sequence[Tensor]]
 Weights = Sequence[Weight | None]  # of all parameters; None for those not to centralize
 
+_PLAIN = (Tensor, Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Lists of parameters whose tables are kept, where not the same ones have a gradient in each step.
 _KEPT = 8
@@ -53,7 +58,7 @@ class Launches:
             if stage is None:
                 left += members
                 continue
-            of_stage = [[whole[k] for k in members] for whole in (parameters, states, weights)]
+            of_stage = (_at(members, whole) for whole in (parameters, states, weights))
             left += [members[k] for k in self._step_of_stage(group, stage, *of_stage)]
         return left
 
@@ -74,26 +79,24 @@ class Launches:
         self,
         group: Group,
         stage: Hashable,
-        parameters: list[Any],
-        states: list[Any],
-        weights: list[Any],
+        parameters: Sequence[Any],
+        states: Sequence[Any],
+        weights: Sequence[Any],
     ) -> list[int]:
         grads = [parameter.grad for parameter in parameters]
         memory = self._rule.memory(group, states, grads)
-        launch = self._launch(
-            [grads, parameters, *memory], weights, self._rule.scalars(group, stage)
-        )
-        self._rule.remember(
-            [states[k] for k in launch.taken], [[kept[k] for k in launch.taken] for kept in memory]
-        )
-        return launch.left
+        roles = [grads, parameters, *memory]
+        tables = self._tables(roles, weights)
+        tables.run(roles, self._rule.scalars(group, stage))
+        taken = tables.taken
+        self._rule.remember(_at(taken, states), [_at(taken, kept) for kept in memory])
+        return tables.left
 
-    def _launch(self, roles: Roles, weights: Weights, scalars: Scalars) -> _Tables:
+    def _tables(self, roles: Roles, weights: Weights) -> _Tables:
         key = (len(roles), *map(id, roles[1]))
         tables = self._kept.pop(key, None)  # those used last come last
-        if tables is None or not tables.run(roles, weights, scalars):
+        if tables is None or not tables.are_for(roles, weights):
             tables = _Tables(self._rule.name, roles, weights)
-            tables.run(roles, weights, scalars)
         self._kept[key] = tables
         if len(self._kept) > _KEPT:
             del self._kept[next(iter(self._kept))]
@@ -104,29 +107,30 @@ class _Tables:
     """The launches for a list of parameters, and which of these are left to torch."""
 
     def __init__(self, rule: str, roles: Roles, weights: Weights) -> None:
-        self._parameters, self._weights = roles[1], weights  # kept, so that an id stays theirs
-        reasons = map(_why_not, zip(*roles, strict=True), weights)
-        forms = [
-            None if reason else (parameter.device, parameter.dtype)
-            for reason, parameter in zip(reasons, roles[1], strict=True)
-        ]
-        places = _positions(forms)
+        # Kept, so that the ids by which they are found stay theirs.
+        self._parameters, self._memory, self._weights = roles[1], roles[2:], weights
+        self._forms = [forms(tensors) for tensors in roles[:2]]
+        places = _positions(list(map(_kind, zip(*roles, strict=True), weights)))
         self.left = places.pop(None, [])
-        self.taken = [k for each in places.values() for k in each]
+        self.taken = sorted(k for each in places.values() for k in each)
         self._tables = [_Table(rule, each, roles, weights) for each in places.values()]
 
-    def run(self, roles: Roles, weights: Weights, scalars: Scalars) -> bool:
-        """Centralize and update; do nothing and return False if these are for other tensors."""
-        if not all(map(is_, weights, self._weights)):
-            return False
-        if not all(_why_not([each[k] for each in roles], weights[k]) for k in self.left):
-            return False
-        selected = [table.select(roles) for table in self._tables]
-        if not all(t.kernel.fits(each) for t, each in zip(self._tables, selected, strict=True)):
-            return False
-        for table, each in zip(self._tables, selected, strict=True):
-            table.kernel.run(each, **scalars)
-        return True
+    def are_for(self, roles: Roles, weights: Weights) -> bool:
+        """Tell whether these are for the same tensors, or gradients that are like them.
+
+        The same tensor can change all of its properties, but what is remembered has no reason to.
+        """
+        return (
+            all(map(is_, weights, self._weights))
+            and all(all(map(is_, *pair)) for pair in zip(roles[2:], self._memory, strict=True))
+            and [forms(tensors) for tensors in roles[:2]] == self._forms
+            and all(_why_not([each[k] for each in roles], weights[k]) for k in self.left)
+        )
+
+    def run(self, roles: Roles, scalars: Scalars) -> None:
+        """Centralize and update."""
+        for table in self._tables:
+            table.run(roles, scalars)
 
 
 class _Table:
@@ -137,16 +141,20 @@ class _Table:
         self._places = places
         # Seen in another shape.
         self._in_groups = [(k, w.fan_in) for k, w in enumerate(found) if w and w.fan_in.groups > 1]
-        self.kernel = _torch_cuda.MultiTensor(
+        self._kernel = _torch_cuda.MultiTensor(
             rule,
-            self.select(roles),
+            self._select(roles),
             [() if weight is None else _axes(weight) for weight in found],
             any_order=not any(weight is not None and weight.reproducible for weight in found),
         )
 
-    def select(self, roles: Roles) -> list[list[Tensor]]:
+    def run(self, roles: Roles, scalars: Scalars) -> None:
+        """Centralize and update."""
+        self._kernel.run(self._select(roles), **scalars)
+
+    def _select(self, roles: Roles) -> list[list[Tensor]]:
         """Pick what the kernel updates, as it sees it."""
-        selected = [[tensors[k] for k in self._places] for tensors in roles]
+        selected = [list(_at(self._places, tensors)) for tensors in roles]
         for k, fan_in in self._in_groups:
             for tensors in selected:
                 tensors[k] = fan_in.view(tensors[k])
@@ -159,6 +167,8 @@ def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
     `tensors` are those of its step: the gradient, the parameter, and what is remembered.
     """
     grad, parameter, *_ = tensors
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
+        return f"a parameter is a {type(parameter).__name__}, its gradient a {type(grad).__name__}"
     if grad.layout is not torch.strided:
         return f"a gradient is {grad.layout}"
     if parameter.dtype not in _DTYPES:
@@ -173,6 +183,12 @@ def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
     return ""
 
 
+def _kind(tensors: Sequence[Tensor], weight: Weight | None) -> Hashable:
+    """Give what parameters of one launch have in common; None for those that are left to torch."""
+    parameter = tensors[1]
+    return None if _why_not(tensors, weight) else (parameter.device, parameter.dtype)
+
+
 def _form(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
@@ -181,9 +197,17 @@ def _axes(weight: Weight) -> tuple[int, ...]:
     return weight.fan_in.view_axes(weight.parameter)
 
 
-def _positions(values: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """List for each value where it is."""
+    everywhere = list(range(len(values)))
+    if values and values.count(values[0]) == len(values):  # as a rule
+        return {values[0]: everywhere}
     found: dict[Hashable, list[int]] = {}
-    for k, value in enumerate(values):
-        found.setdefault(value, []).append(k)
+    for k in everywhere:
+        found.setdefault(values[k], []).append(k)
     return found
+
+
+def _at(places: list[int], values: Sequence[T]) -> Sequence[T]:
+    """Pick the values at some places, which are in order."""
+    return values if len(places) == len(values) else [values[k] for k in places]

@@ -44,14 +44,14 @@ class Rule(Protocol):
         """
 
     def memory(
-        self, group: Group, states: list[State], grads: list[Tensor], /
+        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
     ) -> list[list[Tensor]]:
         """List what is remembered, one list for each kind; what is not there yet is made."""
 
     def scalars(self, group: Group, stage: Any, /) -> Scalars:
         """Give what is the same for all elements."""
 
-    def remember(self, states: list[State], memory: list[list[Tensor]], /) -> None:
+    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
         """Bring the states up to date after a launch, but for what that has written to."""
 
 
@@ -72,7 +72,9 @@ class AdamWRule:
         steps = [state["step"] for state in states]
         return [step.item() if step.is_cpu else None for step in steps]
 
-    def memory(self, _: Group, states: list[State], _grads: list[Tensor], /) -> list[list[Tensor]]:
+    def memory(
+        self, _: Group, states: Sequence[State], _grads: Sequence[Tensor], /
+    ) -> list[list[Tensor]]:
         """See `Rule`."""
         return [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
 
@@ -91,7 +93,7 @@ class AdamWRule:
             "maximize": group["maximize"],
         }
 
-    def remember(self, states: list[State], _: list[list[Tensor]], /) -> None:
+    def remember(self, states: Sequence[State], _: Sequence[Sequence[Tensor]], /) -> None:
         """See `Rule`."""
         # Of a number of Python a tensor would be made for each of them.
         torch._foreach_add_([state["step"] for state in states], torch.tensor(1.0), alpha=1.0)
@@ -111,7 +113,7 @@ class SGDRule:
         return [has_momentum and state.get("momentum_buffer") is None for state in states]
 
     def memory(
-        self, group: Group, states: list[State], grads: list[Tensor], /
+        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
     ) -> list[list[Tensor]]:
         """See `Rule`."""
         if group["momentum"] == 0:
@@ -125,7 +127,7 @@ class SGDRule:
         names = (*self.numbers, "nesterov", "maximize")
         return {"first": stage, **{name: group[name] for name in names}}
 
-    def remember(self, states: list[State], memory: list[list[Tensor]], /) -> None:
+    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
         """See `Rule`."""
         for buffers in memory:
             for state, buffer in zip(states, buffers, strict=True):

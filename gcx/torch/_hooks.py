@@ -65,7 +65,7 @@ def centralize(
         Answers that come before those of the layers, as in `plan`.
     reproducible : bool, optional
         Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`reproducible`.
+        the strides: see :doc:`/reproducible`.
 
     Returns
     -------

@@ -53,7 +53,7 @@ def centralize_in_backward(
         As in `plan`, which shows what is centralized.
     reproducible : bool, optional
         Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`reproducible`.
+        the strides: see :doc:`/reproducible`.
 
     Returns
     -------

@@ -38,7 +38,7 @@ def centralize_grads_(
         As in `plan`, which shows what is centralized.
     reproducible : bool, optional
         Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`reproducible`.
+        the strides: see :doc:`/reproducible`.
 
     Raises
     ------

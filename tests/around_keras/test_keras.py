@@ -23,8 +23,10 @@ from sklearn.datasets import load_digits
 import gcx.keras
 from gcx.testing import assert_centralized
 
+import canonical_order
 import reference
 from keras_support import ASKED_BACKEND, to_numpy
+from same_bits import assert_same_bits
 
 SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
 LossScale = keras.optimizers.LossScaleOptimizer
@@ -461,6 +463,70 @@ def test_momentum_from_before_is_centralized() -> None:
         gcx.keras.centralize(optimizer, model)
     step(optimizer, model, GRAD + 1)
     assert_means_kept(model, start)
+
+
+# Equal bits
+
+
+def wide_model() -> Any:
+    """A dense layer with so many inputs that orders of summation differ in bits."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((1000,)), keras.layers.Dense(5, name="head")], name="net")
+
+
+def stepped(reproducible: bool, where: Any) -> tuple[Any, Any, Any]:
+    """Take a step of SGD, whose rate is a power of two; kernel before, gradient, kernel after."""
+    model, optimizer = wide_model(), SGD(2**-4)
+    gcx.keras.centralize(optimizer, model, where=where, reproducible=reproducible)
+    start = to_numpy(model.weights[0])
+    rng = np.random.default_rng(0)
+    grads = [(0.3 + rng.normal(size=w.shape)).astype("float32") for w in model.weights]
+    optimizer.apply([keras.ops.array(grad) for grad in grads], model.trainable_variables)
+    return start, grads[0], to_numpy(model.weights[0])
+
+
+def test_reproducible_gradients_have_the_canonical_bits() -> None:
+    start, grad, end = stepped(reproducible=True, where="gradient")
+    expected = start - np.float32(2**-4) * canonical_order.centralized(grad, (0,), "float32")
+    assert_same_bits(end, expected)
+    *_, other = stepped(reproducible=False, where="gradient")
+    assert not np.array_equal(other, end)
+
+
+def test_reproducible_updates_have_the_canonical_bits() -> None:
+    start, grad, end = stepped(reproducible=True, where="update")
+    displacement = (start - np.float32(2**-4) * grad) - start
+    expected = start + canonical_order.centralized(displacement, (0,), "float32")
+    assert_same_bits(end, expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "decay"), [("gradient", None), ("update", "inside"), ("update", None)]
+)
+def test_reproducible_training_keeps_the_means(where: Any, decay: Any) -> None:
+    options = {"weight_decay": 0.1} if decay else {}
+    model = small_model(optimizer=SGD(0.01, momentum=0.9, **options))
+    start = kernels(model)
+    gcx.keras.centralize(model.optimizer, model, where=where, decay=decay, reproducible=True)
+    fit(model)
+    assert_means_kept(model, start)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_loaded_optimizer_is_as_reproducible(reproducible: bool) -> None:
+    optimizer = SGD(0.1)
+    gcx.keras.centralize(optimizer, wide_model(), reproducible=reproducible)
+    loaded = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert loaded.gradient_centralization.projection.reproducible is reproducible
+
+
+def test_bits_that_cannot_be_promised_are_an_error() -> None:
+    head = keras.layers.Dense(2, kernel_initializer="ones", dtype="complex64", name="head")
+    model = keras.Sequential([keras.Input((3,)), head], name="net")
+    optimizer = SGD(0.1)
+    with pytest.raises(TypeError, match="net/head/kernel: reproducible=True is for .*complex64"):
+        gcx.keras.centralize(optimizer, model, reproducible=True)
+    assert not isinstance(optimizer, gcx.keras.Centralized)
 
 
 # Saving and loading

@@ -22,7 +22,9 @@ import gcx.thinc
 from gcx.plan import LeaveAlone
 from gcx.testing import assert_centralized
 
+import canonical_order
 import reference
+from same_bits import assert_same_bits
 
 PIXELS, DIGITS = load_digits(return_X_y=True)
 X, Y = (PIXELS / 16).astype("float32"), np.eye(10, dtype="float32")[DIGITS]
@@ -205,6 +207,57 @@ def test_averages_may_be_switched_off() -> None:
     gcx.thinc.centralize(optimizer, model, where="update")
     train(model, optimizer)
     assert optimizer.averages is None
+
+
+def stepped(where: Any, *, centralizes: bool, **options: Any) -> tuple[Any, Any, Any]:
+    """Take a step of SGD, whose rate is a power of two; weights before, gradient, weights after."""
+    api.fix_random_seed(0)
+    layer = api.Linear(nO=5, nI=1000).initialize()
+    optimizer = api.SGD(2**-4, grad_clip=0.0, **options)
+    if centralizes:
+        gcx.thinc.centralize(optimizer, layer, where=where, reproducible=True)
+    start = layer.get_param("W") + np.float32(0.1)
+    grad = (0.3 + np.random.default_rng(0).normal(size=(5, 1000))).astype("float32")
+    layer.set_param("W", start.copy())
+    layer.set_grad("W", grad.copy())
+    layer.finish_update(optimizer)
+    return start, grad, layer.get_param("W")
+
+
+def test_reproducible_gradients_have_the_canonical_bits() -> None:
+    start, grad, end = stepped("gradient", centralizes=True)
+    centralized = canonical_order.centralized(grad, (1,), "float32")
+    assert_same_bits(end, start - np.float32(2**-4) * centralized)
+
+
+def test_reproducible_gradients_have_those_of_the_decay_too() -> None:
+    decay = {"L2": 0.5, "L2_is_weight_decay": False}
+    start, grad, end = stepped("gradient", centralizes=True, **decay)
+    centralized = canonical_order.centralized(grad, (1,), "float32")
+    means = canonical_means(start)
+    centralized -= np.float32(0.5) * means
+    centralized += np.float32(0.5) * start  # which the optimizer does
+    assert_same_bits(end, start - np.float32(2**-4) * centralized)
+
+
+def test_reproducible_updates_have_the_canonical_bits() -> None:
+    start, _, end = stepped("update", centralizes=True)
+    _, _, moved = stepped("update", centralizes=False)
+    assert_same_bits(end, moved - (canonical_means(moved) - canonical_means(start)))
+    assert not np.array_equal(end, moved - (moved.mean(1) - start.mean(1))[:, None])
+
+
+def canonical_means(x: Any) -> Any:
+    return np.array([[canonical_order.scaled_mean(row, 1.0)] for row in x])
+
+
+def test_bits_that_cannot_be_promised_are_an_error() -> None:
+    layer = api.Linear(nO=2, nI=3).initialize()
+    layer.set_param("W", layer.get_param("W").astype("complex64"))
+    optimizer = api.SGD(0.1)
+    with pytest.raises(TypeError, match=r"linear\.W: reproducible=True is for .*complex64"):
+        gcx.thinc.centralize(optimizer, layer, reproducible=True)
+    assert type(optimizer) is api.Optimizer
 
 
 def test_remove_gives_plain_training_back_bit_for_bit() -> None:

@@ -27,6 +27,9 @@ import gcx.torch
 from gcx.lightning import GradientCentralization
 from gcx.testing import assert_centralized
 
+import canonical_order
+from same_bits import assert_same_bits
+
 # Lightning asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning")
 
@@ -268,6 +271,17 @@ def test_options_are_those_of_gcx_torch(tmp_path: Path) -> None:
     fit(trainer_of(tmp_path, callback), net)
     (plan,) = callback.plans
     assert plan.to_dict() == expected.to_dict()
+
+
+def test_bits_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    class Recording(Net):
+        def on_before_optimizer_step(self, _: Any) -> None:
+            self.grad = self.head.weight.grad.clone()
+
+    net = Recording(torch.optim.SGD, lr=0.01)
+    trainer_of(tmp_path, GradientCentralization(reproducible=True)).fit(net, BATCHES)
+    expected = canonical_order.centralized(net.grad, (1,), "float32")
+    assert_same_bits(net.head.weight.grad.numpy(), expected)
 
 
 def test_it_says_once_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,9 @@ import gcx.torch
 from gcx.testing import assert_centralized
 from gcx.transformers import GradientCentralization
 
+import canonical_order
+from same_bits import assert_same_bits
+
 TOKENS = torch.randint(32, (32, 8), generator=torch.Generator().manual_seed(1))
 
 Weights = dict[str, Tensor]
@@ -164,6 +167,26 @@ def test_adam_is_given_centralized_gradients(
         if row.layout is not None:
             momentum = trainer.optimizer.state[model.get_parameter(row.name)]["exp_avg"]
             assert_centralized(momentum, layout=row.layout)
+
+
+def test_bits_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 1000}))
+    weight = model.model.layers[0].mlp.down_proj.weight
+    grads = []
+
+    class Recording(TrainerCallback):
+        """Before and after each step."""
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            grads.append(weight.grad.clone())
+
+        on_optimizer_step = on_pre_optimizer_step
+
+    callbacks = GradientCentralization(reproducible=True), Recording()
+    train(trainer_of(tmp_path, model, *callbacks, weight_decay=0.0, max_steps=1))
+    before, after = grads
+    expected = canonical_order.centralized(before, (1,), "float32")
+    assert_same_bits(after.numpy(), expected)
 
 
 def test_decay_of_an_optimizer_of_transformers_must_be_told(tmp_path: Path) -> None:

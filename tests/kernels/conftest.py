@@ -36,7 +36,8 @@ if INSTALLED and "triton" not in sys.modules and not _has_gpu():
 def interpreter() -> Any:
     """The interpreter of Triton, with the arithmetic of a GPU."""
     pytest.importorskip("triton")
-    from triton import knobs, language as tl
+    from triton import knobs
+    from triton import language as tl
     from triton.runtime import interpreter
 
     if not knobs.runtime.interpret:

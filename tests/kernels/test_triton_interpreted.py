@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
-from gcx.backends import _tiles, _torch_triton
+from gcx.backends import _tiles
 from gcx.backends._torch_cuda import Launches, MultiTensor, centralize_many
 
 import canonical_order
@@ -189,10 +189,11 @@ def test_a_thousand_small_tensors() -> None:
 @pytest.mark.parametrize("axes", [(1,), (0,), (0, 2)], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_stays_in_its_unit(bad: float, axes: Axes) -> None:
-    grad = filled(torch.empty(300, 40, 20), axes) if len(axes) == 2 else torch.randn(300, 40)
+    grad = torch.randn((300, 40, 20) if len(axes) == 2 else (300, 40))
     grad[(7, 5) if grad.ndim == 2 else (7, 5, 3)] = bad
-    wanted = expected(grad, axes)
-    run([[grad]] * 3, [axes])
+    with np.errstate(invalid="ignore"):
+        wanted = expected(grad, axes)
+        run([[grad]] * 3, [axes])
     assert_same_bits(grad, wanted)
     units = canonical_order.output_units(tuple(grad.shape), axes)
     assert sum(not grad[unit].isfinite().all() for unit in units) == 1
@@ -210,7 +211,7 @@ def test_strength(strength: float, dtype: torch.dtype) -> None:
         assert torch.equal(grad, kept)
 
 
-@pytest.mark.parametrize("shape", [(9, 130), (3, 5000), (6, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 130), (300, 40), (2, 5000)], ids=str)
 @pytest.mark.parametrize("axes", [(1,), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rate_of_weights(dtype: torch.dtype, axes: Axes, shape: tuple[int, ...]) -> None:

@@ -11,8 +11,10 @@ import pytest
 
 import gcx
 
+import canonical_order
 from libraries import ArrayLibrary
 from reference import centralized
+from same_bits import assert_same_bits
 
 WIDE_DTYPES = ["float32", "float64", "complex64", "complex128"]
 
@@ -343,24 +345,36 @@ class TestOut:
         ids=["upside-down", "mirrored", "transposed", "whole", "reshaped"],
     )
     @pytest.mark.parametrize("layout", ["o...", "...o"])
-    @pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
-    def test_may_overlap_in_numpy(self, view: Any, layout: str, dtype: str) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "reproducible"),
+        [
+            ("float16", False),
+            ("float32", False),
+            ("complex64", False),
+            ("float16", True),
+            ("float32", True),
+        ],
+    )
+    def test_may_overlap_in_numpy(
+        self, view: Any, layout: str, dtype: str, reproducible: bool
+    ) -> None:
         grad = values(64, 64).astype(dtype)
         expected = gcx.centralize(grad.copy(), layout=layout)
         out = view(grad)
-        assert gcx.centralize(grad, layout=layout, out=out) is out
+        assert gcx.centralize(grad, layout=layout, out=out, reproducible=reproducible) is out
         np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize("shift", [1, 4096, 100_000])
     @pytest.mark.parametrize("layout", ["o...", "...o"])
-    def test_may_be_shifted_in_numpy(self, shift: int, layout: str) -> None:
+    @pytest.mark.parametrize("reproducible", [False, True])
+    def test_may_be_shifted_in_numpy(self, shift: int, layout: str, reproducible: bool) -> None:
         """With more elements than NumPy's backend handles at a time."""
         memory = values(400_000).astype(np.float32)
         grad = memory[: 64 * 4096].reshape(64, 4096)
         out = memory[shift : shift + grad.size].reshape(grad.shape)
         expected = grad.astype(np.float64)
         expected -= expected.mean(gcx.Layout(layout).fan_in_axes(2), keepdims=True)
-        gcx.centralize(grad, layout=layout, out=out)
+        gcx.centralize(grad, layout=layout, out=out, reproducible=reproducible)
         np.testing.assert_allclose(out, expected, rtol=0, atol=4e-6)
 
 
@@ -416,6 +430,12 @@ class TestMemory:
         np.testing.assert_allclose(result, centralized(grad, axes), rtol=0, atol=16 * eps)
         assert result.dtype == grad.dtype
         assert not np.may_share_memory(result, grad)
+        if dtype in canonical_order.DTYPES:
+            result = gcx.centralize(grad, layout=layout, reproducible=True)
+            assert result.dtype == grad.dtype
+            assert_same_bits(
+                result.astype(dtype), canonical_order.centralized(grad, axes, dtype).astype(dtype)
+            )
         np.testing.assert_array_equal(grad, before)
 
     @pytest.mark.parametrize("layout", ["o...", "...o"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gcx
+from gcx._dispatch import backend_for
 from gcx._tree import flatten
 
 from libraries import ArrayLibrary
@@ -37,6 +38,17 @@ def assert_leaves(actual: dict[str, Any], expected: dict[str, Any]) -> None:
             assert actual[name] is None
         else:
             np.testing.assert_allclose(actual[name], leaf, rtol=0, atol=1e-14, err_msg=name)
+
+
+def recorded(backend: Any, calls: list[int]) -> Callable[..., Any]:
+    """Do as a backend does, and write down how many arrays it was given."""
+    given = backend.centralize_many
+
+    def centralize_many(grads: Any, *rest: Any) -> Any:
+        calls.append(len(grads))
+        return given(grads, *rest)
+
+    return centralize_many
 
 
 # Trees of a kernel and a bias.
@@ -98,6 +110,25 @@ class TestTrees:
         for result in (xp.numpy(mine), numpys):
             expected = centralized(values(3, 4), (1,))
             np.testing.assert_allclose(result, expected, rtol=0, atol=1e-14)
+
+    def test_each_library_is_called_once(
+        self, xp: ArrayLibrary, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With all of its arrays, so that it can do them together."""
+        calls = []
+        numbers = [values(3, 4, seed=k) for k in range(6)]
+        grads = [xp.asarray(x) if k % 2 else x for k, x in enumerate(numbers)]
+        for backend in {backend_for(grad) for grad in grads}:
+            monkeypatch.setattr(backend, "centralize_many", recorded(backend, calls))
+        results = gcx.centralize_many([*grads, None, np.ones(3)])
+        mine = 1 if xp.backend == "numpy" else 2
+        assert sorted(calls) == [6 // mine] * mine
+        for grad, result, x in zip(grads, results, numbers, strict=False):
+            assert type(result) is type(grad)
+            read = result if type(grad) is np.ndarray else xp.numpy(result)
+            np.testing.assert_allclose(read, centralized(x, (1,)), rtol=0, atol=1e-14)
+        assert results[6] is None
+        np.testing.assert_array_equal(results[7], np.ones(3))
 
     def test_one_array_is_no_tree(self, xp: ArrayLibrary) -> None:
         with pytest.raises(TypeError, match=r"takes a list, tuple or dict.*use gcx.centralize"):

@@ -58,6 +58,24 @@ def test_compiles_once_without_jit() -> None:
     assert _jax._centralize._cache_size() == compiled
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_call_by_itself_compiles_once_for_a_shape(
+    caplog: pytest.LogCaptureFixture, reproducible: bool
+) -> None:
+    def compilations(*shapes: tuple[int, ...]) -> int:
+        caplog.clear()
+        grads = [jnp.ones(shape) for shape in shapes]
+        with jax.log_compiles():
+            for grad in grads:
+                gcx.centralize(grad, reproducible=reproducible)
+            gcx.centralize_many(grads, reproducible=reproducible)
+        return sum("Finished XLA compilation" in record.message for record in caplog.records)
+
+    assert compilations((5, 19), (5, 19)) == 1  # shapes of no other test
+    assert compilations((5, 19)) == 0
+    assert compilations((5, 23)) == 1
+
+
 @pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])
 def test_no_more_work_than_the_peer(shape: tuple[int, ...]) -> None:
     """Where both take the same axes for the fan-in; as XLA counts memory accesses and additions."""

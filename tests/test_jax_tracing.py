@@ -117,10 +117,8 @@ def test_scan_over_steps_keeps_the_means() -> None:
     ("shape", "axes"),
     [
         ((4000, 2), (1,)),
-        ((2, 4000), (0,)),
-        ((700, 7), (1,)),
+        ((7, 700), (0,)),
         ((9, 50, 8), (0, 2)),
-        ((64, 147), (1,)),
         ((1, 1000), (1,)),
         ((2, 20_000), (1,)),
     ],
@@ -192,8 +190,7 @@ def test_reproducible_is_refused_where_it_is_compiled_for_no_cpu() -> None:
 
 def test_reproducible_is_refused_for_an_array_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     grad = weight(3, 4)
-    elsewhere = {SimpleNamespace(platform="gpu")}
-    monkeypatch.setattr(type(grad), "devices", lambda _: elsewhere)
+    monkeypatch.setattr(type(grad), "devices", lambda _: [SimpleNamespace(platform="gpu")])
     with pytest.raises(TypeError, match="on a CPU, and this array is on gpu"):
         gcx.centralize(grad, reproducible=True)
 

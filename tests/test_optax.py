@@ -644,8 +644,8 @@ def test_reproducible_bits(run: Any, dtype: str) -> None:
         assert_same_bits(found.astype(wide), expected)
 
 
-def test_reproducible_on_one_device_of_several_programs() -> None:
-    """Of a step, what is centralized has equal bits; what is done to it XLA may round as it likes."""
+def test_reproducible_in_a_chain() -> None:
+    """What is done to the updates before and after XLA may round as it likes, but not this."""
     grads = jax.tree.map(lambda x: jnp.asarray(x, "float32"), many_inputs())
     optimizer = optax.chain(optax.sgd(2**-4), REPRODUCIBLE)  # which scales exactly
     init = optimizer.init(grads)

@@ -415,11 +415,11 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
 def test_repr_shows_the_hyperparameters() -> None:
     assert repr(Adam(layouts="...o")) == (
         "Adam(lr=0.001, weight_decay=0.0, centralize='gradient', layouts='...o', "
-        "betas=(0.9, 0.999), eps=1e-08)"
+        "reproducible=False, betas=(0.9, 0.999), eps=1e-08)"
     )
     assert repr(SGD(1, momentum=np.float32(0.5))) == (
-        "SGD(lr=1.0, weight_decay=0.0, centralize='gradient', layouts='o...', momentum=0.5, "
-        "dampening=0.0, nesterov=False)"
+        "SGD(lr=1.0, weight_decay=0.0, centralize='gradient', layouts='o...', "
+        "reproducible=False, momentum=0.5, dampening=0.0, nesterov=False)"
     )
 
 

@@ -402,6 +402,44 @@ def test_public_functions() -> None:
     processes.run(2, by_the_core)
 
 
+def reproducibly() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    full = torch.randn(6, 5, 4, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grouped = FanIn(Layout("oio..."), groups=2)
+    for cut in (Shard(0), Replicate()):
+        grad = distribute_tensor(full.clone(), mesh, [cut])
+        with Sent() as sent:
+            result = gcx.centralize(grad, strength=0.3, reproducible=True)
+            assert gcx.centralize_many([grad], out=[grad], strength=0.3, reproducible=True)
+        assert not sent.messages
+        expected = gcx.centralize(full, strength=0.3, reproducible=True)
+        for found in (result, grad):
+            assert found.placements == (cut,)
+            assert torch.equal(found.full_tensor(), expected)
+    # Kept axes after the groups may be cut; a group may not, even where the cut is between two.
+    spread = distribute_tensor(full, mesh, [Shard(1)])
+    expected = grouped.centralize(full, reproducible=True)
+    assert torch.equal(grouped.centralize(spread, reproducible=True).full_tensor(), expected)
+
+    by_columns = {"layout": "...o", "reproducible": True}
+    for cut, options in [
+        (Shard(1), {"reproducible": True}),
+        (Shard(3), {"reproducible": True}),
+        (Shard(0), by_columns),
+        (Partial(), by_columns),
+    ]:
+        grad = DTensor.from_local(full.clone(), mesh, [cut])
+        with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
+            gcx.centralize(grad, out=grad, **options)
+        assert torch.equal(grad.to_local(), full)
+    with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
+        grouped.check_reproducible(distribute_tensor(full, mesh, [Shard(0)]))
+
+
+def test_reproducible() -> None:
+    processes.run(2, reproducibly)
+
+
 def differentiated() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full, direction = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5)

@@ -227,6 +227,20 @@ def test_copy_of_a_model_that_holds_optimizer_and_handle(copied: Any) -> None:
         assert_centralized(change, rtol=RTOL)
 
 
+def test_copy_of_a_handle_looks_at_the_copy_of_the_model() -> None:
+    model = Module()
+    train(model.layer, model.optimizer)
+    with pytest.warns(UserWarning, match="does not centralize"):
+        twin = copy.deepcopy(model)
+    model.layer.weight = nn.Parameter(torch.ones(3, 5))
+    loss_of(twin.layer).backward()
+    twin.handle.centralize_grads_()
+    assert_centralized(twin.layer.weight.grad, rtol=RTOL)
+    twin.layer.weight = nn.Parameter(torch.ones(3, 5))
+    with pytest.raises(RuntimeError, match=r"layer\.weight was replaced"):
+        twin.handle.centralize_grads_()
+
+
 # The switch of a parameter group
 
 
@@ -781,6 +795,50 @@ def test_parameter_that_is_not_in_the_model(layer: nn.Linear) -> None:
     with pytest.raises(RuntimeError, match=r"shape \(3, 4\) that is not in the model"):
         optimizer.step()
     assert torch.equal(layer.weight.grad, GRAD)
+
+
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.data)), "bias was replaced"),
+        (lambda layer: delattr(layer, "bias"), "bias was replaced"),
+        (lambda layer: setattr(layer.weight, "data", layer.weight.data.flatten()), "rank 1"),
+    ],
+    ids=["bias", "no bias", "flattened"],
+)
+def test_parameter_that_changes_between_steps(
+    spoil: Any, match: str, where: Any, layer: nn.Linear
+) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    gcx.torch.centralize(optimizer, layer, where=where)
+    train(layer, optimizer)
+    spoil(layer)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+
+
+def test_optimizer_and_model_that_take_a_new_weight_together(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    gcx.torch.centralize(optimizer, layer)
+    train(layer, optimizer)
+    layer.weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(GRAD.clone())
+    assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+
+
+def test_rules_that_change_count_once_the_plan_is_asked_for(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    overrides = {"weight": "oi"}
+    handle = gcx.torch.centralize(optimizer, layer, overrides=overrides)
+    train(layer, optimizer)
+    overrides["weight"] = "io"
+    assert str(handle.plan[0].layout) == "io"
+    change = change_of(layer, lambda: train(layer, optimizer))
+    assert_centralized(change, layout="io", rtol=RTOL)
 
 
 def test_sparse_gradient_of_a_weight(layer: nn.Linear) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
+import torch
+from torch._dynamo.testing import CompileCounter
+
 import gcx
 from gcx import _dispatch
+from gcx.backends import _torch
 
 from reference import centralized
-
-torch = pytest.importorskip("torch")
 
 
 def weight(*shape: int) -> Any:
@@ -80,14 +84,14 @@ class TestCompile:
         assert found["b"][1] is None
 
     def test_compiles_once(self) -> None:
-        counter = torch._dynamo.testing.CompileCounter()
+        counter = CompileCounter()
         program = torch.compile(PROGRAMS["layout"], fullgraph=True, backend=counter)
         for _ in range(3):
             program(weight(4, 3, 2, 2))
         assert counter.frame_count == 1
 
     def test_compiles_once_for_shapes_that_change(self) -> None:
-        counter = torch._dynamo.testing.CompileCounter()
+        counter = CompileCounter()
         program = torch.compile(PROGRAMS["default"], fullgraph=True, dynamic=True, backend=counter)
         for size in (3, 5, 8):
             result = program(weight(size, size + 1))
@@ -162,6 +166,69 @@ class TestFunctions:
             assert gcx.centralize(parameter, out=parameter) is parameter
         assert type(parameter) is torch.nn.Parameter
         np.testing.assert_allclose(parameter.detach().numpy().sum(1), 0, atol=1e-14)
+
+
+class TestReproducible:
+    """The same bits as a call by itself, wherever it is called."""
+
+    @staticmethod
+    def program(grad: Any) -> Any:
+        return gcx.centralize(grad, layout="io...", strength=0.7, reproducible=True)
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_breaks_the_graph(self, dtype: Any) -> None:
+        grad = weight(5, 3, 49).to(dtype)
+        counter = CompileCounter()
+        compiled = torch.compile(lambda g: self.program(2 * g) + 1, backend=counter)
+        for _ in range(3):
+            assert torch.equal(compiled(grad), self.program(2 * grad) + 1)
+        assert counter.op_count == 2  # the product and the sum
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_is_refused_in_one_graph(self) -> None:
+        compiled = torch.compile(self.program, fullgraph=True, backend="eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+            compiled(weight(5, 3, 49))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_vmap(self, dtype: Any) -> None:
+        batch = weight(6, 5, 3, 49).to(dtype)
+        expected = torch.stack([self.program(grad) for grad in batch])
+        assert torch.equal(torch.func.vmap(self.program)(batch), expected)
+
+    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
+    def test_differentiable_twice(self, layout: str) -> None:
+        def cubed(x: Any) -> Any:
+            return gcx.centralize(x, layout=layout, strength=0.75, reproducible=True) ** 3
+
+        grad = weight(3, 4, 2).requires_grad_()
+        assert torch.autograd.gradcheck(cubed, grad)
+        assert torch.autograd.gradgradcheck(cubed, grad)
+
+    def test_number_of_threads(self) -> None:
+        grad = weight(300, 40, 49).float()
+        expected = self.program(grad)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            assert torch.equal(self.program(grad), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_is_refused_on_other_devices(self) -> None:
+        with pytest.raises(TypeError, match=r"reproducible=True.* not on meta"):
+            gcx.centralize(weight(3, 4).to("meta"), reproducible=True)
+
+    def test_is_refused_on_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            grad = torch.empty(3, 4, device="cuda")
+        _torch.check_reproducible(grad, (1,))
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(TypeError, match=r"reproducible=True.* not on ROCm"):
+            _torch.check_reproducible(grad, (1,))
 
 
 class TestTensorsWithoutNumbers:

@@ -21,6 +21,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import gcx
 import gcx.optax
 from gcx.backends import _jax
 
@@ -149,9 +150,44 @@ def test_other_optimizers(h200: Any, optimizer: Any, plain: int, with_gc: int, l
     assert bytes_a_step(optax.chain(gc, optimizer), weight) == with_gc
 
 
-@pytest.mark.parametrize(("axis", "least"), [(1, 8), (0, 12)])
-def test_a_call_by_itself(h200: Any, axis: int, least: int) -> None:
-    """One kernel reads and writes where the fan-in lies together in memory."""
+@pytest.mark.parametrize("layout", ["o...", "...o"])
+def test_the_count_tells_when_the_means_are_not_kept(
+    h200: Any, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(_jax, "_computed_once", lambda mean: mean)
+    weight = jax.ShapeDtypeStruct((2048, 1024), jnp.float32, sharding=h200)  # of no other test
+    gc = gcx.optax.centralize({"weight": layout})
+    expected = {"o...": 40, "...o": 32}  # columns are two kernels anyway
+    assert bytes_a_step(optax.chain(gc, optax.adamw(1e-3)), weight) == expected[layout]
+
+
+@pytest.mark.parametrize(
+    ("fan_in", "axis", "least", "donated"),
+    [(4096, 1, 8, 16), (32768, 1, 12, 12), (4096, 0, 12, 12)],
+    ids=["row", "long row", "column"],
+)
+def test_a_call_by_itself(h200: Any, fan_in: int, axis: int, least: int, donated: int) -> None:
+    """One kernel reads and writes where the fan-in lies together in memory, and is not too long.
+
+    It cannot write to where it reads, so a donated gradient is copied first.
+    """
+    shape = (4096, fan_in) if axis == 1 else (fan_in, 4096)
+    grad = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=h200)
+    for donated_arguments, moved in (((), least), ((0,), donated)):
+        alone = jax.jit(
+            lambda g: _jax._centralize(g, (axis,), 1.0, (), False), donate_argnums=donated_arguments
+        )
+        assert bytes_moved(alone.lower(grad).compile().as_text()) // grad.size == moved
+
+
+@pytest.mark.parametrize("donated_arguments", [(), (0,)])
+@pytest.mark.parametrize("layout", ["o...", "...o"])
+def test_a_program_of_nothing_else(
+    h200: Any, layout: str, donated_arguments: tuple[int, ...]
+) -> None:
+    """The means are kept for a step that is not there, whatever becomes of the gradient."""
     grad = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=h200)
-    program = _jax._centralize.lower(grad, (axis,), 1.0, (), False).compile()
-    assert bytes_moved(program.as_text()) // grad.size == least
+    program = jax.jit(
+        lambda g: gcx.centralize(g, layout=layout), donate_argnums=donated_arguments
+    ).lower(grad)
+    assert bytes_moved(program.compile().as_text()) // grad.size == 12

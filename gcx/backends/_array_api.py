@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gcx import _compat
-from gcx.backends import one_by_one
+from gcx.backends import _canonical, one_by_one
 
 _FLOATING = ("real floating", "complex floating")
 
@@ -30,19 +30,15 @@ def is_writable(array: Any, /) -> bool:
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
     del axes
+    _canonical.check_dtype(str(grad.dtype).rpartition(".")[2])
     msg = f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
     raise TypeError(msg)
 
 
 def centralize(
-    grad: Any,
-    axes: tuple[int, ...],
-    strength: float,
-    out: Any | None,
-    reproducible: bool = False,
-    /,
+    grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    """See `gcx.backends.Backend`."""
+    """See `gcx.backends.Backend`; the order is never known here, and `reproducible` False."""
     assert not reproducible
     xp = _compat.array_namespace(grad)
     is_narrow = xp.finfo(grad.dtype).bits < 32

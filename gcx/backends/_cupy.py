@@ -56,7 +56,7 @@ def centralize_many(
     batches: dict[object, list[_Job]] = {}
     for grad, fan_in, out in arrays:
         with grad.device:
-            if _why_not(grad, fan_in):
+            if grad.size == 0 or _why_not(grad, fan_in):
                 results.append(_with_own_operations(grad, fan_in, strength, out))
                 continue
             job = _job(grad, fan_in, cp.empty_like(grad) if out is None else out, reproducible)

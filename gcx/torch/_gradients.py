@@ -33,11 +33,6 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     return found
 
 
-def has_gradient(weight: Weight) -> bool:
-    """Whether a weight has a gradient; raises what `with_gradient` raises."""
-    return bool(with_gradient([weight]))
-
-
 def centralize_gradient(weight: Weight, rate: Rate) -> None:
     """Centralize a gradient to which the optimizer adds `rate` times the weight, if not None."""
     parameter = weight.parameter

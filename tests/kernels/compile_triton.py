@@ -156,9 +156,10 @@ def _is_exact(instruction: str) -> bool:
     """Whether an instruction is for integers, or rounds as IEEE 754 says."""
     if not re.search(r"\.b?f\d", instruction):
         return True
-    rounded_once = r"(add|sub|mul|div|sqrt)\.rn\.(f32|f64|f32x2)|cvt\.rn\.[\w.]+"
-    widened = r"cvt\.(f32\.b?f16|f64\.b?f16|f64\.f32)"
-    return re.fullmatch(f"{rounded_once}|{widened}", instruction) is not None
+    # add.rn.f32.bf16 widens what it adds.
+    rounded_once = r"(add|sub)\.rn\.f32\.b?f16|(add|sub|mul|div|sqrt)\.rn\.(f32|f64|f32x2)"
+    converted = r"cvt\.rn\.[\w.]+|cvt\.(f32\.b?f16|f64\.b?f16|f64\.f32)"
+    return re.fullmatch(f"{rounded_once}|{converted}", instruction) is not None
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,115 +13,23 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
+import gcx
 from gcx.backends import _tiles
 from gcx.backends._torch_cuda import Launches, MultiTensor, centralize_many
 
 import canonical_order
+from kernel_cases import (
+    CASES,
+    DTYPES,
+    Axes,
+    assert_same_bits,
+    expected,
+    filled,
+    name_of,
+    numpy,
+)
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-Axes = tuple[int, ...]
-
-DTYPES = [getattr(torch, name) for name in canonical_order.DTYPES]
-
-
-def plain(*shape: int) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype)
-
-
-def behind(count: int, *shape: int) -> Callable[[torch.dtype], Tensor]:
-    """Some elements behind the start of other memory."""
-    size = int(np.prod(shape))
-    return lambda dtype: torch.empty(count + size, dtype=dtype)[count:].view(shape)
-
-
-def part(shape: tuple[int, ...], *index: Any) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype)[index]
-
-
-def turned(shape: tuple[int, ...], *order: int) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype).permute(order)
-
-
-CHANNELS_LAST = turned((5, 3, 3, 40), 0, 3, 1, 2)
-
-# What a gradient is in memory, and its fan-in axes.
-CASES: dict[str, tuple[Callable[[torch.dtype], Tensor], Axes]] = {
-    "two": (plain(7, 2), (1,)),
-    "three": (plain(5, 3), (1,)),
-    "9": (plain(70, 9), (1,)),
-    "stem": (plain(64, 3, 7, 7), (1, 2, 3)),
-    "a power of two": (plain(5, 64), (1,)),
-    "576": (plain(30, 576), (1,)),
-    "1025": (plain(3, 1025), (1,)),
-    "a tile": (plain(2, 4096), (1,)),
-    "4608": (plain(3, 4608), (1,)),
-    "14336": (plain(2, 14336), (1,)),
-    "a segment": (plain(2, 16384), (1,)),
-    "a segment and one": (plain(2, 16385), (1,)),
-    "segments": (plain(2, 50000), (1,)),
-    "one row": (plain(1, 100), (1,)),
-    "all": (plain(8, 9), (0, 1)),
-    "rows in wider ones": (part((20, 300), slice(None), slice(256)), (1,)),
-    "rows of every second": (part((20, 300), slice(None), slice(None, None, 2)), (1,)),
-    "behind one": (behind(1, 30, 64), (1,)),
-    "behind three, columns": (behind(3, 64, 32), (0,)),
-    "few columns": (plain(27, 64), (0,)),
-    "9 columns": (plain(9, 7), (0,)),
-    "two of fan-in": (plain(2, 33), (0,)),
-    "HWIO": (plain(3, 3, 16, 40), (0, 1, 2)),
-    "columns in parts": (plain(768, 50), (0,)),
-    "columns in uneven parts": (plain(1500, 33), (0,)),
-    "columns in wider ones": (part((300, 100), slice(None), slice(8, 72)), (0,)),
-    "rows turned": (turned((40, 200), 1, 0), (0,)),
-    "columns turned": (turned((200, 40), 1, 0), (1,)),
-    "io": (plain(16, 8, 3, 3), (0, 2, 3)),
-    "io, wide": (plain(300, 3, 5), (0, 2)),
-    "io, long": (plain(700, 3, 7), (0, 2)),
-    "oio": (plain(4, 50, 24), (1,)),
-    "channels last": (CHANNELS_LAST, (1, 2, 3)),
-    "experts of rows": (part((3, 20, 64), slice(None), slice(0, 10)), (2,)),
-}
-
-
-KINDS: list[Callable[[Any, Any, Any], Any]] = [
-    lambda x, random, dtype: x,
-    lambda x, random, dtype: x * 1e-3 + 1.7,
-    lambda x, random, dtype: x * np.exp(random.uniform(-12, 3, x.shape)),
-    lambda x, random, dtype: np.copysign(0, x),
-    lambda x, random, dtype: np.full_like(x, -0.0),
-    lambda x, random, dtype: x * 4 * torch.finfo(dtype).smallest_normal,
-]
-
-
-def filled(tensor: Tensor, axes: Axes, seed: int = 0) -> Tensor:
-    """Fill with random numbers, of another kind in each output unit."""
-    random = np.random.default_rng(seed)
-    numbers = random.standard_normal(tuple(tensor.shape))
-    for k, unit in enumerate(canonical_order.output_units(numbers.shape, axes), seed):
-        numbers[unit] = KINDS[k % len(KINDS)](numbers[unit], random, tensor.dtype)
-    return tensor.copy_(torch.from_numpy(numbers))
-
-
-def numpy(tensor: Tensor) -> Any:
-    name = str(tensor.dtype).removeprefix("torch.")
-    wide = torch.float64 if name == "float64" else torch.float32
-    return tensor.to(wide).numpy().copy()
-
-
-def expected(grad: Tensor, axes: Axes, strength: float = 1.0) -> Any:
-    return canonical_order.centralized(numpy(grad), axes, name_of(grad), strength)
-
-
-def name_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def assert_same_bits(found: Tensor, wanted: Any, what: object = None) -> None:
-    result = numpy(found)
-    bits = np.uint64 if wanted.dtype == np.float64 else np.uint32
-    same = (result.view(bits) == wanted.view(bits)) | (np.isnan(result) & np.isnan(wanted))
-    assert same.all(), f"{what}: {(~same).sum()} of {same.size} differ"
 
 
 def run(roles: list[list[Tensor]], axes: list[Axes], **scalars: float) -> None:
@@ -211,8 +118,11 @@ def test_strength(strength: float, dtype: torch.dtype) -> None:
         assert torch.equal(grad, kept)
 
 
-@pytest.mark.parametrize("shape", [(9, 130), (300, 40), (2, 5000)], ids=str)
-@pytest.mark.parametrize("axes", [(1,), (0,)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((9, 130), (1,)), ((2, 5000), (1,)), ((300, 40), (0,)), ((9, 33), (0,)), ((40, 6, 7), (0, 2))],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rate_of_weights(dtype: torch.dtype, axes: Axes, shape: tuple[int, ...]) -> None:
     """Weights may be wider than gradients."""
@@ -227,3 +137,97 @@ def test_rate_of_weights(dtype: torch.dtype, axes: Axes, shape: tuple[int, ...])
     with torch.no_grad():
         assert Launches().centralize_([grad], [axes], [weight], 0.01) == []
     assert_same_bits(grad, wanted)
+
+
+class Steps:
+    """Steps of a rule on parameters of all kinds, beside those of an optimizer of torch."""
+
+    AXES: tuple[Axes, ...] = ((1,), (1,), (0,), (0,), (0, 2), ())
+    SHAPES = ((6, 70), (2, 5000), (60, 36), (300, 40), (8, 3, 5), (70,))
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer], **options: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [torch.randn(shape, generator=generator) for shape in self.SHAPES]
+        self.twins = [torch.nn.Parameter(p.clone()) for p in self.parameters]
+        self.optimizer = optimizer(self.twins, foreach=False, **options)
+        self.generator = generator
+
+    def new_gradients(self, decay: float = 0.0) -> list[Tensor]:
+        """Give the twins centralized gradients, and return them as they were."""
+        grads = [torch.randn(shape, generator=self.generator) + 0.5 for shape in self.SHAPES]
+        for twin, grad, axes in zip(self.twins, grads, self.AXES, strict=True):
+            # Bit for bit where there is no decay: AdamW blows up what is left of small gradients.
+            twin.grad = gcx.centralize(grad, axis=axes, reproducible=True) if axes else grad
+            if decay and axes:
+                twin.grad -= decay * twin.detach().mean(axes, keepdim=True)
+        return grads
+
+    def check(self) -> None:
+        """Whether parameters are where those of torch are, within two units in the last place."""
+        for name, found, twin in zip(self.SHAPES, self.parameters, self.twins, strict=True):
+            unit = torch.finfo(torch.float32).eps * twin.detach().abs().clamp(min=1)
+            assert ((found - twin).abs() <= 2 * unit).all(), name
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw(maximize: bool) -> None:
+    # Powers of two, for which it makes no difference how torch multiplies by them.
+    steps = Steps(torch.optim.AdamW, lr=2**-7, weight_decay=2**-3, maximize=maximize)
+    first, second = ([torch.zeros_like(p) for p in steps.parameters] for _ in range(2))
+    roles = [steps.new_gradients(), steps.parameters, first, second]
+    kernel = MultiTensor("adamw", roles, steps.AXES, any_order=False)
+    for step in range(1, 6):
+        steps.optimizer.step()
+        kernel.run(
+            roles,
+            step_size=2**-7 / (1 - 0.9**step),
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            decay=2**-10,
+            bias2_root=(1 - 0.999**step) ** 0.5,
+            maximize=maximize,
+        )
+        steps.check()
+        roles[0] = steps.new_gradients()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False},
+        {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "maximize": False},
+        {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "maximize": False},
+        {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "maximize": True},
+    ],
+    ids=str,
+)
+def test_sgd(options: dict[str, Any]) -> None:
+    steps = Steps(torch.optim.SGD, lr=0.01, weight_decay=0.1, **options)
+    decay = -0.1 if options["maximize"] else 0.1
+    roles = [steps.new_gradients(decay), steps.parameters]
+    if options["momentum"]:
+        roles.append([torch.full_like(p, float("nan")) for p in steps.parameters])
+    kernel = MultiTensor("sgd", roles, steps.AXES, any_order=True)
+    for step in range(5):
+        steps.optimizer.step()
+        kernel.run(roles, lr=0.01, weight_decay=0.1, first=step == 0, **options)
+        steps.check()
+        roles[0] = steps.new_gradients(decay)
+
+
+def test_moments_wider_than_parameters() -> None:
+    grad, weight = (torch.randn(6, 70).bfloat16() for _ in range(2))
+    first, second = torch.zeros(6, 70), torch.zeros(6, 70)
+    kernel = MultiTensor("adamw", [[grad], [weight], [first], [second]], [(1,)], any_order=True)
+    scalars = {"step_size": 0.5, "beta1": 0.5, "beta2": 0.5, "eps": 1.0, "decay": 0.0}
+    x = torch.from_numpy(numpy(grad) - canonical_means(grad))
+    wanted = weight.float() - 0.5 * (x / 2) / ((x * x / 2).sqrt() + 1)
+    kernel.run([[grad], [weight], [first], [second]], **scalars, bias2_root=1.0, maximize=False)
+    assert torch.equal(first, x / 2)
+    assert torch.equal(second, x * x / 2)
+    assert torch.equal(weight, wanted.bfloat16())
+
+
+def canonical_means(grad: Tensor) -> Any:
+    return np.stack([[canonical_order.scaled_mean(row, 1.0)] for row in numpy(grad)])

@@ -15,10 +15,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from gcx.backends._canonical import SEGMENT
+from gcx.backends._tiles import ROW_LENGTHS
+
 THREADS = 256
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _PROCESSES = 2
 _LIMIT = 280.0  # seconds; a test has 300
 _PROGRAM = Path(__file__).with_name("compile_triton.py")
+
+
+class Use(NamedTuple):
+    """How many tensors of a weight a rule reads, sums, and writes."""
+
+    read: int
+    summed: int
+    written: int
+    has_flat: bool = True  # whether there is something to do where nothing is centralized
+
+
+# As in `compile_triton.RULES`.
+USES = {
+    "centralize": Use(1, 1, 1, has_flat=False),
+    "coupled": Use(1, 2, 1, has_flat=False),
+    "sgd": Use(2, 2, 1),
+    "momentum": Use(3, 2, 2),
+    "adamw": Use(4, 1, 3),
+}
+
+_SCRATCH_STORES = 3  # sums of gradients and of weights, and the counter
+
+# With fewer bytes on their way to a multiprocessor, the memory of an H200 is not busy: 4.3 TB/s, of
+# which half are reads, take 0.7 us to arrive at 132 of them.
+_BYTES_ON_THEIR_WAY = 12_000
+# ptxas may put away a register or four, once a tile, to make room for one more tile.
+_SPILLED_AT_MOST = 16
 
 
 class Case(NamedTuple):
@@ -55,11 +86,76 @@ class Program(NamedTuple):
         return (1 << 16) // (THREADS * -(-self.registers // 8) * 8)
 
 
-def compile_all(cases: Sequence[Case], package: Path | None = None) -> dict[Case, Program]:
-    """Compile for each case the kernel of the installed gcx, or of one in the folder `package`."""
+def flaws(case: Case, program: Program) -> dict[str, str]:
+    """Tell what is wrong with a program."""
+    found = {}
+    if program.inexact:
+        found["arithmetic"] = f"not rounded once: {program.inexact}"
+    if program.atomics != ["atom.global.gpu.acq_rel.add.u32"]:
+        found["order"] = f"a tile may not see what others have left: {program.atomics}"
+    if case.tensors == "even":
+        if flaw := _flaw_of_accesses(case, program):
+            found["accesses"] = flaw
+        if program.spilled > _SPILLED_AT_MOST:
+            found["spilled"] = f"{program.spilled} bytes"
+    if flaw := _flaw_of_registers(case, program):
+        found["registers"] = flaw
+    return found
+
+
+def _flaw_of_accesses(case: Case, program: Program) -> str:
+    loads, stores = _loads(case, program.tile), _stores(case, program.tile)
+    if program.narrow_loads or program.wide_loads > loads:
+        return f"{program.wide_loads} and {program.narrow_loads} loads, wide and narrow, not {loads}"
+    if program.narrow_stores > _SCRATCH_STORES or program.wide_stores > stores:
+        return f"{program.wide_stores} and {program.narrow_stores} stores, not {stores}"
+    return ""
+
+
+def _flaw_of_registers(case: Case, program: Program) -> str:
+    use = USES[case.rule]
+    tiles = program.tiles_at_once
+    bytes_of_tiles = tiles * program.tile * ITEMSIZE[case.dtype] * max(use.read, use.summed)
+    # While one tile is on its way, another one is added up and written; elsewhere, memory waits for
+    # the many instructions that it takes to read one element at a time.
+    at_once = 2 if case.tensors == "even" else 1
+    if tiles >= at_once and bytes_of_tiles >= at_once * _BYTES_ON_THEIR_WAY:
+        return ""
+    return f"{program.registers}, so {tiles} tiles at once, of {bytes_of_tiles} bytes together"
+
+
+def _loads(case: Case, tile: int) -> int:
+    """Count the loads of a program that reads nothing twice without need.
+
+    Rows are read once, and so are columns in one piece. Long rows are read to add up a segment,
+    and again; columns in several pieces, to add them up, and again.
+    """
+    use = USES[case.rule]
+    once = max(use.read, use.summed)
+    long = SEGMENT // tile * use.summed + use.read
+    columns = once + use.summed + use.read
+    flat = use.read * use.has_flat
+    return (ROW_LENGTHS * once + long + columns + flat) * _accesses(case, tile)
+
+
+def _stores(case: Case, tile: int) -> int:
+    """Count the stores: for rows, long rows, columns in one piece and in several, and flat ones.
+
+    Besides there are those of the sums of a piece, and of the counter of pieces.
+    """
+    use = USES[case.rule]
+    return (ROW_LENGTHS + 3 + use.has_flat) * use.written * _accesses(case, tile)
+
+
+def _accesses(case: Case, tile: int) -> int:
+    return tile * ITEMSIZE[case.dtype] // (16 * THREADS)
+
+
+def compile_all(cases: Sequence[Case], folder: Path | None = None) -> dict[Case, Program]:
+    """Compile, for each case, the kernel of the installed gcx or of the one in a folder."""
     shares = [cases[k::_PROCESSES] for k in range(min(_PROCESSES, len(cases)))]
     with ThreadPoolExecutor(_PROCESSES) as pool:
-        answers = list(pool.map(lambda share: _compiled(share, package), shares))
+        answers = list(pool.map(lambda share: _compiled(share, folder), shares))
     return {
         case: Program(*facts)
         for share, answer in zip(shares, answers, strict=True)
@@ -67,10 +163,10 @@ def compile_all(cases: Sequence[Case], package: Path | None = None) -> dict[Case
     }
 
 
-def _compiled(cases: Sequence[Case], package: Path | None) -> list[list[object]]:
+def _compiled(cases: Sequence[Case], folder: Path | None) -> list[list[object]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if package is not None:
-        environment["PYTHONPATH"] = str(package)
+    if folder is not None:
+        environment["PYTHONPATH"] = str(folder)
     done = subprocess.run(
         [sys.executable, str(_PROGRAM), json.dumps(cases)],
         env=environment,

@@ -40,18 +40,10 @@ def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) 
     `xp` is the library of the array. About `block` elements are handled at a time, so that what
     lies between `x` and the sum stays in the cache.
     """
-    kept = [a for a in range(x.ndim) if a not in axes]
-    fan_in, units = (prod([x.shape[a] for a in group]) for group in (axes, kept))
-    matrix = xp.reshape(xp.moveaxis(x, tuple(axes), tuple(range(len(axes)))), (fan_in, units))
-    total = sum_along(matrix, 0, xp, block)
+    total = reduce(add, _segment_sums(_matrix(x, axes, xp), xp, block))
     # Not by a number of Python, for which libraries multiply by the reciprocal.
-    mean = total / xp.full_like(total, fan_in)
-    return xp.reshape(mean, [1 if a in axes else x.shape[a] for a in range(x.ndim)])
-
-
-def sum_along(x: Any, axis: int, xp: Any, block: int = sys.maxsize) -> Any:
-    """Sum along one axis, which goes; else as `fan_in_mean`."""
-    return reduce(add, _segment_sums(x, axis, xp, block))
+    mean = total / xp.full_like(total, prod([x.shape[a] for a in axes]))
+    return mean.reshape([1 if a in axes else x.shape[a] for a in range(x.ndim)])
 
 
 def blocks(
@@ -72,64 +64,57 @@ def blocks(
         yield tuple(slice(k, k + part) for k, part in zip(corner, lengths, strict=True))
 
 
-def _segment_sums(x: Any, axis: int, xp: Any, block: int) -> Iterator[Any]:
-    """Sum segment by segment; several at once if they are small."""
-    before, fan_in, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+def _matrix(x: Any, axes: Sequence[int], xp: Any) -> Any:
+    """See an array as one of (fan-in, units), if its strides allow; else copy it."""
+    fan_in = prod([x.shape[a] for a in axes])
+    units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
+    if axes[0] == x.ndim - len(axes):  # this view is made sooner
+        return x.reshape((units, fan_in)).T
+    return xp.moveaxis(x, axes, tuple(range(len(axes)))).reshape((fan_in, units))
+
+
+def _segment_sums(matrix: Any, xp: Any, block: int) -> Iterator[Any]:
+    """Sum over the first axis segment by segment; several at once if they are small."""
+    fan_in, units = matrix.shape
     whole = fan_in - fan_in % SEGMENT
-    step = SEGMENT * max(1, block // (SEGMENT * max(prod((*before, *after)), 1)))
+    step = SEGMENT * max(1, block // (SEGMENT * max(units, 1)))
     for start in range(0, whole, step):
-        several = _part(x, axis, start, min(start + step, whole))
-        count = several.shape[axis] // SEGMENT
-        segments = xp.reshape(several, (*before, count, SEGMENT, *after))
-        sums = _tree(segments, axis + 1, xp, block)
-        yield from (_element(sums, axis, k) for k in range(count))
+        several = matrix[start : min(start + step, whole)]
+        count = len(several) // SEGMENT
+        yield from _tree(xp.moveaxis(several.reshape((count, SEGMENT, units)), 1, 0), xp, block)
     if whole < fan_in:
-        yield _tree(_part(x, axis, whole, fan_in), axis, xp, block)
+        yield _tree(matrix[whole:], xp, block)
 
 
-def _tree(x: Any, axis: int, xp: Any, block: int) -> Any:
-    """Sum by a halving tree, in parts if there is more than a block.
+def _tree(x: Any, xp: Any, block: int) -> Any:
+    """Sum over the first axis by a halving tree, in parts if there is more than a block.
 
     Every second element belongs to a subtree, and so does every fourth, every eighth ...
     """
     parts = 1
-    while prod(x.shape) > parts * block and x.shape[axis] >= 4 * parts:
+    while prod(x.shape) > parts * block and len(x) >= 4 * parts:
         parts *= 2
-    if parts > 1:
-        subtrees = (_part(x, axis, k, None, parts) for k in range(parts))
-        x = xp.stack([_halved(subtree, axis) for subtree in subtrees], axis)
-    return _halved(x, axis)
+    return halved(x if parts == 1 else xp.stack([halved(x[k::parts]) for k in range(parts)]))
 
 
-def _halved(x: Any, axis: int) -> Any:
-    """Sum by a halving tree.
+def halved(x: Any) -> Any:
+    """Sum over the first axis, of a segment at most, by a halving tree.
 
     The padding is never made: what has no partner is carried over, and makes up the tail.
     """
-    size = x.shape[axis]
-    if size == 1:
-        return _element(x, axis, 0)
-    half = 1 << (size - 1).bit_length() - 1
-    head = _part(x, axis, 0, size - half) + _part(x, axis, half)
-    tail = _part(x, axis, size - half, half)
-    while tail.shape[axis]:
-        paired, half = head.shape[axis], half // 2
-        more, rest = paired - half, half - paired
-        if more > 0:
-            tail = _part(head, axis, more, half) + tail
-            head = _part(head, axis, 0, more) + _part(head, axis, half)
+    if len(x) == 1:
+        return x[0]
+    half = 1 << (len(x) - 1).bit_length() - 1
+    head, tail = x[: len(x) - half] + x[half:], x[len(x) - half : half]
+    while len(tail):
+        half //= 2
+        if len(head) > half:
+            more = len(head) - half
+            head, tail = head[:more] + head[half:], head[more:half] + tail
         else:
-            head = head + _part(tail, axis, rest, half)
-            tail = _part(tail, axis, 0, rest) + _part(tail, axis, half)
+            rest = half - len(head)
+            head, tail = head + tail[rest:half], tail[:rest] + tail[half:]
     while half > 1:
         half //= 2
-        head = _part(head, axis, 0, half) + _part(head, axis, half)
-    return _element(head, axis, 0)
-
-
-def _part(x: Any, axis: int, start: int, stop: int | None = None, step: int = 1) -> Any:
-    return x[(*[slice(None)] * axis, slice(start, stop, step))]
-
-
-def _element(x: Any, axis: int, k: int) -> Any:
-    return x[(*[slice(None)] * axis, k)]
+        head = head[:half] + head[half:]
+    return head[0]

@@ -8,7 +8,9 @@ through a barrier.
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
+from operator import add
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from gcx.backends import _canonical
+from gcx.backends._canonical import SEGMENT, halved
 
 __all__ = ["centralize"]
 
@@ -39,10 +41,21 @@ def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sum over `axes`, which stay with size 1."""
     first, stop = axes[0], axes[0] + len(axes)
     moved = jnp.moveaxis(x, axes, range(first, stop))
-    # In one axis, but where it is: what is a transposed view elsewhere is a copy here.
     merged = moved.reshape(*moved.shape[:first], -1, *moved.shape[stop:])
-    total: jax.Array = _canonical.sum_along(merged, first, jnp)
-    return total.reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+    along = _sum_of_segments
+    for _ in range(first):  # not by moving the axis: what is a view elsewhere is a copy here
+        along = jax.vmap(along)
+    return along(merged).reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+
+
+def _sum_of_segments(x: jax.Array) -> jax.Array:
+    """Sum over the first axis."""
+    whole = len(x) - len(x) % SEGMENT
+    segments = x[:whole].reshape(-1, SEGMENT, *x.shape[1:])
+    sums = [*jax.vmap(halved)(segments)] if whole else []
+    if whole < len(x):
+        sums.append(halved(x[whole:]))
+    return reduce(add, sums)
 
 
 def _quotient(x: jax.Array, divisor: int) -> jax.Array:

@@ -1,0 +1,189 @@
+"""CuPy with NumPy's arrays, whose kernels run on the CPU: the whole of the backend without a GPU.
+
+A kernel is compiled by g++ with the header that stands for CUDA (see `cuda_on_cpu.h`). A launch is
+a process, which is sent all memory that it may touch, and sends it back; so sanitizers can watch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+COMPILER = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-pthread")
+
+Flags = tuple[str, ...]  # of the compiler
+SANITIZERS: dict[str, Flags] = {
+    "thread": ("-fsanitize=thread", "-g"),
+    "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"),
+}
+
+Edit = Callable[[str], str]  # of the source of a kernel
+
+
+class Array(np.ndarray):
+    """An array of NumPy with the attributes that arrays of CuPy have."""
+
+    @property
+    def data(self) -> Any:
+        _reachable[self.ctypes.data] = self
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def device(self) -> Any:
+        return Device(0)
+
+
+class Device(nullcontext[None]):
+    """The only one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.id = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and other.id == self.id
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# Arrays whose addresses have been asked for since the last launch, which may use them.
+_reachable: dict[int, Array] = {}
+
+
+class Kernel:
+    """A program that makes one launch, called as kernels of CuPy are."""
+
+    def __init__(self, program: Path) -> None:
+        self.program = program
+        self.blocks: list[int] = []  # of the launches so far
+        self.arguments: tuple[Any, ...] = ()  # of the last one
+
+    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
+        addresses, *tables, strength = arguments
+        pointers = [table.data.ptr for table in tables]
+        regions = list(_regions(_reachable.values()))
+        _reachable.clear()
+        self.blocks.append(grid[0])
+        sent = [struct.pack("Q", len(regions))]
+        for start, end in regions:
+            sent += struct.pack("QQ", start, end - start), ctypes.string_at(start, end - start)
+        sent += struct.pack("Q", grid[0]), addresses.tobytes(), struct.pack("4Q", *pointers)
+        sent.append(strength.tobytes())
+        done = subprocess.run(
+            [self.program], input=b"".join(sent), capture_output=True, check=False
+        )
+        if done.returncode:
+            raise LaunchError(done.stderr.decode())
+        left = memoryview(done.stdout)
+        for start, end in regions:
+            ctypes.memmove(start, bytes(left[: end - start]), end - start)
+            left = left[end - start :]
+        assert not left
+
+
+class LaunchError(Exception):
+    """A launch has failed, as the report of a sanitizer says."""
+
+
+def _regions(arrays: Any) -> Iterator[tuple[int, int]]:
+    """Addresses where memory begins and ends, for arrays that may share it."""
+    bounds = sorted(np.lib.array_utils.byte_bounds(array) for array in arrays if array.size)
+    start, end = bounds[0]
+    for low, high in bounds:
+        if low > end:
+            yield start, end
+            start, end = low, high
+        end = max(end, high)
+    yield start, end
+
+
+@cache
+def program(source: str, definitions: Flags, flags: Flags, folder: Path) -> Path:
+    """Compile a kernel, once."""
+    number = len(list(folder.glob("*.cu")))
+    kernel = folder / f"{number}.cu"
+    kernel.write_text(source)
+    result = folder / f"{number}.out"
+    with_kernel = (*definitions, f'-DSOURCE="{kernel}"', HERE / "cuda_on_cpu.cpp")
+    subprocess.run([*COMPILER, *flags, *with_kernel, "-o", result], check=True)
+    return result
+
+
+class CupyOnCpu(ModuleType):
+    """What stands for the module `cupy`: NumPy, and what CuPy has besides."""
+
+    def __init__(self, folder: Path, flags: Flags, edit: Edit) -> None:
+        super().__init__("cupy")
+        self.is_capturing = False
+        self.kernels: dict[str, Kernel] = {}
+        self._build = lambda code, options: Kernel(
+            program(edit(code), tuple(o for o in options if o.startswith("-D")), flags, folder)
+        )
+        self.cuda = SimpleNamespace(
+            Device=Device,
+            runtime=SimpleNamespace(is_hip=False, getDevice=lambda: 0, getDeviceCount=lambda: 1),
+            get_current_stream=lambda: SimpleNamespace(
+                ptr=0, is_capturing=lambda: self.is_capturing
+            ),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def RawModule(self, *, code: str, options: tuple[str, ...]) -> Any:
+        def get_function(name: str) -> Kernel:
+            assert name in code
+            (element,) = (o.partition("=")[2] for o in options if o.startswith("-DELEMENT="))
+            return self.kernels.setdefault(element, self._build(code, options))
+
+        return SimpleNamespace(get_function=get_function)
+
+    def asarray(self, values: Any) -> Array:
+        return np.array(values).view(Array)
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        return np.full(shape, np.nan, dtype).view(Array)  # as nobody must rely on what is there
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        return np.zeros(shape, dtype).view(Array)
+
+
+def install(
+    patch: pytest.MonkeyPatch, folder: Path, flags: Flags = (), edit: Edit = str
+) -> CupyOnCpu:
+    """Let gcx take this for CuPy, with the source of the kernel as `edit` leaves it."""
+    from gcx import _dispatch
+
+    cupy = CupyOnCpu(folder, flags, edit)
+    patch.setitem(sys.modules, "cupy", cupy)
+    patch.setattr(_dispatch, "_by_type", {Array: _loaded("_cupy", patch)})
+    return cupy
+
+
+def _loaded(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
+    """The backend afresh, with the kernels' file afresh, on what is now installed as CuPy."""
+    for module in ("_cupy_kernels", name):
+        qualified = f"gcx.backends.{module}"
+        spec = find_spec(qualified)
+        assert spec is not None
+        assert spec.loader is not None
+        loaded = module_from_spec(spec)
+        patch.setitem(sys.modules, qualified, loaded)
+        patch.setattr(sys.modules["gcx.backends"], module, loaded, raising=False)
+        spec.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,399 @@
+"""The CUDA kernel, run on the CPU from the same source, behind the whole of the CuPy backend."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+np = pytest.importorskip("numpy")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+import gcx
+
+import canonical_order
+import cuda_on_cpu
+from canonical_order import DTYPES
+from cuda_on_cpu import Array, CupyOnCpu
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+ELEMENTS = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+}
+
+
+class Case(NamedTuple):
+    """A part of an array of this shape, to be centralized over these axes of the part."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    part: Callable[[Any], Any] = lambda whole: whole
+
+
+# For each number of threads that may share a row, and more than a tile of them.
+ROWS = [
+    Case((units, fan_in), (1,))
+    for units, fan_in in (
+        *((300, 2), (70, 9), (5, 64), (33, 147), (9, 255), (9, 257), (3, 576), (2, 1000)),
+        *((5, 1024), (2, 4095), (3, 4608), (2, 14336), (1, 16384), (2, 16385), (1, 40000)),
+    )
+]
+# In one tile, in several, in several segments; panels that are full and others.
+COLUMNS = [
+    Case((fan_in, units), (0,))
+    for fan_in, units in ((2, 5), (9, 40), (128, 32), (147, 33), (257, 36), (4608, 3))
+]
+LONG_COLUMNS = [Case((16384, 8), (0,)), Case((16385, 2), (0,)), Case((40000, 2), (0,))]
+OTHERS = [
+    Case((4, 6, 3, 3), (0, 2, 3)),  # a transposed convolution: runs of 9
+    Case((6, 3, 3, 5), (1, 2, 3), lambda x: x.transpose(0, 3, 1, 2)),  # channels_last
+    Case((3, 200, 40), (1,)),  # experts: a matrix each
+    Case((2, 640), (1,), lambda x: x[:, :600]),  # longer steps
+    Case((9, 300), (1,), lambda x: x[::3, ::2]),
+    Case((3, 300), (1,), lambda x: x[::-1, ::-1]),
+    Case((3, 601), (1,), lambda x: x.ravel()[3:].reshape(3, 600)),  # packs, but not aligned
+    Case((150, 40), (0,), lambda x: x[::-1, :33]),
+    Case((6, 8, 64), (0, 1), lambda x: x[:, :5, :36]),  # columns in runs
+    Case((2, 3, 4, 2, 5), (0, 2, 4)),  # more than runs: through a copy
+    Case((8, 1, 6), (1, 2)),
+    Case((1, 5000), (1,)),
+]
+# Of every kind a small one, for checks that take long.
+FEW = [
+    *(Case(shape, (1,)) for shape in ((70, 9), (9, 250), (3, 600), (2, 4608), (2, 16500))),
+    *(Case(shape, (0,)) for shape in ((300, 40), (16500, 3))),
+    *(OTHERS[k] for k in (0, 6, 8)),
+]
+SMALL = Case((6, 50), (1,))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch, folder: Path) -> CupyOnCpu:
+    return cuda_on_cpu.install(monkeypatch, folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits(dtype: str, cupy: CupyOnCpu) -> None:
+    cases = [*ROWS, *COLUMNS, *OTHERS, *(LONG_COLUMNS if dtype == "float32" else ())]
+    grads = [case.part(numbers(case, dtype)) for case in cases]
+    before = [grad.copy() for grad in grads]
+    for case, grad, old, result in zip(cases, grads, before, centralize(grads, cases), strict=True):
+        assert result.dtype == grad.dtype
+        assert same(result, canonical(old, case))
+        assert same(grad, old)
+    assert len(cupy.kernels[ELEMENTS[dtype]].blocks) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_in_place(dtype: str, cupy: CupyOnCpu) -> None:
+    cases = [*ROWS[:5], *COLUMNS[2:5], *OTHERS]
+    wholes = [numbers(case, dtype) for case in cases]
+    expected = [whole.copy() for whole in wholes]
+    for case, whole in zip(cases, expected, strict=True):
+        case.part(whole)[...] = canonical(case.part(whole), case, 0.3)
+    grads = [case.part(whole) for case, whole in zip(cases, wholes, strict=True)]
+    results = centralize(grads, cases, grads, strength=0.3)
+    assert all(result is grad for result, grad in zip(results, grads, strict=True))
+    assert all(map(same, wholes, expected))  # and nothing is written beside the parts
+    assert len(cupy.kernels[ELEMENTS[dtype]].blocks) == 1
+
+
+def test_order_of_memory_where_any_will_do(cupy: CupyOnCpu) -> None:
+    case = Case((6, 3, 3, 500), (1, 2, 3))
+    grad = numbers(case, "float32")
+    result = gcx.centralize(grad.transpose(0, 3, 1, 2))
+    assert same(result.transpose(0, 2, 3, 1), canonical(grad, case))
+
+
+def test_the_last_tile_to_arrive_leaves_the_counter_at_zero(cupy: CupyOnCpu) -> None:
+    case = Case((700, 40), (0,))
+    grad = numbers(case, "float32")
+    for _ in range(2):
+        assert same(centralize([grad], [case])[0], canonical(grad, case))
+    assert cupy.kernels["float"].blocks == [16, 16]
+
+
+def test_a_launch_for_each_dtype_and_as_many_arrays_as_it_holds(cupy: CupyOnCpu) -> None:
+    dtypes = ["float32"] * 130 + ["float64"] * 130 + ["float32"] * 130
+    grads = [numbers(SMALL, dtype) for dtype in dtypes]
+    results = centralize(grads, [SMALL] * len(grads))
+    assert all(same(r, canonical(g, SMALL)) for r, g in zip(results, grads, strict=True))
+    assert cupy.kernels["float"].blocks == [240, 20]
+    assert cupy.kernels["double"].blocks == [130]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_fit_into_a_launch(dtype: str, cupy: CupyOnCpu) -> None:
+    gcx.centralize(numbers(SMALL, dtype))
+    addresses, *tables, strength = cupy.kernels[ELEMENTS[dtype]].arguments
+    assert addresses.nbytes + 8 * len(tables) + strength.nbytes <= 4096  # on all drivers
+
+
+def test_division_by_a_reciprocal(cupy: CupyOnCpu) -> None:
+    from gcx.backends import _cupy_kernels
+
+    rng = np.random.default_rng(0)
+    for divisor in {*range(1, 100), *rng.integers(1, _cupy_kernels.MOST, 1000).tolist()}:
+        reciprocal, shift = _cupy_kernels.reciprocal(divisor)
+        assert reciprocal < 2**32
+        last = 2**30 // divisor * divisor
+        for number in (0, divisor - 1, divisor, 2 * divisor - 1, last - 1, last, 2**30 - 1):
+            assert number * reciprocal >> shift == number // divisor
+
+
+def test_arrays_that_share_memory_are_done_one_after_the_other(cupy: CupyOnCpu) -> None:
+    whole = numbers(SMALL, "float32")
+    expected = whole.copy()
+    grads = [whole[:4], whole[2:], whole]
+    for part in (expected[:4], expected[2:], expected):
+        part[...] = canonical(part, SMALL, 0.5)
+    centralize(grads, [SMALL] * 3, grads, strength=0.5)
+    assert same(whole, expected)
+    assert len(cupy.kernels["float"].blocks) == 3
+
+
+def test_one_array_is_read_several_times(cupy: CupyOnCpu) -> None:
+    grad = numbers(SMALL, "float32")
+    for result in centralize([grad, grad], [SMALL] * 2):
+        assert same(result, canonical(grad, SMALL))
+    assert len(cupy.kernels["float"].blocks) == 1
+
+
+@pytest.mark.parametrize("moved", [0, 1, -50, 50, 300])
+def test_out_that_overlaps_the_gradient(moved: int, cupy: CupyOnCpu) -> None:
+    whole = cupy.asarray(np.random.default_rng(0).normal(size=1000))
+    grad, out = (whole[start : start + 300].reshape(6, 50) for start in (100, 100 + moved))
+    expected = canonical(grad, SMALL)
+    (result,) = centralize([grad], [SMALL], [out])
+    assert result is out
+    assert same(out, expected)
+
+
+def test_out_of_other_strides(cupy: CupyOnCpu) -> None:
+    grad = numbers(SMALL, "float32")
+    out = cupy.zeros((50, 6), "float32").T
+    centralize([grad], [SMALL], [out])
+    assert same(out, canonical(grad, SMALL))
+
+
+def test_expanded_arrays_are_read_and_not_written_to(cupy: CupyOnCpu) -> None:
+    grad = np.broadcast_to(numbers(Case((1, 9), (1,)), "float32"), (4, 9), subok=True)
+    assert same(gcx.centralize(grad), canonical(grad, SMALL))
+    with pytest.raises(TypeError, match="cannot be written to"):
+        gcx.centralize(grad, out=grad)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_no_elements(reproducible: bool, cupy: CupyOnCpu) -> None:
+    grad = cupy.zeros((0, 3), "float32")
+    assert gcx.centralize(grad, reproducible=reproducible).shape == (0, 3)
+    assert not cupy.kernels
+
+
+def is_captured(cupy: CupyOnCpu) -> None:
+    cupy.is_capturing = True
+
+
+def is_rocm(cupy: CupyOnCpu) -> None:
+    cupy.cuda.runtime.is_hip = True
+
+
+def is_too_long(cupy: CupyOnCpu) -> None:
+    from gcx.backends import _cupy
+
+    _cupy.MOST = 40  # of this test's own module
+
+
+@pytest.mark.parametrize(
+    ("hinder", "dtype", "reason"),
+    [
+        (is_captured, "float32", "CUDA graph"),
+        (is_rocm, "float32", "ROCm"),
+        (is_too_long, "float32", r"shape \(6, 50\)"),
+        (lambda cupy: None, "complex64", "not complex64"),
+    ],
+)
+def test_what_the_kernel_does_not_take(
+    hinder: Callable[[CupyOnCpu], None], dtype: str, reason: str, cupy: CupyOnCpu
+) -> None:
+    hinder(cupy)
+    grad = cupy.asarray(np.random.default_rng(0).normal(size=(6, 50)).astype(dtype))
+    exact = grad - grad.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(gcx.centralize(grad), exact, rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match=reason):
+        gcx.centralize(grad, reproducible=True)
+    assert not cupy.kernels
+
+
+@pytest.mark.parametrize("flags", cuda_on_cpu.SANITIZERS.values(), ids=cuda_on_cpu.SANITIZERS)
+def test_sanitizers_have_nothing_to_report(
+    flags: cuda_on_cpu.Flags, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    cuda_on_cpu.install(monkeypatch, folder, flags)
+    assert few_are_right("float32")
+
+
+def removed(text: str) -> cuda_on_cpu.Edit:
+    return replaced(text, "")
+
+
+def replaced(text: str, by: str) -> cuda_on_cpu.Edit:
+    def edit(source: str) -> str:
+        assert source.count(text) == 1, text
+        return source.replace(text, by)
+
+    return edit
+
+
+WRONG_BITS = {
+    "another tree": replaced(
+        "numbers[n] = add(numbers[n], numbers[n + half]);",
+        "numbers[n] = add(numbers[2 * n], numbers[2 * n + 1]);",
+    ),
+    "padded with 0.0": replaced("NOTHING = -0.0", "NOTHING = 0.0"),
+    "the reciprocal": replaced(
+        "divide(sum, static_cast<Wide>(job.matrix.fan_in))",
+        "multiply(sum, divide(1, static_cast<Wide>(job.matrix.fan_in)))",
+    ),
+    "counters that stay": replaced("atomicInc(counter, blocks - 1)", "atomicInc(counter, ~0u)"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_BITS.values(), ids=WRONG_BITS)
+def test_a_fault_changes_bits(
+    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    cuda_on_cpu.install(monkeypatch, folder, edit=fault)
+    assert not few_are_right("float32")
+
+
+RACES = {
+    "no barrier between threads": removed("    __syncthreads();\n    const int first ="),
+    "no fence before arriving": removed("    __threadfence();\n"),
+    "no fence after arriving": removed("if (is_last) __threadfence();"),
+    "no barrier before arriving": removed("  __syncthreads();\n  if (threadIdx.x == 0)"),
+    "no barrier after arriving": removed("  __syncthreads();\n  return is_last;"),
+}
+
+
+@pytest.mark.parametrize("fault", RACES.values(), ids=RACES)
+def test_a_race_is_reported(
+    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    cuda_on_cpu.install(monkeypatch, folder, cuda_on_cpu.SANITIZERS["thread"], fault)
+    with pytest.raises(cuda_on_cpu.LaunchError, match="data race"):
+        few_are_right("float32")
+
+
+WILD_ACCESSES = {
+    "rows that are not there": replaced("unit < matrix.units ? matrix.fan_in : 0", "matrix.fan_in"),
+    "packs that are not aligned": replaced(
+        "matrix.packed && addresses", "matrix.packed || addresses"
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WILD_ACCESSES.values(), ids=WILD_ACCESSES)
+def test_a_wild_access_is_reported(
+    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    cuda_on_cpu.install(monkeypatch, folder, cuda_on_cpu.SANITIZERS["memory"], fault)
+    with pytest.raises(cuda_on_cpu.LaunchError, match=r"heap-buffer-overflow|misaligned address"):
+        few_are_right("float32")
+
+
+def few_are_right(dtype: str) -> bool:
+    """Whether the bits of `FEW` are right, in place, twice with the same tables."""
+    rightly = []
+    for _ in range(2):
+        grads = [case.part(numbers(case, dtype)) for case in FEW]
+        expected = [canonical(grad, case) for grad, case in zip(grads, FEW, strict=True)]
+        centralize(grads, FEW, grads)
+        rightly += map(same, grads, expected)
+    return all(rightly)
+
+
+def centralize(
+    grads: Sequence[Any],
+    cases: Sequence[Case],
+    outs: Sequence[Any] | None = None,
+    strength: float = 1.0,
+) -> list[Any]:
+    layouts = [
+        "".join("i" if axis in case.axes else "o" for axis in range(grad.ndim))
+        for grad, case in zip(grads, cases, strict=True)
+    ]
+    out = None if outs is None else list(outs)
+    return gcx.centralize_many(
+        list(grads), layouts=layouts, out=out, strength=strength, reproducible=True
+    )
+
+
+def canonical(grad: Any, case: Case, strength: float = 1.0) -> Any:
+    """What is to come out, from a reference that knows no tiles."""
+    dtype = grad.dtype.name
+    with np.errstate(all="ignore"):
+        wide = np.asarray(grad).astype(canonical_order.working_dtype(dtype))
+        return canonical_order.centralized(wide, case.axes, dtype, strength).astype(grad.dtype)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether bits are equal, those of NaN aside."""
+    one, other = (np.ascontiguousarray(np.asarray(array)) for array in (one, other))
+    is_nan = np.isnan(one)
+    bits, other_bits = (array.view(f"u{array.itemsize}") for array in (one, other))
+    return np.array_equal(is_nan, np.isnan(other)) and bool(np.all(is_nan | (bits == other_bits)))
+
+
+def numbers(case: Case, dtype: str) -> Array:
+    """An array of a case, with numbers of another kind in each output unit."""
+    rng = np.random.default_rng(sum(case.shape))
+    whole = rng.normal(size=case.shape).astype(dtype_named(dtype)).view(Array)
+    part = case.part(whole)
+    for k, unit in enumerate(canonical_order.output_units(part.shape, case.axes)):
+        part[unit] = KINDS[k % len(KINDS)](rng.normal(size=part[unit].shape), dtype)
+    return whole
+
+
+def dtype_named(name: str) -> Any:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def of_all_sizes(x: Any, dtype: str) -> Any:
+    return x * np.exp(8 * np.sin(np.arange(x.size).reshape(x.shape)))
+
+
+def subnormal(x: Any, dtype: str) -> Any:
+    return x * float(ml_dtypes.finfo(dtype_named(dtype)).smallest_normal) / 8
+
+
+def with_one(number: float) -> Callable[[Any, str], Any]:
+    def kind(x: Any, dtype: str) -> Any:
+        x.flat[x.size // 2] = number
+        return x
+
+    return kind
+
+
+KINDS: list[Callable[[Any, str], Any]] = [
+    lambda x, dtype: x,
+    lambda x, dtype: 1.7 + x / 1000,
+    of_all_sizes,
+    lambda x, dtype: np.copysign(0.0, x),
+    lambda x, dtype: np.full_like(x, -0.0),
+    subnormal,
+    with_one(np.nan),
+    with_one(-np.inf),
+]

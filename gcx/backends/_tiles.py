@@ -32,7 +32,8 @@ TILE_ONE_BY_ONE = 2048
 # Columns of a tile: in float32, a line of the cache.
 WIDTH = 32
 
-_MOST = 2**31 - 1  # units, elements of a fan-in and tiles are counted in 32 bits
+# Units and elements of a fan-in are counted in 32 bits, to the end of the last tile or segment.
+_MOST = 2**31 - 2 * SEGMENT
 
 
 class Launch(NamedTuple):

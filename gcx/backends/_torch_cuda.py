@@ -23,7 +23,7 @@ from gcx.backends._torch_triton import MultiTensor, Roles, forms
 
 __all__ = ["Launches", "MultiTensor", "centralize_many", "takes", "why_not"]
 
-_OLDEST_TRITON = (3, 4)
+_OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, Parameter)

@@ -57,7 +57,7 @@ def multi_tensor(
     rate: tl.float64,
     scalars,  # those of the rule
     RULE: tl.constexpr,
-    DTYPES: tl.constexpr,  # of each role
+    DTYPES: tl.constexpr,  # of the roles
     COUPLED: tl.constexpr,  # whether the mean of the weights counts at all
     VECTOR: tl.constexpr,  # addresses are multiples of 16 bytes, steps of so many elements
     TILE: tl.constexpr,
@@ -84,34 +84,11 @@ def multi_tensor(
     )
     factors = (strength, rate if COUPLED else None)
     for k in tl.static_range(ROW_LENGTHS):
-        # From short ones, of which a tile holds many, to those that fill a tile.
         if kind == ROWS + k:
-            _rows(
-                roles,
-                matrix,
-                tile,
-                factors,
-                scalars,
-                RULE,
-                VECTOR,
-                False,
-                4 ** (ROW_LENGTHS - 1 - k),
-                TILE,
-            )
+            _rows(roles, matrix, tile, factors, scalars, RULE, VECTOR, False, k, TILE)
         if HAS_GATHERED:
             if kind == GATHERED + k:
-                _rows(
-                    roles,
-                    matrix,
-                    tile,
-                    factors,
-                    scalars,
-                    RULE,
-                    1,
-                    True,
-                    4 ** (ROW_LENGTHS - 1 - k),
-                    TILE,
-                )
+                _rows(roles, matrix, tile, factors, scalars, RULE, 1, True, k, TILE)
     if kind == LONG_ROWS:
         _long_row(roles, matrix, tile, factors, scalars, RULE, VECTOR, False, TILE)
     if HAS_GATHERED:
@@ -183,10 +160,11 @@ def _rows(
     RULE: tl.constexpr,
     VECTOR: tl.constexpr,
     GATHER: tl.constexpr,
-    COUNT: tl.constexpr,
+    LENGTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Walk as many rows as go into a tile, each padded to a power of two."""
+    """Walk as many rows as go into a tile, each padded to one of the lengths."""
+    COUNT: tl.constexpr = 4 ** (ROW_LENGTHS - 1 - LENGTH)
     PADDED: tl.constexpr = TILE // COUNT
     fan_in = _number(matrix + FAN_IN, VECTOR)
     unit = tile * COUNT + tl.arange(0, COUNT)[:, None]

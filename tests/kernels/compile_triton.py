@@ -22,9 +22,10 @@ from torch import Tensor
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton_programs import THREADS, Case, Program
 
 from gcx.backends import _torch_triton, _triton_kernels
+
+from triton_programs import THREADS, Case, Program
 
 _TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -149,7 +150,21 @@ def _described(compiled: Any, tile: int) -> Program:
         narrow_stores=sum(store not in wide for store in stores),
         inexact=sorted({name for name in arithmetic if not _is_exact(name)}),
         atomics=re.findall(r"\batom[\w.:]+", code),
+        leaves_sums_first=_leaves_sums_first(code),
     )
+
+
+def _leaves_sums_first(code: str) -> bool:
+    """Whether all threads have stored what they leave before one of them counts the tile.
+
+    And whether all wait for it before they read.
+    """
+    before, after = re.split(r"\batom\.", code)
+    block = before.rpartition("$L__BB")[2]  # as far as nothing jumps to
+    stored = re.findall(r"st\.global\.b|bar\.sync", block)
+    read = re.findall(r"ld\.shared|ld\.global|bar\.sync", after)
+    waits_before = stored.count("st.global.b") == 2 and stored[-1] == "bar.sync"
+    return waits_before and read[0] == "bar.sync"
 
 
 def _is_exact(instruction: str) -> bool:

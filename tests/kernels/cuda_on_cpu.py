@@ -7,6 +7,7 @@ a process, which is sent all memory that it may touch, and sends it back; so san
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import subprocess
 import sys
@@ -28,8 +29,10 @@ COMPILER = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-pthread")
 Flags = tuple[str, ...]  # of the compiler
 SANITIZERS: dict[str, Flags] = {
     "thread": ("-fsanitize=thread", "-g"),
-    "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"),
+    "memory": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"),
 }
+
+STOPPING = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
 
 Edit = Callable[[str], str]  # of the source of a kernel
 
@@ -85,7 +88,7 @@ class Kernel:
         sent += struct.pack("Q", grid[0]), addresses.tobytes(), struct.pack("4Q", *pointers)
         sent.append(strength.tobytes())
         done = subprocess.run(
-            [self.program], input=b"".join(sent), capture_output=True, check=False
+            [self.program], input=b"".join(sent), capture_output=True, check=False, env=STOPPING
         )
         if done.returncode:
             raise LaunchError(done.stderr.decode())

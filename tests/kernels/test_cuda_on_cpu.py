@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
-np = pytest.importorskip("numpy")
-ml_dtypes = pytest.importorskip("ml_dtypes")
+pytest.importorskip("ml_dtypes")
+
+import ml_dtypes
 
 import gcx
 
@@ -245,10 +247,6 @@ def test_sanitizers_have_nothing_to_report(
     assert few_are_right("float32")
 
 
-def removed(text: str) -> cuda_on_cpu.Edit:
-    return replaced(text, "")
-
-
 def replaced(text: str, by: str) -> cuda_on_cpu.Edit:
     def edit(source: str) -> str:
         assert source.count(text) == 1, text
@@ -280,11 +278,22 @@ def test_a_fault_changes_bits(
 
 
 RACES = {
-    "no barrier between threads": removed("    __syncthreads();\n    const int first ="),
-    "no fence before arriving": removed("    __threadfence();\n"),
-    "no fence after arriving": removed("if (is_last) __threadfence();"),
-    "no barrier before arriving": removed("  __syncthreads();\n  if (threadIdx.x == 0)"),
-    "no barrier after arriving": removed("  __syncthreads();\n  return is_last;"),
+    "no barrier between threads": replaced(
+        "    __syncthreads();\n    const int first =", "    const int first ="
+    ),
+    "no barrier between segments": replaced(
+        "    __syncthreads();  // before the next segment's sums go where these were read\n"
+        "  }\n  Wide means",
+        "  }\n  Wide means",
+    ),
+    "no barrier before arriving": replaced(
+        "  __syncthreads();\n  if (threadIdx.x == 0)", "  if (threadIdx.x == 0)"
+    ),
+    "no fence before arriving": replaced("    __threadfence();\n", ""),
+    "no fence after arriving": replaced("if (is_last) __threadfence();", ""),
+    "no barrier after arriving": replaced(
+        "  __syncthreads();\n  return is_last;", "  return is_last;"
+    ),
 }
 
 

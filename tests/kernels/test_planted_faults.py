@@ -20,6 +20,8 @@ KERNELS = "backends/_triton_kernels.py"
 HOST = "backends/_torch_triton.py"
 TILES = "backends/_tiles.py"
 
+_NO_FUSION = '"enable_fp_fusion": False'
+
 
 class Fault(NamedTuple):
     file: str
@@ -29,13 +31,9 @@ class Fault(NamedTuple):
 
 
 IN_PROGRAMS = {
-    "fused": Fault(
-        HOST, '"enable_fp_fusion": False', '"enable_fp_fusion": True', "arithmetic"
-    ),
+    "fused": Fault(HOST, _NO_FUSION, '"enable_fp_fusion": True', "arithmetic"),
     "approximate division": Fault(KERNELS, "tl.div_rn(x, y)", "x / y", "arithmetic"),
-    "approximate root": Fault(
-        KERNELS, "tl.sqrt_rn(second)", "tl.sqrt(second)", "arithmetic"
-    ),
+    "approximate root": Fault(KERNELS, "tl.sqrt_rn(second)", "tl.sqrt(second)", "arithmetic"),
     "unknown alignment": Fault(KERNELS, "tl.multiple_of(pointer, 16)", "pointer", "accesses"),
     "unknown steps": Fault(
         KERNELS, "tl.multiple_of(tl.load(pointer), VECTOR)", "tl.load(pointer)", "accesses"
@@ -47,15 +45,31 @@ IN_PROGRAMS = {
         "accesses",
     ),
     "relaxed order": Fault(KERNELS, 'sem="acq_rel"', 'sem="relaxed"', "order"),
+    "counts before it leaves its sums": Fault(
+        KERNELS,
+        """
+        _leave(partials, slot + part, grad_sum, weight_sum, WIDTH)
+        if _is_last(arrivals + slot, parts):
+""",
+        """
+        is_last = _is_last(arrivals + slot, parts)
+        _leave(partials, slot + part, grad_sum, weight_sum, WIDTH)
+        if is_last:
+""",
+        "order",
+    ),
+    "few registers": Fault(HOST, _NO_FUSION, f'{_NO_FUSION}, "maxnreg": 64', "spilled"),
     "large tiles": Fault(TILES, "\nTILE = 4096", "\nTILE = 16384", "registers"),
 }
+
+IN_ADAMW = ("approximate root", "few registers")
 
 
 @pytest.mark.parametrize("name", IN_PROGRAMS)
 def test_in_programs(name: str, tmp_path: Path) -> None:
     file, text, fault, found_by = IN_PROGRAMS[name]
     copy_with_fault(tmp_path, file, text, fault)
-    case = Case("adamw" if "root" in name else "centralize", "float32", "even", 90)
+    case = Case("adamw" if name in IN_ADAMW else "centralize", "float32", "even", 90)
     (program,) = compile_all([case], tmp_path).values()
     assert list(flaws(case, program)) == [found_by], program
 

@@ -307,7 +307,7 @@ def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert not lack(device)
     monkeypatch.setattr("triton.__version__", "3.1.0")
-    assert lack(device) == "Triton 3.1.0 is too old (pip install 'triton>=3.4')"
+    assert lack(device) == "Triton 3.1.0 is too old (pip install 'triton>=3.5')"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert lack(device) == "Triton is not installed (pip install triton)"
 

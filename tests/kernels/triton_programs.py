@@ -76,6 +76,7 @@ class Program(NamedTuple):
     narrow_stores: int
     inexact: list[str]  # arithmetic that is not rounded once, as IEEE 754 says
     atomics: list[str]
+    leaves_sums_first: bool  # before it counts itself, and reads those of others afterwards
 
     @property
     def tiles_at_once(self) -> int:
@@ -91,7 +92,7 @@ def flaws(case: Case, program: Program) -> dict[str, str]:
     found = {}
     if program.inexact:
         found["arithmetic"] = f"not rounded once: {program.inexact}"
-    if program.atomics != ["atom.global.gpu.acq_rel.add.u32"]:
+    if program.atomics != ["atom.global.gpu.acq_rel.add.u32"] or not program.leaves_sums_first:
         found["order"] = f"a tile may not see what others have left: {program.atomics}"
     if case.tensors == "even":
         if flaw := _flaw_of_accesses(case, program):
@@ -106,7 +107,9 @@ def flaws(case: Case, program: Program) -> dict[str, str]:
 def _flaw_of_accesses(case: Case, program: Program) -> str:
     loads, stores = _loads(case, program.tile), _stores(case, program.tile)
     if program.narrow_loads or program.wide_loads > loads:
-        return f"{program.wide_loads} and {program.narrow_loads} loads, wide and narrow, not {loads}"
+        return (
+            f"{program.wide_loads} and {program.narrow_loads} loads, wide and narrow, not {loads}"
+        )
     if program.narrow_stores > _SCRATCH_STORES or program.wide_stores > stores:
         return f"{program.wide_stores} and {program.narrow_stores} stores, not {stores}"
     return ""

@@ -103,6 +103,7 @@ def integrations(session: nox.Session, around: str) -> None:
 def kernels(session: nox.Session) -> None:
     """Test the GPU kernels without a GPU: interpreted, emulated on the CPU, and compiled."""
     install(session, "-e.", "kernels")
+    session.env["TRITON_INTERPRET"] = "1"  # also where there is a GPU
     packages = "--packages=triton,cupy"
     run_pytest(session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch")
 

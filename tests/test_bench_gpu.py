@@ -23,7 +23,6 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from gpu_standin import Launches, StandIn
 
 import gcx
 import gcx.torch
@@ -51,6 +50,7 @@ from gcx._cli.left_out import LeftOut
 from gcx.backends import _torch_cuda
 
 import reference
+from gpu_standin import Launches, StandIn
 from libraries import installed
 
 SMALL = Model("small", (Weight((4, 3, 2, 2)), Weight((6, 5))), ((4,),))

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 import gcx.torch
 from gcx.backends import _torch_cuda
 from gcx.torch._fused import SGD, AdamW
-from gcx.torch._fused_rules import AdamWRule
+from gcx.torch._fused._rules import AdamWRule
 
 from torch_kernels import Runs, replace_kernels
 

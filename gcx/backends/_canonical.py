@@ -40,9 +40,10 @@ def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) 
     `xp` is the library of the array. About `block` elements are handled at a time, so that what
     lies between `x` and the sum stays in the cache.
     """
-    total = reduce(add, _segment_sums(_matrix(x, axes, xp), xp, block))
+    matrix = _matrix(x, axes, xp)
+    total = reduce(add, _segment_sums(matrix, xp, block))
     # Not by a number of Python, for which libraries multiply by the reciprocal.
-    mean = total / xp.full_like(total, prod([x.shape[a] for a in axes]))
+    mean = total / xp.full_like(total, len(matrix))
     return mean.reshape([1 if a in axes else x.shape[a] for a in range(x.ndim)])
 
 

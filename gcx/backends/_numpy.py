@@ -20,7 +20,7 @@ _BLOCK = 1 << 17
 
 # Elements of NumPy's buffers. It copies rows that are shorter than half a buffer, to add many at
 # once; for parts of rows that are in the cache already this is slower than to add row by row.
-_BUFFER = 1 << 10
+_BUFFER = 1 << 8
 
 # Longest runs that BLAS may sum in the dtype of the array; longer ones are cut, and the parts added
 # up in float64. Measured for units of mean 1e4 and spread 1: at most 2 ulp of the largest element.

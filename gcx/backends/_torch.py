@@ -29,9 +29,9 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.comple
 # Types that are known to be on one process, without asking.
 _PLAIN = (Tensor, Parameter)
 
-# Elements that the canonical order handles at a time: 1 MiB of float32, which a second-level cache
+# Elements that the canonical order handles at a time: 2 MiB of float32, which a second-level cache
 # holds, and beside which the cost of a call of torch is small.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 def check_dtype(grad: Tensor, /) -> None:

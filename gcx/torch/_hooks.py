@@ -211,8 +211,7 @@ class GradientCentralization:
         self._together = Together()
         if not any(self._targets.weights()):
             raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
-        place = InGradient if where == "gradient" else InUpdate
-        self._hooks = place(self._targets, decay).hooks
+        self._hooks = self._place(decay).hooks
         self._hooks += [
             optimizer.register_load_state_dict_pre_hook(keep_switches),
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
@@ -250,6 +249,11 @@ class GradientCentralization:
         name, kind = type(self).__name__, type(self._optimizer).__name__
         state = f"where={self._where!r}" if self._hooks else "removed"
         return f"<{name} of {kind}, {state}, {self.plan!r}>"
+
+    def _place(self, decay: Decay) -> InGradient | InUpdate:
+        """Make what centralizes in each step."""
+        place = InGradient if self._where == "gradient" else InUpdate
+        return place(self._targets, decay)
 
     def _warn_if_idle(self, optimizer: Optimizer) -> None:
         if not any(self._targets.weights()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gcx.torch._decay import Decay, coupled_rate, keeps_mean_in_gradient
+from gcx.torch._decay import Decay, Group, coupled_rate, keeps_mean_in_gradient
 from gcx.torch._gradients import Rate, with_gradient
 from gcx.torch._momentum import centralize_momentum
 from gcx.torch._plan import Weight
@@ -74,12 +74,16 @@ class InGradient:
     @torch.no_grad()
     def _centralize(self) -> None:
         gradients: dict[Rate, list[tuple[Weight, Tensor]]] = {}
-        for group, weights in self._targets.by_group():
+        for group, weights in self._by_group():
             found = with_gradient(weights)
             if found:
                 rate = coupled_rate(self._targets.optimizer, group, self._decay)
                 gradients.setdefault(rate, []).extend(found)
         self._together.centralize_(gradients)
+
+    def _by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
+        """List what is to be centralized before a step; errors come before anything is changed."""
+        return self._targets.by_group()
 
     def _centralize_momentum(self, *_: Any) -> None:
         # After loading too: the checkpoint may be of a run without centralization.
@@ -94,7 +98,7 @@ class InGradient:
 
     @torch.no_grad()
     def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        found = with_gradient(self._targets.weights())
+        found = with_gradient(weight for _, weights in self._by_group() for weight in weights)
         return [(weight, weight.mean(grad)) for weight, grad in found]
 
 

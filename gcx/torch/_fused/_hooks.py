@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from inspect import unwrap
 from typing import cast
 
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx.backends import _torch_cuda
-from gcx.torch._decay import Group, coupled_rate
-from gcx.torch._fused_launches import Launches
-from gcx.torch._fused_rules import Rule
+from gcx.torch._decay import Decay, Group, coupled_rate
+from gcx.torch._fused._launches import Launches
+from gcx.torch._fused._rules import Rule
 from gcx.torch._gradients import with_gradient
 from gcx.torch._hooks import GradientCentralization
 from gcx.torch._in_gradient import InGradient
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers, Weight
-from gcx.torch._targets import Targets, keep_switches
+from gcx.torch._targets import Targets
 
 
 class CentralizationInStep(GradientCentralization):
@@ -36,6 +35,7 @@ class CentralizationInStep(GradientCentralization):
         overrides: Overrides | None,
         reproducible: bool,
     ) -> None:
+        self._rule = rule
         super().__init__(
             optimizer,
             model,
@@ -45,13 +45,11 @@ class CentralizationInStep(GradientCentralization):
             overrides=overrides,
             reproducible=reproducible,
         )
-        self.remove()  # the hooks that centralize in each step, and the warning of copies
-        self.in_step = InStep(self._targets, rule)
-        self._hooks = [
-            *self.in_step.hooks,
-            optimizer.register_load_state_dict_pre_hook(keep_switches),
-            optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
-        ]
+        del vars(optimizer)["__reduce_ex__"]  # its copies need no warning
+
+    def _place(self, decay: Decay) -> InStep:
+        self.in_step = InStep(self._targets, decay, self._rule)
+        return self.in_step
 
 
 class InStep(InGradient):
@@ -60,11 +58,11 @@ class InStep(InGradient):
     `step` is that step, which an optimizer calls when torch comes to a group.
     """
 
-    def __init__(self, targets: Targets, rule: Rule) -> None:
+    def __init__(self, targets: Targets, decay: Decay, rule: Rule) -> None:
         self._rule = rule
         self._launches = Launches(rule)
         self._marked: dict[int, dict[Tensor, Weight]] = {}  # by the id of the group
-        super().__init__(targets, decay=None)
+        super().__init__(targets, decay)
 
     def step(self, group: Group, remember: Callable[[list[Tensor]], object]) -> list[Tensor]:
         """Centralize and update what of a group the kernels take.
@@ -112,36 +110,16 @@ class InStep(InGradient):
         )
         return next(filter(None, reasons), "")
 
-    def _centralize(self) -> None:
-        # Errors come here, before any group has been changed.
-        weights = {
-            id(group): {weight.parameter: weight for weight, _ in with_gradient(found)}
-            for group, found in self._targets.by_group()
-        }
-        self._marked = {key: weights.get(key, {}) for key in self._of_kernels()}
-        if not weights.keys() <= self._marked.keys():
-            with self._passing_over(self._marked):
-                super()._centralize()
-
-    def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        with self._passing_over(self._of_kernels()):
-            return super()._means_of_gradients()
-
-    @contextmanager
-    def _passing_over(self, groups: Container[int]) -> Iterator[None]:
-        targets = self._targets
-        self._targets = _Rest(targets, groups)
-        try:
-            yield
-        finally:
-            self._targets = targets
-
-    def _of_kernels(self) -> set[int]:
-        """Tell the groups of the kernels, so far as can be told before torch comes to them."""
-        if self._why_not():
-            return set()
-        groups = self._targets.optimizer.param_groups
-        return {id(group) for group in groups if not self._why_not_options(group)}
+    def _by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
+        weights = {id(group): found for group, found in super()._by_group()}
+        is_for_torch = bool(self._why_not())
+        self._marked.clear()
+        for group in self._targets.optimizer.param_groups:
+            found = weights.get(id(group), [])
+            if not (is_for_torch or self._why_not_options(group)):
+                self._marked[id(group)] = {w.parameter: w for w, _ in with_gradient(found)}
+            elif found:
+                yield group, found
 
     def _why_not(self) -> str:
         optimizer = self._targets.optimizer
@@ -163,18 +141,3 @@ class InStep(InGradient):
             if any(isinstance(value, Tensor) for value in values):
                 return f"{option} is a tensor"
         return ""
-
-
-class _Rest(Targets):
-    """Targets without the groups that have these ids."""
-
-    def __init__(self, targets: Targets, passed_over: Container[int]) -> None:
-        self.optimizer = targets.optimizer
-        self._targets = targets
-        self._passed_over = passed_over
-
-    def by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
-        """See `Targets`."""
-        for group, weights in self._targets.by_group():
-            if id(group) not in self._passed_over:
-                yield group, weights

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gcx.plan import Plan
-from gcx.torch._fused_hooks import CentralizationInStep
-from gcx.torch._fused_rules import Rule
+from gcx.torch._fused._hooks import CentralizationInStep
+from gcx.torch._fused._rules import Rule
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers
 

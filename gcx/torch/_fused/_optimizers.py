@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from gcx.torch._fused_optimizer import FusedOptimizer, model_of, parameters_of
-from gcx.torch._fused_rules import AdamWRule, SGDRule
+from gcx.torch._fused._base import FusedOptimizer, model_of, parameters_of
+from gcx.torch._fused._rules import AdamWRule, SGDRule
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers
 from gcx.torch._untraced import untraced

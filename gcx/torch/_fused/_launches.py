@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from gcx.backends import _torch_cuda
 from gcx.backends._torch_triton import forms
 from gcx.torch._decay import Group
-from gcx.torch._fused_rules import Rule, Scalars, State
+from gcx.torch._fused._rules import Rule, Scalars, State
 from gcx.torch._plan import Weight
 
 T = TypeVar("T")

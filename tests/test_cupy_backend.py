@@ -1,41 +1,33 @@
 """The logic of the CuPy backend where there is no GPU, with NumPy in the place of CuPy.
 
-CuPy computes nothing without a GPU, but its functions are those of NumPy by name and meaning. So
-this shows that the backend calls them rightly, and nothing about CuPy itself or its accuracy. On a
-machine with a GPU the `xp` fixture runs all tests on CuPy.
+CuPy computes nothing without a GPU. So this shows that the backend calls CuPy's own operations
+rightly, which it does where its kernel is not for (as on ROCm), and nothing about CuPy itself or
+its accuracy. The kernel is run in `tests/kernels`. On a machine with a GPU the `xp` fixture runs
+all tests on CuPy.
 """
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gcx
-from gcx import _dispatch
 
+import cupy_stand_in
 from reference import centralized
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A copy of the backend that takes NumPy for CuPy, and serves NumPy arrays."""
-    monkeypatch.setitem(sys.modules, "cupy", np)
-    spec = find_spec("gcx.backends._cupy")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.cp is np
-    monkeypatch.setattr(_dispatch, "_by_type", {np.ndarray: module})
-    return module
+    """The backend, with NumPy for CuPy."""
+    return cupy_stand_in.install(monkeypatch, cupy_stand_in.StandIn(is_hip=True))
 
 
 def values(*shape: int) -> Any:
-    return np.random.default_rng(0).normal(loc=3.0, size=shape)
+    numbers = np.random.default_rng(0).normal(loc=3.0, size=shape)
+    return numbers.view(cupy_stand_in.Array)
 
 
 @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
@@ -61,7 +53,7 @@ def test_wide_dtypes(layout: str, strength: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.25])
 def test_low_precision_is_rounded_once(strength: float) -> None:
-    grad = np.arange(-8, 8, dtype=np.float16).reshape(2, 8) / 4
+    grad = (np.arange(-8, 8).reshape(2, 8) / 4).astype(np.float16).view(cupy_stand_in.Array)
     before = grad.copy()
     wide = grad.astype(np.float32)
     exact = wide - np.float32(strength) * wide.mean(axis=1, keepdims=True)
@@ -74,13 +66,13 @@ def test_low_precision_is_rounded_once(strength: float) -> None:
 
 
 def test_low_precision_sums_in_float32() -> None:
-    grad = np.full((2, 4), 40000.0, np.float16)  # the sum is beyond float16
+    grad = np.full_like(values(2, 4), 40000.0, np.float16)  # the sum is beyond float16
     np.testing.assert_array_equal(gcx.centralize(grad), 0)
 
 
 def test_dtypes_that_are_not_floating_are_refused() -> None:
     with pytest.raises(TypeError, match="floating dtype, not int64"):
-        gcx.centralize(np.ones((2, 3), int))
+        gcx.centralize(values(2, 3).astype(int))
 
 
 def test_nothing_to_centralize() -> None:
@@ -90,7 +82,20 @@ def test_nothing_to_centralize() -> None:
 
 
 def test_writable(backend: Any) -> None:
-    assert backend.is_writable(values(3))
+    assert backend.is_writable(values(1, 3))
+    assert not backend.is_writable(np.broadcast_to(values(1, 3), (2, 3), subok=True))
+
+
+def test_what_the_kernel_does_not_take_is_not_promised() -> None:
+    with pytest.raises(TypeError, match="reproducible=True on CuPy is not for ROCm"):
+        gcx.centralize(values(2, 3), reproducible=True)
+
+
+def test_many() -> None:
+    grads = [values(2, 3), values(4, 5).T]
+    results = gcx.centralize_many(grads, layouts=["o...", "...o"])
+    for grad, result, axis in zip(grads, results, (1, 0), strict=True):
+        np.testing.assert_array_equal(result, gcx.centralize(grad, axis=axis))
 
 
 def test_real_cupy_is_imported_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,17 @@ import ctypes
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cache
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+import cupy_stand_in
+from cupy_stand_in import StandIn
 
 HERE = Path(__file__).parent
 
@@ -37,36 +37,6 @@ STOPPING = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
 Edit = Callable[[str], str]  # of the source of a kernel
 
 
-class Array(np.ndarray):
-    """An array of NumPy with the attributes that arrays of CuPy have."""
-
-    @property
-    def data(self) -> Any:
-        _reachable[self.ctypes.data] = self
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-    @property
-    def device(self) -> Any:
-        return Device(0)
-
-
-class Device(nullcontext[None]):
-    """The only one."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.id = number
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Device) and other.id == self.id
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-# Arrays whose addresses have been asked for since the last launch, which may use them.
-_reachable: dict[int, Array] = {}
-
-
 class Kernel:
     """A program that makes one launch, called as kernels of CuPy are."""
 
@@ -79,8 +49,8 @@ class Kernel:
         self.arguments = arguments
         addresses, *tables, strength = arguments
         pointers = [table.data.ptr for table in tables]
-        regions = list(_regions(_reachable.values()))
-        _reachable.clear()
+        regions = list(_regions(cupy_stand_in.addressed.values()))
+        cupy_stand_in.addressed.clear()
         self.blocks.append(grid[0])
         sent = [struct.pack("Q", len(regions))]
         for start, end in regions:
@@ -127,26 +97,15 @@ def program(source: str, definitions: Flags, flags: Flags, folder: Path) -> Path
     return result
 
 
-class CupyOnCpu(ModuleType):
-    """What stands for the module `cupy`: NumPy, and what CuPy has besides."""
+class CupyOnCpu(StandIn):
+    """NumPy in the place of CuPy, with kernels."""
 
     def __init__(self, folder: Path, flags: Flags, edit: Edit) -> None:
-        super().__init__("cupy")
-        self.is_capturing = False
-        self.kernels: dict[str, Kernel] = {}
+        super().__init__()
+        self.kernels: dict[str, Kernel] = {}  # by type of element
         self._build = lambda code, options: Kernel(
             program(edit(code), tuple(o for o in options if o.startswith("-D")), flags, folder)
         )
-        self.cuda = SimpleNamespace(
-            Device=Device,
-            runtime=SimpleNamespace(is_hip=False, getDevice=lambda: 0, getDeviceCount=lambda: 1),
-            get_current_stream=lambda: SimpleNamespace(
-                ptr=0, is_capturing=lambda: self.is_capturing
-            ),
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> Any:
         def get_function(name: str) -> Kernel:
@@ -156,37 +115,11 @@ class CupyOnCpu(ModuleType):
 
         return SimpleNamespace(get_function=get_function)
 
-    def asarray(self, values: Any) -> Array:
-        return np.array(values).view(Array)
-
-    def empty(self, shape: Any, dtype: Any) -> Array:
-        return np.full(shape, np.nan, dtype).view(Array)  # as nobody must rely on what is there
-
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        return np.zeros(shape, dtype).view(Array)
-
 
 def install(
     patch: pytest.MonkeyPatch, folder: Path, flags: Flags = (), edit: Edit = str
 ) -> CupyOnCpu:
     """Let gcx take this for CuPy, with the source of the kernel as `edit` leaves it."""
-    from gcx import _dispatch
-
     cupy = CupyOnCpu(folder, flags, edit)
-    patch.setitem(sys.modules, "cupy", cupy)
-    patch.setattr(_dispatch, "_by_type", {Array: _loaded("_cupy", patch)})
+    cupy_stand_in.install(patch, cupy)
     return cupy
-
-
-def _loaded(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
-    """The backend afresh, with the kernels' file afresh, on what is now installed as CuPy."""
-    for module in ("_cupy_kernels", name):
-        qualified = f"gcx.backends.{module}"
-        spec = find_spec(qualified)
-        assert spec is not None
-        assert spec.loader is not None
-        loaded = module_from_spec(spec)
-        patch.setitem(sys.modules, qualified, loaded)
-        patch.setattr(sys.modules["gcx.backends"], module, loaded, raising=False)
-        spec.loader.exec_module(loaded)
-    return loaded

@@ -158,7 +158,7 @@ def centralize_many(
         As `gcx.centralize`, naming the array; or if `grads` is not a list, tuple or dict.
     ValueError
         As `gcx.centralize`, naming the array; or if a key of `layouts` matches no array, or an
-        array no key. Nothing has been written to `out` then.
+        array no key; or if the `out` of one array is another one, or that of another. Nothing has been written to `out` then.
 
     See Also
     --------
@@ -183,6 +183,7 @@ def centralize_many(
     named = flatten(grads)
     chosen = layouts_for([name for name, _ in named], layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
+    _check_apart(named, outs)
     # All is checked before anything is written, so an error leaves `out` as it was.
     jobs = [
         _job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
@@ -328,6 +329,15 @@ def checked_strength(strength: float) -> float:
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         raise ValueError(msg)
     return float(strength)
+
+
+def _check_apart(named: Sequence[tuple[str, Any]], outs: Sequence[Any]) -> None:
+    """Raise a ValueError if what is written for one array is read or written for another one."""
+    users = {id(grad): name for name, grad in reversed(named)}
+    for (name, _), out in zip(named, outs, strict=True):
+        if out is not None and users.setdefault(id(out), name) != name:
+            msg = f"the out of {name} is also the array of {users[id(out)]}; give one array to each"
+            raise ValueError(msg)
 
 
 def _check_out(out: Any, grad: Any, backend: Backend) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+import gcx
 
 import canonical_order
 
@@ -72,6 +74,23 @@ def canonical(grad: Any, case: Case, strength: float = 1.0) -> Any:
     with np.errstate(all="ignore"):
         wide = np.asarray(grad).astype(canonical_order.working_dtype(dtype))
         return canonical_order.centralized(wide, case.axes, dtype, strength).astype(grad.dtype)
+
+
+def centralize(
+    grads: Sequence[Any],
+    cases: Sequence[Case],
+    outs: Sequence[Any] | None = None,
+    strength: float = 1.0,
+) -> list[Any]:
+    """All of them at once, in the canonical order."""
+    layouts = [
+        "".join("i" if axis in case.axes else "o" for axis in range(grad.ndim))
+        for grad, case in zip(grads, cases, strict=True)
+    ]
+    out = None if outs is None else list(outs)
+    return gcx.centralize_many(
+        list(grads), layouts=layouts, out=out, strength=strength, reproducible=True
+    )
 
 
 def dtype_named(name: str) -> Any:

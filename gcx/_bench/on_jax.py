@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import gcx
 from gcx._bench.memory import free_bytes_of_host
@@ -13,6 +14,7 @@ from gcx._bench.models import Weight
 from gcx._bench.timing import Call, host_clock, waiting_clock
 from gcx._bench.workload import COPY, EXPRESSION, GCX, Workload
 from gcx._cli.attempt import attempt
+from gcx.backends import _jax
 
 __all__ = ["device_name", "free_bytes", "release", "workload"]
 
@@ -20,13 +22,11 @@ __all__ = ["device_name", "free_bytes", "release", "workload"]
 def workload(weights: Sequence[Weight], dtype: str, device: str, /) -> Workload:
     """See `gcx._bench.workload.Library`."""
     where = _device(device)
-    keys = jax.random.split(jax.random.key(0), len(weights))
-    with jax.default_device(where):
-        grads = [
-            jax.random.normal(key, weight.shape, dtype)
-            for key, weight in zip(keys, weights, strict=True)
-        ]
-        source = jax.numpy.concatenate([grad.ravel() for grad in grads])
+    # A million random numbers over and over, since JAX would compile a program for each shape.
+    block = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    grads = [_jax.asarray(np.resize(block, w.shape), dtype, device) for w in weights]
+    size = sum(grad.size for grad in grads)
+    source = _jax.asarray(np.resize(block, size), dtype, device)
     layouts = [weight.layout for weight in weights]
 
     def centralized(grads: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from gcx._bench.timing import interleaved
 from gcx._bench.workload import COPY, GCX, Workload, load
 from gcx._cli.attempt import attempt
 from gcx._cli.left_out import LeftOut
-from gcx._cli.libraries import LibraryInfo, look_up
+from gcx._cli.libraries import look_up, unusable
 from gcx._cli.paths import check_picture
 from gcx._cli.progress import track
 from gcx._cli.requirements import CannotRunError
@@ -99,7 +99,7 @@ def run(
         attempt(load(subject.library).release)  # raises again what has broken a GPU
     rows = tuple(outcome for outcome in outcomes if isinstance(outcome, Row))
     not_measured = (outcome for outcome in outcomes if isinstance(outcome, LeftOut))
-    left_out = (*_libraries_left_out(found), *_models_left_out(places, models), *not_measured)
+    left_out = (*unusable(found), *_models_left_out(places, models), *not_measured)
     if plot and rows:
         from gcx._bench.plot import save
 
@@ -168,12 +168,6 @@ def _measured(subject: _Subject, workload: Workload) -> Row:
         host_microseconds=None if of_host is None else 1e6 * of_host(call, _HOST_SAMPLES),
         launches=None if launches is None else launches(call),
     )
-
-
-def _libraries_left_out(libraries: Sequence[LibraryInfo]) -> Iterator[LeftOut]:
-    for library in libraries:
-        if library.state != "ok":
-            yield LeftOut(library.state != "broken", library.name, library.condition)
 
 
 def _models_left_out(

@@ -12,13 +12,13 @@ from gcx._check.canonical import DTYPES, centralized
 from gcx._check.formats import FORMATS, Format
 from gcx._check.gradients import Case
 from gcx._check.mismatch import mismatch
-from gcx._check.refusals import Subject, missing_dtypes, unusable
+from gcx._check.refusals import Subject, missing_dtypes
 from gcx._check.reproducible import NEVER_PROMISED, not_promised, reproducible_targets
 from gcx._check.samples import CASES_WITH_FAN_IN, samples
 from gcx._check.targets import Target
 from gcx._cli.double_precision import double_precision
 from gcx._cli.left_out import LeftOut, left_out_lines
-from gcx._cli.libraries import look_up
+from gcx._cli.libraries import look_up, unusable
 from gcx._cli.progress import track
 from gcx._table import aligned
 from gcx.backends import LIBRARIES

@@ -1,4 +1,4 @@
-"""What cannot be checked here: libraries that do not run, and what the others refuse."""
+"""What cannot be checked here, as libraries refuse it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,13 @@ from gcx._check.formats import Format
 from gcx._check.targets import Target
 from gcx._cli.attempt import attempt
 from gcx._cli.left_out import LeftOut
-from gcx._cli.libraries import LibraryInfo
 
-__all__ = ["Subject", "missing_dtypes", "refusals", "unusable"]
+__all__ = ["Subject", "missing_dtypes", "refusals"]
 
 Subject = tuple[Target, Format]
 
 # Dtypes that some library or device has not got; the others are never left out in peace.
 _OPTIONAL = ("float64", "bfloat16", "float8_e4m3fn", "complex64")
-
-
-def unusable(libraries: Iterable[LibraryInfo]) -> list[LeftOut]:
-    """Libraries that are not here, have no device, or are broken, which alone is a failure."""
-    return [
-        LeftOut(library.state != "broken", library.name, library.condition)
-        for library in libraries
-        if library.state != "ok"
-    ]
 
 
 def missing_dtypes(subjects: Iterable[Subject]) -> dict[Subject, LeftOut]:

@@ -13,11 +13,11 @@ import numpy as np
 from gcx._check.compare import Finding, difference, error
 from gcx._check.formats import FORMATS
 from gcx._check.gradients import CASES, Case, draw
-from gcx._check.refusals import Subject, missing_dtypes, unusable
+from gcx._check.refusals import Subject, missing_dtypes
 from gcx._check.report import CheckReport, Row
 from gcx._check.targets import ARRAY_API, Target, targets_of
 from gcx._cli.double_precision import double_precision
-from gcx._cli.libraries import look_up
+from gcx._cli.libraries import look_up, unusable
 from gcx._cli.progress import track
 from gcx.backends import LIBRARIES
 

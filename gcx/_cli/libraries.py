@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
 from gcx._cli.attempt import attempt
+from gcx._cli.left_out import LeftOut
 from gcx.backends import load
 
-__all__ = ["INSTALL", "LibraryInfo", "look_up", "path_of"]
+__all__ = ["INSTALL", "LibraryInfo", "look_up", "path_of", "unusable"]
 
 INSTALL = {
     "numpy": 'pip install "gcx[numpy]"',
@@ -65,6 +67,15 @@ def _why_no_kernels() -> str:
     from gcx.backends import _torch_cuda
 
     return _torch_cuda.why_not()
+
+
+def unusable(libraries: Iterable[LibraryInfo]) -> list[LeftOut]:
+    """List those that are not here, have no device, or are broken, which alone is a failure."""
+    return [
+        LeftOut(library.state != "broken", library.name, library.condition)
+        for library in libraries
+        if library.state != "ok"
+    ]
 
 
 def path_of(doc: str | None) -> str:

@@ -23,7 +23,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 SEGMENT = 1 << 14
 
-# Neighbours in memory that are better not torn apart: half a dozen pages of float32.
+# Neighbours in memory that are better not torn apart: four pages of float32.
 _RUN = 1 << 12
 
 
@@ -50,9 +50,10 @@ def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) 
 def blocks(
     shape: Sequence[int], steps: Sequence[int], axes: Sequence[int], size: int
 ) -> Iterator[tuple[slice, ...]]:
-    """Cut an array into whole output units, about `size` elements together if they are no longer.
+    """Cut an array between its output units, into parts of `size` elements if that can be.
 
-    `steps` are distances in memory, in elements; neighbours in memory stay together.
+    Parts are larger where a unit is, or where units lie beside each other in memory: these stay
+    together. `steps` are the distances in memory along the axes, in elements.
     """
     lengths = list(shape)
     kept = (a for a in range(len(shape)) if a not in axes)

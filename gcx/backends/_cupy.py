@@ -6,14 +6,17 @@ mean and subtraction do. All is done on the device of the array, on the current 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 import cupy as cp
+import numpy as np
 
 from gcx.backends import _canonical, _cupy_kernels, _numpy
-from gcx.backends._cupy_kernels import ARRAYS, MOST, Axes
+from gcx.backends._cupy_kernels import ARRAYS, MOST, Axes, Batch, Walk, launch
+from gcx.backends._matrices import matrices
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
@@ -27,7 +30,8 @@ def is_writable(array: Any, /) -> bool:
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
-    why_not = _why_not(grad, tuple(axes))
+    with grad.device:
+        why_not = _why_not(grad.shape, grad.dtype, tuple(axes)) or _why_not_now()
     if why_not:
         msg = f"reproducible=True on CuPy is not for {why_not}"
         raise TypeError(msg)
@@ -49,22 +53,26 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    arrays = list(zip(grads, axes, outs, strict=True))
-    if len(arrays) > 1 and _interfere(grads, outs):  # then one after the other
-        return [centralize(*array[:2], strength, array[2], reproducible) for array in arrays]
-    results = []
-    batches: dict[object, list[_Job]] = {}
-    for grad, fan_in, out in arrays:
-        with grad.device:
-            if grad.size == 0 or _why_not(grad, fan_in):
-                results.append(_with_own_operations(grad, fan_in, strength, out))
+    plan = _plan(tuple(map(_form, grads, axes, outs)), reproducible)
+    if _interfere(grads, outs, plan.uses):
+        do = centralize if len(grads) > 1 else _by_itself
+        return [
+            do(grad, fan_in, strength, out, reproducible)
+            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
+        ]
+    results = list(outs)
+    left = [*plan.left]
+    for places, batch in plan.batches:
+        with grads[places[0]].device:
+            if _why_not_now():
+                left += places
                 continue
-            job = _job(grad, fan_in, cp.empty_like(grad) if out is None else out, reproducible)
-        results.append(job.out)
-        batches.setdefault((grad.device.id, grad.dtype.name), []).append(job)
-    for jobs in batches.values():
-        for start in range(0, len(jobs), ARRAYS):
-            _run(jobs[start : start + ARRAYS], strength, reproducible)
+            for k in places:
+                if outs[k] is None:
+                    results[k] = cp.empty_like(grads[k])
+            launch(batch, [grads[k] for k in places], [results[k] for k in places], strength)
+    for k in left:
+        results[k] = _by_itself(grads[k], axes[k], strength, outs[k], reproducible)
     return results
 
 
@@ -86,49 +94,18 @@ def to_numpy(array: Any, /) -> Any:
     return _numpy.to_numpy(cp.asnumpy(array))
 
 
-class _Job(NamedTuple):
-    """The kernel reads `source` and writes `target`, whose strides are the same.
-
-    That is `out`, or else holds what goes to `out`, where the fan-in axes are `fan_in`.
-    """
-
-    source: Any
-    target: Any
-    axes: Axes
-    out: Any
-    fan_in: Axes
-
-
-def _job(grad: Any, fan_in: Axes, out: Any, reproducible: bool) -> _Job:
-    fits = _cupy_kernels.walks(grad, fan_in, any_order=not reproducible)
-    if fits and (out is grad or _is_beside(grad, out)):
-        return _Job(grad, out, fan_in, out, fan_in)
-    last = tuple(range(-len(fan_in), 0))
-    rows = cp.moveaxis(grad, fan_in, last).copy()
-    return _Job(rows, rows, tuple(axis + rows.ndim for axis in last), out, fan_in)
-
-
-def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> None:
-    """Centralize arrays of one dtype on one device."""
-    sources, targets, axes, outs, fan_ins = zip(*jobs, strict=True)
-    with sources[0].device:
-        _cupy_kernels.launch(sources, axes, strength, targets, any_order=not reproducible)
-        for target, walked, out, fan_in in zip(targets, axes, outs, fan_ins, strict=True):
-            if target is not out:
-                out[...] = cp.moveaxis(target, walked, fan_in)
-
-
-def _why_not(grad: Any, axes: Axes) -> str:
-    """Tell for what the kernel is not; the answer is empty if it takes the array."""
-    if grad.dtype.name not in _cupy_kernels.ELEMENTS or not grad.dtype.isnative:
-        return f"{grad.dtype}"
-    if cp.cuda.runtime.is_hip:
-        return "ROCm"
-    # A graph would replay addresses of tables that are free by then.
-    if cp.cuda.get_current_stream().is_capturing():
-        return "a stream that is captured for a CUDA graph"
-    fan_in = prod(grad.shape[axis] for axis in axes)
-    return f"an array of shape {grad.shape}" if max(fan_in, grad.size // fan_in) > MOST else ""
+def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
+    """Centralize an array that the kernel cannot walk through as it is, or not into `out`."""
+    with grad.device:
+        if grad.size == 0 or _why_not(grad.shape, grad.dtype, axes) or _why_not_now():
+            return _with_own_operations(grad, axes, strength, out)
+        last = tuple(range(grad.ndim - len(axes), grad.ndim))
+        rows = cp.moveaxis(grad, axes, last).copy()
+        centralize(rows, last, strength, rows, reproducible)
+        if out is None:
+            out = cp.empty_like(grad)
+        out[...] = cp.moveaxis(rows, last, axes)
+        return out
 
 
 def _with_own_operations(grad: Any, axes: Axes, strength: float, out: Any | None) -> Any:
@@ -143,38 +120,128 @@ def _with_own_operations(grad: Any, axes: Axes, strength: float, out: Any | None
     return out
 
 
-def _is_beside(grad: Any, out: Any) -> bool:
-    """Whether `out` can be written to element by element while `grad` is read."""
-    if out.strides != grad.strides:
-        return False
-    (low, high), (other_low, other_high) = _span(grad), _span(out)
-    return low == other_low or high <= other_low or other_high <= low
+def _why_not(shape: Axes, dtype: Any, axes: Axes) -> str:
+    """Tell what it is about an array that the kernel is not for; nothing if it takes it."""
+    if dtype.name not in _cupy_kernels.ELEMENTS or not dtype.isnative:
+        return f"{dtype}"
+    if cp.cuda.runtime.is_hip:
+        return "ROCm"
+    fan_in, size = prod(shape[axis] for axis in axes), prod(shape)
+    return f"an array of shape {shape}" if max(fan_in, size // fan_in) > MOST else ""
 
 
-def _interfere(grads: Sequence[Any], outs: Sequence[Any]) -> bool:
+def _why_not_now() -> str:
+    """Tell what it is about the current stream."""
+    # A graph would replay addresses of tables that are free by then.
+    is_captured = cp.cuda.get_current_stream().is_capturing()
+    return "a stream that is captured for a CUDA graph" if is_captured else ""
+
+
+class _Form(NamedTuple):
+    """What decides how an array is centralized; `out` has the strides of the other one, if any."""
+
+    shape: Axes
+    strides: Axes
+    dtype: Any
+    device: int
+    axes: Axes
+    out: Axes | None
+    in_place: bool
+
+
+class _Uses(NamedTuple):
+    """Arrays that are read or written: places in gradients and `outs`, where they begin and end."""
+
+    places: list[int]
+    low: Any
+    high: Any
+    is_written: Any
+
+
+class _Plan(NamedTuple):
+    """How a list of arrays is centralized, by place in the list."""
+
+    batches: list[tuple[list[int], Batch]]
+    left: list[int]
+    uses: _Uses
+
+
+def _form(grad: Any, axes: Axes, out: Any | None) -> _Form:
+    strides = None if out is None else out.strides
+    return _Form(grad.shape, grad.strides, grad.dtype, grad.device.id, axes, strides, out is grad)
+
+
+@lru_cache(maxsize=1 << 8)
+def _plan(forms: tuple[_Form, ...], reproducible: bool) -> _Plan:
+    left = []
+    alike: dict[object, list[tuple[int, Walk]]] = {}
+    for k, form in enumerate(forms):
+        found = _walk(form, reproducible)
+        if found is None:
+            left.append(k)
+        else:
+            alike.setdefault((form.device, form.dtype), []).append((k, found))
+    batches = []
+    for walks in alike.values():
+        for start in range(0, len(walks), ARRAYS):
+            places, some = zip(*walks[start : start + ARRAYS], strict=True)
+            batches.append(([*places], Batch(forms[places[0]].dtype, some)))
+    return _Plan(batches, left, _uses(forms))
+
+
+def _walk(form: _Form, reproducible: bool) -> Walk | None:
+    """How the kernel walks through an array and `out` together, if it does."""
+    shape, strides, dtype, _, axes, out, _ = form
+    if 0 in shape or _why_not(shape, dtype, axes):
+        return None
+    if out != strides and not (out is None and _is_dense(shape, strides, dtype.itemsize)):
+        return None
+    if any(stride % dtype.itemsize for stride in strides):
+        return None
+    steps = [stride // dtype.itemsize for stride in strides]
+    return matrices(shape, steps, axes, any_order=not reproducible)
+
+
+def _is_dense(shape: Axes, strides: Axes, itemsize: int) -> bool:
+    """Whether `cp.empty_like` gives an array of the same strides."""
+    step = itemsize
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _uses(forms: Sequence[_Form]) -> _Uses:
+    rows = [
+        (place, *_reach(form.shape, strides, form.dtype.itemsize), is_written)
+        for k, form in enumerate(forms)
+        for place, strides, is_written in (
+            (k, form.strides, form.in_place),
+            (k + len(forms), None if form.in_place else form.out, True),
+        )
+        if strides is not None and 0 not in form.shape
+    ]
+    places, *columns = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return _Uses([*places], *(np.array(column) for column in columns))
+
+
+def _reach(shape: Axes, strides: Axes, itemsize: int) -> tuple[int, int]:
+    """Where an array begins and ends, counted in bytes from its first element."""
+    reaches = [stride * (size - 1) for size, stride in zip(shape, strides, strict=True)]
+    return sum(min(reach, 0) for reach in reaches), sum(max(r, 0) for r in reaches) + itemsize
+
+
+def _interfere(grads: Sequence[Any], outs: Sequence[Any], uses: _Uses) -> bool:
     """Whether something is written to memory where another array lies, or may lie."""
-    end = end_of_written = 0
-    for low, high, is_written in sorted(_uses(grads, outs)):
-        if low < (end if is_written else end_of_written):
-            return True
-        end = max(end, high)
-        end_of_written = max(end_of_written, high) if is_written else end_of_written
-    return False
-
-
-def _uses(grads: Sequence[Any], outs: Sequence[Any]) -> Iterator[tuple[int, int, bool]]:
-    """Where arrays begin and end, and whether they are written to; new ones lie apart."""
-    for grad, out in zip(grads, outs, strict=True):
-        yield *_span(grad), out is grad
-        if out is not None and out is not grad:
-            yield *_span(out), True
-
-
-def _span(array: Any) -> tuple[int, int]:
-    """Where an array begins and ends in memory."""
-    start = array.data.ptr
-    if array.size == 0:
-        return start, start
-    reaches = [stride * (size - 1) for size, stride in zip(array.shape, array.strides, strict=True)]
-    low, high = (sum(limit(reach, 0) for reach in reaches) for limit in (min, max))
-    return start + low, start + high + array.itemsize
+    if len(uses.places) < 2 or not uses.is_written.any():
+        return False
+    arrays = [*grads, *outs]
+    starts = np.array([arrays[place].data.ptr for place in uses.places])
+    order = np.argsort(starts + uses.low)
+    begins, ends = (starts + uses.low)[order], (starts + uses.high)[order]
+    is_written = uses.is_written[order]
+    end_so_far = np.maximum.accumulate(ends)[:-1]
+    end_of_written = np.maximum.accumulate(np.where(is_written, ends, 0))[:-1]
+    return bool((begins[1:] < np.where(is_written[1:], end_so_far, end_of_written)).any())

@@ -13,9 +13,10 @@ import cupy as cp
 import numpy as np
 
 from gcx.backends._canonical import SEGMENT
-from gcx.backends._matrices import Matrix, matrices
+from gcx.backends._matrices import Matrix
 
 Axes = tuple[int, ...]
+Walk = tuple[Matrix, ...]  # through an array
 
 # What the kernel calls the dtypes that it knows.
 ELEMENTS = {
@@ -52,55 +53,45 @@ _MATRIX = np.dtype(
 )
 
 
-def walks(array: Any, axes: Axes, *, any_order: bool) -> bool:
-    """Whether the kernel can walk through an array, of any size but 0, without a copy."""
-    return _matrices(array.shape, array.strides, array.itemsize, axes, any_order) is not None
-
-
-def launch(
-    grads: Sequence[Any],
-    axes: Sequence[Axes],
-    strength: float,
-    outs: Sequence[Any],
-    *,
-    any_order: bool,
-) -> None:
-    """Centralize arrays of one dtype, on the current device and stream.
+class Batch:
+    """Arrays of one dtype for one launch, as they lie in memory; with the tables for the kernel.
 
     Parameters
     ----------
-    grads : sequence of array
-        At most `ARRAYS`, through which the kernel `walks`.
-    axes : sequence of tuple of int
-        The fan-in axes of each.
-    strength : float
-        The part of the mean to subtract.
-    outs : sequence of array
-        Where to write, with the strides of `grads`: the same places, or others.
-    any_order : bool
-        Whether a fan-in may be summed in the order of memory.
+    dtype : numpy.dtype
+        One of `ELEMENTS`.
+    walks : sequence of `Walk`
+        For each array, at most `ARRAYS`, and the one where its result goes.
     """
-    dtype = grads[0].dtype
-    wide = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+    def __init__(self, dtype: Any, walks: Sequence[Walk]) -> None:
+        entries = [_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]
+        # What takes long goes first, so that little is left to do at the end.
+        entries.sort(key=lambda entry: entry.work, reverse=True)
+        tiles = [entry.tiles for entry in entries]
+        self.dtype = dtype.name
+        self.wide = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+        self.matrix_of_tile = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
+        self.matrices = _table(entries, pack=16 // dtype.itemsize)
+        self.counters = sum(entry.split_panels for entry in entries)
+        self.partials = sum(entry.partials for entry in entries) * COLUMNS
+
+
+def launch(batch: Batch, grads: Sequence[Any], outs: Sequence[Any], strength: float) -> None:
+    """Centralize the arrays of a batch, on the current device and stream.
+
+    Either an array is its own result, or they lie apart.
+    """
     # Counters belong to a stream, and the per-thread default stream goes by one number for all.
     owner = (cp.cuda.runtime.getDevice(), cp.cuda.get_current_stream().ptr, get_ident())
-    forms = tuple((g.shape, g.strides, fan_in) for g, fan_in in zip(grads, axes, strict=True))
-    tables = _tables(forms, dtype.itemsize, any_order, owner)
+    matrix_of_tile, matrices, counters = _tables(batch, owner)
     arrays = np.zeros(1, _ARRAYS)
     arrays["grads"][0, : len(grads)] = [grad.data.ptr for grad in grads]
     arrays["outs"][0, : len(outs)] = [out.data.ptr for out in outs]
-    partials = cp.empty(tables.partials * COLUMNS, wide)
-    _kernel(dtype.name)(
-        (len(tables.matrix_of_tile),),
-        (THREADS,),
-        (
-            arrays,
-            tables.matrix_of_tile,
-            tables.matrices,
-            partials,
-            tables.counters,
-            wide.type(strength),
-        ),
+    partials = cp.empty(batch.partials, batch.wide)
+    tables = (matrix_of_tile, matrices, partials, counters)
+    _kernel(batch.dtype)(
+        (len(matrix_of_tile),), (THREADS,), (arrays, *tables, batch.wide.type(strength))
     )
 
 
@@ -134,13 +125,12 @@ def _kernel(dtype: str) -> Any:
     return cp.RawModule(code=source(), options=options(dtype)).get_function("gcx_centralize")
 
 
-class _Tables(NamedTuple):
-    """What the kernel is told besides addresses, on the device, and its counters."""
-
-    matrix_of_tile: Any
-    matrices: Any
-    counters: Any
-    partials: int
+@lru_cache(maxsize=1 << 10)
+def _tables(batch: Batch, owner: object) -> tuple[Any, Any, Any]:
+    """Copy the tables to the device, with counters, for one stream."""
+    del owner
+    matrices = cp.asarray(batch.matrices.view(np.uint8))
+    return cp.asarray(batch.matrix_of_tile), matrices, cp.zeros(batch.counters, np.uint32)
 
 
 class _Entry(NamedTuple):
@@ -169,37 +159,6 @@ class _Entry(NamedTuple):
         steps = (unit_step,) if matrix.is_rows else (inner_step, outer_step)
         can_be = matrix.is_rows or self.lanes == 0
         return can_be and all(step % pack == 0 for step in (matrix.offset, *steps))
-
-
-@lru_cache(maxsize=1 << 10)
-def _tables(
-    forms: tuple[tuple[Axes, Axes, Axes], ...], itemsize: int, any_order: bool, owner: object
-) -> _Tables:
-    """Make the tables for arrays of these shapes, strides and fan-in axes, for one stream."""
-    del owner
-    entries = [
-        _entry(k, matrix)
-        for k, (shape, strides, axes) in enumerate(forms)
-        for matrix in _matrices(shape, strides, itemsize, axes, any_order) or ()
-    ]
-    entries.sort(key=lambda entry: entry.work, reverse=True)  # so that little is left at the end
-    tiles = [entry.tiles for entry in entries]
-    table = _table(entries, pack=16 // itemsize)
-    return _Tables(
-        matrix_of_tile=cp.asarray(np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)),
-        matrices=cp.asarray(table.view(np.uint8)),
-        counters=cp.zeros(sum(entry.split_panels for entry in entries), np.uint32),
-        partials=sum(entry.partials for entry in entries),
-    )
-
-
-@lru_cache(maxsize=1 << 12)
-def _matrices(
-    shape: Axes, strides: Axes, itemsize: int, axes: Axes, any_order: bool
-) -> tuple[Matrix, ...] | None:
-    if any(stride % itemsize for stride in strides):
-        return None
-    return matrices(shape, [stride // itemsize for stride in strides], axes, any_order=any_order)
 
 
 def _entry(array: int, matrix: Matrix) -> _Entry:

@@ -51,8 +51,9 @@ def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _sum_of_segments(x: jax.Array) -> jax.Array:
     """Sum over the first axis."""
     whole = len(x) - len(x) % SEGMENT
-    segments = x[:whole].reshape(-1, SEGMENT, *x.shape[1:])
-    sums = [*jax.vmap(halved)(segments)] if whole else []
+    sums: list[jax.Array] = []
+    if whole:
+        sums.extend(jax.vmap(halved)(x[:whole].reshape(-1, SEGMENT, *x.shape[1:])))
     if whole < len(x):
         sums.append(halved(x[whole:]))
     return reduce(add, sums)

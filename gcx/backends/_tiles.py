@@ -32,8 +32,8 @@ TILE_ONE_BY_ONE = 2048
 # Columns of a tile: in float32, a line of the cache.
 WIDTH = 32
 
-# Units and elements of a fan-in are counted in 32 bits, to the end of the last tile or segment.
-_MOST = 2**31 - 2 * SEGMENT
+# Units and elements of a fan-in are counted in 32 bits, beyond the end of the last of them.
+_MOST = 1 << 30
 
 
 class Launch(NamedTuple):

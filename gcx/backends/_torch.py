@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gcx.backends import _canonical, _torch_dtensor
+from gcx.backends import _canonical, _torch_dtensor, one_by_one
 
 _DENSE = torch.strided
 
@@ -70,15 +70,14 @@ def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
     """See `gcx.backends.Backend`."""
-    if grad.is_cuda and _is_for_kernels(grad, axes, out):
-        return _launch([(grad, axes, out)], strength, reproducible)[0]
+    if grad.is_cuda and not torch.compiler.is_compiling():
+        (launched,) = _launched([grad], [axes], strength, [out], reproducible)
+        if launched is not None:
+            return launched
     if reproducible and torch.compiler.is_compiling():  # which rounds less often
-        by_itself = torch.compiler.disable(centralize)  # type: ignore[no-untyped-call]
+        by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
         return by_itself(grad, axes, strength, out, reproducible)  # type: ignore[no-any-return]
-    mean = fan_in_mean(grad, axes, reproducible)
-    if strength != 1.0:
-        mean = mean * strength
-    return subtract(grad, mean, out)
+    return _centralize(grad, axes, strength, out, reproducible)
 
 
 def centralize_many(
@@ -90,14 +89,16 @@ def centralize_many(
     /,
 ) -> list[Tensor]:
     """See `gcx.backends.Backend`; one launch for all that the kernels take."""
-    jobs = list(zip(grads, axes, outs, strict=True))
-    taken = [k for k, job in enumerate(jobs) if job[0].is_cuda and _is_for_kernels(*job)]
-    launched = _launch([jobs[k] for k in taken], strength, reproducible) if taken else []
-    results = dict(zip(taken, launched, strict=True))
-    for k, job in enumerate(jobs):
-        if k not in results:
-            results[k] = centralize(job[0], job[1], strength, job[2], reproducible)
-    return [results[k] for k in range(len(jobs))]
+    if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
+        return _one_by_one(grads, axes, strength, outs, reproducible)
+    launched = _launched(grads, axes, strength, outs, reproducible)
+    return [
+        _centralize(grad, fan_in, strength, out, reproducible) if result is None else result
+        for grad, fan_in, out, result in zip(grads, axes, outs, launched, strict=True)
+    ]
+
+
+_one_by_one = one_by_one(centralize)
 
 
 def devices() -> list[str]:
@@ -166,21 +167,27 @@ def _canonical_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return mean
 
 
-def _is_for_kernels(grad: Tensor, axes: tuple[int, ...], out: Tensor | None) -> bool:
+def _centralize(
+    grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
+) -> Tensor:
+    """Centralize by torch's own operations."""
+    mean = fan_in_mean(grad, axes, reproducible)
+    if strength != 1.0:
+        mean = mean * strength
+    return subtract(grad, mean, out)
+
+
+def _launched(
+    grads: Sequence[Tensor],
+    axes: Sequence[tuple[int, ...]],
+    strength: float,
+    outs: Sequence[Tensor | None],
+    reproducible: bool,
+) -> list[Tensor | None]:
+    """Centralize what the kernels take; None for the others."""
     # Imported with the first tensor on CUDA, and not where there is none.
     from gcx.backends import _torch_cuda
 
-    return _torch_cuda.takes(grad, axes, out)
-
-
-def _launch(
-    jobs: Sequence[tuple[Tensor, tuple[int, ...], Tensor | None]],
-    strength: float,
-    reproducible: bool,
-) -> list[Tensor]:
-    from gcx.backends import _torch_cuda
-
-    grads, axes, outs = zip(*jobs, strict=True)
     return _torch_cuda.centralize_many(grads, axes, strength, outs, reproducible)
 
 

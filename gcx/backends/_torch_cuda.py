@@ -6,9 +6,10 @@ on a CUDA device arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
-from subprocess import SubprocessError
+from math import inf
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import Parameter
 
 from gcx.backends import _tiles
 from gcx.backends._tiles import Axes
-from gcx.backends._torch_triton import MultiTensor, Roles, forms
+from gcx.backends._torch_triton import MultiTensor, Roles, TritonFailsError, failures, forms
 
 __all__ = ["Launches", "MultiTensor", "centralize_many", "takes", "why_not"]
 
@@ -27,7 +28,7 @@ _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, Parameter)
-_MOST_PLANS = 64
+_MOST_PLANS = 16
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -39,7 +40,10 @@ def why_not(device: torch.device | None = None) -> str:
         if not torch.cuda.is_available():
             return "no CUDA device"
         device = torch.device("cuda", torch.cuda.current_device())
-    return _lack(device) or ("" if torch.cuda.is_current_stream_capturing() else _failure(device))
+    reason = _lack(device) or failures.get(device, "")
+    if reason or torch.cuda.is_current_stream_capturing():  # where nothing can be tried
+        return reason
+    return _failure(device)
 
 
 def takes(grad: Tensor, axes: Axes, out: Tensor | None = None) -> bool:
@@ -51,10 +55,8 @@ def takes(grad: Tensor, axes: Axes, out: Tensor | None = None) -> bool:
     """
     return (
         _is_on_cuda(grad)
-        and not _is_watched((grad,) if out is None else (grad, out))
-        and _is_ordinary(grad)
-        and _tiles.walks(grad, axes, any_order=False) is not None
-        and (_is_dense(grad) if out is None else out is grad or _is_beside(grad, out))
+        and not _is_traced()
+        and _fits(grad, axes, out)
         and not why_not(grad.device)
     )
 
@@ -65,17 +67,25 @@ def centralize_many(
     strength: float,
     outs: Sequence[Tensor | None],
     reproducible: bool = False,
-) -> list[Tensor]:
-    """Centralize gradients that `takes` takes, each with its `out`; see `gcx.backends.Backend`."""
-    results = [torch.empty_like(g) if o is None else o for g, o in zip(grads, outs, strict=True)]
-    if _repeated(results):  # then one after the other
-        for grad, fan_in, result in zip(grads, axes, results, strict=True):
-            centralize_many([grad], [fan_in], strength, [result], reproducible)
+) -> list[Tensor | None]:
+    """Centralize those gradients that the kernel takes; see `gcx.backends.Backend`.
+
+    The result is None where nothing has been done, and PyTorch is to do it. That is so for all of
+    them where something is written to memory that another one lies in.
+    """
+    results: list[Tensor | None] = [None] * len(grads)
+    places = _taken(grads, axes, outs)
+    if not places or (len(grads) > 1 and _interfere(grads, outs)):
         return results
-    key = (*forms(grads), *axes, reproducible)
-    roles = (grads, grads, results)
-    make = partial(_Plan, roles, axes, any_order=not reproducible)
-    _kept(_plans, key, make).run(roles, strength, 0.0)
+    chosen = [grads[k] for k in places]
+    targets = [_target(grads[k], outs[k]) for k in places]
+    fan_ins = [axes[k] for k in places]
+    roles = (chosen, chosen, targets)
+    make = partial(_Plan, roles, fan_ins, any_order=not reproducible)
+    plan = _kept(_plans, (*forms(chosen), *fan_ins, reproducible), make)
+    left = plan.run(roles, strength, 0.0)
+    for n, k in enumerate(places):
+        results[k] = None if n in left else targets[n]
     return results
 
 
@@ -117,7 +127,7 @@ class Launches:
             Positions of the gradients that are left as they are, since the kernel does not take
             them.
         """
-        if _is_watched(grads):
+        if _is_traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)):
             return [*range(len(grads))]
         if weights is None or rate == 0:
             weights, rate = grads, 0.0
@@ -127,8 +137,7 @@ class Launches:
         if seen != self._seen:
             make = partial(_plan_in_place, roles, axes, reproducible)
             self._plan, self._seen = _kept(self._plans, tuple(seen), make), seen
-        self._plan.run(roles, 1.0, rate)
-        return sorted(self._plan.left)
+        return sorted((*self._plan.left, *self._plan.run(roles, 1.0, rate)))
 
 
 class _Plan:
@@ -147,9 +156,13 @@ class _Plan:
             for chosen in places.values()
         ]
 
-    def run(self, roles: Roles, strength: float, rate: float) -> None:
+    def run(self, roles: Roles, strength: float, rate: float) -> list[int]:
+        """Launch, and return the positions for which that could not be done."""
+        left: list[int] = []
         for places, multi_tensor in self._parts:
-            multi_tensor.run(_at(places, roles), strength=strength, rate=rate)
+            if not multi_tensor.run(_at(places, roles), strength=strength, rate=rate):
+                left += places
+        return left
 
 
 _plans: dict[Hashable, _Plan] = {}  # a cache: it holds nothing that is not made anew when missing
@@ -159,8 +172,8 @@ def _kept(plans: dict[Hashable, _Plan], key: Hashable, make: Callable[[], _Plan]
     """Find a plan among the last ones, or make it."""
     plan = plans.pop(key, None) or make()
     plans[key] = plan  # what was used last goes to the end
-    if len(plans) > _MOST_PLANS:
-        del plans[next(iter(plans))]
+    for oldest in list(plans)[:-_MOST_PLANS]:
+        plans.pop(oldest, None)  # unless another thread has done so
     return plan
 
 
@@ -200,16 +213,81 @@ def _repeated(tensors: Sequence[Tensor]) -> set[int]:
     return {k for k, address in enumerate(addresses) if address in addresses[:k]}
 
 
-def _is_watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody wants to see the operations: a compiler, a transformation, autograd."""
+def _taken(
+    grads: Sequence[Tensor], axes: Sequence[Axes], outs: Sequence[Tensor | None]
+) -> list[int]:
+    """Positions of gradients that `takes` takes; what they have in common is asked once."""
+    if _is_traced():
+        return []
+    jobs = enumerate(zip(grads, axes, outs, strict=True))
+    fitting = [k for k, job in jobs if _is_on_cuda(job[0]) and _fits(*job)]
+    reasons = {device: why_not(device) for device in {grads[k].device for k in fitting}}
+    return [k for k in fitting if not reasons[grads[k].device]]
+
+
+def _fits(grad: Tensor, axes: Axes, out: Tensor | None) -> bool:
+    """Whether the kernel can walk through a tensor, unseen by autograd."""
+    return (
+        not (torch.is_grad_enabled() and (grad.requires_grad or _is_recorded(out)))
+        and _is_ordinary(grad)
+        and _tiles.walks(grad, axes, any_order=False) is not None
+        and (_is_dense(grad) if out is None else out is grad or _is_beside(grad, out))
+    )
+
+
+def _is_recorded(out: Tensor | None) -> bool:
+    return out is not None and out.requires_grad
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or a transformation wants to see the operations."""
     return (
         torch.compiler.is_compiling()
         or _get_tracing_state() is not None
         or peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack() > 0
         or vars(forward_ad)["_current_level"] >= 0
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )
+
+
+def _target(grad: Tensor, out: Tensor | None) -> Tensor:
+    return torch.empty_like(grad) if out is None else out
+
+
+def _interfere(grads: Sequence[Tensor], outs: Sequence[Tensor | None]) -> bool:
+    """Whether something is written to memory where another tensor lies, or may lie."""
+    end = end_of_written = -inf
+    for start, stop, is_written in sorted(_uses(grads, outs)):
+        if start < (end if is_written else end_of_written):
+            return True
+        end = max(end, stop)
+        end_of_written = max(end_of_written, stop) if is_written else end_of_written
+    return False
+
+
+def _uses(
+    grads: Sequence[Tensor], outs: Sequence[Tensor | None]
+) -> Iterator[tuple[float, float, bool]]:
+    """Where tensors begin and end, and whether they are written to; new ones lie apart."""
+    for grad, out in zip(grads, outs, strict=True):
+        read = _span(grad)
+        written = read if out is grad else None if out is None else _span(out)
+        if written != read:
+            yield *read, False
+        if written is not None:
+            yield *written, True
+
+
+def _span(tensor: Tensor) -> tuple[float, float]:
+    """Where a tensor begins and ends in the memory of the device; anywhere if that is unknown."""
+    if type(tensor) not in _PLAIN:
+        return -inf, inf
+    if tensor.numel() == 0 or not _is_on_cuda(tensor):
+        return inf, inf
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((size - 1) * step for size, step in axes)
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.itemsize
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:
@@ -268,11 +346,25 @@ def _lack(device: torch.device) -> str:
 @cache
 def _failure(device: torch.device) -> str:
     """Tell how Triton fails here: it needs a compiler of C, for example."""
-    from triton.errors import TritonError
-
-    grad = torch.tensor([[1.0, 3.0]], device=device)
     try:
-        centralize_many([grad], [(1,)], 1.0, [grad])
-    except (TritonError, ImportError, OSError, RuntimeError, SubprocessError) as error:
+        with _waiting():
+            grad = torch.tensor([[1.0, 3.0]], device=device)
+            kernel = MultiTensor("centralize", [[grad]] * 3, [(1,)], any_order=False)
+            kernel.launch([[grad]] * 3, strength=1.0, rate=0.0)
+            found = grad.tolist()
+    except torch.OutOfMemoryError:  # there may be memory the next time
+        raise
+    except (TritonFailsError, ImportError, OSError, RuntimeError, ValueError) as error:
         return f"Triton fails: {str(error).strip().rpartition(chr(10))[2]}"
-    return "" if grad.tolist() == [[-1.0, 1.0]] else "Triton computes something else here"
+    return "" if found == [[-1.0, 1.0]] else "Triton computes something else here"
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Wait for the device even where the user lets torch raise an error for that."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -256,13 +256,15 @@ def _columns(
     element = part // splits * SEGMENT + part % splits + splits * row
     mask = (element < fan_in) & in_panel
     place = element * step + unit
-    values = _read_all(roles, place, mask)
-    grad_sum = _tree(values[0], 1, HEIGHT, WIDTH)
-    weight_sum = grad_sum if factors[1] is None else _tree(values[1], 1, HEIGHT, WIDTH)
     if parts == 1:
+        values = _read_all(roles, place, mask)
+        grad_sum, weight_sum = _column_sums(values, factors, HEIGHT, WIDTH)
         shift = _shift(grad_sum, weight_sum, fan_in, factors)
         RULE(roles, place, mask, values, values[0] - shift[None, :], scalars)
     else:
+        # What is not summed is read below, once: reading is not moved past an atomic operation.
+        summed = (_read(roles[0], place, mask), _read(roles[1], place, mask))
+        grad_sum, weight_sum = _column_sums(summed, factors, HEIGHT, WIDTH)
         slot = _number(matrix + SLOT, 1) + tile - part  # of the first tile of the panel
         _leave(partials, slot + part, grad_sum, weight_sum, WIDTH)
         if _is_last(arrivals + slot, parts):
@@ -275,6 +277,13 @@ def _columns(
                 place = element * step + unit
                 values = _read_all(roles, place, mask)
                 RULE(roles, place, mask, values, values[0] - shift[None, :], scalars)
+
+
+@triton.jit
+def _column_sums(values, factors, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum gradients, and weights if their mean counts; Triton drops their reading if not."""
+    grad_sum = _tree(values[0], 1, HEIGHT, WIDTH)
+    return grad_sum, grad_sum if factors[1] is None else _tree(values[1], 1, HEIGHT, WIDTH)
 
 
 @triton.jit

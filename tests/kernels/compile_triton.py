@@ -146,6 +146,7 @@ def _described(compiled: Any, tile: int) -> Program:
         spilled=spilled,
         wide_loads=sum(load in wide for load in loads),
         narrow_loads=sum(load not in wide for load in loads),
+        first_loads=sum(_before_counting(code).count(f"ld.global.{load}") for load in wide),
         wide_stores=sum(store in wide for store in stores),
         narrow_stores=sum(store not in wide for store in stores),
         inexact=sorted({name for name in arithmetic if not _is_exact(name)}),
@@ -165,6 +166,43 @@ def _leaves_sums_first(code: str) -> bool:
     read = re.findall(r"ld\.shared|ld\.global|bar\.sync", after)
     waits_before = stored.count("st.global.b") == 2 and stored[-1] == "bar.sync"
     return waits_before and read[0] == "bar.sync"
+
+
+def _before_counting(code: str) -> str:
+    """Return what a tile that counts itself has run by then, whichever way it went.
+
+    That is in the blocks of instructions that no way to the atomic operation passes by.
+    """
+    table = re.search(r"\.branchtargets[^;]*;", code)  # of jumps to the kinds
+    assert table is not None
+    body = code[table.end() :].replace("JTI0_0", table[0])
+    jumps_marked = re.sub(r"(?m)^\t(@%p\d+ )?br[ax]\b[^;]*;", r"\g<0>\f", body)
+    blocks = re.split(r"(?m)\f|^(?=\$L__BB\w+:)", jumps_marked)
+    (counting,) = (k for k, block in enumerate(blocks) if "atom." in block)
+    ways = _ways(blocks)
+    passed = [k for k in range(len(blocks)) if counting not in _reached(ways, without=k)]
+    return "".join(blocks[k].partition("atom.")[0] for k in passed)
+
+
+def _ways(blocks: list[str]) -> list[list[int]]:
+    """List for each block those that may be run next."""
+    places = {block.partition(":")[0]: k for k, block in enumerate(blocks)}
+    ways = []
+    for k, block in enumerate(blocks):
+        jumps = [places[label] for label in re.findall(r"\$L__BB\w+\b(?!:)", block)]
+        runs_on = re.search(r"(?m)^\t(br[ax]|ret)\b", block) is None
+        ways.append([*jumps, k + 1] if runs_on else jumps)
+    return ways
+
+
+def _reached(ways: list[list[int]], *, without: int) -> set[int]:
+    """Find the blocks that can be run if one of them cannot."""
+    reached: set[int] = set()
+    found = {0} - {without}
+    while found:
+        reached |= found
+        found = {way for k in found for way in ways[k]} - reached - {without}
+    return reached
 
 
 def _is_exact(instruction: str) -> bool:

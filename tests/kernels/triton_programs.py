@@ -72,6 +72,7 @@ class Program(NamedTuple):
     spilled: int  # bytes of a thread
     wide_loads: int  # of tensors, 16 bytes each
     narrow_loads: int
+    first_loads: int  # wide ones, of a tile of columns that leaves the rest to another one
     wide_stores: int
     narrow_stores: int
     inexact: list[str]  # arithmetic that is not rounded once, as IEEE 754 says
@@ -110,6 +111,9 @@ def _flaw_of_accesses(case: Case, program: Program) -> str:
         return (
             f"{program.wide_loads} and {program.narrow_loads} loads, wide and narrow, not {loads}"
         )
+    summed = USES[case.rule].summed * _accesses(case, program.tile)
+    if program.first_loads != summed:
+        return f"{program.first_loads} loads before a tile is counted, not {summed}"
     if program.narrow_stores > _SCRATCH_STORES or program.wide_stores > stores:
         return f"{program.wide_stores} and {program.narrow_stores} stores, not {stores}"
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,26 @@ from gcx.backends import load
 __all__ = ["bits_of", "differing", "of_cupy", "of_repeats", "of_torch"]
 
 _REPEATS = 50
+
+
+def _into_new(grads: list[Any], layouts: list[str]) -> list[Any]:
+    return gcx.centralize_many(grads, layouts=layouts, reproducible=True)
+
+
+def _in_place(grads: list[Any], layouts: list[str]) -> list[Any]:
+    return gcx.centralize_many(grads, layouts=layouts, out=grads, reproducible=True)
+
+
+def _into_poisoned(grads: list[Any], layouts: list[str]) -> list[Any]:
+    out = [grad * float("nan") for grad in grads]
+    return gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
+
+
+_WAYS: dict[str, Callable[[list[Any], list[str]], list[Any]]] = {
+    "new arrays": _into_new,
+    "in place": _in_place,
+    "over NaN": _into_poisoned,
+}
 
 
 def of_torch(gpu: Gpu) -> Iterator[Measured]:
@@ -51,13 +71,20 @@ def differing(found: Any, expected: Any) -> int:
     return int(np.sum(~(same | (np.isnan(found) & np.isnan(expected)))))
 
 
-def bits_of(library: str, device: str, fan_ins: Sequence[int]) -> Iterator[Measured]:
-    """Gradients of these fan-ins, in every dtype, kind of numbers and place in memory."""
-    for kind in _formats():
+def bits_of(
+    library: str,
+    device: str,
+    fan_ins: Sequence[int],
+    *,
+    dtypes: Collection[str] = DTYPES,
+    ways: Collection[str] = tuple(_WAYS),
+) -> Iterator[Measured]:
+    """Gradients of these fan-ins, in every kind of numbers and place in memory."""
+    for kind in _formats(dtypes):
         found = [subject for fan_in in fan_ins for subject in subjects(kind, fan_in)]
-        for way, centralize in _WAYS.items():
+        for way in ways:
             grads = _arrays(library, device, kind, found)
-            results = centralize(grads, _layouts(found))
+            results = _WAYS[way](grads, _layouts(found))
             to_numpy = load(library).to_numpy
             pairs = zip(results, found, strict=True)
             count = sum(differing(to_numpy(r), s.expected) for r, s in pairs)
@@ -65,28 +92,8 @@ def bits_of(library: str, device: str, fan_ins: Sequence[int]) -> Iterator[Measu
             yield Measured(what, count, 0, "differ")
 
 
-def _into_new(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, reproducible=True)
-
-
-def _in_place(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, out=grads, reproducible=True)
-
-
-def _into_poisoned(grads: list[Any], layouts: list[str]) -> list[Any]:
-    out = [grad * float("nan") for grad in grads]
-    return gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
-
-
-_WAYS: dict[str, Callable[[list[Any], list[str]], list[Any]]] = {
-    "new arrays": _into_new,
-    "in place": _in_place,
-    "over NaN": _into_poisoned,
-}
-
-
-def _formats() -> list[Format]:
-    return [kind for kind in FORMATS if kind.name in DTYPES]
+def _formats(dtypes: Collection[str] = DTYPES) -> list[Format]:
+    return [kind for kind in FORMATS if kind.name in dtypes]
 
 
 def _fan_ins(gpu: Gpu) -> Sequence[int]:

@@ -28,7 +28,8 @@ def two_processes(gpu: Gpu) -> Iterator[Measured]:
 def _stressed(gpu: Gpu, where: str, *, processes: int) -> Iterator[Measured]:
     launches = _LAUNCHES // 10 if gpu.is_brief else _LAUNCHES
     command = python("gcx._bench.gpu.stress", gpu.device, str(launches))
-    printed = [json.loads(out) for out in outputs([command] * processes, seconds=_SECONDS)]
+    seconds = min(_SECONDS, gpu.seconds_left())
+    printed = [json.loads(out) for out in outputs([command] * processes, seconds=seconds)]
     made = sum(each["launches"] for each in printed)
     wrong = sum(each["wrong"] for each in printed)
     yield Measured(f"launches {where}", made, processes * launches, "done", at_least=True)

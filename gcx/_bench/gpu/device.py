@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from dataclasses import dataclass
+from math import ceil, inf
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from gcx._bench.on_torch import gradients
 from gcx._bench.timing import Call, Clock, host_clock, interleaved, waiting_clock
 from gcx._bench.workload import CACHES, COPY
 
-__all__ = ["COPY", "Gpu", "in_turn"]
+__all__ = ["COPY", "Gpu", "Recording", "in_turn"]
 
 
 class Gpu:
@@ -26,15 +29,24 @@ class Gpu:
         Its name in torch.
     is_brief : bool
         Whether to measure less of everything.
+    until : float
+        When all is to be done, by `time.perf_counter`.
     """
 
-    def __init__(self, device: str = "cuda:0", *, is_brief: bool = False) -> None:
+    def __init__(
+        self, device: str = "cuda:0", *, is_brief: bool = False, until: float = inf
+    ) -> None:
         self.device = device
         self.is_brief = is_brief
+        self.until = until
         self._clock = self.make_clock()
         size = 2 * CACHES * self.cache_bytes()
         self._source = torch.ones(size, dtype=torch.int8, device=device)
         self._target = torch.empty_like(self._source)
+
+    def seconds_left(self) -> float:
+        """Seconds until all is to be done; negative after that."""
+        return self.until - perf_counter()
 
     def rotation(
         self, weights: Sequence[Weight], dtype: str, call: Callable[[list[Tensor]], object]
@@ -81,7 +93,7 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
+        return Recording(graph, call)
 
     def profile(self, call: Call) -> cuda.Profile:
         """See `gcx._bench.cuda.profiled`."""
@@ -103,6 +115,18 @@ class Gpu:
     def make_clock(self) -> Clock:
         """Make the clock of the GPU."""
         return cuda.clock(self.device)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Replays a graph, and keeps what was recorded: the graph reads tables that belong to it."""
+
+    graph: Any
+    call: Call
+
+    def __call__(self) -> None:
+        """Launch once more what was recorded."""
+        self.graph.replay()
 
 
 def _bound(call: Callable[[list[Tensor]], object], grads: list[Tensor]) -> Call:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gcx
 from gcx._bench.gpu.device import Gpu
+from gcx._bench.gpu.hooks import launching
 from gcx._bench.gpu.report import Measured
 from gcx._bench.models import MODELS
 from gcx._bench.on_torch import gradients
@@ -19,7 +20,6 @@ __all__ = ["changing_addresses", "replays"]
 
 # Convolutions, and rows and columns of a transformer.
 _WEIGHTS = (*MODELS["resnet50"].weights[:12], *MODELS["gpt2"].weights[1:6])
-_AXES = [weight.axes for weight in _WEIGHTS]
 _LAYOUTS = [weight.layout for weight in _WEIGHTS]
 _DTYPES = ("float32", "bfloat16")
 _REPLAYS, _STEPS, _KEPT = 5, 200, 7
@@ -27,11 +27,9 @@ _REPLAYS, _STEPS, _KEPT = 5, 200, 7
 
 def replays(gpu: Gpu) -> Iterator[Measured]:
     """Replay a recorded launch on other numbers, and compare with a plain call."""
-    from gcx.backends._torch_cuda import Launches
-
     for dtype in _DTYPES:
         grads = gradients(_WEIGHTS, dtype, gpu.device)
-        replay = gpu.recorded(partial(Launches().centralize_, grads, _AXES))
+        replay = gpu.recorded(partial(launching(_WEIGHTS), grads))
         count = 0
         for _ in range(_REPLAYS):
             for grad in grads:
@@ -46,17 +44,15 @@ def replays(gpu: Gpu) -> Iterator[Measured]:
 
 def changing_addresses(gpu: Gpu) -> Iterator[Measured]:
     """Take steps with new gradients each, as after ``zero_grad(set_to_none=True)``."""
-    from gcx.backends._torch_cuda import Launches
-
     for dtype in _DTYPES:
         numbers = gradients(_WEIGHTS, dtype, gpu.device)
         expected = gcx.centralize_many(numbers, layouts=_LAYOUTS)
-        launches = Launches()
+        launch = launching(_WEIGHTS)
         kept: deque[Tensor] = deque(maxlen=_KEPT)  # in the way of what comes next
         count = 0
         for step in range(_STEPS):
             grads = [number.clone() for number in numbers]
-            launches.centralize_(grads, _AXES)
+            launch(grads)
             count += _differing(grads, expected)
             kept.append(grads[step % len(grads)])
         what = f"{dtype}: of {_STEPS} steps with {len(numbers)} new gradients each"

@@ -8,9 +8,11 @@ from itertools import cycle
 
 import gcx
 from gcx._bench.gpu.device import Gpu
+from gcx._bench.gpu.hooks import launching
 from gcx._bench.gpu.report import Measured
 from gcx._bench.models import DTYPES, MODELS
 from gcx._bench.on_torch import gradients
+from gcx.backends import _torch_cuda
 
 __all__ = ["counted", "host", "used"]
 
@@ -19,9 +21,7 @@ _HOST_UNCHANGED, _HOST_CHANGED = 30.0, 50.0
 
 def used(_: Gpu) -> Iterator[Measured]:
     """See that the kernels run at all: else torch does the work, and misses most of the limits."""
-    from gcx.backends._torch_cuda import why_not
-
-    reason = why_not()
+    reason = _torch_cuda.why_not()
     if reason:
         msg = f"the kernels are not used: {reason}"
         raise RuntimeError(msg)
@@ -44,20 +44,19 @@ def counted(gpu: Gpu) -> Iterator[Measured]:
 
 
 def host(gpu: Gpu) -> Iterator[Measured]:
-    """Time of the hook that centralizes before each step, until it is back."""
-    from gcx.backends._torch_cuda import Launches
+    """Time until the host is back, of the hooks of `gcx.torch` and of `gcx.centralize_many`.
 
+    That function looks at each gradient anew, so its time has no limit, and is only told.
+    """
     weights = MODELS["resnet50"].weights
-    axes = [weight.axes for weight in weights]
     lists = [gradients(weights, "float32", gpu.device) for _ in range(2)]
-    launches = Launches()
-    left = launches.centralize_(lists[0], axes)
-    if left:
-        msg = f"the kernels do not take gradients {left}"
-        raise RuntimeError(msg)
-    unchanged = gpu.until_back(lambda: launches.centralize_(lists[0], axes))
+    launch = launching(weights)
+    unchanged = gpu.until_back(partial(launch, lists[0]))
     in_turn = cycle(lists)
-    changed = gpu.until_back(lambda: launches.centralize_(next(in_turn), axes))
+    changed = gpu.until_back(lambda: launch(next(in_turn)))
+    layouts = [weight.layout for weight in weights]
+    many = partial(gcx.centralize_many, lists[0], layouts=layouts, out=lists[0])
     what = f"{len(weights)} gradients of ResNet-50"
-    yield Measured(f"{what}, as before", 1e6 * unchanged, _HOST_UNCHANGED, "us")
-    yield Measured(f"{what}, elsewhere each time", 1e6 * changed, _HOST_CHANGED, "us")
+    yield Measured(f"hooks, {what}, as before", 1e6 * unchanged, _HOST_UNCHANGED, "us")
+    yield Measured(f"hooks, {what}, elsewhere each time", 1e6 * changed, _HOST_CHANGED, "us")
+    yield Measured(f"gcx.centralize_many, {what}", 1e6 * gpu.until_back(many), None, "us")

@@ -14,17 +14,19 @@ __all__ = ["GpuReport", "Measured", "NotRunError", "Row", "failed", "judged", "r
 
 
 class Measured(NamedTuple):
-    """A number, and what gcx promises of it: to be at most `limit`, or at least."""
+    """A number, and what gcx promises of it: to be at most `limit`, or at least; or nothing."""
 
     what: str
     value: float
-    limit: float
+    limit: float | None
     unit: str = ""
     at_least: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether the promise is kept; not if there is no number."""
+        if self.limit is None:
+            return isfinite(self.value)
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
@@ -40,7 +42,7 @@ class Row:
     part: str
     what: str
     measured: float | None  # None if there is no number, and `why` says what happened
-    limit: float | None
+    limit: float | None  # None if nothing is promised, or there is no number
     unit: str
     at_least: bool
     why: str
@@ -100,7 +102,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     sense = ">=" if row.at_least else "<="
     limit = "-" if row.limit is None else f"{sense} {_number(row.limit, row.unit)}"
     measured = "-" if row.measured is None else _number(row.measured, row.unit)
-    verdict = "ok" if row.ok else f"MISSED {row.why}".rstrip()
+    kept = "-" if row.limit is None else "ok"
+    verdict = kept if row.ok else f"MISSED {row.why}".rstrip()
     return row.part, row.what, measured, limit, verdict
 
 

@@ -38,5 +38,5 @@ def _checked(gpu: Gpu, tool: str) -> Iterator[Measured]:
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *program]
     # Memory of torch's pools has no bounds that could be seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    outputs([command], seconds=_SECONDS, environment=environment)
+    outputs([command], seconds=min(_SECONDS, gpu.seconds_left()), environment=environment)
     yield Measured(f"{tool}: errors", 0, 0)

@@ -9,11 +9,12 @@ from gcx._bench.gpu.bits import bits_of
 __all__: list[str] = []
 
 _FAN_INS = (9, 147, 4608)
+_DTYPES, _WAYS = ("float32", "bfloat16"), ("in place",)
 
 
 def main() -> int:
     """Run as a program; the exit code says whether all bits are right."""
-    found = bits_of("torch", sys.argv[1], _FAN_INS)
+    found = bits_of("torch", sys.argv[1], _FAN_INS, dtypes=_DTYPES, ways=_WAYS)
     return 0 if all(measured.ok for measured in found) else 1
 
 

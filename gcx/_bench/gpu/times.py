@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gcx
 from gcx._bench.gpu.device import COPY, Gpu
+from gcx._bench.gpu.hooks import launching
 from gcx._bench.gpu.report import Measured
 from gcx._bench.models import DTYPES, MODELS, Model, output_first
 from gcx._bench.on_torch import expression, gradients, peers
@@ -66,20 +67,20 @@ def of_copies(gpu: Gpu) -> float:
 
 
 def against_loops(gpu: Gpu) -> Iterator[Measured]:
-    """One call against a loop over ResNet-50, end to end."""
+    """Time what the hooks of `gcx.torch` launch for ResNet-50, against loops, end to end."""
     model = MODELS["resnet50"]
     for dtype in DTYPES:
         grads = gradients(model.weights, dtype, gpu.device)
         axes = [weight.axes for weight in model.weights]
         candidates: dict[str, Call] = {
-            "gcx": partial(_centralize, model, grads),
+            "gcx": partial(launching(model.weights), grads),
             "the expression": partial(expression, grads, axes),
             **peers(grads, model.weights),
         }
         found = gpu.end_to_end(candidates)
         mine = found.pop("gcx")
         for name, seconds in found.items():
-            what = f"{model.title}, {dtype}: {name} over gcx"
+            what = f"{model.title}, {dtype}: {name} over the hooks of gcx.torch"
             yield Measured(what, seconds / mine, _FASTER, "times", at_least=True)
 
 

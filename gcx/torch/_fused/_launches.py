@@ -99,7 +99,7 @@ class Launches:
             tables = _Tables(self._rule.name, roles, weights)
         self._kept[key] = tables
         if len(self._kept) > _KEPT:
-            del self._kept[next(iter(self._kept))]
+            self._kept.pop(next(iter(self._kept)), None)  # unless another thread has done so
         return tables
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import gcx
@@ -16,8 +17,8 @@ class StandIn(Gpu):
 
     seen = Profile(kernels=1, copies=1, waits=0, seconds=1e-6)
 
-    def __init__(self) -> None:
-        super().__init__("cpu", is_brief=True)
+    def __init__(self, *, until: float = inf) -> None:
+        super().__init__("cpu", is_brief=True, until=until)
 
     def recorded(self, call: Call) -> Call:
         return call

@@ -410,7 +410,7 @@ class TestTiming:
         times = timing.interleaved({"a": int}, seconds=0, rounds=3, clock=lambda *_: next(said))
         assert times == {"a": 2.0}
 
-    def test_clock_of_a_device(self) -> None:
+    def test_clock_of_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         happened: list[str] = []
 
         class Event:
@@ -423,8 +423,15 @@ class TestTiming:
         clock = timing.DeviceClock(
             flush=lambda: happened.append("flush"), event=Event, milliseconds=lambda *_: 4.0
         )
+        now = iter([10.0, 10.009, 20.0, 20.001])  # the host takes 9 ms, then 1 ms
+        monkeypatch.setattr(timing, "perf_counter", lambda: next(now))
         assert clock(lambda: happened.append("call"), 1) == 0.004
-        assert happened == ["flush", "record", "call", "record", "synchronize"]
+        time_of_a_flush = ["flush", "record", "flush", "record", "synchronize"]
+        timed = ["record", "call", "record", "synchronize"]
+        assert happened == ["call", *time_of_a_flush, *6 * ["flush"], *timed]
+        happened.clear()
+        clock(lambda: happened.append("call"), 1)
+        assert happened == ["call", *2 * ["flush"], *timed]
 
     def test_host_clock_does_not_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = iter([10.0, 11.0])

@@ -11,9 +11,11 @@ import os
 import re
 import stat
 import sys
+import weakref
 from functools import partial
 from math import inf, nan
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,14 +36,17 @@ from gcx._bench.gpu import (
     cases,
     concurrency,
     graphs,
+    hooks,
     launches,
     optimizers,
     programs,
     sanitizer,
+    small,
     stress,
     times,
 )
 from gcx._bench.gpu.acceptance import PARTS, Part, measure
+from gcx._bench.gpu.device import Recording
 from gcx._bench.gpu.report import GpuReport, Measured, NotRunError, Row, judged, render
 from gcx._bench.models import DTYPES, MODELS, Model, Weight
 from gcx._bench.setting import setting
@@ -56,6 +61,7 @@ from libraries import installed
 SMALL = Model("small", (Weight((4, 3, 2, 2)), Weight((6, 5))), ((4,),))
 COLUMNS = Model("columns", (Weight((5, 6), "...o"), Weight((3, 4))), ())
 FORMAT = {kind.name: kind for kind in FORMATS}
+ALL_TIMED = optimizers._TIMED
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def gpu() -> StandIn:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take small models and few steps, and do without kernels."""
     for name in MODELS:
         monkeypatch.setitem(MODELS, name, COLUMNS if name == "gpt2" else SMALL)
@@ -98,6 +104,11 @@ class TestVerdict:
         assert row.ok is ok
         assert json.loads(json.dumps(row.measured), parse_constant=pytest.fail) in (value, None)
 
+    @pytest.mark.parametrize(("value", "ok"), [(1.0, True), (nan, False)])
+    def test_of_a_number_without_a_limit(self, value: float, ok: bool) -> None:
+        measured = Measured("what", value, None, "us")
+        assert measured.ok is judged("part", measured).ok is ok
+
 
 def gives_two(_: Any) -> Any:
     yield Measured("first", 1, 2)
@@ -128,7 +139,8 @@ class TestParts:
             f"{file.__name__.rpartition('.')[2]}.{name}" for file in files for name in file.__all__
         }
         no_part = {
-            *("bits.bits_of", "bits.differing", "times.of_copies", "optimizers.module_of"),
+            *("bits.bits_of", "bits.differing", "times.of_copies"),
+            *("optimizers.layouts_of", "optimizers.module_of"),
         }
         assert made - no_part <= {part.place for part in PARTS}
 
@@ -158,9 +170,42 @@ class TestParts:
         assert rows == ()
         assert (item.ok, item.why) == (True, "not installed: no_such_package")
 
-    def test_nothing_is_begun_when_the_time_is_up(self, gpu: StandIn) -> None:
-        (row,), _ = measure(gpu, [Part("name", "times", "of_models")], until=0.0)
-        assert (row.ok, row.why) == (False, "not begun, as the time was up")
+    def test_nothing_is_begun_when_the_time_is_up(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpu.until = 0.0
+        (row,), _ = self.measured(gpu, monkeypatch, pytest.fail)
+        assert (row.ok, row.why) == (False, "TimeoutError: the time was up")
+
+    def test_nothing_goes_on_when_the_time_is_up(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def takes_long(gpu: StandIn) -> Any:
+            gpu.until = 0.0
+            yield Measured("first", 1, 2)
+            pytest.fail("the time was up")
+
+        rows, _ = self.measured(gpu, monkeypatch, takes_long)
+        assert [(row.what, row.ok) for row in rows] == [("first", True), ("times.probe0", False)]
+
+    def test_programs_are_given_the_time_that_is_left(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpu.until = perf_counter() + 10
+        gpu.is_brief = False
+        monkeypatch.setattr(sanitizer, "which", lambda _: "compute-sanitizer")
+        given: list[float] = []
+
+        def outputs(commands: Any, *, seconds: float, **_: Any) -> list[str]:
+            given.append(seconds)
+            return ['{"launches": 0, "wrong": 0}'] * len(commands)
+
+        for file in (concurrency, sanitizer):
+            monkeypatch.setattr(file, "outputs", outputs)
+        places = ("concurrency", "two_processes"), ("sanitizer", "memcheck")
+        measure(gpu, [Part("name", *place) for place in places])
+        assert len(given) == 2
+        assert all(0 < seconds <= 10 for seconds in given)
 
     def test_broken_gpu_does_not_end_the_report(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +225,15 @@ class TestBits:
         rows = list(bits.of_torch(gpu))
         assert [row for row in rows if not row.ok] == []
         assert len(rows) == 4 * 3  # dtypes, ways
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_few_of_them_for_slow_inspectors(
+        self, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["small", "cpu"])
+        if code:
+            monkeypatch.setattr(bits, "gcx", SimpleNamespace(centralize_many=not_centralized))
+        assert small.main() == code
 
     def test_wrong_bits_are_counted(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         def one_bit_off(grads: Any, **options: Any) -> Any:
@@ -258,16 +312,34 @@ class TestLaunches:
         assert all(row.ok for row in launches.counted(gpu))
 
     def test_host(self, gpu: StandIn) -> None:
-        unchanged, changed = launches.host(gpu)
-        assert unchanged.value > 0
-        assert (unchanged.limit, changed.limit) == (30, 50)
+        of_hooks, elsewhere, of_function = launches.host(gpu)
+        assert [row.limit for row in (of_hooks, elsewhere, of_function)] == [30, 50, None]
+        assert of_hooks.what.startswith("hooks, ")
+        assert elsewhere.what.startswith("hooks, ")
+        assert of_function.what.startswith("gcx.centralize_many, ")
+
+    def test_host_has_many_gradients_in_turn(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begins: list[int] = []
+
+        def centralize_(_: Launches, grads: Any, axes: Any) -> list[int]:
+            begins.append(grads[0].data_ptr())
+            return []
+
+        monkeypatch.setattr(Launches, "centralize_", centralize_)
+        list(launches.host(gpu))
+        calls = len(begins) // 2
+        assert len(set(begins[:calls])) == 1
+        assert begins[calls : calls + 4] == 2 * [*dict.fromkeys(begins)]
 
     def test_gradients_that_the_kernels_leave_are_an_error(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Launches, "centralize_", lambda *_: [1])
-        with pytest.raises(RuntimeError, match=r"do not take gradients \[1\]"):
-            list(launches.host(gpu))
+        for function in (launches.host, times.against_loops, graphs.replays):
+            with pytest.raises(RuntimeError, match=r"do not take gradients \[1\]"):
+                list(function(gpu))
 
     def test_without_kernels_there_is_a_reason(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -359,8 +431,26 @@ class TestTimes:
         seconds = {"gcx": 1.0, "the expression": 7.0, "pytorch_optimizer": 9.0}
         monkeypatch.setattr(gpu, "end_to_end", lambda calls: {k: seconds[k] for k in calls})
         verdicts = {row.what.partition(": ")[2]: row.ok for row in times.against_loops(gpu)}
-        assert verdicts.pop("the expression over gcx") is False
+        assert verdicts.pop("the expression over the hooks of gcx.torch") is False
         assert all(verdicts.values())
+
+    def test_speedup_is_that_of_what_the_hooks_launch(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Any] = []
+
+        def launching(weights: Any) -> Any:
+            made.append(hooks.launching(weights))
+            return made[-1]
+
+        def end_to_end(candidates: Any) -> Any:
+            assert candidates["gcx"].func is made[-1]
+            return dict.fromkeys(candidates, 1.0)
+
+        monkeypatch.setattr(times, "launching", launching)
+        monkeypatch.setattr(gpu, "end_to_end", end_to_end)
+        list(times.against_loops(gpu))
+        assert len(made) == len(DTYPES)
 
     def test_end_to_end_waits_after_the_last_step(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -384,6 +474,16 @@ class TestGraphs:
     ) -> None:
         monkeypatch.setattr(Launches, "centralize_", lambda *_: [])
         assert not any(row.ok for row in function(gpu))
+
+    def test_what_is_recorded_lives_as_long_as_it_can_be_replayed(self) -> None:
+        happened: list[str] = []
+        call = partial(int)
+        alive = weakref.ref(call)
+        replay = Recording(SimpleNamespace(replay=lambda: happened.append("replay")), call)
+        del call
+        replay()
+        assert happened == ["replay"]
+        assert alive() is not None
 
     def test_stale_addresses_are_found(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         first: list[Any] = []
@@ -477,6 +577,27 @@ class TestOptimizers:
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
         assert len([row for row in gcx.torch.plan(module) if row.layout]) == len(SMALL.weights)
 
+    def test_columns_are_centralized_as_columns(self) -> None:
+        module = optimizers.module_of(COLUMNS, "float32", "cpu")
+        shapes = [tuple(parameter.shape) for parameter in module.parameters()]
+        assert shapes == [weight.shape for weight in COLUMNS.weights]
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        optimizer = gcx.torch.SGD(module, lr=1.0, overrides=optimizers.layouts_of(module))
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        pairs = zip(module.parameters(), before, COLUMNS.weights, strict=True)
+        for parameter, was, weight in pairs:
+            moved = (parameter.detach() - was).numpy()
+            np.testing.assert_allclose(moved.mean(weight.axes), 0, atol=1e-6)
+            assert np.abs(moved).max() > 0.1
+
+    def test_both_layouts_of_a_model_are_timed(self) -> None:
+        titles = {model.title: model for model, *_ in ALL_TIMED}
+        layouts = {weight.layout for weight in titles["GPT-2 small"].weights}
+        assert layouts == {"o...", "...o"}
+        assert {w.layout for w in titles["GPT-2 small, output first"].weights} == {"o..."}
+
     def test_ratios(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         def profile(step: Any) -> Any:
             is_of_gcx = type(step.__self__).__module__.startswith("gcx")
@@ -500,11 +621,14 @@ class TestOptimizers:
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         without = {
-            name: pair._replace(of_gcx=lambda module, pair=pair: pair.of_torch(module.parameters()))
+            name: pair._replace(of_gcx=partial(self.without_gc, pair.of_torch))
             for name, pair in optimizers._OPTIMIZERS.items()
         }
         monkeypatch.setattr(optimizers, "_OPTIMIZERS", without)
         assert not any(row.ok for row in optimizers.distances(gpu))
+
+    def without_gc(self, of_torch: Any, module: Any, **_: Any) -> Any:
+        return of_torch(module.parameters())
 
 
 @pytest.mark.skipif(not installed("jax"), reason="needs JAX")
@@ -543,6 +667,11 @@ class TestReport:
         row = Row(False, "bits", "bits.of_torch", None, None, "", False, "RuntimeError: no")
         assert re.search(r"bits +bits.of_torch +- +- +MISSED RuntimeError: no", self.text(row))
 
+    def test_what_is_only_told_has_no_verdict(self) -> None:
+        row = judged("time", Measured("gcx.centralize_many", 400.0, None, "us"))
+        assert re.search(r"time +gcx.centralize_many +400 us +- +-$", self.text(row), re.MULTILINE)
+        assert self.text(row).endswith("all limits are kept")
+
     def test_all_kept(self) -> None:
         assert self.text(ROW).endswith("1 rows in 12 seconds: all limits are kept")
 
@@ -579,7 +708,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-        monkeypatch.setattr(acceptance, "Gpu", lambda is_brief: StandIn())
+        monkeypatch.setattr(acceptance, "Gpu", lambda *, is_brief, until: StandIn(until=until))
         monkeypatch.setattr(acceptance, "PARTS", [Part("probe", "times", function)])
         monkeypatch.setattr(
             times, "probe", lambda _: [Measured("what", 1.0, 2.0, "us")], raising=False

@@ -59,13 +59,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cases", [ALL, LARGE], ids=["all", "large"])
-def test_bits(cases: Sequence[Case], dtype: str, launches: list[str]) -> None:
+def test_bits(cases: Sequence[Case], dtype: str) -> None:
     wholes = [numbers(case, dtype) for case in cases]
     parts = [case.part(cp.asarray(whole)) for case, whole in zip(cases, wholes, strict=True)]
     results = centralize(parts, cases)
     for case, whole, result in zip(cases, wholes, results, strict=True):
         assert_same_bits(result.get(), canonical(case.part(whole), case))
-    assert launches == [dtype]
+
+
+def test_one_launch_for_each_dtype(launches: list[str]) -> None:
+    cases = [*ROWS, *COLUMNS]
+    grads = [cp.asarray(numbers(case, dtype)) for dtype in DTYPES for case in cases]
+    centralize(grads, cases * len(DTYPES))
+    assert launches == [*DTYPES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

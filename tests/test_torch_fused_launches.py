@@ -22,7 +22,7 @@ from gcx.backends import _torch_cuda
 from gcx.torch._fused import SGD, AdamW
 from gcx.torch._fused._rules import AdamWRule
 
-from torch_kernels import Runs, replace_kernels
+from torch_kernels import MultiTensor, Runs, replace_kernels
 
 STEPS = 6
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
@@ -84,6 +84,11 @@ def assert_close(found: nn.Module, expected: nn.Module) -> None:
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         epsilon = torch.finfo(one.dtype).eps
         torch.testing.assert_close(one, other, rtol=32 * epsilon, atol=8 * epsilon)
+
+
+def assert_same_bits(found: nn.Module, expected: nn.Module) -> None:
+    pairs = zip(found.parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def assert_close_states(found: Optimizer, expected: Optimizer) -> None:
@@ -175,6 +180,68 @@ def test_what_the_kernels_do_not_take_is_centralized_for_torch(
     assert_close(model, twin)
     assert runs == [(kind.__name__.lower(), 6)] * STEPS
     assert optimizer.fallbacks == ["a parameter is torch.float64"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_that_the_kernels_take(case: str, runs: Runs) -> None:
+    kind, options = CASES[case]
+    model, twin = Net().double(), Net().double()
+    optimizer, other = kind(model, **options), hooked(twin, kind, **options)
+    for _ in range(STEPS):
+        step(model, optimizer)
+        step(twin, other)
+    assert_same_bits(model, twin)
+    assert_close_states(optimizer, other)
+    assert not runs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_kernels_refuse_when_it_comes_to_it(case: str, runs: Runs) -> None:
+    """As where a CUDA graph is captured before its kernels were compiled; all, or one launch."""
+    kind, options = CASES[case]
+    model, twin = Net(torch.bfloat16), Net(torch.bfloat16)
+    optimizer, other = kind(model, lr=0.01, **options), hooked(twin, kind, lr=0.01, **options)
+    for refused in ({torch.float32, torch.bfloat16}, set(), {torch.float32}, {torch.bfloat16}):
+        MultiTensor.refused = refused
+        step(model, optimizer)
+        step(twin, other)
+    assert_close(model, twin)
+    states = zip(optimizer.state.values(), other.state.values(), strict=True)
+    assert all(one.get("step") == another.get("step") for one, another in states)
+    assert [count for _, count in runs] == [6, 2, 2, 6]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_on_a_cpu_beside_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked about the GPU, as a process that was forked must not."""
+    kind, options = CASES[case]
+    monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
+    model, twin = Net(), Net()
+    optimizer, other = kind(model, **options), hooked(twin, kind, **options)
+    for _ in range(STEPS):
+        step(model, optimizer)
+        step(twin, other)
+    assert_same_bits(model, twin)
+    assert optimizer.fallbacks == ["no parameter on a CUDA device"]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_kernels_are_asked_for_on_the_device_of_the_parameters(
+    kind: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_torch_cuda, "why_not", lambda device: f"no kernels on {device}")
+    assert kind(Net()).fallbacks == ["no kernels on cpu"]
+
+
+def test_steps_are_counted_whatever_the_default_device_is(runs: Runs) -> None:
+    """Such as the GPU, which counts on a CPU would have to be fetched from."""
+    model = Net()
+    optimizer = AdamW(model)
+    step(model, optimizer)
+    backward(model)
+    with torch.device("meta"):
+        optimizer.step()
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -270,11 +337,6 @@ def test_numbers_of_adamw_are_those_of_float32() -> None:
 
 
 # Fallbacks
-
-
-def test_no_kernels() -> None:
-    model = Net()
-    assert AdamW(model).fallbacks == SGD(model).fallbacks == [_torch_cuda.why_not()]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def workload(weights: Sequence[Weight], dtype: str, device: str, /) -> Workload:
     block = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
     grads = [_jax.asarray(np.resize(block, w.shape), dtype, device) for w in weights]
     size = sum(grad.size for grad in grads)
-    source = _jax.asarray(np.resize(block, size), dtype, device)
+    source = jax.numpy.resize(_jax.asarray(block, dtype, device), (size,))
     layouts = [weight.layout for weight in weights]
 
     def centralized(grads: list[Any]) -> list[Any]:

@@ -9,8 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// An operation as PTX has it. CuPy compiles with -ftz=true, which takes subnormal numbers for zero
-// in C, intrinsics like __fadd_rn among it; and no compiler contracts or approximates these.
+// An operation as PTX has it. CuPy compiles with -ftz=true, which makes C, and even intrinsics like
+// __fadd_rn, take subnormal numbers for zero; and no compiler contracts or approximates these.
 #define EXACTLY(name, sign, instruction, number, letter)                                    \
   __device__ inline number name(number a, number b) {                                       \
     number result;                                                                          \
@@ -391,13 +391,12 @@ __device__ inline void centralize_tile(const Job& job, Wide* partials, unsigned*
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    gcx_centralize(const Arrays arrays, const int* matrix_of_tile,
-                   const Matrix* matrices, Wide* partials, unsigned* counters, Wide strength) {
+    gcx_centralize(const Arrays arrays, const int* matrix_of_tile, const Matrix* matrices,
+                   Wide* partials, unsigned* counters, Wide strength) {
   const Matrix matrix = matrices[matrix_of_tile[blockIdx.x]];
   const Job job{arrays.grads[matrix.array], arrays.outs[matrix.array], matrix,
                 static_cast<int>(blockIdx.x) - matrix.first_tile, strength};
-  const auto addresses =
-      reinterpret_cast<unsigned long long>(job.grad) | reinterpret_cast<unsigned long long>(job.out);
+  const auto addresses = reinterpret_cast<size_t>(job.grad) | reinterpret_cast<size_t>(job.out);
   if (matrix.packed && addresses % sizeof(Pack) == 0)
     centralize_tile<PACK>(job, partials, counters);
   else

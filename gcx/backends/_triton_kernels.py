@@ -104,7 +104,8 @@ def multi_tensor(
             _flat(roles, matrix, tile, scalars, RULE, VECTOR, TILE)
 
 
-# Rules: what is done with a centralized gradient, at the same places of all roles.
+# Rules: what is done with a centralized gradient, at the same places of all roles. Moments are
+# written before the weight is computed, which needs their registers.
 
 
 @triton.jit
@@ -128,9 +129,9 @@ def sgd_momentum(roles, place, mask, values, grad, scalars):
     weight = values[1]
     grad = sign * grad + weight_decay * weight
     buffer = tl.where(first != 0, grad, momentum * values[2] + undamped * grad)
+    _write(roles[2], place, mask, buffer)
     step = tl.where(nesterov != 0, grad + momentum * buffer, buffer)
     _write(roles[1], place, mask, weight - lr * step)
-    _write(roles[2], place, mask, buffer)
 
 
 @triton.jit
@@ -141,10 +142,10 @@ def adamw(roles, place, mask, values, grad, scalars):
     weight = values[1] - decay * values[1]
     first = beta1 * values[2] + rest1 * grad
     second = beta2 * values[3] + rest2 * grad * grad
-    scale = tl.div_rn(tl.sqrt_rn(second), root_bias2) + eps
-    _write(roles[1], place, mask, weight - tl.div_rn(step_size * first, scale))
     _write(roles[2], place, mask, first)
     _write(roles[3], place, mask, second)
+    scale = tl.div_rn(tl.sqrt_rn(second), root_bias2) + eps
+    _write(roles[1], place, mask, weight - tl.div_rn(step_size * first, scale))
 
 
 # Kinds: how a matrix is walked.

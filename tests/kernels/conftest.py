@@ -70,14 +70,51 @@ def bfloat16_bits(x: Any) -> Any:
     return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16).reshape(np.shape(x))
 
 
+class Device:
+    """In the place of a CUDA device: its streams, its copies, and what these may not do."""
+
+    def __init__(self) -> None:
+        self.stream: int | None = 0  # the current one; None while it is captured for a graph
+        self.pinned: list[Any] = []
+        self.sent: list[Any] = []  # what is on the device
+        self.shared: list[tuple[Any, int | None]] = []
+
+    def pin(self, table: Any) -> Any:
+        assert self.stream is not None, "no memory can be pinned while a graph is captured"
+        self.pinned.append(table.clone())
+        return self.pinned[-1]
+
+    def send(self, table: Any, device: Any, *, waits: bool = True) -> Any:
+        if waits:
+            assert self.stream is not None, "nothing can be waited for while a graph is captured"
+        else:
+            assert any(table is each for each in self.pinned), "copied from memory not pinned"
+        self.sent.append(table.clone())
+        return self.sent[-1]
+
+    def share(self, table: Any) -> None:
+        self.shared.append((table, self.stream))
+
+
 @pytest.fixture
-def on_cpu(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Let the host's code take a CPU for a CUDA device with one stream."""
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def on_cpu(interpreter: Any, device: Device, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Let the host's code take a CPU for a CUDA device, which is `device`."""
     from gcx.backends import _torch_cuda, _torch_triton
 
     monkeypatch.setattr(_torch_cuda, "_is_on_cuda", lambda tensor: True)
     monkeypatch.setattr(_torch_cuda, "why_not", lambda device=None: "")
     monkeypatch.setattr(_torch_triton, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(_torch_triton, "_stream", lambda: 0)
-    monkeypatch.setattr(_torch_triton, "_sent", lambda table, device, waits=True: table.clone())
+    monkeypatch.setattr(_torch_cuda, "_waiting", nullcontext)
+    monkeypatch.setattr(_torch_triton, "_stream", lambda: device.stream)
+    monkeypatch.setattr(_torch_triton, "_pinned", device.pin)
+    monkeypatch.setattr(_torch_triton, "_sent", device.send)
+    monkeypatch.setattr(_torch_triton, "_share", device.share)
+    monkeypatch.setattr(_torch_triton, "_of_graphs", [])
+    monkeypatch.setattr(_torch_triton, "failures", {})
+    monkeypatch.setattr(_torch_cuda, "failures", _torch_triton.failures)
     return monkeypatch

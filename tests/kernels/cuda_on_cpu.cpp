@@ -51,7 +51,8 @@ template <typename Arrays, typename Element>
 Arrays moved(std::vector<Region>& regions, Arrays arrays) {
   for (auto& grad : arrays.grads)
     grad = found<const Element*>(regions, reinterpret_cast<std::uint64_t>(grad));
-  for (auto& out : arrays.outs) out = found<Element*>(regions, reinterpret_cast<std::uint64_t>(out));
+  for (auto& out : arrays.outs)
+    out = found<Element*>(regions, reinterpret_cast<std::uint64_t>(out));
   return arrays;
 }
 

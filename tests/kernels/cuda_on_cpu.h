@@ -53,8 +53,8 @@ Number __shfl_xor_sync(unsigned, Number number, unsigned distance) {
   return other;
 }
 
-// An atomic operation alone brings no order. A fence before it lets others see what this thread did,
-// and a fence after it lets this thread see what they did.
+// An atomic operation alone brings no order. A fence before it lets others see what this thread
+// did, and a fence after it lets this thread see what they did.
 inline void __threadfence() {
   if (has_used_atomics) fences.load(std::memory_order_acquire);
   has_used_atomics = false;

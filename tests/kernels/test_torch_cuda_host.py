@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton.errors import TritonError
 
-from gcx.backends import _torch_cuda, _torch_triton, _triton_kernels
+import gcx
+from gcx.backends import _torch, _torch_cuda, _torch_triton, _triton_kernels
 from gcx.backends._torch_cuda import Launches, MultiTensor, centralize_many, takes
+
+from kernel_cases import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -44,6 +48,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return kernel.launches
 
 
+@pytest.fixture
+def in_core(on_cpu: pytest.MonkeyPatch) -> None:
+    """Let the core, too, take a CPU for a CUDA device."""
+    on_cpu.setattr(Tensor, "is_cuda", True)
+
+
 def centralized(grad: Tensor, *axes: int) -> Tensor:
     wide = grad.double()
     return (wide - wide.mean(axes, keepdim=True)).to(grad.dtype)
@@ -57,8 +67,8 @@ def in_place(grads: list[Tensor]) -> MultiTensor:
     return MultiTensor("centralize", [grads] * 3, [(0,)] * len(grads), any_order=False)
 
 
-def run(multi_tensor: MultiTensor, grads: list[Tensor]) -> None:
-    multi_tensor.run([grads] * 3, strength=1.0, rate=0.0)
+def run(multi_tensor: MultiTensor, grads: list[Tensor]) -> bool:
+    return multi_tensor.run([grads] * 3, strength=1.0, rate=0.0)
 
 
 def test_one_launch_for_all_of_a_dtype(recorded: list[Any]) -> None:
@@ -98,58 +108,146 @@ def test_a_second_launch_finds_counters_at_zero() -> None:
         before = grad.normal_().add_(1).clone()
         run(kernel, [grad])
         assert_centralized(grad, before, 0)
-    ((_, arrivals),) = kernel._ready.scratch
+    ((*_, arrivals),) = kernel._ready.memory
     assert len(arrivals) > 1
     assert not arrivals.any()
 
 
-def test_addresses_are_sent_when_they_change(on_cpu: pytest.MonkeyPatch) -> None:
-    sent: list[Tensor] = []
-
-    def send(table: Tensor, device: torch.device, *, waits: bool = True) -> Tensor:
-        sent.append(table)
-        return table.clone()
-
-    on_cpu.setattr(_torch_triton, "_sent", send)
+def test_addresses_are_sent_when_they_change(device: Any) -> None:
     first, second = torch.randn(4, 8), torch.randn(4, 8)
     kernel = in_place([first])
     run(kernel, [first])
-    assert len(sent) == 3  # with tiles and matrices
+    assert len(device.sent) == 3  # with tiles and matrices
     run(kernel, [first])
-    assert len(sent) == 3
+    assert len(device.sent) == 3
     before = second.clone()
     run(kernel, [second])
-    assert len(sent) == 4
+    assert len(device.sent) == 4
     assert_centralized(second, before, 0)
 
 
-def test_streams_share_nothing_that_changes(on_cpu: pytest.MonkeyPatch) -> None:
+def test_streams_share_nothing_that_changes(device: Any) -> None:
     grad = torch.randn(500, 40)
     kernel = in_place([grad])
     kept = []
-    for stream in (1, 2, 2):
-        on_cpu.setattr(_torch_triton, "_stream", lambda stream=stream: stream)
+    for device.stream in (1, 2, 2):
         run(kernel, [grad.normal_()])
         kept.append(kernel._ready)
     assert kept[1] is kept[2]
     assert kept[0].table is not kept[1].table
-    for one, other in zip(kept[0].scratch[0], kept[1].scratch[0], strict=True):
-        assert one.data_ptr() != other.data_ptr()
+    ((matrices, tiles, *one),), ((*_, sums, arrivals),) = kept[0].memory, kept[1].memory
+    assert not {each.data_ptr() for each in one} & {sums.data_ptr(), arrivals.data_ptr()}
+    assert [(id(table), stream) for table, stream in device.shared] == [
+        (id(matrices), 2),
+        (id(tiles), 2),
+    ]
 
 
-def test_captured_launches_keep_their_tables_for_the_graph(on_cpu: pytest.MonkeyPatch) -> None:
+def read_by(launch: dict[str, Any]) -> set[int]:
+    """Where the tables are that a launch reads."""
+    return {launch[name].data_ptr() for name in ("addresses", "matrices", "tiles")}
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_graph_keeps_what_its_launches_read(
+    is_moved: bool, device: Any, recorded: list[Any]
+) -> None:
     grad = torch.randn(500, 40)
     kernel = in_place([grad])
-    on_cpu.undo()
-    on_cpu.setattr(_torch_triton, "_on", lambda device: torch.no_grad())
-    on_cpu.setattr(_torch_triton, "_stream", lambda: None)
-    on_cpu.setattr(_torch_triton, "_of_graphs", kept := [])
-    for launches in (1, 2):
-        before = grad.normal_().clone()
-        run(kernel, [grad])
-        assert_centralized(grad, before, 0)
-        assert len(kept) == 3 * launches  # a replay sends them all
-    assert kernel._ready is None
+    run(kernel, [grad])
+    (eager,) = recorded
+    device.stream = None
+    if is_moved:
+        grad = grad.clone()
+    before = grad.normal_().clone()
+    assert run(kernel, [grad])
+    assert_centralized(grad, before, 0)
+    captured = recorded[-1]
+    assert captured["partials"].data_ptr() != eager["partials"].data_ptr()
+    assert captured["arrivals"].data_ptr() != eager["arrivals"].data_ptr()
+    assert (captured["addresses"] is eager["addresses"]) == (not is_moved)
+    kept = {table.data_ptr() for table in _torch_triton._of_graphs}
+    assert read_by(captured) <= kept
+    # From where the addresses are sent in each replay.
+    assert len(kept & {table.data_ptr() for table in device.pinned}) == is_moved
+    device.stream = 0
+    run(kernel, [grad.normal_()])
+    again = recorded[-1]
+    assert captured["addresses"].tolist() == [[grad.data_ptr()]] * 4
+    assert again["arrivals"] is eager["arrivals"]
+
+
+def test_another_graph_needs_another_run_before(device: Any) -> None:
+    grads = [torch.randn(4, 8) for _ in range(3)]
+    kernel = in_place(grads[:1])
+    run(kernel, grads[:1])
+    device.stream = None
+    assert run(kernel, [grads[1]])
+    before = grads[2].clone()
+    assert not run(kernel, [grads[2]])
+    assert torch.equal(grads[2], before)
+    device.stream = 0
+    run(kernel, [grads[1]])
+    device.stream = None
+    assert run(kernel, [grads[2]])
+
+
+def of_no_run(_: MultiTensor, __: Tensor) -> None:
+    """Nothing has run before."""
+
+
+def of_other_addresses(kernel: MultiTensor, _: Tensor) -> None:
+    """Kernels for addresses that are no multiples of 16 are others."""
+    run(kernel, [torch.randn(33)[1:].view(4, 8)])
+
+
+def of_another_rate(kernel: MultiTensor, grad: Tensor) -> None:
+    """So are those in which weights count."""
+    kernel.run([[grad], [grad.clone()], [grad]], strength=1.0, rate=0.5)
+
+
+@pytest.mark.parametrize("earlier", [of_no_run, of_other_addresses, of_another_rate])
+def test_graph_without_a_run_before_is_left_to_torch(
+    earlier: Any, device: Any, recorded: list[Any]
+) -> None:
+    grad = torch.randn(4, 8)
+    kernel = in_place([grad])
+    earlier(kernel, grad)
+    launches = len(recorded)
+    device.stream = None
+    before = grad.normal_().clone()
+    assert not run(kernel, [grad])
+    assert torch.equal(grad, before)
+    assert len(recorded) == launches
+    assert not _torch_triton._of_graphs
+
+
+def test_what_is_left_in_a_graph(device: Any) -> None:
+    grads = [torch.randn(4, 8), torch.randn(5, 7).double()]
+    before = [grad.clone() for grad in grads]
+    device.stream = None
+    launches = Launches()
+    with torch.no_grad():
+        assert launches.centralize_(grads, [(1,)] * 2) == [0, 1]
+        assert centralize_many(grads, [(1,)] * 2, 1.0, grads) == [None, None]
+        assert all(map(torch.equal, grads, before))
+        device.stream = 0
+        assert launches.centralize_(grads, [(1,)] * 2) == []
+        device.stream = None
+        assert launches.centralize_([grads[0].clone(), grads[1]], [(1,)] * 2) == []
+
+
+@pytest.mark.usefixtures("in_core")
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_public_functions_in_a_graph(device: Any, reproducible: bool) -> None:
+    """Torch's own operations, with the bits of the kernel where these are promised."""
+    grads = [torch.randn(64, 300), torch.randn(3, 5, 7)]
+    wanted = gcx.centralize_many(grads, reproducible=reproducible)
+    device.stream = None
+    found = gcx.centralize_many([grad.clone() for grad in grads], reproducible=reproducible)
+    compare = assert_same_bits if reproducible else torch.testing.assert_close
+    for one, other in zip(found, wanted, strict=True):
+        compare(one, other)
 
 
 def test_versions_of_what_is_written_go_up() -> None:
@@ -215,12 +313,54 @@ def test_positions_that_are_left() -> None:
     assert Launches().centralize_(watched, [(1,)]) == [0]
 
 
-def test_one_memory_in_two_places_is_centralized_twice() -> None:
-    grads = [torch.randn(4, 8), torch.randn(4, 8)]
-    out = torch.empty(4, 8)
-    results = centralize_many(grads, [(1,)] * 2, 1.0, [out, out])
-    assert results[0] is results[1] is out
-    assert_centralized(out, grads[1], 1)
+def overlapping() -> dict[str, tuple[list[Tensor], list[Tensor | None]]]:
+    memory = torch.arange(96.0).view(12, 8) ** 2
+    a, b, c = memory.chunk(3)
+    return {
+        "read after it is written": ([a, b], [b, c]),
+        "written after it is read": ([b, a], [c, b]),
+        "written twice": ([a, b], [c, c]),
+        "in place twice": ([a, a], [a, a]),
+        "parts of one another": ([memory[:6], memory[4:]], [memory[:6], memory[4:]]),
+        "one within the other": ([memory, b], [memory, b]),
+        "of another dtype": ([a, memory[2:6].view(torch.complex64)], [a, None]),
+    }
+
+
+@pytest.mark.usefixtures("in_core")
+@pytest.mark.parametrize("name", overlapping())
+def test_what_shares_memory_is_left_to_torch(name: str) -> None:
+    grads, outs = overlapping()[name]
+    assert centralize_many(grads, [(1,)] * 2, 1.0, outs) == [None] * 2
+    one_by_one, many = overlapping()[name], overlapping()[name]
+    for grad, out in zip(*one_by_one, strict=True):
+        _torch.centralize(grad, (1,), 1.0, out, True)
+    _torch.centralize_many(many[0], [(1,)] * 2, 1.0, many[1], True)
+    for found, wanted in zip(many[0] + many[1], one_by_one[0] + one_by_one[1], strict=True):
+        assert found is wanted is None or torch.equal(found, wanted)
+
+
+def test_what_lies_beside_each_other_is_launched_together(recorded: list[Any]) -> None:
+    bucket = torch.randn(12, 8)
+    grads = list(bucket.split([5, 4, 3]))
+    wanted = [centralized(grad, 1) for grad in grads]
+    results = centralize_many([*grads, grads[0]], [(1,)] * 4, 1.0, [None] * 4)
+    assert None not in results
+    assert (
+        centralize_many(grads, [(1,)] * 3, 1.0, [grads[0].view(5, 8), *grads[1:]])[1:] == grads[1:]
+    )
+    torch.testing.assert_close(grads, wanted)
+    assert len(recorded) == 2
+
+
+def test_what_is_common_to_a_list_is_asked_once(on_cpu: pytest.MonkeyPatch) -> None:
+    asked = []
+    on_cpu.setattr(_torch_cuda, "why_not", lambda device: asked.append(device) or "")
+    grads = [torch.randn(4, k) for k in range(2, 9)]
+    centralize_many(grads, [(1,)] * 7, 1.0, grads)
+    assert asked == [grads[0].device]
+    on_cpu.setattr(_torch_cuda, "why_not", lambda device: "no")
+    assert centralize_many(grads, [(1,)] * 7, 1.0, grads) == [None] * 7
 
 
 ORDINARY = torch.randn(4, 8)
@@ -312,21 +452,59 @@ def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lack(device) == "Triton is not installed (pip install triton)"
 
 
-@pytest.mark.parametrize("error", [RuntimeError, OSError])
+class Failing:
+    """In the place of the kernel: cannot be compiled where `VECTOR` is a certain one."""
+
+    def __init__(self, error: type[Exception], vector: int) -> None:
+        self._error, self._vector = error, vector
+        self.arguments = _triton_kernels.multi_tensor.arg_names
+        self.launches = 0
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **_: Any) -> Any:
+        if dict(zip(self.arguments, arguments, strict=True))["VECTOR"] == self._vector:
+            msg = "the compiler is gone\nno compiler of C"
+            raise self._error(msg)
+        return {grid: self._launch}
+
+    def _launch(self, *_: Any) -> None:
+        self.launches += 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, TritonError])
 def test_why_not_tells_how_the_kernel_fails(
     on_cpu: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     device = torch.device("cpu")
     try_kernel = _torch_cuda._failure.__wrapped__
     assert not try_kernel(device)
-
-    def fail(*_: object, **__: object) -> None:
-        msg = "the compiler is gone\nno compiler of C"
-        raise error(msg)
-
-    on_cpu.setattr(_triton_kernels, "multi_tensor", {(1, 1, 1): fail})
-    on_cpu.setattr(_torch_cuda, "_plans", {})
+    on_cpu.setattr("triton.knobs.runtime.interpret", False)
+    on_cpu.setattr(_triton_kernels, "multi_tensor", Failing(error, vector=1))
     assert try_kernel(device) == "Triton fails: no compiler of C"
-    on_cpu.setattr(_torch_cuda, "_plans", {})
-    on_cpu.setattr(_triton_kernels, "multi_tensor", {(1, 1, 1): lambda *_, **__: None})
+    on_cpu.setattr(_triton_kernels, "multi_tensor", Failing(error, vector=2))
     assert try_kernel(device) == "Triton computes something else here"
+
+
+def test_lack_of_memory_is_no_failure_for_ever(on_cpu: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    on_cpu.setattr(_torch_triton, "_sent", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        _torch_cuda._failure.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("failing", [1, 4])
+def test_nothing_is_launched_where_one_of_two_launches_fails(
+    on_cpu: pytest.MonkeyPatch, failing: int
+) -> None:
+    on_cpu.setattr("triton.knobs.runtime.interpret", False)
+    on_cpu.setattr(_triton_kernels, "multi_tensor", kernel := Failing(RuntimeError, failing))
+    grads = [torch.randn(6, 8), torch.randn(5, 7)]
+    launches = Launches()
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="left to torch from now on: no compiler of C"):
+            assert launches.centralize_(grads, [(1,)] * 2) == [0, 1]
+        assert launches.centralize_(grads, [(1,)] * 2) == [0, 1]  # with no further warning
+        assert centralize_many(grads[:1], [(1,)], 1.0, [None]) == [None]
+    assert kernel.launches == 0
+    assert list(_torch_triton.failures.values()) == ["Triton fails: no compiler of C"]

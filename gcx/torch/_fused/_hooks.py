@@ -20,6 +20,7 @@ from gcx.torch._in_gradient import InGradient
 from gcx.torch._overrides import Overrides
 from gcx.torch._plan import Layers, Weight
 from gcx.torch._targets import Targets
+from gcx.torch._together import is_for_kernels
 
 
 class CentralizationInStep(GradientCentralization):
@@ -95,7 +96,7 @@ class InStep(InGradient):
 
         The first reason is told, though it may be one of but a few of its parameters.
         """
-        reason = self._why_not() or self._why_not_options(group)
+        reason = self._why_not() or self._why_not_group(group)
         if reason:
             return reason
         state = self._targets.optimizer.state
@@ -116,7 +117,7 @@ class InStep(InGradient):
         self._marked.clear()
         for group in self._targets.optimizer.param_groups:
             found = weights.get(id(group), [])
-            if not (is_for_torch or self._why_not_options(group)):
+            if not (is_for_torch or self._why_not_group(group)):
                 self._marked[id(group)] = {w.parameter: w for w, _ in with_gradient(found)}
             elif found:
                 yield group, found
@@ -130,9 +131,9 @@ class InStep(InGradient):
         for attribute in ("grad_scale", "found_inf"):  # set by a GradScaler
             if getattr(optimizer, attribute, None) is not None:
                 return f"{attribute} is set"
-        return _torch_cuda.why_not()
+        return ""
 
-    def _why_not_options(self, group: Group) -> str:
+    def _why_not_group(self, group: Group) -> str:
         for option, value in self._rule.fixed.items():
             if group[option] != value:
                 return f"{option}={group[option]!r}"
@@ -140,4 +141,6 @@ class InStep(InGradient):
             values = group[option] if isinstance(group[option], tuple) else (group[option],)
             if any(isinstance(value, Tensor) for value in values):
                 return f"{option} is a tensor"
-        return ""
+        # Not even asked about without a parameter there: the answer takes a context of CUDA.
+        device = next((p.device for p in group["params"] if is_for_kernels(p)), None)
+        return "no parameter on a CUDA device" if device is None else _torch_cuda.why_not(device)

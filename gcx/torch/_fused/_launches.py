@@ -86,11 +86,10 @@ class Launches:
         grads = [parameter.grad for parameter in parameters]
         memory = self._rule.memory(group, states, grads)
         roles = [grads, parameters, *memory]
-        tables = self._tables(roles, weights)
-        tables.run(roles, self._rule.scalars(group, stage))
-        taken = tables.taken
-        self._rule.remember(_at(taken, states), [_at(taken, kept) for kept in memory])
-        return tables.left
+        done = self._tables(roles, weights).run(roles, self._rule.scalars(group, stage))
+        if done:
+            self._rule.remember(_at(done, states), [_at(done, kept) for kept in memory])
+        return sorted({*range(len(parameters))}.difference(done))
 
     def _tables(self, roles: Roles, weights: Weights) -> _Tables:
         key = (len(roles), *map(id, roles[1]))
@@ -111,8 +110,7 @@ class _Tables:
         self._parameters, self._memory, self._weights = roles[1], roles[2:], weights
         self._forms = [forms(tensors) for tensors in roles[:2]]
         places = _positions(list(map(_kind, zip(*roles, strict=True), weights)))
-        self.left = places.pop(None, [])
-        self.taken = sorted(k for each in places.values() for k in each)
+        self._left = places.pop(None, [])
         self._tables = [_Table(rule, each, roles, weights) for each in places.values()]
 
     def are_for(self, roles: Roles, weights: Weights) -> bool:
@@ -124,13 +122,12 @@ class _Tables:
             all(map(is_, weights, self._weights))
             and all(all(map(is_, *pair)) for pair in zip(roles[2:], self._memory, strict=True))
             and [forms(tensors) for tensors in roles[:2]] == self._forms
-            and all(_why_not([each[k] for each in roles], weights[k]) for k in self.left)
+            and all(_why_not([each[k] for each in roles], weights[k]) for k in self._left)
         )
 
-    def run(self, roles: Roles, scalars: Scalars) -> None:
-        """Centralize and update."""
-        for table in self._tables:
-            table.run(roles, scalars)
+    def run(self, roles: Roles, scalars: Scalars) -> list[int]:
+        """Centralize and update; return the positions of what is done, in order."""
+        return sorted(k for table in self._tables for k in table.run(roles, scalars))
 
 
 class _Table:
@@ -148,9 +145,9 @@ class _Table:
             any_order=not any(weight is not None and weight.reproducible for weight in found),
         )
 
-    def run(self, roles: Roles, scalars: Scalars) -> None:
-        """Centralize and update."""
-        self._kernel.run(self._select(roles), **scalars)
+    def run(self, roles: Roles, scalars: Scalars) -> list[int]:
+        """Centralize and update; return the positions of all of it, or of nothing if not done."""
+        return self._places if self._kernel.run(self._select(roles), **scalars) else []
 
     def _select(self, roles: Roles) -> list[list[Tensor]]:
         """Pick what the kernel updates, as it sees it."""

@@ -96,7 +96,8 @@ class AdamWRule:
     def remember(self, states: Sequence[State], _: Sequence[Sequence[Tensor]], /) -> None:
         """See `Rule`."""
         # Of a number of Python a tensor would be made for each of them.
-        torch._foreach_add_([state["step"] for state in states], torch.tensor(1.0), alpha=1.0)
+        one = torch.tensor(1.0, device="cpu")
+        torch._foreach_add_([state["step"] for state in states], one, alpha=1.0)
 
 
 class SGDRule:

@@ -169,6 +169,7 @@ def demo(session: nox.Session) -> None:
     install(session, "-e.[demo]", *FRAMEWORKS)
     session.run("python", "-m", "gcx", "demo", *session.posargs)
     session.run("python", "-m", "gcx", "check")
+    session.run("python", "-m", "gcx", "check", "--bits")
 
 
 @nox.session(python=RUNNING)
@@ -177,6 +178,7 @@ def bench(session: nox.Session) -> None:
     install(session, "-e.", *FRAMEWORKS, "peers")
     session.run("python", "-m", "benchmarks.cpu", *session.posargs)
     session.run("python", "-m", "benchmarks.jax_axes")
+    session.run("python", "-m", "gcx", "bench", "--models", "resnet50", "--dtypes", "float32")
 
 
 def install(session: nox.Session, *names: str) -> None:

@@ -177,6 +177,59 @@ def test_graph_is_replayed_on_new_gradients(make: Any) -> None:
         torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_graph_reads_tables_of_a_plan_that_is_gone(is_moved: bool) -> None:
+    """At the addresses of the launch before, or at others, which the graph has to send."""
+    grads = columns()
+    axes = [(0,)] * len(grads)
+    stream = torch.cuda.Stream()
+    launches = Launches()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        launches.centralize_(grads, axes)
+        if is_moved:
+            grads = [grad.clone() for grad in grads]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            assert launches.centralize_(grads, axes) == []
+        torch.cuda.synchronize()
+        del launches
+        torch.cuda.empty_cache()
+        others = [torch.full_like(grad, float("nan")) for grad in grads]  # where tables were
+        for _ in range(5):
+            new = [torch.randn_like(grad) for grad in grads]
+            for grad, values in zip(grads, new, strict=True):
+                grad.copy_(values)
+            graph.replay()
+            assert all(map(torch.equal, grads, centralize_many(new, axes, 1.0, new)))
+        assert all(other.isnan().all() for other in others)
+
+
+def test_plan_is_dropped_while_another_stream_is_busy() -> None:
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    grads = columns()
+    axes = [(0,)] * len(grads)
+    wanted = centralize_many(grads, axes, 1.0, [None] * len(grads))
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        launches = Launches()
+        found = []
+        for stream in streams:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                copies = [grad.clone() for grad in grads]
+                torch.tanh(busy @ busy)
+                launches.centralize_(copies, axes)
+                found.append(copies)
+        del launches  # and with it the tables, sent on the first stream and read on the second
+        with torch.cuda.stream(streams[0]):
+            for size in (1, 4, 16, 64):
+                torch.full((size * 128,), -1, device="cuda")
+        torch.cuda.synchronize()
+        for copies in found:
+            assert all(map(torch.equal, copies, wanted))
+
+
 def test_graph_captured_without_a_first_launch() -> None:
     run_beside("""
         import torch, gcx

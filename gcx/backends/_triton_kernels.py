@@ -272,10 +272,10 @@ def _columns(
             grad_sum = _combined(partials, slot, parts, splits, 0, HEIGHT, WIDTH)
             weight_sum = _combined(partials, slot, parts, splits, 1, HEIGHT, WIDTH)
             shift = _shift(grad_sum, weight_sum, fan_in, factors)
+            in_tile = row * step + unit
             for first in range(0, fan_in, HEIGHT):
-                element = first + row
-                mask = (element < fan_in) & in_panel
-                place = element * step + unit
+                mask = (first + row < fan_in) & in_panel
+                place = first * step + in_tile  # in this order, which takes fewer registers
                 values = _read_all(roles, place, mask)
                 RULE(roles, place, mask, values, values[0] - shift[None, :], scalars)
 

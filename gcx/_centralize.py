@@ -158,7 +158,8 @@ def centralize_many(
         As `gcx.centralize`, naming the array; or if `grads` is not a list, tuple or dict.
     ValueError
         As `gcx.centralize`, naming the array; or if a key of `layouts` matches no array, or an
-        array no key; or if the `out` of one array is another one, or that of another. Nothing has been written to `out` then.
+        array no key; or if the `out` of one array is another one, or that of another. Nothing has
+        been written to `out` then.
 
     See Also
     --------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from math import inf
 
 import torch
@@ -282,12 +282,18 @@ def _span(tensor: Tensor) -> tuple[float, float]:
     """Where a tensor begins and ends in the memory of the device; anywhere if that is unknown."""
     if type(tensor) not in _PLAIN:
         return -inf, inf
-    if tensor.numel() == 0 or not _is_on_cuda(tensor):
+    if not _is_on_cuda(tensor):
         return inf, inf
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = sum((size - 1) * step for size, step in axes)
     start = tensor.data_ptr()
-    return start, start + (reach + 1) * tensor.itemsize
+    return start, start + _extent(tensor.shape, tensor.stride()) * tensor.itemsize
+
+
+@lru_cache(maxsize=1 << 12)
+def _extent(shape: tuple[int, ...], steps: tuple[int, ...]) -> int:
+    """Count the elements from the first in memory to the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:

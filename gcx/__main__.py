@@ -223,7 +223,7 @@ def _among(names: Collection[str]) -> Callable[[str], list[str]]:
     """Give the type of an argument that is a list of some of `names`."""
 
     def parsed(text: str) -> list[str]:
-        chosen = text.split(",")
+        chosen = list(dict.fromkeys(text.split(",")))
         for name in chosen:
             if name not in names:
                 msg = f"there is no {name!r}, but {', '.join(names)}"

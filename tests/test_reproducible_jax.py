@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+
 import gcx
 from gcx.backends._jax import double_precision
 
 import canonical_order
 from canonical_order import DTYPES, SEGMENT
 from same_bits import assert_same_bits
-
-jax = pytest.importorskip("jax")
-jnp = jax.numpy
 
 centralize = partial(gcx.centralize, reproducible=True)
 

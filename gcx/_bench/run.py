@@ -76,7 +76,7 @@ def run(
     Raises
     ------
     CannotRunError
-        If the chart could not be written there, or there is no GPU.
+        If the chart could not be written there, or there is no device to measure.
     """
     if plot:
         check_picture("--plot", plot)
@@ -89,9 +89,9 @@ def run(
         for device in library.devices
         if not (gpu_only and _is_cpu(device))
     ]
-    if gpu_only and not places:
+    if not places and all(library.state != "broken" for library in found):
         names = ", ".join(library.name for library in found)
-        msg = f"none of these has a GPU here: {names}"
+        msg = f"none of these has a {'GPU' if gpu_only else 'device'} here: {names}"
         raise CannotRunError(msg)
     outcomes = []
     for subject in track(list(_subjects(places, models, dtypes)), "measuring"):

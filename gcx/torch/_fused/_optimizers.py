@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
@@ -113,7 +116,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     """
 
     # As it is under torch.compile, too: what is compiled would know nothing of the kernels.
-    step = untraced(torch.optim.AdamW.step)
+    step: Callable[..., Any] = untraced(torch.optim.AdamW.step)
 
     def __init__(
         self,
@@ -230,7 +233,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
-    step = untraced(torch.optim.SGD.step)
+    step: Callable[..., Any] = untraced(torch.optim.SGD.step)
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The Triton kernel, launched for lists of tensors: rules, tables, and addresses.
+"""The Triton kernel, launched for lists of tensors: tables, addresses, and memory.
 
 Tables are made once for a list of shapes and strides. From call to call only addresses may change,
 and are sent to the device if they do.
@@ -21,12 +21,11 @@ from torch.autograd.graph import increment_version
 
 from gcx.backends import _tiles
 from gcx.backends._tiles import Axes
+from gcx.backends._triton_rules import RULES, Numbers
 
 # For each thing that the kernel needs (such as gradient and weight), that of all tensors.
 Roles = Sequence[Sequence[Tensor]]
 Addresses = list[list[int]]  # of the tensors of each role
-# Strength of the mean of gradients, rate of that of weights, and what else a rule needs.
-Numbers = tuple[float, float, tuple[float, ...]]
 
 _ROLES = 4  # of the kernel; the last one is repeated where there are fewer
 _WARPS = 8
@@ -72,7 +71,7 @@ class MultiTensor:
     """
 
     def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], *, any_order: bool) -> None:
-        self._rule = _RULES[rule, len(roles)]
+        self._rule = RULES[rule, len(roles)]
         self._device = roles[0][0].device
         self._forms = [forms(tensors) for tensors in roles]
         dtypes = [tensors[0].dtype for tensors in roles]
@@ -309,55 +308,6 @@ def _table(addresses: Addresses) -> Tensor:
 def _are_even(addresses: Addresses) -> bool:
     """Whether all are multiples of 16 bytes."""
     return not any(reduce(or_, row) % 16 for row in {id(row): row for row in addresses}.values())
-
-
-class _Rule(NamedTuple):
-    kernel: str  # function of `_triton_kernels`
-    written: int  # the first role that is written to
-    numbers: Callable[..., Numbers]
-
-
-def _for_centralize(*, strength: float, rate: float) -> Numbers:
-    return strength, rate, (0.0,)  # the kernel takes some numbers
-
-
-def _for_sgd(
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-) -> Numbers:
-    sign = -1.0 if maximize else 1.0
-    others = (sign, weight_decay, lr, momentum, 1 - dampening, first, nesterov)
-    return 1.0, sign * weight_decay, tuple(map(float, others))
-
-
-def _for_adamw(
-    *,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    bias2_root: float,
-    maximize: bool,
-) -> Numbers:
-    sign = -1.0 if maximize else 1.0
-    others = (sign, decay, step_size, beta1, 1 - beta1, beta2, 1 - beta2, bias2_root, eps)
-    return 1.0, 0.0, tuple(map(float, others))
-
-
-# By name and number of roles.
-_RULES = {
-    ("centralize", 3): _Rule("store", 2, _for_centralize),
-    ("sgd", 2): _Rule("sgd", 1, _for_sgd),
-    ("sgd", 3): _Rule("sgd_momentum", 1, _for_sgd),
-    ("adamw", 4): _Rule("adamw", 1, _for_adamw),
-}
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -7,7 +7,6 @@ on a CUDA device arrives.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from math import inf
 
@@ -20,7 +19,14 @@ from torch.nn import Parameter
 
 from gcx.backends import _tiles
 from gcx.backends._tiles import Axes
-from gcx.backends._torch_triton import MultiTensor, Roles, TritonFailsError, failures, forms
+from gcx.backends._torch_triton import (
+    MultiTensor,
+    Roles,
+    TritonFailsError,
+    failures,
+    forms,
+    waiting,
+)
 
 __all__ = ["Launches", "MultiTensor", "centralize_many", "takes", "why_not"]
 
@@ -75,7 +81,8 @@ def centralize_many(
     """
     results: list[Tensor | None] = [None] * len(grads)
     places = _taken(grads, axes, outs)
-    if not places or (len(grads) > 1 and _interfere(grads, outs)):
+    is_written = len(grads) > 1 and any(out is not None for out in outs)
+    if not places or (is_written and _interfere(grads, outs)):
         return results
     chosen = [grads[k] for k in places]
     targets = [_target(grads[k], outs[k]) for k in places]
@@ -353,7 +360,7 @@ def _lack(device: torch.device) -> str:
 def _failure(device: torch.device) -> str:
     """Tell how Triton fails here: it needs a compiler of C, for example."""
     try:
-        with _waiting():
+        with waiting():
             grad = torch.tensor([[1.0, 3.0]], device=device)
             kernel = MultiTensor("centralize", [[grad]] * 3, [(1,)], any_order=False)
             kernel.launch([[grad]] * 3, strength=1.0, rate=0.0)
@@ -363,14 +370,3 @@ def _failure(device: torch.device) -> str:
     except (TritonFailsError, ImportError, OSError, RuntimeError, ValueError) as error:
         return f"Triton fails: {str(error).strip().rpartition(chr(10))[2]}"
     return "" if found == [[-1.0, 1.0]] else "Triton computes something else here"
-
-
-@contextmanager
-def _waiting() -> Iterator[None]:
-    """Wait for the device even where the user lets torch raise an error for that."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -7,8 +7,8 @@ and are sent to the device if they do.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, reduce
 from operator import attrgetter, or_
 from subprocess import SubprocessError
@@ -142,13 +142,16 @@ class MultiTensor:
         elif last.addresses != addresses:
             memory = last.memory
         else:
+            if self._spare is None:
+                self._spare = _pinned(_table(addresses))
             return last
         table = _table(addresses)
         if self._spare is None:
             self._spare = _pinned(table)
         sent = _sent(_pinned(table), self._device, waits=False)
-        self._ready = _Ready(stream, addresses, sent, _are_even(addresses), memory)
-        return self._ready
+        # Another thread may set its own at any moment.
+        ready = self._ready = _Ready(stream, addresses, sent, _are_even(addresses), memory)
+        return ready
 
     def _to_capture(self, addresses: Addresses, *, is_coupled: bool) -> _Ready | None:
         """Collect what a launch in a CUDA graph needs; None if it is not there.
@@ -329,7 +332,22 @@ def _pinned(table: Tensor) -> Tensor:
 
 def _sent(table: Tensor, device: torch.device, *, waits: bool = True) -> Tensor:
     """Copy a table to a device; at once, or from pinned memory in the order of the stream."""
-    return table.to(device, non_blocking=not waits)
+    with waiting() if waits else nullcontext():
+        return table.to(device, non_blocking=not waits)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Wait for the device even where the user lets torch raise an error for that."""
+    mode = torch.cuda.get_sync_debug_mode()
+    if not mode:  # and it is not set without need, since torch warns of that
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _share(table: Tensor) -> None:

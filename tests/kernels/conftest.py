@@ -109,7 +109,7 @@ def on_cpu(interpreter: Any, device: Device, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_torch_cuda, "_is_on_cuda", lambda tensor: True)
     monkeypatch.setattr(_torch_cuda, "why_not", lambda device=None: "")
     monkeypatch.setattr(_torch_triton, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(_torch_cuda, "_waiting", nullcontext)
+    monkeypatch.setattr(_torch_cuda, "waiting", nullcontext)
     monkeypatch.setattr(_torch_triton, "_stream", lambda: device.stream)
     monkeypatch.setattr(_torch_triton, "_pinned", device.pin)
     monkeypatch.setattr(_torch_triton, "_sent", device.send)

@@ -71,7 +71,7 @@ class Launches:
         if not state:
             return _why_not([grad, parameter], weight)
         if None in self._rule.stages(group, [state]):
-            return "the number of steps is kept on the GPU"
+            return "what is remembered is of another optimizer, or the steps are counted on the GPU"
         memory = self._rule.memory(group, [state], [grad])
         return _why_not([grad, parameter, *(tensor for (tensor,) in memory)], weight)
 

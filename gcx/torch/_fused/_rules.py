@@ -59,6 +59,10 @@ class Rule(Protocol):
 _OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
 
 
+# What AdamW remembers of a parameter; a checkpoint of another optimizer may lack it.
+_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
+
 class AdamWRule:
     """`torch.optim.AdamW`."""
 
@@ -69,8 +73,10 @@ class AdamWRule:
 
     def stages(self, _: Group, states: Sequence[State], /) -> list[Hashable]:
         """See `Rule`: the steps so far. To read them from a GPU would be to wait for it."""
-        steps = [state["step"] for state in states]
-        return [step.item() if step.is_cpu else None for step in steps]
+        return [
+            state["step"].item() if state.keys() >= _STATE and state["step"].is_cpu else None
+            for state in states
+        ]
 
     def memory(
         self, _: Group, states: Sequence[State], _grads: Sequence[Tensor], /

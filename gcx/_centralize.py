@@ -53,7 +53,7 @@ def centralize(
     reproducible : bool, optional
         Sum in one fixed order, whatever the library, strides and number of threads: float16,
         bfloat16, float32 and float64 then come out with equal bits on NumPy, torch (CPU and CUDA),
-        CuPy, and JAX on a CPU. There it takes up to twice the time, for small arrays more.
+        CuPy, and JAX on a CPU. There it takes about twice the time, for small arrays more.
 
     Returns
     -------

@@ -77,8 +77,9 @@ def tests(session: nox.Session, backend: str) -> None:
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
     """Run the tests with all frameworks in one environment, and compare them with each other."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers")
-    run_pytest(session, f"--backends={ALL_BACKENDS}", f"--packages={PEERS}", "-m", "not processes")
+    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers", "paper")
+    arguments = (f"--backends={ALL_BACKENDS}", f"--packages={PEERS}", "-m", "not processes")
+    run_pytest(session, "tests", "tests/paper", *arguments)
 
 
 @nox.session(python=PYTHONS)
@@ -179,6 +180,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.cpu", *session.posargs)
     session.run("python", "-m", "benchmarks.jax_axes")
     session.run("python", "-m", "gcx", "bench", "--models", "resnet50", "--dtypes", "float32")
+
+
+@nox.session(python=RUNNING)
+def paper(session: nox.Session) -> None:
+    """Train with GC and without on real data, and write the paper's tables with what came out."""
+    install(session, "-e.", "paper")
+    session.run("python", "-m", "benchmarks.paper", *session.posargs)
 
 
 def install(session: nox.Session, *names: str) -> None:

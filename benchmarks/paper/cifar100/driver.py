@@ -1,0 +1,136 @@
+"""The study on CIFAR-100, from the archive to the outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.paper.cells import Outcome
+from benchmarks.paper.cifar100.archive import OFFICIAL, Checksums, read
+from benchmarks.paper.cifar100.estimate import random_archive, seconds_of_an_epoch, spoken
+from benchmarks.paper.cifar100.grid import CELLS, TABLE_1, TABLE_2, outcomes, settings
+from benchmarks.paper.cifar100.log import Epoch
+from benchmarks.paper.cifar100.runs import complete, log_of
+from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
+from benchmarks.paper.cifar100.training import Data
+from gcx._bench.timing import machine
+from gcx._cli.requirements import CannotRunError
+
+__all__ = ["run"]
+
+_Logs = Mapping[Setting, Sequence[Epoch]]
+
+
+def run(
+    data: Path,
+    write: Path,
+    *,
+    seeds: int,
+    epochs: int,
+    device: str,
+    layers: str,
+    dry_run: bool,
+    checksums: Checksums = OFFICIAL,
+    scale: Scale = PAPER,
+) -> list[Outcome]:
+    """Do all runs of both tables that are not done yet, and return the outcomes.
+
+    Parameters
+    ----------
+    data : Path
+        Folder with the archive, packed or unpacked.
+    write : Path
+        Folder for checkpoints and logs; what is there already is gone on from.
+    layers : {"conv", "all"}
+        What is centralized; the authors' code for CIFAR-100 has convolutions alone.
+    dry_run : bool
+        Print the grid and its estimated time, write nothing, and return no outcome. Where there is
+        no folder `data`, random images are measured.
+    checksums, scale
+        What tests change.
+
+    Raises
+    ------
+    CannotRunError
+        If the archive is not the right one, there is no such GPU, or there are checkpoints of
+        other settings in `write`.
+    """
+    place = _device(device)
+    every = settings(
+        seeds=seeds,
+        epochs=epochs,
+        layers=layers,
+        scale=scale,
+        precision="bfloat16" if place.type == "cuda" else "float32",
+        data=checksums.files["train"],
+    )
+    logs = {setting: log_of(setting, write) for setting in every}
+    if dry_run:
+        is_there = data.exists()
+        images = Data.on(place, read(data, checksums) if is_there else random_archive())
+        print(f"images: {data}, which is the right archive" if is_there else "images: random")
+        for line in _report(logs, images, place):
+            print(line)
+        return []
+    images = Data.on(place, read(data, checksums))
+    return outcomes(_completed(logs, images, write, place))
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            msg = f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
+            raise CannotRunError(msg)
+        torch.backends.cudnn.benchmark = True  # the fastest algorithms: shapes recur
+    return device
+
+
+def _completed(logs: _Logs, data: Data, write: Path, device: torch.device) -> _Logs:
+    """Do the epochs that are left, with a bar that shows the time left for all."""
+    results = dict(logs)
+    batches = len(data.images) // next(iter(logs)).scale.batch
+    with tqdm(
+        total=batches * _epochs_left(logs),
+        unit=" batches",
+        smoothing=0,  # epochs of training and tests are averaged over
+        disable=None,  # where nobody watches
+    ) as bar:
+        for number, setting in enumerate(logs, 1):
+            bar.set_description(f"run {number} of {len(logs)}")
+            results[setting] = complete(setting, data, write, device, bar.update)
+            bar.write(f"{setting}: {results[setting][-1].test_accuracy:.2f} %")
+    return results
+
+
+def _report(logs: _Logs, data: Data, device: torch.device) -> Iterator[str]:
+    every = list(logs)
+    epochs = every[0].epochs
+    yield "optimizer  learning rate  weight decay  tables"
+    for cell in CELLS:
+        tables = [n for n, table in enumerate((TABLE_1, TABLE_2), 1) if cell in table]
+        yield (
+            f"{cell.optimizer:9}  {cell.learning_rate:<13g}  {cell.weight_decay:<12g}  "
+            f"{', '.join(map(str, tables))}"
+        )
+    arms = ", ".join(dict.fromkeys(setting.arm for setting in every))
+    seeds = len({setting.seed for setting in every})
+    yield f"arms: {arms}; seeds: 0 to {seeds - 1}; epochs: {epochs}; {len(every)} runs"
+    yield f"finished runs: {sum(len(log) == epochs for log in logs.values())}"
+    # The last has Gradient Centralization, and Adam, which takes longest.
+    seconds = seconds_of_an_epoch(every[-1], data, device)
+    yield f"estimated time on {_name(device)}, from a few steps:"
+    yield f"  an epoch {spoken(seconds)}, a run {spoken(seconds * epochs)}"
+    yield f"  all runs {spoken(seconds * epochs * len(every))}"
+    yield f"  what is left to do {spoken(seconds * _epochs_left(logs))}"
+
+
+def _epochs_left(logs: _Logs) -> int:
+    return sum(setting.epochs - len(log) for setting, log in logs.items())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine()

@@ -1,0 +1,346 @@
+"""The study on CIFAR-100: runs that are killed and go on, its grid, its outcomes, its estimate."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper.cells import BASE, Cell
+from benchmarks.paper.cifar100 import checkpoint, driver
+from benchmarks.paper.cifar100.archive import OFFICIAL, read
+from benchmarks.paper.cifar100.estimate import random_archive, spoken
+from benchmarks.paper.cifar100.grid import CELLS, TABLE_1, TABLE_2, outcomes, settings
+from benchmarks.paper.cifar100.log import Epoch
+from benchmarks.paper.cifar100.options import add_arguments
+from benchmarks.paper.cifar100.runs import complete, log_of
+from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
+from benchmarks.paper.cifar100.training import Data, Training
+from gcx._cli.requirements import CannotRunError
+
+from killed_cifar100 import die_before_log, die_in_save, die_in_step, run_until_killed
+from small_cifar100 import TRAIN, write_archive
+
+CPU = torch.device("cpu")
+SMALL = Scale(blocks=(1, 1), width=4, batch=8)
+CELL = Cell("CIFAR-100", "ResNet-50", "SGDM", 0.1, 5e-4)
+SETTING = Setting(CELL, "conv only", seed=0, epochs=4, scale=SMALL, precision="float32", data="")
+STEPS = TRAIN // SMALL.batch  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_archive(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="module")
+def data(written):
+    return Data.on(CPU, read(written.folder, written.checksums))
+
+
+def checkpoint_of(setting: Setting, study: Path) -> Path:
+    return study / setting.folder / "checkpoint.pt"
+
+
+def timeless(epochs: list[Epoch]) -> list[Epoch]:
+    return [epoch._replace(seconds=0.0) for epoch in epochs]
+
+
+def csv_rows(setting: Setting, study: Path) -> list[Epoch]:
+    with (study / setting.folder / "log.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == list(Epoch._fields)
+    return [Epoch(int(number), *map(float, rest)) for number, *rest in rows]
+
+
+# A run that is killed
+
+
+class Kill(NamedTuple):
+    """The call, of what `place` says, at which the run dies, and the epochs that it has then."""
+
+    optimizer: str
+    place: Callable[[int], None]
+    call: int
+    kept: int
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        Kill("Adam", die_in_step, 2 * STEPS + 3, kept=2),
+        Kill("SGDM", die_in_save, 3, kept=2),
+        Kill("SGDM", die_before_log, 1 + 3, kept=3),  # it is written at the start too
+    ],
+    ids=lambda kill: kill.place.__name__,
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, written, data, kill):
+    setting = replace(SETTING, cell=replace(CELL, optimizer=kill.optimizer, learning_rate=0.01))
+    whole = complete(setting, data, tmp_path / "whole", CPU)
+
+    study = tmp_path / "killed"
+    end = run_until_killed(kill.place, kill.call, setting, written, study)
+    assert end == -signal.SIGKILL
+    assert timeless(log_of(setting, study)) == timeless(whole[: kill.kept])
+    assert len(csv_rows(setting, study)) == 2
+
+    ticks = []
+    resumed = complete(setting, data, study, CPU, lambda: ticks.append(None))
+    assert len(ticks) == (setting.epochs - kill.kept) * STEPS
+    assert timeless(resumed) == timeless(whole)
+    assert csv_rows(setting, study) == resumed  # each epoch once
+    names = {path.name for path in (study / setting.folder).iterdir()}
+    assert names == {"checkpoint.pt", "log.csv"}
+
+
+@pytest.mark.parametrize("arm", [BASE, "conv only"])
+@pytest.mark.parametrize("optimizer", ["SGDM", "Adam"])
+def test_a_checkpoint_holds_every_bit(tmp_path, data, optimizer, arm):
+    setting = replace(SETTING, cell=replace(CELL, optimizer=optimizer), arm=arm)
+    whole, resumed = (Training(setting, data, CPU) for _ in range(2))
+    path = tmp_path / "checkpoint.pt"
+    first = whole.epoch(1, lambda: None)
+    checkpoint.save(path, setting, checkpoint.Checkpoint([first], whole.state_dict()))
+    epochs, state = checkpoint.load(path, setting)
+    assert epochs == [first]
+    resumed.load_state_dict(state)
+    for number in (2, 3):
+        rows = [t.epoch(number, lambda: None) for t in (whole, resumed)]
+        assert timeless(rows[:1]) == timeless(rows[1:])
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_run_again_and_keeps_no_weights(tmp_path, data, monkeypatch):
+    first = complete(SETTING, data, tmp_path, CPU)
+    assert checkpoint.load(checkpoint_of(SETTING, tmp_path), SETTING).state == {}
+    assert csv_rows(SETTING, tmp_path) == first
+    monkeypatch.delattr(Training, "epoch")
+    assert complete(SETTING, data, tmp_path, CPU) == first
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"epochs": 5}, "epochs 4 instead of 5"),
+        ({"seed": 1}, "seed 0 instead of 1"),
+        ({"data": "other"}, "data '' instead of 'other'"),
+        ({"precision": "bfloat16"}, "precision 'float32' instead of 'bfloat16'"),
+        ({"scale": PAPER}, "'batch': 8"),
+        ({"cell": replace(CELL, weight_decay=0.0)}, "'weight_decay': 0.0005"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, other, words):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, SETTING, checkpoint.Checkpoint([], {}))
+    before = path.read_bytes()
+    with pytest.raises(CannotRunError, match=words) as error:
+        checkpoint.load(path, replace(SETTING, **other))
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"],
+    ids=["half", "empty", "text"],
+)
+def test_an_unreadable_checkpoint_is_named(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, SETTING, checkpoint.Checkpoint([], {"weight": torch.ones(100)}))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CannotRunError, match=f"{path} cannot be read .*delete it"):
+        checkpoint.load(path, SETTING)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"setting": SimpleNamespace()}, path)
+    with pytest.raises(CannotRunError, match="cannot be read"):
+        checkpoint.load(path, SETTING)
+
+
+# The grid
+
+
+def test_the_cells_are_those_of_the_supplement():
+    assert [(c.optimizer, c.learning_rate) for c in TABLE_1] == [("SGDM", 0.1)] * 5
+    assert [c.weight_decay for c in TABLE_1] == [0, 1e-4, 2e-4, 5e-4, 1e-3]
+    assert [(c.optimizer, c.learning_rate) for c in TABLE_2] == [
+        ("SGDM", 0.05), ("SGDM", 0.1), ("SGDM", 0.2),
+        ("Adam", 0.0005), ("Adam", 0.001), ("Adam", 0.0015),
+    ]  # fmt: skip
+    assert {c.weight_decay for c in TABLE_2} == {5e-4}
+    assert len(CELLS) == 10
+    assert set(CELLS) == {*TABLE_1, *TABLE_2}
+
+
+@pytest.mark.parametrize(("layers", "arm"), [("conv", "conv only"), ("all", "gradient")])
+def test_runs_have_folders_of_their_own(layers, arm):
+    every = settings(seeds=3, epochs=2, layers=layers, scale=SMALL, precision="float32", data="")
+    assert len(every) == len({setting.folder for setting in every}) == 10 * 2 * 3
+    assert {setting.arm for setting in every} == {BASE, arm}
+    assert [setting.seed for setting in every] == sorted(setting.seed for setting in every)
+
+
+def test_outcomes_are_of_seeds_that_are_finished_in_both_arms():
+    every = settings(seeds=3, epochs=2, layers="conv", scale=SMALL, precision="float32", data="")
+    first, second = CELLS[:2]
+    logs = {}
+    for k, setting in enumerate(s for s in every if s.cell in (first, second)):
+        logs[setting] = [Epoch(n, 1.0, 0.1, k + n / 10, 0.0, 0.0, 50.0 + k + n) for n in (1, 2)]
+    missing = next(s for s in logs if s.cell == first and s.arm == BASE and s.seed == 1)
+    logs[missing] = logs[missing][:1]
+    for setting in logs:
+        if setting.cell == second and setting.arm == "conv only":
+            logs[setting] = []
+    without, centralized = outcomes(logs)
+    assert [(o.cell, o.arm) for o in (without, centralized)] == [
+        (first, BASE), (first, "conv only"),
+    ]  # fmt: skip
+    for outcome in (without, centralized):
+        assert outcome.seeds == (0, 2)
+        np.testing.assert_array_equal(outcome.checkpoints, [1, 2])
+        for row, seed in enumerate(outcome.seeds):
+            log = logs[Setting(first, outcome.arm, seed, 2, SMALL, "float32", "")]
+            np.testing.assert_array_equal(outcome.accuracy[row], [e.test_accuracy for e in log])
+            np.testing.assert_array_equal(outcome.loss[row], [e.training_loss for e in log])
+
+
+# The command
+
+
+def study(written, write, **other):
+    options = {"seeds": 2, "epochs": 1, "device": "cpu", "layers": "conv", "dry_run": False}
+    options |= {"checksums": written.checksums, "scale": SMALL}
+    return driver.run(written.folder, write, **options | other)
+
+
+def test_the_whole_study(tmp_path, written, capsys, monkeypatch):
+    found = study(written, tmp_path)
+    assert {(o.cell, o.arm) for o in found} == {
+        (cell, arm) for cell in CELLS for arm in (BASE, "conv only")
+    }
+    for outcome in found:
+        assert outcome.seeds == (0, 1)
+        assert outcome.accuracy.shape == outcome.loss.shape == (2, 1)
+    assert len(list(tmp_path.rglob("log.csv"))) == 40
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 40
+    assert printed[0].startswith("SGDM, learning rate 0.1, weight decay 0, without, seed 0: ")
+
+    monkeypatch.delattr(Training, "epoch")  # nothing is left to do
+    again = study(written, tmp_path)
+    for old, new in zip(found, again, strict=True):
+        assert (old.cell, old.arm) == (new.cell, new.arm)
+        np.testing.assert_array_equal(old.accuracy, new.accuracy)
+
+
+def test_other_settings_are_refused_before_anything_is_done(tmp_path, written, monkeypatch):
+    last = settings(
+        seeds=2, epochs=3, layers="conv", scale=SMALL, precision="float32",
+        data=written.checksums.files["train"],
+    )[-1]  # fmt: skip
+    checkpoint.save(checkpoint_of(last, tmp_path), last, checkpoint.Checkpoint([], {}))
+    with pytest.raises(CannotRunError, match="epochs 3 instead of 1"):
+        study(written, tmp_path)
+    assert list(tmp_path.rglob("log.csv")) == []
+
+
+def test_a_bad_archive_is_refused_before_anything_is_done(tmp_path, written):
+    with pytest.raises(CannotRunError, match=OFFICIAL.files["train"]):
+        study(written, tmp_path, checksums=OFFICIAL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_gpu_is_said(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CannotRunError, match="--device cuda: torch finds no GPU"):
+        study(written, tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+def test_a_dry_run_prints_the_grid_and_the_time_and_writes_nothing(
+    tmp_path, written, capsys, monkeypatch, has_data
+):
+    given = written if has_data else written._replace(folder=tmp_path / "absent")
+    assert study(given, tmp_path / "out", dry_run=True, seeds=10, epochs=200) == []
+    assert list(tmp_path.iterdir()) == []
+    images, header, *lines = capsys.readouterr().out.splitlines()
+    source = f"{given.folder}, which is the right archive" if has_data else "random"
+    assert images == f"images: {source}"
+    assert header.split("  ") == ["optimizer", "learning rate", "weight decay", "tables"]
+    cells = [line.split(maxsplit=3) for line in lines[:10]]
+    assert [(o, float(r), float(d)) for o, r, d, _ in cells] == [
+        (c.optimizer, c.learning_rate, c.weight_decay) for c in CELLS
+    ]
+    assert [tables for *_, tables in cells].count("1, 2") == 1
+    text = "\n".join(lines[10:])
+    assert "arms: without, conv only; seeds: 0 to 9; epochs: 200; 200 runs" in text
+    assert "finished runs: 0\n" in text
+    assert "estimated time on " in text
+    for what in ("an epoch", "a run", "all runs", "what is left to do"):
+        assert f" {what} " in text
+
+
+def test_the_estimate_multiplies(tmp_path, written, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "seconds_of_an_epoch", lambda *_: 36.0)
+    study(written, tmp_path, dry_run=True, seeds=10, epochs=200)
+    text = capsys.readouterr().out
+    assert "an epoch 36.0 s, a run 2 h" in text
+    assert "all runs 16 d 16 h" in text
+
+
+def test_what_is_finished_is_not_estimated(tmp_path, written, data, capsys, monkeypatch):
+    setting, *_ = settings(
+        seeds=1, epochs=2, layers="conv", scale=SMALL, precision="float32",
+        data=written.checksums.files["train"],
+    )  # fmt: skip
+    complete(setting, data, tmp_path, CPU)
+    capsys.readouterr()
+    monkeypatch.setattr(driver, "seconds_of_an_epoch", lambda *_: 90.0)
+    study(written, tmp_path, dry_run=True, seeds=1, epochs=2)
+    text = capsys.readouterr().out
+    assert "finished runs: 1\n" in text
+    assert "all runs 1 h\n" in text
+    assert "what is left to do 57 min" in text
+
+
+def test_random_images_are_as_many_as_the_real_ones():
+    archive = random_archive()
+    assert archive.train.images.shape == (50_000, 32, 32, 3)
+    assert archive.test.images.shape == (10_000, 32, 32, 3)
+    assert archive.classes == 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.25, "0.2 s"), (59.4, "59.4 s"), (61, "1 min"), (7260, "2 h 1 min"), (90061, "1 d 1 h")],
+)
+def test_times_are_written_for_people(seconds, words):
+    assert spoken(seconds) == words
+
+
+def test_the_options_are_those_of_the_paper_by_default():
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert vars(parser.parse_args([])) == {
+        "data": None, "dry_run": False, "epochs": 200, "layers": "conv", "device": "cuda",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "1.5", "many"])
+def test_epochs_are_a_positive_number(epochs, capsys):
+    parser = ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--epochs={epochs}"])
+    assert "is not a whole number of 1 or more" in capsys.readouterr().err

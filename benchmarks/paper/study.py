@@ -17,7 +17,7 @@ from benchmarks.paper.cells import Outcome
 from benchmarks.paper.grids import Study
 from benchmarks.paper.training import Grid, outcomes
 
-__all__ = ["Results", "results", "run"]
+__all__ = ["Results", "cores", "results", "run"]
 
 # One thread a process: for matrices as small as these a second one makes no step faster.
 _ONE_THREAD = {
@@ -55,7 +55,7 @@ def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> 
     missing = [program for program in programs if not program.is_done()]
     os.environ.update(_ONE_THREAD)  # workers inherit it, and import JAX after that
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_cores(), context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(cores(), context, max_tasks_per_child=1) as pool:
         futures = [pool.submit(_run, program) for program in missing]
         for future in tqdm(_finished(futures), "programs", len(futures), disable=None):
             future.result()
@@ -93,5 +93,6 @@ def _finished(futures: Sequence[Future[None]]) -> Iterator[Future[None]]:
             future.cancel()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Count those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,13 +23,15 @@ from benchmarks.paper.network import Network, Statistics, Weights
 
 __all__ = ["ARMS", "Grid", "Trained", "optimizer", "outcomes", "train"]
 
+Layouts = dict[str, str | None]
+
 CHECKPOINTS = 12
 MOMENTUM = 0.9
 
 # Which weights an arm centralizes, and where: the gradient with the decay in it, or the update.
-EVERY_WEIGHT = {"*kernel": "...o"}
-CONVOLUTIONS = {"head/kernel": None, "*kernel": "...o"}
-ARMS: dict[str, tuple[dict[str, str | None], str]] = {
+EVERY_WEIGHT: Layouts = {"*kernel": "...o"}
+CONVOLUTIONS: Layouts = {"head/kernel": None, "*kernel": "...o"}
+ARMS: dict[str, tuple[Layouts, str]] = {
     BASE: ({}, ""),
     "gradient": (EVERY_WEIGHT, "gradient"),
     "update": (EVERY_WEIGHT, "update"),
@@ -158,7 +160,7 @@ def _fit(
 
 
 def _start(grid: Grid, seed: int) -> Start:
-    pretraining = grid.pretraining and grid.pretraining.draw(seed)
+    pretraining = grid.pretraining.draw(seed) if grid.pretraining else None
     return Start(*grid.network.start(seed), grid.task.draw(seed), pretraining)
 
 

@@ -271,7 +271,7 @@ def test_a_missing_gpu_is_said(tmp_path, written, monkeypatch):
 def test_a_dry_run_prints_the_grid_and_the_time_and_writes_nothing(
     tmp_path, written, capsys, monkeypatch, has_data
 ):
-    given = written if has_data else written._replace(folder=tmp_path / "absent")
+    given = written if has_data else written._replace(folder=None)
     assert study(given, tmp_path / "out", dry_run=True, seeds=10, epochs=200) == []
     assert list(tmp_path.iterdir()) == []
     images, header, *lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +17,17 @@ from benchmarks.paper.cifar100.log import Epoch
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data
+from benchmarks.paper.report import as_table1, as_table2, write_section
 from gcx._bench.timing import machine
 from gcx._cli.requirements import CannotRunError
 
-__all__ = ["run"]
+__all__ = ["run", "sections"]
 
 _Logs = Mapping[Setting, Sequence[Epoch]]
 
 
 def run(
-    data: Path,
+    data: Path | None,
     write: Path,
     *,
     seeds: int,
@@ -40,15 +42,14 @@ def run(
 
     Parameters
     ----------
-    data : Path
-        Folder with the archive, packed or unpacked.
+    data : Path or None
+        Folder with the archive, packed or unpacked. None, for a dry run, measures random images.
     write : Path
         Folder for checkpoints and logs; what is there already is gone on from.
     layers : {"conv", "all"}
         What is centralized; the authors' code for CIFAR-100 has convolutions alone.
     dry_run : bool
-        Print the grid and its estimated time, write nothing, and return no outcome. Where there is
-        no folder `data`, random images are measured.
+        Print the grid and its estimated time, write nothing, and return no outcome.
     checksums, scale
         What tests change.
 
@@ -57,6 +58,8 @@ def run(
     CannotRunError
         If the archive is not the right one, there is no such GPU, or there are checkpoints of
         other settings in `write`.
+    ValueError
+        Without `data`, if it is no dry run.
     """
     place = _device(device)
     every = settings(
@@ -69,14 +72,25 @@ def run(
     )
     logs = {setting: log_of(setting, write) for setting in every}
     if dry_run:
-        is_there = data.exists()
-        images = Data.on(place, read(data, checksums) if is_there else random_archive())
-        print(f"images: {data}, which is the right archive" if is_there else "images: random")
+        images = Data.on(place, read(data, checksums) if data else random_archive())
+        print(f"images: {data}, which is the right archive" if data else "images: random")
         for line in _report(logs, images, place):
             print(line)
         return []
+    if data is None:
+        msg = "there are no images to train on: name the folder of the archive"
+        raise ValueError(msg)
     images = Data.on(place, read(data, checksums))
     return outcomes(_completed(logs, images, write, place))
+
+
+def sections(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:
+    """Write the tables so far as their runs are finished."""
+    for number, cells, as_table in ((1, TABLE_1, as_table1), (2, TABLE_2, as_table2)):
+        finished = [outcome for outcome in outcomes if outcome.cell in cells]
+        if finished:
+            title, name = f"CIFAR-100: Table {number}", f"cifar100-table{number}"
+            yield write_section(title, name, finished, folder, partial(as_table, unit="epoch"))
 
 
 def _device(name: str) -> torch.device:

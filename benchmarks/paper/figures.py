@@ -1,0 +1,216 @@
+"""What came out, as pictures; the same outcomes give the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.paper.cells import BASE, Outcome
+from benchmarks.paper.labels import describe, in_common, varying
+from benchmarks.paper.statistics import (
+    CONFIDENCE,
+    Comparison,
+    Verdict,
+    running_mean,
+    standing,
+    window_for,
+)
+
+__all__ = ["curves", "forest"]
+
+# Told apart by people who do not see red and green, too (the palette of Okabe and Ito).
+_BLUE, _VERMILION = "#0072B2", "#D55E00"
+_ARM_COLORS = {BASE: _VERMILION, "gradient": _BLUE}
+_MORE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_VERDICT_STYLES = {
+    Verdict.HELPS: (_BLUE, ">"),
+    Verdict.NOT_SHOWN: ("dimgray", "o"),
+    Verdict.HURTS: (_VERMILION, "<"),
+}
+_CELLS_A_ROW = 5
+_POINTS_A_CURVE = 200
+_ROOM_BELOW = 0.5  # points
+
+
+def curves(outcomes: Iterable[Outcome], path: Path, unit: str = "step") -> None:
+    """Draw training loss and test accuracy of each cell: median and quartiles over the seeds.
+
+    Parameters
+    ----------
+    path : Path
+        An SVG, or a PNG, by how it ends.
+    unit : str
+        What losses and checkpoints are counted in: ``"step"`` or ``"epoch"``.
+    """
+    outcomes = list(outcomes)
+    cells = list(dict.fromkeys(outcome.cell for outcome in outcomes))
+    names = varying(cells)
+    colors = _colors(list(dict.fromkeys(outcome.arm for outcome in outcomes)))
+    blocks = ceil(len(cells) / _CELLS_A_ROW)
+    columns = ceil(len(cells) / blocks)
+    figure = Figure(figsize=(1 + 3.2 * max(columns, 2), 1.4 + 4.6 * blocks), layout="constrained")
+    panels = _panels(figure, len(cells), columns)
+    for cell, (loss, accuracy) in zip(cells, panels, strict=True):
+        of_cell = [outcome for outcome in outcomes if outcome.cell == cell]
+        _draw(loss, of_cell, _loss_curve, colors)
+        _draw(accuracy, of_cell, _accuracy_curve, colors)
+        loss.set(title=describe(cell, names), yscale="log")
+        accuracy.set(xlabel=unit)
+        accuracy.set_ylim(bottom=min(map(_late_accuracy, of_cell)))
+    for loss, accuracy in panels[::columns]:  # at the left of each row
+        loss.set(ylabel="training loss (nats)")
+        accuracy.set(ylabel="test accuracy (%)")
+    figure.suptitle(in_common(cells))
+    _add_arms(figure, outcomes, colors, unit)
+    _save(figure, path)
+
+
+def forest(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Draw the paired difference of each comparison with its interval, one below the other.
+
+    Parameters
+    ----------
+    path : Path
+        An SVG, or a PNG, by how it ends.
+    """
+    cells = [c.cell for c in comparisons]
+    names = varying(cells)
+    arms = list(dict.fromkeys(c.arm for c in comparisons))
+    bases = dict.fromkeys(c.base_arm for c in comparisons)
+    what = f"Test accuracy: {' or '.join(arms)} minus {' or '.join(bases)}"
+    figure = Figure(figsize=(9, 1.9 + 0.3 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    for row, (c, stands) in enumerate(zip(comparisons, standing(comparisons), strict=True)):
+        color, marker = _VERDICT_STYLES[c.verdict]
+        filling = color if stands else "white"
+        axes.plot([c.paired.low, c.paired.high], [row, row], color=color)
+        axes.plot([c.paired.difference], [row], marker, color=color, markerfacecolor=filling)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(comparisons)), [_row_label(c, names, arms) for c in comparisons])
+    axes.set(
+        title=f"{in_common(cells)}\n{what}".strip(),
+        xlabel=f"difference (points), {CONFIDENCE:.0%} interval",
+    )
+    axes.invert_yaxis()
+    axes.margins(y=0.6 / len(comparisons))
+    axes.grid(alpha=0.3, axis="x")
+    _add_verdicts(figure, comparisons)
+    _save(figure, path)
+
+
+def _panels(figure: Figure, count: int, columns: int) -> list[tuple[Axes, Axes]]:
+    """For each cell, one of the loss and one of the accuracy below it."""
+    grid = figure.subplots(2 * ceil(count / columns), columns, squeeze=False)
+    above, below = grid[::2].ravel(), grid[1::2].ravel()
+    for unused in (*above[count:], *below[count:]):
+        unused.remove()
+    return list(zip(above[:count], below[:count], strict=True))
+
+
+def _draw(
+    axes: Axes,
+    outcomes: Iterable[Outcome],
+    curve: Callable[[Outcome], tuple[Any, Any]],
+    colors: dict[str, str],
+) -> None:
+    for outcome in outcomes:
+        x, values = curve(outcome)
+        with np.errstate(invalid="ignore"):  # between infinite losses, which are not drawn
+            low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+        color = colors[outcome.arm]
+        axes.plot(x, np.where(np.isfinite(middle), middle, np.nan), color=color, linewidth=1.2)
+        drawn = np.isfinite(low) & np.isfinite(high)
+        axes.fill_between(x, low, high, where=drawn, color=color, alpha=0.2, linewidth=0)
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.3)
+
+
+def _loss_curve(outcome: Outcome) -> tuple[Any, Any]:
+    steps, means = running_mean(outcome.loss)
+    every = ceil(len(steps) / _POINTS_A_CURVE)
+    return steps[::every], means[:, ::every]
+
+
+def _accuracy_curve(outcome: Outcome) -> tuple[Any, Any]:
+    return np.asarray(outcome.checkpoints), np.asarray(outcome.accuracy, dtype=np.float64)
+
+
+def _late_accuracy(outcome: Outcome) -> float:
+    """Lowest quartile once a fifth of training is done: all before would hide the difference."""
+    checkpoints, accuracy = _accuracy_curve(outcome)
+    late = accuracy[:, checkpoints >= checkpoints[-1] / 5]
+    return float(np.quantile(late, 0.25, axis=0).min()) - _ROOM_BELOW
+
+
+def _colors(arms: Sequence[str]) -> dict[str, str]:
+    others = [arm for arm in arms if arm not in _ARM_COLORS]
+    known = _ARM_COLORS | dict(zip(others, cycle(_MORE_COLORS), strict=False))
+    return {arm: known[arm] for arm in arms}
+
+
+def _add_arms(
+    figure: Figure, outcomes: Sequence[Outcome], colors: dict[str, str], unit: str
+) -> None:
+    seeds = _range(len(outcome.seeds) for outcome in outcomes)
+    window = _range(window_for(outcome.loss) for outcome in outcomes)
+    figure.legend(
+        handles=[
+            Line2D([], [], color=color, linewidth=4, label=_arm_label(arm))
+            for arm, color in colors.items()
+        ],
+        title=(
+            f"line: median over the seeds ({seeds}); band: between the quartiles; "
+            f"loss: mean of the last {window} {unit}s"
+        ),
+        loc="outside lower center",
+        ncols=len(colors),
+        frameon=False,
+    )
+
+
+def _add_verdicts(figure: Figure, comparisons: Sequence[Comparison]) -> None:
+    counts = Counter(c.verdict for c in comparisons)
+    figure.legend(
+        handles=[
+            Line2D([], [], color=color, marker=marker, label=f"{verdict} ({counts[verdict]})")
+            for verdict, (color, marker) in _VERDICT_STYLES.items()
+        ],
+        title=(
+            f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)}); "
+            f"filled: stands after Holm's correction for all {len(comparisons)}"
+        ),
+        loc="outside lower center",
+        ncols=len(_VERDICT_STYLES),
+        frameon=False,
+    )
+
+
+def _row_label(comparison: Comparison, names: Sequence[str], arms: Sequence[str]) -> str:
+    arm = [comparison.arm] if len(arms) > 1 else []
+    return ", ".join([*filter(None, [describe(comparison.cell, names)]), *arm])
+
+
+def _arm_label(arm: str) -> str:
+    return "without GC" if arm == BASE else f"with GC: {arm}"
+
+
+def _range(counts: Iterable[int]) -> str:
+    ordered = sorted(set(counts))
+    return " to ".join(str(count) for count in dict.fromkeys((ordered[0], ordered[-1])))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_svg = path.suffix == ".svg"
+    with rc_context({"svg.hashsalt": "gcx"}):  # ids that are no random numbers
+        figure.savefig(path, dpi=150, metadata={"Date": None} if is_svg else None)

@@ -1,0 +1,111 @@
+"""What came out, as sections of a report, with their figures and the numbers as CSV."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.paper import figures, published, tables
+from benchmarks.paper.cells import BASE, Outcome
+from benchmarks.paper.labels import grouped, written
+from benchmarks.paper.statistics import compare_all
+
+__all__ = ["Write", "as_map", "as_rates", "as_table1", "as_table2", "write_section"]
+
+# Write figures of some outcomes to a folder, under a name, and say in Markdown what is in them.
+Write = Callable[[Sequence[Outcome], Path, str], Iterator[str]]
+
+
+def write_section(
+    title: str, name: str, outcomes: Sequence[Outcome], folder: Path, write: Write
+) -> Path:
+    """Write a section in Markdown, which shows its figures, and all numbers in a folder below.
+
+    The same outcomes give the same bytes.
+    """
+    tables.write_csv(outcomes, folder / name)
+    lines = [f"## {title}", "", *write(outcomes, folder, name)]
+    path = folder / f"{name}.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def as_table1(
+    outcomes: Sequence[Outcome], folder: Path, name: str, unit: str = "step"
+) -> Iterator[str]:
+    """Write a table in the supplement's layout, and curves, for each task and network.
+
+    Curves are over steps or epochs, as `unit` says.
+    """
+    yield from _tables(outcomes, folder, name, tables.table1, unit)
+
+
+def as_table2(
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    name: str,
+    unit: str = "step",
+    rates: Mapping[str, float] = published.USUAL_RATE,
+) -> Iterator[str]:
+    """Write the same for Table 2; `rates` stand for the paper's middle ones."""
+    yield from _tables(outcomes, folder, name, partial(tables.table2, rates=rates), unit)
+
+
+def as_map(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    """Write one table and one figure of all differences."""
+    yield tables.comparisons(outcomes)
+    yield from _forest(outcomes, folder, name)
+
+
+def as_rates(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    """Write a map of all rates, and compare each arm at the rate that is best for it."""
+    yield from as_map(outcomes, folder, name)
+    yield "### Each arm at its own best rate"
+    yield ""
+    yield "The rate of the best mean accuracy on the test set, which flatters both arms."
+    yield ""
+    for label, group in grouped(outcomes, "network", "optimizer").items():
+        best = [_at_best_rate(group, arm) for arm in dict.fromkeys(o.arm for o in group)]
+        rates = ", ".join(
+            f"{outcome.arm} at {written('learning_rate', outcome.cell.learning_rate)}"
+            for outcome in best
+        )
+        yield f"{label}: {rates}."
+        yield ""
+        # One cell, so that they can be compared: what differs between the two is the rate.
+        yield tables.comparisons([replace(outcome, cell=best[0].cell) for outcome in best])
+
+
+def _tables(
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    name: str,
+    table: Callable[[list[Outcome], str], str],
+    unit: str,
+) -> Iterator[str]:
+    (arm,) = {outcome.arm for outcome in outcomes} - {BASE}
+    yield from _forest(outcomes, folder, name)
+    for label, group in grouped(outcomes, "task", "network").items():
+        curves = f"{name}-{_as_file_name(label)}.svg"
+        figures.curves(group, folder / curves, unit)
+        yield from (f"### {label[0].upper()}{label[1:]}", "", table(group, arm))
+        yield from (f"![Training loss and test accuracy: {label}]({curves})", "")
+
+
+def _forest(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    figures.forest(compare_all(outcomes), folder / f"{name}.svg")
+    yield from (f"![Paired differences of the accuracy]({name}.svg)", "")
+
+
+def _at_best_rate(outcomes: Sequence[Outcome], arm: str) -> Outcome:
+    of_arm = [outcome for outcome in outcomes if outcome.arm == arm]
+    return max(of_arm, key=lambda outcome: float(np.mean(outcome.accuracy[:, -1])))
+
+
+def _as_file_name(label: str) -> str:
+    return re.sub(r"\W+", "-", label).strip("-").lower()

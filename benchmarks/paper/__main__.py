@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.paper.cifar100.options import add_arguments, positive
 from gcx._cli.requirements import CannotRunError
 
-PARTS = ("table1", "table2", "regimes", "places", "rates", "torch", "theory")
+PARTS = ("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

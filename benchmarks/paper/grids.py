@@ -11,7 +11,19 @@ from benchmarks.paper.digits import ALL, FEW, Task
 from benchmarks.paper.network import Network
 from benchmarks.paper.training import Grid
 
-__all__ = ["ADAM_RATE", "DECAY", "NETWORKS", "RATE", "RATES", "STUDIES", "Study", "brief"]
+__all__ = [
+    "ADAM_RATE",
+    "CALM_RATE",
+    "DECAY",
+    "IN_JAX",
+    "IN_TORCH",
+    "NETWORKS",
+    "RATE",
+    "RATES",
+    "STUDIES",
+    "Study",
+    "brief",
+]
 
 NETWORKS = (Network("batch norm"), Network("group norm"))
 TASKS = (ALL, FEW)
@@ -46,6 +58,7 @@ class Study:
     title: str
     programs: tuple[tuple[Grid, ...], ...]
     seeds: int = 20
+    library: str = "jax"
 
 
 def _each(grids: Iterable[Grid]) -> tuple[tuple[Grid, ...], ...]:
@@ -113,11 +126,22 @@ def _places() -> Study:
     return Study("places", "Where, and which weights", _each(grids))
 
 
+def _in(library: str) -> Study:
+    """Cells of both tables, to be trained in two libraries."""
+    rates = {"SGDM": RATES[:2], "Adam": (ADAM_RATE,)}
+    programs = tuple(
+        tuple(Grid(FEW, network, name, _cells(rates[name])) for name in rates)
+        for network in NETWORKS
+    )
+    return Study(f"in_{library}", "PyTorch and JAX", programs, seeds=10, library=library)
+
+
 def _cells(rates: Iterable[float]) -> tuple[tuple[float, float], ...]:
     return tuple((rate, DECAY) for rate in rates)
 
 
 STUDIES = (_table1(), _table2(), _regimes(), _places(), _learning_rates())
+IN_JAX, IN_TORCH = _in("jax"), _in("torch")
 
 
 def brief(study: Study) -> Study:

@@ -1,16 +1,31 @@
-"""The study on digits, from the runs to the report."""
+"""The study on digits, from the runs to the sections of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.paper.grids import ADAM_RATE, RATE, STUDIES, brief
-from benchmarks.paper.report import Write, as_map, as_rates, as_table1, as_table2, write_section
-from benchmarks.paper.study import results, run
+from benchmarks.paper import theory
+from benchmarks.paper.agreement import torch_table
+from benchmarks.paper.energy import energy_table
+from benchmarks.paper.grids import ADAM_RATE, IN_JAX, IN_TORCH, RATE, STUDIES, Study, brief
+from benchmarks.paper.report import (
+    Write,
+    as_map,
+    as_rates,
+    as_table1,
+    as_table2,
+    write_comparisons,
+    write_section,
+)
+from benchmarks.paper.study import Results, cores, results, run
+from benchmarks.paper.theory_plots import draw
+from gcx._bench.timing import machine
 
 __all__ = ["sections"]
+
+LIBRARIES, ENERGY, THEORY = "libraries", "energy", "theory"
 
 WRITERS: dict[str, Write] = {
     "table1": as_table1,
@@ -20,20 +35,46 @@ WRITERS: dict[str, Write] = {
 
 
 def sections(
-    names: Collection[str], folder: Path, *, seeds: int | None = None, hardly: bool = False
+    parts: Collection[str], folder: Path, *, seeds: int | None = None, hardly: bool = False
 ) -> Iterator[Path]:
-    """Run what is left of the studies, and write a section of each.
+    """Run what is left to run, and write the sections of the report, one after the other.
 
     Parameters
     ----------
+    parts : collection of str
+        Names of `STUDIES`, `LIBRARIES`, `ENERGY` and `THEORY`.
+    seeds : int, optional
+        In each cell. Default: as many as each study has.
     hardly : bool
         Only some of it, with few steps, to see that it runs.
     """
-    studies = [brief(study) if hardly else study for study in STUDIES if study.name in names]
+    studies = [study for study in STUDIES if study.name in parts]
+    both = [IN_JAX, IN_TORCH] if LIBRARIES in parts else []
+    if hardly:
+        studies, both = [*map(brief, studies)], [*map(brief, both)]
     runs = folder / "runs"
-    run(studies, runs, seeds=seeds)
+    run([*studies, *both], runs, seeds=seeds)
+    found = {study.name: results(study, runs, seeds=seeds) for study in (*studies, *both)}
     for study in studies:
-        outcomes = results(study, runs, seeds=seeds).outcomes
-        yield write_section(
-            study.title, study.name, outcomes, folder, WRITERS.get(study.name, as_map)
-        )
+        writer = WRITERS.get(study.name, as_map)
+        outcomes = found[study.name].outcomes
+        yield write_comparisons(study.title, study.name, outcomes, folder, writer)
+    if both:
+        table = torch_table(*(found[study.name].outcomes for study in both))
+        yield write_section(IN_TORCH.title, LIBRARIES, [table], folder)
+    if ENERGY in parts:
+        yield write_section("What GC removes at the start", ENERGY, energy_table(), folder)
+    if THEORY in parts:
+        yield from draw(folder, theory.BRIEF if hardly else theory.WHOLE)
+    yield _write_machine([*studies, *both], found, folder)
+
+
+def _write_machine(studies: Iterable[Study], found: dict[str, Results], folder: Path) -> Path:
+    """Say where and how long it ran, apart from what came out, which is the same everywhere."""
+    minutes = ", ".join(f"{study.name} {found[study.name].seconds / 60:.0f}" for study in studies)
+    path = folder / "machine.md"
+    path.write_text(
+        f"Trained on {machine()}, {cores()} cores. Minutes of one core: {minutes}.\n",
+        encoding="utf-8",
+    )
+    return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,24 +15,34 @@ from benchmarks.paper.cells import BASE, Outcome
 from benchmarks.paper.labels import grouped, written
 from benchmarks.paper.statistics import compare_all
 
-__all__ = ["Write", "as_map", "as_rates", "as_table1", "as_table2", "write_section"]
+__all__ = [
+    "Write",
+    "as_map",
+    "as_rates",
+    "as_table1",
+    "as_table2",
+    "write_comparisons",
+    "write_section",
+]
 
 # Write figures of some outcomes to a folder, under a name, and say in Markdown what is in them.
 Write = Callable[[Sequence[Outcome], Path, str], Iterator[str]]
 
 
-def write_section(
+def write_section(title: str, name: str, lines: Iterable[str], folder: Path) -> Path:
+    """Write a section in Markdown; the same lines give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
+    path.write_text("\n".join([f"## {title}", "", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def write_comparisons(
     title: str, name: str, outcomes: Sequence[Outcome], folder: Path, write: Write
 ) -> Path:
-    """Write a section in Markdown, which shows its figures, and all numbers in a folder below.
-
-    The same outcomes give the same bytes.
-    """
+    """Write a section that shows its figures, and all numbers as CSV in a folder of its name."""
     tables.write_csv(outcomes, folder / name)
-    lines = [f"## {title}", "", *write(outcomes, folder, name)]
-    path = folder / f"{name}.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_section(title, name, write(outcomes, folder, name), folder)
 
 
 def as_table1(

@@ -12,25 +12,19 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.paper import store
+from benchmarks.paper import on_torch, store, training
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.grids import Study
-from benchmarks.paper.training import Grid, outcomes
+from benchmarks.paper.training import Grid
 
 __all__ = ["Results", "cores", "results", "run"]
-
-# One thread a process: for matrices as small as these a second one makes no step faster.
-_ONE_THREAD = {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 
 class _Program(NamedTuple):
     """Work for one process."""
 
     path: Path
+    library: str
     grids: tuple[Grid, ...]
     seeds: tuple[int, ...]
 
@@ -53,9 +47,10 @@ def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> 
     """Run what `folder` does not hold yet, with so many seeds or those that each study has."""
     programs = [program for study in studies for program in _programs(study, folder, seeds)]
     missing = [program for program in programs if not program.is_done()]
-    os.environ.update(_ONE_THREAD)  # workers inherit it, and import JAX after that
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores(), context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        cores(), context, initializer=_use_one_thread, max_tasks_per_child=1
+    ) as pool:
         futures = [pool.submit(_run, program) for program in missing]
         for future in tqdm(_finished(futures), "programs", len(futures), disable=None):
             future.result()
@@ -73,14 +68,19 @@ def results(study: Study, folder: Path, *, seeds: int | None = None) -> Results:
 def _programs(study: Study, folder: Path, seeds: int | None) -> list[_Program]:
     chosen = tuple(range(seeds or study.seeds))
     return [
-        _Program(folder / f"{study.name}-{index}.npz", grids, chosen)
+        _Program(folder / f"{study.name}-{index}.npz", study.library, grids, chosen)
         for index, grids in enumerate(study.programs)
     ]
 
 
+def _use_one_thread() -> None:
+    """Keep JAX, which starts later, from sharing matrices too small for that between threads."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+
+
 def _run(program: _Program) -> None:
     start = process_time()  # of this process alone, however busy the machine is
-    found = outcomes(program.grids, program.seeds)
+    found = _OUTCOMES[program.library](program.grids, program.seeds)
     store.save(program.path, found, key=program.key(), seconds=process_time() - start)
 
 
@@ -91,6 +91,9 @@ def _finished(futures: Sequence[Future[None]]) -> Iterator[Future[None]]:
     finally:
         for future in futures:
             future.cancel()
+
+
+_OUTCOMES = {"jax": training.outcomes, "torch": on_torch.outcomes}
 
 
 def cores() -> int:

@@ -17,7 +17,7 @@ from benchmarks.paper.cifar100.log import Epoch
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data
-from benchmarks.paper.report import as_table1, as_table2, write_section
+from benchmarks.paper.report import as_table1, as_table2, write_comparisons
 from gcx._bench.timing import machine
 from gcx._cli.requirements import CannotRunError
 
@@ -90,7 +90,7 @@ def sections(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:
         finished = [outcome for outcome in outcomes if outcome.cell in cells]
         if finished:
             title, name = f"CIFAR-100: Table {number}", f"cifar100-table{number}"
-            yield write_section(title, name, finished, folder, partial(as_table, unit="epoch"))
+            yield write_comparisons(title, name, finished, folder, partial(as_table, unit="epoch"))
 
 
 def _device(name: str) -> torch.device:

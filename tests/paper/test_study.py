@@ -1,0 +1,48 @@
+"""A study in processes: what is there is not run again, and what is asked for is run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from benchmarks.paper.grids import Study
+from benchmarks.paper.network import Network
+from benchmarks.paper.study import results, run
+from benchmarks.paper.training import Grid
+
+from short_runs import TASK
+
+GRID = Grid(TASK, Network("no norm", blocks=0, width=4), "SGDM", ((0.05, 0.0),))
+JAX = Study("in jax", "", ((GRID,),), seeds=2)
+TORCH = Study("in torch", "", ((GRID,),), seeds=2, library="torch")
+
+
+def contents(folder):
+    """Of each file: the time that a run took is in it, so that it tells one run from another."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_only_what_is_missing_is_run(tmp_path):
+    run([JAX, TORCH], tmp_path)
+    before = contents(tmp_path)
+    assert sorted(before) == ["in jax-0.npz", "in torch-0.npz"]
+    in_jax, in_torch = results(JAX, tmp_path), results(TORCH, tmp_path)
+    assert min(in_jax.seconds, in_torch.seconds) > 0
+    expected = {outcome.arm: outcome for outcome in in_torch.outcomes}
+    assert {outcome.arm for outcome in in_jax.outcomes} == {"without", "gradient"}
+    for outcome in in_jax.outcomes:
+        assert outcome.seeds == (0, 1)
+        np.testing.assert_allclose(outcome.loss, expected[outcome.arm].loss, rtol=2e-5)
+
+    run([JAX, TORCH], tmp_path)
+    assert contents(tmp_path) == before
+
+    question = replace(JAX, programs=((replace(GRID, arms=("without", "update")),),))
+    run([question, TORCH], tmp_path)
+    after = contents(tmp_path)
+    assert [name for name in before if after[name] == before[name]] == ["in torch-0.npz"]
+    assert {outcome.arm for outcome in results(question, tmp_path).outcomes} == {
+        "without",
+        "update",
+    }

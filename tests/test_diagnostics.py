@@ -1,0 +1,315 @@
+"""`gcx.diagnostics` on gradients of every library: the shares, the table and the chart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from math import inf, nan
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gcx
+from gcx import Layout
+from gcx.diagnostics import EnergyReport, Share, energy_removed
+
+from libraries import ArrayLibrary
+from reference import fan_in_means
+
+CASES = [("o...", (5, 6), (1,)), ("o...", (4, 3, 2, 2), (1, 2, 3)), ("io...", (3, 4, 2), (0, 2))]
+CASES += [("...o", (7, 3), (0,)), ("ioo", (6, 2, 3), (0,)), ("oio", (2, 5, 3), (1,))]
+
+
+def values(seed: int, *shape: int, loc: float = 0.3) -> Any:
+    return np.random.default_rng(seed).normal(loc, size=shape)
+
+
+def energies(grad: Any, axes: tuple[int, ...]) -> tuple[float, float]:
+    """What centralization removes, and all there is: by Proposition 4.2, in exact means."""
+    fan_in = np.prod([grad.shape[axis] for axis in axes])
+    removed = fan_in * np.sum(np.abs(fan_in_means(grad, axes)) ** 2)
+    wide = np.asarray(grad, np.result_type(grad, np.float64))
+    return float(removed), float(np.sum(np.abs(wide) ** 2))
+
+
+def share_of(report: EnergyReport, row: int = 0) -> Share:
+    share = report.rows[row].share
+    assert share is not None
+    return share
+
+
+# The shares
+
+
+@pytest.mark.parametrize(("layout", "shape", "axes"), CASES)
+def test_share_is_that_of_the_reference(
+    layout: str, shape: tuple[int, ...], axes: tuple[int, ...], xp: ArrayLibrary
+) -> None:
+    for dtype in ("float32", "float64", "complex64", "complex128", *xp.narrow_dtypes):
+        imaginary = 1j * values(1, *shape, loc=-0.5) if "complex" in dtype else 0
+        grad = xp.asarray(values(0, *shape) + imaginary, dtype)
+        removed, total = energies(xp.numpy(grad), axes)
+        share = share_of(energy_removed([[grad]], layouts=layout))
+        assert share.removed == pytest.approx(removed / total, rel=1e-13)
+        assert share.lowest == share.highest == share.removed
+        assert share.by_chance == 1 / np.prod([shape[axis] for axis in axes])
+
+
+def test_it_is_what_the_operator_takes_from_the_norm(xp: ArrayLibrary) -> None:
+    grad = xp.asarray(values(0, 4, 9))
+    before, after = xp.numpy(grad), xp.numpy(gcx.centralize(grad))
+    expected = 1 - np.sum(after**2) / np.sum(before**2)
+    assert share_of(energy_removed([[grad]])).removed == pytest.approx(expected, rel=1e-12)
+
+
+def test_sums_are_in_double_precision(xp: ArrayLibrary) -> None:
+    """The variance is 1e-8 of the energy: float32 would not see it, nor bfloat16 the mean."""
+    grad = xp.asarray(values(0, 2, 50_000, loc=1e4), "float32")
+    removed, total = energies(xp.numpy(grad), (1,))
+    share = share_of(energy_removed([[grad]]))
+    assert 1 - share.removed == pytest.approx(1 - removed / total, rel=1e-5)
+
+
+def test_equal_elements_are_all_removed_and_zero_sums_not_at_all(xp: ArrayLibrary) -> None:
+    equal = xp.asarray([[2.0, 2.0, 2.0], [-1.0, -1.0, -1.0]], "float32")
+    zero_sum = xp.asarray([[2.0, -2.0, 0.0], [1.0, 1.0, -2.0]], "float32")
+    report = energy_removed([[equal, zero_sum]])
+    assert [share_of(report, row).removed for row in (0, 1)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("distribution", ["standard_normal", "standard_exponential"])
+def test_independent_elements_with_mean_zero_give_one_over_the_fan_in(distribution: str) -> None:
+    rng = np.random.default_rng(0)
+    mean = 1.0 if distribution == "standard_exponential" else 0.0
+    batches = [[getattr(rng, distribution)((400, 50)) - mean] for _ in range(10)]
+    share = share_of(energy_removed(batches))
+    assert share.by_chance == 0.02
+    # 4000 output units: a standard error of about 2% of the value, 3.5% with heavy tails.
+    assert share.removed == pytest.approx(share.by_chance, rel=0.1)
+
+
+# Over batches
+
+
+def test_batches_count_by_their_energy() -> None:
+    batches = [np.array([[3.0, 1.0]]), np.array([[1e-6, -1e-6]]), np.array([[2.0, 2.0]])]
+    share = share_of(energy_removed([[grad] for grad in batches]))
+    assert share.removed == pytest.approx((8 + 0 + 8) / (10 + 2e-12 + 8), rel=1e-14)
+    assert (share.lowest, share.highest) == (0.0, 1.0)
+
+
+def test_total_is_that_of_all_parameters() -> None:
+    grads = {"weight": np.array([[3.0, 1.0]]), "bias": np.array([2.0, 0.0])}
+    report = energy_removed([grads, {"weight": np.array([[1.0, 1.0]]), "bias": np.zeros(2)}])
+    assert report.batches == 2
+    assert report.total is not None
+    assert report.total.removed == pytest.approx((8 + 2) / (14 + 2))
+    assert (report.total.lowest, report.total.highest) == (pytest.approx(8 / 14), 1.0)
+    assert report.total.by_chance == pytest.approx((10 + 2) / 2 / (14 + 2))
+
+
+def test_a_generator_is_gone_through_once(xp: ArrayLibrary) -> None:
+    numbers = [values(seed, 3, 4) for seed in range(3)]
+    arrays = [xp.asarray(x) for x in numbers]
+    report = energy_removed([array] for array in arrays)
+    assert report.batches == 3
+    expected = np.sum([energies(x, (1,)) for x in numbers], axis=0)
+    assert share_of(report).removed == pytest.approx(expected[0] / expected[1], rel=1e-13)
+    for array, x in zip(arrays, numbers, strict=True):  # which are as they were
+        np.testing.assert_array_equal(xp.numpy(array), x)
+
+
+def test_libraries_may_be_mixed(pair: tuple[ArrayLibrary, ArrayLibrary]) -> None:
+    x = values(0, 4, 5)
+    one, other = (library.asarray(x) for library in pair)
+    report = energy_removed([{"one": one, "other": other}])
+    assert share_of(report, 0).removed == pytest.approx(share_of(report, 1).removed, rel=1e-14)
+
+
+# What has no share is listed, and says why
+
+
+def test_what_is_left_alone_has_its_reason() -> None:
+    grads = {
+        "kernel": np.ones((3, 2)), "head": np.ones((4, 1)), "bias": np.ones(2), "norm": np.ones(()),
+        "embedding": np.ones((9, 2)), "absent": None,
+    }  # fmt: skip
+    layouts = {"embedding": None, "head": "o...", "*": "...o"}
+    report = energy_removed([grads], layouts=layouts)
+    assert {row.name: (row.layout, row.reason) for row in report.rows} == {
+        "kernel": (Layout("...o"), "as given"),
+        "head": (None, "fan-in 1: subtracting its mean would freeze it"),
+        "bias": (None, "fan-in 1: subtracting its mean would freeze it"),
+        "norm": (None, "fan-in 1: subtracting its mean would freeze it"),
+        "embedding": (None, "left alone by layouts"),
+        "absent": (None, "no gradient"),
+    }
+    assert [row.name for row in report.rows if row.share is not None] == ["kernel"]
+
+
+def test_a_gradient_that_some_batches_lack() -> None:
+    grad = np.array([[3.0, 1.0]])
+    report = energy_removed(
+        [{"a": None, "b": grad}, {"a": grad, "b": grad}, {"a": None, "b": None}]
+    )
+    assert [row.shape for row in report.rows] == [(1, 2), (1, 2)]
+    assert [share_of(report, row).removed for row in (0, 1)] == [0.8, 0.8]
+
+
+def test_zero_gradient_has_no_share() -> None:
+    report = energy_removed([[np.zeros((2, 3)), np.ones((2, 3))]] * 2)
+    assert report.rows[0].share is None
+    assert report.rows[0].reason == "as given; zero gradient"
+    assert report.total == Share(1.0, 1.0, 1.0, 1 / 3)
+    assert energy_removed([[np.zeros((2, 3))]]).total is None
+
+
+def test_a_batch_with_zero_gradient_is_not_in_the_range() -> None:
+    batches = [[np.zeros((1, 2))], [np.array([[3.0, 1.0]])]]
+    assert share_of(energy_removed(batches)) == Share(0.8, 0.8, 0.8, 0.5)
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_what_is_not_finite_is_told(bad: float, xp: ArrayLibrary) -> None:
+    weight = xp.asarray([[bad, 1.0], [2.0, 3.0]], "float32")
+    bias, good = xp.asarray([bad, 1.0], "float32"), xp.asarray([[1.0, 2.0]], "float32")
+    fine = {"weight": good[:, :], "bias": xp.asarray([1.0, 1.0], "float32"), "good": good}
+    fine["weight"] = xp.asarray([[1.0, 1.0], [2.0, 3.0]], "float32")
+    report = energy_removed([{"weight": weight, "bias": bias, "good": good}, fine])
+    told = "NaN or infinity in the gradient of 1 of 2 batches"
+    assert [row.reason.partition("; ")[2] for row in report.rows] == [told, told, ""]
+    assert [row.share is None for row in report.rows] == [True, True, False]
+    assert report.total is None
+
+
+# Errors
+
+
+def test_no_batches() -> None:
+    used_up = iter([[np.ones((2, 2))]])
+    energy_removed(used_up)
+    for batches in ([], used_up):
+        with pytest.raises(ValueError, match="batches is empty; if it is an iterator"):
+            energy_removed(batches)
+
+
+def test_no_gradients() -> None:
+    with pytest.raises(ValueError, match="no parameter has a gradient in any batch"):
+        energy_removed([{"a": None}, {"a": None}])
+
+
+@pytest.mark.parametrize("one_batch", [{"weight": np.ones((2, 3))}, [np.ones((2, 3))]])
+def test_one_batch_by_itself(one_batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"there is (str|ndarray) where .* \(of a single batch"):
+        energy_removed(one_batch)
+
+
+def test_what_is_no_gradient_is_named() -> None:
+    with pytest.raises(TypeError, match="a/1: expected a real or complex floating dtype, not int"):
+        energy_removed([{"a": [np.ones((2, 2)), np.ones((2, 2), int)]}])
+    with pytest.raises(TypeError, match="a: expected an array"):
+        energy_removed([{"a": 1.0}])
+
+
+def test_layouts_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="a: layout 'oio' is for arrays of rank 3, not 2"):
+        energy_removed([{"a": np.ones((2, 2))}], layouts="oio")
+    with pytest.raises(ValueError, match="'b' matches no parameter"):
+        energy_removed([{"a": np.ones((2, 2))}], layouts={"b": "o..."})
+
+
+def test_a_shape_that_changes() -> None:
+    batches = [{"a": np.ones((2, 3))}, {"a": np.ones((2, 4))}]
+    with pytest.raises(ValueError, match=r"a has shape \(2, 3\) in one batch, and \(2, 4\)"):
+        energy_removed(batches)
+
+
+# How it is shown
+
+
+@pytest.fixture
+def report() -> EnergyReport:
+    grads = {
+        "conv": np.array([[[3.0, 1.0]]]), "<b>": np.ones(2), "still": np.zeros((1, 4)),
+        "even": np.array([[1.0, 0.0]]),
+    }  # fmt: skip
+    layouts = {"<b>": None, "*": "o..."}
+    return energy_removed([grads, {**grads, "conv": np.array([[[1.0, 1.0]]])}], layouts=layouts)
+
+
+def test_table(report: EnergyReport) -> None:
+    assert str(report).splitlines() == [
+        "parameter       shape  layout  removed    in batches  by chance  reason",
+        "conv            1x1x2  o...      83.3%   80% to 100%        50%  as given",
+        "<b>             2      -             -             -          -  left alone by layouts",
+        "still           1x4    o...          -             -          -  as given; zero gradient",
+        "even            1x2    o...        50%    50% to 50%        50%  as given",
+        "whole gradient                   61.1%  50% to 65.4%      38.9%",
+        "3 of 4 parameters centralized, 2 batches",
+    ]
+
+
+def test_what_is_next_to_nothing_is_not_zero() -> None:
+    assert "  <0.001%  " in str(energy_removed([[np.array([[1.0, -0.999]])]]))
+    assert "  0%  " in str(energy_removed([[np.array([[1.0, -1.0]])]]))
+
+
+def test_dict_is_plain(report: EnergyReport) -> None:
+    shown = report.to_dict()
+    assert json.loads(json.dumps(shown)) == shown
+    assert shown["batches"] == 2
+    assert list(shown["parameters"]) == ["conv", "<b>", "still", "even"]
+    assert shown["parameters"]["conv"] == {
+        "shape": [1, 1, 2],
+        "layout": "o...",
+        "reason": "as given",
+        "share": {"removed": 10 / 12, "lowest": 0.8, "highest": 1.0, "by_chance": 0.5},
+    }
+    assert shown["parameters"]["still"]["share"] is None
+    assert set(shown["total"]) == {"removed", "lowest", "highest", "by_chance"}
+
+
+def test_html_has_every_cell_escaped(report: EnergyReport) -> None:
+    html = report._repr_html_()
+    assert "<b>" not in html
+    assert "<td>&lt;b&gt;</td>" in html
+    assert "<td>83.3%</td>" in html
+    assert html.count("<tr>") == 1 + 4 + 1
+    assert html.endswith("<p>3 of 4 parameters centralized, 2 batches</p>")
+
+
+def test_chart_shows_the_shares(report: EnergyReport) -> None:
+    pytest.importorskip("matplotlib")
+    figure = report.bar_chart()
+    (axes,) = figure.axes
+    expected = [row.share for row in report.rows if row.share is not None]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv", "even"]
+    assert [bar.get_width() for bar in axes.patches] == [share.removed for share in expected]
+    (marks,) = [line for line in axes.lines if line.get_label() == "by chance: 1 / fan-in"]
+    assert list(marks.get_xdata()) == [share.by_chance for share in expected]
+    (whiskers,) = axes.collections
+    ends = [segment[:, 0] for segment in whiskers.get_segments()]
+    np.testing.assert_allclose(ends, [(share.lowest, share.highest) for share in expected])
+    assert axes.get_xlabel() == "share of the gradient's energy that GC removes"
+    assert axes.get_title() == "Gradient Centralization, 2 batches"
+
+
+def test_chart_can_be_written(report: EnergyReport, tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "energy.png"
+    report.bar_chart().savefig(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_chart_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"there is no share to draw:(?s:.*)zero gradient"):
+        energy_removed([[np.zeros((2, 2))]]).bar_chart()
+
+
+def test_chart_without_matplotlib(report: EnergyReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "gcx.diagnostics._chart", raising=False)
+    monkeypatch.delattr("gcx.diagnostics._chart", raising=False)
+    with pytest.raises(ImportError, match=r'bar_chart needs matplotlib .* install "gcx\[demo\]"'):
+        report.bar_chart()

@@ -1,0 +1,257 @@
+"""`gcx.diagnostics.jax`: the gradients that training would have, of any tree of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("optax")
+
+import jax
+import jax.numpy as jnp
+
+import gcx.diagnostics
+import gcx.optax
+from gcx import Layout
+from gcx.diagnostics import EnergyReport, Share
+from gcx.diagnostics.jax import energy_removed
+
+from reference import fan_in_means
+
+jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
+
+AXES = {"Conv_0/kernel": (0, 1), "Dense_0/kernel": (0,), "query/kernel": (0,)}
+
+
+def normal(seed: int, *shape: int, dtype: str = "float64") -> Any:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def new_params(dtype: str = "float64") -> dict[str, Any]:
+    return {
+        "Conv_0": {"kernel": normal(0, 3, 2, 4, dtype=dtype), "bias": normal(1, 4, dtype=dtype)},
+        "query": {"kernel": normal(2, 4, 2, 3, dtype=dtype)},
+        "Dense_0": {"kernel": normal(3, 6, 5, dtype=dtype), "bias": normal(4, 5, dtype=dtype)},
+        "token": normal(5, 1, 4, dtype=dtype),
+        "unused": {"kernel": normal(6, 2, 2, dtype=dtype)},
+    }
+
+
+def new_batches(*sizes: int, dtype: str = "float64") -> list[Any]:
+    return [(normal(k, n, 7, 2, dtype=dtype), jnp.arange(n) % 5) for k, n in enumerate(sizes)]
+
+
+def loss_of(params: dict[str, Any], batch: Any) -> Any:
+    x, labels = batch
+    conv = params["Conv_0"]
+    windows = jnp.stack([x[:, k : k + 3] for k in range(5)], 1)
+    x = jax.nn.relu(jnp.einsum("bwki,kio->bwo", windows, conv["kernel"]) + conv["bias"])
+    x = (x + params["token"]).mean(1)
+    x = jnp.einsum("be,ehd->bhd", x, params["query"]["kernel"]).reshape(len(x), -1)
+    dense = params["Dense_0"]
+    logits = jax.nn.log_softmax(jax.nn.relu(x) @ dense["kernel"] + dense["bias"])
+    return -jnp.take_along_axis(logits, labels[:, None], 1).mean()
+
+
+def share(report: EnergyReport, name: str) -> Share:
+    found = {row.name: row.share for row in report.rows}[name]
+    assert found is not None
+    return found
+
+
+def reasons(report: EnergyReport) -> dict[str, str]:
+    return {row.name: row.reason for row in report.rows}
+
+
+# Facts about the shares
+
+
+@pytest.fixture(params=[True, False], ids=["64 bits", "32 bits"])
+def _x64(request: pytest.FixtureRequest) -> Iterator[None]:
+    jax.config.update("jax_enable_x64", request.param)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.usefixtures("_x64")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shares_are_those_of_the_gradients(dtype: str) -> None:
+    """Summed in double precision, whether JAX has it or not."""
+    params, batches = new_params(dtype), new_batches(8, 8, dtype=dtype)
+    report = energy_removed(params, batches, loss_of, layouts="flax")
+    gradients = jax.jit(jax.grad(loss_of))
+    removed, total = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
+    whole = 0.0
+    for batch in batches:
+        grads = gradients(params, batch)
+        whole += sum(np.sum(np.asarray(g, float) ** 2) for g in jax.tree.leaves(grads))
+        for name, axes in AXES.items():
+            layer, key = name.split("/")
+            grad = np.asarray(grads[layer][key], float)
+            fan_in = np.prod([grad.shape[axis] for axis in axes])
+            removed[name] += fan_in * np.sum(fan_in_means(grad, axes) ** 2)
+            total[name] += np.sum(grad**2)
+    for name in AXES:
+        found = share(report, name)
+        assert found.removed == pytest.approx(removed[name] / total[name], rel=1e-12)
+        assert found.lowest < found.removed < found.highest
+    assert report.total is not None
+    assert report.total.removed == pytest.approx(sum(removed.values()) / whole, rel=1e-12)
+
+
+def test_double_precision_and_batches_of_several_sizes() -> None:
+    params, batches = new_params(), new_batches(8, 3)
+    report = energy_removed(params, iter(batches), loss_of, layouts="flax")
+    grads = [jax.jit(jax.grad(loss_of))(params, batch) for batch in batches]
+    layouts = {row.name: row.layout for row in gcx.optax.plan(params, "flax")}
+    expected = gcx.diagnostics.energy_removed(grads, layouts=layouts)
+    for name in AXES:
+        assert share(report, name) == pytest.approx(share(expected, name), rel=1e-9)
+
+
+def test_rows_are_those_of_the_plan() -> None:
+    params = new_params()
+    report = energy_removed(params, new_batches(4), loss_of, layouts="flax")
+    plan = gcx.optax.plan(params, "flax")
+    assert [row[:3] for row in report.rows] == [row[:3] for row in plan]
+    assert {row.name for row in report.rows if row.share is not None} == set(AXES)
+    told = {"token": "unknown: no rule for this name", "unused/kernel": "kernel; zero gradient"}
+    assert told.items() <= reasons(report).items()
+
+
+def test_of_one_sample_it_is_the_angle_between_the_input_and_the_ones() -> None:
+    """The gradient of a dense layer is then an outer product with the input."""
+    params, x = {"kernel": normal(0, 6, 4)}, normal(1, 1, 6)
+    report = energy_removed(
+        params, [x], lambda p, x: jnp.sum((x @ p["kernel"]) ** 2), layouts="flax"
+    )
+    cosine = x.sum() / (jnp.linalg.norm(x) * 6**0.5)
+    assert share(report, "kernel").removed == pytest.approx(float(cosine**2), rel=1e-12)
+
+
+def test_complex_weights() -> None:
+    kernel = normal(0, 3, 2) + 1j * normal(1, 3, 2)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(jnp.abs(x @ params["kernel"] - 1) ** 2)
+
+    report = energy_removed({"kernel": kernel}, [normal(2, 4, 3)], loss, layouts="flax")
+    grad = np.asarray(jax.grad(loss)({"kernel": kernel}, normal(2, 4, 3))["kernel"])
+    expected = 3 * np.sum(np.abs(fan_in_means(grad, (0,))) ** 2) / np.sum(np.abs(grad) ** 2)
+    assert share(report, "kernel").removed == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_not_finite_is_told() -> None:
+    params = {"kernel": normal(0, 2, 3)}
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(x @ params["kernel"])
+
+    batches = [jnp.ones((1, 2)), jnp.full((1, 2), jnp.nan), jnp.full((1, 2), jnp.inf)]
+    report = energy_removed(params, batches, loss, layouts="flax")
+    assert reasons(report) == {
+        "kernel": "kernel; NaN or infinity in the gradient of 2 of 3 batches"
+    }
+    assert report.total is None
+
+
+# Trees of all kinds
+
+
+def test_what_is_not_trained_stays_as_it_is() -> None:
+    params = {"kernel": normal(0, 2, 3), "step": jnp.asarray(4), "none": None, "scale": 2.0}
+
+    def loss(params: Any, x: Any) -> Any:
+        assert params["none"] is None
+        assert params["scale"] == 2.0
+        return jnp.sum(params["scale"] * x @ params["kernel"]) ** params["step"]
+
+    report = energy_removed(params, [normal(1, 4, 2)], loss, layouts={"*": "...o"})
+    assert {name: text for name, text in reasons(report).items() if name != "kernel"} == {
+        "none": "not an array",
+        "scale": "not an array",
+        "step": "not of floating dtype",
+    }
+    assert report.total == share(report, "kernel")
+
+
+def test_equinox_modules_as_they_are() -> None:
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
+    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
+
+    def loss(model: Any, x: Any) -> Any:
+        return jnp.mean(jax.vmap(model)(x) ** 2)
+
+    report = energy_removed(model, batches, loss, layouts=model)
+    grads = [eqx.filter_grad(loss)(model, x).layers[0].weight for x in batches]
+    expected = gcx.diagnostics.energy_removed([[grad] for grad in grads])
+    assert share(report, "layers/0/weight") == pytest.approx(expected.rows[0].share, rel=1e-5)
+    assert [row.name for row in report.rows if row.share] == ["layers/0/weight", "layers/1/weight"]
+
+
+def test_nnx_modules_by_their_state() -> None:
+    nnx = pytest.importorskip("flax.nnx")
+    rngs = nnx.Rngs(0)
+    layers = (nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
+    model = nnx.Sequential(*layers)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    before = jax.tree.map(np.array, rest)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
+
+    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
+    report = energy_removed(params, batches, loss, layouts=model)
+    assert [(row.name, row.layout) for row in report.rows if row.share] == [
+        ("layers/0/kernel", Layout("io")),
+        ("layers/2/kernel", Layout("io")),
+    ]
+    assert reasons(report)["layers/1/scale"] == "norm"
+    jax.tree.map(np.testing.assert_array_equal, rest, before)
+
+
+# Batches and errors
+
+
+def test_parameters_and_batches_are_not_touched() -> None:
+    params, batches = new_params(), new_batches(4)
+    before = jax.tree.map(np.array, (params, batches))
+    energy_removed(params, batches, loss_of, layouts="flax")
+    jax.tree.map(np.testing.assert_array_equal, (params, batches), before)
+
+
+def test_no_batches() -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        energy_removed(new_params(), [], loss_of, layouts="flax")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: y, r"one number, without axes; not an array of shape \(4,\)"),
+        (lambda y: y[:1], r"not an array of shape \(1,\)"),
+        (lambda y: (y.sum(), {}), r"not \("),
+        (lambda _: None, r"not None"),
+    ],
+)
+def test_a_loss_that_is_no_number(output: Callable[[Any], Any], message: str) -> None:
+    def loss(params: Any, batch: Any) -> Any:
+        return output(loss_of(params, batch) * jnp.ones(4))
+
+    with pytest.raises(TypeError, match=message):
+        energy_removed(new_params(), new_batches(4), loss, layouts="flax")
+
+
+def test_nothing_to_differentiate() -> None:
+    with pytest.raises(ValueError, match="no array of floating dtype in params"):
+        energy_removed({"step": jnp.asarray(1)}, new_batches(4), loss_of, layouts={"*": "o..."})
+
+
+def test_layouts_that_are_none() -> None:
+    with pytest.raises(ValueError, match="no preset 'torch'"):
+        energy_removed(new_params(), new_batches(4), loss_of, layouts="torch")

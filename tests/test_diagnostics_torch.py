@@ -1,0 +1,444 @@
+"""`gcx.diagnostics.torch`: the gradients that training would have, and a model left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import gcx.diagnostics
+import gcx.torch
+from gcx.diagnostics.torch import energy_removed
+
+import processes
+import sharded_training
+from reference import fan_in_means
+
+
+class Net(nn.Module):
+    """Of each kind something: groups, batch norm, dropout, an embedding, what nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 12)
+        self.conv = nn.Conv1d(3, 6, 3)
+        self.norm = nn.BatchNorm1d(6)
+        self.up = nn.ConvTranspose1d(6, 4, 2, groups=2)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(12, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids).unflatten(1, (3, 4))
+        return self.head(self.dropout(self.up(self.norm(self.conv(x)).relu())).flatten(1))
+
+
+# The fan-in axes of what is centralized, and the shape in which they are counted.
+AXES = {
+    "conv.weight": ((6, 3, 3), (1, 2)),
+    "up.weight": ((2, 3, 2, 2), (1, 3)),
+    "head.weight": ((3, 12), (1,)),
+}
+
+
+def new_net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def new_batches(count: int = 3, size: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(7, (size,), generator=generator) for _ in range(count)]
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(ids)
+    return nn.functional.cross_entropy(output, ids % output.shape[1])
+
+
+def share(report: gcx.diagnostics.EnergyReport, name: str) -> gcx.diagnostics.Share:
+    found = {row.name: row.share for row in report.rows}[name]
+    assert found is not None
+    return found
+
+
+def reason(report: gcx.diagnostics.EnergyReport, name: str) -> str:
+    return {row.name: row.reason for row in report.rows}[name]
+
+
+# Facts about the shares
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> None:
+    model, batches = new_net(dtype), new_batches()
+    torch.manual_seed(5)  # for dropout
+    report = energy_removed(model, batches, loss_of)
+    removed, total, whole, all_removed = (
+        dict.fromkeys(AXES, 0.0),
+        dict.fromkeys(AXES, 0.0),
+        0.0,
+        0.0,
+    )
+    torch.manual_seed(5)
+    for ids in batches:
+        model.zero_grad()
+        loss_of(model, ids).backward()
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        whole += sum(float(grad.square().sum()) for grad in grads.values())
+        for name, (shape, axes) in AXES.items():
+            seen = grads[name].reshape(shape).numpy()
+            fan_in = np.prod([shape[axis] for axis in axes])
+            removed[name] += fan_in * np.sum(fan_in_means(seen, axes) ** 2)
+            total[name] += np.sum(seen**2)
+    for name, (shape, axes) in AXES.items():
+        found = share(report, name)
+        assert found.removed == pytest.approx(removed[name] / total[name], rel=1e-12)
+        assert found.lowest < found.removed < found.highest
+        assert found.by_chance == pytest.approx(1 / np.prod([shape[axis] for axis in axes]))
+        all_removed += removed[name]
+    assert report.total is not None
+    assert report.total.removed == pytest.approx(all_removed / whole, rel=1e-12)
+    assert report.batches == 3
+
+
+def test_of_one_sample_it_is_the_angle_between_the_input_and_the_ones() -> None:
+    """The gradient of a dense layer is then an outer product with the input."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4).double(), torch.randn(1, 6, dtype=torch.float64)
+    report = energy_removed(layer, [x], lambda model, x: model(x).square().sum())
+    cosine = x.sum() / (x.norm() * 6**0.5)
+    assert share(report, "weight").removed == pytest.approx(float(cosine**2), rel=1e-12)
+
+
+def test_behind_a_new_layer_norm_nothing_is_removed() -> None:
+    """What a layer norm gives has mean zero over the features, until its bias and scale learn."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True).double()
+    batches = [torch.randn(4, 5, 16, dtype=torch.float64) for _ in range(2)]
+    report = energy_removed(block, batches, lambda model, x: model(x)[:, 0].sin().sum())
+    assert share(report, "self_attn.in_proj_weight").highest < 1e-8  # the epsilon of the norm
+    assert share(report, "linear1.weight").highest < 1e-8
+    behind_relu = share(report, "linear2.weight")
+    assert behind_relu.lowest > 3 * behind_relu.by_chance
+
+
+def test_rows_are_those_of_the_plan() -> None:
+    model = new_net()
+    report, plan = energy_removed(model, new_batches(), loss_of), gcx.torch.plan(model)
+    assert [row[:3] for row in report.rows] == [row[:3] for row in plan]
+    assert [row.name for row in report.rows if row.share] == list(AXES)
+    assert reason(report, "tokens.weight") == "embedding: a row is an input, not an output unit"
+    assert reason(report, "unused.weight") == "Linear; no gradient"
+    assert reason(report, "up.weight") == "ConvTranspose1d, 2 groups: seen as 2x3x2x2"
+
+
+def test_layers_and_overrides_are_those_of_the_plan() -> None:
+    model, batches = new_net(), new_batches()
+    report = energy_removed(model, batches, loss_of, layers="conv")
+    assert [row.name for row in report.rows if row.share] == ["conv.weight", "up.weight"]
+    report = energy_removed(model, batches, loss_of, overrides={"conv.*": None, "tokens.*": "o..."})
+    shared = ["tokens.weight", "up.weight", "head.weight"]
+    assert [row.name for row in report.rows if row.share] == shared
+
+
+# What models may be made of
+
+
+def test_shared_parameters_count_once() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    report = energy_removed(nn.Sequential(layer, nn.ReLU(), layer), [x], loss_of_squares)
+    (row,) = report.rows
+    assert (row.name, report.total) == ("0.weight", row.share)
+
+
+def loss_of_squares(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - 1).abs().square().mean()
+
+
+def test_tied_embedding_and_head_are_left_alone() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    report = energy_removed(model, [torch.arange(5)], loss_of)
+    (row,) = report.rows
+    assert row.share is None
+    assert row.reason.startswith("tied, and the rules differ")
+
+
+def test_frozen_parameters_are_listed() -> None:
+    model = new_net()
+    model.conv.requires_grad_(requires_grad=False)
+    report = energy_removed(model, new_batches(), loss_of)
+    assert reason(report, "conv.weight") == "Conv1d; requires_grad is False; no gradient"
+    assert reason(report, "conv.bias") == "bias; requires_grad is False"
+    assert [row.name for row in report.rows if row.share] == ["up.weight", "head.weight"]
+
+
+def test_a_sparse_gradient_counts_in_the_total() -> None:
+    dense, sparse = new_net(), new_net()
+    sparse.tokens.sparse = True
+    torch.manual_seed(3)
+    expected = energy_removed(dense, new_batches(), loss_of)
+    torch.manual_seed(3)
+    found = energy_removed(sparse, new_batches(), loss_of)
+    assert found.rows == expected.rows
+    assert found.total == pytest.approx(expected.total, rel=1e-12)
+    with pytest.raises(TypeError, match=r"tokens.weight: expected a dense tensor"):
+        energy_removed(sparse, new_batches(), loss_of, overrides={"tokens.weight": "o..."})
+
+
+def test_complex_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, dtype=torch.complex64)
+    x = torch.randn(4, 3, dtype=torch.complex64)
+    report = energy_removed(layer, [x], loss_of_squares)
+    loss_of_squares(layer, x).backward()
+    assert layer.weight.grad is not None
+    grad = layer.weight.grad.numpy().astype(complex)
+    expected = 3 * np.sum(np.abs(fan_in_means(grad, (1,))) ** 2) / np.sum(np.abs(grad) ** 2)
+    assert share(report, "weight").removed == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_of_the_model_is_that_of_the_measurement(mode: bool) -> None:
+    model = new_net().train(mode)
+    seen = []
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        seen.append(model.training)
+        return loss_of(model, ids)
+
+    energy_removed(model, new_batches(1), loss)
+    assert seen == [mode]
+
+
+def test_what_is_not_finite_is_told() -> None:
+    layer = nn.Linear(3, 2)
+    report = energy_removed(
+        layer, [torch.ones(1, 3), torch.full((1, 3), torch.inf)], loss_of_squares
+    )
+    assert reason(report, "weight") == "Linear; NaN or infinity in the gradient of 1 of 2 batches"
+    assert report.total is None
+
+
+# A model is left as it was
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grads = {f"{n}.grad": p.grad for n, p in model.named_parameters()}
+    return {**state, **grads, "random": torch.get_rng_state()}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value is other[name] or torch.equal(value, other[name]), name
+
+
+def interrupted(model: nn.Module, ids: Tensor) -> Tensor:
+    model.eval()
+    loss_of(model, ids)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("loss", [loss_of, interrupted])
+def test_nothing_is_changed(loss: Callable[..., Tensor]) -> None:
+    model = new_net()
+    model.norm.num_batches_tracked.fill_(7)
+    model.unused.eval()
+    loss_of(model, new_batches(1)[0]).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    before, buffers = everything(model), dict(model.named_buffers())
+    kept = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
+    modes = [module.training for module in model.modules()]
+    try:
+        energy_removed(model, new_batches(), loss)
+    except KeyboardInterrupt:
+        assert loss is interrupted
+    assert_same(everything(model), before)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is grads[name]
+    assert_same({n: p.grad for n, p in model.named_parameters()}, kept)
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_this_loss_does_change_something() -> None:
+    """Else the test above would prove nothing."""
+    model = new_net()
+    before = everything(model)
+    loss_of(model, new_batches(1)[0])
+    changed = {
+        k for k, v in everything(model).items() if v is not None and not torch.equal(v, before[k])
+    }
+    assert changed == {
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+        "random",
+    }
+
+
+def test_a_shared_buffer_stays_shared() -> None:
+    class Counter(nn.Module):
+        def __init__(self, count: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("count", count)
+
+    count = torch.zeros(())
+    model = nn.Sequential(nn.Linear(2, 2), Counter(count), Counter(count))
+
+    def loss(model: Any, x: Tensor) -> Tensor:
+        model[1].count += 1
+        assert model[2].count == model[1].count
+        return model[0](x).sum()
+
+    energy_removed(model, [torch.ones(1, 2)], loss)
+    assert model[1].count is model[2].count is count
+    assert count == 0
+
+
+def test_shuffling_is_as_it_would_have_been() -> None:
+    model = new_net()
+    data = torch.utils.data.DataLoader(torch.arange(6), batch_size=2, shuffle=True)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    energy_removed(model, data, loss_of)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_hook_of_training_runs() -> None:
+    model = new_net()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    gcx.torch.centralize(optimizer, model)
+    called = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(called.append)
+    torch.manual_seed(0)
+    report = energy_removed(model, new_batches(), loss_of)
+    torch.manual_seed(0)
+    assert report == energy_removed(plain, new_batches(), loss_of)
+    assert called == []
+
+
+def test_under_no_grad() -> None:
+    with torch.no_grad():
+        report = energy_removed(new_net(), new_batches(), loss_of)
+        assert not torch.is_grad_enabled()
+    assert report.total is not None
+
+
+# Batches and errors
+
+
+def test_a_generator_and_batches_of_any_kind() -> None:
+    def batches() -> Iterator[dict[str, Any]]:
+        for ids in new_batches():
+            yield {"ids": ids, "name": "a text"}
+
+    report = energy_removed(new_net().eval(), batches(), lambda m, batch: loss_of(m, batch["ids"]))
+    assert report == energy_removed(new_net().eval(), new_batches(), loss_of)
+
+
+def test_no_batches() -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        energy_removed(new_net(), [], loss_of)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: y, r"one number, without axes; not a tensor of shape \(8, 3\)"),
+        (lambda y: y.sum()[None], r"not a tensor of shape \(1,\)"),
+        (lambda y: {"loss": y.sum()}, r"not \{'loss': tensor"),
+        (lambda y: float(y.detach().sum()), r"not -?\d"),
+    ],
+)
+def test_a_loss_that_is_no_number(output: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        energy_removed(new_net(), new_batches(), lambda model, ids: output(model(ids)))
+
+
+def test_a_loss_apart_from_the_model() -> None:
+    with pytest.raises(ValueError, match="the loss does not depend on any parameter"):
+        energy_removed(new_net(), new_batches(), lambda m, ids: loss_of(m, ids).detach())
+    elsewhere = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="no parameter has a gradient in any batch"):
+        energy_removed(new_net(), new_batches(), lambda _model, _ids: 2 * elsewhere)
+
+
+def test_no_parameter_requires_a_gradient() -> None:
+    model = new_net().requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="the loss does not depend on any parameter"):
+        energy_removed(model, new_batches(), loss_of)
+
+
+def test_what_is_no_model() -> None:
+    parameters: Any = [nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not a list"):
+        energy_removed(parameters, new_batches(), loss_of)
+
+
+# Several processes
+
+
+def loss_of_part(model: nn.Module, part: slice) -> Tensor:
+    return nn.functional.mse_loss(model(sharded_training.DATA[part]), sharded_training.TARGET[part])
+
+
+def spread(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return wrap(sharded_training.net(8))
+
+
+def refused(wrap: Callable[[nn.Module], nn.Module]) -> str:
+    try:
+        energy_removed(spread(wrap), [slice(4)], loss_of_part)
+    except RuntimeError as error:
+        return str(error)
+    return "it was not refused"
+
+
+def shares_after_backward() -> tuple[list[Any], Any]:
+    model = spread(fully_shard)
+    rank = torch.distributed.get_rank()
+    loss_of_part(model, slice(4 * rank, 4 * rank + 4)).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(isinstance(grad, DTensor) for grad in grads.values())
+    report = gcx.diagnostics.energy_removed([grads], layouts={"up*": "io...", "*": "o..."})
+    return list(report.rows), report.total
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_a_model_on_several_processes_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    for message in processes.run(2, refused, wrap):
+        assert message.startswith("the model is spread over processes")
+
+
+@pytest.mark.processes
+def test_sharded_gradients_are_measured_as_whole_ones() -> None:
+    model = sharded_training.net(8)
+    loss_of_part(model, slice(8)).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    expected = gcx.diagnostics.energy_removed([grads], layouts={"up*": "io...", "*": "o..."})
+    for rows, total in processes.run(2, shares_after_backward):
+        assert total == pytest.approx(expected.total, rel=1e-12)
+        for row, wanted in zip(rows, expected.rows, strict=True):
+            assert row[:4] == wanted[:4]
+            assert row.share == (wanted.share and pytest.approx(wanted.share, rel=1e-12))

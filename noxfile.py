@@ -45,7 +45,7 @@ AROUND = {
     "keras": ("keras", "keras"),
     "thinc": ("thinc", "thinc"),
 }
-PEERS = "flax,haiku,equinox,pytorch_optimizer"
+PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")

@@ -13,6 +13,7 @@ from gcx._version import __version__
 from gcx.layout import Layout
 
 if TYPE_CHECKING:
+    from gcx import diagnostics as diagnostics
     from gcx import optim as optim
     from gcx import testing as testing
 
@@ -22,7 +23,7 @@ __all__ = ["Layout", "__version__", "centralize", "centralize_many"]
 def __getattr__(name: str) -> Any:
     # Submodules without a framework of their own need no import statement of the user, and cost
     # nothing until they are used.
-    if name in ("optim", "testing"):
+    if name in ("diagnostics", "optim", "testing"):
         from importlib import import_module
 
         return import_module(f"gcx.{name}")

@@ -1,10 +1,11 @@
-"""Rows of text as a table with aligned columns."""
+"""Rows of text as a table: with aligned columns, or in HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from html import escape
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "html_table"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
@@ -21,3 +22,12 @@ def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()
         justify = str.rjust if k in to_the_right else str.ljust
         columns.append([justify(cell, width) for cell in column])
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in HTML, the text of its cells escaped."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -8,7 +8,7 @@ from html import escape
 from math import prod
 from typing import Any, NamedTuple, overload
 
-from gcx._table import aligned
+from gcx._table import aligned, html_table
 from gcx.layout import Layout
 
 __all__ = ["LeaveAlone", "Plan", "PlanRow"]
@@ -178,10 +178,10 @@ class Plan(Sequence[PlanRow]):
 
     def _repr_html_(self) -> str:
         counts = f"<p>{escape(self._counts())}</p>"
-        every_row = _html_table(_HEADER, map(_cells, self))
+        every_row = html_table(_HEADER, map(_cells, self))
         if not self._is_long():
             return every_row + counts
-        kinds = _html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
+        kinds = html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
         return f"{kinds}{counts}<details><summary>each parameter</summary>{every_row}</details>"
 
     def _is_long(self) -> bool:
@@ -252,11 +252,3 @@ def _patterns(names: Iterable[str]) -> list[str]:
 
 def _common(parts: Sequence[str]) -> str:
     return parts[0] if len(set(parts)) == 1 else "*"
-
-
-def _html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

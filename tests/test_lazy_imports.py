@@ -21,6 +21,7 @@ FRAMEWORKS = (
     "array_api_strict",
     "ml_dtypes",
     "scipy",
+    "matplotlib",
 )
 
 # How to make an array of each library under test.
@@ -55,7 +56,7 @@ def frameworks(modules: set[str]) -> set[str]:
     [
         "import gcx",
         "import gcx; gcx.Layout('io...').fan_in_axes(4)",
-        "import gcx.plan, gcx.testing, gcx.optim",
+        "import gcx.plan, gcx.testing, gcx.optim, gcx.diagnostics",
         "import gcx; dir(gcx); gcx.__doc__; gcx.__version__",
     ],
 )

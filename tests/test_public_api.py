@@ -21,6 +21,9 @@ API_PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # Public modules, each with the library that it needs.
 MODULES = {
     "gcx": "numpy",
+    "gcx.diagnostics": "numpy",
+    "gcx.diagnostics.jax": "jax",
+    "gcx.diagnostics.torch": "torch",
     "gcx.optim": "numpy",
     "gcx.plan": "numpy",
     "gcx.testing": "numpy",

@@ -41,6 +41,12 @@ class Task:
     classes: tuple[int, ...] = tuple(range(10))
     steps: int = 180
 
+    def __post_init__(self) -> None:
+        labelled = len(self.classes) * (self.images_a_class or BATCH)
+        if labelled < BATCH:
+            msg = f"{labelled} labelled images do not fill a batch of {BATCH}; label more"
+            raise ValueError(msg)
+
     def train(self) -> Images:
         """All images of the training part, which `Draw` refers to."""
         return _split()[0]

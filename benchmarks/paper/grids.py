@@ -94,7 +94,7 @@ def _regimes() -> Study:
     """Amount of data, label noise, depth, normalization and fine-tuning, one at a time."""
     amounts = (Task("digits, 10 images a class", 10), FEW, Task("digits, 50 images a class", 50))
     noises = (
-        Task(f"digits, all images, {part:.0%} wrong labels", noise=part) for part in (0.2, 0.4)
+        Task(f"digits, all images, {part:.0%} random labels", noise=part) for part in (0.2, 0.4)
     )
     varied = [
         *product((*amounts, ALL, *noises), NETWORKS),

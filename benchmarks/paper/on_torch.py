@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 import gcx.torch
-from benchmarks.paper.cells import BASE, Cell, Outcome
+from benchmarks.paper.cells import BASE, Outcome
 from benchmarks.paper.digits import Draw, Images, Task
 from benchmarks.paper.network import EPSILON, GROUPS, RUNNING, Network, Weights
 from benchmarks.paper.training import CHECKPOINTS, MOMENTUM, Grid
@@ -49,11 +49,23 @@ class Trained(NamedTuple):
 def outcomes(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Outcome]:
     """Train all arms of all cells with all seeds, as `benchmarks.paper.training.outcomes` does."""
     return [
-        _outcome(grid, arm, tuple(seeds), cell)
+        _outcome(grid, arm, tuple(seeds), index)
         for grid in grids
-        for cell in grid.cells
+        for index in range(len(grid.cells))
         for arm in grid.arms
     ]
+
+
+def _outcome(grid: Grid, arm: str, seeds: tuple[int, ...], index: int) -> Outcome:
+    runs = [train(grid, arm, seed, *grid.cells[index]) for seed in seeds]
+    return Outcome(
+        cell=grid.cell(index),
+        arm=arm,
+        seeds=seeds,
+        accuracy=np.array([run.accuracy for run in runs]),
+        loss=np.array([run.loss for run in runs]),
+        checkpoints=grid.checkpoints,
+    )
 
 
 def train(grid: Grid, arm: str, seed: int, learning_rate: float, weight_decay: float) -> Trained:
@@ -66,18 +78,6 @@ def train(grid: Grid, arm: str, seed: int, learning_rate: float, weight_decay: f
         model.head = _dense(weights["head"])
     optimizer = _optimizer(grid.optimizer, arm, model, learning_rate, weight_decay)
     return _fit(model, optimizer, grid.task, grid.task.draw(seed))
-
-
-def _outcome(grid: Grid, arm: str, seeds: tuple[int, ...], cell: tuple[float, float]) -> Outcome:
-    runs = [train(grid, arm, seed, *cell) for seed in seeds]
-    return Outcome(
-        cell=Cell(grid.task.name, grid.network.name, grid.optimizer, *cell),
-        arm=arm,
-        seeds=seeds,
-        accuracy=np.array([run.accuracy for run in runs]),
-        loss=np.array([run.loss for run in runs]),
-        checkpoints=np.arange(1, CHECKPOINTS + 1) * (grid.task.steps // CHECKPOINTS),
-    )
 
 
 class ResidualNetwork(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import process_time
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.paper import on_torch, store, training
@@ -57,8 +58,19 @@ def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> 
 
 
 def results(study: Study, folder: Path, *, seeds: int | None = None) -> Results:
-    """Read what `run` left in the folder."""
-    loaded = [store.load(program.path) for program in _programs(study, folder, seeds)]
+    """Read what `run` left in the folder.
+
+    Raises
+    ------
+    ValueError
+        If it does not hold all outcomes of the study.
+    """
+    programs = _programs(study, folder, seeds)
+    for program in programs:
+        if not program.is_done():
+            msg = f"{program.path} does not hold the outcomes of this study; run it first"
+            raise ValueError(msg)
+    loaded = [store.load(program.path) for program in programs]
     return Results(
         [outcome for outcomes, _ in loaded for outcome in outcomes],
         sum(about["seconds"] for _, about in loaded),
@@ -74,8 +86,9 @@ def _programs(study: Study, folder: Path, seeds: int | None) -> list[_Program]:
 
 
 def _use_one_thread() -> None:
-    """Keep JAX, which starts later, from sharing matrices too small for that between threads."""
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    """Keep libraries from sharing matrices too small for that between threads."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # read when JAX first computes
+    torch.set_num_threads(1)
 
 
 def _run(program: _Program) -> None:

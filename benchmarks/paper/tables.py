@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.paper import published
 from benchmarks.paper.cells import BASE, Cell, Outcome
 from benchmarks.paper.labels import in_common, title, varying, written
+from benchmarks.paper.markdown import interval, p_value, spread, table, text
 from benchmarks.paper.statistics import (
     CONFIDENCE,
     Comparison,
-    Paired,
     Spread,
     Verdict,
     compare_all,
@@ -142,8 +142,8 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
     rows = [
         [
             *(written(name, getattr(c.cell, name)) for name in names),
-            *(c.arm, str(c.seeds), _spread(c.base), _spread(c.other), _interval(c.paired)),
-            *(_p(c.paired.p), _p(adjusted), _ratio(c.steps.ratio), str(c.verdict)),
+            *(c.arm, str(c.seeds), spread(c.base), spread(c.other), interval(c.paired)),
+            *(p_value(c.paired.p), p_value(adjusted), _ratio(c.steps.ratio), str(c.verdict)),
         ]
         for c, adjusted in zip(found, _holm(found), strict=True)
     ]
@@ -154,7 +154,7 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
         f"{base!r} at half of training; those of the arm over those of {base!r}, median over the "
         "seeds. Below 1 the arm is faster."
     )
-    return _text(caption, "", *_markdown(header, rows), "", _summary(found), of_steps)
+    return text(caption, "", *table(header, rows), "", _summary(found), of_steps)
 
 
 def write_csv(outcomes: Iterable[Outcome], folder: Path, base: str = BASE) -> None:
@@ -208,7 +208,7 @@ def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str
     arm, cells = found[0].arm, [c.cell for c in found]
 
     def of_paper(write: Callable[[published.Figures], Spread]) -> list[str]:
-        return [_spread(write(c.figures)) if c.figures else _MISSING for c in columns]
+        return [spread(write(c.figures)) if c.figures else _MISSING for c in columns]
 
     def of_ours(write: Callable[[Comparison], str]) -> list[str]:
         return [write(c.ours) if c.ours else _NOT_RUN for c in columns]
@@ -216,32 +216,21 @@ def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str
     rows = [
         ["paper, w/o GC", *of_paper(lambda figures: figures.without_gc)],
         ["paper, w/ GC", *of_paper(lambda figures: figures.with_gc)],
-        ["ours, w/o GC", *of_ours(lambda c: _spread(c.base))],
-        ["ours, w/ GC", *of_ours(lambda c: _spread(c.other))],
-        [_DIFFERENCE, *of_ours(lambda c: _interval(c.paired))],
-        ["p (t)", *of_ours(lambda c: _p(c.paired.p))],
-        ["p (sign flips)", *of_ours(lambda c: _p(c.paired.p_sign_flips))],
-        ["p (t, Holm)", *of_ours(lambda c: _p(adjusted[c.cell]))],
+        ["ours, w/o GC", *of_ours(lambda c: spread(c.base))],
+        ["ours, w/ GC", *of_ours(lambda c: spread(c.other))],
+        [_DIFFERENCE, *of_ours(lambda c: interval(c.paired))],
+        ["p (t)", *of_ours(lambda c: p_value(c.paired.p))],
+        ["p (sign flips)", *of_ours(lambda c: p_value(c.paired.p_sign_flips))],
+        ["p (t, Holm)", *of_ours(lambda c: p_value(adjusted[c.cell]))],
         ["verdict", *of_ours(lambda c: str(c.verdict))],
     ]
     caption = (
         f"{name}. Test accuracy in percent, mean ± sd. Paper: {published.SETTING}. "
         f"Ours: {in_common(cells)}, arm {arm!r}, {_seeds(found)} seeds."
     )
-    table = _markdown([corner, *(column.heading for column in columns)], rows)
+    lines = table([corner, *(column.heading for column in columns)], rows)
     note = [] if all(column.figures for column in columns) else [published.NOT_AT_HAND]
-    return _text(caption, "", *table, "", _summary(found), *note)
-
-
-def _text(*lines: str) -> str:
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"|{'---|' * len(header)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+    return text(caption, "", *lines, "", _summary(found), *note)
 
 
 def _summary(found: Sequence[Comparison]) -> str:
@@ -263,22 +252,6 @@ def _seeds(found: Sequence[Comparison]) -> str:
 
 def _holm(found: Sequence[Comparison]) -> list[float]:
     return holm([c.paired.p for c in found])
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.mean:.2f} ± {spread.sd:.2f}"
-
-
-def _interval(paired: Paired) -> str:
-    return f"{_signed(paired.difference)} [{_signed(paired.low)}, {_signed(paired.high)}]"
-
-
-def _signed(points: float) -> str:
-    return f"{round(points, 2) + 0.0:+.2f}"  # never -0.00
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def _ratio(value: float) -> str:

@@ -56,6 +56,15 @@ class Grid:
     arms: tuple[str, ...] = (BASE, "gradient")
     pretraining: Task | None = None
 
+    def cell(self, index: int) -> Cell:
+        """Name a cell as the tables do."""
+        return Cell(self.task.name, self.network.name, self.optimizer, *self.cells[index])
+
+    @property
+    def checkpoints(self) -> Any:
+        """After how many steps the accuracy is taken."""
+        return np.arange(1, CHECKPOINTS + 1) * (self.task.steps // CHECKPOINTS)
+
 
 class Start(NamedTuple):
     """What a seed decides of a run."""
@@ -67,10 +76,10 @@ class Start(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Loss of each step, accuracy in percent at each checkpoint, and what was learned."""
+    """Loss of each step, test images classified right at each checkpoint, and what was learned."""
 
     loss: Any
-    accuracy: Any
+    right: Any
     weights: Weights
     statistics: Statistics
 
@@ -81,16 +90,16 @@ def outcomes(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Outcome]:
     results = jax.jit(partial(_all_runs, grids))(starts)
     return [
         Outcome(
-            cell=Cell(grid.task.name, grid.network.name, grid.optimizer, *grid.cells[index]),
+            cell=grid.cell(index),
             arm=arm,
             seeds=tuple(seeds),
-            accuracy=np.asarray(trained.accuracy, np.float64)[index],
-            loss=np.asarray(trained.loss, np.float64)[index],
-            checkpoints=np.arange(1, CHECKPOINTS + 1) * (grid.task.steps // CHECKPOINTS),
+            accuracy=100 * np.asarray(arms[arm].right, np.float64)[index] / len(grid.task.test().y),
+            loss=np.asarray(arms[arm].loss, np.float64)[index],
+            checkpoints=grid.checkpoints,
         )
         for grid, arms in zip(grids, results, strict=True)
         for index in range(len(grid.cells))
-        for arm, trained in arms.items()
+        for arm in grid.arms
     ]
 
 
@@ -151,12 +160,12 @@ def _fit(
     def until_checkpoint(carry: Any, batches: Any) -> Any:
         carry, losses = jax.lax.scan(step, carry, batches)
         logits, _ = network(carry[0], carry[1], test.x, training=False)
-        return carry, (losses, 100 * (logits.argmax(1) == test.y).mean())
+        return carry, (losses, (logits.argmax(1) == test.y).sum())
 
     carry = (start.weights, start.statistics, rule.init(start.weights))
     batches = draw.batches.reshape(CHECKPOINTS, -1, draw.batches.shape[-1])
-    carry, (losses, accuracy) = jax.lax.scan(until_checkpoint, carry, batches)
-    return Trained(losses.reshape(-1), accuracy, carry[0], carry[1])
+    carry, (losses, right) = jax.lax.scan(until_checkpoint, carry, batches)
+    return Trained(losses.reshape(-1), right, carry[0], carry[1])
 
 
 def _start(grid: Grid, seed: int) -> Start:

@@ -8,10 +8,10 @@ from html import escape
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gcx._table import aligned
+from gcx._table import aligned, html_table
 from gcx.diagnostics._energy import Energy, fan_in_of
 from gcx.layout import Layout
-from gcx.plan import PlanRow, _html_table
+from gcx.plan import PlanRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,7 +155,7 @@ class EnergyReport:
         return "\n".join([*lines, self._counts()])
 
     def _repr_html_(self) -> str:
-        return f"{_html_table(_HEADER, self._cells())}<p>{escape(self._counts())}</p>"
+        return f"{html_table(_HEADER, self._cells())}<p>{escape(self._counts())}</p>"
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [*map(_cells, self.rows), _cells_of_all(self.total)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,17 +24,14 @@ from benchmarks.paper.statistics import (
     standing,
     window_for,
 )
+from benchmarks.paper.style import ARM_COLORS, BLUE, GRAY, MORE_COLORS, VERMILION, save
 
 __all__ = ["curves", "forest"]
 
-# Told apart by people who do not see red and green, too (the palette of Okabe and Ito).
-_BLUE, _VERMILION = "#0072B2", "#D55E00"
-_ARM_COLORS = {BASE: _VERMILION, "gradient": _BLUE}
-_MORE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _VERDICT_STYLES = {
-    Verdict.HELPS: (_BLUE, ">"),
-    Verdict.NOT_SHOWN: ("dimgray", "o"),
-    Verdict.HURTS: (_VERMILION, "<"),
+    Verdict.HELPS: (BLUE, ">"),
+    Verdict.NOT_SHOWN: (GRAY, "o"),
+    Verdict.HURTS: (VERMILION, "<"),
 }
 _CELLS_A_ROW = 5
 _POINTS_A_CURVE = 200
@@ -72,7 +68,7 @@ def curves(outcomes: Iterable[Outcome], path: Path, unit: str = "step") -> None:
         accuracy.set(ylabel="test accuracy (%)")
     figure.suptitle(in_common(cells))
     _add_arms(figure, outcomes, colors, unit)
-    _save(figure, path)
+    save(figure, path)
 
 
 def forest(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -105,7 +101,7 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     axes.margins(y=0.6 / len(comparisons))
     axes.grid(alpha=0.3, axis="x")
     _add_verdicts(figure, comparisons)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels(figure: Figure, count: int, columns: int) -> list[tuple[Axes, Axes]]:
@@ -153,8 +149,8 @@ def _late_accuracy(outcome: Outcome) -> float:
 
 
 def _colors(arms: Sequence[str]) -> dict[str, str]:
-    others = [arm for arm in arms if arm not in _ARM_COLORS]
-    known = _ARM_COLORS | dict(zip(others, cycle(_MORE_COLORS), strict=False))
+    others = [arm for arm in arms if arm not in ARM_COLORS]
+    known = ARM_COLORS | dict(zip(others, cycle(MORE_COLORS), strict=False))
     return {arm: known[arm] for arm in arms}
 
 
@@ -207,10 +203,3 @@ def _arm_label(arm: str) -> str:
 def _range(counts: Iterable[int]) -> str:
     ordered = sorted(set(counts))
     return " to ".join(str(count) for count in dict.fromkeys((ordered[0], ordered[-1])))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_svg = path.suffix == ".svg"
-    with rc_context({"svg.hashsalt": "gcx"}):  # ids that are no random numbers
-        figure.savefig(path, dpi=150, metadata={"Date": None} if is_svg else None)

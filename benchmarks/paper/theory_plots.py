@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.paper.cells import BASE
 from benchmarks.paper.digits import BATCH
-from benchmarks.paper.figures import _ARM_COLORS as ARM_COLORS
-from benchmarks.paper.figures import _MORE_COLORS as MORE_COLORS
-from benchmarks.paper.figures import _save as save
 from benchmarks.paper.labels import in_common
+from benchmarks.paper.style import ARM_COLORS, GRAY, MORE_COLORS, save
 from benchmarks.paper.theory import GAMMAS, WHOLE, Experiment, Seen, response, see
 
 __all__ = ["draw"]
@@ -75,7 +73,7 @@ def _gradient(figure: Figure, runs: Runs) -> None:
         steps = np.arange(len(seen.gradient))
         axes.plot(steps, seen.gradient, color=BEFORE_P, label=r"before: $\|g\|$")
         axes.plot(steps, seen.kept, color=AFTER_P, label=r"after: $\|P g\|$")
-        axes.plot(steps, seen.removed, ":", color="dimgray", label=r"removed: $\|g - P g\|$")
+        axes.plot(steps, seen.removed, ":", color=GRAY, label=r"removed: $\|g - P g\|$")
         axes.set(yscale="log", xlabel=STEP)
     figure.axes[0].set(ylabel="norm over all centralized weights")
 
@@ -88,7 +86,7 @@ def _curvature(figure: Figure, runs: Runs) -> None:
             seen.points,
             of_gradient,
             "s:",
-            color="dimgray",
+            color=GRAY,
             label=r"$\|P H\|_2$, of the gradient after $P$",
         )
         axes.plot(
@@ -132,13 +130,11 @@ PICTURES: dict[str, tuple[str, Callable[[Figure, Runs], None]]] = {
     "drift": ("Sum of the weights of each output unit: how far it moves", _drift),
     "gradient": ("Gradient of each batch, before $P$ and after", _gradient),
     "curvature": (
-        "Hessian $H$ of the training loss in all centralized weights: spectral norm without $P$ "
-        "and with it",
+        "Hessian $H$ of the training loss in all centralized weights: norm without $P$ and with it",
         _curvature,
     ),
     "shift": (
-        r"Mean over the test images of $w_t^T (x + \gamma \mathbf{1}) - w_t^T x$, for the layer "
-        "of 10 classes after training",
+        r"Mean over the test images of $w_t^T (x + \gamma \mathbf{1}) - w_t^T x$: trained head",
         _shift,
     ),
 }

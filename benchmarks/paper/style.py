@@ -1,0 +1,25 @@
+"""Colors of all pictures, and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmarks.paper.cells import BASE
+
+__all__ = ["ARM_COLORS", "BLUE", "GRAY", "MORE_COLORS", "VERMILION", "save"]
+
+# Told apart by people who do not see red and green, too (the palette of Okabe and Ito).
+BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "dimgray"
+ARM_COLORS = {BASE: VERMILION, "gradient": BLUE}
+MORE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write an SVG or a PNG, by how the path ends; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_svg = path.suffix == ".svg"
+    with rc_context({"svg.hashsalt": "gcx"}):  # ids that are no random numbers
+        figure.savefig(path, dpi=150, metadata={"Date": None} if is_svg else None)

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 import gcx.diagnostics.jax
-from benchmarks.paper.digits import ALL
+from benchmarks.paper.digits import ALL, BATCH
 from benchmarks.paper.markdown import table
 from benchmarks.paper.network import Network, Weights
 from benchmarks.paper.training import EVERY_WEIGHT
@@ -37,6 +37,12 @@ def energy_removed(network: Network) -> EnergyReport:
 
 def energy_table() -> Iterator[str]:
     """Give the lines of a table in Markdown: a row a layer, a column a norm."""
+    yield (
+        "Share of the gradient's energy that GC removes, by `gcx.diagnostics.jax`, at the initial "
+        f"weights of seed {SEED}, over {BATCHES} batches of {BATCH} images. By chance: what is to "
+        "be expected of a gradient without a common direction."
+    )
+    yield ""
     reports = [energy_removed(Network(norm)) for norm in NORMS]
     rows = [
         [

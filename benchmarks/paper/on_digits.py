@@ -13,6 +13,7 @@ from benchmarks.paper.grids import ADAM_RATE, IN_JAX, IN_TORCH, RATE, STUDIES, S
 from benchmarks.paper.report import (
     Write,
     as_map,
+    as_places,
     as_rates,
     as_table1,
     as_table2,
@@ -30,6 +31,7 @@ LIBRARIES, ENERGY, THEORY = "libraries", "energy", "theory"
 WRITERS: dict[str, Write] = {
     "table1": as_table1,
     "table2": partial(as_table2, rates={"SGDM": RATE, "Adam": ADAM_RATE}),
+    "places": as_places,
     "rates": as_rates,
 }
 

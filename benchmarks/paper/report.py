@@ -18,6 +18,7 @@ from benchmarks.paper.statistics import compare_all
 __all__ = [
     "Write",
     "as_map",
+    "as_places",
     "as_rates",
     "as_table1",
     "as_table2",
@@ -72,21 +73,30 @@ def as_map(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str
     yield from _forest(outcomes, folder, name)
 
 
+def as_places(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    """Write a map, and compare the update with the gradient where both were centralized."""
+    yield from as_map(outcomes, folder, name)
+    yield from ("### The update against the gradient", "")
+    both = {outcome.cell for outcome in outcomes if outcome.arm == "update"}
+    arms = ("gradient", "update")
+    yield tables.comparisons(
+        [outcome for outcome in outcomes if outcome.cell in both and outcome.arm in arms],
+        base="gradient",
+    )
+
+
 def as_rates(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
     """Write a map of all rates, and compare each arm at the rate that is best for it."""
     yield from as_map(outcomes, folder, name)
-    yield "### Each arm at its own best rate"
-    yield ""
-    yield "The rate of the best mean accuracy on the test set, which flatters both arms."
-    yield ""
+    yield from ("### Each arm at its own best rate", "")
+    yield from ("The rate of the best mean accuracy on the test set, which flatters both arms.", "")
     for label, group in grouped(outcomes, "network", "optimizer").items():
         best = [_at_best_rate(group, arm) for arm in dict.fromkeys(o.arm for o in group)]
         rates = ", ".join(
             f"{outcome.arm} at {written('learning_rate', outcome.cell.learning_rate)}"
             for outcome in best
         )
-        yield f"{label}: {rates}."
-        yield ""
+        yield from (f"{label}: {rates}.", "")
         # One cell, so that they can be compared: what differs between the two is the rate.
         yield tables.comparisons([replace(outcome, cell=best[0].cell) for outcome in best])
 

@@ -20,6 +20,7 @@ from benchmarks.paper.statistics import (
     CONFIDENCE,
     Comparison,
     Spread,
+    Steps,
     Verdict,
     compare_all,
     half_way_loss,
@@ -143,7 +144,7 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
         [
             *(written(name, getattr(c.cell, name)) for name in names),
             *(c.arm, str(c.seeds), spread(c.base), spread(c.other), interval(c.paired)),
-            *(p_value(c.paired.p), p_value(adjusted), _ratio(c.steps.ratio), str(c.verdict)),
+            *(p_value(c.paired.p), p_value(adjusted), _ratio(c.steps), str(c.verdict)),
         ]
         for c, adjusted in zip(found, _holm(found), strict=True)
     ]
@@ -152,7 +153,7 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
     of_steps = (
         "Steps to a loss: until the running mean of the training loss is as low as that of "
         f"{base!r} at half of training; those of the arm over those of {base!r}, median over the "
-        "seeds. Below 1 the arm is faster."
+        "seeds, with the p of a sign test. Below 1 the arm is faster."
     )
     return text(caption, "", *table(header, rows), "", _summary(found), of_steps)
 
@@ -254,8 +255,11 @@ def _holm(found: Sequence[Comparison]) -> list[float]:
     return holm([c.paired.p for c in found])
 
 
-def _ratio(value: float) -> str:
-    return "never reached" if math.isnan(value) else f"{value:.2f}"
+def _ratio(steps: Steps) -> str:
+    """Write how many steps an arm takes over those of the base, and the p of the sign test."""
+    if math.isnan(steps.ratio):
+        return "never reached"
+    return f"{steps.ratio:.2f} (p {p_value(steps.p)})"
 
 
 def _run_rows(outcomes: Sequence[Outcome], base: str) -> Iterator[list[Any]]:

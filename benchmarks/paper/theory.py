@@ -185,7 +185,7 @@ def _norms(grads: list[Any]) -> dict[str, Any]:
     kept = centralized(grads)
     removed = [grad - rest for grad, rest in zip(grads, kept, strict=True)]
     named = {"gradient": grads, "kept": kept, "removed": removed}
-    return {name: optax.global_norm(arrays) for name, arrays in named.items()}
+    return {name: jnp.linalg.norm(ravel_pytree(arrays)[0]) for name, arrays in named.items()}
 
 
 def _drift(path: Weights) -> Any:

@@ -150,7 +150,7 @@ class TestComparisons:
             ["Adam", "0.0005", "conv only"],
         ]
         assert [row[-1] for row in rows] == ["helps", "no difference shown"] * 2
-        assert all(row[-2] == "1.00" for row in rows)  # the losses are the same
+        assert all(row[-2] == "1.00 (p 1.000)" for row in rows)  # the losses are the same
 
     def test_what_is_alike_is_said_once(self) -> None:
         text = tables.comparisons(arms(TABLE_1[3], {"gradient": 1.0}))

@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["ALL", "FEW", "Draw", "Images", "Task"]
 
-BATCH = 64
+BATCH = 32
 TEST_PART = 1 / 3
 
 

@@ -1,7 +1,8 @@
 """A small residual network in JAX, its weights in a nested dict with the names of Flax.
 
-Convolutions are patches times a matrix: on a CPU that takes a tenth of the time of XLA's
-convolution for images of this size.
+Convolutions are patches times a matrix: for images of this size, that and its derivative take a
+tenth of the time of XLA's convolution on a CPU. Inside, arrays are (channels, height, width, n), so
+that all copies and sums go through long rows.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ class Network:
                 y, after[name] = _batch_norm(y, statistics[name], training=training)
             elif self.norm == "group norm":
                 y = _group_norm(y)
-            return y * layer["scale"] + layer["bias"]
+            return y * _by_channel(layer["scale"]) + _by_channel(layer["bias"])
 
+        x = jnp.asarray(x).transpose(3, 1, 2, 0)
         x = jax.nn.relu(convolved("stem", weights["stem"], x))
         for name, _ in self._stages():
             block = weights[name]
@@ -108,7 +110,7 @@ class Network:
                 x = convolved(f"{name}/shortcut", block["shortcut"], x, stride)
             x = jax.nn.relu(x + y)
         head = weights["head"]
-        return x.mean((1, 2)) @ head["kernel"] + head["bias"], after
+        return x.mean((1, 2)).T @ head["kernel"] + head["bias"], after
 
 
 def _convolution(rng: np.random.Generator, last: int, channels: int, size: int = 3) -> Weights:
@@ -138,7 +140,7 @@ def _convolutions(weights: Weights) -> list[tuple[str, Weights]]:
 def _convolve(kernel: Any, x: Any, stride: int) -> Any:
     """Convolve with same padding, as a matrix product over all patches."""
     size, _, _, channels = kernel.shape
-    n, height, width, _ = x.shape
+    _, height, width, n = x.shape
     around = size // 2
     padded = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
     shifts = [
@@ -146,27 +148,30 @@ def _convolve(kernel: Any, x: Any, stride: int) -> Any:
         for i in range(size)
         for j in range(size)
     ]
-    patches = jnp.concatenate(shifts, axis=-1)
-    product = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, channels)
-    return product.reshape(n, height // stride, width // stride, channels)
+    patches = jnp.concatenate(shifts)
+    product = kernel.reshape(-1, channels).T @ patches.reshape(len(patches), -1)
+    return product.reshape(channels, height // stride, width // stride, n)
 
 
 def _batch_norm(x: Any, running: Any, *, training: bool) -> tuple[Any, Any]:
-    if not training:
-        mean, variance = running
-        return (x - mean) * jax.lax.rsqrt(variance + EPSILON), running
-    mean = x.mean((0, 1, 2))
-    variance = jnp.square(x - mean).mean((0, 1, 2))
-    count = x.size // x.shape[-1]
-    after = tuple(
-        (1 - RUNNING) * old + RUNNING * new
-        for old, new in zip(running, (mean, variance * count / (count - 1)), strict=True)
-    )
-    return (x - mean) * jax.lax.rsqrt(variance + EPSILON), after
+    mean, variance, after = *running, running
+    if training:
+        mean = x.mean((1, 2, 3))
+        variance = jnp.square(x - _by_channel(mean)).mean((1, 2, 3))
+        count = x.size // len(x)
+        after = tuple(
+            (1 - RUNNING) * old + RUNNING * new
+            for old, new in zip(running, (mean, variance * count / (count - 1)), strict=True)
+        )
+    return (x - _by_channel(mean)) * _by_channel(jax.lax.rsqrt(variance + EPSILON)), after
 
 
 def _group_norm(x: Any) -> Any:
-    grouped = x.reshape(len(x), -1, GROUPS, x.shape[-1] // GROUPS)
-    centered = grouped - grouped.mean((1, 3), keepdims=True)
-    variance = jnp.square(centered).mean((1, 3), keepdims=True)
+    grouped = x.reshape(GROUPS, -1, *x.shape[1:])
+    centered = grouped - grouped.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(centered).mean((1, 2, 3), keepdims=True)
     return (centered * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
+
+
+def _by_channel(vector: Any) -> Any:
+    return vector[:, None, None, None]

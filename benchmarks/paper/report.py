@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +60,15 @@ def as_table2(
     folder: Path,
     name: str,
     unit: str = "step",
-    rates: Mapping[str, float] = published.USUAL_RATE,
+    rates: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Iterator[str]:
-    """Write the same for Table 2; `rates` stand for the paper's middle ones."""
-    yield from _tables(outcomes, folder, name, partial(tables.table2, rates=rates), unit)
+    """Write the same for Table 2; `rates` of a network stand for the paper's middle ones."""
+
+    def table(group: list[Outcome], arm: str) -> str:
+        of_network = (rates or {}).get(group[0].cell.network, published.USUAL_RATE)
+        return tables.table2(group, arm, of_network)
+
+    yield from _tables(outcomes, folder, name, table, unit)
 
 
 def as_map(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:

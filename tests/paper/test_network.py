@@ -29,8 +29,9 @@ def of_torch(x: np.ndarray) -> torch.Tensor:
     return torch.tensor(x).permute(0, 3, 1, 2)
 
 
-def of_jax(x: torch.Tensor) -> np.ndarray:
-    return x.permute(0, 2, 3, 1).numpy()
+def inside(x: np.ndarray | torch.Tensor) -> np.ndarray:
+    """As the network has them between its layers: (channels, height, width, n)."""
+    return np.asarray(x).transpose((1, 2, 3, 0) if isinstance(x, torch.Tensor) else (3, 1, 2, 0))
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
@@ -39,8 +40,8 @@ def test_convolution(size, stride):
     kernel = np.random.default_rng(1).standard_normal((size, size, 8, 6)).astype(np.float32)
     weight = torch.tensor(kernel.transpose(3, 2, 0, 1))
     expected = functional.conv2d(of_torch(x), weight, stride=stride, padding=size // 2)
-    found = network._convolve(kernel, x, stride)
-    np.testing.assert_allclose(found, of_jax(expected), rtol=1e-4, atol=1e-4)
+    found = network._convolve(kernel, inside(x), stride)
+    np.testing.assert_allclose(found, inside(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -51,8 +52,8 @@ def test_batch_norm_and_its_running_statistics(training):
     expected = functional.batch_norm(
         of_torch(x), *running, training=training, momentum=RUNNING, eps=EPSILON
     )
-    found, after = network._batch_norm(x, (mean, variance), training=training)
-    np.testing.assert_allclose(found, of_jax(expected), **TOLERANCE)
+    found, after = network._batch_norm(inside(x), (mean, variance), training=training)
+    np.testing.assert_allclose(found, inside(expected), **TOLERANCE)
     for value, of_torch_ in zip(after, running, strict=True):
         np.testing.assert_allclose(value, of_torch_, **TOLERANCE)
     assert (after[0] == mean).all() != training
@@ -60,7 +61,7 @@ def test_batch_norm_and_its_running_statistics(training):
 
 def test_group_norm():
     expected = functional.group_norm(of_torch(images()), GROUPS, eps=EPSILON)
-    np.testing.assert_allclose(network._group_norm(images()), of_jax(expected), **TOLERANCE)
+    np.testing.assert_allclose(network._group_norm(inside(images())), inside(expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize(

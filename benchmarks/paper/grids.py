@@ -125,7 +125,7 @@ def _places() -> Study:
         Grid(task, network, "SGDM", _cells((RATE,)), (BASE, "gradient", "conv only"))
         for task, network in product(TASKS, NETWORKS)
     ]
-    return Study("places", "Where, and which weights", _each(grids))
+    return Study("places", "Where, and which weights", _each(grids), seeds=10)
 
 
 def _in(library: str) -> Study:

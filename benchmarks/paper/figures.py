@@ -21,7 +21,6 @@ from benchmarks.paper.statistics import (
     Comparison,
     Verdict,
     running_mean,
-    standing,
     window_for,
 )
 from benchmarks.paper.style import ARM_COLORS, BLUE, GRAY, MORE_COLORS, VERMILION, save
@@ -86,9 +85,9 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     what = f"Test accuracy: {' or '.join(arms)} minus {' or '.join(bases)}"
     figure = Figure(figsize=(9, 1.9 + 0.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
-    for row, (c, stands) in enumerate(zip(comparisons, standing(comparisons), strict=True)):
+    for row, c in enumerate(comparisons):
         color, marker = _VERDICT_STYLES[c.verdict]
-        filling = color if stands else "white"
+        filling = color if c.stands else "white"
         axes.plot([c.paired.low, c.paired.high], [row, row], color=color)
         axes.plot([c.paired.difference], [row], marker, color=color, markerfacecolor=filling)
     axes.axvline(0, color="black", linewidth=0.8)

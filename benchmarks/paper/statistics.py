@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "Spread",
     "Steps",
     "Verdict",
+    "as_family",
     "compare",
     "compare_all",
     "half_way_loss",
@@ -26,15 +27,15 @@ __all__ = [
     "paired",
     "running_mean",
     "sign_flip_p",
-    "standing",
     "steps_to",
     "window_for",
 ]
 
 CONFIDENCE = 0.95
 
-# Accuracies are counted in these parts of a point where the test of sign flips adds them up.
-_PARTS_OF_A_POINT = 1000
+# Accuracies are counted in these parts of a point where the test of sign flips adds them up: many
+# in one image of a test set of thousands, so that rounding cannot be taken for an image.
+_PARTS_OF_A_POINT = 2500
 # The running mean of the loss is taken over this part of training.
 _WINDOWS_IN_TRAINING = 50
 
@@ -112,7 +113,16 @@ class Steps:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against a base, in one cell."""
+    """An arm against a base, in one cell.
+
+    Attributes
+    ----------
+    p_holm : float
+        That of the paired t test, after Holm's correction for all comparisons of the family: all
+        that were made together. See `as_family`.
+    family : int
+        How many comparisons that are.
+    """
 
     cell: Cell
     base_arm: str
@@ -122,15 +132,22 @@ class Comparison:
     other: Spread
     paired: Paired
     steps: Steps
+    p_holm: float
+    family: int = 1
 
     @property
     def verdict(self) -> Verdict:
         """That of the paired differences."""
         return self.paired.verdict
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is a verdict that stands after Holm's correction."""
+        return self.verdict is not Verdict.NOT_SHOWN and self.p_holm < 1 - CONFIDENCE
+
 
 def compare_all(outcomes: Iterable[Outcome], base: str = BASE) -> list[Comparison]:
-    """Every arm against the base of its cell, in the order given.
+    """Every arm against the base of its cell, in the order given, as one family.
 
     Raises
     ------
@@ -149,7 +166,16 @@ def compare_all(outcomes: Iterable[Outcome], base: str = BASE) -> list[Compariso
         if (outcome.cell, base) not in by_name:
             msg = f"{_name(outcome)}: its cell has no arm {base!r} to compare with; add it"
             raise ValueError(msg)
-    return [compare(by_name[o.cell, base], o) for o in outcomes if o.arm != base]
+    return as_family([compare(by_name[o.cell, base], o) for o in outcomes if o.arm != base])
+
+
+def as_family(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Correct the p of comparisons that are made together."""
+    adjusted = holm([c.paired.p for c in comparisons])
+    return [
+        replace(c, p_holm=p, family=len(comparisons))
+        for c, p in zip(comparisons, adjusted, strict=True)
+    ]
 
 
 def compare(base: Outcome, other: Outcome) -> Comparison:
@@ -171,6 +197,7 @@ def compare(base: Outcome, other: Outcome) -> Comparison:
         )
         raise ValueError(msg)
     before, after = _final_accuracy(base), _final_accuracy(other)
+    difference = paired(after - before)
     return Comparison(
         cell=base.cell,
         base_arm=base.arm,
@@ -178,8 +205,9 @@ def compare(base: Outcome, other: Outcome) -> Comparison:
         seeds=len(base.seeds),
         base=_spread(before),
         other=_spread(after),
-        paired=paired(after - before),
+        paired=difference,
         steps=_compare_steps(base, other),
+        p_holm=difference.p,
     )
 
 
@@ -209,8 +237,9 @@ def sign_flip_p(differences: Any) -> float:
     """How often a sum is as far from 0, over all choices of the signs of the differences.
 
     Without an effect each pair could as well have come the other way round. This asks for no
-    normal distribution, and counts every choice; differences are rounded to a thousandth of a
-    point, so that sums that are equal are counted as equal. Of n seeds the least p is 2 / 2**n.
+    normal distribution, and counts every choice. Differences are rounded to parts of a point, and
+    sums that are equal but for that rounding, by half a part for each difference on either side,
+    are counted as equal. Of n seeds the least p is 2 / 2**n.
 
     References
     ----------
@@ -223,7 +252,7 @@ def sign_flip_p(differences: Any) -> float:
     for part in parts:  # nothing is rolled over the ends: `farthest` is that far away
         chance = (np.roll(chance, part) + np.roll(chance, -part)) / 2
     sums = np.arange(-farthest, farthest + 1)
-    return float(chance[np.abs(sums) >= abs(parts.sum())].sum())
+    return float(chance[np.abs(sums) >= abs(parts.sum()) - len(parts)].sum())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -238,15 +267,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])
     return [float(value) for value in np.minimum(adjusted, 1)]
-
-
-def standing(comparisons: Sequence[Comparison]) -> list[bool]:
-    """Whether each verdict that is one stands after Holm's correction for all of them."""
-    adjusted = holm([c.paired.p for c in comparisons])
-    return [
-        c.verdict is not Verdict.NOT_SHOWN and p < 1 - CONFIDENCE
-        for c, p in zip(comparisons, adjusted, strict=True)
-    ]
 
 
 def window_for(loss: Any) -> int:

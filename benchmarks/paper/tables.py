@@ -6,7 +6,7 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.paper import published
 from benchmarks.paper.cells import BASE, Cell, Outcome
-from benchmarks.paper.labels import in_common, title, varying, written
+from benchmarks.paper.labels import grouped, in_common, title, varying, written
 from benchmarks.paper.markdown import interval, p_value, spread, table, text
 from benchmarks.paper.statistics import (
     CONFIDENCE,
@@ -22,14 +22,13 @@ from benchmarks.paper.statistics import (
     Spread,
     Steps,
     Verdict,
-    compare_all,
+    as_family,
+    compare,
     half_way_loss,
-    holm,
-    standing,
     steps_to,
 )
 
-__all__ = ["comparisons", "table1", "table2", "write_csv"]
+__all__ = ["best_rates", "comparisons", "table1", "table2", "write_comparisons", "write_runs"]
 
 Key = TypeVar("Key")
 
@@ -55,23 +54,22 @@ class _Column:
     ours: Comparison | None  # None where the cell was not run
 
 
-def table1(outcomes: Iterable[Outcome], arm: str = "gradient") -> str:
+def table1(found: Iterable[Comparison], arm: str = "gradient") -> str:
     """Weight decays, in the layout of the supplement's Table 1.
 
     Parameters
     ----------
-    outcomes : iterable of Outcome
-        Of one task, network, optimizer and learning rate: the arms `BASE` and `arm` (others are
-        left out) of some of the table's weight decays.
+    found : iterable of Comparison
+        Of one task, network, optimizer and learning rate: those of `arm` (others are left out) of
+        some of the table's weight decays.
 
     Raises
     ------
     ValueError
-        Where a cell is not of the table, or no pair (see `benchmarks.paper.statistics.compare`).
+        Where there is none of the arm, or a cell is not of the table.
     """
-    found = _of_arm(outcomes, arm, may_vary={"weight_decay"})
     columns = _columns(
-        found,
+        _of_arm(found, arm, may_vary={"weight_decay"}),
         published.TABLE_1,
         belongs=lambda cell, decay: math.isclose(cell.weight_decay, decay),
         heading=lambda decay: written("weight_decay", decay),
@@ -80,7 +78,7 @@ def table1(outcomes: Iterable[Outcome], arm: str = "gradient") -> str:
 
 
 def table2(
-    outcomes: Iterable[Outcome],
+    found: Iterable[Comparison],
     arm: str = "gradient",
     rates: Mapping[str, float] = published.USUAL_RATE,
 ) -> str:
@@ -88,9 +86,9 @@ def table2(
 
     Parameters
     ----------
-    outcomes : iterable of Outcome
-        Of one task, network and weight decay: the arms `BASE` and `arm` (others are left out) of
-        some of the table's optimizers and learning rates.
+    found : iterable of Comparison
+        Of one task, network and weight decay: those of `arm` (others are left out) of some of the
+        table's optimizers and learning rates.
     rates : mapping of str to float
         The learning rate of each optimizer that stands for the paper's middle one; the others
         stand in the same ratio to it as the paper's do.
@@ -98,7 +96,7 @@ def table2(
     Raises
     ------
     ValueError
-        Where a cell is not of the table, or no pair (see `benchmarks.paper.statistics.compare`).
+        Where there is none of the arm, or a cell is not of the table.
     """
 
     def rate_here(optimizer: str, rate: float) -> float:
@@ -111,7 +109,7 @@ def table2(
         return f"{optimizer} {written('learning_rate', rate)}{note}"
 
     columns = _columns(
-        _of_arm(outcomes, arm, may_vary={"optimizer", "learning_rate"}),
+        _of_arm(found, arm, may_vary={"optimizer", "learning_rate"}),
         published.TABLE_2,
         belongs=lambda cell, key: (
             cell.optimizer == key[0] and math.isclose(cell.learning_rate, rate_here(*key))
@@ -121,19 +119,18 @@ def table2(
     return _supplement_table("Table 2", "optimizer, learning rate", columns)
 
 
-def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
-    """Every arm of every cell against the base of its cell, one a row.
+def comparisons(found: Sequence[Comparison]) -> str:
+    """One comparison a row, all of them with the same base.
 
     Raises
     ------
     ValueError
-        Where there is nothing to compare, or a pair is none (see
-        `benchmarks.paper.statistics.compare_all`).
+        Where there is nothing to compare.
     """
-    found = compare_all(outcomes, base)
     if not found:
-        msg = f"no arm but {base!r} is there; give another of the same cells"
+        msg = "there is nothing to compare; give two arms of the same cells"
         raise ValueError(msg)
+    base = found[0].base_arm
     names = varying(c.cell for c in found)
     header = [
         *map(title, names),
@@ -144,9 +141,9 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
         [
             *(written(name, getattr(c.cell, name)) for name in names),
             *(c.arm, str(c.seeds), spread(c.base), spread(c.other), interval(c.paired)),
-            *(p_value(c.paired.p), p_value(adjusted), _ratio(c.steps), str(c.verdict)),
+            *(p_value(c.paired.p), p_value(c.p_holm), _ratio(c.steps), str(c.verdict)),
         ]
-        for c, adjusted in zip(found, _holm(found), strict=True)
+        for c in found
     ]
     alike = in_common([c.cell for c in found])
     caption = f"Test accuracy in percent, mean ± sd{f' ({alike})' if alike else ''}."
@@ -158,23 +155,57 @@ def comparisons(outcomes: Iterable[Outcome], base: str = BASE) -> str:
     return text(caption, "", *table(header, rows), "", _summary(found), of_steps)
 
 
-def write_csv(outcomes: Iterable[Outcome], folder: Path, base: str = BASE) -> None:
-    """Write ``runs.csv``, a row for each run, and ``comparisons.csv``, one for each comparison.
+def best_rates(outcomes: Iterable[Outcome]) -> str:
+    """Each arm at the learning rate at which its mean accuracy is best, one network a row.
 
-    Raises
-    ------
-    ValueError
-        Where a pair is none (see `benchmarks.paper.statistics.compare_all`).
+    Parameters
+    ----------
+    outcomes : iterable of Outcome
+        Of the arm `BASE` and of another, of one task.
     """
-    outcomes = list(outcomes)
-    found = compare_all(outcomes, base)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_rows(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(found))
-    _write_rows(folder / "runs.csv", _RUN_COLUMNS, _run_rows(outcomes, base))
+    groups = grouped(outcomes, "network", "optimizer").values()
+    pairs = [[_at_best_rate(group, arm) for arm in _arms(group)] for group in groups]
+    found = as_family([compare(base, replace(arm, cell=base.cell)) for base, arm in pairs])
+    header = ["network", "optimizer", "learning rates", "accuracies", _DIFFERENCE]
+    rows = [
+        [
+            *(base.cell.network, base.cell.optimizer),
+            ", ".join(written("learning_rate", o.cell.learning_rate) for o in (base, arm)),
+            f"{spread(c.base)}, {spread(c.other)}",
+            *(interval(c.paired), p_value(c.paired.p), p_value(c.p_holm), str(c.verdict)),
+        ]
+        for (base, arm), c in zip(pairs, found, strict=True)
+    ]
+    caption = (
+        f"Each arm at the learning rate of its best mean accuracy: {found[0].base_arm}, "
+        f"{found[0].arm}. The rate is chosen on the test set, which flatters both."
+    )
+    lines = table([*header, "p (t)", "p (Holm)", "verdict"], rows)
+    return text(caption, "", *lines, "", _summary(found))
 
 
-def _of_arm(outcomes: Iterable[Outcome], arm: str, may_vary: set[str]) -> list[Comparison]:
-    found = compare_all(o for o in outcomes if o.arm in {BASE, arm})
+def _arms(outcomes: Sequence[Outcome]) -> list[str]:
+    """List all arms, `BASE` first."""
+    return sorted({outcome.arm for outcome in outcomes}, key=lambda arm: (arm != BASE, arm))
+
+
+def _at_best_rate(outcomes: Sequence[Outcome], arm: str) -> Outcome:
+    of_arm = [outcome for outcome in outcomes if outcome.arm == arm]
+    return max(of_arm, key=lambda outcome: float(np.mean(outcome.accuracy[:, -1])))
+
+
+def write_runs(outcomes: Sequence[Outcome], path: Path, base: str = BASE) -> None:
+    """Write a row for each run, as CSV."""
+    _write_rows(path, _RUN_COLUMNS, _run_rows(outcomes, base))
+
+
+def write_comparisons(found: Sequence[Comparison], path: Path) -> None:
+    """Write a row for each comparison, as CSV."""
+    _write_rows(path, _COMPARISON_COLUMNS, _comparison_rows(found))
+
+
+def _of_arm(comparisons: Iterable[Comparison], arm: str, may_vary: set[str]) -> list[Comparison]:
+    found = [c for c in comparisons if c.arm == arm]
     if not found:
         msg = f"no outcome of the arm {arm!r} is there; train it, or name another"
         raise ValueError(msg)
@@ -205,7 +236,6 @@ def _columns(
 
 def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str:
     found = [column.ours for column in columns if column.ours]
-    adjusted = {c.cell: p for c, p in zip(found, _holm(found), strict=True)}
     arm, cells = found[0].arm, [c.cell for c in found]
 
     def of_paper(write: Callable[[published.Figures], Spread]) -> list[str]:
@@ -222,7 +252,7 @@ def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str
         [_DIFFERENCE, *of_ours(lambda c: interval(c.paired))],
         ["p (t)", *of_ours(lambda c: p_value(c.paired.p))],
         ["p (sign flips)", *of_ours(lambda c: p_value(c.paired.p_sign_flips))],
-        ["p (t, Holm)", *of_ours(lambda c: p_value(adjusted[c.cell]))],
+        ["p (t, Holm)", *of_ours(lambda c: p_value(c.p_holm))],
         ["verdict", *of_ours(lambda c: str(c.verdict))],
     ]
     caption = (
@@ -241,18 +271,14 @@ def _summary(found: Sequence[Comparison]) -> str:
     return (
         "Differences are in points, of runs paired by their seed; interval and p by Student's t, "
         f"the verdict by whether the interval leaves out 0. Of {len(found)} comparisons: {counts}; "
-        f"{sum(standing(found))} of these verdicts stand after Holm's correction for all "
-        f"{len(found)}."
+        f"{sum(c.stands for c in found)} of these verdicts stand after Holm's correction for all "
+        f"{found[0].family} of this section."
     )
 
 
 def _seeds(found: Sequence[Comparison]) -> str:
     fewest, most = min(c.seeds for c in found), max(c.seeds for c in found)
     return str(most) if fewest == most else f"{fewest} to {most}"
-
-
-def _holm(found: Sequence[Comparison]) -> list[float]:
-    return holm([c.paired.p for c in found])
 
 
 def _ratio(steps: Steps) -> str:
@@ -272,20 +298,21 @@ def _run_rows(outcomes: Sequence[Outcome], base: str) -> Iterator[list[Any]]:
 
 
 def _comparison_rows(found: Sequence[Comparison]) -> Iterator[list[Any]]:
-    for c, adjusted, stands in zip(found, _holm(found), standing(found), strict=True):
+    for c in found:
         accuracies = (c.base.mean, c.base.sd, c.other.mean, c.other.sd)
         differences = (c.paired.difference, c.paired.low, c.paired.high)
-        p_values = (c.paired.p, c.paired.p_sign_flips, adjusted)
+        p_values = (c.paired.p, c.paired.p_sign_flips, c.p_holm)
         yield [
             *(*astuple(c.cell), c.base_arm, c.arm, c.seeds),
             *(f"{value:.4f}" for value in (*accuracies, *differences)),
             *(f"{value:.6g}" for value in p_values),
-            *(c.verdict, "yes" if stands else "no"),
+            *(c.verdict, "yes" if c.stands else "no"),
             *(f"{value:.6g}" for value in (c.steps.level, c.steps.ratio, c.steps.p)),
         ]
 
 
 def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

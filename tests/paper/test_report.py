@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.paper.cells import Cell, Outcome
@@ -77,7 +78,26 @@ def test_each_arm_at_the_rate_that_is_best_for_it(tmp_path: Path) -> None:
     worse, better = arms(low, {"gradient": 0.0}), arms(high, {"gradient": -3.0})
     better[0] = replace(better[0], accuracy=better[0].accuracy + 2)
     text = section([*worse, *better], as_rates, tmp_path)
-    best = text[text.index("### Each arm at its own best rate") :]
-    assert "SGDM: without at 0.1, gradient at 0.05." in best
-    (row,) = [line for line in best.splitlines() if line.startswith("| gradient ")]
-    assert row.rstrip("| ").endswith("hurts")
+    (row,) = [line for line in text.splitlines() if line.startswith("| batch norm | SGDM ")]
+    assert row.startswith("| batch norm | SGDM | 0.1, 0.05 | ")
+    assert row.endswith(" hurts |")
+
+
+def test_one_family_in_the_tables_the_figure_and_the_csv(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weak = rng.normal(0.6, 1, 10)  # p of 0.03 or so, which does not stand beside nine others
+    cells = [replace(cell, network=name) for name in NETWORKS for cell in TABLE_1]
+    outcomes = [outcome for cell in cells for outcome in arms(cell, {"gradient": 0.0})]
+    outcomes[1] = replace(outcomes[1], accuracy=outcomes[0].accuracy + weak[:, None])
+    text = section(outcomes, as_table1, tmp_path)
+    lines = text.splitlines()
+    p_t, p_holm = (
+        float(next(line for line in lines if line.startswith(f"| {row} |")).split("|")[2])
+        for row in ("p (t)", "p (t, Holm)")
+    )
+    assert p_t < 0.05
+    assert p_holm == pytest.approx(10 * p_t, abs=0.01)
+    assert "0 of these verdicts stand after Holm's correction for all 10 of this section" in text
+    csv = (tmp_path / "name" / "comparisons.csv").read_text(encoding="utf-8")
+    assert ",helps,no," in csv
+    assert ",helps,yes," not in csv

@@ -13,6 +13,7 @@ from scipy import stats
 from benchmarks.paper.cells import Cell, Outcome
 from benchmarks.paper.statistics import (
     Verdict,
+    as_family,
     compare,
     compare_all,
     half_way_loss,
@@ -20,7 +21,6 @@ from benchmarks.paper.statistics import (
     paired,
     running_mean,
     sign_flip_p,
-    standing,
     steps_to,
 )
 
@@ -97,6 +97,16 @@ class TestSignFlips:
         )
         assert sign_flip_p(differences) == pytest.approx(expected.pvalue, abs=1e-12)
 
+    @pytest.mark.parametrize("images", [599, 10_000])
+    def test_sums_that_are_equal_are_counted_as_equal(self, images: int) -> None:
+        """Differences are multiples of one image, which is no whole number of anything."""
+        rng = np.random.default_rng(images)
+        signs = np.array([*product((-1, 1), repeat=12)])
+        for _ in range(20):
+            right = rng.normal(4, 9, 12).round().astype(int)
+            as_far = np.mean(np.abs(signs @ right) >= abs(right.sum()))
+            assert sign_flip_p(100 * right / images) == as_far
+
     def test_many_seeds(self) -> None:
         assert sign_flip_p(np.full(60, 0.25)) == 2 / 2**60
 
@@ -119,8 +129,9 @@ class TestHolm:
             compare(outcome(base), outcome(after, "gradient")) for after in (weak, strong, base)
         ]
         assert [c.verdict for c in found] == ["helps", "helps", "no difference shown"]
-        assert standing(found) == [False, True, False]
-        assert standing(found[:1]) == [True]
+        assert [c.stands for c in as_family(found)] == [False, True, False]
+        assert [c.family for c in as_family(found)] == [3, 3, 3]
+        assert [c.stands for c in as_family(found[:1])] == [True]
 
 
 class TestCompare:

@@ -38,7 +38,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 class TestTable1:
     def test_layout_of_the_supplement(self, table_1: list[Outcome]) -> None:
-        rows = rows_of(tables.table1(table_1))
+        rows = rows_of(tables.table1(compare_all(table_1)))
         assert rows["weight decay"] == ["0", "1e-4", "2e-4", "5e-4", "1e-3"]
         assert list(rows)[1:] == [
             *("paper, w/o GC", "paper, w/ GC", "ours, w/o GC", "ours, w/ GC"),
@@ -46,13 +46,13 @@ class TestTable1:
         ]
 
     def test_planted_effects_are_found(self, table_1: list[Outcome]) -> None:
-        text = tables.table1(table_1)
+        text = tables.table1(compare_all(table_1))
         none = "no difference shown"
         assert rows_of(text)["verdict"] == ["helps", none, "hurts", "helps", "helps"]
         assert "helps 3, no difference shown 1, hurts 1; 4 of these verdicts stand" in text
 
     def test_figures_are_those_of_the_comparison(self, table_1: list[Outcome]) -> None:
-        rows = rows_of(tables.table1(table_1))
+        rows = rows_of(tables.table1(compare_all(table_1)))
         found = compare_all(table_1)
         for column, c in enumerate(found):
             assert rows["ours, w/o GC"][column] == f"{c.base.mean:.2f} ± {c.base.sd:.2f}"
@@ -61,51 +61,51 @@ class TestTable1:
             assert float(difference.split()[0]) == pytest.approx(c.paired.difference, abs=0.0051)
 
     def test_the_order_given_is_of_no_account(self, table_1: list[Outcome]) -> None:
-        assert tables.table1(table_1[::-1]) == tables.table1(table_1)
+        assert tables.table1(compare_all(table_1[::-1])) == tables.table1(compare_all(table_1))
 
     def test_a_column_that_was_not_run(self, table_1: list[Outcome]) -> None:
-        rows = rows_of(tables.table1(table_1[:4]))
+        rows = rows_of(tables.table1(compare_all(table_1[:4])))
         assert rows["verdict"] == ["helps", "no difference shown", "-", "-", "-"]
 
     def test_the_papers_figures_stand_beside_ours(
         self, table_1: list[Outcome], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert published.NOT_AT_HAND in tables.table1(table_1)
+        assert published.NOT_AT_HAND in tables.table1(compare_all(table_1))
         figures = published.Figures(Spread(1.0, 0.5), Spread(2.0, 0.25))
         monkeypatch.setattr(published, "TABLE_1", dict.fromkeys(published.TABLE_1, figures))
-        text = tables.table1(table_1)
+        text = tables.table1(compare_all(table_1))
         assert rows_of(text)["paper, w/o GC"] == ["1.00 ± 0.50"] * 5
         assert rows_of(text)["paper, w/ GC"] == ["2.00 ± 0.25"] * 5
         assert published.NOT_AT_HAND not in text
 
     def test_figures_that_are_missing_are_said_to_be(self, table_1: list[Outcome]) -> None:
-        rows = rows_of(tables.table1(table_1))
+        rows = rows_of(tables.table1(compare_all(table_1)))
         for title, figures in zip(rows["weight decay"], published.TABLE_1.values(), strict=True):
             column = rows["weight decay"].index(title)
             assert (rows["paper, w/ GC"][column] == "not at hand") == (figures is None)
 
     def test_another_arm(self, table_1: list[Outcome]) -> None:
         outcomes = [*table_1[:2], replace(table_1[5], cell=table_1[0].cell, arm="update")]
-        assert rows_of(tables.table1(outcomes, arm="update"))["verdict"][0] == "hurts"
+        assert rows_of(tables.table1(compare_all(outcomes), arm="update"))["verdict"][0] == "hurts"
 
     def test_a_cell_of_no_column(self, table_1: list[Outcome]) -> None:
         outcomes = arms(replace(TABLE_1[0], weight_decay=0.3), {"gradient": 1.0})
         with pytest.raises(ValueError, match=r"weight_decay=0\.3.* is in no column"):
-            tables.table1([*table_1, *outcomes])
+            tables.table1(compare_all([*table_1, *outcomes]))
 
     def test_two_networks_in_one_table(self, table_1: list[Outcome]) -> None:
         outcomes = arms(replace(TABLE_1[0], network="group norm"), {"gradient": 1.0})
         with pytest.raises(ValueError, match="network"):
-            tables.table1([*table_1, *outcomes])
+            tables.table1(compare_all([*table_1, *outcomes]))
 
     def test_an_arm_that_is_not_there(self, table_1: list[Outcome]) -> None:
         with pytest.raises(ValueError, match="no outcome of the arm 'conv only'"):
-            tables.table1(table_1, arm="conv only")
+            tables.table1(compare_all(table_1), arm="conv only")
 
 
 class TestTable2:
     def test_layout_of_the_supplement(self, table_2: list[Outcome]) -> None:
-        rows = rows_of(tables.table2(table_2))
+        rows = rows_of(tables.table2(compare_all(table_2)))
         assert rows["optimizer, learning rate"] == [
             *("SGDM 0.05", "SGDM 0.1", "SGDM 0.2", "Adam 0.0005", "Adam 0.001", "Adam 0.0015"),
         ]
@@ -116,11 +116,11 @@ class TestTable2:
             replace(o, cell=replace(o.cell, learning_rate=o.cell.learning_rate * 0.3))
             for o in table_2
         ]
-        rows = rows_of(tables.table2(here, rates={"SGDM": 0.03, "Adam": 0.0003}))
+        rows = rows_of(tables.table2(compare_all(here), rates={"SGDM": 0.03, "Adam": 0.0003}))
         assert rows["optimizer, learning rate"][0] == "SGDM 0.05 (here 0.015)"
         assert rows["verdict"] == ["helps"] * 6
         with pytest.raises(ValueError, match="in no column"):
-            tables.table2(here)
+            tables.table2(compare_all(here))
 
 
 class TestGrouped:
@@ -129,7 +129,9 @@ class TestGrouped:
         mixed = [o for pair in zip(table_1, other, strict=True) for o in pair]
         groups = grouped(mixed, "task", "network")
         assert list(groups) == ["digits, 20 a class, batch norm", "digits, 20 a class, group norm"]
-        assert tables.table1(groups["digits, 20 a class, batch norm"]) == tables.table1(table_1)
+        assert tables.table1(
+            compare_all(groups["digits, 20 a class, batch norm"])
+        ) == tables.table1(compare_all(table_1))
 
 
 class TestComparisons:
@@ -139,7 +141,7 @@ class TestComparisons:
         ]
         header, _, *rows = [
             line.strip("| ").split(" | ")
-            for line in tables.comparisons(outcomes).splitlines()
+            for line in tables.comparisons(compare_all(outcomes)).splitlines()
             if line.startswith("|")
         ]
         assert header[:4] == ["optimizer", "learning rate", "arm", "seeds"]  # no more differ
@@ -153,18 +155,20 @@ class TestComparisons:
         assert all(row[-2] == "1.00 (p 1.000)" for row in rows)  # the losses are the same
 
     def test_what_is_alike_is_said_once(self) -> None:
-        text = tables.comparisons(arms(TABLE_1[3], {"gradient": 1.0}))
+        text = tables.comparisons(compare_all(arms(TABLE_1[3], {"gradient": 1.0})))
         assert "digits, 20 a class, batch norm, SGDM, learning rate 0.1, weight decay 5e-4" in text
 
     def test_nothing_alike(self) -> None:
         other = Cell("CIFAR-100", "ResNet-50", "Adam", 0.001, 0.0)
         cells = (TABLE_1[3], other)
-        text = tables.comparisons([o for cell in cells for o in arms(cell, {"gradient": 1.0})])
+        text = tables.comparisons(
+            compare_all([o for cell in cells for o in arms(cell, {"gradient": 1.0})])
+        )
         assert text.startswith("Test accuracy in percent, mean ± sd.\n")
 
     def test_nothing_to_compare(self) -> None:
-        with pytest.raises(ValueError, match="no arm but 'without'"):
-            tables.comparisons(arms(TABLE_1[0], {}))
+        with pytest.raises(ValueError, match="nothing to compare"):
+            tables.comparisons(compare_all(arms(TABLE_1[0], {})))
 
 
 class TestCsv:
@@ -173,7 +177,7 @@ class TestCsv:
             return list(csv.DictReader(file))
 
     def test_a_row_for_each_run(self, table_1: list[Outcome], tmp_path: Path) -> None:
-        tables.write_csv(table_1, tmp_path / "new")
+        tables.write_runs(table_1, tmp_path / "new" / "runs.csv")
         rows = self.read(tmp_path / "new" / "runs.csv")
         assert len(rows) == sum(len(o.seeds) for o in table_1)
         expected = table_1[1]
@@ -189,15 +193,17 @@ class TestCsv:
         self, table_1: list[Outcome], tmp_path: Path
     ) -> None:
         high = np.full_like(table_1[1].loss, 50.0)
-        tables.write_csv([table_1[0], replace(table_1[1], loss=high)], tmp_path)
+        outcomes = [table_1[0], replace(table_1[1], loss=high)]
+        tables.write_runs(outcomes, tmp_path / "runs.csv")
+        tables.write_comparisons(compare_all(outcomes), tmp_path / "comparisons.csv")
         steps = [row["steps_to_loss"] for row in self.read(tmp_path / "runs.csv")]
         assert steps[10:] == ["inf"] * 10
         assert self.read(tmp_path / "comparisons.csv")[0]["steps_ratio"] == "inf"
 
     def test_a_row_for_each_comparison(self, table_1: list[Outcome], tmp_path: Path) -> None:
-        tables.write_csv(table_1, tmp_path)
-        rows = self.read(tmp_path / "comparisons.csv")
         found = compare_all(table_1)
+        tables.write_comparisons(found, tmp_path / "comparisons.csv")
+        rows = self.read(tmp_path / "comparisons.csv")
         assert [row["verdict"] for row in rows] == [str(c.verdict) for c in found]
         assert [row["stands_after_holm"] for row in rows] == ["yes", "no", "yes", "yes", "yes"]
         adjusted = holm([c.paired.p for c in found])
@@ -210,7 +216,8 @@ class TestCsv:
         self, table_1: list[Outcome], tmp_path: Path
     ) -> None:
         for name in ("first", "second"):
-            tables.write_csv(table_1, tmp_path / name)
+            tables.write_runs(table_1, tmp_path / name / "runs.csv")
+            tables.write_comparisons(compare_all(table_1), tmp_path / name / "comparisons.csv")
         for file in ("runs.csv", "comparisons.csv"):
             first, second = ((tmp_path / n / file).read_bytes() for n in ("first", "second"))
             assert first == second

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from benchmarks.paper import theory
 from benchmarks.paper.agreement import torch_table
 from benchmarks.paper.energy import energy_table
-from benchmarks.paper.grids import ADAM_RATE, IN_JAX, IN_TORCH, RATE, STUDIES, Study, brief
+from benchmarks.paper.grids import ADAM_RATE, IN_JAX, IN_TORCH, RATE, STUDIES, brief
 from benchmarks.paper.report import (
     Write,
     as_map,
@@ -20,9 +20,8 @@ from benchmarks.paper.report import (
     write_comparisons,
     write_section,
 )
-from benchmarks.paper.study import Results, cores, results, run
+from benchmarks.paper.study import Results, is_done, results, run
 from benchmarks.paper.theory_plots import draw
-from gcx._bench.timing import machine
 
 __all__ = ["sections"]
 
@@ -53,10 +52,12 @@ def sections(
     hardly : bool
         Only some of it, with few steps, to see that it runs.
     """
-    studies = [study for study in STUDIES if study.name in parts]
-    both = [IN_JAX, IN_TORCH] if LIBRARIES in parts else []
+    every = [*STUDIES, IN_JAX, IN_TORCH]
     if hardly:
-        studies, both = [*map(brief, studies)], [*map(brief, both)]
+        every = [*map(brief, every)]
+    *of_grids, in_jax, in_torch = every
+    studies = [study for study in of_grids if study.name in parts]
+    both = [in_jax, in_torch] if LIBRARIES in parts else []
     runs = folder / "runs"
     run([*studies, *both], runs, seeds=seeds)
     found = {study.name: results(study, runs, seeds=seeds) for study in (*studies, *both)}
@@ -71,15 +72,17 @@ def sections(
         yield write_section("What GC removes at the start", ENERGY, energy_table(), folder)
     if THEORY in parts:
         yield from draw(folder, theory.BRIEF if hardly else theory.WHOLE)
-    yield _write_machine([*studies, *both], found, folder)
+    done = [study for study in every if is_done(study, runs, seeds=seeds)]
+    if done:
+        yield _write_machine({s.name: results(s, runs, seeds=seeds) for s in done}, folder)
 
 
-def _write_machine(studies: Iterable[Study], found: dict[str, Results], folder: Path) -> Path:
+def _write_machine(found: Mapping[str, Results], folder: Path) -> Path:
     """Say where and how long it ran, apart from what came out, which is the same everywhere."""
-    minutes = ", ".join(f"{study.name} {found[study.name].seconds / 60:.0f}" for study in studies)
+    minutes = ", ".join(f"{name} {results.seconds / 60:.0f}" for name, results in found.items())
+    machines = dict.fromkeys(name for results in found.values() for name in results.machines)
     path = folder / "machine.md"
     path.write_text(
-        f"Trained on {machine()}, {cores()} cores. Minutes of one core: {minutes}.\n",
-        encoding="utf-8",
+        f"Trained on {'; '.join(machines)}. Minutes of one core: {minutes}.\n", encoding="utf-8"
     )
     return path

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from benchmarks.paper.cells import Cell, Outcome
+from benchmarks.paper.files import write_whole
+from gcx._cli.requirements import CannotRunError
 
 __all__ = ["load", "save"]
 
@@ -26,15 +29,26 @@ def save(path: Path, outcomes: Sequence[Outcome], **about: Any) -> None:
         for index, outcome in enumerate(outcomes)
         for name in ("accuracy", "loss", "checkpoints")
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as file:
-        np.savez_compressed(file, about=json.dumps({"outcomes": labels, **about}), **arrays)
-    unfinished.replace(path)
+    content = json.dumps({"outcomes": labels, **about})
+    write_whole(path, lambda file: np.savez_compressed(file, about=content, **arrays))
 
 
 def load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:
-    """Outcomes, and what else was said about them."""
+    """Outcomes, and what else was said about them.
+
+    Raises
+    ------
+    CannotRunError
+        If the file is not a whole one.
+    """
+    try:
+        return _load(path)
+    except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
+        msg = f"{path} cannot be read ({error}): delete it, and its runs are done again"
+        raise CannotRunError(msg) from error
+
+
+def _load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:
     with np.load(path) as file:
         about: dict[str, Any] = json.loads(str(file["about"]))
         outcomes = [

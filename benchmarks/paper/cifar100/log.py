@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.paper.cifar100.files import write_whole
+from benchmarks.paper.files import write_whole
 
 __all__ = ["Epoch", "write_log"]
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.paper.cifar100.options import add_arguments, positive
+from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
+from benchmarks.paper.files import check_folder
 from gcx._cli.requirements import CannotRunError
 
 PARTS = ("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory")
+
+
+DIGITS_ALONE = ("only", "brief")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,18 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--write",
         metavar="FOLDER",
         type=Path,
-        default=Path("paper-results"),
-        help="for the report, and below it for the runs (default: %(default)s)",
+        help="for the report, and below it for the runs "
+        "(default: paper-results; with --brief: paper-results-brief)",
     )
-    parser.add_argument("--seeds", metavar="N", type=positive, help="in each cell")
+    parser.add_argument(
+        "--seeds", metavar="N", type=at_least(2), help="in each cell: an interval takes two"
+    )
     digits = parser.add_argument_group("digits, on a CPU")
-    digits.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
+    digits.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
     digits.add_argument("--brief", action="store_true", help="hardly train, to see that all runs")
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    sections = _cifar100 if options.data or options.dry_run else _digits
+    is_cifar = bool(options.data or options.dry_run)
+    _refuse_options(parser, options, DIGITS_ALONE if is_cifar else DEFAULTS, is_cifar=is_cifar)
+    folder = options.write or Path("paper-results-brief" if options.brief else "paper-results")
     try:
-        for path in sections(options):
+        if not options.dry_run:
+            check_folder("--write", folder)
+        for path in (_cifar100 if is_cifar else _digits)(options, folder):
             print(path, flush=True)
     except CannotRunError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -47,25 +57,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _digits(options: argparse.Namespace) -> Iterator[Path]:
+def _refuse_options(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    names: Iterable[str],
+    *,
+    is_cifar: bool,
+) -> None:
+    """Refuse options that would be of no effect."""
+    where = "CIFAR-100 (--data, --dry-run)" if is_cifar else "digits, without --data or --dry-run"
+    given = [f"--{name}" for name in names if getattr(options, name)]
+    if given:
+        parser.error(f"of no effect on {where}: {', '.join(given)}")
+
+
+def _digits(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     from benchmarks.paper.on_digits import sections
 
-    return sections(options.only, options.write, seeds=options.seeds, hardly=options.brief)
+    return sections(options.only or PARTS, folder, seeds=options.seeds, hardly=options.brief)
 
 
-def _cifar100(options: argparse.Namespace) -> Iterator[Path]:
+def _cifar100(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     from benchmarks.paper.cifar100.driver import run, sections
 
+    chosen = {name: getattr(options, name) or default for name, default in DEFAULTS.items()}
     outcomes = run(
         options.data,
-        options.write / "runs",
+        folder / "runs",
         seeds=options.seeds or 5,
-        epochs=options.epochs,
-        device=options.device,
-        layers=options.layers,
         dry_run=options.dry_run,
+        after_run=lambda found: [*sections(found, folder)],
+        **chosen,
     )
-    return sections(outcomes, options.write)
+    return sections(outcomes, folder)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,11 @@ def _check_not_spread(model: nn.Module) -> None:
 
 @contextmanager
 def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes change: buffers, modes, random number generators."""
+    """Undo what forward passes change: buffers, modes, random number generators.
+
+    And gradients, should the loss call ``backward()`` itself.
+    """
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, key, buffer)
@@ -156,10 +160,14 @@ def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
     copies = {buffer: buffer.detach().clone() for _, _, buffer in buffers}
     with _random_state_of(model):
         try:
+            for parameter, _ in grads:
+                parameter.grad = None
             for module, key, buffer in buffers:
                 setattr(module, key, copies[buffer])
             yield
         finally:
+            for parameter, grad in grads:
+                parameter.grad = grad
             for module, key, buffer in buffers:
                 setattr(module, key, buffer)
             for module, mode in modes:

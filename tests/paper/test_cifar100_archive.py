@@ -111,6 +111,8 @@ def _check_damage(
     assert f"ought to be {checksum}" in message
     assert PAGE in message
     assert f"save it as {written.folder / PACKED}" in message
+    is_unpacked = (written.folder / NAME).is_dir()  # and would be read again
+    assert (f"delete the folder {written.folder / NAME}, and " in message) == is_unpacked
 
 
 def test_a_file_in_the_place_of_another_is_refused(tmp_path):

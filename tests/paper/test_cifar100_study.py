@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import signal
-from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from benchmarks.paper.cifar100.archive import OFFICIAL, read
 from benchmarks.paper.cifar100.estimate import random_archive, spoken
 from benchmarks.paper.cifar100.grid import CELLS, TABLE_1, TABLE_2, outcomes, settings
 from benchmarks.paper.cifar100.log import Epoch
-from benchmarks.paper.cifar100.options import add_arguments
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data, Training
 from gcx._cli.requirements import CannotRunError
 
 from killed_cifar100 import die_before_log, die_in_save, die_in_step, run_until_killed
+from outcomes import arms
 from small_cifar100 import TRAIN, write_archive
 
 CPU = torch.device("cpu")
@@ -148,23 +148,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, other, words):
     assert path.read_bytes() == before
 
 
+def foreign() -> bytes:
+    """A checkpoint of something else."""
+    content = io.BytesIO()
+    torch.save({"epoch": 3, "model": {}}, content)
+    return content.getvalue()
+
+
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"],
-    ids=["half", "empty", "text"],
+    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text", lambda b: foreign()],
+    ids=["half", "empty", "text", "foreign"],
 )
 def test_an_unreadable_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, SETTING, checkpoint.Checkpoint([], {"weight": torch.ones(100)}))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CannotRunError, match=f"{path} cannot be read .*delete it"):
+    with pytest.raises(CannotRunError, match=f"{path} is no whole checkpoint: delete it"):
         checkpoint.load(path, SETTING)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save({"setting": SimpleNamespace()}, path)
-    with pytest.raises(CannotRunError, match="cannot be read"):
+    with pytest.raises(CannotRunError, match="no whole checkpoint"):
         checkpoint.load(path, SETTING)
 
 
@@ -225,7 +232,12 @@ def study(written, write, **other):
 
 
 def test_the_whole_study(tmp_path, written, capsys, monkeypatch):
-    found = study(written, tmp_path)
+    so_far = []
+    found = study(written, tmp_path, after_run=so_far.append)
+    assert [len(o.seeds) for o in so_far[-1]] == [len(o.seeds) for o in found]
+    assert len(so_far) == 40
+    assert so_far[0] == []  # one arm alone
+    assert [len(o.seeds) for o in so_far[1]] == [1, 1]
     assert {(o.cell, o.arm) for o in found} == {
         (cell, arm) for cell in CELLS for arm in (BASE, "conv only")
     }
@@ -259,6 +271,21 @@ def test_a_bad_archive_is_refused_before_anything_is_done(tmp_path, written):
     with pytest.raises(CannotRunError, match=OFFICIAL.files["train"]):
         study(written, tmp_path, checksums=OFFICIAL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_are_written_of_cells_with_two_seeds(tmp_path):
+    first, second = (arms(cell, {"conv only": 1.0}) for cell in CELLS[:2])
+    few = [replace(o, seeds=(0,), accuracy=o.accuracy[:1], loss=o.loss[:1]) for o in second]
+    assert list(driver.sections(few, tmp_path)) == []
+    (path,) = driver.sections([*first, *few], tmp_path)
+    assert path == tmp_path / "cifar100-table1.md"
+    (verdicts,) = [line for line in path.read_text().splitlines() if line.startswith("| verdict")]
+    assert verdicts == "| verdict | helps | - | - | - | - |"
+
+
+def test_an_unknown_device_is_said(tmp_path, written):
+    with pytest.raises(CannotRunError, match="--device foo: torch knows no such device"):
+        study(written, tmp_path, device="foo")
 
 
 def test_a_missing_gpu_is_said(tmp_path, written, monkeypatch):
@@ -327,20 +354,3 @@ def test_random_images_are_as_many_as_the_real_ones():
 )
 def test_times_are_written_for_people(seconds, words):
     assert spoken(seconds) == words
-
-
-def test_the_options_are_those_of_the_paper_by_default():
-    parser = ArgumentParser()
-    add_arguments(parser)
-    assert vars(parser.parse_args([])) == {
-        "data": None, "dry_run": False, "epochs": 200, "layers": "conv", "device": "cuda",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("epochs", ["0", "-1", "1.5", "many"])
-def test_epochs_are_a_positive_number(epochs, capsys):
-    parser = ArgumentParser()
-    add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args([f"--epochs={epochs}"])
-    assert "is not a whole number of 1 or more" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.paper import store
+from gcx._cli.requirements import CannotRunError
 
 from outcomes import TABLE_1, arms
 
@@ -28,6 +29,15 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert_same(found, some(1.0))
     assert about == {"seconds": 3.5, "key": "a key"}
     assert [p.name for p in path.parent.iterdir()] == ["some.npz"]
+
+
+@pytest.mark.parametrize("kept", [0, 2, 500])
+def test_a_file_that_is_not_whole_is_named(tmp_path, kept):
+    path = tmp_path / "some.npz"
+    store.save(path, some(1.0))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CannotRunError, match=f"{path} cannot be read .*: delete it"):
+        store.load(path)
 
 
 def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.paper.grids import Study
 from benchmarks.paper.network import Network
-from benchmarks.paper.study import results, run
+from benchmarks.paper.study import is_done, results, run
 from benchmarks.paper.training import Grid
 
 from short_runs import TASK
@@ -26,7 +26,7 @@ def contents(folder):
 def test_only_what_is_missing_is_run(tmp_path):
     run([JAX, TORCH], tmp_path)
     before = contents(tmp_path)
-    assert sorted(before) == ["in jax-0.npz", "in torch-0.npz"]
+    assert [name.split("-")[0] for name in sorted(before)] == ["in jax", "in torch"]
     in_jax, in_torch = results(JAX, tmp_path), results(TORCH, tmp_path)
     assert min(in_jax.seconds, in_torch.seconds) > 0
     expected = {outcome.arm: outcome for outcome in in_torch.outcomes}
@@ -38,10 +38,15 @@ def test_only_what_is_missing_is_run(tmp_path):
     run([JAX, TORCH], tmp_path)
     assert contents(tmp_path) == before
 
+    assert is_done(JAX, tmp_path)
+    assert not is_done(JAX, tmp_path, seeds=3)
+    assert in_jax.machines == in_torch.machines != []
+
     question = replace(JAX, programs=((replace(GRID, arms=("without", "update")),),))
     run([question, TORCH], tmp_path)
     after = contents(tmp_path)
-    assert [name for name in before if after[name] == before[name]] == ["in torch-0.npz"]
+    assert {name: after[name] for name in before} == before  # another question, another file
+    assert len(after) == 3
     assert {outcome.arm for outcome in results(question, tmp_path).outcomes} == {
         "without",
         "update",

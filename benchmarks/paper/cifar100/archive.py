@@ -98,15 +98,18 @@ def _check(path: Path, content: bytes, expected: str) -> None:
     if found != expected:
         msg = (
             f"{path} is incomplete, was changed or is another file: it has {len(content)} bytes "
-            f"with the MD5 checksum {found}, which ought to be {expected}. Delete it; "
-            f"{_remedy(path.parent)}"
+            f"with the MD5 checksum {found}, which ought to be {expected}: {_remedy(path.parent)}"
         )
         raise CannotRunError(msg)
 
 
 def _remedy(folder: Path) -> str:
-    folder = folder.parent if folder.name == NAME else folder
-    return f'download "CIFAR-100 python version" from {_PAGE} and save it as {folder / PACKED}'
+    """Say how to get the packed archive, which is read where no unpacked one is beside it."""
+    unpacked, packed = folder / NAME, folder / PACKED
+    if folder.name == NAME:
+        unpacked, packed = folder, folder.parent / PACKED
+    away = f"delete the folder {unpacked}, and " if unpacked.is_dir() else ""
+    return f'{away}download "CIFAR-100 python version" from {_PAGE} and save it as {packed}'
 
 
 def _unpacked(packed: bytes, names: Mapping[str, str]) -> dict[str, bytes]:

@@ -50,11 +50,13 @@ def load(path: Path, setting: Setting) -> Checkpoint:
         return Checkpoint([], {})
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        msg = f"{path} cannot be read ({error}): delete it, and the run starts again"
+        found, epochs, state = content["setting"], content["epochs"], content["state"]
+    except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        # The words of torch advise to load what it does not trust.
+        msg = f"{path} is no whole checkpoint: delete it, and the run starts again"
         raise CannotRunError(msg) from error
-    _check(path, content["setting"], asdict(setting))
-    return Checkpoint([Epoch(*row) for row in content["epochs"]], content["state"])
+    _check(path, found, asdict(setting))
+    return Checkpoint([Epoch(*row) for row in epochs], state)
 
 
 def _check(path: Path, found: Mapping[str, object], asked: Mapping[str, object]) -> None:

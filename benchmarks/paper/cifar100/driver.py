@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def run(
     device: str,
     layers: str,
     dry_run: bool,
+    after_run: Callable[[list[Outcome]], object] = lambda _: None,
     checksums: Checksums = OFFICIAL,
     scale: Scale = PAPER,
 ) -> list[Outcome]:
@@ -50,6 +51,8 @@ def run(
         What is centralized; the authors' code for CIFAR-100 has convolutions alone.
     dry_run : bool
         Print the grid and its estimated time, write nothing, and return no outcome.
+    after_run : callable
+        Called after each run with the outcomes so far.
     checksums, scale
         What tests change.
 
@@ -81,20 +84,26 @@ def run(
         msg = "there are no images to train on: name the folder of the archive"
         raise ValueError(msg)
     images = Data.on(place, read(data, checksums))
-    return outcomes(_completed(logs, images, write, place))
+    for so_far in _completed(logs, images, write, place):
+        after_run(outcomes(so_far))
+    return outcomes(so_far)
 
 
 def sections(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:
-    """Write the tables so far as their runs are finished."""
+    """Write the tables so far as their runs are finished: of cells with two seeds or more."""
     for number, cells, as_table in ((1, TABLE_1, as_table1), (2, TABLE_2, as_table2)):
-        finished = [outcome for outcome in outcomes if outcome.cell in cells]
+        finished = [o for o in outcomes if o.cell in cells and len(o.seeds) > 1]
         if finished:
             title, name = f"CIFAR-100: Table {number}", f"cifar100-table{number}"
             yield write_comparisons(title, name, finished, folder, partial(as_table, unit="epoch"))
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f"--device {name}: torch knows no such device; give cuda, cuda:1 or cpu"
+        raise CannotRunError(msg) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             msg = f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
@@ -103,8 +112,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _completed(logs: _Logs, data: Data, write: Path, device: torch.device) -> _Logs:
-    """Do the epochs that are left, with a bar that shows the time left for all."""
+def _completed(logs: _Logs, data: Data, write: Path, device: torch.device) -> Iterator[_Logs]:
+    """Do the epochs that are left, with a bar that shows the time left for all.
+
+    Yields all logs after each run.
+    """
     results = dict(logs)
     batches = len(data.images) // next(iter(logs)).scale.batch
     with tqdm(
@@ -117,7 +129,7 @@ def _completed(logs: _Logs, data: Data, write: Path, device: torch.device) -> _L
             bar.set_description(f"run {number} of {len(logs)}")
             results[setting] = complete(setting, data, write, device, bar.update)
             bar.write(f"{setting}: {results[setting][-1].test_accuracy:.2f} %")
-    return results
+            yield results
 
 
 def _report(logs: _Logs, data: Data, device: torch.device) -> Iterator[str]:

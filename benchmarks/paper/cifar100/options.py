@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["add_arguments", "positive"]
+__all__ = ["DEFAULTS", "add_arguments", "at_least"]
+
+# Of options that are None where they are not given, so that it can be told.
+DEFAULTS = {"epochs": 200, "layers": "conv", "device": "cuda"}
 
 
-def positive(text: str) -> int:
-    """Read a number that is 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        msg = f"{text!r} is not a whole number of 1 or more"
-        raise ArgumentTypeError(msg)
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Make a function that reads a number that is not less."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            msg = f"{text!r} is not a whole number of {least} or more"
+            raise ArgumentTypeError(msg)
+        return int(text)
+
+    return read
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,12 +34,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print the grid and its estimated time, and stop"
     )
     group.add_argument(
-        "--epochs", metavar="N", type=positive, default=200, help="of a run (default: %(default)s)"
+        "--epochs", metavar="N", type=at_least(1), help=f"of a run (default: {DEFAULTS['epochs']})"
     )
     group.add_argument(
         "--layers",
         choices=("conv", "all"),
-        default="conv",
         help="what is centralized (default: convolutions, as in the authors' code)",
     )
-    group.add_argument("--device", default="cuda", help="of torch (default: %(default)s)")
+    group.add_argument("--device", help=f"of torch (default: {DEFAULTS['device']})")

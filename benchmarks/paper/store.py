@@ -49,7 +49,7 @@ def load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:
 
 
 def _load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:
-    with np.load(path) as file:
+    with path.open("rb") as content, np.load(content) as file:
         about: dict[str, Any] = json.loads(str(file["about"]))
         outcomes = [
             Outcome(

@@ -138,7 +138,8 @@ def _check_not_spread(model: nn.Module) -> None:
         msg = (
             "the model is spread over processes, where gradients come by backward() alone: give "
             "the model as it is before (model.module of DistributedDataParallel), or call "
-            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed"
+            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
+            "layouts={row.name: row.layout for row in gcx.torch.plan(model)}"
         )
         raise RuntimeError(msg)
 

@@ -272,7 +272,7 @@ def _summary(found: Sequence[Comparison]) -> str:
         "Differences are in points, of runs paired by their seed; interval and p by Student's t, "
         f"the verdict by whether the interval leaves out 0. Of {len(found)} comparisons: {counts}; "
         f"{sum(c.stands for c in found)} of these verdicts stand after Holm's correction for all "
-        f"{found[0].family} of this section."
+        f"{found[0].family} that were made together."
     )
 
 
@@ -285,7 +285,8 @@ def _ratio(steps: Steps) -> str:
     """Write how many steps an arm takes over those of the base, and the p of the sign test."""
     if math.isnan(steps.ratio):
         return "never reached"
-    return f"{steps.ratio:.2f} (p {p_value(steps.p)})"
+    ratio = "not reached" if math.isinf(steps.ratio) else f"{steps.ratio:.2f}"
+    return f"{ratio} (p {p_value(steps.p)})"
 
 
 def _run_rows(outcomes: Sequence[Outcome], base: str) -> Iterator[list[Any]]:

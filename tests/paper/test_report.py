@@ -97,7 +97,7 @@ def test_one_family_in_the_tables_the_figure_and_the_csv(tmp_path: Path) -> None
     )
     assert p_t < 0.05
     assert p_holm == pytest.approx(10 * p_t, abs=0.01)
-    assert "0 of these verdicts stand after Holm's correction for all 10 of this section" in text
+    assert "0 of these verdicts stand after Holm's correction for all 10 that were made" in text
     csv = (tmp_path / "name" / "comparisons.csv").read_text(encoding="utf-8")
     assert ",helps,no," in csv
     assert ",helps,yes," not in csv

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
 from benchmarks.paper.files import check_folder
@@ -80,7 +81,9 @@ def _digits(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
 def _cifar100(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     from benchmarks.paper.cifar100.driver import run, sections
 
-    chosen = {name: getattr(options, name) or default for name, default in DEFAULTS.items()}
+    chosen: dict[str, Any] = {
+        name: getattr(options, name) or default for name, default in DEFAULTS.items()
+    }
     outcomes = run(
         options.data,
         folder / "runs",

@@ -154,7 +154,7 @@ def _convolve(kernel: Any, x: Any, stride: int) -> Any:
 
 
 def _batch_norm(x: Any, running: Any, *, training: bool) -> tuple[Any, Any]:
-    mean, variance, after = *running, running
+    mean, variance = after = running
     if training:
         mean = x.mean((1, 2, 3))
         variance = jnp.square(x - _by_channel(mean)).mean((1, 2, 3))

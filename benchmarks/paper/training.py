@@ -199,7 +199,7 @@ def _all_runs(grids: Sequence[Grid], starts: Sequence[Start]) -> list[dict[str, 
 def _runs(grid: Grid, starts: Start) -> dict[str, Trained]:
     """Arrays (cells, seeds, ...) of each arm."""
     seeds = len(starts.draw.batches)
-    learning_rates, weight_decays = jnp.asarray(grid.cells).T
+    learning_rates, weight_decays = jnp.asarray(grid.cells, jnp.float32).T
 
     def arms(index: Any) -> dict[str, Trained]:
         cell, seed = index // seeds, index % seeds

@@ -15,18 +15,20 @@ from matplotlib import rc_context
 from benchmarks.paper import theory, theory_plots
 from benchmarks.paper.cells import BASE
 from benchmarks.paper.curvature import spectral_norms
+from benchmarks.paper.digits import BATCH
 from benchmarks.paper.theory import BRIEF, GAMMAS, Seen, hessian_product, kernels, response, see
 
 GC = "gradient"
+STEP = f"step (batches of {BATCH})"
 PICTURES = {
-    "drift": ("step (batches of 64)", "without GC", "with GC", "over all output units"),
+    "drift": (STEP, "without GC", "with GC", "over all output units"),
     "gradient": (
-        "step (batches of 64)",
+        STEP,
         "before: ",
         "after: ",
         "norm over all centralized weights",
     ),
-    "curvature": ("step (batches of 64)", "largest singular value (nats per squared weight)"),
+    "curvature": (STEP, "largest singular value (nats per squared weight)"),
     "shift": ("change of the output (nats)", "added to all inputs of the layer", "class "),
 }
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 import nox
 
@@ -53,6 +54,9 @@ TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 # Tests that run what is documented, so far as the packages for it are there.
 EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
 
+# Tests of what takes more than one framework, with all of them; `tests` has the others.
+TOGETHER = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
 
@@ -76,10 +80,10 @@ def tests(session: nox.Session, backend: str) -> None:
 
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
-    """Run the tests with all frameworks in one environment, and compare them with each other."""
+    """Compare the frameworks with each other and with peers, all of them in one environment."""
     install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers", "paper")
-    arguments = (f"--backends={ALL_BACKENDS}", f"--packages={PEERS}", "-m", "not processes")
-    run_pytest(session, "tests", "tests/paper", *arguments)
+    run_pytest(session, *TOGETHER, f"--packages={PEERS}")
+    run_pytest(session, "tests/paper", "--backends=numpy,torch,jax")
 
 
 @nox.session(python=PYTHONS)
@@ -127,6 +131,8 @@ def wheel(session: nox.Session) -> None:
         session.install("build")
         session.run("python", "-m", "build", "--outdir", folder)
         (built,) = away.glob("*.whl")
+        if lacking := files_of_the_package() - set(ZipFile(built).namelist()):
+            session.error(f"the wheel lacks {sorted(lacking)}")
         install(session, f"{built}[demo]", *FRAMEWORKS, "test")
         for name in ("tests", "docs", ".ci"):
             shutil.copytree(ROOT / name, away / name)
@@ -134,7 +140,7 @@ def wheel(session: nox.Session) -> None:
             shutil.copy(ROOT / name, away)
         with session.chdir(away):
             session.run("python", "-c", IS_INSTALLED)
-            run_pytest(session, f"--backends={ALL_BACKENDS}", "-m", "not processes")
+            run_pytest(session, *TOGETHER)
 
 
 @nox.session(python=RUNNING)
@@ -200,6 +206,12 @@ def install(session: nox.Session, *names: str) -> None:
 def run_pytest(session: nox.Session, *arguments: str) -> None:
     """Run pytest in the session's environment, with what follows ``--`` on nox's command line."""
     session.run("pytest", *arguments, *session.posargs)
+
+
+def files_of_the_package() -> set[str]:
+    """Find what a wheel must hold, by its paths there."""
+    files = (path for path in (ROOT / "gcx").rglob("*") if path.is_file())
+    return {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
 
 
 def has_gpu(session: nox.Session) -> bool:

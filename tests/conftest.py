@@ -53,12 +53,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _param(*together: libraries.ArrayLibrary) -> Any:
-    on_cpu = all(library.device == "cpu" for library in together)
-    return pytest.param(
-        together if len(together) > 1 else together[0],
-        id="+".join(map(str, together)),
-        marks=() if on_cpu else pytest.mark.gpu,
-    )
+    marks = []
+    if len(together) == 1:
+        marks.append(pytest.mark.one_framework)
+    if any(library.device != "cpu" for library in together):
+        marks.append(pytest.mark.gpu)
+    value = together if len(together) > 1 else together[0]
+    return pytest.param(value, id="+".join(map(str, together)), marks=marks)
 
 
 _NAMES = pytest.StashKey[list[str]]()

@@ -498,7 +498,7 @@ class TestGraphs:
         assert next(graphs.changing_addresses(gpu)).value == 2 * len(graphs._WEIGHTS)
 
 
-@pytest.mark.processes
+@pytest.mark.one_framework
 class TestConcurrency:
     def test_both(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(concurrency, "_LAUNCHES", 20)

@@ -26,6 +26,8 @@ import processes
 import sharded_training
 from reference import fan_in_means
 
+pytestmark = pytest.mark.one_framework
+
 
 class Net(nn.Module):
     """Of each kind something: groups, batch norm, dropout, an embedding, what nobody uses."""
@@ -438,14 +440,12 @@ def shares_after_backward() -> tuple[list[Any], Any]:
     return list(report.rows), report.total
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
 def test_a_model_on_several_processes_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
     for message in processes.run(2, refused, wrap):
         assert message.startswith("the model is spread over processes")
 
 
-@pytest.mark.processes
 def test_sharded_gradients_are_measured_as_whole_ones() -> None:
     model = sharded_training.net(8)
     loss_of_part(model, slice(8)).backward()

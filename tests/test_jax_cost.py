@@ -18,6 +18,8 @@ import gcx
 import gcx.optax
 from gcx.backends import _jax
 
+pytestmark = pytest.mark.one_framework
+
 
 def weights(*shapes: tuple[int, ...]) -> Any:
     rng = np.random.default_rng(0)

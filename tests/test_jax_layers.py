@@ -23,6 +23,8 @@ from gcx.optax._layers._linen import einsum_kernel
 from gcx.optax._layers._tracing import shapes_of
 from gcx.plan import LeaveAlone
 
+pytestmark = pytest.mark.one_framework
+
 # Layout and shape of one layer, shape of what the optimizer has, layout of that.
 STACKS: list[tuple[str, tuple[int, ...], tuple[int, ...], str | None]] = [
     ("io", (5, 4), (5, 4), "io"),

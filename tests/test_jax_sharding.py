@@ -11,7 +11,7 @@ import devices
 pytest.importorskip("jax")
 pytest.importorskip("optax")
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.one_framework
 
 # The collectives that GC adds, by the number of their elements: the means of a fan-in that is
 # split, and nothing for one that is whole.

@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import gcx.optax
 
+pytestmark = pytest.mark.one_framework
+
 # What is communicated to centralize a kernel of shape (16, 24) on a mesh of 4 x 2 devices.
 COLLECTIVES = {
     "fan-in": {"all-reduce 24": 1},

@@ -24,6 +24,8 @@ import canonical_order
 from reference import centralized
 from same_bits import assert_same_bits
 
+pytestmark = pytest.mark.one_framework
+
 
 def weight(*shape: int) -> Any:
     return jax.random.normal(jax.random.key(0), shape, jnp.float32)

@@ -30,6 +30,8 @@ from gcx.optax._layers._names import name_of
 
 from optax_training import train
 
+pytestmark = pytest.mark.one_framework
+
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 
 PRESETS = ("flax", "haiku", "equinox", "keras")

@@ -13,7 +13,7 @@ from torch import distributed
 
 import processes
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.one_framework
 
 
 def rank_after_barrier(offset: int) -> int:

@@ -24,7 +24,10 @@ from gcx.testing import assert_centralized
 from torch_training import RTOL, change_of, loss_of, train
 
 # The compiler uses what torch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+pytestmark = [
+    pytest.mark.one_framework,
+    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
+]
 
 STEPS = 6
 

@@ -49,7 +49,7 @@ from sharded_training import (
     whole_weights,
 )
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.one_framework
 
 EVEN, UNEVEN = 8, 7
 

@@ -24,6 +24,8 @@ from gcx.torch._fused import SGD, AdamW
 
 from torch_training import GRAD
 
+pytestmark = pytest.mark.one_framework
+
 STEPS = 6
 DATA = torch.rand(8, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -24,6 +24,8 @@ from gcx.torch._fused._rules import AdamWRule
 
 from torch_kernels import MultiTensor, Runs, replace_kernels
 
+pytestmark = pytest.mark.one_framework
+
 STEPS = 6
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
 

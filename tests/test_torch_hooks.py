@@ -25,6 +25,8 @@ from gcx.testing import assert_centralized
 
 from torch_training import GRAD, RTOL, change_of, loss_of, new_layer, train
 
+pytestmark = pytest.mark.one_framework
+
 
 @pytest.fixture
 def layer() -> nn.Linear:

@@ -29,7 +29,7 @@ from gcx.testing import assert_centralized
 import processes
 from sharded_training import Weights, whole_weights
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.one_framework
 
 STEPS = 4
 X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

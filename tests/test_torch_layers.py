@@ -39,7 +39,10 @@ from gcx.torch._layers import (
 
 from torch_fan_in import assert_fan_in_is_support, channels, declared_fan_in, features
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.one_framework,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 
 def _channels_of(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:

@@ -20,6 +20,8 @@ from gcx.testing import assert_centralized
 
 from torch_training import GRAD, RTOL, X, change_of, loss_of, new_layer, train
 
+pytestmark = pytest.mark.one_framework
+
 # Two roundings apart: the same steps, summed in another order.
 ATOL = 1e-13
 

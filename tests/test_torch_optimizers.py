@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 import gcx.torch
 from gcx.testing import assert_centralized
 
+pytestmark = pytest.mark.one_framework
+
 STEPS = 30
 
 

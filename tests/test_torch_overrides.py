@@ -17,6 +17,8 @@ from gcx import Layout
 from gcx.plan import LeaveAlone
 from gcx.torch import FanIn
 
+pytestmark = pytest.mark.one_framework
+
 
 def new_model() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3), nn.LayerNorm((2, 3)), nn.Linear(3, 2))

@@ -25,6 +25,8 @@ import canonical_order
 import processes
 from same_bits import assert_same_bits
 
+pytestmark = pytest.mark.one_framework
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -305,7 +307,6 @@ def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_shards_of_whole_fan_ins(placement: Placement, where: str) -> None:
@@ -319,7 +320,6 @@ def refusal() -> str:
     return str(caught.value)
 
 
-@pytest.mark.processes
 def test_a_fan_in_that_is_cut_is_refused() -> None:
     for message in processes.run(2, refusal):
         assert message.startswith("weight: reproducible=True needs each fan-in whole")

@@ -21,6 +21,8 @@ from gcx.backends import _torch
 
 from reference import centralized
 
+pytestmark = pytest.mark.one_framework
+
 
 def weight(*shape: int) -> Any:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -54,8 +54,15 @@ TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 # Tests that run what is documented, so far as the packages for it are there.
 EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
 
-# Tests of what takes more than one framework, with all of them; `tests` has the others.
-TOGETHER = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+# Tests that use all parts of the package, each a little.
+OF_THE_PACKAGE = (
+    *EXAMPLES,
+    "tests/test_agreement.py",
+    "tests/test_cli.py",
+    "tests/test_demo.py",
+    "tests/test_lazy_imports.py",
+    "tests/test_public_api.py",
+)
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
@@ -81,9 +88,9 @@ def tests(session: nox.Session, backend: str) -> None:
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers, all of them in one environment."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers", "paper")
-    run_pytest(session, *TOGETHER, f"--packages={PEERS}")
-    run_pytest(session, "tests/paper", "--backends=numpy,torch,jax")
+    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers")
+    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+    run_pytest(session, *together, f"--packages={PEERS}")
 
 
 @nox.session(python=PYTHONS)
@@ -140,7 +147,7 @@ def wheel(session: nox.Session) -> None:
             shutil.copy(ROOT / name, away)
         with session.chdir(away):
             session.run("python", "-c", IS_INSTALLED)
-            run_pytest(session, *TOGETHER)
+            run_pytest(session, *OF_THE_PACKAGE, f"--backends={ALL_BACKENDS}")
 
 
 @nox.session(python=RUNNING)
@@ -193,6 +200,16 @@ def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
     session.run("python", "-m", "benchmarks.paper", *session.posargs)
+
+
+@nox.session(python=RUNNING)
+def paper_tests(session: nox.Session) -> None:
+    """Run the tests of what `paper` runs."""
+    install(session, "-e.", "paper", "core-test")
+    packages = "--packages=scipy,sklearn,matplotlib,tqdm"
+    run_pytest(
+        session, "tests/test_canary.py", "tests/paper", packages, "--backends=numpy,torch,jax"
+    )
 
 
 def install(session: nox.Session, *names: str) -> None:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 import gcx.diagnostics
 import gcx.optax
-from gcx import Layout
 from gcx.diagnostics import EnergyReport, Share
 from gcx.diagnostics.jax import energy_removed
 
 from reference import fan_in_means
+
+pytestmark = pytest.mark.one_framework
 
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 
@@ -177,42 +178,6 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
         "step": "not of floating dtype",
     }
     assert report.total == share(report, "kernel")
-
-
-def test_equinox_modules_as_they_are() -> None:
-    eqx = pytest.importorskip("equinox")
-    model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
-    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
-
-    def loss(model: Any, x: Any) -> Any:
-        return jnp.mean(jax.vmap(model)(x) ** 2)
-
-    report = energy_removed(model, batches, loss, layouts=model)
-    grads = [eqx.filter_grad(loss)(model, x).layers[0].weight for x in batches]
-    expected = gcx.diagnostics.energy_removed([[grad] for grad in grads])
-    assert share(report, "layers/0/weight") == pytest.approx(expected.rows[0].share, rel=1e-5)
-    assert [row.name for row in report.rows if row.share] == ["layers/0/weight", "layers/1/weight"]
-
-
-def test_nnx_modules_by_their_state() -> None:
-    nnx = pytest.importorskip("flax.nnx")
-    rngs = nnx.Rngs(0)
-    layers = (nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
-    model = nnx.Sequential(*layers)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    before = jax.tree.map(np.array, rest)
-
-    def loss(params: Any, x: Any) -> Any:
-        return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
-
-    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
-    report = energy_removed(params, batches, loss, layouts=model)
-    assert [(row.name, row.layout) for row in report.rows if row.share] == [
-        ("layers/0/kernel", Layout("io")),
-        ("layers/2/kernel", Layout("io")),
-    ]
-    assert reasons(report)["layers/1/scale"] == "norm"
-    jax.tree.map(np.testing.assert_array_equal, rest, before)
 
 
 # Batches and errors

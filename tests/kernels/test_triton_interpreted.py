@@ -84,11 +84,11 @@ def test_order_of_memory_in_channels_last(shape: tuple[int, ...]) -> None:
     assert_same_bits(again, of_axes)
 
 
-def test_a_thousand_small_tensors() -> None:
+def test_hundreds_of_small_tensors() -> None:
     random = np.random.default_rng(0)
-    grads = [filled(torch.empty(*random.integers(1, 9, 2), 3), (1, 2)) for _ in range(1000)]
+    grads = [filled(torch.empty(*random.integers(1, 9, 2), 3), (1, 2)) for _ in range(300)]
     wanted = [expected(grad, (1, 2)) for grad in grads]
-    assert centralize_many(grads, [(1, 2)] * 1000, 1.0, grads) == grads
+    assert centralize_many(grads, [(1, 2)] * 300, 1.0, grads) == grads
     for grad, each in zip(grads, wanted, strict=True):
         assert_same_bits(grad, each)
 

@@ -49,7 +49,11 @@ def distance(of: Grid, arm: str) -> float:
 # The libraries agree
 
 
-@pytest.mark.parametrize(("norm", "optimizer", "arm"), [*product(NORMS, OPTIMIZERS, ARMS)])
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    ("norm", "optimizer"),  # each of each; a program takes long to compile
+    [("batch norm", "SGDM"), ("group norm", "SGDM"), ("group norm", "Adam"), ("no norm", "Adam")],
+)
 def test_losses_agree_step_by_step(norm, optimizer, arm):
     assert distance(grid(norm, optimizer), arm) < TOLERANCE
 

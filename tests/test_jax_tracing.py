@@ -113,8 +113,10 @@ def test_scan_over_steps_keeps_the_means() -> None:
 # product and a sum become one operation, a conversion to a narrow dtype and back is left out.
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.3])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "strength"),
+    [("float16", 0.3), ("bfloat16", 0.3), ("float32", 1.0), ("float32", 0.3), ("float64", 0.3)],
+)
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [

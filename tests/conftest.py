@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -50,6 +51,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("xp", [_param(library) for library in found])
         else:  # every two of them; of one library, none
             metafunc.parametrize("pair", [_param(*two) for two in combinations(found, 2)])
+
+
+@pytest.fixture
+def compiled_in_haste() -> Iterator[None]:
+    """Programs that run once, and whose last bits nobody looks at: XLA takes longer than they."""
+    jax = pytest.importorskip("jax")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _param(*together: libraries.ArrayLibrary) -> Any:

@@ -21,6 +21,8 @@ import gcx.diagnostics
 from gcx import Layout
 from gcx.diagnostics.jax import energy_removed
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 
 def normal(seed: int, *shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), "float32")

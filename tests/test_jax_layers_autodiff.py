@@ -28,6 +28,8 @@ from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
 from gcx.optax._layers._frameworks import RULES
 from gcx.optax._layers._names import named_leaves
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 KEY = jax.random.key(0)
 
 

@@ -31,6 +31,8 @@ from gcx.plan import LeaveAlone, Plan
 from optax_training import train
 from reference import fan_in_means
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
 IMAGES = jax.ShapeDtypeStruct((2, 7, 7, 3), "float32")
@@ -698,7 +700,7 @@ def test_part_of_a_model_may_be_trained() -> None:
 def test_training_a_linen_model_keeps_the_fan_in_means() -> None:
     model = OfLinen()
     x = jax.random.normal(KEY, IMAGES.shape)
-    start = model.init(KEY, x)["params"]
+    start = jax.jit(model.init)(KEY, x)["params"]
     layouts = gcx.optax.layouts(model, IMAGES)
 
     def loss(params: Any) -> Any:

@@ -26,6 +26,8 @@ import gcx.optax
 import reference
 from optax_training import train
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 
 KEY = jax.random.key(0)

@@ -58,8 +58,6 @@ EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_docume
 OF_THE_PACKAGE = (
     *EXAMPLES,
     "tests/test_agreement.py",
-    "tests/test_cli.py",
-    "tests/test_demo.py",
     "tests/test_lazy_imports.py",
     "tests/test_public_api.py",
 )

@@ -46,7 +46,7 @@ AROUND = {
     "keras": ("keras", "keras"),
     "thinc": ("thinc", "thinc"),
 }
-PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib"
+PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
@@ -54,7 +54,7 @@ TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 # Tests that run what is documented, so far as the packages for it are there.
 EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
 
-# Tests that use all parts of the package, each a little.
+# Tests that import every public module whose framework is there, and use it a little.
 OF_THE_PACKAGE = (
     *EXAMPLES,
     "tests/test_agreement.py",
@@ -130,7 +130,7 @@ def xla_gpu(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
-    """Build the distributions, and run the tests on the installed wheel, away from the checkout."""
+    """Build the distributions; test that the wheel holds all, and works away from the checkout."""
     with TemporaryDirectory() as folder:
         away = Path(folder)
         session.install("build")
@@ -225,8 +225,8 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 
 def files_of_the_package() -> set[str]:
     """Find what a wheel must hold, by its paths there."""
-    files = (path for path in (ROOT / "gcx").rglob("*") if path.is_file())
-    return {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    files = (path.relative_to(ROOT) for path in (ROOT / "gcx").rglob("*") if path.is_file())
+    return {file.as_posix() for file in files if "__pycache__" not in file.parts}
 
 
 def has_gpu(session: nox.Session) -> bool:

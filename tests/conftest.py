@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("pair", [_param(*two) for two in combinations(found, 2)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """Programs that run once, and whose last bits nobody looks at: XLA takes longer than they."""
     jax = pytest.importorskip("jax")
@@ -61,6 +61,7 @@ def compiled_in_haste() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # the next module's programs are its own
 
 
 def _param(*together: libraries.ArrayLibrary) -> Any:

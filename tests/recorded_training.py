@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pytest
+from sklearn.datasets import load_digits
 
 import canonical_order
 
@@ -36,8 +36,7 @@ def start() -> Arrays:
 @cache
 def gradients() -> list[Arrays]:
     """What plain SGD sees, batch by batch."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
     targets = np.eye(10)[labels]
     rng = np.random.default_rng(1)
     weights, recorded = start(), []

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 import gcx
 from gcx.optim import SGD, Adam
@@ -137,8 +138,7 @@ def test_without_centralization_of_the_step_the_means_drift(xp: Any, name: str) 
 
 
 def test_digits_are_learned_with_the_means_kept() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    x, labels = datasets.load_digits(return_X_y=True)
+    x, labels = load_digits(return_X_y=True)
     x, target = x / 16, np.eye(10)[labels]
     (numpy,) = libraries.MAKERS["numpy"]()
     start = start_weights(64, 32, 10)

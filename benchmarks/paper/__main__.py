@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     is_cifar = bool(options.data or options.dry_run)
     _refuse_options(parser, options, DIGITS_ALONE if is_cifar else DEFAULTS, is_cifar=is_cifar)
+    if options.seeds and options.only and set(options.only) <= {"energy", "theory"}:
+        parser.error("of no effect on energy and theory, which are of seed 0: --seeds")
     folder = options.write or Path("paper-results-brief" if options.brief else "paper-results")
     try:
         if not options.dry_run:

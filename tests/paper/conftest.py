@@ -10,6 +10,6 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def in_haste(compiled_in_haste: None) -> None:
     """A run of a few steps is compiled longer than it takes."""

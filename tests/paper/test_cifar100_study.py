@@ -288,8 +288,19 @@ def test_an_unknown_device_is_said(tmp_path, written):
         study(written, tmp_path, device="foo")
 
 
+def test_a_device_that_it_does_not_run_on(tmp_path, written):
+    with pytest.raises(CannotRunError, match="--device meta: it runs on no such device"):
+        study(written, tmp_path, device="meta")
+
+
+def test_a_gpu_that_is_not_there(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotRunError, match="--device cuda:1: torch finds 1 GPUs here"):
+        study(written, tmp_path, device="cuda:1")
+
+
 def test_a_missing_gpu_is_said(tmp_path, written, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(CannotRunError, match="--device cuda: torch finds no GPU"):
         study(written, tmp_path, device="cuda")
 

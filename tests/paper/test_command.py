@@ -66,6 +66,7 @@ def test_a_dry_run_makes_no_folder(asked: dict, tmp_path: Path) -> None:
     [
         (["--epochs", "3", "--layers", "all"], "on digits, .*: --epochs, --layers"),
         (["--device", "cpu"], "on digits, .*: --device"),
+        (["--only", "energy", "--seeds", "3"], "on energy and theory, .*: --seeds"),
         (["--data", "images", "--brief"], "on CIFAR-100 .*: --brief"),
         (["--dry-run", "--only", "table1"], "on CIFAR-100 .*: --only"),
     ],

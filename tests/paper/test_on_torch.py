@@ -51,8 +51,8 @@ def distance(of: Grid, arm: str) -> float:
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize(
-    ("norm", "optimizer"),  # each of each; a program takes long to compile
-    [("batch norm", "SGDM"), ("group norm", "SGDM"), ("group norm", "Adam"), ("no norm", "Adam")],
+    ("norm", "optimizer"),  # each norm and each optimizer, as a program takes long to compile
+    [("batch norm", "Adam"), ("group norm", "SGDM"), ("group norm", "Adam"), ("no norm", "SGDM")],
 )
 def test_losses_agree_step_by_step(norm, optimizer, arm):
     assert distance(grid(norm, optimizer), arm) < TOLERANCE

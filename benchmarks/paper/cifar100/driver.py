@@ -104,9 +104,16 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         msg = f"--device {name}: torch knows no such device; give cuda, cuda:1 or cpu"
         raise CannotRunError(msg) from error
+    if device.type not in {"cuda", "cpu"}:
+        msg = f"--device {name}: it runs on no such device; give cuda, cuda:1 or cpu"
+        raise CannotRunError(msg)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
+        there_are = torch.cuda.device_count()
+        if not there_are:
             msg = f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
+            raise CannotRunError(msg)
+        if (device.index or 0) >= there_are:
+            msg = f"--device {name}: torch finds {there_are} GPUs here, cuda:0 the first of them"
             raise CannotRunError(msg)
         torch.backends.cudnn.benchmark = True  # the fastest algorithms: shapes recur
     return device

@@ -1,0 +1,51 @@
+"""All sections of the report on digits, of outcomes that are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.paper import on_digits, store, study
+from benchmarks.paper.__main__ import PARTS
+from benchmarks.paper.cells import Outcome
+from benchmarks.paper.training import Grid
+
+TABLES = ["table1", "table2", "regimes", "places", "rates", "libraries", "energy"]
+
+
+def made_up(grid: Grid, seeds: tuple[int, ...]) -> list[Outcome]:
+    rng = np.random.default_rng(0)
+    steps = grid.task.steps
+    return [
+        Outcome(
+            cell=grid.cell(index),
+            arm=arm,
+            seeds=seeds,
+            accuracy=rng.normal(90, 2, (len(seeds), len(grid.checkpoints))),
+            loss=np.exp(-np.arange(steps) / 30 + rng.normal(0, 0.1, (len(seeds), steps))),
+            checkpoints=grid.checkpoints,
+        )
+        for index in range(len(grid.cells))
+        for arm in grid.arms
+    ]
+
+
+def make_up(studies: list[study.Study], folder: Path, *, seeds: int | None) -> None:
+    for each in studies:
+        for program in study._programs(each, seeds):
+            found = [outcome for grid in program.grids for outcome in made_up(grid, program.seeds)]
+            store.save(program.path(folder), found, seconds=60.0, machine="a machine")
+
+
+def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(on_digits, "run", make_up)
+    monkeypatch.setattr(on_digits, "energy_table", lambda: ["a table"])
+    monkeypatch.setattr(on_digits, "draw", lambda folder, along: drawn.append(along) or [])
+    paths = list(on_digits.sections(PARTS, tmp_path, hardly=True))
+    assert [path.name for path in paths] == [f"{name}.md" for name in [*TABLES, "machine"]]
+    assert all(path.read_text().strip() for path in paths)
+    assert len(drawn) == 1
+    assert "a machine" in paths[-1].read_text()

@@ -9,7 +9,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcx._table import aligned, html_table
-from gcx.diagnostics._energy import Energy, fan_in_of
+from gcx.diagnostics._energy import Energy, fan_in_size
 from gcx.layout import Layout
 from gcx.plan import PlanRow
 
@@ -217,7 +217,7 @@ def _not_finite(energies: Sequence[Energy]) -> str:
 
 def _by_chance(row: PlanRow) -> float:
     """Share to be expected of independent elements with mean zero."""
-    return 0.0 if row.layout is None else 1 / fan_in_of(row)[1]
+    return 0.0 if row.layout is None else 1 / fan_in_size(row)
 
 
 def _chance_of_all(plan: Sequence[PlanRow], of_rows: Sequence[Sequence[Energy]]) -> float:

@@ -1,4 +1,4 @@
-"""Where arrays lie in memory: whether they are dense, and whether they overlap."""
+"""Dense arrays, and arrays that overlap in memory."""
 
 from __future__ import annotations
 

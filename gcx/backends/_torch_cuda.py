@@ -77,8 +77,8 @@ def centralize_many(
 ) -> list[Tensor | None]:
     """Centralize the gradients that the kernel takes; see `gcx.backends.Backend`.
 
-    The result is None for each gradient that is left to PyTorch. All are left if one of them would
-    be written to memory in which another one lies.
+    The result is None for each gradient that is left to PyTorch. All are left if a result would
+    overwrite another array of the list.
     """
     results: list[Tensor | None] = [None] * len(grads)
     places = _find_taken(grads, axes, outs)

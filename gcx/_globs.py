@@ -7,16 +7,15 @@ from fnmatch import fnmatchcase
 
 __all__ = ["first_keys", "is_glob", "matches", "no_match"]
 
-_GLOB = frozenset("*?[")  # what makes a key more than a name
+_GLOB = frozenset("*?[")
 
 
 def first_keys(
     keys: Iterable[str], names: Iterable[str], *, what: str, complete: bool = True
 ) -> dict[str, str]:
-    """Give each name the first key that is or matches it; names that none matches are left out.
+    """Find the first key that matches each name; names without a key are left out.
 
-    A key that matches no name is a ValueError which calls the mapping by the name `what`, unless
-    part of the names is hidden from view (not `complete`).
+    If `complete`, a key that matches no name is a ValueError; its message calls the mapping `what`.
 
     >>> first_keys(["a", "*/w"], ["a", "b/w", "c"], what="layouts")
     {'a': 'a', 'b/w': '*/w'}
@@ -40,17 +39,17 @@ def first_keys(
 
 
 def matches(key: str, name: str) -> bool:
-    """Whether a key is a name or a glob of it."""
+    """Return True if a key equals a name, or is a glob that matches it."""
     return key == name or (is_glob(key) and fnmatchcase(name, key))
 
 
 def is_glob(key: str) -> bool:
-    """Whether a key can match more than the name that it is."""
+    """Return True if a key is a glob."""
     return bool(_GLOB & set(key))
 
 
 def no_match(key: str, names: Sequence[str], *, what: str) -> str:
-    """Tell that a key of the mapping `what` matches none of the names."""
+    """Write the error for a key of the mapping `what` that matches none of the names."""
     shown = 10
     listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
     return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"

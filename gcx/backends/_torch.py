@@ -139,9 +139,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _torch_dtensor.fan_in_mean(x, axes)
     if reproducible:
         return _canonical_mean(x, axes)
-    return x.mean(
-        axes if len(axes) > 1 else axes[0], True
-    )  # keepdim; torch parses positional arguments faster
+    return x.mean(axes if len(axes) > 1 else axes[0], True)  # positional: torch parses it faster
 
 
 def fan_in_mean_of_groups(

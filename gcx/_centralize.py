@@ -75,8 +75,9 @@ def centralize(
     Notes
     -----
     Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
-    own output unit. JAX on a CPU takes subnormal numbers for zero, with `reproducible` too; inside
-    `jax.jit`, XLA may round the operations around the call in its own way.
+    own output unit. JAX on a CPU takes subnormal numbers for zero, with `reproducible` too. In
+    `jax.jit`, XLA may round the operations around a reproducible call in its own way; in
+    `torch.compile` the call is a graph break.
 
     References
     ----------

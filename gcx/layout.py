@@ -305,7 +305,7 @@ def as_layout(layout: LayoutLike) -> Layout:
 def match_layouts(
     layouts: Mapping[str, LayoutLike | None], names: Iterable[str], *, complete: bool = True
 ) -> dict[str, Layout | None]:
-    """Find the layout of each name: the one of the first key that matches it.
+    """Find the layout of each name: the first key that matches decides.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ def backend_for(array: Any) -> Backend:
 def _find(array: Any) -> Any:
     # torch.compile traces this function and must find the origin of each module. It can do so with
     # `from ... import` in branches, but not with a loop or typing.cast (hence the return type Any).
-    # torch comes first, without array_api_compat, since torch.compile warns of its caches.
+    # torch comes first, without array_api_compat, since its caches make torch.compile warn.
     if "torch" in sys.modules:
         from torch import Tensor
 

@@ -98,8 +98,7 @@ class EnergyReport:
     >>> report.rows[0].share.removed
     0.8
     >>> report.to_dict()["parameters"]["bias"]
-    {'shape': [1], 'layout': None, 'reason': 'fan-in 1: subtracting its mean would freeze it', \
-'share': None}
+    {'shape': [1], 'layout': None, 'reason': 'a vector has no fan-in', 'share': None}
     """
 
     rows: tuple[EnergyRow, ...]

@@ -93,13 +93,13 @@ def energy_removed(
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
     with _restore(model), torch.enable_grad():
-        measured = [_energies(trained, loss(model, batch)) for batch in batches]
+        measured = [_measure(trained, loss(model, batch)) for batch in batches]
     frozen = "; requires_grad is False"
     rows = [row if row in trained else row._replace(reason=row.reason + frozen) for row in plan]
     return make_report(rows, measured)
 
 
-def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
+def _measure(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
     """Measure the gradients of a loss, for the parameters that it depends on."""
     _check_loss(loss)
     # backward() would add to .grad, and hooks after it might step an optimizer.

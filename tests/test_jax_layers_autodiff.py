@@ -24,9 +24,12 @@ from flax import nnx
 
 import gcx.optax
 from gcx.layout import as_layout
-from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
-from gcx.optax._layers._frameworks import RULES
-from gcx.optax._layers._names import named_leaves
+from gcx.optax._models import RULES
+from gcx.optax._models import equinox as equinox_rules
+from gcx.optax._models import haiku as haiku_rules
+from gcx.optax._models import linen as linen_rules
+from gcx.optax._models import nnx as nnx_rules
+from gcx.optax._names import named_leaves
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -330,7 +333,7 @@ def test_the_first_half_of_lora_is_a_layer_of_its_own() -> None:
 
 NO_FAN_IN = {
     rule
-    for module in (_equinox, _haiku, _linen, _nnx)
+    for module in (equinox_rules, haiku_rules, linen_rules, nnx_rules)
     for name, rule in vars(module).items()
     if name in {"_embedding", "_norm", "_weight_norm", "_activation", "_state", "_bias"}
 }

@@ -26,7 +26,7 @@ import optax
 from jax import lax
 
 import gcx.optax
-from gcx.optax._layers._names import name_of
+from gcx.optax._names import name_of
 
 from optax_training import train
 

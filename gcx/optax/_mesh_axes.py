@@ -9,7 +9,7 @@ from gcx._centralize import centralize
 from gcx._tree import naming
 from gcx.backends import _jax
 from gcx.layout import Layout
-from gcx.optax._layers._names import Names, keys_by_name
+from gcx.optax._names import Names, keys_by_name
 
 __all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name", "check_whole"]
 

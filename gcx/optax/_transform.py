@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import optax
 
 from gcx._centralize import checked_strength
-from gcx.optax._layers._forms import Layouts, source_of
-from gcx.optax._layers._names import is_none, names_of
-from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_axis_name
+from gcx._dispatch import backend_for
+from gcx._tree import naming
+from gcx.backends import _canonical
+from gcx.optax._layouts import Layouts, source_of
+from gcx.optax._mesh_axes import (
+    AxisName,
+    axes_by_path,
+    centralize_split,
+    check_axis_name,
+    check_whole,
+)
+from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.optax._plan import plan_of
-from gcx.optax._reproducible import check_reproducible
 from gcx.plan import Plan
 
 
@@ -162,7 +171,7 @@ def centralize(
         rows = plan_of(params, source, axes)
         _check_not_idle(params, rows)
         if reproducible:
-            check_reproducible(params, rows, axes)
+            _check_reproducible(params, rows, axes)
         return optax.EmptyState()
 
     def update(
@@ -205,3 +214,19 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
         "to be seen: put gcx.optax.centralize before it"
     )
     raise ValueError(msg)
+
+
+def _check_reproducible(
+    params: optax.Params, rows: Plan, mesh_axes: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise a TypeError that names the first parameter for which they cannot."""
+    for (path, leaf), row in zip(named_leaves(params), rows, strict=True):
+        if row.layout is None:
+            continue
+        check_whole(mesh_axes.get(path), path)
+        with naming(path):
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # which is nowhere yet
+                _canonical.check_dtype(leaf.dtype.name)
+            else:
+                fan_in = row.layout.fan_in_axes(len(row.shape))
+                backend_for(leaf).check_reproducible(leaf, fan_in)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._layers._decision import Decision, KernelAnswer
-from gcx.optax._layers._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._models._decision import Decision, KernelAnswer
+from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
 
 
 def decide(

@@ -8,8 +8,8 @@ import jax
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx._tree import naming
-from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx.optax._layers._names import name_of
+from gcx.optax._models._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
+from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx._tree import naming
-from gcx.optax._layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx.optax._layers._linen import einsum_kernel
+from gcx.optax._models._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
+from gcx.optax._models.linen import einsum_kernel
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, KernelAnswer
-from gcx.optax._layers._names import named_leaves
-from gcx.optax._layers._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._models._decision import LENGTH, SLOPE, Decision, KernelAnswer
+from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone
 
 

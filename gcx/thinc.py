@@ -13,10 +13,9 @@ from thinc.backends import get_array_ops
 
 import gcx
 from gcx._dispatch import backend_for
-from gcx._globs import first_keys
+from gcx._names import match, naming
 from gcx._rows import row
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, asked
-from gcx._tree import naming
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
 from gcx.backends import _canonical
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -440,7 +439,7 @@ def _walk(models: tuple[Model[Any, Any], ...]) -> Iterator[tuple[str, Model[Any,
 def _answer(layer: Model[Any, Any], name: str) -> tuple[Answer, str]:
     """Ask the rule of a layer about its parameter `name`; the second is the name of the layer."""
     answers = _answers(layer)
-    keys = first_keys(answers, [name], what=f"the rule of {layer.name}", complete=False)
+    keys = match(answers, [name])
     if name in keys:
         return answers[keys[name]], layer.name
     return LeaveAlone(f"unknown: nobody declared {layer.name}.{name}"), layer.name
@@ -450,7 +449,7 @@ def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
     forward = _forward_of(layer)
     if forward not in _registered:
         return _LAYERS.get(_qualified(forward), {})
-    return asked(_registered[forward], layer, layer.name)
+    return ask(_registered[forward], layer, layer.name)
 
 
 def _qualified(function: Callable[..., Any]) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 
 import keras
 
-from gcx._globs import first_keys
+from gcx._names import match_all, naming
 from gcx._rows import row, tied
 from gcx._rules import Answer
-from gcx._tree import naming
 from gcx.keras._layers import RULES
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -98,7 +97,7 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
 
 def _given(overrides: Overrides, names: Iterable[str]) -> dict[str, Layout | LeaveAlone]:
     """Give each name that an override covers the answer of the first one."""
-    keys = first_keys(overrides, names, what="overrides")
+    keys = match_all(overrides, names, what="overrides")
     answers = {key: _as_given(key, value) for key, value in overrides.items()}
     return {name: answers[key] for name, key in keys.items()}
 

@@ -8,11 +8,12 @@ from functools import partial
 from types import NoneType
 from typing import Any
 
+from gcx._names import match_all
 from gcx._rules import Answer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
 from gcx.optax._models._decision import Decision
-from gcx.optax._names import Names, keys_by_name
+from gcx.optax._names import Names
 from gcx.plan import LeaveAlone
 
 # A preset, a mapping, a function, or a model of a framework that need not be installed.
@@ -204,7 +205,7 @@ def _check_answers(layouts: Mapping[str, Answer]) -> None:
 
 
 def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
-    keys = keys_by_name(layouts, names, what="layouts")
+    keys = match_all(layouts, names.visible, what="layouts", hidden=names.hidden)
 
     def rule(name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
         return _as_given(layouts[keys[name]]) if name in keys else (None, _no_rule(leaf))

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._layouts import TOO_FEW_AXES, Layouts, NameRule, Source, source_of

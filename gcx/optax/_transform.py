@@ -10,7 +10,7 @@ import optax
 
 from gcx._centralize import checked_strength
 from gcx._dispatch import backend_for
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, source_of
 from gcx.optax._mesh_axes import (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.optax._models._decision import Decision, KernelAnswer, Shape, settle
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from gcx._names import naming
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx._tree import naming
 from gcx.optax._models._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone

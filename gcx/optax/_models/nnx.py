@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gcx._names import naming
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx._tree import naming
 from gcx.optax._models._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
 from gcx.optax._models.linen import einsum_kernel
 

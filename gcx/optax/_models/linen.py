@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import LENGTH, SLOPE, Decision, KernelAnswer
+from gcx._einsum import kernel_letters
+from gcx._rules import BIAS, EMBEDDING, NORM, STACK, Rule, Rules
+from gcx.optax._models._decision import LENGTH, SLOPE, Answers, Decision, KernelAnswer
 from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone
@@ -52,81 +53,56 @@ def _parameters(module: Any) -> dict[str, Any]:
     return dict(named_leaves(module.variables.get("params", {})))
 
 
-def _dense(_: Any) -> dict[str, KernelAnswer]:
-    return {"kernel": "io", "bias": BIAS}
+def einsum_kernel(equation: str | None) -> KernelAnswer:
+    """Layout of the kernel of an einsum, or the reason why it has none.
+
+    >>> einsum_kernel("bi,io->bo")
+    'io'
+    """
+    if equation is None:
+        return LeaveAlone("unknown: the einsum string came with the call")
+    if "..." in equation.split("->")[0].split(",")[1]:
+        return LeaveAlone("unknown: an ellipsis in the kernel of an einsum")
+    letters = kernel_letters(equation)
+    return letters if "i" in letters else LeaveAlone("no fan-in: nothing is summed over")
 
 
-def _dense_general(layer: Any) -> dict[str, KernelAnswer]:
+def _einsum(layer: Any) -> Answers:
+    return {"kernel": einsum_kernel(layer.einsum_str), "bias": BIAS}
+
+
+def _dense_general(layer: Any) -> Answers:
     batch, inputs, outputs = map(_length, (layer.batch_dims, layer.axis, layer.features))
-    return {"kernel": "o" * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
+    return {"kernel": STACK * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
+
+
+def _transposed_convolution(layer: Any) -> Answers:
+    return {"kernel": "...oi" if layer.transpose_kernel else "...o", "bias": BIAS}
+
+
+def _local_convolution(layer: Any) -> Answers:
+    # (pixels of the output..., patch * in, out): each pixel is a layer of its own.
+    return {"kernel": STACK * _length(layer.kernel_size) + "io", "bias": BIAS}
 
 
 def _length(number_or_sequence: Any) -> int:
     return 1 if isinstance(number_or_sequence, int) else len(number_or_sequence)
 
 
-def _einsum(layer: Any) -> dict[str, KernelAnswer]:
-    return {"kernel": einsum_kernel(layer.einsum_str), "bias": BIAS}
-
-
-def einsum_kernel(subscripts: str | None) -> KernelAnswer:
-    """Layout of the second operand of an einsum: its fan-in are the axes that are summed over.
-
-    >>> einsum_kernel("bei,eio->beo")
-    'oio'
-    """
-    if subscripts is None:
-        return LeaveAlone("unknown: the einsum string came with the call")
-    operands, output = subscripts.replace(" ", "").split("->")
-    kernel = operands.split(",")[1]
-    if "..." in kernel:
-        return LeaveAlone("unknown: an ellipsis in the kernel of an einsum")
-    layout = "".join("o" if letter in output else "i" for letter in kernel)
-    return layout if "i" in layout else LeaveAlone("no fan-in: nothing is summed over")
-
-
-def _convolution(_: Any) -> dict[str, KernelAnswer]:
-    # (kernel..., in / groups, out): the fan-in of a grouped convolution is that of its group.
-    return {"kernel": "...o", "bias": BIAS}
-
-
-def _transposed_convolution(layer: Any) -> dict[str, KernelAnswer]:
-    return {"kernel": "...oi" if layer.transpose_kernel else "...o", "bias": BIAS}
-
-
-def _local_convolution(layer: Any) -> dict[str, KernelAnswer]:
-    # (pixels of the output..., patch * in, out): each pixel has weights of its own.
-    return {"kernel": "o" * _length(layer.kernel_size) + "io", "bias": BIAS}
-
-
-def _embedding(_: Any) -> dict[str, KernelAnswer]:
-    return {"embedding": EMBEDDING}
-
-
-def _norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"scale": NORM, "bias": BIAS}
-
-
-def _weight_norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"*/scale": LENGTH}
-
-
-def _activation(_: Any) -> dict[str, KernelAnswer]:
-    return {"negative_slope": SLOPE}
-
+_DENSE: Answers = {"kernel": "io", "bias": BIAS}
+_NORM: Answers = {"scale": NORM, "bias": BIAS}
+_NORMS = ("Batch", "Layer", "Group", "RMS", "Instance")
 
 RULES: dict[str, Rule[KernelAnswer]] = {
     "flax.linen.*.DenseGeneral": _dense_general,
     "flax.linen.*.Einsum": _einsum,
     "flax.linen.*.ConvTranspose": _transposed_convolution,
     "flax.linen.*.ConvLocal": _local_convolution,
-    "flax.linen.*.Embed": _embedding,
-    "flax.linen.*.WeightNorm": _weight_norm,
-    "flax.linen.*.PReLU": _activation,
-    **dict.fromkeys(("flax.linen.*.Dense", "flax.linen.*.DenseParams"), _dense),
-    **dict.fromkeys(
-        [f"flax.linen.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS", "Instance")],
-        _norm,
-    ),
-    "flax.linen.*.Conv": _convolution,
+    "flax.linen.*.Embed": {"embedding": EMBEDDING},
+    "flax.linen.*.WeightNorm": {"*/scale": LENGTH},
+    "flax.linen.*.PReLU": {"negative_slope": SLOPE},
+    **dict.fromkeys(("flax.linen.*.Dense", "flax.linen.*.DenseParams"), _DENSE),
+    **dict.fromkeys([f"flax.linen.*.{kind}Norm" for kind in _NORMS], _NORM),
+    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
+    "flax.linen.*.Conv": {"kernel": "...o", "bias": BIAS},
 }

@@ -55,12 +55,12 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
         (r"/(w|w_i|w_h)", "...o", "weight"),
         (r"/embeddings", None, "embedding"),
-        (r"/b", None, "bias"),
-        (r"/(scale|offset)", None, "norm"),
+        (r"/(b|offset)", None, "bias"),
+        (r"/scale", None, "norm"),
     ),
     "equinox": (
         (r"embed[^/]*/weight", None, "embedding"),
-        (r"norm[^/]*/(weight|bias)", None, "norm"),
+        (r"norm[^/]*/weight", None, "norm"),
         (r"/(weight|weight_ih|weight_hh)", "o...", "weight"),
         (r"/(bias|bias_n)", None, "bias"),
     ),
@@ -74,8 +74,8 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
         (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
         (r"/(embeddings|reverse_embeddings)", None, "embedding"),
-        (r"/bias", None, "bias"),
-        (r"/(gamma|beta|scale)", None, "norm"),
+        (r"/(bias|beta)", None, "bias"),
+        (r"/(gamma|scale)", None, "norm"),
     ),
 }
 
@@ -157,7 +157,7 @@ def source_of(layouts: Layouts) -> Source:
         raise TypeError(msg)
     if isinstance(layouts, Mapping):
         _check_answers(layouts)
-        return partial(_mapping_rule, layouts)
+        return partial(_mapping_rule, dict(layouts))
     if callable(layouts):
         return _whatever_the_names(partial(_from_function, layouts))
     msg = (

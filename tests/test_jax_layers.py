@@ -19,7 +19,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.optax._models import RULES
 from gcx.optax._models._decision import Decision, Kernel, merge, settle
-from gcx.optax._models._tracing import shapes_of
+from gcx.optax._models._tracing import trace_shapes
 from gcx.optax._models.linen import einsum_kernel
 from gcx.plan import LeaveAlone
 
@@ -47,7 +47,7 @@ STACKS: list[tuple[str, tuple[int, ...], tuple[int, ...], str | None]] = [
 def test_axes_of_a_stack_are_kept_wherever_they_are(
     layout: str, own: tuple[int, ...], shape: tuple[int, ...], expected: str | None
 ) -> None:
-    unknown = Decision(None, f"unknown: the shape is {shape}, where a Dense has {own}")
+    unknown = Decision(None, f"unknown: the shape is {shape}, but a Dense has {own}")
     decision = unknown if expected is None else Decision(Layout(expected), "Dense")
     assert settle(layout, "Dense", shape, own) == decision
     assert settle(Kernel(layout, own), "Dense", shape, None) == decision
@@ -101,7 +101,7 @@ def test_tracing_takes_shapes_and_leaves_options_alone() -> None:
     def shape(train: bool) -> Any:
         struct = jax.ShapeDtypeStruct((2, 3), "float32")
         options = {"train": train, "more": {"y": jnp.ones((3, 4))}}
-        return shapes_of(model, (struct, 2.0), options).shape
+        return trace_shapes(model, (struct, 2.0), options).shape
 
     assert shape(train=True) == (2, 4)
     assert shape(train=False) == (2, 3)
@@ -147,7 +147,7 @@ def test_only_reasons_are_nothing_to_centralize() -> None:
 @pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
 def test_layouts_of_what_is_no_model(model: Any) -> None:
     message = (
-        "model is an nnx, linen or Equinox module, or what haiku.transform has made, not "
+        "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
         f"{type(model).__name__}"
     )
     with pytest.raises(TypeError, match=re.escape(message)):

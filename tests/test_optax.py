@@ -1139,7 +1139,7 @@ def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
 
 
 def test_parameters_in_place_of_layouts() -> None:
-    message = r"layouts: 'Dense_0' has a dict, where a mapping goes from .*: give the model"
+    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
     with pytest.raises(TypeError, match=message):
         gcx.optax.centralize(KERNELS)
 

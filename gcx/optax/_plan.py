@@ -1,4 +1,4 @@
-"""What happens to each parameter, and why."""
+"""The plan of a tree of parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gcx.plan import Plan, PlanRow
 
 
 def plan(params: optax.Params, layouts: Layouts) -> Plan:
-    """Tell what `centralize` does to each parameter, and why.
+    """Show which parameters `centralize` would centralize, over which axes, and why.
 
     Parameters
     ----------
     params : pytree
-        Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves that `optax.masked` hides
+        Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves hidden by `optax.masked`
         are not listed.
     layouts : model, mapping, callable or str
         As in `centralize`.
@@ -30,19 +30,17 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     Returns
     -------
     gcx.plan.Plan
-        One row per leaf, in the order of `jax.tree.leaves` (None included): name, shape, layout or
-        None, reason. Left alone are, besides what `layouts` leaves alone: anything but an array of
-        floating dtype, vectors and scalars, and a fan-in below 2.
+        One row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that are not
+        arrays of floating dtype, vectors, scalars and a fan-in below 2 are left alone, whatever
+        `layouts` says.
 
     Raises
     ------
     TypeError
-        If `layouts` is not one of the forms, or gives something else than a layout, None or
-        `LeaveAlone`.
+        If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter (neither one that is seen, nor one that
-        `optax.masked` or `optax.multi_transform` hide), or a layout is not valid or does not fit
-        the rank.
+        If a key of a mapping matches no parameter, visible or hidden; if a layout is not valid or
+        does not fit the rank.
 
     Examples
     --------
@@ -63,7 +61,7 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
 
 
 def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
-    """Make the plan by a source of layouts, where `axes` tells which fan-ins are split."""
+    """Make the plan of a tree; `axes` holds the mesh axes of the fan-ins that are split."""
     named = named_leaves(params)
     rule = source(names_of(params))
     return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
@@ -80,7 +78,7 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
         return PlanRow(name, shape, None, reason)
     layout, axes = _fan_in(name, shape, chosen)
     size = prod(shape[a] for a in axes)
-    if size < 2 and not (axes and is_split):  # a part of one may belong to a fan-in of more
+    if size < 2 and not (axes and is_split):  # each device may hold one element
         obstacle = f"fan-in {size}: subtracting its mean would freeze it" if axes else TOO_FEW_AXES
         return PlanRow(name, shape, None, obstacle)
     return PlanRow(name, shape, layout, reason)

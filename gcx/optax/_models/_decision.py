@@ -1,4 +1,4 @@
-"""From what the rule of a layer says of a parameter to what happens to that parameter."""
+"""From the answer of a layer's rule to the decision on a parameter."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Shape = tuple[int, ...]
 
 
 class Kernel(NamedTuple):
-    """Answer of a rule that knows the shape of its layer's weight too.
+    """Answer of a rule that also knows the shape of its layer's weight.
 
     Attributes
     ----------
     layout : str
-        Of the weight of a single layer.
+        Layout of the weight in a single layer.
     shape : tuple of int
-        Of that weight. Where layers are stacked, it shows which axes are those of the stack.
+        Shape of the weight in a single layer. It tells the axes of a stack from the others.
     """
 
     layout: str
@@ -32,13 +32,13 @@ Answers = Mapping[str, KernelAnswer]
 
 
 class Decision(NamedTuple):
-    """What happens to one parameter: centralized in `layout`, or left alone if that is None."""
+    """Layout of one parameter (None: left alone), and the reason."""
 
     layout: Layout | None
     reason: str
 
 
-# Reasons that several frameworks share, besides those of gcx._rules.
+# Reasons that several frameworks share.
 SLOPE = LeaveAlone("slope of an activation")
 LENGTH = LeaveAlone("weight norm: the length of a weight")
 
@@ -49,13 +49,13 @@ def settle(answer: KernelAnswer, rule: str, shape: Shape, own_shape: Shape | Non
     Parameters
     ----------
     answer : Layout, str, Kernel, LeaveAlone or None
-        What the rule said.
+        Answer of the rule.
     rule : str
-        Its name.
+        Name of the rule.
     shape : tuple of int
-        As the optimizer sees the parameter: with the axes of a stack of layers.
+        Shape for the optimizer, with the axes of a stack of layers.
     own_shape : tuple of int or None
-        As the layer itself sees it, where that is known.
+        Shape for the layer itself, if known.
     """
     if isinstance(answer, Kernel):
         answer, own_shape = answer
@@ -68,13 +68,13 @@ def settle(answer: KernelAnswer, rule: str, shape: Shape, own_shape: Shape | Non
         return Decision(_led_by_stack(layout, len(shape)), rule)
     stacked = _with_stack(layout, own_shape, shape)
     if stacked is None:
-        reason = f"unknown: the shape is {shape}, where a {rule} has {own_shape}"
+        reason = f"unknown: the shape is {shape}, but a {rule} has {own_shape}"
         return Decision(None, reason)
     return Decision(stacked, rule)
 
 
 def merge(first: Decision, second: Decision) -> Decision:
-    """Make one decision on a parameter that two layers share."""
+    """Make one decision on a parameter that two layers share: left alone unless they agree."""
     if first.layout == second.layout:
         return first
     reason = f"tied, and the rules differ: {first.reason}; {second.reason}"
@@ -82,7 +82,7 @@ def merge(first: Decision, second: Decision) -> Decision:
 
 
 def _led_by_stack(layout: Layout, ndim: int) -> Layout:
-    """Keep the axes in front that are more than the layout names: `vmap` and `scan` put them there.
+    """Keep the surplus axes in front, where `vmap` and `scan` put the axes of a stack.
 
     >>> _led_by_stack(Layout("io"), 3)
     Layout('oio')
@@ -92,7 +92,7 @@ def _led_by_stack(layout: Layout, ndim: int) -> Layout:
 
 
 def _with_stack(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
-    """Keep the axes that the layer itself does not have, wherever they are; None if none fit.
+    """Keep the axes that the layer itself does not have; None if no place for them fits.
 
     >>> _with_stack(Layout("...o"), (3, 8, 4), (3, 6, 8, 4))
     Layout('ioio')

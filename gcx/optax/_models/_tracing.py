@@ -1,4 +1,4 @@
-"""Run a model on shapes alone, and note which layer makes which parameter."""
+"""Trace a model on shapes, and note which layer makes which parameter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gcx.plan import LeaveAlone
 
 
 class Seen(NamedTuple):
-    """What a layer said of a parameter when it was called.
+    """A parameter in the call of its layer.
 
     Attributes
     ----------
     answer, rule
-        Of its rule.
+        Answer and name of the layer's rule.
     shape : tuple of int
-        As the layer itself sees it, within ``scan``, ``vmap`` or ``layer_stack``.
+        Shape for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``.
     """
 
     answer: KernelAnswer
@@ -29,25 +29,24 @@ class Seen(NamedTuple):
     shape: Shape
 
 
-def joined(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
-    """Put together what two calls have shown; nothing is believed of which they differ.
+def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
+    """Join the parameters of two calls; one on which they differ is unknown.
 
-    They do where a layer runs the ``init`` of another model, whose names begin at its own root and
-    may be those of this one.
+    They differ if a layer runs the ``init`` of another model, since names start anew at its root.
     """
-    both = {name: _agreed(earlier[name], later[name]) for name in earlier.keys() & later.keys()}
+    both = {name: _agree(earlier[name], later[name]) for name in earlier.keys() & later.keys()}
     return {**earlier, **later, **both}
 
 
-def _agreed(first: Seen, second: Seen) -> Seen:
+def _agree(first: Seen, second: Seen) -> Seen:
     if first == second:
         return first
     reason = f"unknown: two layers have this name, a {first.rule} and a {second.rule}"
     return second._replace(answer=LeaveAlone(reason))
 
 
-def decisions(seen: Mapping[str, Seen], shapes: Any) -> dict[str, Decision]:
-    """Decide on each parameter of a model, of these shapes, by what its calls have shown."""
+def decide_all(seen: Mapping[str, Seen], shapes: Any) -> dict[str, Decision]:
+    """Decide on each parameter of a model with these shapes, by the calls of its layers."""
     return {name: _decision(name, seen.get(name), leaf) for name, leaf in named_leaves(shapes)}
 
 
@@ -58,11 +57,11 @@ def _decision(name: str, seen: Seen | None, leaf: Any) -> Decision:
         return settle(seen.answer, seen.rule, leaf.shape, seen.shape)
 
 
-def shapes_of(function: Callable[..., Any], inputs: Any, keyword_inputs: Any) -> Any:
-    """Shapes of what ``function(*inputs, **keyword_inputs)`` returns, with nothing computed.
+def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any) -> Any:
+    """Trace ``function(*inputs, **keyword_inputs)``, and return the shapes of its results.
 
-    Arrays and `jax.ShapeDtypeStruct` are traced; everything else, such as ``train=True``, is passed
-    as it is.
+    Arrays and `jax.ShapeDtypeStruct` are traced; other arguments, such as ``train=True``, stay as
+    they are.
     """
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]

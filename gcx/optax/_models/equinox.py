@@ -1,4 +1,4 @@
-"""Equinox: a model is a tree, and the modules on the way to a leaf are its layers."""
+"""Equinox models: trees in which the innermost module around a leaf is its layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gcx.plan import LeaveAlone
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
-    """Decide on each array of an Equinox module; names are those of ``equinox.filter``."""
+    """Decide on each array of an Equinox module, by its name in ``equinox.filter``."""
     import equinox as eqx
 
     names: dict[int, str] = {}
@@ -36,7 +36,7 @@ def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
         return isinstance(node, eqx.nn.Shared)
 
     for shared in filter(is_shared, jax.tree.leaves(model, is_leaf=is_shared)):
-        layers = shared()  # with its array in every place where it is used
+        layers = shared()  # puts its array back into every layer that uses it
         found: dict[str, Decision] = {}
         for path, leaf in _arrays(layers):
             if id(leaf) in names:
@@ -59,7 +59,7 @@ def _of(rules: Rules[KernelAnswer], tree: Any, path: tuple[Any, ...], leaf: Any)
 
 
 def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Find the last module on the way to a leaf, and the rest of the way from there."""
+    """Find the innermost module around a leaf, and the path of the leaf in that module."""
     import equinox as eqx
 
     owner, rest = tree, path
@@ -72,7 +72,7 @@ def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         elif isinstance(key, jax.tree_util.DictKey):
             node = node[key.key]
         else:
-            break  # a node of another kind, which does not tell how to get inside
+            break  # a custom node, whose keys do not lead to its children
         if isinstance(node, eqx.Module):
             owner, rest = node, path[k + 1 :]
     return owner, rest
@@ -85,7 +85,7 @@ def _linear(layer: Any) -> Answers:
 
 
 def _convolution(layer: Any) -> Answers:
-    # Unlike those of torch, transposed ones have (out, in / groups, kernel...) too.
+    # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
     return {"weight": Kernel("o...", shape), "bias": BIAS}

@@ -1,4 +1,4 @@
-"""Flax nnx: the modules of a model and the parameters that they hold."""
+"""Flax nnx models: graphs of modules and their parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gcx.optax._models.linen import einsum_kernel
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
-    """Decide on each `nnx.Param` of an nnx module; names are those of ``nnx.state``."""
+    """Decide on each `nnx.Param` of an nnx module, by its name in ``nnx.state``."""
     from flax import nnx
 
     nodes = list(nnx.iter_graph(model))
-    # Lists and dicts of modules are modules too, but no layers.
+    # Lists and dicts of modules are modules too, but not layers.
     layers = {
         path: node
         for path, node in nodes
@@ -45,7 +45,7 @@ def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
     for owner, layer in layers.items():
         for key, param in vars(layer).items():
             first = paths.get(id(param))
-            if first is not None and first != (*owner, key):  # tied: held here as well
+            if first is not None and first != (*owner, key):  # tied: this layer holds it too
                 decisions[first] = merge(decisions[first], of(param, owner, (key,)))
     return {_joined(path): decision for path, decision in decisions.items()}
 

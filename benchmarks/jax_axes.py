@@ -17,7 +17,7 @@ from flax import nnx
 
 import gcx.optax
 from gcx.backends._jax import double_precision
-from gcx.optax._layers._names import named_leaves
+from gcx.optax._names import named_leaves
 
 STEPS = 30
 KEY = jax.random.key(0)

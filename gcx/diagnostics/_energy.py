@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gcx import _compat
 from gcx._dispatch import backend_for
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.plan import PlanRow
 
 __all__ = ["Energy", "energy_of", "fan_in_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gcx._rules import Answer
@@ -27,6 +28,7 @@ class Kernel(NamedTuple):
 
 
 KernelAnswer = Answer | Kernel
+Answers = Mapping[str, KernelAnswer]
 
 
 class Decision(NamedTuple):
@@ -86,7 +88,7 @@ def _led_by_stack(layout: Layout, ndim: int) -> Layout:
     Layout('oio')
     """
     text = str(layout)
-    return layout if "..." in text else Layout("o" * (ndim - len(text)) + text)
+    return layout if "..." in text else Layout("b" * (ndim - len(text)) + text)
 
 
 def _with_stack(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
@@ -102,5 +104,5 @@ def _with_stack(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None
     more = len(shape) - len(own_shape)
     for k in range(len(own_shape) + 1 if more > 0 else 0):
         if shape[:k] + shape[k + more :] == own_shape:
-            return Layout(letters[:k] + "o" * more + letters[k:])
+            return Layout(letters[:k] + "b" * more + letters[k:])
     return None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._layers._decision import Decision, KernelAnswer
-from gcx.optax._layers._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._models._decision import Answers, Decision, KernelAnswer
+from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
 
 
 def decide(
@@ -47,42 +47,17 @@ def decide(
     return decisions(seen, shapes)
 
 
-def _linear(_: Any) -> dict[str, KernelAnswer]:
-    return {"w": "io", "b": BIAS}
-
-
-def _convolution(_: Any) -> dict[str, KernelAnswer]:
-    # (kernel..., in / groups, out): the fan-in of a grouped convolution is that of its group.
-    return {"w": "...o", "b": BIAS}
-
-
-def _transposed_convolution(_: Any) -> dict[str, KernelAnswer]:
-    return {"w": "...oi", "b": BIAS}
-
-
-def _gated_recurrent(_: Any) -> dict[str, KernelAnswer]:
-    return {"w_i": "io", "w_h": "io", "b": BIAS}
-
-
-def _embedding(_: Any) -> dict[str, KernelAnswer]:
-    return {"embeddings": EMBEDDING}
-
-
-def _bias(_: Any) -> dict[str, KernelAnswer]:
-    return {"b": BIAS}
-
-
-def _norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"scale": NORM, "offset": NORM}
-
+# (kernel..., in / groups, out): a unit sees the inputs of its own group.
+_CONVOLUTION: Answers = {"w": "...o", "b": BIAS}
+_NORM: Answers = {"scale": NORM, "offset": BIAS}
 
 RULES: dict[str, Rule[KernelAnswer]] = {
-    "haiku.*.Linear": _linear,
-    "haiku.*.ConvND": _convolution,
-    "haiku.*.DepthwiseConvND": _convolution,
-    "haiku.*.ConvNDTranspose": _transposed_convolution,
-    "haiku.*.GRU": _gated_recurrent,
-    "haiku.*.Embed": _embedding,
-    "haiku.*.Bias": _bias,
-    **dict.fromkeys([f"haiku.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _norm),
+    "haiku.*.Linear": {"w": "io", "b": BIAS},
+    "haiku.*.ConvND": _CONVOLUTION,
+    "haiku.*.DepthwiseConvND": _CONVOLUTION,
+    "haiku.*.ConvNDTranspose": {"w": "...oi", "b": BIAS},
+    "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
+    "haiku.*.Embed": {"embeddings": EMBEDDING},
+    "haiku.*.Bias": {"b": BIAS},
+    **dict.fromkeys([f"haiku.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _NORM),
 }

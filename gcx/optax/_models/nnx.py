@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gcx._names import naming
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx._tree import naming
-from gcx.optax._layers._decision import SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx.optax._layers._linen import einsum_kernel
+from gcx.optax._models._decision import (
+    SLOPE,
+    Answers,
+    Decision,
+    Kernel,
+    KernelAnswer,
+    merge,
+    settle,
+)
+from gcx.optax._models.linen import einsum_kernel
 
 
 def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
@@ -46,48 +54,34 @@ def _joined(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-def _linear(layer: Any) -> dict[str, KernelAnswer]:
+def _linear(layer: Any) -> Answers:
     return {"kernel": Kernel("io", (layer.in_features, layer.out_features)), "bias": BIAS}
 
 
-def _linear_general(layer: Any) -> dict[str, KernelAnswer]:
+def _linear_general(layer: Any) -> Answers:
     batch = tuple(layer.batch_axis.values())
     inputs, outputs = layer.in_features, layer.out_features
-    layout = "o" * len(batch) + "i" * len(inputs) + "o" * len(outputs)
+    layout = "b" * len(batch) + "i" * len(inputs) + "o" * len(outputs)
     return {"kernel": Kernel(layout, (*batch, *inputs, *outputs)), "bias": BIAS}
 
 
-def _einsum(layer: Any) -> dict[str, KernelAnswer]:
+def _einsum(layer: Any) -> Answers:
     found = einsum_kernel(layer.einsum_str)
     if isinstance(found, str):
         found = Kernel(found, tuple(layer.kernel_shape))
     return {"kernel": found, "bias": BIAS}
 
 
-def _convolution(layer: Any) -> dict[str, KernelAnswer]:
+def _convolution(layer: Any) -> Answers:
     return {"kernel": Kernel("...o", layer.kernel_shape), "bias": BIAS}
 
 
-def _transposed_convolution(layer: Any) -> dict[str, KernelAnswer]:
+def _transposed_convolution(layer: Any) -> Answers:
     layout = "...oi" if layer.transpose_kernel else "...o"
     return {"kernel": Kernel(layout, layer.kernel_shape), "bias": BIAS}
 
 
-def _lora(_: Any) -> dict[str, KernelAnswer]:
-    return {"lora_a": "io", "lora_b": "io"}
-
-
-def _embedding(_: Any) -> dict[str, KernelAnswer]:
-    return {"embedding": EMBEDDING}
-
-
-def _norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"scale": NORM, "bias": BIAS}
-
-
-def _activation(_: Any) -> dict[str, KernelAnswer]:
-    return {"negative_slope": SLOPE}
-
+_NORM: Answers = {"scale": NORM, "bias": BIAS}
 
 RULES: dict[str, Rule[KernelAnswer]] = {
     "flax.nnx.*.Linear": _linear,
@@ -95,11 +89,11 @@ RULES: dict[str, Rule[KernelAnswer]] = {
     "flax.nnx.*.Einsum": _einsum,
     "flax.nnx.*.Conv": _convolution,
     "flax.nnx.*.ConvTranspose": _transposed_convolution,
-    "flax.nnx.*.LoRA": _lora,
-    "flax.nnx.*.Embed": _embedding,
-    "flax.nnx.*.PReLU": _activation,
+    "flax.nnx.*.LoRA": {"lora_a": "io", "lora_b": "io"},
+    "flax.nnx.*.Embed": {"embedding": EMBEDDING},
+    "flax.nnx.*.PReLU": {"negative_slope": SLOPE},
     **dict.fromkeys(
         [f"flax.nnx.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS", "Instance")],
-        _norm,
+        _NORM,
     ),
 }

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gcx._tree import naming
-from gcx.optax._layers._decision import Decision, KernelAnswer, Shape, settle
-from gcx.optax._layers._names import named_leaves
+from gcx._names import naming
+from gcx.optax._models._decision import Decision, KernelAnswer, Shape, settle
+from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone
 
 

@@ -6,10 +6,19 @@ from typing import Any
 
 import jax
 
+from gcx._names import naming
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx._tree import naming
-from gcx.optax._layers._decision import LENGTH, SLOPE, Decision, Kernel, KernelAnswer, merge, settle
-from gcx.optax._layers._names import name_of
+from gcx.optax._models._decision import (
+    LENGTH,
+    SLOPE,
+    Answers,
+    Decision,
+    Kernel,
+    KernelAnswer,
+    merge,
+    settle,
+)
+from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone
 
 
@@ -69,13 +78,13 @@ def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     return owner, rest
 
 
-def _linear(layer: Any) -> dict[str, KernelAnswer]:
+def _linear(layer: Any) -> Answers:
     sizes = (layer.out_features, layer.in_features)
     shape = tuple(1 if size == "scalar" else size for size in sizes)
     return {"weight": Kernel("oi", shape), "bias": BIAS}
 
 
-def _convolution(layer: Any) -> dict[str, KernelAnswer]:
+def _convolution(layer: Any) -> Answers:
     # Unlike those of torch, transposed ones have (out, in / groups, kernel...) too.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
@@ -83,7 +92,7 @@ def _convolution(layer: Any) -> dict[str, KernelAnswer]:
 
 
 def _recurrent(gates: int) -> Rule[KernelAnswer]:
-    def rule(layer: Any) -> dict[str, KernelAnswer]:
+    def rule(layer: Any) -> Answers:
         units = gates * layer.hidden_size
         return {
             "weight_ih": Kernel("oi", (units, layer.input_size)),
@@ -94,25 +103,7 @@ def _recurrent(gates: int) -> Rule[KernelAnswer]:
     return rule
 
 
-def _embedding(_: Any) -> dict[str, KernelAnswer]:
-    return {"weight": EMBEDDING}
-
-
-def _norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"weight": NORM, "bias": BIAS}
-
-
-def _weight_norm(_: Any) -> dict[str, KernelAnswer]:
-    return {"g": LENGTH}
-
-
-def _activation(_: Any) -> dict[str, KernelAnswer]:
-    return {"negative_slope": SLOPE}
-
-
-def _state(_: Any) -> dict[str, KernelAnswer]:
-    return {"*": LeaveAlone("state of a layer")}
-
+_NORM: Answers = {"weight": NORM, "bias": BIAS}
 
 RULES: dict[str, Rule[KernelAnswer]] = {
     "equinox.nn.*.Linear": _linear,
@@ -120,11 +111,11 @@ RULES: dict[str, Rule[KernelAnswer]] = {
     "equinox.nn.*.ConvTranspose": _convolution,
     "equinox.nn.*.GRUCell": _recurrent(gates=3),
     "equinox.nn.*.LSTMCell": _recurrent(gates=4),
-    "equinox.nn.*.Embedding": _embedding,
-    "equinox.nn.*.WeightNorm": _weight_norm,
-    "equinox.nn.*.PReLU": _activation,
-    "equinox.nn.*.StateIndex": _state,
+    "equinox.nn.*.Embedding": {"weight": EMBEDDING},
+    "equinox.nn.*.WeightNorm": {"g": LENGTH},
+    "equinox.nn.*.PReLU": {"negative_slope": SLOPE},
+    "equinox.nn.*.StateIndex": {"*": LeaveAlone("state of a layer")},
     **dict.fromkeys(
-        [f"equinox.nn.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _norm
+        [f"equinox.nn.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _NORM
     ),
 }

@@ -5,14 +5,12 @@ And which names may be there though they are not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import jax
 import optax
-
-from gcx._globs import first_keys, is_glob
 
 # What holds an array as its ``value``, by the names of its types: Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
@@ -66,21 +64,6 @@ def names_of(tree: Any) -> Names:
 
 def _is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def keys_by_name(keys: Iterable[str], names: Names, *, what: str) -> dict[str, str]:
-    """Give each visible name the first key that is or matches it; see `gcx._globs.first_keys`.
-
-    A key that matches none is a ValueError, unless it may be meant for one that is hidden.
-    """
-    found = first_keys(keys, names.visible, what=what, complete=False)
-    to_be_seen = [key for key in keys if not _may_be_hidden(key, names.hidden)]
-    first_keys(to_be_seen, names.visible, what=what)
-    return found
-
-
-def _may_be_hidden(key: str, hidden: list[str]) -> bool:
-    return any(is_glob(key) or not path or f"{key}/".startswith(f"{path}/") for path in hidden)
 
 
 def name_of(path: tuple[Any, ...]) -> str:

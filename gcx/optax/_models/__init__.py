@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gcx._rules import Rules
-from gcx.optax._layers import _equinox, _haiku, _linen, _nnx
-from gcx.optax._layers._decision import Decision, KernelAnswer
+from gcx._rules import Rules, RuleT
+from gcx.optax._models import equinox, haiku, linen, nnx
+from gcx.optax._models._decision import Decision, KernelAnswer
 
 RULES: Rules[KernelAnswer] = Rules(
-    {**_equinox.RULES, **_haiku.RULES, **_linen.RULES, **_nnx.RULES}, group="gcx.optax.layers"
+    {**equinox.RULES, **haiku.RULES, **linen.RULES, **nnx.RULES}, group="gcx.optax.layers"
 )
 
 
@@ -28,10 +28,10 @@ class Framework(NamedTuple):
 
 
 _FRAMEWORKS = (
-    Framework("equinox", ("Module",), _equinox.decide, needs_inputs=False),
-    Framework("flax.nnx", ("Module",), _nnx.decide, needs_inputs=False),
-    Framework("flax.linen", ("Module",), _linen.decide, needs_inputs=True),
-    Framework("haiku", ("Transformed", "TransformedWithState"), _haiku.decide, needs_inputs=True),
+    Framework("equinox", ("Module",), equinox.decide, needs_inputs=False),
+    Framework("flax.nnx", ("Module",), nnx.decide, needs_inputs=False),
+    Framework("flax.linen", ("Module",), linen.decide, needs_inputs=True),
+    Framework("haiku", ("Transformed", "TransformedWithState"), haiku.decide, needs_inputs=True),
 )
 
 
@@ -70,3 +70,43 @@ def decide(
         msg = f"a module of {framework.module} is read as it is: give it without example inputs"
         raise TypeError(msg)
     return framework.decide(RULES, model)
+
+
+def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
+    """Declare where the parameters of a layer type have their fan-in: decorates its rule.
+
+    Parameters
+    ----------
+    kind : type
+        The class of a layer of nnx, linen, Equinox or Haiku; its subclasses follow.
+
+    Returns
+    -------
+    callable
+        Decorator of a function that takes such a layer, and returns a mapping from the name of each
+        of its own parameters, or a glob of names, to a layout, `LeaveAlone` or None. A layout
+        without ``...`` is that of a single layer: a stack of layers has more axes in front. In
+        linen and Haiku the function is called while the layer is.
+
+    Raises
+    ------
+    TypeError
+        If `kind` is not a class.
+
+    Notes
+    -----
+    A package brings rules without importing gcx by entry points of the group
+    ``gcx.optax.layers``: the name is the qualified name of the class
+    (``my_package.layers.Experts``), the object the rule.
+
+    Examples
+    --------
+    >>> import gcx.optax
+    >>> from gcx.plan import LeaveAlone
+    >>> class Experts:  # of nnx.Module, say
+    ...     pass
+    >>> @gcx.optax.register_layer(Experts)
+    ... def experts(layer):
+    ...     return {"w_in": "oio", "w_out": "oio", "router": "io", "bias_*": LeaveAlone("bias")}
+    """
+    return RULES.register(kind)

@@ -179,18 +179,19 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Train on real data in every framework, then compare the frameworks on random gradients."""
     install(session, "-e.[demo]", *FRAMEWORKS)
-    session.run("python", "-m", "gcx", "demo", *session.posargs)
-    session.run("python", "-m", "gcx", "check")
-    session.run("python", "-m", "gcx", "check", "--bits")
+    session.run("python", "-m", "benchmarks", "demo", *session.posargs)
+    session.run("python", "-m", "benchmarks", "check")
+    session.run("python", "-m", "benchmarks", "check", "--bits")
 
 
 @nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
-    session.run("python", "-m", "benchmarks.cpu", *session.posargs)
-    session.run("python", "-m", "benchmarks.jax_axes")
-    session.run("python", "-m", "gcx", "bench", "--models", "resnet50", "--dtypes", "float32")
+    session.run("python", "-m", "benchmarks.cpu.report", *session.posargs)
+    session.run("python", "-m", "benchmarks.cpu.jax_axes")
+    throughput = ("bench", "--models", "resnet50", "--dtypes", "float32")
+    session.run("python", "-m", "benchmarks", *throughput)
 
 
 @nox.session(python=RUNNING)

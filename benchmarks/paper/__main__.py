@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
 from benchmarks.paper.files import check_folder
-from gcx._cli.requirements import CannotRunError
 
 PARTS = ("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory")
 

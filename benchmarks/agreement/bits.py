@@ -1,29 +1,79 @@
-"""``check --bits``: whether reproducible=True gives the bits of the canonical order everywhere."""
+"""The bits of every library with reproducible=True, compared with the canonical order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
+import gcx
 from benchmarks.agreement.canonical import DTYPES, centralized
+from benchmarks.agreement.compare import mismatch
 from benchmarks.agreement.formats import FORMATS, Format
-from benchmarks.agreement.gradients import Case
-from benchmarks.agreement.mismatch import mismatch
-from benchmarks.agreement.refusals import Subject, missing_dtypes
-from benchmarks.agreement.reproducible import NEVER_PROMISED, not_promised, reproducible_targets
-from benchmarks.agreement.samples import CASES_WITH_FAN_IN, samples
-from benchmarks.agreement.targets import Target
-from benchmarks.command.double_precision import double_precision
-from benchmarks.command.left_out import LeftOut, left_out_lines
-from benchmarks.command.libraries import look_up, unusable
+from benchmarks.agreement.gradients import CASES_WITH_FAN_IN, Case, samples
+from benchmarks.agreement.targets import Subject, Target, missing_dtypes, refusals, targets_of
+from benchmarks.command.libraries import (
+    LeftOut,
+    double_precision,
+    left_out_lines,
+    unusable,
+)
 from benchmarks.command.progress import track
+from gcx.__main__ import LibraryInfo, look_up
 from gcx._table import aligned
 from gcx.backends import LIBRARIES
 
-__all__ = ["BitsReport", "BitsRow", "render", "run"]
+__all__ = [
+    "NEVER_PROMISED",
+    "BitsReport",
+    "BitsRow",
+    "not_promised",
+    "render",
+    "reproducible_targets",
+    "run",
+]
+
+
+def reproducible_targets(library: LibraryInfo) -> list[Target]:
+    """Each device of a library; and inside `jax.jit`, where JAX makes other programs."""
+    targets = [replace(target, centralize=_centralize) for target in targets_of(library)]
+    if library.name != "jax":
+        return targets
+    from jax import jit
+
+    compiled = jit(_centralize, static_argnums=1)
+    inside = [replace(target, backend="jax.jit", centralize=compiled) for target in targets]
+    return [*targets, *inside]
+
+
+def _centralize(grad: Any, case: Case) -> Any:
+    return gcx.centralize(grad, layout=case.layout, reproducible=True)
+
+
+# Excepted on every machine, as docs/reproducible.md says.
+NEVER_PROMISED = (
+    LeftOut(True, "complex and float8 dtypes", "not promised, raise a TypeError"),
+    LeftOut(True, "other array libraries", "not promised, raise a TypeError"),
+    LeftOut(True, "subnormal numbers in jax", "not promised, XLA takes them for zeros on a CPU"),
+)
+
+
+def not_promised(subjects: Iterable[Subject]) -> dict[Subject, LeftOut]:
+    """Find what libraries refuse; on a CPU none may that has a backend of its own."""
+    return refusals(subjects, _try_one, _may_refuse)
+
+
+def _try_one(target: Target, kind: Format) -> object:
+    case = Case((2, 2), "o...", (1,))
+    return target.centralize(target.make(np.ones(case.shape), kind), case)
+
+
+def _may_refuse(target: Target, _: Format) -> bool:
+    return "cpu" not in target.device.lower()
+
 
 _FORMATS = tuple(kind for kind in FORMATS if kind.name in DTYPES)
 

@@ -1,4 +1,4 @@
-"""One gradient through one target: how far it comes out from the exact answer, and from others."""
+"""One gradient through one target: its distance from the exact answer, and the first wrong bit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.agreement.formats import Format
-from benchmarks.agreement.gradients import Case, centralized
+from benchmarks.agreement.gradients import Case, Sample, centralized
 from benchmarks.agreement.targets import Target
-from benchmarks.command.attempt import attempt
+from gcx.__main__ import attempt
 
-__all__ = ["Finding", "check_kind", "difference", "error"]
+__all__ = [
+    "Finding",
+    "check_kind",
+    "difference",
+    "error",
+    "mismatch",
+]
 
 
 class Finding(NamedTuple):
@@ -26,7 +32,7 @@ class Finding(NamedTuple):
 
 def error(target: Target, values: Any, case: Case, kind: Format) -> tuple[Finding, Any]:
     """Distance of a target from the exact answer; and its answer, or None if there is none."""
-    answer, failure = attempt(lambda: _answer(target, values, case, kind))
+    answer, failure = attempt(lambda: _answer(target, target.make(values, kind), case))
     if failure:
         return Finding(inf, f"{case}: {failure}"), None
     exact = centralized(values, case.fan_in)
@@ -42,8 +48,7 @@ def difference(answers: Mapping[str, Any], values: Any, case: Case, kind: Format
     return max(findings, default=Finding(0.0, str(case)))
 
 
-def _answer(target: Target, values: Any, case: Case, kind: Format) -> Any:
-    grad = target.make(values, kind)
+def _answer(target: Target, grad: Any, case: Case) -> Any:
     result = target.centralize(grad, case)
     if not case.fan_in and result is not grad:
         msg = "the gradient should have come back as it is"
@@ -70,3 +75,30 @@ def _distance(a: Any, b: Any, values: Any, case: Case, kind: Format) -> float:
     largest = np.max(np.maximum(np.abs(values), np.abs(b)), axis=case.fan_in, keepdims=True)
     distance = float(np.max(np.abs(a - b) / kind.ulp(largest)))
     return inf if isnan(distance) else distance
+
+
+def mismatch(target: Target, sample: Sample, case: Case, kind: Format, expected: Any) -> str:
+    """Say what is wrong about an answer; nothing if nothing is."""
+
+    def laid_out() -> Any:
+        return sample.lay_out(sample.values, lambda values: target.make(values, kind))
+
+    answer, failure = attempt(lambda: _answer(target, laid_out(), case))
+    problem = failure or _first_difference(answer, expected)
+    return f"{sample.name}: {problem}" if problem else ""
+
+
+def _first_difference(answer: Any, expected: Any) -> str:
+    """NaN is NaN, whatever its bits: no library says which of them it makes."""
+    answer = answer.astype(expected.dtype)  # which holds float16
+    both_nan = np.isnan(answer) & np.isnan(expected)
+    differing = np.argwhere((_bits(answer) != _bits(expected)) & ~both_nan)
+    if not differing.size:
+        return ""
+    at = tuple(map(int, differing[0]))
+    found, right = float(answer[at]).hex(), float(expected[at]).hex()
+    return f"element {at} is {found}, not {right}"
+
+
+def _bits(x: Any) -> Any:
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").reshape(x.shape)

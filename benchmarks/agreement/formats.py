@@ -50,7 +50,7 @@ class Format:
 # of float32.
 _ONE_ROUNDING = 0.51
 # What gcx promises of float32. In wider formats sums are left to the library, and the longest
-# gradients of `check` have 9001 elements to add up.
+# gradients here have 9001 elements to add up.
 _PROMISED, _LEFT_TO_THE_LIBRARY = 4.0, 16.0
 
 FORMATS = (

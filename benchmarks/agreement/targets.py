@@ -1,9 +1,10 @@
-"""What `check` puts to the test: every library on every device, and the array API reference."""
+"""Every library on every device, the array API reference, and the dtypes that they refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,18 @@ import numpy as np
 import gcx
 from benchmarks.agreement.formats import Format
 from benchmarks.agreement.gradients import Case
-from benchmarks.command.libraries import LibraryInfo
+from benchmarks.command.libraries import LeftOut
+from gcx.__main__ import LibraryInfo, attempt
 from gcx.backends import _array_api, load
 
-__all__ = ["ARRAY_API", "Target", "targets_of"]
+__all__ = [
+    "ARRAY_API",
+    "Subject",
+    "Target",
+    "missing_dtypes",
+    "refusals",
+    "targets_of",
+]
 
 
 @dataclass(frozen=True)
@@ -78,3 +87,33 @@ ARRAY_API = Target(
     centralize=lambda grad, case: _array_api.centralize(grad, case.fan_in, 1.0, None, False),
     to_numpy=lambda array: array,
 )
+
+
+Subject = tuple[Target, Format]
+
+# Dtypes that some library or device has not got; the others are never left out in peace.
+_OPTIONAL = ("float64", "bfloat16", "float8_e4m3fn", "complex64")
+
+
+def missing_dtypes(subjects: Iterable[Subject]) -> dict[Subject, LeftOut]:
+    """Dtypes that a target cannot make arrays of, with its own words for it."""
+
+    def make(target: Target, kind: Format) -> object:
+        return target.make(np.ones(1, "complex128" if kind.is_complex else "float64"), kind)
+
+    return refusals(subjects, make, lambda _, kind: kind.name in _OPTIONAL)
+
+
+def refusals(
+    subjects: Iterable[Subject],
+    ask: Callable[[Target, Format], object],
+    may_refuse: Callable[[Target, Format], bool],
+) -> dict[Subject, LeftOut]:
+    """Put a question to each target in each dtype, and keep what is raised."""
+    refused = {}
+    for target, kind in subjects:
+        _, why = attempt(partial(ask, target, kind))
+        if why:
+            is_fine = may_refuse(target, kind)
+            refused[target, kind] = LeftOut(is_fine, f"{kind.name} in {target}", why)
+    return refused

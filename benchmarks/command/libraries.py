@@ -1,89 +1,51 @@
-"""What is known of an array library before its first array: version, devices, state."""
+"""The libraries of a command: those it leaves out, and double precision in the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
+from typing import Any
 
-from benchmarks.command.attempt import attempt
-from benchmarks.command.left_out import LeftOut
-from gcx.backends import load
+from gcx.__main__ import LibraryInfo
+from gcx._table import aligned
 
-__all__ = ["INSTALL", "LibraryInfo", "look_up", "path_of", "unusable"]
-
-INSTALL = {
-    "numpy": 'pip install "gcx[numpy]"',
-    "torch": 'pip install "gcx[torch]"',
-    "jax": 'pip install "gcx[jax]"',
-    "cupy": 'pip install "gcx[cupy13]" (CUDA 13) or "gcx[cupy12]" (CUDA 12)',
-}
+__all__ = ["LeftOut", "double_precision", "left_out_lines", "unusable"]
 
 
 @dataclass(frozen=True)
-class LibraryInfo:
-    """One array library as it is on this machine."""
+class LeftOut:
+    """Something that did not run, and why; `ok` unless it should have."""
 
-    name: str
-    state: str  # "ok", "no device", "broken" or "not installed"
-    version: str | None = None
-    devices: tuple[str, ...] = ()
-    path: str = ""  # how its backend does the work
-    detail: str = ""  # the error of a broken library; what installs one that is missing
-
-    @property
-    def condition(self) -> str:
-        """State and detail in words."""
-        return f"{self.state}: {self.detail}" if self.detail else self.state
-
-
-def look_up(name: str) -> LibraryInfo:
-    """State of one of `gcx.backends.LIBRARIES`; imports it if it is installed."""
-    if find_spec(name) is None:
-        return LibraryInfo(name, "not installed", detail=INSTALL[name])
-    version = _version(name)
-    library, error = attempt(lambda: load(name))
-    if library is None:
-        return LibraryInfo(name, "broken", version, detail=error)
-    path = path_of(library.__doc__)
-    devices, error = attempt(library.devices)
-    if devices is None:
-        return LibraryInfo(name, "broken", version, path=path, detail=error)
-    if name == "torch" and any(device.startswith("cuda") for device in devices):
-        path = f"{path}; {_torch_on_cuda()}"
-    return LibraryInfo(name, "ok" if devices else "no device", version, tuple(devices), path)
-
-
-def _torch_on_cuda() -> str:
-    """Whether the kernels run on CUDA devices, which they are tried on for that."""
-    why_not, error = attempt(_why_no_kernels)
-    if why_not or error:
-        return f"on CUDA, too: {why_not or error}"
-    return "on CUDA one launch of a Triton kernel for each dtype"
-
-
-def _why_no_kernels() -> str:
-    from gcx.backends import _torch_cuda
-
-    return _torch_cuda.why_not()
+    ok: bool
+    what: str
+    why: str
 
 
 def unusable(libraries: Iterable[LibraryInfo]) -> list[LeftOut]:
     """List those that are not here, have no device, or are broken, which alone is a failure."""
     return [
-        LeftOut(library.state != "broken", library.name, library.condition)
+        LeftOut(library.state != "broken", library.name, library.how)
         for library in libraries
         if library.state != "ok"
     ]
 
 
-def path_of(doc: str | None) -> str:
-    """First line of the documentation of a backend, which says how it does its work."""
-    return (doc or "").partition("\n")[0].removesuffix(".")
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """Write one line for each, under a heading; nothing if all has run."""
+    if not left_out:
+        return []
+    rows = [(f"  {item.what}", item.why if item.ok else f"FAILED: {item.why}") for item in left_out]
+    return ["Not run:", *aligned(rows), ""]
 
 
-def _version(module: str) -> str | None:
-    """Version of whatever distribution brought a module: CuPy has one for each CUDA."""
-    distributions = metadata.packages_distributions().get(module)
-    return metadata.version(distributions[0]) if distributions else None
+def double_precision(libraries: Collection[str]) -> AbstractContextManager[Any]:
+    """Let all of `libraries` make float64 arrays inside the ``with`` block.
+
+    JAX is the one that has to be asked for it, and is imported if it is among them.
+    """
+    if "jax" not in libraries:
+        return nullcontext()
+    from gcx.backends import _jax
+
+    return _jax.double_precision()

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.cpu.jax_axes`` trains layers, and prints whether their means stay put."""
+"""``python -m benchmarks jax-axes`` trains layers, and prints whether their means stay put."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -32,9 +33,11 @@ class Layer(NamedTuple):
     layouts: dict[str, Any]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    ArgumentParser(prog="python -m benchmarks jax-axes", description=__doc__).parse_args(arguments)
     with double_precision():
         print("\n".join(report()))
+    return 0
 
 
 def report() -> Iterator[str]:
@@ -170,7 +173,3 @@ LAYERS: dict[str, tuple[Callable[[], Layer], str]] = {
     "Equinox `Conv2d`": (_conv_of_equinox, "weight"),
     "Equinox `Conv2d`, bias": (_conv_of_equinox, "bias"),
 }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
-"""A jitted train step with GC beside one without: ``python -m benchmarks.cpu.jax_step``."""
+"""A jitted train step with GC beside one without: ``python -m benchmarks jax-step``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,15 +23,16 @@ class Row(NamedTuple):
     peer: float
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.jax_step", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks jax-step", description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="for each row (default: %(default)s)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     use_one_core()  # before JAX is imported
     for line in report(options.seconds):
         print(line, flush=True)
+    return 0
 
 
 def report(seconds: float) -> Iterator[str]:
@@ -104,7 +105,3 @@ def training(optimizer: Any, layout: str) -> Callable[[], object]:
         now[0]["w0"].block_until_ready()
 
     return take
-
-
-if __name__ == "__main__":
-    main()

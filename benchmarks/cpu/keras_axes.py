@@ -1,10 +1,10 @@
-"""Corollary 4.1 for the layers of Keras, as a table: ``python -m benchmarks.cpu.keras_axes``."""
+"""Corollary 4.1 for the layers of Keras, as a table: ``python -m benchmarks keras-axes``."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,16 +55,15 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu.keras_axes", description=__doc__
-    )
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks keras-axes", description=__doc__)
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the table there too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     table = "\n".join(report()) + "\n"
     print(table, end="")
     if options.write:
         options.write.write_text(table, encoding="utf-8")
+    return 0
 
 
 def report() -> Iterator[str]:
@@ -108,7 +107,3 @@ def model_of(case: Case) -> Any:
     """Give the layer as a model, always with the same weights."""
     keras.utils.set_random_seed(0)
     return keras.Sequential([keras.Input(case.shape), case.make()])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
-"""The CPU benchmark: ``python -m benchmarks.cpu.report`` prints its tables as Markdown."""
+"""The CPU benchmark: ``python -m benchmarks cpu`` prints its tables as Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _PACKAGES = {"numpy": ["numpy"], "torch": ["torch", "pytorch_optimizer"], "jax": ["jax", "optax"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.report", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__)
     parser.add_argument("--brief", action="store_true", help="the smallest arrays alone")
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the tables there too")
     parser.add_argument(
         "--libraries", default="numpy,torch,jax", help="separated by commas (default: %(default)s)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     libraries = options.libraries.split(",")
 
     use_one_core()  # before anything imports NumPy
@@ -40,6 +40,7 @@ def main() -> None:
     if options.write:
         options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written to {options.write}", file=sys.stderr)
+    return 0
 
 
 def report(libraries: Iterable[str], *, brief: bool) -> Iterator[str]:
@@ -136,7 +137,3 @@ def _cost_table(rows: Iterable[Cost]) -> Iterator[str]:
             f"| {row.fan_in} | {1e6 * row.reproducible:.1f} us "
             f"| {row.reproducible / row.default:.2f} |"
         )
-
-
-if __name__ == "__main__":
-    main()

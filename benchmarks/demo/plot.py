@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.demo.problem import BATCH, DTYPES, STEPS_PER_EPOCH
-from benchmarks.demo.runs import Run
-from benchmarks.demo.training import Trace
+from benchmarks.demo.training import Run, Trace
 
 __all__ = ["save"]
 

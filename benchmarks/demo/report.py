@@ -8,10 +8,9 @@ from itertools import combinations
 from math import inf, isfinite, isnan
 from statistics import mean, pstdev
 
-from benchmarks.command.left_out import LeftOut, left_out_lines
+from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.demo.problem import BATCH, DTYPES
-from benchmarks.demo.runs import Run
-from benchmarks.demo.training import LEARNING_RATE, MOMENTUM, Trace
+from benchmarks.demo.training import LEARNING_RATE, MOMENTUM, Run, Trace
 from gcx._table import aligned
 
 __all__ = ["Agreement", "DemoReport", "Row", "Side", "render", "summarize"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.command.paths import check_picture
+from benchmarks.command.requirements import check_picture
 from benchmarks.demo import plot
 from benchmarks.demo.report import DemoReport, summarize
-from benchmarks.demo.runs import find_frameworks, train_all
+from benchmarks.demo.training import find_frameworks, train_all
 
 __all__ = ["run"]
 

@@ -1,16 +1,34 @@
-"""The training loop, which is the same for every framework, and what it writes down."""
+"""The training loop, the same for every framework, and all the runs of it that are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from benchmarks.command.libraries import LeftOut, double_precision
+from benchmarks.command.progress import track
+from benchmarks.demo import problem
 from benchmarks.demo.problem import Problem
+from gcx.__main__ import INSTALL, attempt
 
-__all__ = ["LEARNING_RATE", "MOMENTUM", "Framework", "Trace", "Trainer", "train"]
+__all__ = [
+    "LEARNING_RATE",
+    "MOMENTUM",
+    "Framework",
+    "Run",
+    "Trace",
+    "Trainer",
+    "find_frameworks",
+    "train",
+    "train_all",
+]
 
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
@@ -63,3 +81,55 @@ def _fan_in_means(trainer: Trainer) -> Any:
     """Mean of the weights of each output unit: 1^T w / M in the paper."""
     means = [np.mean(k, axis=tuple(range(k.ndim - 1)), dtype=float) for k in trainer.kernels()]
     return np.concatenate(means)
+
+
+# What each of the files needs.
+_MODULES = {"numpy": ["numpy"], "torch": ["torch"], "jax": ["jax", "optax"]}
+
+
+class Run(NamedTuple):
+    """Which training run."""
+
+    network: str
+    framework: str
+    centralize: bool
+    seed: int
+
+
+def find_frameworks() -> tuple[dict[str, Framework], list[LeftOut]]:
+    """Load the frameworks that are installed, and say which are not."""
+    found, left_out = {}, []
+    for name, modules in _MODULES.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        if missing:
+            why = f"{' and '.join(missing)} not installed: {INSTALL[name]}"
+            left_out.append(LeftOut(True, name, why))
+            continue
+        loaded, error = attempt(partial(import_module, f"benchmarks.demo.on_{name}"))
+        if error:
+            left_out.append(LeftOut(False, name, error))
+        else:
+            found[name] = cast("Framework", loaded)
+    return found, left_out
+
+
+def train_all(
+    frameworks: Mapping[str, Framework], seeds: Sequence[int], steps: int
+) -> dict[Run, Trace]:
+    """Train everything; runs of one network and seed share their weights and batches."""
+    planned = [
+        Run(network, name, centralize, seed)
+        for network, seed in product(problem.NETWORKS, seeds)
+        for name, framework in frameworks.items()
+        if network in framework.NETWORKS
+        for centralize in (True, False)
+    ]
+    with double_precision(frameworks):
+        return {
+            run: _train(frameworks[run.framework], run, steps) for run in track(planned, "training")
+        }
+
+
+def _train(framework: Framework, run: Run, steps: int) -> Trace:
+    task = problem.make(run.network, run.seed, steps)
+    return train(framework.trainer(task, centralize=run.centralize), task)

@@ -1,1 +1,1 @@
-"""``python -m benchmarks bench gpu --check``: whatever gcx promises of GPUs, measured."""
+"""All that gcx promises on GPUs, measured."""

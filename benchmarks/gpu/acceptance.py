@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.command.attempt import attempt
-from benchmarks.command.left_out import LeftOut
+from benchmarks.command.libraries import LeftOut
 from benchmarks.command.progress import track
 from benchmarks.command.requirements import CannotRunError
 from benchmarks.gpu.device import Gpu
 from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, failed, judged
 from benchmarks.gpu.times import of_copies
-from benchmarks.throughput.memory import share_gpus
-from benchmarks.throughput.setting import setting
+from benchmarks.throughput.setting import setting, share_gpus
+from gcx.__main__ import attempt
 
 __all__ = ["PARTS", "Part", "measure", "run"]
 

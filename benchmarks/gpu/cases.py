@@ -9,8 +9,7 @@ import numpy as np
 
 from benchmarks.agreement.canonical import centralized
 from benchmarks.agreement.formats import Format
-from benchmarks.agreement.gradients import Case, draw
-from benchmarks.agreement.samples import Sample, samples
+from benchmarks.agreement.gradients import Case, Sample, draw, samples
 from gcx import _compat
 
 __all__ = ["FAN_INS", "Subject", "subjects"]

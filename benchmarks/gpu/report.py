@@ -1,4 +1,4 @@
-"""What `bench gpu --check` measured, as data and as text."""
+"""What was measured, as data and as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
-from benchmarks.command.left_out import LeftOut, left_out_lines
+from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.throughput.setting import Setting, setting_lines
 from gcx._table import aligned
 

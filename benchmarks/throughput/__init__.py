@@ -1,1 +1,1 @@
-"""``python -m benchmarks bench``: how fast the gradients of whole models are centralized."""
+"""How fast gcx centralizes the gradients of whole models."""

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 import gcx
-from benchmarks.command.attempt import attempt
-from benchmarks.throughput.memory import free_bytes_of_host
 from benchmarks.throughput.models import Weight
+from benchmarks.throughput.setting import free_bytes_of_host
 from benchmarks.throughput.timing import Call, host_clock, waiting_clock
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX, Workload
+from gcx.__main__ import attempt
 from gcx.backends import _jax
 
 __all__ = ["device_name", "free_bytes", "release", "workload"]

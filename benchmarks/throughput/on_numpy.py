@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import gcx
-from benchmarks.throughput.memory import free_bytes_of_host
 from benchmarks.throughput.models import Weight
+from benchmarks.throughput.setting import free_bytes_of_host
 from benchmarks.throughput.timing import machine
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX, Workload
 from gcx.backends import _numpy

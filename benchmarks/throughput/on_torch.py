@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import gcx
-from benchmarks.command.attempt import attempt
 from benchmarks.throughput import cuda
-from benchmarks.throughput.memory import free_bytes_of_host
 from benchmarks.throughput.models import Weight
+from benchmarks.throughput.setting import free_bytes_of_host
 from benchmarks.throughput.timing import Call, host_clock, machine, waiting_clock
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX, Workload
+from gcx.__main__ import attempt
 
 __all__ = ["device_name", "expression", "free_bytes", "gradients", "peers", "release", "workload"]
 

@@ -1,4 +1,4 @@
-"""The rows of `bench` as a bar chart: speed, and how much longer the others take."""
+"""The rows of a report as a bar chart: speed, and how much longer the others take."""
 
 from __future__ import annotations
 

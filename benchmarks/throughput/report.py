@@ -1,11 +1,11 @@
-"""What `bench` measured, as data and as text."""
+"""What was measured, as data and as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.command.left_out import LeftOut, left_out_lines
+from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.throughput.setting import Setting, setting_lines
 from benchmarks.throughput.workload import EXPRESSION
 from gcx._table import aligned

@@ -7,18 +7,15 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-from benchmarks.command.attempt import attempt
-from benchmarks.command.left_out import LeftOut
-from benchmarks.command.libraries import look_up, unusable
-from benchmarks.command.paths import check_picture
+from benchmarks.command.libraries import LeftOut, unusable
 from benchmarks.command.progress import track
-from benchmarks.command.requirements import CannotRunError
-from benchmarks.throughput.memory import share_gpus
+from benchmarks.command.requirements import CannotRunError, check_picture
 from benchmarks.throughput.models import DTYPES, MODELS
 from benchmarks.throughput.report import BenchReport, Row
-from benchmarks.throughput.setting import setting
+from benchmarks.throughput.setting import setting, share_gpus
 from benchmarks.throughput.timing import interleaved
 from benchmarks.throughput.workload import COPY, GCX, Workload, load
+from gcx.__main__ import attempt, look_up
 from gcx.backends import LIBRARIES
 
 __all__ = ["run"]

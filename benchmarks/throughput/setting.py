@@ -1,17 +1,25 @@
-"""Where and when something was measured, and with what."""
+"""The setting of a measurement: versions, devices, memory."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 
 from benchmarks.throughput.timing import machine
 from gcx._version import __version__
 
-__all__ = ["Setting", "setting", "setting_lines"]
+__all__ = [
+    "Setting",
+    "free_bytes_of_host",
+    "setting",
+    "setting_lines",
+    "share_gpus",
+]
 
 # Whatever can change the figures. CuPy has a distribution for each release of CUDA.
 _PACKAGES = (
@@ -64,3 +72,22 @@ def setting_lines(found: Setting) -> list[str]:
         f"{found.processor}; {'; '.join(devices) or 'no GPU'}",
         f"gcx {found.gcx}, Python {found.python}, {', '.join(packages)}",
     ]
+
+
+_MEMINFO = Path("/proc/meminfo")
+_SMALL_MACHINE = 8 << 30  # what is taken for granted where nobody says how much there is
+
+
+def share_gpus() -> None:
+    """Keep JAX from taking most of the memory of all GPUs; call it before JAX is imported."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def free_bytes_of_host() -> int:
+    """Memory that new arrays can take without anything being swapped out."""
+    try:
+        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return _SMALL_MACHINE
+    (available,) = (line for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(available.split()[1])

@@ -3,7 +3,7 @@
 `_array_api` is the reference, written in the array API standard alone; it serves every library
 that has no file of its own. A library is imported in its own file and nowhere else in the core,
 and that file is imported when the first array of the library arrives. The first line of each file
-says how it does its work; ``python -m gcx info`` shows it.
+says how it does its work; ``python -m gcx`` shows it.
 
 What is common to all libraries (layouts, fan-in below 2, `out` of the wrong shape) is settled
 before a backend is called.

@@ -17,10 +17,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__
-from benchmarks.demo import on_numpy, plot, problem, run, runs
+from benchmarks.demo import on_numpy, plot, problem, run, training
 from benchmarks.demo.report import DemoReport, render, summarize
-from benchmarks.demo.runs import Run, find_frameworks, train_all
-from benchmarks.demo.training import Framework, Trace
+from benchmarks.demo.training import Framework, Run, Trace, find_frameworks, train_all
 
 from libraries import installed
 
@@ -201,7 +200,7 @@ class TestCommand:
 
 class TestFrameworks:
     def test_missing_framework_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(runs, "find_spec", lambda name: name == "numpy" or None)
+        monkeypatch.setattr(training, "find_spec", lambda name: name == "numpy" or None)
         found, left_out = find_frameworks()
         assert list(found) == ["numpy"]
         assert [(item.ok, item.what, item.why) for item in left_out] == [
@@ -214,8 +213,8 @@ class TestFrameworks:
             msg = "libtorch.so is missing"
             raise OSError(msg)
 
-        monkeypatch.setattr(runs, "import_module", fail)
-        monkeypatch.setattr(runs, "find_spec", lambda name: name == "torch" or None)
+        monkeypatch.setattr(training, "import_module", fail)
+        monkeypatch.setattr(training, "find_spec", lambda name: name == "torch" or None)
         _, left_out = find_frameworks()
         (torch,) = (item for item in left_out if item.what == "torch")
         assert (torch.ok, torch.why) == (False, "OSError: libtorch.so is missing")

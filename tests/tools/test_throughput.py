@@ -1,4 +1,4 @@
-"""``python -m benchmarks bench``: what it measures, and what it says of it; no time is asserted."""
+"""``python -m benchmarks throughput``: its measurements and its report; no time is asserted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.command import libraries
-from benchmarks.command.left_out import LeftOut
-from benchmarks.throughput import memory, models, run, timing, workload
+from benchmarks.command.libraries import LeftOut
+from benchmarks.throughput import models, run, timing, workload
 from benchmarks.throughput.models import MODELS, Model, Weight, llama3, output_first
 from benchmarks.throughput.report import BenchReport, Row, render
-from benchmarks.throughput.setting import setting
+from benchmarks.throughput.setting import free_bytes_of_host, setting
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX
 from gcx import backends
+from gcx.__main__ import look_up
 
 from libraries import installed
 
@@ -132,7 +132,7 @@ class TestWorkloads:
 
 
 def cpu_of(library: str) -> str:
-    return next(d for d in libraries.look_up(library).devices if "cpu" in d.lower())
+    return next(d for d in look_up(library).devices if "cpu" in d.lower())
 
 
 @pytest.mark.usefixtures("small")
@@ -229,13 +229,13 @@ class TestCommand:
     CHOSEN = ("--models", "resnet50", "--dtypes", "float32", "--libraries", LIBRARIES[0])
 
     def test_text(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["bench", *self.CHOSEN]) == 0
+        assert main(["throughput", *self.CHOSEN]) == 0
         text = capsys.readouterr().out
-        assert text.startswith(f"python -m benchmarks bench {' '.join(self.CHOSEN)}, 20")
+        assert text.startswith(f"python -m benchmarks throughput {' '.join(self.CHOSEN)}, 20")
         assert "small  float32" in text
 
     def test_json_is_printed(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["bench", *self.CHOSEN, "--json"]) == 0
+        assert main(["throughput", *self.CHOSEN, "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
         assert shown["setting"]["gcx"]
         (row,) = shown["rows"]
@@ -245,14 +245,14 @@ class TestCommand:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "bench.json"
-        assert main(["bench", *self.CHOSEN, "--json", str(path)]) == 0
+        assert main(["throughput", *self.CHOSEN, "--json", str(path)]) == 0
         assert "small  float32" in capsys.readouterr().out
         assert json.loads(path.read_text(encoding="utf-8"))["ok"]
 
     def test_chart(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("matplotlib")
         path = tmp_path / "bench.png"
-        assert main(["bench", *self.CHOSEN, "--plot", str(path)]) == 0
+        assert main(["throughput", *self.CHOSEN, "--plot", str(path)]) == 0
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"Plot: {path}" in capsys.readouterr().out
 
@@ -262,23 +262,20 @@ class TestCommand:
             (["--models", "resnet"], "there is no 'resnet', but resnet50, vit-b16"),
             (["--dtypes", "float16"], "there is no 'float16', but float32, bfloat16"),
             (["--libraries", "numpy,mlx"], "there is no 'mlx', but numpy, torch, jax, cupy"),
-            (["cpu"], "invalid choice: 'cpu'"),
+            (["cpu"], "unrecognized arguments: cpu"),
         ],
     )
     def test_wrong_argument(
         self, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit, match="2"):
-            main(["bench", *arguments])
+            main(["throughput", *arguments])
         assert reason in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),
         [
-            (["gpu", "--libraries", "numpy"], "none of these has a GPU here: numpy"),
-            (["--check"], "python -m benchmarks bench gpu --check"),
-            (["gpu", "--check", "--models", "gpt2"], "leave out --models"),
-            (["--brief"], "--brief goes with --check"),
+            (["--gpu", "--libraries", "numpy"], "none of these has a GPU here: numpy"),
             (["--json", "out.txt"], "--json out.txt: the name must end in .json"),
             (["--json", "nowhere/out.json"], "there is no folder nowhere"),
         ],
@@ -291,7 +288,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(run, "interleaved", pytest.fail)
-        assert main(["bench", *arguments]) == 2
+        assert main(["throughput", *arguments]) == 2
         assert reason in capsys.readouterr().err
 
     def test_chart_that_cannot_be_written(
@@ -299,7 +296,7 @@ class TestCommand:
     ) -> None:
         pytest.importorskip("matplotlib")
         monkeypatch.setattr(run, "interleaved", pytest.fail)
-        assert main(["bench", "--plot", "chart.doc"]) == 2
+        assert main(["throughput", "--plot", "chart.doc"]) == 2
         assert "must end in ." in capsys.readouterr().err
 
 
@@ -345,7 +342,7 @@ class TestReport:
         assert "  jax  it rains" in render(report)
 
     def text(self, row: Row) -> str:
-        found = setting("python -m benchmarks bench", {"cuda:0": "Some GPU"})
+        found = setting("python -m benchmarks throughput", {"cuda:0": "Some GPU"})
         return render(BenchReport(True, found, (row,), (), None))
 
 
@@ -387,13 +384,13 @@ class TestPlot:
 
 class TestMemory:
     def test_of_this_machine(self) -> None:
-        assert 0 < memory.free_bytes_of_host() < 1 << 50
+        assert 0 < free_bytes_of_host() < 1 << 50
 
     def test_of_a_machine_that_does_not_say(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
-        assert memory.free_bytes_of_host() == 8 * 2**30
+        monkeypatch.setattr("benchmarks.throughput.setting._MEMINFO", tmp_path / "none")
+        assert free_bytes_of_host() == 8 * 2**30
 
 
 class TestTiming:

@@ -25,7 +25,7 @@ DIGITS_ALONE = ("only", "brief")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
+        prog="python -m benchmarks paper",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,7 +95,3 @@ def _cifar100(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
         **chosen,
     )
     return sections(outcomes, folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``python -m benchmarks bench gpu --check``, with a CPU in the place of the GPU.
+"""``python -m benchmarks gpu``, with a CPU in the place of the GPU.
 
 What no CPU can tell is what the numbers will be. That every row is computed from what it says, and
 that a fault makes it a miss, is shown here.
@@ -30,7 +30,7 @@ import gcx
 import gcx.torch
 from benchmarks.__main__ import main
 from benchmarks.agreement.formats import FORMATS
-from benchmarks.command.left_out import LeftOut
+from benchmarks.command.libraries import LeftOut
 from benchmarks.gpu import (
     acceptance,
     bits,
@@ -677,7 +677,7 @@ class TestReport:
 
     def text(self, *rows: Row) -> str:
         ok = all(row.ok for row in rows)
-        found = setting("python -m benchmarks bench gpu --check", {"cuda:0": "Some GPU"})
+        found = setting("python -m benchmarks gpu", {"cuda:0": "Some GPU"})
         return render(GpuReport(ok, found, 4300.0, 12.3, rows, ()))
 
 
@@ -686,7 +686,7 @@ class TestCommand:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert main(["bench", "gpu", "--check"]) == 2
+        assert main(["gpu"]) == 2
         assert "there is no CUDA device" in capsys.readouterr().err
 
     def test_rocm(
@@ -694,7 +694,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert main(["bench", "gpu", "--check"]) == 2
+        assert main(["gpu"]) == 2
         assert "this is ROCm" in capsys.readouterr().err
 
     @pytest.mark.parametrize(("function", "code"), [("probe", 0), ("of_nothing", 1)])
@@ -714,7 +714,7 @@ class TestCommand:
             times, "probe", lambda _: [Measured("what", 1.0, 2.0, "us")], raising=False
         )
         path = tmp_path / "gpu.json"
-        command = ["bench", "gpu", "--check", "--brief", "--json", str(path)]
+        command = ["gpu", "--brief", "--json", str(path)]
         assert main(command) == code
         shown = json.loads(path.read_text(encoding="utf-8"))
         assert shown["ok"] is (code == 0)

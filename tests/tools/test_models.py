@@ -1,4 +1,4 @@
-"""The shapes that ``python -m benchmarks bench`` measures are those of the models themselves."""
+"""The shapes in `benchmarks.throughput.models` are those of the models themselves."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.agreement import bits, canonical, samples
+from benchmarks.agreement import bits, canonical, gradients
 from benchmarks.agreement.formats import FORMATS
 from benchmarks.agreement.gradients import Case, keepdims, unit_rows
-from benchmarks.command import libraries
 from gcx import backends
 from gcx.backends import _numpy
 
@@ -41,8 +40,8 @@ ignoring_infinities = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWa
 def test_what_it_compares_with_is_the_canonical_order(kind: Any) -> None:
     """Written a second time, since users have no tests."""
     rng = np.random.default_rng(0)
-    for case in samples.CASES_WITH_FAN_IN:
-        for sample in samples.samples(rng, case, kind):
+    for case in gradients.CASES_WITH_FAN_IN:
+        for sample in gradients.samples(rng, case, kind):
             found = canonical.centralized(sample.values, case.fan_in, kind)
             expected = canonical_order.centralized(sample.values, case.fan_in, kind.name)
             assert_same_bits(found, expected)
@@ -52,7 +51,7 @@ def test_every_place_in_memory_holds_the_same_numbers(xp: Any) -> None:
     rng = np.random.default_rng(0)
     case = Case((4, 6, 5), "oio", (1,))
     kind = next(kind for kind in KINDS if kind.name == "float32")
-    for sample in samples.samples(rng, case, kind):
+    for sample in gradients.samples(rng, case, kind):
         laid_out = sample.lay_out(sample.values, lambda values: xp.asarray(values, "float32"))
         np.testing.assert_array_equal(xp.numpy(laid_out), sample.values)
 
@@ -170,7 +169,7 @@ def test_first_difference_is_named(
 ) -> None:
     monkeypatch.setattr(_numpy, "centralize", from_left_to_right)
     monkeypatch.setattr(bits, "run", partial(few, names=["numpy"]))
-    assert main(["check", "--bits"]) == 1
+    assert main(["agreement", "--bits"]) == 1
     shown = capsys.readouterr().out
     assert "FAILED on 9x300 'o...', numbers close to their mean, in order: element (" in shown
     dtypes = 4 if find_spec("ml_dtypes") else 3
@@ -206,7 +205,7 @@ def test_broken_library_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         msg = "a shared object is missing"
         raise ImportError(msg)
 
-    monkeypatch.setattr(libraries, "load", fail)
+    monkeypatch.setattr("gcx.__main__.load", fail)
     report = few(names=["numpy"])
     assert not report.ok
     assert "FAILED: broken: ImportError: a shared object is missing" in bits.render(report)
@@ -216,7 +215,7 @@ def test_json_is_the_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bits, "run", partial(few, names=["numpy"]))
-    assert main(["check", "--bits", "--json", "--seed", "3"]) == 0
+    assert main(["agreement", "--bits", "--json", "--seed", "3"]) == 0
     shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert shown["seed"] == 3
     assert shown == json.loads(json.dumps(asdict(few(3, names=["numpy"]))))

@@ -1,9 +1,10 @@
-"""Put every gradient through every target, and keep the worst of each."""
+"""The numbers of every library, compared with exact sums and with each other."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import isfinite
 from typing import NamedTuple
@@ -13,20 +14,76 @@ import numpy as np
 from benchmarks.agreement.compare import Finding, difference, error
 from benchmarks.agreement.formats import FORMATS
 from benchmarks.agreement.gradients import CASES, Case, draw
-from benchmarks.agreement.refusals import Subject, missing_dtypes
-from benchmarks.agreement.report import CheckReport, Row
-from benchmarks.agreement.targets import ARRAY_API, Target, targets_of
-from benchmarks.command.double_precision import double_precision
-from benchmarks.command.libraries import look_up, unusable
+from benchmarks.agreement.targets import ARRAY_API, Subject, Target, missing_dtypes, targets_of
+from benchmarks.command.libraries import LeftOut, double_precision, left_out_lines, unusable
 from benchmarks.command.progress import track
+from gcx.__main__ import look_up
+from gcx._table import aligned
 from gcx.backends import LIBRARIES
 
-__all__ = ["run"]
+__all__ = [
+    "NumbersReport",
+    "Row",
+    "render",
+    "run",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Largest error of a backend in one dtype, or largest difference between any two backends."""
+
+    ok: bool
+    backend: str
+    device: str
+    dtype: str
+    cases: int
+    worst: float | None  # in ulp; None where no number can be given, and `at` says why
+    limit: float
+    at: str
+
+
+@dataclass(frozen=True)
+class NumbersReport:
+    """All that was compared, and all that was not."""
+
+    ok: bool
+    seed: int
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def render(report: NumbersReport) -> str:
+    """Write the report as text."""
+    header = ("dtype", "backend", "device", "gradients", "worst", "limit", "verdict")
+    lines = [
+        "Random gradients, centralized by each backend and by exactly rounded sums in float64.",
+        "Worst error and limit in ulp (distance between neighbouring numbers of the dtype) of the",
+        "largest magnitude in the output unit; 'any two': the backends against each other.",
+        "",
+        *aligned([header, *map(_cells, report.rows)]),
+        "",
+        *left_out_lines(report.left_out),
+        _summary(report),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    worst = "-" if row.worst is None else f"{row.worst:.3g}"
+    verdict = "ok" if row.ok else f"FAILED on {row.at}"
+    return row.dtype, row.backend, row.device, str(row.cases), worst, f"{row.limit:g}", verdict
+
+
+def _summary(report: NumbersReport) -> str:
+    failed = sum(not row.ok for row in report.rows) + sum(not i.ok for i in report.left_out)
+    verdict = "all agree" if report.ok else f"{failed} FAILED"
+    return f"{len(report.rows)} rows, seed {report.seed}: {verdict}"
 
 
 def run(
     seed: int = 0, *, names: Sequence[str] = LIBRARIES, cases: Sequence[Case] = CASES
-) -> CheckReport:
+) -> NumbersReport:
     """Check every library that is installed here, on all of its devices.
 
     Parameters
@@ -46,7 +103,7 @@ def run(
         rows = _compare_all(targets, set(missing), cases, seed)
     left_out = (*unusable(libraries), *missing.values())
     ok = all(row.ok for row in rows) and all(item.ok for item in left_out)
-    return CheckReport(ok, seed, rows, left_out)
+    return NumbersReport(ok, seed, rows, left_out)
 
 
 class _About(NamedTuple):

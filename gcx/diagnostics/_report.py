@@ -135,7 +135,7 @@ class EnergyReport:
         Raises
         ------
         ImportError
-            If matplotlib is not installed: ``pip install "gcx[demo]"``.
+            If matplotlib is not installed: ``pip install matplotlib``.
         ValueError
             If no parameter has a share; the table says why.
         """
@@ -146,7 +146,7 @@ class EnergyReport:
         try:
             from gcx.diagnostics import _chart
         except ImportError as error:
-            msg = f'bar_chart needs matplotlib ({error}): pip install "gcx[demo]"'
+            msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
         return _chart.drawn(drawn, title=f"Gradient Centralization, {self._batches()}")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from gcx._rules import STACK
-
 __all__ = ["kernel_letters"]
 
 
@@ -21,4 +19,4 @@ def kernel_letters(equation: str) -> str:
 def _letter(axis: str, inputs: str, output: str) -> str:
     if axis not in output:
         return "i"
-    return STACK if axis in inputs else "o"
+    return "b" if axis in inputs else "o"

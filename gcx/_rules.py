@@ -21,9 +21,6 @@ AnswerT = TypeVar("AnswerT")
 Rule = Mapping[str, AnswerT] | Callable[[Any], Mapping[str, AnswerT]]
 RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, Any]])
 
-# Letter of an axis along which layers are stacked, such as experts.
-STACK = "o"
-
 # Reasons that many rules share.
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")

@@ -66,6 +66,11 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
         _torch_dtensor.check_reproducible(grad, axes)
 
 
+def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
+    """See `gcx.backends.Backend`."""
+    return array.reshape(shape)
+
+
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
@@ -124,8 +129,8 @@ def _is_expanded(array: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in strides)
 
 
-def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False) -> Tensor:
-    """Mean over `axes`, which stay with size 1; in float32 at least."""
+def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
+    """See `gcx.backends.Backend`."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
     if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):

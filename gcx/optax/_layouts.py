@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any
 
 from gcx._names import match_all
-from gcx._rules import STACK, Answer
+from gcx._rules import Answer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
 from gcx.optax._models._decision import Decision
@@ -47,10 +47,10 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
     "haiku": (
         (
             r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w",
-            f"{STACK}...oi",
+            "b...oi",
             "stack of transposed convolutions",
         ),
-        (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", f"{STACK}...o", "stack of weights"),
+        (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", "b...o", "stack of weights"),
         (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
         (r"/(w|w_i|w_h)", "...o", "weight"),
         (r"/embeddings", None, "embedding"),

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.tree_util import PyTreeDef
 
-from gcx._centralize import checked_strength
+from gcx._centralize import check_strength
 from gcx._dispatch import backend_for
 from gcx._names import naming
 from gcx.backends import _canonical
@@ -130,7 +130,7 @@ def centralize(
     """
     planner = _Planner(source_of(layouts), axis_name)
     _check_not_array(strength)
-    checked_strength(strength)
+    check_strength(strength)
     check_axis_name(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 

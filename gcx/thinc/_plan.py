@@ -8,8 +8,8 @@ from typing import Any
 
 from thinc.api import Model
 
+from gcx._decisions import decide as row
 from gcx._names import match
-from gcx._rows import row
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
 from gcx.plan import LeaveAlone, Plan, PlanRow
 

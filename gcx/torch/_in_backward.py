@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.backends import _torch
 from gcx.plan import Plan
 from gcx.torch._overrides import Overrides

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 from torch import Size, Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gcx._names import naming
 from gcx._rules import unknown
-from gcx._tree import naming
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._fan_in import FanIn, is_trainable
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer

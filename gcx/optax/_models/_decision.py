@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gcx._rules import STACK, Answer
+from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone
 
@@ -88,7 +88,7 @@ def _led_by_stack(layout: Layout, ndim: int) -> Layout:
     Layout('oio')
     """
     text = str(layout)
-    return layout if "..." in text else Layout(STACK * (ndim - len(text)) + text)
+    return layout if "..." in text else Layout("b" * (ndim - len(text)) + text)
 
 
 def _with_stack(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
@@ -104,5 +104,5 @@ def _with_stack(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None
     more = len(shape) - len(own_shape)
     for k in range(len(own_shape) + 1 if more > 0 else 0):
         if shape[:k] + shape[k + more :] == own_shape:
-            return Layout(letters[:k] + STACK * more + letters[k:])
+            return Layout(letters[:k] + "b" * more + letters[k:])
     return None

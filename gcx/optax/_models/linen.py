@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._einsum import kernel_letters
-from gcx._rules import BIAS, EMBEDDING, NORM, STACK, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx.optax._models._decision import LENGTH, SLOPE, Answers, Decision, KernelAnswer
 from gcx.optax._models._tracing import Seen, decide_all, join, trace_shapes
 from gcx.optax._names import named_leaves
@@ -73,7 +73,7 @@ def _einsum(layer: Any) -> Answers:
 
 def _dense_general(layer: Any) -> Answers:
     batch, inputs, outputs = map(_length, (layer.batch_dims, layer.axis, layer.features))
-    return {"kernel": STACK * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
+    return {"kernel": "b" * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
 
 
 def _transposed_convolution(layer: Any) -> Answers:
@@ -82,7 +82,7 @@ def _transposed_convolution(layer: Any) -> Answers:
 
 def _local_convolution(layer: Any) -> Answers:
     # (pixels of the output..., patch * in, out): each pixel has its own layer.
-    return {"kernel": STACK * _length(layer.kernel_size) + "io", "bias": BIAS}
+    return {"kernel": "b" * _length(layer.kernel_size) + "io", "bias": BIAS}
 
 
 def _length(number_or_sequence: Any) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gcx._names import naming
-from gcx._rules import BIAS, EMBEDDING, NORM, STACK, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
 from gcx.optax._models._decision import (
     SLOPE,
     Answers,
@@ -61,7 +61,7 @@ def _linear(layer: Any) -> Answers:
 def _linear_general(layer: Any) -> Answers:
     batch = tuple(layer.batch_axis.values())
     inputs, outputs = layer.in_features, layer.out_features
-    layout = STACK * len(batch) + "i" * len(inputs) + "o" * len(outputs)
+    layout = "b" * len(batch) + "i" * len(inputs) + "o" * len(outputs)
     return {"kernel": Kernel(layout, (*batch, *inputs, *outputs)), "bias": BIAS}
 
 

@@ -8,13 +8,13 @@ from functools import partial
 from types import NoneType
 from typing import Any
 
+from gcx._decisions import no_fan_in
 from gcx._names import match_all
 from gcx._rules import Answer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
-from gcx.optax._models._decision import Decision
 from gcx.optax._names import Names
-from gcx.plan import LeaveAlone
+from gcx.plan import LeaveAlone, PlanRow
 
 # A preset, a mapping, a function, or a model, whose framework need not be installed.
 Layouts = str | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
@@ -24,8 +24,6 @@ NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
 
 # From the names in a tree to a rule.
 Source = Callable[[Names], NameRule]
-
-TOO_FEW_AXES = "rank below 2"
 
 _AMBIGUOUS = "unknown: its name does not tell the fan-in; the model does (gcx.optax.layouts)"
 
@@ -126,8 +124,8 @@ def layouts(
     ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may give
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
-    decisions = decide(model, example_inputs, keyword_inputs)
-    return {name: layout or LeaveAlone(why) for name, (layout, why) in decisions.items()}
+    rows = decide(model, example_inputs, keyword_inputs)
+    return {name: row.layout or LeaveAlone(row.reason) for name, row in rows.items()}
 
 
 def source_of(layouts: Layouts) -> Source:
@@ -179,11 +177,11 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
 
 
 def _from_model(
-    decisions: Mapping[str, Decision], name: str, leaf: Any
+    decisions: Mapping[str, PlanRow], name: str, leaf: Any
 ) -> tuple[LayoutLike | None, str]:
-    if name in decisions or leaf.ndim < 2:
-        return decisions.get(name, (None, TOO_FEW_AXES))
-    return None, "unknown: the model has no parameter of this name"
+    if name in decisions:
+        return decisions[name].layout, decisions[name].reason
+    return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
 
 
 def _from_function(
@@ -217,7 +215,7 @@ def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
 
 
 def _no_rule(leaf: Any) -> str:
-    return "unknown: no rule for this name" if leaf.ndim > 1 else TOO_FEW_AXES
+    return no_fan_in(leaf.shape) or "unknown: no rule for this name"
 
 
 def _fits(layout: str, ndim: int) -> bool:

@@ -67,14 +67,18 @@ def centralize_split(
             return centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
     if reproducible:
         check_whole(axes, path)
+    with naming(path):
+        view, fan_in = layout.split(grad.shape)
     try:
-        return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
+        seen = grad.reshape(view) if layout.is_split else grad
+        centralized = _jax.centralize_over_mesh(seen, fan_in, strength, axes)
     except NameError as error:
         msg = (
             f"{path}: axis_name {axes} is not bound here. It is for code inside shard_map and "
             "pmap; under jit alone leave it out, since XLA adds the communication"
         )
         raise ValueError(msg) from error
+    return centralized.reshape(grad.shape) if layout.is_split else centralized
 
 
 def check_whole(axes: tuple[str, ...] | None, path: str) -> None:

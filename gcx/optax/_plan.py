@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import optax
 
-from gcx._names import naming
+from gcx._decisions import decide
 from gcx.backends._jax import is_floating
-from gcx.layout import Layout, LayoutLike, as_layout
-from gcx.optax._layouts import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
+from gcx.layout import as_layout
+from gcx.optax._layouts import Layouts, NameRule, Source, source_of
 from gcx.optax._names import named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
@@ -76,22 +75,11 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     chosen, reason = rule(name, leaf)
     if chosen is None:
         return PlanRow(name, shape, None, reason)
-    layout, axes = _fan_in(name, shape, chosen)
-    size = prod(shape[a] for a in axes)
-    if size < 2 and not (axes and is_split):  # each device may hold one element
-        obstacle = f"fan-in {size}: subtracting its mean would freeze it" if axes else TOO_FEW_AXES
-        return PlanRow(name, shape, None, obstacle)
-    return PlanRow(name, shape, layout, reason)
-
-
-def _fan_in(
-    name: str, shape: tuple[int, ...], chosen: LayoutLike
-) -> tuple[Layout, tuple[int, ...]]:
-    """Parse a layout and fit it to a shape; errors name the parameter."""
-    with naming(name):
-        try:
-            layout = as_layout(chosen)
-            return layout, layout.fan_in_axes(len(shape))
-        except ValueError as error:
-            msg = f"{error} (shape {shape})"
-            raise ValueError(msg) from None
+    try:
+        row = decide(name, shape, chosen, reason)
+    except ValueError as error:
+        msg = f"{error} (shape {shape})"
+        raise ValueError(msg) from None
+    if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
+        return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
+    return row

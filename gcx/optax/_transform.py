@@ -10,8 +10,7 @@ import jax
 import optax
 from jax.tree_util import PyTreeDef
 
-from gcx._centralize import check_strength
-from gcx._dispatch import backend_for
+from gcx._centralize import check_strength, see_fan_in
 from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, Source, source_of
@@ -207,5 +206,4 @@ def _check_reproducible(
             if isinstance(leaf, jax.ShapeDtypeStruct):  # it is on no device yet
                 _canonical.check_dtype(leaf.dtype.name)
             else:
-                fan_in = row.layout.fan_in_axes(len(row.shape))
-                backend_for(leaf).check_reproducible(leaf, fan_in)
+                see_fan_in(leaf, row.layout, reproducible=True)

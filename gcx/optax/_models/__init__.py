@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from gcx._rules import Rules, RuleT
 from gcx.optax._models import equinox, haiku, linen, nnx
-from gcx.optax._models._decision import Decision, KernelAnswer
+from gcx.optax._models._parameters import LayerAnswer
+from gcx.plan import PlanRow
 
-RULES: Rules[KernelAnswer] = Rules(
+RULES: Rules[LayerAnswer] = Rules(
     {**equinox.RULES, **haiku.RULES, **linen.RULES, **nnx.RULES}, group="gcx.optax.layers"
 )
 
@@ -23,7 +24,7 @@ class Framework(NamedTuple):
 
     module: str
     models: tuple[str, ...]
-    decide: Callable[..., dict[str, Decision]]
+    decide: Callable[..., dict[str, PlanRow]]
     needs_inputs: bool  # True if a model has no layers before it is called
 
 
@@ -49,7 +50,7 @@ def framework_of(model: object) -> Framework | None:
 
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
-) -> dict[str, Decision]:
+) -> dict[str, PlanRow]:
     """Decide on each parameter of a model by the layer that owns it.
 
     Raises
@@ -103,11 +104,11 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Examples
     --------
     >>> import gcx.optax
-    >>> from gcx.plan import LeaveAlone
+    >>> from gcx.plan import LeaveAlone, PlanRow
     >>> class Experts:  # of nnx.Module, say
     ...     pass
     >>> @gcx.optax.register_layer(Experts)
     ... def experts(layer):
-    ...     return {"w_in": "oio", "w_out": "oio", "router": "io", "bias_*": LeaveAlone("bias")}
+    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": LeaveAlone("bias")}
     """
     return RULES.register(kind)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import Answers, Decision, KernelAnswer
-from gcx.optax._models._tracing import Seen, decide_all, join, trace_shapes
+from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
+from gcx.plan import PlanRow
 
 
 def decide(
-    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
-) -> dict[str, Decision]:
+    rules: Rules[LayerAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, PlanRow]:
     """Decide on each parameter of a model that ``haiku.transform`` returned."""
     import haiku as hk
     import jax
@@ -51,7 +51,7 @@ def decide(
 _CONVOLUTION: Answers = {"w": "...o", "b": BIAS}
 _NORM: Answers = {"scale": NORM, "offset": BIAS}
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     "haiku.*.ConvND": _CONVOLUTION,
     "haiku.*.DepthwiseConvND": _CONVOLUTION,

@@ -7,15 +7,23 @@ from typing import Any
 
 from gcx._einsum import kernel_letters
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import LENGTH, SLOPE, Answers, Decision, KernelAnswer
-from gcx.optax._models._tracing import Seen, decide_all, join, trace_shapes
+from gcx.optax._models._parameters import (
+    LENGTH,
+    SLOPE,
+    Answers,
+    LayerAnswer,
+    Seen,
+    decide_all,
+    join,
+    trace_shapes,
+)
 from gcx.optax._names import named_leaves
-from gcx.plan import LeaveAlone
+from gcx.plan import LeaveAlone, PlanRow
 
 
 def decide(
-    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
-) -> dict[str, Decision]:
+    rules: Rules[LayerAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, PlanRow]:
     """Decide on each parameter of a linen module, by its name within ``"params"``."""
     import jax
     from flax import linen as nn
@@ -53,7 +61,7 @@ def _parameters(module: Any) -> dict[str, Any]:
     return dict(named_leaves(module.variables.get("params", {})))
 
 
-def einsum_kernel(equation: str | None) -> KernelAnswer:
+def einsum_kernel(equation: str | None) -> LayerAnswer:
     """Layout of an einsum kernel, or the reason why there is none.
 
     >>> einsum_kernel("bi,io->bo")
@@ -93,7 +101,7 @@ _DENSE: Answers = {"kernel": "io", "bias": BIAS}
 _NORM: Answers = {"scale": NORM, "bias": BIAS}
 _NORMS = ("Batch", "Layer", "Group", "RMS", "Instance")
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.linen.*.DenseGeneral": _dense_general,
     "flax.linen.*.Einsum": _einsum,
     "flax.linen.*.ConvTranspose": _transposed_convolution,

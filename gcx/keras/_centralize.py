@@ -8,8 +8,13 @@ from typing import Any
 
 import keras
 
-from gcx._dispatch import backend_for
-from gcx._names import naming
+from gcx._decisions import (
+    already_attached,
+    check_choice,
+    check_reproducible,
+    narrow_weight,
+    refuse_empty,
+)
 from gcx.keras._optimizer import GradientCentralization, attach
 from gcx.keras._plan import Overrides, decide, plan
 from gcx.keras._projection import NARROW_DTYPES, Decay, Projection, Where
@@ -91,11 +96,9 @@ def centralize(
     optimizer = _innermost(optimizer)
     _check_optimizer(optimizer)
     expected = plan(model, overrides=overrides)
-    if not any(row.layout for row in expected):
-        msg = f"there is nothing to centralize in {model.name}:\n{expected}"
-        raise ValueError(msg)
+    refuse_empty(expected, model.name)
     if reproducible:
-        _check_reproducible(model, expected)
+        check_reproducible(expected, [variable.value for variable in model.trainable_variables])
 
     def rows_of(variables: Sequence[Any]) -> list[PlanRow]:
         decided = decide(model, overrides)
@@ -116,12 +119,8 @@ def centralize(
 
 
 def _check_choices(where: object, decay: object) -> None:
-    if where not in ("gradient", "update"):
-        msg = f"where is 'gradient' or 'update', not {where!r}"
-        raise ValueError(msg)
-    if decay not in (None, "inside", "outside"):
-        msg = f"decay is 'inside', 'outside' or None, not {decay!r}"
-        raise ValueError(msg)
+    check_choice("where", where, ("gradient", "update"))
+    check_choice("decay", decay, ("inside", "outside", None))
     if where == "gradient" and decay == "inside":
         msg = (
             "decay='inside' needs where='update': Keras applies weight_decay apart from the "
@@ -148,8 +147,7 @@ def _check_optimizer(optimizer: Any) -> None:
         msg = f"optimizer is a keras.optimizers.Optimizer, not a {kind.__name__}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
-        msg = "this optimizer has Gradient Centralization already; .remove() that handle first"
-        raise ValueError(msg)
+        raise ValueError(already_attached("optimizer"))
     is_keras_own = all(getattr(kind, name) is getattr(base, name) for name in _KERAS_OWN)
     if not is_keras_own or not all(hasattr(base, name) for name in _CHANGED):
         msg = (
@@ -169,22 +167,11 @@ def _check_all_known(variables: Sequence[Any], decided: Mapping[int, PlanRow]) -
         raise ValueError(msg)
 
 
-def _check_reproducible(model: Any, expected: Plan) -> None:
-    for variable, row in zip(model.trainable_variables, expected, strict=True):
-        if row.layout:
-            with naming(row.name):
-                axes = row.layout.fan_in_axes(len(row.shape))
-                backend_for(variable.value).check_reproducible(variable.value, axes)
-
-
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:
     for variable, row in zip(model.trainable_variables, expected, strict=True):
         if row.layout and variable.dtype in NARROW_DTYPES:
-            msg = (
-                f"{row.name} is {variable.dtype}: rounding the weights loses most of what "
-                "where='update' does; keep float32 weights, or use where='gradient'"
-            )
-            warnings.warn(msg, UserWarning, stacklevel=3)
+            message = narrow_weight(row.name, variable.dtype)
+            warnings.warn(message, UserWarning, stacklevel=3)
             return
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from gcx.keras._projection import Projection
-from gcx.layout import as_layout
+from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
 _register = keras.saving.register_keras_serializable("gcx", "Centralized")
@@ -81,9 +81,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         projection = self._projection
         return {
             "optimizer": keras.optimizers.serialize(self.gradient_centralization.plain_optimizer()),
-            "plan": [
-                [r.name, r.shape, r.layout and str(r.layout), r.reason] for r in projection.plan
-            ],
+            "plan": [[*row[:2], _plain_layout(row.layout), row.reason] for row in projection.plan],
             "where": projection.where,
             "decay": projection.decay,
             "reproducible": projection.reproducible,
@@ -94,7 +92,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Make a centralized optimizer for the same variables in the same order."""
         optimizer = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         rows = [
-            PlanRow(name, tuple(shape), layout and as_layout(layout), reason)
+            PlanRow(name, tuple(shape), layout and Layout(layout[0], **layout[1]), reason)
             for name, shape, layout, reason in config["plan"]
         ]
 
@@ -185,6 +183,10 @@ def _centralized(kind: type) -> type:
     # share one registered name.
     mixed = type(f"Centralized{kind.__name__}", (Centralized, kind), {"__module__": __name__})
     return _register(mixed)  # type: ignore[no-any-return]
+
+
+def _plain_layout(layout: Layout | None) -> tuple[str, dict[str, int]] | None:
+    return None if layout is None else (str(layout), layout.sizes)
 
 
 def _check_same_shapes(rows: Sequence[PlanRow], variables: Sequence[Any]) -> None:

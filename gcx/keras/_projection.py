@@ -90,8 +90,12 @@ class Projection:
         return gcx.centralize(array, layout=layout, reproducible=self.reproducible)
 
     def _mean(self, variable: Any) -> Any:
-        axes = self._layouts[id(variable)].fan_in_axes(len(variable.shape))
-        return ops.mean(_wide(variable), axis=axes, keepdims=True)
+        layout, shape = self._layouts[id(variable)], tuple(variable.shape)
+        view, axes = layout.split(shape)
+        if not layout.is_split:
+            return ops.mean(_wide(variable), axis=axes, keepdims=True)
+        mean = ops.mean(ops.reshape(_wide(variable), view), axis=axes, keepdims=True)
+        return ops.reshape(ops.broadcast_to(mean, view), shape)
 
 
 NARROW_DTYPES = ("float16", "bfloat16")

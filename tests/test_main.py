@@ -229,10 +229,10 @@ finally:
 
     def test_interruption(self) -> None:
         code = """
-import os, signal, sys
+import os, signal
 from gcx import __main__
 __main__.look_up = lambda _: os.kill(os.getpid(), signal.SIGINT)
-sys.exit(__main__.run_quietly(__main__.main))
+__main__.exit_after(__main__.main)
 """
         shown = ran("-c", code)
         assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")

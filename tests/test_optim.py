@@ -444,6 +444,7 @@ def test_it_is_immutable() -> None:
         (lambda: SGD("0.1"), "lr must be .* not '0.1'"),
         (lambda: SGD(0.1, momentum=1.0), r"momentum must be a number in \[0, 1.0\), not 1.0"),
         (lambda: SGD(0.1, dampening=-1), "dampening must be .* not -1"),
+        (lambda: SGD(0.1, momentum=0.9, dampening=1.0), "dampening must be .* not 1.0"),
         (lambda: SGD(0.1, dampening=0.5), "dampening=0.5 does nothing with momentum=0"),
         (lambda: SGD(0.1, nesterov=True), "nesterov=True needs .* not momentum=0.0"),
         (
@@ -526,6 +527,16 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         r"scale: the momentum has shape \(3,\), its parameter \(\)",
         state={**state, "momentum": {**state["momentum"], "scale": grads["dense"]["bias"]}},
     )
+
+
+@pytest.mark.parametrize("buffer", ["first_moment", "second_moment"])
+def test_update_refuses_each_buffer_that_does_not_fit(buffer: str) -> None:
+    params, grads = problem(1)
+    optimizer = Adam(layouts=LAYOUTS)
+    state = optimizer.init(params)
+    state[buffer] = {**state[buffer], "conv": np.zeros((4, 3))}
+    with pytest.raises(ValueError, match=rf"conv: the {buffer} has shape \(4, 3\), its parameter"):
+        optimizer.update(params, grads, state)
 
 
 def test_update_refuses_gradients_of_another_library(xp: Any) -> None:

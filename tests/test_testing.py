@@ -88,6 +88,19 @@ def test_rtol(xp: ArrayLibrary) -> None:
         assert_centralized(x, rtol=0.04)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_the_default_is_64_roundings(xp: ArrayLibrary, dtype: str) -> None:
+    epsilon = float(np.finfo(dtype).eps)
+    for sign in (1, -1):
+        assert_centralized(xp.asarray([[1.0, -1.0 + sign * 126 * epsilon]], dtype))
+        with pytest.raises(AssertionError, match=f"more than {64 * epsilon:.3g}$"):
+            assert_centralized(xp.asarray([[1.0, -1.0 + sign * 132 * epsilon]], dtype))
+
+
+def test_a_mean_as_large_as_rtol_passes(xp: ArrayLibrary) -> None:
+    assert_centralized(xp.asarray([[1.0, -0.5]]), rtol=0.25)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (3, 1), (3, 0), (0, 3)])
 def test_nothing_to_check_is_an_error(xp: ArrayLibrary, shape: tuple[int, ...]) -> None:
     """A test that looks at nothing must not pass."""

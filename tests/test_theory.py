@@ -25,12 +25,12 @@ GAMMA = 0.7
 KEEP_THE_MEANS = {
     "sgd": SGD(0.5),
     "momentum-decay": SGD(0.1, momentum=0.9, weight_decay=1e-3),
-    "adam-update": Adam(0.05, centralize="update"),
+    "adam-update": Adam(0.05, where="update"),
 }
 DO_NOT = {
-    "sgd-plain": SGD(0.5, centralize=None),
-    "momentum-plain": SGD(0.1, momentum=0.9, centralize=None),
-    "adam-gradient": Adam(0.05, centralize="gradient"),
+    "sgd-plain": SGD(0.5, where=None),
+    "momentum-plain": SGD(0.1, momentum=0.9, where=None),
+    "adam-gradient": Adam(0.05, where="gradient"),
 }
 
 Weights = dict[str, Any]

@@ -143,8 +143,8 @@ def test_digits_are_learned_with_the_means_kept() -> None:
     (numpy,) = libraries.MAKERS["numpy"]()
     start = start_weights(64, 32, 10)
 
-    def end(centralize: Any) -> Weights:
-        optimizer = SGD(0.2, momentum=0.9, centralize=centralize)
+    def end(where: Any) -> Weights:
+        optimizer = SGD(0.2, momentum=0.9, where=where)
         return trained(numpy, optimizer, start, (x[:1200], target[:1200]), steps=60)
 
     def accuracy(weights: Weights) -> float:

@@ -24,14 +24,14 @@ def values(*shape: int) -> Any:
     "options", [{}, {"layout": "...o"}, {"layout": "io..."}, {"axis": (0, -1)}, {"axis": 1}]
 )
 def test_what_gcx_centralized_passes(xp: ArrayLibrary, options: dict[str, Any]) -> None:
-    for dtype in WIDE_DTYPES:
+    for dtype in WIDE_DTYPES if not options else ["float64"]:
         grad = xp.asarray(values(3, 4, 5), dtype)
         assert_centralized(gcx.centralize(grad, **options), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"layout": "...o"}, {"axis": 1}])
 def test_what_nobody_centralized_fails(xp: ArrayLibrary, options: dict[str, Any]) -> None:
-    for dtype in WIDE_DTYPES:
+    for dtype in WIDE_DTYPES if not options else ["float64"]:
         with pytest.raises(AssertionError, match="not centralized: a mean over axes"):
             assert_centralized(xp.asarray(values(3, 4, 5), dtype), **options)
 

@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 
 import gcx.torch
 from gcx.plan import Plan
-from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where, check_options
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
+from gcx.torch._centralize import Where, check_options
+from gcx.torch._optimizer import Decay
+from gcx.torch._plan import Layers, Overrides
 from gcx.torch._targets import is_on
 
 if not TYPE_CHECKING and find_spec("lightning") is None:

@@ -10,10 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 import gcx.torch
 from gcx.plan import Plan
-from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where, check_options
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
+from gcx.torch._centralize import Where, check_options
+from gcx.torch._optimizer import Decay
+from gcx.torch._plan import Layers, Overrides
 from gcx.torch._targets import keep_switches
 
 __all__ = ["GradientCentralization"]

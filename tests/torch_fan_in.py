@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gcx.layout import Layout
-from gcx.torch._fan_in import FanIn
 from gcx.torch._layers import TORCH_NN
 from gcx.torch._plan import decide
+from gcx.torch._weights import FanIn
 
 
 def declared_fan_in(model: nn.Module, name: str) -> FanIn:

@@ -14,8 +14,7 @@ from gcx.backends._torch_dtensor import is_dtensor
 from gcx.diagnostics._energy import Energy, energy_of
 from gcx.diagnostics._report import EnergyReport, report_of
 from gcx.plan import PlanRow
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, decide, plan_of
+from gcx.torch._plan import Layers, Overrides, decide, plan_of
 
 __all__ = ["energy_removed"]
 

@@ -11,8 +11,8 @@ from gcx._globs import is_glob
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules, RuleT
 from gcx.layout import Layout, LayoutLike
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn, as_fan_in
 from gcx.torch._packages import PACKAGES
+from gcx.torch._weights import FanIn, as_fan_in
 
 Answer = FanIn | LayoutLike | LeaveAlone | None
 

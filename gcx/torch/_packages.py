@@ -11,7 +11,7 @@ from typing import Any
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn
+from gcx.torch._weights import FanIn
 
 Answer = FanIn | str | LeaveAlone
 

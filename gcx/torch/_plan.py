@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Size, Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from gcx._globs import matches, no_match
 from gcx._rules import unknown
-from gcx._tree import naming
+from gcx.layout import Layout, LayoutLike
 from gcx.plan import LeaveAlone, Plan, PlanRow
-from gcx.torch._fan_in import FanIn, is_trainable
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
-from gcx.torch._overrides import Overrides, answers
-from gcx.torch._reparametrized import Owned, owned_parameters
+from gcx.torch._parameters import Owned, check_has_shape, flattened, owned_parameters
+from gcx.torch._weights import FanIn, Weight, as_fan_in, is_trainable
 
 Layers = Literal["all", "conv"]
 
@@ -40,25 +39,6 @@ class Decision(NamedTuple):
         else:  # torch.jit keeps parameters elsewhere
             found = getattr(self.holder, self.key, None)
         return found is parameter and parameter.shape == self.shape
-
-
-class Weight(NamedTuple):
-    """A parameter to centralize, and whether its means are to have equal bits everywhere."""
-
-    name: str
-    parameter: Tensor
-    fan_in: FanIn
-    reproducible: bool = False
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Average a tensor of the shape of the parameter, as `FanIn.mean`."""
-        return self.fan_in.mean(tensor, reproducible=self.reproducible)
-
-    def check(self, tensor: Tensor) -> None:
-        """Raise a TypeError that names the weight if the bits of a mean cannot be promised."""
-        if self.reproducible:
-            with naming(self.name):
-                self.fan_in.check_reproducible(tensor)
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
@@ -162,7 +142,7 @@ def decide(
     check_choice("layers", layers, ("all", "conv"))
     owned_by_all = list(owned_parameters(model))
     for owned in owned_by_all:
-        _check_has_shape(owned)
+        check_has_shape(owned)
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
     given = answers({} if overrides is None else overrides, named)
     decisions: dict[Tensor, list[Decision]] = {}
@@ -190,17 +170,6 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)
-
-
-def _check_has_shape(owned: Owned) -> None:
-    if is_lazy(owned.parameter):
-        msg = (
-            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
-            "the model first"
-        )
-        raise RuntimeError(msg)
-    if getattr(owned.parameter, "_is_flat_param", False):
-        raise RuntimeError(_flattened(owned.name, "a flat buffer of several parameters"))
 
 
 def _ask(owned: Owned, layers: Layers) -> tuple[FanIn | LeaveAlone, str]:
@@ -251,18 +220,10 @@ def _misfit(owned: Owned, found: FanIn, rule: str) -> str:
     expected = found if found.ndim in (None, rank) else f"rank {found.ndim}"
     what = f"of rank {rank}, where a {rule} has {expected}"
     if rank < 2:
-        return _flattened(owned.name, what)
+        return flattened(owned.name, what)
     return (
         f"{owned.name} is {what}. If {type(owned.layer).__name__} has weights of another shape, "
         "gcx.torch.register_layer tells how they are to be read, and overrides for this one"
-    )
-
-
-def _flattened(name: str, what: str) -> str:
-    return (
-        f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
-        "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "
-        "keeps them, or call gcx.torch.centralize_in_backward(model) before the model is wrapped"
     )
 
 
@@ -287,3 +248,96 @@ def _what_is_averaged(
         return None
     shape = fan_in.view_shape(parameter)
     return shape, fan_in.layout.fan_in_axes(len(shape))
+
+
+Key = str | Tensor | nn.Module
+Value = FanIn | LayoutLike | int | Sequence[int] | LeaveAlone | None
+# By name or glob, parameter, or module (all of its parameters); None leaves alone.
+Overrides = Mapping[Key, Value]
+
+_AS_GIVEN = LeaveAlone("left alone by an override")
+
+
+def answers(
+    overrides: Overrides, named: Iterable[tuple[str, Tensor]]
+) -> dict[Tensor, FanIn | LeaveAlone]:
+    """Give each parameter the answer of the first key that covers it.
+
+    Raises a TypeError for a key or a value of the wrong kind, and a ValueError for a key that
+    covers nothing, or a value that does not fit the weight.
+    """
+    if not isinstance(overrides, Mapping):
+        msg = f"overrides is a mapping from names to layouts, not {overrides!r}"
+        raise TypeError(msg)
+    named = list(named)
+    found: dict[Tensor, FanIn | LeaveAlone] = {}
+    for key, value in overrides.items():
+        covered = [(name, p) for name, p in named if _covers(key, name, p)]
+        leaves_alone = value is None or isinstance(value, LeaveAlone)
+        if isinstance(key, nn.Module) and not leaves_alone:
+            # The vectors of a module are its biases, which have no axes to speak of.
+            covered = [(name, p) for name, p in covered if p.ndim > 1]
+        if not covered:
+            raise ValueError(_covers_nothing(key, leaves_alone, [name for name, _ in named]))
+        for name, parameter in covered:
+            found.setdefault(parameter, _answer(value, name, parameter))
+    return found
+
+
+def _covers(key: Key, name: str, parameter: Tensor) -> bool:
+    if isinstance(key, str):
+        return matches(key, name)
+    if isinstance(key, nn.Module):
+        return any(parameter is own for own in key.parameters())
+    if isinstance(key, Tensor):
+        return parameter is key
+    msg = (
+        f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
+        f"{key!r}; gcx.torch.register_layer is for a type of layer"
+    )
+    raise TypeError(msg)
+
+
+def _covers_nothing(key: Key, leaves_alone: bool, names: list[str]) -> str:
+    if isinstance(key, nn.Module):
+        what = "parameters of the model" + ("" if leaves_alone else " with two axes or more")
+        return f"overrides: a {type(key).__name__} holds no {what}"
+    if isinstance(key, Tensor):
+        return f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
+    return no_match(key, names, what="overrides")
+
+
+def _answer(value: Value, name: str, weight: Tensor) -> FanIn | LeaveAlone:
+    if value is None:
+        return _AS_GIVEN
+    if isinstance(value, LeaveAlone):
+        return value
+    if isinstance(value, (FanIn, Layout, str)):
+        fan_in = as_fan_in(value)
+    else:
+        fan_in = FanIn(_layout_of_axes(value, name, weight.ndim))
+    if not fan_in.fits(weight):
+        msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit {fan_in}"
+        raise ValueError(msg)
+    if not is_trainable(weight):
+        msg = f"overrides: {name} is of dtype {weight.dtype}, which has no gradient"
+        raise ValueError(msg)
+    return fan_in
+
+
+def _layout_of_axes(value: int | Sequence[int], name: str, ndim: int) -> Layout:
+    axes = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+        msg = (
+            f"overrides: the value for {name} is a layout, the axes of its fan-in, or None to "
+            f"leave it alone, not {value!r}"
+        )
+        raise TypeError(msg)
+    if not axes or not all(-ndim <= axis < ndim for axis in axes):
+        msg = (
+            f"overrides: {name} has rank {ndim}, and {value!r} is not fan-in axes of it; None "
+            "leaves it alone"
+        )
+        raise ValueError(msg)
+    fan_in = {axis % ndim for axis in axes}
+    return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

@@ -17,7 +17,7 @@ from gcx._bench.gpu.report import Measured
 from gcx._bench.models import MODELS, Model, Weight, llama3, output_first
 from gcx._bench.timing import Call, interleaved
 from gcx._check.formats import FORMATS
-from gcx.torch._overrides import Overrides
+from gcx.torch._plan import Overrides
 
 __all__ = ["distances", "layouts_of", "module_of", "times"]
 

@@ -12,8 +12,7 @@ from torch.optim.optimizer import ParamsT
 from gcx.plan import Plan
 from gcx.torch._fused._hooks import CentralizationInStep
 from gcx.torch._fused._rules import Rule
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
+from gcx.torch._plan import Layers, Overrides
 
 # The registries of hooks in which `CentralizationInStep` has some.
 _REGISTRIES = (

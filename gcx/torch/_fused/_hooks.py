@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx.backends import _torch_cuda
-from gcx.torch._decay import Decay, Group, coupled_rate
+from gcx.torch._centralize import GradientCentralization
 from gcx.torch._fused._launches import Launches
 from gcx.torch._fused._rules import Rule
-from gcx.torch._gradients import with_gradient
-from gcx.torch._hooks import GradientCentralization
-from gcx.torch._in_gradient import InGradient
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, Weight
+from gcx.torch._optimizer import Decay, Group, coupled_rate
+from gcx.torch._plan import Layers, Overrides
+from gcx.torch._step import GradientHooks
 from gcx.torch._targets import Targets
-from gcx.torch._together import is_for_kernels
+from gcx.torch._weights import Weight, is_for_kernels, with_gradient
 
 
 class CentralizationInStep(GradientCentralization):
@@ -53,7 +51,7 @@ class CentralizationInStep(GradientCentralization):
         return self.in_step
 
 
-class InStep(InGradient):
+class InStep(GradientHooks):
     """Hooks that pass over the parameter groups that are centralized in the step itself.
 
     `step` is that step, which an optimizer calls when torch comes to a group.

@@ -12,9 +12,9 @@ from torch.nn import Parameter
 
 from gcx.backends import _torch_cuda
 from gcx.backends._torch_triton import forms
-from gcx.torch._decay import Group
 from gcx.torch._fused._rules import Rule, Scalars, State
-from gcx.torch._plan import Weight
+from gcx.torch._optimizer import Group
+from gcx.torch._weights import Weight
 
 T = TypeVar("T")
 

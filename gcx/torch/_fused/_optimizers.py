@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from gcx.torch._calls import not_compiled
 from gcx.torch._fused._base import FusedOptimizer, model_of, parameters_of
 from gcx.torch._fused._rules import AdamWRule, SGDRule
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
-from gcx.torch._untraced import untraced
+from gcx.torch._plan import Layers, Overrides
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -116,7 +115,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     """
 
     # As it is under torch.compile, too: what is compiled would know nothing of the kernels.
-    step: Callable[..., Any] = untraced(torch.optim.AdamW.step)
+    step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
 
     def __init__(
         self,
@@ -233,7 +232,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
-    step: Callable[..., Any] = untraced(torch.optim.SGD.step)
+    step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
 
     def __init__(
         self,

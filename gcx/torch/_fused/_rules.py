@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gcx.torch._decay import Group
+from gcx.torch._optimizer import Group
 
 State = dict[str, Any]  # what an optimizer remembers of one parameter
 Scalars = Mapping[str, float | bool]

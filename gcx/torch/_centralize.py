@@ -1,7 +1,8 @@
-"""Gradient Centralization as hooks around the step of an optimizer."""
+"""Gradient Centralization for an optimizer from now on, or for the gradients there are now."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from inspect import unwrap
 from typing import Any, Literal
@@ -11,17 +12,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gcx.plan import Plan
-from gcx.torch._decay import Decay
-from gcx.torch._in_gradient import InGradient
-from gcx.torch._in_update import InUpdate
-from gcx.torch._now import centralize_gradients
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, check_choice, decide, nothing_to_centralize
+from gcx.torch._calls import not_compiled, warn
+from gcx.torch._optimizer import Decay, inner_optimizer
+from gcx.torch._plan import (
+    Layers,
+    Overrides,
+    check_choice,
+    decide,
+    nothing_to_centralize,
+    weights_of,
+)
+from gcx.torch._step import GradientHooks, UpdateHooks
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
-from gcx.torch._together import Together
-from gcx.torch._untraced import untraced
-from gcx.torch._warn import warn
-from gcx.torch._working import working
+from gcx.torch._weights import Together, Weight, with_gradient
 
 Where = Literal["gradient", "update"]
 
@@ -224,7 +227,7 @@ class GradientCentralization:
         """What happens to each parameter of the optimizer, and why, as a `gcx.plan.Plan`."""
         return self._targets.plan()
 
-    @untraced
+    @not_compiled
     @torch.no_grad()
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan.
@@ -250,9 +253,9 @@ class GradientCentralization:
         state = f"where={self._where!r}" if self._hooks else "removed"
         return f"<{name} of {kind}, {state}, {self.plan!r}>"
 
-    def _place(self, decay: Decay) -> InGradient | InUpdate:
+    def _place(self, decay: Decay) -> GradientHooks | UpdateHooks:
         """Make what centralizes in each step."""
-        place = InGradient if self._where == "gradient" else InUpdate
+        place = GradientHooks if self._where == "gradient" else UpdateHooks
         return place(self._targets, decay)
 
     def _warn_if_idle(self, optimizer: Optimizer) -> None:
@@ -298,7 +301,7 @@ def _check_steps(optimizer: Optimizer) -> None:
         msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         raise TypeError(msg)
     for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer) and value is not working(optimizer):
+        if isinstance(value, Optimizer) and value is not inner_optimizer(optimizer):
             msg = (
                 f"{kind} moves the weights by another optimizer, whose steps may be called without "
                 f"its own: centralize that one, its attribute {name}"
@@ -312,3 +315,63 @@ def _check_has_no_other(optimizer: Optimizer) -> None:
         kind = type(optimizer).__name__
         msg = f"this {kind} has Gradient Centralization already; .remove() that handle first"
         raise ValueError(msg)
+
+
+@not_compiled
+@torch.no_grad()
+def centralize_grads_(
+    model: nn.Module,
+    *,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> None:
+    """Centralize the gradients of a model now, in place in ``.grad``.
+
+    For loops that need centralized gradients before the step, such as to clip their norm; where
+    nothing comes between, `centralize` does it for an optimizer once and for all. Both together are
+    right too: the step centralizes again, which changes nothing, and includes weight decay. Where
+    that has overrides or switches, call ``centralize_grads_()`` of its handle, which has the same.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, after ``backward()``. Parameters without gradient are passed over.
+    layers, overrides
+        As in `plan`, which shows what is centralized.
+    reproducible : bool, optional
+        Whether means are taken in the one order that gives equal bits on every device, whatever
+        the strides: see :doc:`/reproducible`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or the gradient of a weight to centralize is sparse; if a
+        weight has a dtype, a device or shards for which `reproducible` cannot be promised.
+    ValueError
+        As `plan`; or if there is no gradient to centralize.
+    RuntimeError
+        As `plan`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> model(torch.rand(8, 3)).square().sum().backward()
+    >>> gcx.torch.centralize_grads_(model)
+    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
+    True
+    >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """
+    decisions = decide(model, layers, overrides).items()
+    centralize_gradients(weights_of(decisions, reproducible=reproducible), Together())
+
+
+def centralize_gradients(weights: Iterable[Weight], together: Together) -> None:
+    """Centralize what gradients there are; a ValueError if there are none."""
+    found = with_gradient(weights)
+    if not found:
+        msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
+        raise ValueError(msg)
+    together.centralize_({None: found})

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
@@ -105,3 +106,22 @@ def _pruned(hook: prune.BasePruningMethod) -> str:
 
 def _joined(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def check_has_shape(owned: Owned) -> None:
+    if is_lazy(owned.parameter):
+        msg = (
+            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
+            "the model first"
+        )
+        raise RuntimeError(msg)
+    if getattr(owned.parameter, "_is_flat_param", False):
+        raise RuntimeError(flattened(owned.name, "a flat buffer of several parameters"))
+
+
+def flattened(name: str, what: str) -> str:
+    return (
+        f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
+        "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "
+        "keeps them, or call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+    )

@@ -14,18 +14,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gcx._tree import naming
 from gcx.backends import _torch
 from gcx.plan import Plan
-from gcx.torch._overrides import Overrides
+from gcx.torch._calls import not_compiled, warn
 from gcx.torch._plan import (
     Decision,
     Layers,
-    Weight,
+    Overrides,
     decide,
     nothing_to_centralize,
     plan_of,
     weights_of,
 )
-from gcx.torch._untraced import untraced
-from gcx.torch._warn import warn
+from gcx.torch._weights import Weight
 
 # Passes of the model in training, after one that had gradients, by which that of each weight should
 # have come by.
@@ -175,7 +174,7 @@ class CentralizationInBackward:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._kind}, {self.plan!r}>"
 
-    @untraced
+    @not_compiled
     def _before_forward(self, places: list[_Place], *_: Any) -> None:
         for place in places:
             tensor = place.tensor()
@@ -183,7 +182,7 @@ class CentralizationInBackward:
                 hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
                 self._hooked[tensor] = hook
 
-    @untraced
+    @not_compiled
     def _count(self, model: nn.Module, *_: Any) -> None:
         # Passes before the first backward say nothing: there may be many, of an unrolled cell.
         is_training = model.training and torch.is_grad_enabled()

@@ -86,7 +86,7 @@ def tests(session: nox.Session, backend: str) -> None:
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers, all of them in one environment."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers")
+    install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
     together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
     run_pytest(session, *together, f"--packages={PEERS}")
 
@@ -138,7 +138,7 @@ def wheel(session: nox.Session) -> None:
         (built,) = away.glob("*.whl")
         if lacking := files_of_the_package() - set(ZipFile(built).namelist()):
             session.error(f"the wheel lacks {sorted(lacking)}")
-        install(session, f"{built}[demo]", *FRAMEWORKS, "test")
+        install(session, str(built), *FRAMEWORKS, "demo", "test")
         for name in ("tests", "docs", ".ci"):
             shutil.copytree(ROOT / name, away / name)
         for name in ("pyproject.toml", "README.md"):
@@ -159,7 +159,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def typing(session: nox.Session) -> None:
     """Check types: mypy on everything, pyright on what users of the package see."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "around-torch", "keras", "thinc", "typing")
+    install(session, "-e.", *FRAMEWORKS, "demo", "around-torch", "keras", "thinc", "typing")
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "gcx", "--ignoreexternal")
@@ -178,26 +178,35 @@ def docs(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def demo(session: nox.Session) -> None:
     """Train on real data in every framework, then compare the frameworks on random gradients."""
-    install(session, "-e.[demo]", *FRAMEWORKS)
-    session.run("python", "-m", "gcx", "demo", *session.posargs)
-    session.run("python", "-m", "gcx", "check")
-    session.run("python", "-m", "gcx", "check", "--bits")
+    install(session, "-e.", *FRAMEWORKS, "demo")
+    run_tool(session, "demo", *session.posargs)
+    run_tool(session, "agreement")
+    run_tool(session, "agreement", "--bits")
+
+
+@nox.session(python=PYTHONS)
+def check(session: nox.Session) -> None:
+    """Compare the frameworks on random gradients: their numbers, and the bits of reproducible."""
+    install(session, "-e.", *FRAMEWORKS)
+    session.run("python", "-m", "gcx")
+    run_tool(session, "agreement", *session.posargs)
+    run_tool(session, "agreement", "--bits", *session.posargs)
 
 
 @nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
-    session.run("python", "-m", "benchmarks.cpu", *session.posargs)
-    session.run("python", "-m", "benchmarks.jax_axes")
-    session.run("python", "-m", "gcx", "bench", "--models", "resnet50", "--dtypes", "float32")
+    run_tool(session, "cpu", *session.posargs)
+    run_tool(session, "jax-axes")
+    run_tool(session, "throughput", "--models", "resnet50", "--dtypes", "float32")
 
 
 @nox.session(python=RUNNING)
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
-    session.run("python", "-m", "benchmarks.paper", *session.posargs)
+    run_tool(session, "paper", *session.posargs)
 
 
 @nox.session(python=RUNNING)
@@ -210,12 +219,29 @@ def paper_tests(session: nox.Session) -> None:
     )
 
 
+@nox.session(python=RUNNING)
+def tool_tests(session: nox.Session) -> None:
+    """Run the tests of the other tools, which `demo`, `check` and `bench` run."""
+    install(session, "-e.", "tools")
+    session.install("--no-deps", *TIMM)
+    session.env["KERAS_BACKEND"] = "torch"
+    packages = f"--packages={PEERS},keras,sklearn,transformers,timm_models"
+    run_pytest(
+        session, "tests/test_canary.py", "tests/tools", packages, "--backends=numpy,torch,jax"
+    )
+
+
 def install(session: nox.Session, *names: str) -> None:
     """Install dependency groups, and distributions (those that are not the name of a group)."""
     groups = PYPROJECT["dependency-groups"]
     wanted = [name for name in names if name not in groups]
     required = nox.project.dependency_groups(PYPROJECT, *(n for n in names if n in groups))
     session.install(*wanted, *required)
+
+
+def run_tool(session: nox.Session, *arguments: str) -> None:
+    """Run one of the tools in benchmarks/."""
+    session.run("python", "-m", "benchmarks", *arguments)
 
 
 def run_pytest(session: nox.Session, *arguments: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 from gcx._dispatch import backend_for
-from gcx._tree import flatten, leaves_like, naming, rebuild
+from gcx._layouts import Layouts, layouts_for
+from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.backends import Backend
-from gcx.layout import Layout, LayoutLike, as_layout, match_layouts
+from gcx.layout import Layout, LayoutLike, as_layout
 
 __all__ = ["centralize", "centralize_many"]
 
@@ -106,23 +108,28 @@ def centralize(
     """
     backend = backend_for(grad)
     backend.check_dtype(grad)
-    axes = _fan_in_axes(grad.shape, layout, axis)  # type: ignore[attr-defined]
+    shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
+    view, axes = _find_fan_in(shape, layout, axis)
     if type(strength) is not float or strength != 1.0:
-        strength = checked_strength(strength)
+        strength = check_strength(strength)
+    seen = grad if view is shape else backend.reshape(grad, view)
     if reproducible and axes:
-        backend.check_reproducible(grad, axes)
+        backend.check_reproducible(seen, axes)
     if out is not None:
         _check_out(out, grad, backend)
     if not axes:
-        return _unchanged(grad, out)
-    return backend.centralize(grad, axes, strength, out, reproducible)
+        return _write(grad, out)
+    if view is shape:
+        return backend.centralize(grad, axes, strength, out, reproducible)
+    result = backend.centralize(seen, axes, strength, None, reproducible)
+    return _write(backend.reshape(result, shape), out)
 
 
 def centralize_many(
     grads: TreeT,
     /,
     *,
-    layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] = OUTPUT_FIRST,
+    layouts: Layouts = OUTPUT_FIRST,
     out: TreeT | None = None,
     strength: float = 1.0,
     reproducible: bool = False,
@@ -180,9 +187,9 @@ def centralize_many(
             f"{type(grads).__name__}; for one array use gcx.centralize"
         )
         raise TypeError(msg)
-    strength = checked_strength(strength)
+    strength = check_strength(strength)
     named = flatten(grads)
-    chosen = layouts_for([name for name, _ in named], layouts, like=grads)
+    chosen = layouts_for(named, layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
     _check_apart(named, outs)
     # All is checked before anything is written, so an error leaves `out` as it was.
@@ -193,48 +200,28 @@ def centralize_many(
     return rebuild(grads, _run(jobs, strength, reproducible))
 
 
-def layouts_for(
-    names: Sequence[str],
-    layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any],
-    *,
-    like: Any,
-) -> list[Layout | None]:
-    """One layout a name, from any of the forms in which `layouts` may be given."""
-    if isinstance(layouts, (Layout, str)):
-        return [as_layout(layouts)] * len(names)
-    if isinstance(layouts, (list, tuple)):
-        leaves = leaves_like(like, layouts, what="layouts")
-        return [None if leaf is None else as_layout(leaf) for leaf in leaves]
-    if not isinstance(layouts, Mapping):
-        msg = f"layouts is a layout, a list, a tuple or a mapping, not {type(layouts).__name__}"
-        raise TypeError(msg)
-    matched = match_layouts(layouts, names)
-    for name in names:
-        if name not in matched:
-            msg = f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
-            raise ValueError(msg)
-    return [matched[name] for name in names]
-
-
-def resolve_axes(
-    grad: Any,
+def see_fan_in(
+    grad: ArrayT,
     layout: LayoutLike,
     axis: int | Sequence[int] | None = None,
     *,
     reproducible: bool = False,
-) -> tuple[int, ...]:
-    """Axes over which `centralize` would average, after the same checks."""
+) -> tuple[ArrayT, tuple[int, ...]]:
+    """Check a gradient as `centralize` does; return it with split axes, and its fan-in axes."""
     backend = backend_for(grad)
     backend.check_dtype(grad)
-    axes = _fan_in_axes(grad.shape, layout, axis)
+    shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
+    view, axes = _find_fan_in(shape, layout, axis)
+    seen = grad if view is shape else backend.reshape(grad, view)
     if reproducible and axes:
-        backend.check_reproducible(grad, axes)
-    return axes
+        backend.check_reproducible(seen, axes)
+    return seen, axes
 
 
 class _Job(NamedTuple):
     backend: Backend | None
     grad: Any
+    seen: Any  # the gradient, with the axes that its layout splits
     axes: tuple[int, ...]
     out: Any
 
@@ -243,68 +230,77 @@ def _job(
     name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
 ) -> _Job:
     if grad is None:
-        return _Job(None, None, (), None)
-    axes: tuple[int, ...] = ()
+        return _Job(None, None, None, (), None)
+    seen, axes = grad, ()
     with naming(name):
         backend = backend_for(grad)
         if layout is not None:
-            axes = resolve_axes(grad, layout, reproducible=reproducible)
+            seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
             _check_out(out, grad, backend)
-    return _Job(backend, grad, axes, out)
+    return _Job(backend, grad, seen, axes, out)
 
 
 def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
-    """Give each backend all of its arrays together, and put the results in the order of `jobs`."""
-    results = [None if job.axes else _unchanged(job.grad, job.out) for job in jobs]
+    """Give each backend all of its arrays together; return the results in the order of `jobs`."""
+    results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
     left = [k for k, job in enumerate(jobs) if job.axes]
     while left:
         backend = jobs[left[0]].backend
         assert backend is not None
         mine = [k for k in left if jobs[k].backend is backend]
         left = [k for k in left if jobs[k].backend is not backend]
-        _, grads, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
-        done = backend.centralize_many(grads, axes, strength, outs, reproducible)
-        for k, result in zip(mine, done, strict=True):
-            results[k] = result
+        _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
+        is_whole = [*map(is_, seen, grads)]
+        targets = [out if whole else None for out, whole in zip(outs, is_whole, strict=True)]
+        done = backend.centralize_many(seen, axes, strength, targets, reproducible)
+        for k, result, whole in zip(mine, done, is_whole, strict=True):
+            shape = jobs[k].grad.shape
+            results[k] = result if whole else _write(backend.reshape(result, shape), jobs[k].out)
     return results
 
 
-def _unchanged(grad: ArrayT, out: ArrayT | None) -> ArrayT:
-    if out is None or out is grad:
-        return grad
-    out[...] = grad  # type: ignore[index]
+def _write(result: ArrayT, out: ArrayT | None) -> ArrayT:
+    if out is None or out is result:
+        return result
+    out[...] = result  # type: ignore[index]
     return out
 
 
-def _fan_in_axes(
-    shape: Sequence[int], layout: LayoutLike, axis: int | Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Axes to average over, none where the fan-in has fewer than two elements.
+def _find_fan_in(
+    shape: tuple[int, ...], layout: LayoutLike, axis: int | Sequence[int] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape with the axes that the layout splits, and the axes of it to average over.
 
-    The mean of one element is the element: subtracting it would freeze the weight.
+    There are none where the fan-in has fewer than two elements: the mean of one element is the
+    element, and subtracting it would freeze the weight.
     """
+    view = shape
     if axis is not None:
         if layout is not OUTPUT_FIRST:
             msg = "give layout or axis, not both: each says which axes are fan-in"
             raise TypeError(msg)
-        axes = _checked_axes(shape, axis)
+        axes = _check_axes(shape, axis)
     else:
         try:
-            axes = as_layout(layout).fan_in_axes(len(shape))
+            layout = as_layout(layout)
+            if layout.is_split:
+                view, axes = layout.split(shape)
+            else:
+                axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
             msg = f"{error} (gradient of shape {tuple(shape)})"
             raise ValueError(msg) from None
     size = 1
     try:
         for a in axes:
-            size *= shape[a]
+            size *= view[a]
     except TypeError:  # a lazy array gives None for a size it does not know yet
-        return axes
-    return () if size < 2 else axes
+        return view, axes
+    return view, (() if size < 2 else axes)
 
 
-def _checked_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
+def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
     from operator import index
 
     ndim = len(shape)
@@ -324,7 +320,7 @@ def _checked_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int,
     return axes
 
 
-def checked_strength(strength: float) -> float:
+def check_strength(strength: float) -> float:
     """Return it as a float, which every library takes; a ValueError unless it is from 0 to 1."""
     if not (isinstance(strength, (float, Real)) and 0.0 <= strength <= 1.0):
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"

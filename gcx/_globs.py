@@ -1,56 +1,19 @@
-"""Mappings whose keys are names or globs."""
+"""Old name of `gcx._names`."""
 
-from __future__ import annotations
+from collections.abc import Iterable
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from gcx._names import is_glob, match, match_all, no_match
 
 __all__ = ["first_keys", "is_glob", "matches", "no_match"]
 
-_GLOB = frozenset("*?[")  # what makes a key more than a name
+
+def matches(key: str, name: str) -> bool:
+    """Return True if a key equals a name or matches it."""
+    return bool(match([key], [name]))
 
 
 def first_keys(
     keys: Iterable[str], names: Iterable[str], *, what: str, complete: bool = True
 ) -> dict[str, str]:
-    """Give each name the first key that is or matches it; names that none matches are left out.
-
-    A key that matches no name is a ValueError which calls the mapping by the name `what`, unless
-    part of the names is hidden from view (not `complete`).
-
-    >>> first_keys(["a", "*/w"], ["a", "b/w", "c"], what="layouts")
-    {'a': 'a', 'b/w': '*/w'}
-    """
-    keys, names = list(keys), list(names)
-    for key in keys:
-        if not isinstance(key, str):
-            msg = f"{what}: a key is the name of a parameter or a glob, not {key!r}"
-            raise TypeError(msg)
-    found: dict[str, str] = {}
-    unused = dict.fromkeys(keys)
-    for name in names:
-        matching = [key for key in keys if matches(key, name)]
-        if matching:
-            found[name] = matching[0]
-        for key in matching:
-            unused.pop(key, None)
-    if unused and complete:
-        raise ValueError(no_match(next(iter(unused)), names, what=what))
-    return found
-
-
-def matches(key: str, name: str) -> bool:
-    """Whether a key is a name or a glob of it."""
-    return key == name or (is_glob(key) and fnmatchcase(name, key))
-
-
-def is_glob(key: str) -> bool:
-    """Whether a key can match more than the name that it is."""
-    return bool(_GLOB & set(key))
-
-
-def no_match(key: str, names: Sequence[str], *, what: str) -> str:
-    """Tell that a key of the mapping `what` matches none of the names."""
-    shown = 10
-    listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-    return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
+    """Match as `gcx._names.match_all` does; if not `complete`, any name may be hidden."""
+    return match_all(keys, names, what=what, hidden=() if complete else [""])

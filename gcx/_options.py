@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gcx._centralize import checked_strength
+from gcx._centralize import check_strength
+from gcx._decisions import check_choice
 
 Where = Literal["gradient", "update"]
 Decay = Literal["inside", "outside"] | None
@@ -52,16 +53,10 @@ class Options:
     reproducible: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("where", self.where, ("gradient", "update"))
-        _check_choice("decay", self.decay, (None, "inside", "outside"))
-        _check_choice("layers", self.layers, ("all", "conv"))
-        object.__setattr__(self, "strength", checked_strength(self.strength))
+        check_choice("where", self.where, ("gradient", "update"))
+        check_choice("decay", self.decay, (None, "inside", "outside"))
+        check_choice("layers", self.layers, ("all", "conv"))
+        object.__setattr__(self, "strength", check_strength(self.strength))
         if not isinstance(self.overrides, Mapping | None):
             msg = f"overrides is a mapping from names to layouts, not {self.overrides!r}"
             raise TypeError(msg)
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
-        raise ValueError(msg)

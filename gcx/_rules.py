@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from gcx._names import match
 from gcx.layout import LayoutLike
 from gcx.plan import LeaveAlone
 
@@ -15,9 +16,10 @@ from gcx.plan import LeaveAlone
 Answer = LayoutLike | LeaveAlone | None
 AnswerT = TypeVar("AnswerT")
 
-# A layer answers for all of its own parameters, by name or glob.
-Rule = Callable[[Any], Mapping[str, AnswerT]]
-RuleT = TypeVar("RuleT", bound=Callable[[Any], Mapping[str, Any]])
+# Answers for the own parameters of a layer, by name or glob; or a function of the layer that
+# returns them.
+Rule = Mapping[str, AnswerT] | Callable[[Any], Mapping[str, AnswerT]]
+RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, Any]])
 
 # Reasons that many rules share.
 BIAS = LeaveAlone("bias")
@@ -25,9 +27,9 @@ NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
 
 
-def asked(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
-    """Ask the rule of a kind of layers; a TypeError if what it returns is no mapping."""
-    answers = rule(layer)
+def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
+    """Ask the rule of a kind of layers; a TypeError if it returns no mapping."""
+    answers = rule if isinstance(rule, Mapping) else rule(layer)
     if not isinstance(answers, Mapping):
         msg = (
             f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the names of "
@@ -74,8 +76,8 @@ class Rules(Generic[AnswerT]):
             raise TypeError(msg)
 
         def decorator(rule: RuleT) -> RuleT:
-            if not callable(rule):
-                msg = f"the rule of {kind.__name__} is a function of a layer, not {rule!r}"
+            if not (callable(rule) or isinstance(rule, Mapping)):
+                msg = f"the rule of {kind.__name__} is a mapping or a function, not {rule!r}"
                 raise TypeError(msg)
             self._by_type[kind] = rule
             self._found.clear()
@@ -94,9 +96,10 @@ class Rules(Generic[AnswerT]):
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Answer as `answer` does, or None if no rule knows the parameter."""
         for kind, rule in self._rules_of(type(layer)):
-            for pattern, found in asked(rule, layer, kind).items():
-                if _matches(pattern, name):
-                    return found, kind
+            answers = ask(rule, layer, kind)
+            key = match(answers, [name], separator=".").get(name)  # "." separates children
+            if key is not None:
+                return answers[key], kind
         return None
 
     def _rules_of(self, kind: type) -> tuple[_Named, ...]:
@@ -126,11 +129,6 @@ def unknown(layer: object, name: str) -> LeaveAlone:
     return LeaveAlone(f"unknown: nobody declared {type(layer).__name__}.{name}")
 
 
-def _matches(pattern: str, name: str) -> bool:
-    # The dots are those of children: a `*` for the parameters of a layer stays in that layer.
-    return pattern.count(".") == name.count(".") and fnmatchcase(name, pattern)
-
-
 def _load(found: EntryPoint) -> Rule[Any]:
     """Load the rule of another package."""
     brought = f"the entry point {found.name!r} of group {found.group!r}"
@@ -141,8 +139,8 @@ def _load(found: EntryPoint) -> Rule[Any]:
     except Exception as error:
         msg = f"{brought}, does not load {found.value!r}: {type(error).__name__}: {error}"
         raise ImportError(msg) from error
-    if not callable(rule):
-        msg = f"{brought}, is {rule!r}, which is not a function of a layer"
+    if not (callable(rule) or isinstance(rule, Mapping)):
+        msg = f"{brought}, is {rule!r}, which is neither a mapping nor a function of a layer"
         raise TypeError(msg)
     checked: Rule[Any] = rule
     return checked

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from functools import partial
+from math import prod
+from typing import Any
 
-__all__ = ["Layout", "LayoutLike", "match_layouts"]
+__all__ = ["Layout", "LayoutLike"]
 
 _ELLIPSIS = "..."
+_AXIS = re.compile(r"\.\.\.|[oib]|\([oib.]+\)")
+_PART = re.compile(r"\.\.\.|[oib]")
 _USUAL_RANKS = 9
+
+Shape = tuple[int, ...]
 
 
 class Layout:
-    """The axes of a weight, one letter each: ``o`` output unit, ``i`` fan-in.
+    """The axes of a weight, one letter each.
 
-    Gradient Centralization averages over the ``i`` axes and keeps the ``o`` axes apart.
-    At most one ``...`` stands for all axes not named, and reads as ``i``.
+    ``o`` is an output unit, ``i`` the fan-in, ``b`` a stack, each entry of which is a layer of
+    its own (experts, scanned layers). At most one ``...`` stands for all axes that are not named,
+    and they are fan-in. Gradient Centralization averages over the fan-in and keeps ``o`` and ``b``.
+
+    Parentheses split one axis into parts, the outermost first, as in einops. Give the size of
+    every part but one by its letter.
 
     Parameters
     ----------
     text : str
         For example ``"o..."`` (torch and Equinox weights), ``"...o"`` (Flax, Haiku and Keras
         kernels), ``"io..."`` (torch transposed convolutions), ``"ioo"`` (a Flax attention query),
-        ``"oio"`` (stacked experts).
+        ``"bio"`` (experts), ``"(bi)o..."`` (a torch transposed convolution with groups).
+    **sizes : int
+        Sizes of parts, such as ``b=4`` for four groups.
 
     Raises
     ------
     TypeError
-        If `text` is not a string.
+        If `text` is not a string, or a size is not an integer.
     ValueError
-        If `text` holds anything but ``o``, ``i`` and one ``...``, or names no fan-in axis.
+        If `text` holds anything else, or names no fan-in axis; if a size is missing, below 1, or
+        for a letter that is not in parentheses.
 
     Examples
     --------
@@ -37,38 +52,51 @@ class Layout:
     (0, 1, 2)
     >>> Layout("io...").fan_in_axes(4)
     (0, 2, 3)
-    >>> print(Layout("o..."))
-    o...
+    >>> Layout("(bi)o...", b=2).split((8, 4, 3, 3))
+    ((2, 4, 4, 3, 3), (1, 3, 4))
     """
 
-    __slots__ = ("_by_rank", "_head", "_is_variadic", "_tail", "_text")
+    __slots__ = ("_by_rank", "_head", "_is_variadic", "_sizes", "_tail", "_text", "is_split")
 
-    def __init__(self, text: str) -> None:
+    is_split: bool
+
+    def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str):
             msg = f"a layout is a string such as 'o...' or a gcx.Layout, not {type(text).__name__}"
             raise TypeError(msg)
-        head, ellipsis, tail = text.partition(_ELLIPSIS)
-        if set(head + tail) - {"o", "i"}:
+        axes = _AXIS.findall(text)
+        if "".join(axes) != text or text.count(_ELLIPSIS) > 1 or not all(map(_is_axis, axes)):
             msg = (
-                f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit) or 'i' "
-                "(fan-in), and at most one '...' for all the other axes"
+                f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit), 'i' "
+                "(fan-in) or 'b' (stack), at most one '...' for all the other axes, and "
+                "parentheses around two or more parts of an axis"
             )
             raise ValueError(msg)
-        if not ellipsis and "i" not in head:
+        if "i" not in text and _ELLIPSIS not in text:
             msg = (
                 f"layout {text!r} names no fan-in axis ('i' or '...'), so there is no mean to "
                 "subtract; leave such a weight out instead"
             )
             raise ValueError(msg)
         self._text = text
-        self._head, self._tail, self._is_variadic = head, tail, bool(ellipsis)
-        # Worked out once for the ranks there are, so that it costs nothing at every gradient.
-        self._by_rank = tuple([self._axes_or_none(ndim) for ndim in range(_USUAL_RANKS)])
+        self._sizes = _check_sizes(text, axes, sizes)
+        self.is_split = "(" in text
+        self._is_variadic = _ELLIPSIS in axes
+        place = axes.index(_ELLIPSIS) if self._is_variadic else len(axes)
+        self._head, self._tail = axes[:place], axes[place + 1 :]
+        # Computed once for the usual ranks, since every gradient asks.
+        ranks = () if self.is_split else range(_USUAL_RANKS)
+        self._by_rank = tuple([self._find_axes(ndim) for ndim in ranks])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the parts in parentheses, by letter; empty if there are none."""
+        return dict(self._sizes)
 
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
         """Axes to average over in an array of rank `ndim`.
 
-        Scalars have none, and vectors have none unless the layout gives a vector no output axis
+        Scalars have none. Vectors have none unless the layout gives a vector no other axis
         (``"i"``, ``"..."``): a bias holds one number per output unit.
 
         Parameters
@@ -84,7 +112,7 @@ class Layout:
         Raises
         ------
         ValueError
-            If the layout does not fit the rank.
+            If the layout does not fit the rank, or splits an axis (then use `split`).
 
         Examples
         --------
@@ -92,86 +120,183 @@ class Layout:
         >>> Layout("o...").fan_in_axes(2), Layout("o...").fan_in_axes(1)
         ((1,), ())
         """
-        axes = self._by_rank[ndim] if 0 <= ndim < _USUAL_RANKS else self._axes_or_none(ndim)
-        if axes is None:
-            named = len(self._head + self._tail)
-            at_least = "at least " if self._is_variadic else ""
-            msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
+        if self.is_split:
+            msg = f"{self!r} splits an axis of the array; use split(shape)"
             raise ValueError(msg)
+        axes = self._by_rank[ndim] if 0 <= ndim < _USUAL_RANKS else self._find_axes(ndim)
+        if axes is None:
+            raise self._rank_error(ndim)
         return axes
 
-    def _axes_or_none(self, ndim: int) -> tuple[int, ...] | None:
-        if ndim == 0 or (ndim == 1 and "o" in self._text):
+    def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
+        """Shape with one axis for each letter, and the fan-in axes of that shape.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of the gradient.
+
+        Returns
+        -------
+        shape : tuple of int
+            To reshape the gradient to; the shape itself if the layout has no parentheses.
+        axes : tuple of int
+            As `fan_in_axes`, in the new shape.
+
+        Raises
+        ------
+        ValueError
+            If the layout does not fit the shape.
+
+        Examples
+        --------
+        >>> from gcx import Layout
+        >>> Layout("b(oi...)", o=4).split((3, 24))
+        ((3, 4, 6), (2,))
+        """
+        shape = tuple(shape)
+        if not self.is_split:
+            return shape, self.fan_in_axes(len(shape))
+        axes = self._axes(len(shape))
+        if axes is None:
+            raise self._rank_error(len(shape))
+        sizes = [
+            part
+            for axis, size in zip(axes, shape, strict=True)
+            for part in self._split_axis(axis, size, shape)
+        ]
+        letters = enumerate(self.letters(len(shape)))
+        return tuple(sizes), tuple([k for k, letter in letters if letter == "i"])
+
+    def letters(self, ndim: int) -> str:
+        """Spell out the layout for an array of rank `ndim`, without ``...`` and parentheses.
+
+        Parameters
+        ----------
+        ndim : int
+            Rank of the array.
+
+        Returns
+        -------
+        str
+            One letter for each axis of the shape that `split` returns.
+
+        Raises
+        ------
+        ValueError
+            If the layout does not fit the rank.
+
+        Examples
+        --------
+        >>> from gcx import Layout
+        >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
+        ('oiii', 'bioii')
+        """
+        axes = self._axes(ndim)
+        if axes is None:
+            raise self._rank_error(ndim)
+        return "".join(part for axis in axes for part in _parts(axis))
+
+    def _find_axes(self, ndim: int) -> tuple[int, ...] | None:
+        if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
             return ()
-        unnamed = ndim - len(self._head + self._tail)
+        axes = self._axes(ndim)
+        return None if axes is None else tuple([k for k, a in enumerate(axes) if a == "i"])
+
+    def _axes(self, ndim: int) -> list[str] | None:
+        unnamed = ndim - len(self._head) - len(self._tail)
         if unnamed < 0 or (unnamed > 0 and not self._is_variadic):
             return None
-        letters = self._head + "i" * unnamed + self._tail
-        return tuple([k for k, letter in enumerate(letters) if letter == "i"])
+        return [*self._head, *"i" * unnamed, *self._tail]
+
+    def _rank_error(self, ndim: int) -> ValueError:
+        named = len(self._head) + len(self._tail)
+        at_least = "at least " if self._is_variadic else ""
+        msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
+        return ValueError(msg)
+
+    def _split_axis(self, axis: str, size: int, shape: Shape) -> list[int]:
+        """Sizes of the parts of one axis."""
+        if len(axis) == 1:
+            return [size]
+        sizes = [self._sizes.get(part, 0) for part in _parts(axis)]
+        known = prod(filter(None, sizes))
+        if size % known or (0 not in sizes and size != known):
+            msg = f"{self!r} does not fit shape {shape}: {size} is not {axis}"
+            raise ValueError(msg)
+        return [given or size // known for given in sizes]
 
     def __str__(self) -> str:
         return self._text
 
     def __repr__(self) -> str:
-        return f"Layout({self._text!r})"
+        sizes = "".join(f", {letter}={size}" for letter, size in self._sizes.items())
+        return f"Layout({self._text!r}{sizes})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self._text == other._text
+        if not isinstance(other, Layout):
+            return False
+        return self._text == other._text and self._sizes == other._sizes
 
     def __hash__(self) -> int:
-        return hash((Layout, self._text))
+        return hash((Layout, self._text, *sorted(self._sizes.items())))
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[str]]:
-        return Layout, (self._text,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Layout, self._text, **self._sizes), ()
 
 
 LayoutLike = Layout | str
 
 
-# Parsed once for each text, of which a program has a handful.
+def _parts(axis: str) -> list[str]:
+    """Letters of the parts of an axis; neighbours that are fan-in are one part.
+
+    >>> _parts("(oi...)"), _parts("i")
+    (['o', 'i'], ['i'])
+    """
+    letters = _PART.sub(lambda found: found[0].replace(_ELLIPSIS, "i"), axis.strip("()"))
+    return [*re.sub("i+", "i", letters)]
+
+
+def _is_axis(axis: str) -> bool:
+    is_whole = len(axis) == 1 or axis == _ELLIPSIS
+    return is_whole or (_PART.sub("", axis) == "()" and len(set(_parts(axis))) > 1)
+
+
+def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes by letter; an error if they do not settle every split."""
+    split = [part for axis in axes if axis[0] == "(" for part in _parts(axis)]
+    for letter, size in sizes.items():
+        if letter not in split:
+            msg = f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
+            raise ValueError(msg)
+        if not isinstance(size, int) or isinstance(size, bool):
+            msg = f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}"
+            raise TypeError(msg)
+        if size < 1 or split.count(letter) > 1:
+            wrong = f"at least 1, not {size}" if size < 1 else "of one part, and there are several"
+            msg = f"layout {text!r}: the size of {letter!r} is {wrong}"
+            raise ValueError(msg)
+    for axis in axes:
+        unknown = [part for part in _parts(axis) if part not in sizes]
+        if axis[0] == "(" and len(unknown) > 1:
+            msg = (
+                f"layout {text!r} splits the axis {axis}: give the size of all parts but one, "
+                f"such as Layout({text!r}, {unknown[0]}=2)"
+            )
+            raise ValueError(msg)
+    return dict(sorted(sizes.items()))
+
+
+# Parsed once for each text; a program has a handful.
 _parsed: dict[str, Layout] = {}
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """Parse text; hand a `Layout` back as it is."""
+    """Parse text; return a `Layout` as it is."""
     if isinstance(layout, Layout):
         return layout
     try:
         return _parsed[layout]
-    except (KeyError, TypeError):  # TypeError: not even hashable, as Layout will say
+    except (KeyError, TypeError):  # TypeError: not hashable; Layout says what it is
         return _parsed.setdefault(layout, Layout(layout))
-
-
-def match_layouts(
-    layouts: Mapping[str, LayoutLike | None], names: Iterable[str], *, complete: bool = True
-) -> dict[str, Layout | None]:
-    """Give each name the layout of the first key that matches it.
-
-    Parameters
-    ----------
-    layouts : mapping from str to Layout, str or None
-        A key is a name or a glob (``"*/kernel"``, where ``*`` also crosses ``/``). None means
-        leave alone.
-    names : iterable of str
-        The parameters there are.
-    complete : bool, optional
-        If True, a key that matches no name is an error. Switch off where part of the parameters
-        is hidden from view.
-
-    Returns
-    -------
-    dict from str to Layout or None
-        One entry for each name that some key matches, in the order of `names`.
-
-    Raises
-    ------
-    TypeError
-        If a key is not a string.
-    ValueError
-        If a key matches no name.
-    """
-    from gcx._globs import first_keys
-
-    keys = first_keys(layouts, names, what="layouts", complete=complete)
-    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
-    return {name: parsed[key] for name, key in keys.items()}

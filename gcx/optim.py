@@ -1,207 +1,23 @@
 """SGD, Adam and AdamW with Gradient Centralization, for the arrays of any library.
 
-For NumPy, CuPy and every other library that has no optimizers of its own. An optimizer holds
+For NumPy, CuPy and every other library without optimizers of its own. An optimizer holds
 hyperparameters and nothing else: state goes in and comes out, and no array is modified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from math import inf
-from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar
 
 from gcx import _compat
-from gcx._centralize import centralize, layouts_for, resolve_axes
-from gcx._dispatch import backend_for
-from gcx._tree import flatten, leaves_like, naming, rebuild
-from gcx.layout import LayoutLike
+from gcx._optimizer import Optimizer, as_float
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
-TreeT = TypeVar("TreeT")
-
-
-@dataclass(frozen=True)
-class _Optimizer:
-    """The walk over the parameters, and the places of weight decay and centralization in a step.
-
-    A subclass names the arrays that it keeps for each parameter, `_buffers`, and turns a gradient
-    into the direction to go against, `_direction`.
-    """
-
-    lr: float
-    _: KW_ONLY
-    weight_decay: float = 0.0
-    centralize: Literal["gradient", "update"] | None = "gradient"
-    layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] = "o..."
-    reproducible: bool = False
-
-    _decay_is_coupled: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        self._set_float("lr")
-        self._set_float("weight_decay")
-        if self.centralize not in ("gradient", "update", None):
-            msg = f"centralize must be 'gradient', 'update' or None, not {self.centralize!r}"
-            raise ValueError(msg)
-
-    def init(self, params: Any) -> dict[str, Any]:
-        """Make the state with which training starts.
-
-        Parameters
-        ----------
-        params : list, tuple or dict of arrays
-            The weights, of real or complex floating dtype. Lists, tuples and dicts may hold each
-            other.
-
-        Returns
-        -------
-        dict
-            ``"step"`` (ints) and the buffers of the optimizer (arrays of the shape and dtype of
-            the weights), each a tree built like `params`.
-
-        Raises
-        ------
-        TypeError
-            If `params` is not a list, tuple or dict, or holds anything but floating arrays; or if
-            `reproducible` cannot be kept for one of them.
-        ValueError
-            If `layouts` does not fit `params`, or if it centralizes none of them.
-        """
-        named = _named_params(params)
-        if self.centralize is not None and not any(self._fan_in_axes(params)):
-            shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in named)
-            msg = (
-                f"layouts={self.layouts!r} centralizes no parameter: one needs a layout, and a "
-                f"fan-in of at least 2; there are {shapes}. Without Gradient Centralization: "
-                "centralize=None"
-            )
-            raise ValueError(msg)
-        zeros = [
-            [_compat.array_namespace(param).zeros_like(param) for _, param in named]
-            for _ in self._buffers
-        ]
-        return self._state(params, [[0] * len(named), *zeros])
-
-    def update(
-        self, params: TreeT, grads: Any, state: Mapping[str, Any]
-    ) -> tuple[TreeT, dict[str, Any]]:
-        """Take one step.
-
-        Parameters
-        ----------
-        params : list, tuple or dict of arrays
-            The weights.
-        grads : list, tuple or dict of arrays
-            Their gradients, built like `params`, each of the same library, shape and dtype. None
-            leaves a parameter and its state as they are.
-        state : dict
-            From `init`, or from the `update` before.
-
-        Returns
-        -------
-        params : list, tuple or dict of arrays
-            The new weights, built like `params` and of the same dtypes.
-        state : dict
-            The new state.
-
-        Raises
-        ------
-        TypeError
-            If a gradient or a buffer is of another library than its parameter, or if
-            `reproducible` cannot be kept.
-        ValueError
-            If `grads` or `state` do not fit `params`. Nothing has been computed then.
-
-        Notes
-        -----
-        Lazy libraries such as dask put each step into their graph: let them compute weights and
-        state after some steps. PyTorch records a step for its gradients unless it is taken under
-        ``torch.no_grad()``.
-        """
-        updated = [self._step(*row) for row in self._checked_rows(params, grads, state)]
-        new_params, *columns = zip(*updated, strict=True)
-        return rebuild(params, new_params), self._state(params, columns)
-
-    def _step(
-        self, axes: tuple[int, ...], param: Any, grad: Any, step: Any, *buffers: Any
-    ) -> tuple[Any, ...]:
-        """Go on with one parameter: its new value, step and buffers."""
-        if grad is None:
-            return param, step, *buffers
-        if self.weight_decay and self._decay_is_coupled:
-            grad = grad + self.weight_decay * param
-        if self.centralize == "gradient":
-            grad = self._project(grad, axes)
-        direction, *new_buffers = self._direction(grad, step + 1, *buffers)
-        if self.weight_decay and not self._decay_is_coupled:
-            direction = direction + self.weight_decay * param
-        if self.centralize == "update":
-            direction = self._project(direction, axes)
-        new_param = _as_dtype_of(param, param - self.lr * direction)
-        return new_param, step + 1, *map(_as_dtype_of, buffers, new_buffers)
-
-    def _project(self, x: Any, axes: tuple[int, ...]) -> Any:
-        return centralize(x, axis=axes, reproducible=self.reproducible) if axes else x
-
-    @property
-    def _buffers(self) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
-        """Direction and new buffers, from the gradient of step 1, 2, 3 and so on."""
-        raise NotImplementedError
-
-    def _fan_in_axes(self, params: Any) -> list[tuple[int, ...]]:
-        """Axes over which each parameter is centralized, none where it is left alone."""
-        named = flatten(params)
-        if self.centralize is None:
-            return [()] * len(named)
-        layouts = layouts_for([name for name, _ in named], self.layouts, like=params)
-        axes: list[tuple[int, ...]] = []
-        for (name, param), layout in zip(named, layouts, strict=True):
-            with naming(name):
-                if layout is None:
-                    axes.append(())
-                else:
-                    axes.append(resolve_axes(param, layout, reproducible=self.reproducible))
-        return axes
-
-    def _checked_rows(
-        self, params: Any, grads: Any, state: Mapping[str, Any]
-    ) -> list[tuple[Any, ...]]:
-        """Fan-in axes, value, gradient, step and buffers of each parameter."""
-        keys = ("step", *self._buffers)
-        if set(state) != set(keys):
-            msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
-            raise ValueError(msg)
-        names, weights = zip(*_named_params(params), strict=True)
-        trees = {"grads": grads, **{f"state[{key!r}]": state[key] for key in keys}}
-        columns = [
-            leaves_like(params, tree, what=what, like="params") for what, tree in trees.items()
-        ]
-        rows = list(zip(self._fan_in_axes(params), weights, *columns, strict=True))
-        for name, (_, param, grad, _, *buffers) in zip(names, rows, strict=True):
-            with naming(name):
-                if grad is not None:
-                    _check_fits("gradient", grad, param)
-                for key, buffer in zip(self._buffers, buffers, strict=True):
-                    _check_fits(key, buffer, param)
-        return rows
-
-    def _state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Make trees built like `params` of the steps and of each buffer."""
-        keys = ("step", *self._buffers)
-        return {key: rebuild(params, column) for key, column in zip(keys, columns, strict=True)}
-
-    def _set_float(self, name: str, below: float = inf) -> None:
-        object.__setattr__(self, name, _float(name, getattr(self, name), below))
-
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(_Optimizer):
+class SGD(Optimizer):
     r"""Stochastic gradient descent, with momentum if wanted, and Gradient Centralization.
 
     For a weight :math:`w` of gradient :math:`\nabla`, with :math:`P` the centralization:
@@ -217,7 +33,7 @@ class SGD(_Optimizer):
         Learning rate :math:`\eta`.
     weight_decay : float, optional
         :math:`\lambda`, added to the gradient.
-    centralize : {"gradient", "update", None}, optional
+    where : {"gradient", "update", None}, optional
         What is centralized: the gradient with its weight decay, as above, or the displacement of
         the weight. Both keep the fan-in means of the weights constant, and for SGD they are the
         same but for rounding. None is plain SGD; `layouts` does not count then.
@@ -312,7 +128,7 @@ class SGD(_Optimizer):
 
 
 @dataclass(frozen=True)
-class Adam(_Optimizer):
+class Adam(Optimizer):
     r"""Adam with Gradient Centralization.
 
     For a weight :math:`w` of gradient :math:`\nabla`, with :math:`P` the centralization:
@@ -330,7 +146,7 @@ class Adam(_Optimizer):
         Learning rate :math:`\eta`.
     weight_decay : float, optional
         :math:`\lambda`, added to the gradient.
-    centralize : {"gradient", "update", None}, optional
+    where : {"gradient", "update", None}, optional
         ``"gradient"``: as above, ``gc_loc=True`` in the authors' code. The division makes
         :math:`d_t` lose its zero mean, so the fan-in means of the weights drift.
         ``"update"``: :math:`P d_t` in place of :math:`P(\nabla_t + \lambda w_{t-1})`,
@@ -371,7 +187,7 @@ class Adam(_Optimizer):
     >>> import numpy as np
     >>> from gcx.optim import Adam
     >>> params = [np.array([[1.0, 2.0, 3.0]])]
-    >>> optimizer = Adam(0.5, centralize="update")
+    >>> optimizer = Adam(0.5, where="update")
     >>> state = optimizer.init(params)
     >>> params, state = optimizer.update(params, [np.array([[1.0, 1.0, -4.0]])], state)
     >>> params[0].round(6), params[0].mean().round(6)
@@ -389,7 +205,7 @@ class Adam(_Optimizer):
         if not (isinstance(self.betas, Sequence) and len(self.betas) == 2):
             msg = f"betas must be two numbers, not {self.betas!r}"
             raise ValueError(msg)
-        betas = tuple(_float(f"betas[{k}]", beta, 1.0) for k, beta in enumerate(self.betas))
+        betas = tuple(as_float(f"betas[{k}]", beta, 1.0) for k, beta in enumerate(self.betas))
         object.__setattr__(self, "betas", betas)
 
     @property
@@ -420,7 +236,7 @@ class AdamW(Adam):
         Learning rate :math:`\eta`.
     weight_decay : float, optional
         :math:`\lambda`.
-    centralize : {"gradient", "update", None}, optional
+    where : {"gradient", "update", None}, optional
         ``"gradient"``: as above; weight decay shrinks the fan-in means of the weights too.
         ``"update"``: :math:`P(d_t + \lambda w_{t-1})` in place of :math:`P \nabla_t`, as in the
         authors' code; the means stay constant. None is plain AdamW; `layouts` does not count then.
@@ -453,7 +269,7 @@ class AdamW(Adam):
     >>> import numpy as np
     >>> from gcx.optim import AdamW
     >>> params = [np.array([[1.0, 2.0, 3.0]])]
-    >>> optimizer = AdamW(0.5, weight_decay=0.1, centralize="update")
+    >>> optimizer = AdamW(0.5, weight_decay=0.1, where="update")
     >>> state = optimizer.init(params)
     >>> params, state = optimizer.update(params, [np.array([[1.0, 1.0, -4.0]])], state)
     >>> params[0].round(6), params[0].mean().round(6)
@@ -463,45 +279,3 @@ class AdamW(Adam):
     weight_decay: float = 1e-2
 
     _decay_is_coupled: ClassVar[bool] = False
-
-
-def _named_params(params: Any) -> list[tuple[str, Any]]:
-    if not isinstance(params, (list, tuple, dict)):
-        msg = f"params is a list, tuple or dict of arrays, not {type(params).__name__}"
-        raise TypeError(msg)
-    named = flatten(params)
-    if not named:
-        msg = "params holds no array"
-        raise ValueError(msg)
-    for name, param in named:
-        with naming(name):
-            backend_for(param).check_dtype(param)
-    return named
-
-
-def _check_fits(what: str, array: Any, param: Any) -> None:
-    if backend_for(array) is not backend_for(param):
-        kinds = type(array).__name__, type(param).__name__
-        msg = f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}"
-        raise TypeError(msg)
-    if array.shape != param.shape:
-        msg = f"the {what} has shape {tuple(array.shape)}, its parameter {tuple(param.shape)}"
-        raise ValueError(msg)
-    if array.dtype != param.dtype:
-        msg = f"the {what} has dtype {array.dtype}, its parameter {param.dtype}"
-        raise ValueError(msg)
-
-
-def _as_dtype_of(old: Any, new: Any) -> Any:
-    """Cast what a step that is no int of Python, but restored or traced, has widened."""
-    if new.dtype == old.dtype:
-        return new
-    return _compat.array_namespace(new).astype(new, old.dtype)
-
-
-def _float(name: str, value: float, below: float) -> float:
-    """Check a hyperparameter, and free it of NumPy, whose floats would widen float32 arrays."""
-    if not (isinstance(value, Real) and 0.0 <= value < below):
-        msg = f"{name} must be a number in [0, {below}), not {value!r}"
-        raise ValueError(msg)
-    return float(value)

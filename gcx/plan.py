@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from html import escape
 from math import prod
 from typing import Any, NamedTuple, overload
@@ -46,9 +47,6 @@ class PlanRow(NamedTuple):
     reason : str
         Why: the rule that matched, or what speaks against it. It begins with ``"unknown"`` where
         nobody has declared the parameter, so that a person has to look at it.
-    view : tuple of int or None
-        The shape in which the layout sees the parameter, if that is not its own: the weight of a
-        grouped transposed convolution needs an axis for the groups.
 
     Examples
     --------
@@ -63,11 +61,12 @@ class PlanRow(NamedTuple):
     shape: tuple[int, ...]
     layout: Layout | None
     reason: str
-    view: tuple[int, ...] | None = None
 
 
 class Plan(Sequence[PlanRow]):
-    """One row per parameter; a sequence that prints as a table.
+    """One row per parameter; a sequence that prints as a table, and finds rows by name.
+
+    Every argument `layouts` of gcx takes a plan.
 
     A plan of more than 40 rows prints as its `summary`; `table` shows every row.
 
@@ -89,6 +88,8 @@ class Plan(Sequence[PlanRow]):
     conv.weight  8x3x3x3  o...    Conv2d
     conv.bias    8        -       bias
     1 of 2 parameters centralized
+    >>> plan["conv.weight"].layout
+    Layout('o...')
     >>> [row.name for row in plan if row.layout is None]
     ['conv.bias']
     """
@@ -97,10 +98,12 @@ class Plan(Sequence[PlanRow]):
         self._rows = tuple(rows)
 
     @overload
-    def __getitem__(self, index: int) -> PlanRow: ...
+    def __getitem__(self, index: int | str) -> PlanRow: ...
     @overload
     def __getitem__(self, index: slice) -> Plan: ...
-    def __getitem__(self, index: int | slice) -> PlanRow | Plan:
+    def __getitem__(self, index: int | str | slice) -> PlanRow | Plan:
+        if isinstance(index, str):
+            return self._find(index)
         return Plan(self._rows[index]) if isinstance(index, slice) else self._rows[index]
 
     def __len__(self) -> int:
@@ -121,8 +124,8 @@ class Plan(Sequence[PlanRow]):
         Returns
         -------
         dict
-            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"view"``
-            too where a row has one.
+            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"sizes"``
+            too where the layout splits an axis: ``gcx.Layout(layout, **sizes)`` restores it.
         """
         return {row.name: _plain(row) for row in self}
 
@@ -184,6 +187,20 @@ class Plan(Sequence[PlanRow]):
         kinds = html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
         return f"{kinds}{counts}<details><summary>each parameter</summary>{every_row}</details>"
 
+    @cached_property
+    def _by_name(self) -> dict[str, PlanRow]:
+        return {row.name: row for row in reversed(self._rows)}
+
+    def _find(self, name: str) -> PlanRow:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, self._by_name, n=3) or [*self._by_name][:3]
+            msg = f"the plan has no row {name!r}; it has {', '.join(map(repr, near))}"
+            raise KeyError(msg) from None
+
     def _is_long(self) -> bool:
         return len(self) > _LONGEST_TABLE
 
@@ -199,12 +216,10 @@ class Plan(Sequence[PlanRow]):
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:
-    plain = {
-        "shape": list(row.shape),
-        "layout": None if row.layout is None else str(row.layout),
-        "reason": row.reason,
-    }
-    return plain if row.view is None else {**plain, "view": list(row.view)}
+    layout = None if row.layout is None else str(row.layout)
+    plain = {"shape": list(row.shape), "layout": layout, "reason": row.reason}
+    sizes = row.layout.sizes if row.layout is not None else {}
+    return {**plain, "sizes": sizes} if sizes else plain
 
 
 _LONGEST_TABLE = 40  # rows that a person reads one by one

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gcx import _compat
-from gcx._centralize import OUTPUT_FIRST, resolve_axes
+from gcx._centralize import OUTPUT_FIRST, see_fan_in
 from gcx.layout import LayoutLike
 
 __all__ = ["assert_centralized"]
@@ -64,13 +64,14 @@ more than 1.42e-14
 
     >>> assert_centralized(np.array([[3.0, 5.0]]), start=np.array([[4.0, 4.0]]))
     """
-    axes = resolve_axes(x, layout, axis)
-    if not axes or 0 in x.shape:
-        msg = f"nothing to check: no unit with a fan-in of at least 2 in shape {tuple(x.shape)}"
-        raise ValueError(msg)
     if start is not None and tuple(start.shape) != tuple(x.shape):
         msg = f"start has shape {tuple(start.shape)}, the weight {tuple(x.shape)}"
         raise ValueError(msg)
+    x, axes = see_fan_in(x, layout, axis)
+    if not axes or 0 in x.shape:
+        msg = f"nothing to check: no unit with a fan-in of at least 2 in shape {tuple(x.shape)}"
+        raise ValueError(msg)
+    start = None if start is None else see_fan_in(start, layout, axis)[0]
     xp = _compat.array_namespace(x)
     arrays = [_widened(array, rtol) for array in (x, start) if array is not None]
     tolerance = 64 * float(xp.finfo(arrays[0].dtype).eps) if rtol is None else rtol

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gcx
-from gcx._tree import flatten
+from gcx._names import flatten
 from gcx.optim import SGD, Adam, AdamW
 
 import libraries

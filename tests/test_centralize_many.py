@@ -12,7 +12,7 @@ import pytest
 
 import gcx
 from gcx._dispatch import backend_for
-from gcx._tree import flatten
+from gcx._names import flatten
 
 from libraries import ArrayLibrary
 from reference import centralized

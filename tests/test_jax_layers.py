@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 import gcx.optax
 from gcx import Layout
-from gcx.optax._layers._decision import Decision, Kernel, merge, settle
-from gcx.optax._layers._frameworks import RULES
-from gcx.optax._layers._linen import einsum_kernel
-from gcx.optax._layers._tracing import shapes_of
+from gcx.optax._models import RULES
+from gcx.optax._models._decision import Decision, Kernel, merge, settle
+from gcx.optax._models._tracing import shapes_of
+from gcx.optax._models.linen import einsum_kernel
 from gcx.plan import LeaveAlone
 
 pytestmark = pytest.mark.one_framework
@@ -166,5 +166,5 @@ def test_packages_bring_rules_by_entry_points_of_this_group() -> None:
 def test_frameworks_are_not_imported_before_a_model_of_them_comes_along() -> None:
     script = "import sys; import gcx.optax; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "gcx.optax._layers._equinox" in run.stdout.split()
+    assert "gcx.optax._models.equinox" in run.stdout.split()
     assert {"flax", "equinox", "haiku"} & set(run.stdout.split()) == set()

@@ -25,7 +25,7 @@ from flax import nnx
 
 import gcx.optax
 from gcx import Layout
-from gcx.optax._layers._frameworks import RULES
+from gcx.optax._models import RULES
 from gcx.plan import LeaveAlone, Plan
 
 from optax_training import train

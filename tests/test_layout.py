@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gcx
-from gcx.layout import as_layout, match_layouts
+from gcx._layouts import match_layouts
+from gcx.layout import as_layout
 
 NOT_VALID = ["xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"]
 NO_FAN_IN = ["", "o", "oo", "ooo"]
@@ -135,8 +136,8 @@ def test_layouts_can_be_copied_and_pickled(
 NAMES = ["encoder/0/kernel", "encoder/0/bias", "head/kernel", "w[0]"]
 
 
-def matched(layouts: dict[str, object], **options: bool) -> dict[str, str | None]:
-    found = match_layouts(layouts, NAMES, **options)
+def matched(layouts: dict[str, object]) -> dict[str, str | None]:
+    found = match_layouts(layouts, NAMES)
     return {name: None if layout is None else str(layout) for name, layout in found.items()}
 
 
@@ -167,7 +168,6 @@ def test_a_key_that_matches_nothing_is_an_error() -> None:
         match_layouts({"*": "o...", "heads/*": None}, NAMES)
     with pytest.raises(ValueError, match=r"'\*' matches no parameter.*\(none\)"):
         match_layouts({"*": "o..."}, [])
-    assert matched({"heads/*": None, "w*": "o..."}, complete=False) == {"w[0]": "o..."}
 
 
 def test_a_long_list_of_names_is_cut_short() -> None:
@@ -176,6 +176,6 @@ def test_a_long_list_of_names_is_cut_short() -> None:
         match_layouts({"absent": None}, names)
 
 
-def test_a_layout_that_is_not_valid_is_an_error_even_if_nothing_matches() -> None:
+def test_a_layout_that_is_not_valid_is_an_error_even_if_nothing_uses_it() -> None:
     with pytest.raises(ValueError, match="layout 'xyz' is not valid"):
-        match_layouts({"absent": "xyz"}, NAMES, complete=False)
+        match_layouts({"*": "o...", "w*": "xyz"}, NAMES)

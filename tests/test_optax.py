@@ -26,7 +26,7 @@ import optax
 from jax import lax
 
 import gcx.optax
-from gcx.optax._layers._names import name_of
+from gcx.optax._names import name_of
 
 from optax_training import train
 
@@ -163,6 +163,20 @@ class Net:
     embedding: Any
     norm: Any
     layers: list[Any]
+
+
+class WithList:
+    """A node whose structure cannot be hashed."""
+
+    def __init__(self, static: list[int], weight: Any) -> None:
+        self.static, self.weight = static, weight
+
+
+jax.tree_util.register_pytree_with_keys(
+    WithList,
+    lambda node: ([(jax.tree_util.GetAttrKey("weight"), node.weight)], node.static),
+    lambda static, leaves: WithList(static, *leaves),
+)
 
 
 class Model(NamedTuple):
@@ -715,6 +729,55 @@ def test_second_step_does_not_compile() -> None:
     for seed in (30, 60):
         _, state = step(normal_like(seed, KERNELS), state)
     assert len(traced) == 1
+
+
+def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
+    seen = []
+
+    def first_axis_is_output(name: str, array: Any) -> str:
+        seen.append(name)
+        return "o" + "i" * (array.ndim - 1)
+
+    update = gcx.optax.centralize(first_axis_is_output).update
+    trees = [
+        {"a": normal(1, 3, 2)},
+        {"a": normal(2, 3, 2)},
+        {"a": normal(3, 2, 5)},
+        {"a": normal(4, 2, 3, 2)},
+        {"b": normal(5, 3, 2)},
+        {"a": normal(6, 3, 2).astype("float32")},
+    ]
+    for grads in [*trees, *trees]:
+        updates, _ = update(grads, optax.EmptyState())
+        for name, grad in grads.items():
+            expected = centralized(grad, tuple(range(1, grad.ndim)))
+            np.testing.assert_allclose(updates[name], expected, atol=1e-6)
+    assert seen == ["a", "a", "a", "b", "a"]
+
+
+def test_many_forms_of_gradients() -> None:
+    update = gcx.optax.centralize({"*": "o..."}).update
+    for size in [*range(2, 14)] * 2:
+        grads = [normal(size, 2, size)]
+        (updated,), _ = update(grads, optax.EmptyState())
+        np.testing.assert_allclose(updated, centralized(grads[0], (1,)), atol=1e-15)
+
+
+def test_structures_need_not_be_hashable() -> None:
+    update = gcx.optax.centralize({"weight": "o..."}).update
+    for seed in (1, 2):
+        grads = WithList([1, 2], normal(seed, 2, 3))
+        updates, _ = update(grads, optax.EmptyState())
+        np.testing.assert_allclose(updates.weight, centralized(grads.weight, (1,)), atol=1e-15)
+
+
+def test_a_mapping_that_changes_later_changes_nothing() -> None:
+    layouts: dict[str, Any] = {"kernel": "...o"}
+    update = gcx.optax.centralize(layouts).update
+    layouts["kernel"] = None
+    grads = {"kernel": normal(1, 3, 2)}
+    updates, _ = update(grads, optax.EmptyState())
+    np.testing.assert_allclose(updates["kernel"], centralized(grads["kernel"], (0,)), atol=1e-15)
 
 
 # --- leaves of every kind -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gcx._compat import array_namespace
-from gcx._tree import flatten, rebuild
+from gcx._names import flatten, rebuild
 from gcx.optim import SGD, Adam, AdamW
 from gcx.testing import assert_centralized
 

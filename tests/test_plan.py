@@ -171,9 +171,18 @@ def test_as_a_dict_it_is_json(plan: Plan) -> None:
     assert found["conv.bias"]["layout"] is None
 
 
-def test_a_view_is_in_the_dict() -> None:
-    row = PlanRow("weight", (4, 3, 3), Layout("oio..."), "2 groups", (2, 2, 3, 3))
-    assert Plan([row]).to_dict()["weight"]["view"] == [2, 2, 3, 3]
+def test_sizes_of_a_split_are_in_the_dict() -> None:
+    layout = Layout("(bi)o...", b=2)
+    found = Plan([PlanRow("weight", (4, 3, 3), layout, "2 groups")]).to_dict()["weight"]
+    assert json.loads(json.dumps(found)) == found
+    assert Layout(found["layout"], **found["sizes"]) == layout
+
+
+def test_rows_are_found_by_name(plan: Plan) -> None:
+    assert plan["conv.weight"] is plan[0]
+    assert Plan([*plan, plan[0]._replace(reason="again")])["conv.weight"] is plan[0]
+    with pytest.raises(KeyError, match=r"the plan has no row 'conv.wieght'; it has 'conv.weight'"):
+        plan["conv.wieght"]
 
 
 def test_in_a_notebook_it_is_an_html_table(plan: Plan) -> None:

@@ -1,12 +1,11 @@
-"""One file a library, all with the same few functions, described by `Backend`.
+"""One file for each library, all with the same few functions, described by `Backend`.
 
-`_array_api` is the reference, written in the array API standard alone; it serves every library
-that has no file of its own. A library is imported in its own file and nowhere else in the core,
-and that file is imported when the first array of the library arrives. The first line of each file
-says how it does its work; ``python -m gcx info`` shows it.
+`_array_api` is the reference, written in the array API standard alone. It serves every library
+without a file of its own. A library is imported in its own file and nowhere else in the core, when
+its first array arrives. The first line of each file says how it works; ``python -m gcx`` shows it.
 
-What is common to all libraries (layouts, fan-in below 2, `out` of the wrong shape) is settled
-before a backend is called.
+Layouts, a fan-in below 2 and an `out` of the wrong shape are handled before a backend is called.
+A backend finishes its work: no gradient is handed back for somebody else to centralize.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LIBRARIES = ("numpy", "torch", "jax", "cupy")
 
 
 class Backend(Protocol):
-    """What every file of this package provides, as module-level functions."""
+    """Functions that every file of this package provides."""
 
     def check_dtype(self, grad: Any, /) -> None:
         """Raise a TypeError unless `grad` is a dense array of real or complex floating dtype."""
@@ -33,6 +32,12 @@ class Backend(Protocol):
 
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless the bits of `_canonical` can be promised for `grad`."""
+
+    def reshape(self, array: ArrayT, shape: tuple[int, ...], /) -> ArrayT:
+        """Split or join neighbouring axes."""
+
+    def fan_in_mean(self, x: ArrayT, axes: tuple[int, ...], reproducible: bool, /) -> ArrayT:
+        """Mean over `axes`, which stay with size 1; in float32 at least."""
 
     def centralize(
         self,
@@ -45,9 +50,9 @@ class Backend(Protocol):
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
-        Dtypes narrower than 32 bits are computed in float32 and rounded once. `axes` is not empty
-        and holds at least two elements a mean; `out` may be `grad` itself. With `reproducible`,
-        which `check_reproducible` has let through, sums are taken in the order of `_canonical`.
+        Dtypes narrower than 32 bits are computed in float32 and rounded once. Each mean has at
+        least two elements; `out` may be `grad` itself. With `reproducible`, which
+        `check_reproducible` has allowed, sums are taken in the order of `_canonical`.
         """
 
     def centralize_many(
@@ -63,7 +68,7 @@ class Backend(Protocol):
 
 
 class Library(Backend, Protocol):
-    """What a file for one library provides besides, for `python -m gcx` and the tests."""
+    """Functions that a file for one library adds, for `python -m gcx` and the tests."""
 
     def devices(self) -> list[str]:
         """Names of the devices on which arrays can be made here; empty if there is none."""
@@ -76,7 +81,7 @@ class Library(Backend, Protocol):
 
 
 def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Make the `centralize_many` of a library that gains nothing by taking several at once."""
+    """Make the `centralize_many` of a library that gains nothing from a list."""
 
     def centralize_many(
         grads: Sequence[Any],

@@ -35,17 +35,19 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     raise TypeError(msg)
 
 
+def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
+    """See `gcx.backends.Backend`."""
+    return _compat.array_namespace(array).reshape(array, shape)
+
+
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
     """See `gcx.backends.Backend`; the order is never known here, and `reproducible` False."""
     assert not reproducible
     xp = _compat.array_namespace(grad)
-    is_narrow = xp.finfo(grad.dtype).bits < 32
-    wide = xp.astype(grad, xp.float32) if is_narrow else grad
-    result = wide - strength * fan_in_mean(wide, axes)
-    if is_narrow:
-        result = xp.astype(result, grad.dtype)
+    mean = fan_in_mean(grad, axes, reproducible)
+    result = xp.astype(xp.astype(grad, mean.dtype) - strength * mean, grad.dtype)
     if out is None:
         return result
     out[...] = result
@@ -55,16 +57,18 @@ def centralize(
 centralize_many = one_by_one(centralize)
 
 
-def fan_in_mean(x: Any, axes: tuple[int, ...]) -> Any:
-    """Mean over `axes`, which stay with size 1.
+def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
+    """See `gcx.backends.Backend`.
 
-    In double precision, and corrected by the mean of what it leaves over: the standard does not say
-    in which order a library sums, and a plain loop in float32 is wrong in the second digit for a
+    In double precision, and corrected by the mean of the remainder: the standard does not say in
+    which order a library sums, and a plain loop in float32 is wrong in the second digit for a
     million equal numbers.
     """
+    assert not reproducible
     xp = _compat.array_namespace(x)
+    dtype = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
     double = xp.complex128 if xp.isdtype(x.dtype, "complex floating") else xp.float64
     wide = xp.astype(x, double)
     mean = xp.mean(wide, axis=axes, keepdims=True)
     mean = mean + xp.mean(wide - mean, axis=axes, keepdims=True)
-    return xp.astype(mean, x.dtype)
+    return xp.astype(mean, dtype)

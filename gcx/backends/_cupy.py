@@ -37,6 +37,20 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
         raise TypeError(msg)
 
 
+def reshape(array: Any, shape: Axes, /) -> Any:
+    """See `gcx.backends.Backend`."""
+    return array.reshape(shape)
+
+
+def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
+    """See `gcx.backends.Backend`."""
+    with x.device:
+        wide = x.astype(cp.float32) if x.dtype.itemsize < 4 else x
+        if reproducible:
+            return _canonical.fan_in_mean(wide, axes, cp)
+        return cp.mean(wide, axis=axes, keepdims=True)
+
+
 def centralize(
     grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool = False, /
 ) -> Any:

@@ -47,6 +47,17 @@ def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
         raise TypeError(msg)
 
 
+def reshape(array: jax.Array, shape: tuple[int, ...], /) -> jax.Array:
+    """See `gcx.backends.Backend`."""
+    return array.reshape(shape)
+
+
+def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> jax.Array:
+    """See `gcx.backends.Backend`."""
+    mean: jax.Array = _mean_in_order(x, axes) if reproducible else _mean(x, axes)
+    return mean
+
+
 def centralize(
     grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
 ) -> jax.Array:
@@ -145,6 +156,11 @@ def _centralize(
     return (wide - strength * mean).astype(grad.dtype)
 
 
+@partial(jax.jit, static_argnums=1)
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.mean(x.astype(_working_dtype(x.dtype)), axis=axes, keepdims=True)
+
+
 def _tangent_in_order(
     axes: tuple[int, ...],
     strength: float,
@@ -161,6 +177,7 @@ def _tangent_in_order(
 _in_order = jax.custom_jvp(_jax_canonical.centralize, nondiff_argnums=(1, 2))
 _in_order.defjvp(_tangent_in_order)
 _centralize_in_order = jax.jit(_in_order, static_argnums=(1, 2))
+_mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 
 @jax.custom_jvp  # since releases before 0.6 cannot differentiate a barrier

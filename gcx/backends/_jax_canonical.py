@@ -20,7 +20,7 @@ from jax.interpreters import batching, mlir
 
 from gcx.backends._canonical import SEGMENT, halved
 
-__all__ = ["centralize"]
+__all__ = ["centralize", "fan_in_mean"]
 
 
 def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
@@ -28,13 +28,22 @@ def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.A
     if not grad.size:
         return grad
     is_narrow = grad.dtype.itemsize < 4
-    grad = _only_on_cpu(grad)
-    wide = _rounded(_kept(grad).astype(jnp.float32) if is_narrow else grad)
+    wide = _widened(grad)
     mean = _quotient(_sum(wide, axes), prod(grad.shape[a] for a in axes))
     if strength != 1.0:
         mean = _rounded(mean * strength)
     result = wide - mean
     return _kept(result.astype(grad.dtype)) if is_narrow else result
+
+
+def fan_in_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Mean over `axes`, which stay with size 1; a TypeError if compiled for no CPU."""
+    return _quotient(_sum(_widened(x), axes), prod(x.shape[a] for a in axes))
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    x = _only_on_cpu(x)
+    return _rounded(_kept(x).astype(jnp.float32) if x.dtype.itemsize < 4 else x)
 
 
 def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

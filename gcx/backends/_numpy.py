@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -55,11 +55,33 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
         raise TypeError(msg)
 
 
+def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
+    """See `gcx.backends.Backend`."""
+    return array.reshape(shape)
+
+
+def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
+    """See `gcx.backends.Backend`."""
+    if _is_narrow(x):
+        x = x.astype(np.float32)
+    if not reproducible:
+        return _wide_mean(x, axes).astype(x.dtype, copy=False)
+    native = x.dtype.newbyteorder("=")
+    mean = np.empty([1 if axis in axes else size for axis, size in enumerate(x.shape)], native)
+    with np.errstate():  # restores the buffer size
+        np.setbufsize(_BUFFER)
+        for part in _parts(x, axes):
+            mean[part] = _canonical.fan_in_mean(
+                x[part].astype(native, copy=False), axes, np, _BLOCK
+            )
+    return mean
+
+
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
     """See `gcx.backends.Backend`."""
-    if grad.dtype.itemsize < 4 or grad.dtype.kind == "V":
+    if _is_narrow(grad):
         wide = grad.astype(np.float32)
         centralize(wide, axes, strength, wide, reproducible)
         if out is None:
@@ -108,6 +130,10 @@ def _dtype(name: str) -> np.dtype[Any]:
         return dtype
 
 
+def _is_narrow(array: NDArray) -> bool:
+    return array.dtype.itemsize < 4 or array.dtype.kind == "V"
+
+
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
     """Whether this is bfloat16, float8_... of the ml_dtypes package, which NumPy does not know.
 
@@ -127,14 +153,18 @@ def _centralize_in_order(
         out[...] = _centralize_in_order(grad, axes, strength, None)
         return out
     native = grad.dtype.newbyteorder("=")
-    steps = [step // grad.itemsize for step in grad.strides]
-    with np.errstate():  # which ends what is set here
+    with np.errstate():  # restores the buffer size
         np.setbufsize(_BUFFER)
-        for part in _canonical.blocks(grad.shape, steps, axes, _BLOCK):
+        for part in _parts(grad, axes):
             block = grad[part].astype(native, copy=False)
             mean = _canonical.fan_in_mean(block, axes, np, _BLOCK)
             np.subtract(block, _scaled(mean, strength, native), out=out[part])
     return out
+
+
+def _parts(x: NDArray, axes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    steps = [step // x.itemsize for step in x.strides]
+    return _canonical.blocks(x.shape, steps, axes, _BLOCK)
 
 
 def _wide_mean(grad: NDArray, axes: tuple[int, ...]) -> NDArray:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from gcx._centralize import OUTPUT_FIRST, layouts_for
+from gcx._centralize import OUTPUT_FIRST
+from gcx._decisions import decide
 from gcx._dispatch import backend_for
-from gcx._rows import row as row_of
-from gcx._tree import flatten, naming
+from gcx._layouts import Layouts, layouts_for
+from gcx._names import flatten, naming
 from gcx.diagnostics._energy import energy_of
 from gcx.diagnostics._report import EnergyReport, report_of
-from gcx.layout import Layout, LayoutLike
+from gcx.layout import Layout
 from gcx.plan import LeaveAlone, PlanRow
 
 __all__ = ["energy_removed"]
@@ -21,7 +22,7 @@ def energy_removed(
     grads: Iterable[Any],
     /,
     *,
-    layouts: LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] = OUTPUT_FIRST,
+    layouts: Layouts = OUTPUT_FIRST,
 ) -> EnergyReport:
     r"""Measure what share of the energy of gradients Gradient Centralization would remove.
 
@@ -102,7 +103,7 @@ def _rows_and_grads(tree: Any, layouts: Any) -> list[tuple[PlanRow, Any]]:
         )
         raise TypeError(msg)
     named = flatten(tree)
-    chosen = layouts_for([name for name, _ in named], layouts, like=tree)
+    chosen = layouts_for(named, layouts, like=tree)
     return [
         (_row(name, grad, layout), grad) for (name, grad), layout in zip(named, chosen, strict=True)
     ]
@@ -117,7 +118,7 @@ def _row(name: str, grad: Any, layout: Layout | None) -> PlanRow:
         return PlanRow(name, (), None, _ABSENT)
     with naming(name):
         backend_for(grad)  # which says what is no array
-    return row_of(name, tuple(grad.shape), layout or _LEFT_ALONE, "as given")
+    return decide(name, tuple(grad.shape), layout or _LEFT_ALONE, "as given")
 
 
 def _agreed(known: PlanRow, found: PlanRow) -> PlanRow:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from math import isfinite, nan
+from math import isfinite, nan, prod
 from typing import Any, NamedTuple
 
 from gcx import _compat
 from gcx._dispatch import backend_for
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.plan import PlanRow
 
-__all__ = ["Energy", "energy_of", "fan_in_of"]
+__all__ = ["Energy", "energy_of", "fan_in_size"]
 
 
 class Energy(NamedTuple):
@@ -46,21 +46,16 @@ def energy_of(grad: Any, row: PlanRow) -> Energy:
         return Energy(0.0, total)
     if not isfinite(total):
         return Energy(nan, total)
-    axes, fan_in = fan_in_of(row)
-    seen = wide if row.view is None else xp.reshape(wide, row.view)
-    means = xp.mean(seen, axis=axes)
-    return Energy(fan_in * float(xp.sum(xp.abs(means) ** 2)), total)
+    view, axes = row.layout.split(row.shape)
+    means = xp.mean(xp.reshape(wide, view), axis=axes)
+    return Energy(fan_in_size(row) * float(xp.sum(xp.abs(means) ** 2)), total)
 
 
-def fan_in_of(row: PlanRow) -> tuple[tuple[int, ...], int]:
-    """Axes over which a row that has a layout is averaged, and the number of elements of a mean."""
+def fan_in_size(row: PlanRow) -> int:
+    """Count the elements of one mean in a row that has a layout."""
     assert row.layout is not None
-    shape = row.shape if row.view is None else row.view
-    axes = row.layout.fan_in_axes(len(shape))
-    size = 1
-    for axis in axes:
-        size *= shape[axis]
-    return axes, size
+    view, axes = row.layout.split(row.shape)
+    return prod(view[axis] for axis in axes)
 
 
 def _with_float64(grad: Any) -> Any:

@@ -9,7 +9,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcx._table import aligned, html_table
-from gcx.diagnostics._energy import Energy, fan_in_of
+from gcx.diagnostics._energy import Energy, fan_in_size
 from gcx.layout import Layout
 from gcx.plan import PlanRow
 
@@ -135,7 +135,7 @@ class EnergyReport:
         Raises
         ------
         ImportError
-            If matplotlib is not installed: ``pip install "gcx[demo]"``.
+            If matplotlib is not installed: ``pip install matplotlib``.
         ValueError
             If no parameter has a share; the table says why.
         """
@@ -146,7 +146,7 @@ class EnergyReport:
         try:
             from gcx.diagnostics import _chart
         except ImportError as error:
-            msg = f'bar_chart needs matplotlib ({error}): pip install "gcx[demo]"'
+            msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
         return _chart.drawn(drawn, title=f"Gradient Centralization, {self._batches()}")
 
@@ -217,7 +217,7 @@ def _not_finite(energies: Sequence[Energy]) -> str:
 
 def _by_chance(row: PlanRow) -> float:
     """Share to be expected of independent elements with mean zero."""
-    return 0.0 if row.layout is None else 1 / fan_in_of(row)[1]
+    return 0.0 if row.layout is None else 1 / fan_in_size(row)
 
 
 def _chance_of_all(plan: Sequence[PlanRow], of_rows: Sequence[Sequence[Energy]]) -> float:

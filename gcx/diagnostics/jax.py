@@ -11,8 +11,8 @@ import gcx.optax
 from gcx.backends._jax import is_floating
 from gcx.diagnostics._energy import energy_of
 from gcx.diagnostics._report import EnergyReport, report_of
-from gcx.optax._layers._forms import Layouts
-from gcx.optax._layers._names import is_none
+from gcx.optax._layouts import Layouts
+from gcx.optax._names import is_none
 
 __all__ = ["energy_removed"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from gcx._dispatch import backend_for
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.keras._optimizer import GradientCentralization, attach
 from gcx.keras._plan import Overrides, decide, plan
 from gcx.keras._projection import NARROW_DTYPES, Decay, Projection, Where

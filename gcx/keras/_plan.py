@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
-from gcx._globs import first_keys
-from gcx._rows import row, tied
+from gcx._decisions import decide as decide_row
+from gcx._decisions import find_overrides, merge
 from gcx._rules import Answer
-from gcx._tree import naming
 from gcx.keras._layers import RULES
-from gcx.layout import Layout, as_layout
-from gcx.plan import LeaveAlone, Plan, PlanRow
+from gcx.plan import Plan, PlanRow
 
 # By path of the variable or glob; None and LeaveAlone leave alone.
 Overrides = Mapping[str, Answer]
@@ -84,32 +82,16 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
         )
         raise ValueError(msg)
     owned = list(_owned_variables(model))
-    given = _given(overrides or {}, [variable.path for _, variable in owned])
+    given = find_overrides(overrides or {}, [variable.path for _, variable in owned])
     decided: dict[int, PlanRow] = {}
     for layer, variable in owned:
         answer = RULES.answer(layer, variable.name)
         if variable.path in given:
             answer = given[variable.path], "override"
-        new = row(variable.path, tuple(variable.shape), *answer)
+        new = decide_row(variable.path, tuple(variable.shape), *answer)
         earlier = decided.get(id(variable))
-        decided[id(variable)] = new if earlier is None else tied(earlier, new)
+        decided[id(variable)] = new if earlier is None else merge(earlier, new)
     return decided
-
-
-def _given(overrides: Overrides, names: Iterable[str]) -> dict[str, Layout | LeaveAlone]:
-    """Give each name that an override covers the answer of the first one."""
-    keys = first_keys(overrides, names, what="overrides")
-    answers = {key: _as_given(key, value) for key, value in overrides.items()}
-    return {name: answers[key] for name, key in keys.items()}
-
-
-def _as_given(key: str, value: Answer) -> Layout | LeaveAlone:
-    if value is None:
-        return LeaveAlone("left alone by an override")
-    if isinstance(value, LeaveAlone):
-        return value
-    with naming(f"overrides: {key}"):
-        return as_layout(value)
 
 
 def _owned_variables(layer: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gcx._centralize import centralize
-from gcx._tree import naming
+from gcx._names import match_all, naming
 from gcx.backends import _jax
 from gcx.layout import Layout
-from gcx.optax._layers._names import Names, keys_by_name
+from gcx.optax._names import Names
 
 __all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name", "check_whole"]
 
@@ -40,7 +40,7 @@ def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]
         return {}
     if not isinstance(axis_name, Mapping):
         return dict.fromkeys(names.visible, _as_tuple(axis_name))
-    keys = keys_by_name(axis_name, names, what="axis_name")
+    keys = match_all(axis_name, names.visible, what="axis_name", hidden=names.hidden)
     return {path: _as_tuple(axis_name[key]) for path, key in keys.items()}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import optax
 
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
-from gcx.optax._layers._forms import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
-from gcx.optax._layers._names import named_leaves, names_of
+from gcx.optax._layouts import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
+from gcx.optax._names import named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.tree_util import PyTreeDef
 
-from gcx._centralize import checked_strength
-from gcx.optax._layers._forms import Layouts, source_of
-from gcx.optax._layers._names import is_none, names_of
-from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_axis_name
+from gcx._centralize import check_strength
+from gcx._dispatch import backend_for
+from gcx._names import naming
+from gcx.backends import _canonical
+from gcx.optax._layouts import Layouts, source_of
+from gcx.optax._mesh_axes import (
+    AxisName,
+    axes_by_path,
+    centralize_split,
+    check_axis_name,
+    check_whole,
+)
+from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.optax._plan import plan_of
-from gcx.optax._reproducible import check_reproducible
 from gcx.plan import Plan
+
+_PLANS_KEPT = 8  # for outer transformations that pass on several trees
+
+
+class _Planned(NamedTuple):
+    """The plan of one tree, and the mesh axes over which its fan-ins are split."""
+
+    rows: Plan
+    mesh_axes: Mapping[str, tuple[str, ...]]
 
 
 def centralize(
@@ -130,6 +150,7 @@ def centralize(
     --------
     >>> import jax.numpy as jnp
     >>> import optax
+    from jax.tree_util import PyTreeDef
     >>> import gcx.optax
     >>> params = {"dense": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
     >>> optimizer = optax.chain(gcx.optax.centralize("flax"), optax.sgd(1.0))
@@ -153,16 +174,31 @@ def centralize(
     """
     source = source_of(layouts)
     _check_not_array(strength)
-    checked_strength(strength)
+    check_strength(strength)
     check_axis_name(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
+    def plan_tree(tree: Any) -> _Planned:
+        axes = axes_by_path(axis_name, names_of(tree))
+        return _Planned(plan_of(tree, source, axes), axes)
+
+    known: dict[Any, _Planned] = {}  # by structure, shapes and dtypes
+
+    def recall_plan(tree: Any, leaves: Sequence[Any], structure: PyTreeDef) -> _Planned:
+        key = structure, tuple(map(_form_of, leaves))
+        planned = known.get(key) if _is_hashable(structure) else plan_tree(tree)
+        if planned is None:
+            planned = plan_tree(tree)
+            if len(known) == _PLANS_KEPT:
+                known.clear()
+            known[key] = planned
+        return planned
+
     def init(params: optax.Params) -> optax.OptState:
-        axes = axes_by_path(axis_name, names_of(params))
-        rows = plan_of(params, source, axes)
-        _check_not_idle(params, rows)
+        planned = plan_tree(params)
+        _check_not_idle(params, planned.rows)
         if reproducible:
-            check_reproducible(params, rows, axes)
+            _check_reproducible(params, *planned)
         return optax.EmptyState()
 
     def update(
@@ -170,16 +206,28 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
-        axes = axes_by_path(axis_name, names_of(updates))
+        rows, axes = recall_plan(updates, leaves, structure)
         centralized = [
             leaf
             if row.layout is None
             else centralize_one(leaf, row.layout, axes.get(row.name), row.name)
-            for leaf, row in zip(leaves, plan_of(updates, source, axes), strict=True)
+            for leaf, row in zip(leaves, rows, strict=True)
         ]
         return jax.tree.unflatten(structure, centralized), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _form_of(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
+    return (tuple(leaf.shape), leaf.dtype) if hasattr(leaf, "dtype") else None
+
+
+def _is_hashable(structure: PyTreeDef) -> bool:
+    try:
+        hash(structure)
+    except TypeError:  # static parts of a module need not be
+        return False
+    return True
 
 
 def _check_not_array(strength: object) -> None:
@@ -205,3 +253,19 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
         "to be seen: put gcx.optax.centralize before it"
     )
     raise ValueError(msg)
+
+
+def _check_reproducible(
+    params: optax.Params, rows: Plan, mesh_axes: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise a TypeError that names the first parameter for which they cannot."""
+    for (path, leaf), row in zip(named_leaves(params), rows, strict=True):
+        if row.layout is None:
+            continue
+        check_whole(mesh_axes.get(path), path)
+        with naming(path):
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # which is nowhere yet
+                _canonical.check_dtype(leaf.dtype.name)
+            else:
+                fan_in = row.layout.fan_in_axes(len(row.shape))
+                backend_for(leaf).check_reproducible(leaf, fan_in)

@@ -1,32 +1,24 @@
-"""Gradient Centralization for an optimizer from now on, or for the gradients there are now."""
+"""Gradient Centralization for an optimizer, or for the gradients that there are now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
 from inspect import unwrap
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gcx._decisions import already_attached
+from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
-from gcx.torch._calls import not_compiled, warn
-from gcx.torch._optimizer import Decay, inner_optimizer
-from gcx.torch._plan import (
-    Layers,
-    Overrides,
-    check_choice,
-    decide,
-    nothing_to_centralize,
-    weights_of,
-)
-from gcx.torch._step import GradientHooks, UpdateHooks
+from gcx.torch._optimizer import inner_optimizer
+from gcx.torch._plan import Overrides, decide, nothing_to_centralize, weights_of
+from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
-from gcx.torch._weights import Together, Weight, with_gradient
-
-Where = Literal["gradient", "update"]
+from gcx.torch._weights import Weight, centralize_, with_gradient
 
 
 def centralize(
@@ -35,6 +27,7 @@ def centralize(
     *,
     where: Where = "gradient",
     decay: Decay = None,
+    strength: float = 1.0,
     layers: Layers = "all",
     overrides: Overrides | None = None,
     reproducible: bool = False,
@@ -44,31 +37,28 @@ def centralize(
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Any optimizer; it goes on being used as before, by schedulers, gradient scalers and
-        closures too. Parameters added to it later are covered. A parameter group with
-        ``"centralize": False`` is left alone; the switch goes into ``state_dict()``, and loading a
-        checkpoint without it, after this call, leaves it as it is.
+        Any optimizer; use it as before. A parameter group with ``"centralize": False`` is left
+        alone.
     model : torch.nn.Module
-        The model, all of whose layers say where the fan-in of their weights is. It must hold every
-        parameter of the optimizer.
+        The model, which must hold every parameter of the optimizer. Its layers declare the fan-in.
     where : {"gradient", "update"}, optional
         ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``.
-        ``"update"`` centralizes the displacement of the weights by the step, which the authors
-        advise for adaptive optimizers; it keeps the mean of each weight over its fan-in constant
-        with any optimizer.
+        ``"update"`` centralizes the displacement of the weights by the step. It keeps the mean of
+        each weight over its fan-in constant with any optimizer.
     decay : {"inside", "outside"}, optional
-        Whether weight decay is projected as well. With ``where="gradient"`` the default is inside
-        if the optimizer adds it to the gradient (SGD, Adam), which is what the authors do, and
-        outside if it applies it apart (AdamW, Muon); say it for an optimizer that is not one of
-        torch's. With ``where="update"`` the default is inside; outside, decoupled decay goes on
-        shrinking the mean by ``1 - lr * weight_decay`` a step.
+        Whether weight decay is projected too. With ``where="gradient"`` the default is inside for
+        decay that the optimizer adds to the gradient (SGD, Adam), and outside for decoupled decay
+        (AdamW, Muon); optimizers from other packages need a choice. With ``where="update"`` the
+        default is inside; outside, decoupled decay goes on shrinking the mean.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
     layers : {"all", "conv"}, optional
-        ``"conv"`` is the variant of the paper for convolutions alone, of any rank.
+        ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
-        Answers that come before those of the layers, as in `plan`.
+        Answers that take precedence over the layers, as in `plan`.
     reproducible : bool, optional
-        Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`/reproducible`.
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
 
     Returns
     -------
@@ -77,74 +67,33 @@ def centralize(
 
     Raises
     ------
-    TypeError
-        If `optimizer` is not an optimizer of torch, holds another one that moves the weights, or
-        has no step; if `model` is not a module; if a value of `overrides` is of none of its types;
-        if a weight has a dtype, a device or shards for which `reproducible` cannot be promised.
-        In a step: if the gradient of a weight to centralize is sparse.
-    ValueError
-        If the optimizer already has Gradient Centralization, if nothing would be centralized, if
-        `decay` does not fit the optimizer or is needed and not given, or if `overrides` does not
-        fit the model.
-    RuntimeError
-        If a parameter of the optimizer is not in the model, has no shape yet (lazy layers), or no
-        longer that of its layer (FSDP1, DeepSpeed). In a step: if such a parameter was added, or
-        one was replaced in the model, as `load_state_dict(assign=True)`, `to_empty` and
-        `fully_shard` do, and not in the optimizer.
+    TypeError, ValueError, RuntimeError
+        If optimizer, model and options do not fit each other, if nothing would be centralized, or
+        if the optimizer already has Gradient Centralization. A step raises the same errors for
+        parameters that were added or replaced. :doc:`/torch` lists them.
 
     Warns
     -----
     UserWarning
-        If weights narrower than 32 bits are to be centralized in the update; if momentum from
-        before carries a mean; if the optimizer is copied or pickled, since its copy does not
-        centralize; if a checkpoint switches everything off.
+        If momentum from before carries a mean, if weights below 32 bits are centralized in the
+        update, if a checkpoint switches everything off, or if the optimizer is copied: hooks are
+        not.
 
     See Also
     --------
-    plan : what would be centralized.
-    centralize_grads_ : centralize gradients now, such as before clipping.
+    plan : show what would be centralized.
+    centralize_grads_ : centralize gradients now, for example before clipping.
     gcx.centralize : the operator, for one gradient.
 
     Notes
     -----
-    With P the projection of `gcx.centralize`, w the weights and L the loss, an optimizer that adds
-    weight decay to the gradient is given a gradient such that it uses
-
-    .. math:: P(\nabla L + \lambda w) = \nabla L - \overline{\nabla L}
-              + \lambda w - \lambda \overline{w}
-
-    with bars for means over the fan-in. Hence SGD, with or without momentum, keeps the mean of
-    each weight at its initial value (corollary 4.1). Optimizers that divide the gradient element
-    by element, such as Adam, do so only with ``where="update"``.
-
-    Momentum from steps before this call would go on moving that mean, so with
-    ``where="gradient"`` the buffers ``momentum_buffer`` and ``exp_avg`` and the memory of LBFGS
-    are centralized, with a warning, now, when a group is switched on, and after each
-    ``load_state_dict`` (not the momentum of RMSprop, which holds gradients already divided).
-    Momentum of centralized gradients has no mean and is left as it is.
-
-    Gradients are centralized when the step begins, so after clipping and averaging over workers,
-    and again whenever a closure has computed new ones. Where an optimizer is built around another
-    (SAM, Lookahead), give the one inside. Optimizers that step during backward hold a parameter
-    each: give those whose parameter has a fan-in. `torch.compile` calls the hooks as they are, at
-    one break of the graph.
-
-    With ``where="gradient"`` and ``decay="outside"``, an optimizer that adds decay to the gradient
-    keeps the mean of that in its momentum, which is left alone, also that from before.
-
-    Copies of an optimizer by `copy.deepcopy` or pickle carry no hooks, and warn of it: call this
-    again for them.
-
-    References
-    ----------
-    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-    Neural Networks", ECCV 2020, algorithms 1 and 2. https://arxiv.org/abs/2004.01461
+    :doc:`/torch` describes closures, momentum from before, copies, `torch.compile`, and wrappers
+    such as SAM, DDP, FSDP and DeepSpeed.
 
     Examples
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     >>> gcx.torch.centralize(optimizer, model)
@@ -157,24 +106,19 @@ def centralize(
     >>> abs(model.weight.mean().item() - start) < 1e-6
     True
     """
-    return GradientCentralization(
-        optimizer,
-        model,
+    options = Options(
         where=where,
         decay=decay,
+        strength=strength,
         layers=layers,
         overrides=overrides,
         reproducible=reproducible,
     )
+    return GradientCentralization(optimizer, model, options)
 
 
 class GradientCentralization:
-    """Gradient Centralization at work in an optimizer, as `gcx.torch.centralize` returns it.
-
-    Parameters
-    ----------
-    optimizer, model, where, decay, layers, overrides, reproducible
-        As in `gcx.torch.centralize`.
+    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it.
 
     Examples
     --------
@@ -191,40 +135,26 @@ class GradientCentralization:
     >>> handle.remove()
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        model: nn.Module,
-        *,
-        where: Where,
-        decay: Decay,
-        layers: Layers,
-        overrides: Overrides | None,
-        reproducible: bool,
-    ) -> None:
-        check_options(where, decay)
-        optimizer = _unwrapped(optimizer)
+    def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
+        optimizer = _find_optimizer(optimizer)
         _check_steps(optimizer)
         _check_has_no_other(optimizer)
         self._optimizer = optimizer
-        self._where = where
-        self._targets = Targets(
-            optimizer, partial(decide, model, layers, overrides), reproducible=reproducible
-        )
-        self._together = Together()
+        self._options = options
+        self._targets = Targets(optimizer, partial(decide, model, options), options.reproducible)
         if not any(self._targets.weights()):
             raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
-        self._hooks = self._place(decay).hooks
-        self._hooks += [
+        self._handles = self._make_hooks().handles
+        self._handles += [
             optimizer.register_load_state_dict_pre_hook(keep_switches),
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
         ]
-        # Asked of the instance first, by pickle and by copy.deepcopy.
+        # pickle and copy.deepcopy ask the instance first.
         vars(optimizer)["__reduce_ex__"] = partial(_reduce_with_warning, optimizer)
 
     @property
     def plan(self) -> Plan:
-        """What happens to each parameter of the optimizer, and why, as a `gcx.plan.Plan`."""
+        """The decision on each parameter of the optimizer, as a `gcx.plan.Plan`."""
         return self._targets.plan()
 
     @not_compiled
@@ -239,35 +169,30 @@ class GradientCentralization:
         ValueError
             If there is no gradient to centralize.
         """
-        centralize_gradients(self._targets.weights(), self._together)
+        _centralize_gradients(self._targets.weights(), self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         vars(self._optimizer).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
-        name, kind = type(self).__name__, type(self._optimizer).__name__
-        state = f"where={self._where!r}" if self._hooks else "removed"
+        name, kind, strength = type(self).__name__, type(self._optimizer).__name__, ""
+        if self._options.strength != 1.0:
+            strength = f", strength={self._options.strength}"
+        state = f"where={self._options.where!r}{strength}" if self._handles else "removed"
         return f"<{name} of {kind}, {state}, {self.plan!r}>"
 
-    def _place(self, decay: Decay) -> GradientHooks | UpdateHooks:
-        """Make what centralizes in each step."""
-        place = GradientHooks if self._where == "gradient" else UpdateHooks
-        return place(self._targets, decay)
+    def _make_hooks(self) -> GradientHooks | UpdateHooks:
+        hooks = GradientHooks if self._options.where == "gradient" else UpdateHooks
+        return hooks(self._targets, self._options)
 
     def _warn_if_idle(self, optimizer: Optimizer) -> None:
         if not any(self._targets.weights()):
             kind = type(optimizer).__name__
             warn(f"the checkpoint switches off all that there is to centralize in this {kind}")
-
-
-def check_options(where: object, decay: object) -> None:
-    """Raise a ValueError unless these are among the choices."""
-    check_choice("where", where, ("gradient", "update"))
-    check_choice("decay", decay, (None, "inside", "outside"))
 
 
 def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
@@ -279,8 +204,8 @@ def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
     return type(optimizer).__reduce_ex__(optimizer, protocol)
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Find the optimizer that has the hooks: Accelerate's is a wrapper that has none."""
+def _find_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Find the optimizer that runs hooks: Accelerate's wrapper runs none."""
     found: object = optimizer
     while isinstance(found, Optimizer):
         if "_optimizer_step_pre_hooks" in vars(found):
@@ -295,7 +220,7 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def _check_steps(optimizer: Optimizer) -> None:
-    """Raise a TypeError unless it is this optimizer that moves the weights, in its step."""
+    """Raise a TypeError unless this optimizer itself moves the weights, in its step."""
     kind = type(optimizer).__name__
     if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
         msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
@@ -313,8 +238,7 @@ def _check_has_no_other(optimizer: Optimizer) -> None:
     hooks = vars(optimizer)["_optimizer_load_state_dict_post_hooks"].values()
     if any(isinstance(getattr(h, "__self__", None), GradientCentralization) for h in hooks):
         kind = type(optimizer).__name__
-        msg = f"this {kind} has Gradient Centralization already; .remove() that handle first"
-        raise ValueError(msg)
+        raise ValueError(already_attached(kind))
 
 
 @not_compiled
@@ -322,26 +246,29 @@ def _check_has_no_other(optimizer: Optimizer) -> None:
 def centralize_grads_(
     model: nn.Module,
     *,
+    strength: float = 1.0,
     layers: Layers = "all",
     overrides: Overrides | None = None,
     reproducible: bool = False,
 ) -> None:
     """Centralize the gradients of a model now, in place in ``.grad``.
 
-    For loops that need centralized gradients before the step, such as to clip their norm; where
-    nothing comes between, `centralize` does it for an optimizer once and for all. Both together are
-    right too: the step centralizes again, which changes nothing, and includes weight decay. Where
-    that has overrides or switches, call ``centralize_grads_()`` of its handle, which has the same.
+    Use it in loops that need centralized gradients before the step, for example to clip their norm.
+    Otherwise `centralize` does it for an optimizer once and for all. Both can be combined: the step
+    centralizes again, which changes nothing at full strength, and includes weight decay. The handle
+    of `centralize` has a method of this name, which follows its overrides and switches.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model, after ``backward()``. Parameters without gradient are passed over.
+        The model, after ``backward()``. Parameters without a gradient are passed over.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
     layers, overrides
         As in `plan`, which shows what is centralized.
     reproducible : bool, optional
-        Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`/reproducible`.
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
 
     Raises
     ------
@@ -364,14 +291,17 @@ def centralize_grads_(
     True
     >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     """
-    decisions = decide(model, layers, overrides).items()
-    centralize_gradients(weights_of(decisions, reproducible=reproducible), Together())
+    options = Options(
+        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+    )
+    weights = weights_of(decide(model, options).items(), reproducible=options.reproducible)
+    _centralize_gradients(weights, options.strength)
 
 
-def centralize_gradients(weights: Iterable[Weight], together: Together) -> None:
-    """Centralize what gradients there are; a ValueError if there are none."""
-    found = with_gradient(weights)
-    if not found:
+def _centralize_gradients(weights: Iterable[Weight], strength: float) -> None:
+    """Centralize all gradients; a ValueError if there are none."""
+    gradients = with_gradient(weights)
+    if not gradients:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
         raise ValueError(msg)
-    together.centralize_({None: found})
+    centralize_(gradients, strength=strength)

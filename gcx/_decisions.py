@@ -1,0 +1,125 @@
+"""From a rule's answer to a row of the plan, and the refusals that all adapters share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from gcx._centralize import see_fan_in
+from gcx._names import match_all, naming
+from gcx._rules import Answer
+from gcx.layout import Layout, as_layout
+from gcx.plan import LeaveAlone, Plan, PlanRow
+
+__all__ = [
+    "LEFT_ALONE",
+    "already_attached",
+    "check_choice",
+    "check_reproducible",
+    "decide",
+    "find_overrides",
+    "merge",
+    "narrow_weight",
+    "no_fan_in",
+    "refuse_empty",
+]
+
+LEFT_ALONE = LeaveAlone("left alone by an override")
+
+
+def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
+    """Turn the answer of the rule called `rule` about one parameter into its row.
+
+    Raises a ValueError that names the parameter if the layout does not fit its shape.
+    """
+    if answer is None:
+        return PlanRow(name, shape, None, f"left alone by the rule of {rule}")
+    if isinstance(answer, LeaveAlone):
+        return PlanRow(name, shape, None, answer.reason)
+    with naming(name):
+        layout = as_layout(answer)
+        view, axes = layout.split(shape)
+    size = prod(view[axis] for axis in axes)
+    if size < 2:
+        few_axes = None if axes else no_fan_in(shape)
+        obstacle = few_axes or f"fan-in {size}: subtracting its mean would freeze it"
+        return PlanRow(name, shape, None, obstacle)
+    return PlanRow(name, shape, layout, rule)
+
+
+def no_fan_in(shape: tuple[int, ...]) -> str:
+    """Reason to leave a vector or a scalar alone; empty for other shapes."""
+    return "" if len(shape) > 1 else f"a {('scalar', 'vector')[len(shape)]} has no fan-in"
+
+
+def merge(first: PlanRow, second: PlanRow) -> PlanRow:
+    """Make one row for a parameter that two layers share: left alone unless they agree."""
+    if _fan_in(first) == _fan_in(second):
+        return first
+    reason = f"tied, and the rules differ: {first.reason}; {second.reason}"
+    return first._replace(layout=None, reason=reason)
+
+
+def _fan_in(row: PlanRow) -> object:
+    """Axes of the fan-in, which two layouts can describe in two ways."""
+    return None if row.layout is None else row.layout.split(row.shape)
+
+
+def find_overrides(
+    overrides: Mapping[str, Answer], names: Iterable[str]
+) -> dict[str, Layout | LeaveAlone]:
+    """Give each name that an override covers the answer of the first key that matches it."""
+    keys = match_all(overrides, names, what="overrides")
+    answers = {key: _read_override(key, value) for key, value in overrides.items()}
+    return {name: answers[key] for name, key in keys.items()}
+
+
+def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
+    if value is None:
+        return LEFT_ALONE
+    if isinstance(value, LeaveAlone):
+        return value
+    with naming(f"overrides: {key}"):
+        return as_layout(value)
+
+
+def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
+    """Raise a ValueError that shows the plan of a model if it centralizes nothing.
+
+    The hint is added if parameters are unknown.
+    """
+    if any(row.layout is not None for row in plan):
+        return
+    is_unknown = any(row.reason.startswith("unknown") for row in plan)
+    hint = f"\n{hint}" if hint and is_unknown else ""
+    msg = f"there is nothing to centralize in {owner}:\n{plan}{hint}"
+    raise ValueError(msg)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise a ValueError unless an option has one of its values."""
+    if value not in choices:
+        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
+        raise ValueError(msg)
+
+
+def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
+    """Raise a TypeError that names the first weight whose bits cannot be promised."""
+    for row, array in zip(plan, arrays, strict=True):
+        if row.layout is not None:
+            with naming(row.name):
+                see_fan_in(array, row.layout, reproducible=True)
+
+
+def already_attached(kind: str) -> str:
+    """Refuse to attach a second time to an optimizer."""
+    return f"this {kind} has Gradient Centralization already; .remove() that handle first"
+
+
+def narrow_weight(name: str, dtype: object) -> str:
+    """Warn about a weight below 32 bits under ``where="update"``."""
+    return (
+        f"{name} is {dtype}: rounding the weights loses most of what where='update' does; keep "
+        "float32 weights, or use where='gradient'"
+    )

@@ -1,0 +1,66 @@
+"""The argument `layouts` in all its forms: one layout, a list, a mapping of names, or a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gcx._names import leaves_like, match_all, naming
+from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.plan import Plan
+
+__all__ = ["Layouts", "layouts_for", "match_layouts"]
+
+Layouts = LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] | Plan
+
+
+def layouts_for(
+    named: Sequence[tuple[str, Any]], layouts: Layouts, *, like: Any
+) -> list[Layout | None]:
+    """One layout for each name and array, None where the array is left alone.
+
+    A list or tuple of layouts is built like the tree `like`, whose leaves are `named`.
+    """
+    if isinstance(layouts, (Layout, str)):
+        return [as_layout(layouts)] * len(named)
+    if isinstance(layouts, Plan):
+        return [_from_plan(layouts, name, array) for name, array in named]
+    if isinstance(layouts, (list, tuple)):
+        leaves = leaves_like(like, layouts, what="layouts")
+        return [None if leaf is None else as_layout(leaf) for leaf in leaves]
+    if not isinstance(layouts, Mapping):
+        msg = f"layouts is a layout, list, tuple, mapping or plan, not {type(layouts).__name__}"
+        raise TypeError(msg)
+    matched = match_layouts(layouts, [name for name, _ in named])
+    for name, _ in named:
+        if name not in matched:
+            msg = f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
+            raise ValueError(msg)
+    return [matched[name] for name, _ in named]
+
+
+def _from_plan(plan: Plan, name: str, array: Any) -> Layout | None:
+    """Layout of a row; the array must have the shape that the plan was made for."""
+    try:
+        row = plan[name]
+    except KeyError as error:
+        msg = f"layouts: {error.args[0]}"
+        raise ValueError(msg) from None
+    shape = row.shape if array is None else tuple(array.shape)
+    if row.layout is not None and shape != row.shape:
+        with naming(name):
+            msg = f"the plan is for shape {row.shape}, this array has shape {shape}"
+            raise ValueError(msg)
+    return row.layout
+
+
+def match_layouts(
+    layouts: Mapping[str, LayoutLike | None], names: Iterable[str]
+) -> dict[str, Layout | None]:
+    """Give each name the layout of the first key that equals or matches it.
+
+    Raises a TypeError or ValueError if a key is not a string, or matches no name.
+    """
+    keys = match_all(layouts, names, what="layouts")
+    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
+    return {name: parsed[key] for name, key in keys.items()}

@@ -1,0 +1,243 @@
+"""The base of the optimizers in `gcx.optim`: one step over a tree of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from math import inf
+from numbers import Real
+from typing import Any, ClassVar, Literal, TypeVar
+
+from gcx import _compat
+from gcx._centralize import centralize, check_strength, see_fan_in
+from gcx._decisions import check_choice
+from gcx._dispatch import backend_for
+from gcx._layouts import Layouts, layouts_for
+from gcx._names import flatten, leaves_like, naming, rebuild
+from gcx.layout import Layout
+
+__all__ = ["Optimizer", "as_float"]
+
+TreeT = TypeVar("TreeT")
+Where = Literal["gradient", "update"] | None
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Walks over the parameters, and decays and centralizes at the right point of a step.
+
+    A subclass names the arrays that it keeps for each parameter, `_buffers`, and turns a gradient
+    into a descent direction, `_direction`.
+    """
+
+    lr: float
+    _: KW_ONLY
+    weight_decay: float = 0.0
+    where: Where = "gradient"
+    layouts: Layouts = "o..."
+    strength: float = 1.0
+    reproducible: bool = False
+
+    _decay_is_coupled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._set_float("lr")
+        self._set_float("weight_decay")
+        check_choice("where", self.where, ("gradient", "update", None))
+        object.__setattr__(self, "strength", check_strength(self.strength))
+
+    def init(self, params: Any) -> dict[str, Any]:
+        """Make the state with which training starts.
+
+        Parameters
+        ----------
+        params : list, tuple or dict of arrays
+            The weights, of real or complex floating dtype. Lists, tuples and dicts may hold each
+            other.
+
+        Returns
+        -------
+        dict
+            ``"step"`` (ints) and the buffers of the optimizer (arrays of the shape and dtype of
+            the weights), each a tree built like `params`.
+
+        Raises
+        ------
+        TypeError
+            If `params` is not a list, tuple or dict, or holds anything but floating arrays; or if
+            `reproducible` cannot be kept for one of them.
+        ValueError
+            If `layouts` does not fit `params`, or if it centralizes none of them.
+        """
+        named = _named_params(params)
+        if self.where is not None and not any(self._find_layouts(params)):
+            shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in named)
+            msg = (
+                f"layouts={self.layouts!r} centralizes no parameter: one needs a layout, and a "
+                f"fan-in of at least 2; there are {shapes}. Without Gradient Centralization: "
+                "where=None"
+            )
+            raise ValueError(msg)
+        zeros = [
+            [_compat.array_namespace(param).zeros_like(param) for _, param in named]
+            for _ in self._buffers
+        ]
+        return self._state(params, [[0] * len(named), *zeros])
+
+    def update(
+        self, params: TreeT, grads: Any, state: Mapping[str, Any]
+    ) -> tuple[TreeT, dict[str, Any]]:
+        """Take one step.
+
+        Parameters
+        ----------
+        params : list, tuple or dict of arrays
+            The weights.
+        grads : list, tuple or dict of arrays
+            Their gradients, built like `params`, each of the same library, shape and dtype. None
+            leaves a parameter and its state as they are.
+        state : dict
+            From `init`, or from the `update` before.
+
+        Returns
+        -------
+        params : list, tuple or dict of arrays
+            The new weights, built like `params` and of the same dtypes.
+        state : dict
+            The new state.
+
+        Raises
+        ------
+        TypeError
+            If a gradient or a buffer is of another library than its parameter, or if
+            `reproducible` cannot be kept.
+        ValueError
+            If `grads` or `state` do not fit `params`. Nothing has been computed then.
+
+        Notes
+        -----
+        Lazy libraries such as dask put each step into their graph: let them compute weights and
+        state after some steps. PyTorch records a step for its gradients unless it is taken under
+        ``torch.no_grad()``.
+        """
+        updated = [self._step(*row) for row in self._check_rows(params, grads, state)]
+        new_params, *columns = zip(*updated, strict=True)
+        return rebuild(params, new_params), self._state(params, columns)
+
+    def _step(
+        self, layout: Layout | None, param: Any, grad: Any, step: Any, *buffers: Any
+    ) -> tuple[Any, ...]:
+        """Go on with one parameter: its new value, step and buffers."""
+        if grad is None:
+            return param, step, *buffers
+        if self.weight_decay and self._decay_is_coupled:
+            grad = grad + self.weight_decay * param
+        if self.where == "gradient":
+            grad = self._project(grad, layout)
+        direction, *new_buffers = self._direction(grad, step + 1, *buffers)
+        if self.weight_decay and not self._decay_is_coupled:
+            direction = direction + self.weight_decay * param
+        if self.where == "update":
+            direction = self._project(direction, layout)
+        new_param = _as_dtype_of(param, param - self.lr * direction)
+        return new_param, step + 1, *map(_as_dtype_of, buffers, new_buffers)
+
+    def _project(self, x: Any, layout: Layout | None) -> Any:
+        if layout is None:
+            return x
+        return centralize(x, layout=layout, strength=self.strength, reproducible=self.reproducible)
+
+    @property
+    def _buffers(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
+        """Direction and new buffers, from the gradient of step 1, 2, 3 and so on."""
+        raise NotImplementedError
+
+    def _find_layouts(self, params: Any) -> list[Layout | None]:
+        """Layout of each parameter, None where there is nothing to centralize."""
+        named = flatten(params)
+        if self.where is None:
+            return [None] * len(named)
+        layouts = layouts_for(named, self.layouts, like=params)
+        found = []
+        for (name, param), layout in zip(named, layouts, strict=True):
+            axes: tuple[int, ...] = ()
+            with naming(name):
+                if layout is not None:
+                    _, axes = see_fan_in(param, layout, reproducible=self.reproducible)
+            found.append(layout if axes else None)
+        return found
+
+    def _check_rows(
+        self, params: Any, grads: Any, state: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """Layout, value, gradient, step and buffers of each parameter."""
+        keys = ("step", *self._buffers)
+        if set(state) != set(keys):
+            msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
+            raise ValueError(msg)
+        names, weights = zip(*_named_params(params), strict=True)
+        trees = {"grads": grads, **{f"state[{key!r}]": state[key] for key in keys}}
+        columns = [
+            leaves_like(params, tree, what=what, like="params") for what, tree in trees.items()
+        ]
+        rows = list(zip(self._find_layouts(params), weights, *columns, strict=True))
+        for name, (_, param, grad, _, *buffers) in zip(names, rows, strict=True):
+            with naming(name):
+                if grad is not None:
+                    _check_fits("gradient", grad, param)
+                for key, buffer in zip(self._buffers, buffers, strict=True):
+                    _check_fits(key, buffer, param)
+        return rows
+
+    def _state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Make trees built like `params` of the steps and of each buffer."""
+        keys = ("step", *self._buffers)
+        return {key: rebuild(params, column) for key, column in zip(keys, columns, strict=True)}
+
+    def _set_float(self, name: str, below: float = inf) -> None:
+        object.__setattr__(self, name, as_float(name, getattr(self, name), below))
+
+
+def _named_params(params: Any) -> list[tuple[str, Any]]:
+    if not isinstance(params, (list, tuple, dict)):
+        msg = f"params is a list, tuple or dict of arrays, not {type(params).__name__}"
+        raise TypeError(msg)
+    named = flatten(params)
+    if not named:
+        msg = "params holds no array"
+        raise ValueError(msg)
+    for name, param in named:
+        with naming(name):
+            backend_for(param).check_dtype(param)
+    return named
+
+
+def _check_fits(what: str, array: Any, param: Any) -> None:
+    if backend_for(array) is not backend_for(param):
+        kinds = type(array).__name__, type(param).__name__
+        msg = f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}"
+        raise TypeError(msg)
+    if array.shape != param.shape:
+        msg = f"the {what} has shape {tuple(array.shape)}, its parameter {tuple(param.shape)}"
+        raise ValueError(msg)
+    if array.dtype != param.dtype:
+        msg = f"the {what} has dtype {array.dtype}, its parameter {param.dtype}"
+        raise ValueError(msg)
+
+
+def _as_dtype_of(old: Any, new: Any) -> Any:
+    """Undo the promotion to a wider dtype by a step counter that is an array."""
+    if new.dtype == old.dtype:
+        return new
+    return _compat.array_namespace(new).astype(new, old.dtype)
+
+
+def as_float(name: str, value: float, below: float) -> float:
+    """Check a hyperparameter; return a Python float, since NumPy's would widen float32 arrays."""
+    if not (isinstance(value, Real) and 0.0 <= value < below):
+        msg = f"{name} must be a number in [0, {below}), not {value!r}"
+        raise ValueError(msg)
+    return float(value)

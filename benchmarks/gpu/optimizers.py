@@ -17,7 +17,7 @@ from benchmarks.gpu.device import Gpu
 from benchmarks.gpu.report import Measured
 from benchmarks.throughput.models import MODELS, Model, Weight, llama3, output_first
 from benchmarks.throughput.timing import Call, interleaved
-from gcx.torch._overrides import Overrides
+from gcx.torch._plan import Overrides
 
 __all__ = ["distances", "layouts_of", "module_of", "times"]
 

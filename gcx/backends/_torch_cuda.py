@@ -28,7 +28,7 @@ from gcx.backends._torch_triton import (
     waiting,
 )
 
-__all__ = ["Launches", "MultiTensor", "centralize_many", "takes", "why_not"]
+__all__ = ["Launches", "MultiTensor", "centralize_many", "launches", "takes", "why_not"]
 
 _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
@@ -101,8 +101,8 @@ class Launches:
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, _Plan] = {}
-        self._seen: object = None
-        self._plan = _Plan(((), (), ()), (), any_order=True)  # of nothing
+        # One value, since another thread may set its own at any moment.
+        self._last: tuple[object, _Plan] = (None, _Plan(((), (), ()), (), any_order=True))
 
     def centralize_(
         self,
@@ -111,9 +111,10 @@ class Launches:
         weights: Sequence[Tensor] | None = None,
         rate: float = 0.0,
         *,
+        strength: float = 1.0,
         reproducible: bool = False,
     ) -> list[int]:
-        """Subtract from each gradient its mean, and `rate` times the mean of its weight.
+        """Subtract `strength` times the mean of each gradient, and `rate` times that of its weight.
 
         Parameters
         ----------
@@ -124,7 +125,9 @@ class Launches:
         weights : sequence of Tensor, optional
             The weight of each, of the same shape.
         rate : float, optional
-            Such as the weight decay that an optimizer adds to the gradient.
+            For example the weight decay that an optimizer adds to the gradient, times `strength`.
+        strength : float, optional
+            The part of the mean of the gradient to subtract.
         reproducible : bool, optional
             Whether to sum in the order of the axes, whatever the order of memory is.
 
@@ -141,10 +144,12 @@ class Launches:
         looks = [*forms(grads), *([] if weights is grads else forms(weights))]
         seen = [*looks, *axes, reproducible]
         roles = (grads, weights, grads)
-        if seen != self._seen:
+        last, plan = self._last
+        if seen != last:
             make = partial(_plan_in_place, roles, axes, reproducible)
-            self._plan, self._seen = _kept(self._plans, tuple(seen), make), seen
-        return sorted((*self._plan.left, *self._plan.run(roles, 1.0, rate)))
+            plan = _kept(self._plans, tuple(seen), make)
+            self._last = seen, plan
+        return sorted((*plan.left, *plan.run(roles, strength, rate)))
 
 
 class _Plan:
@@ -172,6 +177,7 @@ class _Plan:
         return left
 
 
+launches = Launches()  # for all optimizers; a cache, as the plans are
 _plans: dict[Hashable, _Plan] = {}  # a cache: it holds nothing that is not made anew when missing
 
 

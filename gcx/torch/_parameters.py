@@ -1,4 +1,4 @@
-"""Which layer uses a parameter, and as what: not always the module where it is registered."""
+"""Parameters of a model, each with the layer that uses it: not always the layer that holds it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
@@ -16,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 _KEEP_FAN_IN = (_WeightNorm, _SpectralNorm)
 _LENGTH = "weight_norm g: the length of a weight"
 _COORDINATES = "orthogonal: coordinates of a rotation"
-# What holds parameters for another module, which uses them.
+# Modules that hold parameters for the module around them.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
@@ -35,7 +36,7 @@ class Owned(NamedTuple):
     holder: nn.Module  # where it is registered, as `key`
     key: str
     users: tuple[User, ...]  # the layer comes last, after the modules that hold it
-    objection: str = ""  # to its having the fan-in of the weight of that layer
+    objection: str = ""  # why it has not the fan-in of the weight of that layer
 
     @property
     def layer(self) -> nn.Module:
@@ -50,7 +51,7 @@ def owned_parameters(model: nn.Module) -> Iterator[Owned]:
     for path, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             weight, objection = _weight_of(path, module, key)
-            name = _joined(path, key)
+            name = _join(path, key)
             users = _users(modules, weight)
             yield Owned(name, parameter, module, key, users, objection)
 
@@ -65,14 +66,14 @@ def _users(modules: Mapping[str, nn.Module], weight: str) -> tuple[User, ...]:
 
 
 def _weight_of(path: str, module: nn.Module, key: str) -> tuple[str, str]:
-    """Path of the weight that a parameter is or is the origin of, and what speaks against that."""
+    """Path of the weight that is or comes from a parameter, and the objection if there is one."""
     if isinstance(module, ParametrizationList):
         # At LAYER.parametrizations.WEIGHT; LAYER is empty for the model itself.
         layer, found, weight = path.rpartition("parametrizations.")
         if found:
             return layer + weight, _objection(module, module.get_parameter(key))
     weight, objection = _by_hook(module, key)
-    return _joined(path, weight), objection
+    return _join(path, weight), objection
 
 
 def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
@@ -87,7 +88,7 @@ def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
 
 
 def _by_hook(layer: nn.Module, key: str) -> tuple[str, str]:
-    """Name of the weight that a parameter is the origin of, and the objection, if a hook did it."""
+    """Name of the weight that a hook makes from a parameter, and the objection if there is one."""
     for hook in vars(layer)["_forward_pre_hooks"].values():
         if isinstance(hook, WeightNorm) and key in (f"{hook.name}_g", f"{hook.name}_v"):
             return hook.name, _LENGTH if key.endswith("_g") else ""
@@ -103,5 +104,26 @@ def _pruned(hook: prune.BasePruningMethod) -> str:
     return name
 
 
-def _joined(path: str, key: str) -> str:
+def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def check_has_shape(owned: Owned) -> None:
+    """Raise a RuntimeError if a parameter is lazy, or a flat buffer."""
+    if is_lazy(owned.parameter):
+        msg = (
+            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
+            "the model first"
+        )
+        raise RuntimeError(msg)
+    if getattr(owned.parameter, "_is_flat_param", False):
+        raise RuntimeError(flattened(owned.name, "a flat buffer of several parameters"))
+
+
+def flattened(name: str, what: str) -> str:
+    """Say that a parameter has lost the shape of its layer, and what to do about it."""
+    return (
+        f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
+        "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "
+        "keeps them, or call gcx.torch.centralize_in_backward(model) before the model is wrapped"
+    )

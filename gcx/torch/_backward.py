@@ -1,4 +1,4 @@
-"""Gradients centralized while backward computes them, before anything can flatten them."""
+"""Gradients centralized while backward computes them, before a wrapper can flatten them."""
 
 from __future__ import annotations
 
@@ -12,48 +12,43 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gcx._names import naming
+from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.plan import Plan
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import (
-    Decision,
-    Layers,
-    Weight,
-    decide,
-    nothing_to_centralize,
-    plan_of,
-    weights_of,
-)
-from gcx.torch._untraced import untraced
-from gcx.torch._warn import warn
+from gcx.torch._plan import Decision, Overrides, decide, nothing_to_centralize, plan_of, weights_of
+from gcx.torch._step import not_compiled, warn
+from gcx.torch._weights import Weight
 
-# Passes of the model in training, after one that had gradients, by which that of each weight should
-# have come by.
+# Training-mode forward passes, counted from the first backward, after which a weight that never
+# got a gradient is reported.
 _PASSES = 8
 
 
 def centralize_in_backward(
     model: nn.Module,
     *,
+    strength: float = 1.0,
     layers: Layers = "all",
     overrides: Overrides | None = None,
     reproducible: bool = False,
 ) -> CentralizationInBackward:
     """Let backward centralize the gradients of a model, from its next forward pass on.
 
-    For what flattens parameters, or updates them before there is a step: FSDP1, DeepSpeed ZeRO,
-    optimizers that work in backward. Where none of these is, `centralize` does more: it knows of
-    weight decay and momentum.
+    Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
+    ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
+    decay and momentum.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model, before it is wrapped: while its weights have the shapes of their layers.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
     layers, overrides
         As in `plan`, which shows what is centralized.
     reproducible : bool, optional
-        Whether means are taken in the one order that gives equal bits on every device, whatever
-        the strides: see :doc:`/reproducible`.
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
 
     Returns
     -------
@@ -68,14 +63,14 @@ def centralize_in_backward(
     ValueError
         As `plan`; if nothing would be centralized; if the model has such a handle already.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or no longer that of its layer: then call
-        this before the model is wrapped.
+        If a parameter has no shape yet (lazy layers), or has lost the shape of its layer: call this
+        before the model is wrapped.
 
     Warns
     -----
     UserWarning
-        If gradients of other weights have come by, and none of a weight in the 8 forward passes in
-        training mode after that, or until the handle is removed.
+        If a weight got no gradient in 8 training-mode forward passes after the first backward, or
+        until the handle is removed, while other weights got theirs.
 
     See Also
     --------
@@ -84,15 +79,11 @@ def centralize_in_backward(
 
     Notes
     -----
-    A tensor hook projects the gradient of each weight, on whatever the layer has in its place in
-    the forward pass: the parameter itself; under FSDP1 a view of the flat parameter, and under
-    FSDP2 the parameter made whole. So the gradient is projected before workers average it, which
-    comes to the same, and nothing is communicated. ``torch.autograd.grad`` sees these gradients,
-    too: those of weights for a gradient penalty come out centralized.
-
-    Weight decay that an optimizer adds to the gradient comes later, so its mean remains: prefer
-    decoupled decay (AdamW), or none. Layers added to the model later are not covered. A copy of the
-    model, by `copy.deepcopy` or pickle, centralizes as well, and has no handle.
+    A tensor hook projects each gradient before workers average it, which gives the same result
+    without communication. Weight decay that an optimizer adds to the gradient comes later, so its
+    mean remains: prefer decoupled decay (AdamW), or none. ``torch.autograd.grad`` returns
+    centralized gradients too. Layers added later are not covered. A copy of the model centralizes
+    as well, and has no handle. :doc:`/torch` has the details for each wrapper.
 
     Examples
     --------
@@ -105,18 +96,14 @@ def centralize_in_backward(
     >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
     True
     """
-    return CentralizationInBackward(
-        model, layers=layers, overrides=overrides, reproducible=reproducible
+    options = Options(
+        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
+    return CentralizationInBackward(model, options)
 
 
 class CentralizationInBackward:
-    """Gradient Centralization at work in backward, as `centralize_in_backward` returns it.
-
-    Parameters
-    ----------
-    model, layers, overrides, reproducible
-        As in `gcx.torch.centralize_in_backward`.
+    """Gradient Centralization at work in backward; `centralize_in_backward` returns it.
 
     Examples
     --------
@@ -131,20 +118,13 @@ class CentralizationInBackward:
     >>> handle.remove()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layers: Layers,
-        overrides: Overrides | None,
-        reproducible: bool,
-    ) -> None:
-        decisions = decide(model, layers, overrides)
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        decisions = decide(model, options)
         self._kind = type(model).__name__
         self._plan = plan_of(decisions)
         self._places = [
-            _Place(weight, decisions[weight.parameter])
-            for weight in weights_of(decisions.items(), reproducible=reproducible)
+            _Place(weight, decisions[weight.parameter], options.strength)
+            for weight in weights_of(decisions.items(), reproducible=options.reproducible)
         ]
         if not self._places:
             raise ValueError(nothing_to_centralize(self._kind, self._plan))
@@ -152,15 +132,16 @@ class CentralizationInBackward:
         self._passes = 0
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
         self._hooks = [model.register_forward_pre_hook(self._count)]
-        # Around a layer, too: some use its weight without calling it, as MultiheadAttention does.
+        # On the modules around a layer too: MultiheadAttention uses the weight of a child without
+        # calling the child.
         for module, places in _places_around(model, self._places):
             hook = partial(self._before_forward, places)
             self._hooks.append(module.register_forward_pre_hook(hook))
-        self._before_forward(self._places)  # parameters that stay are settled now
+        self._before_forward(self._places)
 
     @property
     def plan(self) -> Plan:
-        """What happens to each parameter of the model, and why, as a `gcx.plan.Plan`."""
+        """The decision on each parameter of the model, as a `gcx.plan.Plan`."""
         return self._plan
 
     def remove(self) -> None:
@@ -175,7 +156,7 @@ class CentralizationInBackward:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._kind}, {self.plan!r}>"
 
-    @untraced
+    @not_compiled
     def _before_forward(self, places: list[_Place], *_: Any) -> None:
         for place in places:
             tensor = place.tensor()
@@ -183,9 +164,9 @@ class CentralizationInBackward:
                 hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
                 self._hooked[tensor] = hook
 
-    @untraced
+    @not_compiled
     def _count(self, model: nn.Module, *_: Any) -> None:
-        # Passes before the first backward say nothing: there may be many, of an unrolled cell.
+        # Not before the first backward: an unrolled cell makes many passes.
         is_training = model.training and torch.is_grad_enabled()
         if self._passes < _PASSES and is_training and self._has_seen_one():
             self._passes += 1
@@ -205,7 +186,7 @@ class CentralizationInBackward:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies of the model. Hooks on tensors are not copied with these.
+        # For copies of the model, without the hooks on its tensors.
         return {**vars(self), "_hooked": None, "_hooks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,39 +194,43 @@ class CentralizationInBackward:
 
 
 class _Place:
-    """Where a layer has a weight: the parameter, or what stands for it in the forward pass."""
+    """The attribute of a layer that is its weight in the forward pass.
 
-    def __init__(self, weight: Weight, decision: Decision) -> None:
+    It is the parameter itself, under FSDP1 a view of the flat parameter, and under FSDP2 the
+    gathered parameter.
+    """
+
+    def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
         self.name = weight.name
         self.holder = decision.holder
         self._key = decision.key
-        self._shape = decision.shape
-        # Not the weight itself, whose memory a wrapper may want to free.
+        self._shape = decision.row.shape
+        # Without the parameter, whose memory a wrapper may want to free.
         self._fan_in = weight.fan_in
         self._reproducible = weight.reproducible
+        self._strength = strength
         self.has_seen_one = False
 
     def tensor(self) -> Tensor | None:
-        """Give what is there now, if it has the shape of the weight and will have a gradient."""
+        """Return the tensor if it has the shape of the weight and will get a gradient."""
         found = self._found()
         if found is None or found.shape != self._shape:
             return None
-        # A view left over from an earlier pass, whose memory FSDP1 has freed, is not of this pass,
-        # and asking more of it is an error.
+        # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
         is_freed = type(found) is Tensor and found.untyped_storage().nbytes() == 0
         return None if is_freed else found
 
     def centralize(self, grad: Tensor) -> Tensor:
-        """Centralize a gradient on its way."""
+        """Return a centralized gradient; a hook of the tensor."""
         self.has_seen_one = True
         with naming(self.name):
             _torch.check_dtype(grad)
             if self._reproducible:
-                self._fan_in.check_reproducible(grad)
-        return self._fan_in.centralize(grad, reproducible=self._reproducible)
+                _torch.check_reproducible_over(grad, self._fan_in)
+        return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
 
     def is_idle(self) -> bool:
-        """Whether no gradient has come by, of a weight that is trained."""
+        """Return True if the weight is trained, and has had no gradient yet."""
         return not self.has_seen_one and self._found() is not None
 
     def _found(self) -> Tensor | None:
@@ -256,7 +241,7 @@ class _Place:
 def _places_around(
     model: nn.Module, places: list[_Place]
 ) -> Iterator[tuple[nn.Module, list[_Place]]]:
-    """List each module in which there are weights, with these."""
+    """List each module that holds weights, with all of them."""
     for module in model.modules():
         inside = set(module.modules())
         within = [place for place in places if place.holder in inside]

@@ -24,7 +24,7 @@ _LONGEST_FILE = 350
 # The layers, from the bottom: a module imports none that stands above it. The first entry that a
 # module's name begins with, behind "gcx.", counts; all others are adapters.
 _LAYERS = (
-    ("_version", "_table", "_compat", "_tree", "_globs", "layout"),
+    ("_version", "_table", "_compat", "_names", "layout"),
     ("backends",),
     ("_dispatch",),
     ("_centralize", "_options", "_decisions", "_rules", "_rows", "_names", "plan"),

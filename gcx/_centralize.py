@@ -231,7 +231,8 @@ def _job(
 ) -> _Job:
     if grad is None:
         return _Job(None, None, None, (), None)
-    seen, axes = grad, ()
+    seen: Any = grad
+    axes: tuple[int, ...] = ()
     with naming(name):
         backend = backend_for(grad)
         if layout is not None:

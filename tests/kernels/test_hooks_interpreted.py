@@ -50,8 +50,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(_torch_cuda, "takes", takes)
     monkeypatch.setattr(_torch_triton, "_on", lambda _: nullcontext())
     monkeypatch.setattr(_torch_triton, "_stream", lambda: 0)
-    monkeypatch.setattr(_torch_triton, "_pinned", lambda table: table)
-    monkeypatch.setattr(_torch_triton, "_sent", lambda table, *_, **__: table)
+    monkeypatch.setattr(_torch_triton, "_pin", lambda table: table)
+    monkeypatch.setattr(_torch_triton, "_send", lambda table, *_, **__: table)
     launched = Launched(_triton_kernels.multi_tensor)
     monkeypatch.setattr(_triton_kernels, "multi_tensor", launched)
     return launched

@@ -27,7 +27,7 @@ _LAYERS = (
     ("_version", "_table", "_compat", "_names", "layout"),
     ("backends",),
     ("_dispatch",),
-    ("_centralize", "_options", "_decisions", "_rules", "_rows", "_names", "plan"),
+    ("_centralize", "_decisions", "_layouts", "_means", "_options", "_rules", "plan"),
 )
 
 

@@ -21,6 +21,8 @@ import canonical_order
 from canonical_order import DTYPES, SEGMENT
 from same_bits import assert_same_bits
 
+pytestmark = pytest.mark.one_framework
+
 centralize = partial(gcx.centralize, reproducible=True)
 
 

@@ -56,6 +56,27 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert [command for command in commands if command not in ci] == []
 
 
+def test_ci_runs_every_session() -> None:
+    noxfile, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("noxfile.py", ".ci/run"))
+    sessions = set(
+        re.findall(
+            r"^def (\w+)\(session: nox\.Session(?:, \w+: str)?\) -> None:", noxfile, re.MULTILINE
+        )
+    )
+    in_ci = set(re.findall(r"nox -(?:s|k \") ?(\w+)", ci))
+    assert sessions - {"check"} == in_ci  # the session `demo` compares the frameworks, too
+
+
+def test_nox_names_every_folder_that_pytest_passes_by() -> None:
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    named = set(re.findall(r"tests/(\w+)[\"/{]", noxfile))
+    around = {folder for folder in folders if folder.startswith("around_")}
+    keys = re.findall(r'^    "(\w+)": \(', noxfile, re.MULTILINE)
+    assert around == {f"around_{key}" for key in keys}
+    assert folders - around <= named
+
+
 def test_nox_has_a_session_for_every_example() -> None:
     """An example that no session has the packages for is an error where the tests are collected."""
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")

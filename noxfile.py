@@ -39,24 +39,26 @@ ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
 
-# What is built around the frameworks: a dependency group, and the modules that must be there.
+# What is built around the frameworks: a dependency group, the modules that must be there, and the
+# examples of the documentation that need them.
 AROUND = {
-    "torch": ("around-torch", "lightning,transformers,accelerate,peft,timm_models"),
+    "torch": (
+        "around-torch",
+        "lightning,transformers,accelerate,peft,timm_models",
+        "--examples=torch",
+    ),
     "deepspeed": ("deepspeed", "deepspeed"),
-    "keras": ("keras", "keras"),
-    "thinc": ("thinc", "thinc"),
+    "keras": ("keras", "keras", "--examples=keras"),
+    "thinc": ("thinc", "thinc", "--examples=thinc"),
 }
 PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 
-# Tests that run what is documented, so far as the packages for it are there.
-EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
-
 # Tests that import every public module whose framework is there, and use it a little.
 OF_THE_PACKAGE = (
-    *EXAMPLES,
+    "tests/test_canary.py",
     "tests/test_agreement.py",
     "tests/test_lazy_imports.py",
     "tests/test_public_api.py",
@@ -80,27 +82,33 @@ def tests(session: nox.Session, backend: str) -> None:
         session.warn("no GPU here: no CuPy array is computed, only what needs none is tested")
         run_pytest(session, "tests/test_cupy_backend.py", "--backends=numpy")
         return
+    if backend == "cupy":
+        run_pytest(session, "tests/examples", "--examples=cupy", "--backends=cupy")
     run_pytest(session, f"--backends={BACKENDS[backend]}")
 
 
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
-    """Compare the frameworks with each other and with peers, all of them in one environment."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "test", "peers")
+    """Compare the frameworks with each other and with peers; run the examples of the docs."""
+    install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
     together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
-    run_pytest(session, *together, f"--packages={PEERS}")
+    examples = ("tests/examples", "--examples=agreement")
+    run_pytest(session, "tests", *examples, *together, f"--packages={PEERS}")
 
 
 @nox.session(python=PYTHONS)
 @nox.parametrize("around", list(AROUND), ids=list(AROUND))
 def integrations(session: nox.Session, around: str) -> None:
     """Run the tests of what is built around a framework: trainers, and packages of layers."""
-    group, packages = AROUND[around]
+    group, packages, *examples = AROUND[around]
     session.env["DS_BUILD_OPS"] = "0"  # DeepSpeed is to compile nothing
     install(session, "-e.", group, "core-test")
     if around == "torch":
         session.install("--no-deps", *TIMM)
-    arguments = (f"tests/around_{around}", *EXAMPLES, f"--packages={packages}", "--backends=numpy")
+    arguments = ["tests/test_canary.py", f"tests/around_{around}"]
+    if examples:
+        arguments += ["tests/examples", *examples]
+    arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
         return
@@ -138,7 +146,7 @@ def wheel(session: nox.Session) -> None:
         (built,) = away.glob("*.whl")
         if lacking := files_of_the_package() - set(ZipFile(built).namelist()):
             session.error(f"the wheel lacks {sorted(lacking)}")
-        install(session, f"{built}[demo]", *FRAMEWORKS, "test")
+        install(session, str(built), *FRAMEWORKS, "demo", "test")
         for name in ("tests", "docs", ".ci"):
             shutil.copytree(ROOT / name, away / name)
         for name in ("pyproject.toml", "README.md"):
@@ -159,7 +167,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def typing(session: nox.Session) -> None:
     """Check types: mypy on everything, pyright on what users of the package see."""
-    install(session, "-e.[demo]", *FRAMEWORKS, "around-torch", "keras", "thinc", "typing")
+    install(session, "-e.", *FRAMEWORKS, "demo", "around-torch", "keras", "thinc", "typing")
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "gcx", "--ignoreexternal")
@@ -167,37 +175,45 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
-    """Build the documentation, where each warning is an error, and run its examples."""
+    """Build the documentation, where each warning is an error."""
     install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", "docs")
     session.env["KERAS_BACKEND"] = "torch"
-    for builder in ("html", "doctest"):
-        strictly = ("-W", "-n", "--keep-going", "-q")
-        session.run("sphinx-build", *strictly, "-b", builder, "docs", f"docs/_build/{builder}")
+    strictly = ("-W", "-n", "--keep-going", "-q")
+    session.run("sphinx-build", *strictly, "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session(python=PYTHONS)
 def demo(session: nox.Session) -> None:
     """Train on real data in every framework, then compare the frameworks on random gradients."""
-    install(session, "-e.[demo]", *FRAMEWORKS)
-    session.run("python", "-m", "gcx", "demo", *session.posargs)
-    session.run("python", "-m", "gcx", "check")
-    session.run("python", "-m", "gcx", "check", "--bits")
+    install(session, "-e.", *FRAMEWORKS, "demo")
+    run_tool(session, "demo", *session.posargs)
+    run_tool(session, "agreement")
+    run_tool(session, "agreement", "--bits")
+
+
+@nox.session(python=PYTHONS)
+def check(session: nox.Session) -> None:
+    """Compare the frameworks on random gradients: their numbers, and the bits of reproducible."""
+    install(session, "-e.", *FRAMEWORKS)
+    session.run("python", "-m", "gcx")
+    run_tool(session, "agreement", *session.posargs)
+    run_tool(session, "agreement", "--bits", *session.posargs)
 
 
 @nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
-    session.run("python", "-m", "benchmarks.cpu", *session.posargs)
-    session.run("python", "-m", "benchmarks.jax_axes")
-    session.run("python", "-m", "gcx", "bench", "--models", "resnet50", "--dtypes", "float32")
+    run_tool(session, "cpu", *session.posargs)
+    run_tool(session, "jax-axes")
+    run_tool(session, "throughput", "--models", "resnet50", "--dtypes", "float32")
 
 
 @nox.session(python=RUNNING)
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
-    session.run("python", "-m", "benchmarks.paper", *session.posargs)
+    run_tool(session, "paper", *session.posargs)
 
 
 @nox.session(python=RUNNING)
@@ -210,12 +226,29 @@ def paper_tests(session: nox.Session) -> None:
     )
 
 
+@nox.session(python=RUNNING)
+def tool_tests(session: nox.Session) -> None:
+    """Run the tests of the other tools, which `demo`, `check` and `bench` run."""
+    install(session, "-e.", "tools")
+    session.install("--no-deps", *TIMM)
+    session.env["KERAS_BACKEND"] = "torch"
+    packages = f"--packages={PEERS},keras,sklearn,transformers,timm_models"
+    run_pytest(
+        session, "tests/test_canary.py", "tests/tools", packages, "--backends=numpy,torch,jax"
+    )
+
+
 def install(session: nox.Session, *names: str) -> None:
     """Install dependency groups, and distributions (those that are not the name of a group)."""
     groups = PYPROJECT["dependency-groups"]
     wanted = [name for name in names if name not in groups]
     required = nox.project.dependency_groups(PYPROJECT, *(n for n in names if n in groups))
     session.install(*wanted, *required)
+
+
+def run_tool(session: nox.Session, *arguments: str) -> None:
+    """Run one of the tools in benchmarks/."""
+    session.run("python", "-m", "benchmarks", *arguments)
 
 
 def run_pytest(session: nox.Session, *arguments: str) -> None:

@@ -1,1 +1,1 @@
-"""Speed, cost and accuracy on a CPU; see ``python -m benchmarks.cpu --help``."""
+"""Programs around gcx: demo, agreement, speed, and the paper's study; ``python -m benchmarks``."""

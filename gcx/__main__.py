@@ -1,251 +1,256 @@
-"""The command line: ``python -m gcx info | check | bench | demo``."""
+"""``python -m gcx`` shows which array libraries are here, and checks gcx on each of them."""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from errno import EINVAL, ENOSPC, EPIPE
+from importlib.util import find_spec
+from math import isfinite
+from typing import Any, NamedTuple, Never, TypeVar
 
-from gcx._bench.models import DTYPES, MODELS
-from gcx._cli.paths import check_writable
-from gcx._cli.requirements import CannotRunError, require
-from gcx.backends import LIBRARIES
+import gcx
+from gcx._table import aligned
+from gcx.backends import LIBRARIES, load
 
-__all__ = ["main"]
+__all__ = ["INSTALL", "LibraryInfo", "attempt", "exit_after", "look_up", "main", "run_quietly"]
+
+T = TypeVar("T")
 
 _DESCRIPTION = """\
-Gradient Centralization (GC) subtracts from the gradient of each weight its mean over the inputs of
-an output unit, before the optimizer uses it. gcx does that for NumPy, CuPy, PyTorch and JAX."""
+Show which array libraries are installed, their devices, and how gcx computes on each of them. Then
+centralize a few random gradients on every device, and compare the results with float64. Exit code:
+0 if all is well, 1 if a result is wrong or a library does not load, 2 if a package is missing."""
 
-_EXAMPLES = """\
-examples:
-  python -m gcx info                  what is installed, and on which devices it runs
-  python -m gcx check                 whether all of it computes the right numbers, in seconds
-  python -m gcx check --bits          whether all of it computes the same bits, if asked to
-  python -m gcx bench --plot out.png  how fast it is on the gradients of real models, in a minute
-  python -m gcx demo --plot out.png   what GC does to real training, in a minute
+INSTALL = {name: f'pip install "gcx[{name}]"' for name in LIBRARIES}
+INSTALL["cupy"] = 'pip install "gcx[cupy13]" (CUDA 13) or "gcx[cupy12]" (CUDA 12)'
+_REQUIRED = {"array_api_compat": "array-api-compat", "numpy": "numpy"}
+_FOR_ADAPTERS = ("optax", "keras", "lightning", "transformers", "thinc")
 
-"""
+# The largest error, in units in the last place of the largest magnitude in the output unit.
+_LIMITS = {"float32": 4.0, "float16": 0.51}
 
-_EXIT_CODES = """\
-exit codes:
-  0    all is well
-  1    check: something is wrong by more than rounding, or bits differ; demo: the frameworks
-       disagree; bench gpu --check: a limit was missed; any command: a library is installed, but
-       does not load, or fails
-  2    nothing was done: a wrong argument, a package that is missing, or no GPU where one is
-       asked for (the message says which)
-  130  interrupted"""
+# The fan-in is written down, not derived from the layout, because the layout is under test.
+_CASES: tuple[tuple[tuple[int, ...], str, tuple[int, ...]], ...] = (
+    ((32, 64), "o...", (1,)),
+    ((16, 8, 3, 3), "o...", (1, 2, 3)),
+    ((3, 3, 8, 16), "...o", (0, 1, 2)),
+    ((4, 16, 8), "bio", (1,)),
+    ((3, 9001), "o...", (1,)),
+    ((16,), "o...", ()),  # a bias comes back as it is
+)
 
-_INFO = """\
-Show the array libraries found here, their versions and devices, and how gcx handles each."""
 
-_CHECK = """\
-Centralize random gradients of many shapes, layouts and dtypes in every library and on every device,
-and compare the results with exactly rounded sums and with each other. With --bits: compare what
-reproducible=True gives, which has to be the same in every bit."""
+class LibraryInfo(NamedTuple):
+    """One array library as it is on this machine."""
 
-_BENCH = """\
-Centralize random gradients of the shapes of real models, in every library and on every device.
-Shows the speed, beside that of a copy, of the obvious expression and of other packages. Only GPUs
-with `bench gpu`; `bench gpu --check` measures there whatever gcx promises of GPUs, says what is
-missed, and takes minutes."""
-
-_DEMO = """\
-Train two small networks on scanned digits, with GC and without, in every framework that is
-installed, from the same weights and batches. Shows the accuracy, how far the frameworks agree, and
-that GC keeps the mean weight of each output unit; saves a picture of it."""
-
-# What `--json` without the name of a file stands for.
-_PRINTED = "-"
+    name: str
+    state: str  # "ok", "no device", "broken" or "not installed"
+    version: str | None
+    devices: tuple[str, ...]
+    how: str  # its backend does the work; or the state, with an error or a remedy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    options.line = " ".join(["python -m gcx", *arguments])
-    if options.run is None:
-        parser.print_help()
-        return 0
-    try:
-        if options.json not in (None, _PRINTED):
-            check_writable("--json", options.json, ["json"])
-        report, render = options.run(options)
-    except CannotRunError as error:
-        print(f"gcx {options.command}: {error}", file=sys.stderr)
-        if options.json == _PRINTED:
-            print(json.dumps({"ok": False, "error": str(error)}))
+    """Show, check, and return the exit code."""
+    # Imported here, where Ctrl-C is expected; they take longer than all the rest of this file.
+    import json
+    from argparse import ArgumentParser
+    from pathlib import Path
+    from platform import python_version
+
+    parser = ArgumentParser(prog="python -m gcx", description=_DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and no text")
+    parser.add_argument("--version", action="version", version=f"gcx {gcx.__version__}")
+    as_json = parser.parse_args(arguments).json
+    if missing := [package for module, package in _REQUIRED.items() if find_spec(module) is None]:
+        why = f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
+        print(f"{parser.prog}: {why}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"ok": False, "error": why}))
         return 2
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # GPUs are shared with torch
+    about = {
+        "gcx": gcx.__version__,
+        "folder": str(Path(gcx.__file__).parent),
+        "python": python_version(),
+        "adapters": {name: _version(name) for name in _FOR_ADAPTERS},
+    }
+    libraries = [look_up(name) for name in LIBRARIES]
+    if not as_json:
+        print("\n".join(_installed_lines(about, libraries)), flush=True)
+    checks = [
+        _check(library.name, device, dtype)
+        for library in libraries
+        for device in library.devices
+        for dtype in _LIMITS
+    ]
+    ok = all(one["verdict"] == "ok" for one in checks)
+    ok = ok and all(library.state != "broken" for library in libraries)
+    if as_json:
+        found = {"libraries": [library._asdict() for library in libraries], "checks": checks}
+        print(json.dumps({"ok": ok, **about, **found}, indent=2))
+    else:
+        print("\n".join(_check_lines(checks, ok=ok)))
+    return 0 if ok else 1
+
+
+def look_up(name: str) -> LibraryInfo:
+    """Import a library out of `gcx.backends.LIBRARIES` if it is installed, and tell its state."""
+    if find_spec(name) is None:
+        return LibraryInfo(name, "not installed", None, (), f"not installed: {INSTALL[name]}")
+    library, error = attempt(lambda: load(name))
+    devices, error = attempt(library.devices) if library else (None, error)
+    if library is None or devices is None:
+        return LibraryInfo(name, "broken", _version(name), (), f"broken: {error}")
+    if not devices:
+        return LibraryInfo(name, "no device", _version(name), (), "no device")
+    how = _first_line(library.__doc__)
+    if name == "torch" and any(device.startswith("cuda") for device in devices):
+        how = f"{how}; {_torch_on_cuda()}"
+    return LibraryInfo(name, "ok", _version(name), tuple(devices), how)
+
+
+def _torch_on_cuda() -> str:
+    """Say whether the kernels run on CUDA devices; they are tried there."""
+    from gcx.backends import _torch_cuda
+
+    why_not, error = attempt(_torch_cuda.why_not)
+    if why_not or error:
+        return f"on CUDA, too: {why_not or error}"
+    return "on CUDA one launch of a Triton kernel for each dtype"
+
+
+def _first_line(doc: str | None) -> str:
+    """Return the line of a backend's documentation that says how it does its work."""
+    return (doc or "").partition("\n")[0].removesuffix(".")
+
+
+def _version(module: str) -> str | None:
+    from importlib import metadata
+
+    loaded = getattr(sys.modules.get(module), "__version__", None)  # CuPy has several distributions
+    return loaded or attempt(lambda: metadata.version(module))[0]
+
+
+def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
+    """Make a row of the table, for all cases in one dtype."""
+    error, why = attempt(lambda: _largest_error(library, device, dtype))
+    if error is not None and not isfinite(error):
+        error, why = None, "not finite"
+    ok = error is not None and error <= _LIMITS[dtype]
+    verdict = "ok" if ok else f"FAILED {why}".rstrip()
+    row = {"library": library, "device": device, "dtype": dtype}
+    return {**row, "error": error, "limit": _LIMITS[dtype], "verdict": verdict}
+
+
+def _largest_error(library: str, device: str, dtype: str) -> float:
+    """Centralize the gradient of each case, by itself and together with the others."""
+    import numpy as np
+
+    backend = load(library)
+    rng = np.random.default_rng(0)
+    values = [rng.normal(rng.normal(), 1, shape).astype(dtype) for shape, _, _ in _CASES]
+    grads = [backend.asarray(x, dtype, device) for x in values]
+    layouts = [layout for _, layout, _ in _CASES]
+    alone = [gcx.centralize(g, layout=layout) for g, layout in zip(grads, layouts, strict=True)]
+    together = gcx.centralize_many(grads, layouts=layouts)
+    errors = []
+    for results in (alone, together):
+        for x, grad, result, (_, _, fan_in) in zip(values, grads, results, _CASES, strict=True):
+            if (result.shape, result.dtype) != (grad.shape, grad.dtype):
+                msg = f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
+                raise ValueError(msg)
+            exact = x.astype(np.float64)
+            if fan_in:
+                exact -= exact.mean(fan_in, keepdims=True)
+            largest = np.maximum(np.abs(x), np.abs(exact)).max(fan_in, keepdims=True)
+            ulp = np.spacing(largest.astype(dtype)).astype(np.float64)
+            errors.append(np.max(np.abs(backend.to_numpy(result) - exact) / ulp))
+    return float(np.max(errors))
+
+
+def _installed_lines(about: dict[str, Any], libraries: Sequence[LibraryInfo]) -> list[str]:
+    from gcx.backends import _array_api
+
+    compat = f"array-api-compat {_version('array_api_compat')}"
+    other = LibraryInfo("any other", "ok", compat, (), _first_line(_array_api.__doc__))
+    cells = [
+        (one.name, one.version or "-", ", ".join(one.devices) or "-", one.how)
+        for one in (*libraries, other)
+    ]
+    here = [f"{name} {version}" for name, version in about["adapters"].items() if version]
+    return [
+        f"gcx {about['gcx']} in {about['folder']}, Python {about['python']}",
+        "",
+        *aligned([("library", "version", "devices", "how"), *cells]),
+        "",
+        f"For adapters: {', '.join(here) or 'nothing is installed'}",
+        "",
+    ]
+
+
+def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
+    header = ("library", "device", "dtype", "error", "limit", "verdict")
+    cells = [[_cell(value) for value in check.values()] for check in checks]
+    return [
+        f"{len(_CASES)} random gradients a row, compared with float64. Error and limit in ulp",
+        "of the largest magnitude in the output unit.",
+        "",
+        *aligned([header, *cells]),
+        "",
+        "All is well." if ok else "FAILED: something above is wrong or broken.",
+    ]
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
+    """Return the result and an empty text; or None and the error, on one line."""
+    try:
+        return call(), ""
+    except Exception as error:  # noqa: BLE001 - a broken library raises anything at all
+        lines = str(error).splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0]}"
+
+
+def run_quietly(command: Callable[[], int]) -> int:
+    """Run a command; Ctrl-C, or an output that cannot be written, ends it without a traceback.
+
+    The exit code is 130 after Ctrl-C and 141 after the reader of a pipe has gone, as in other
+    programs. If the disk is full, it is 1, with one line on stderr.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
-    as_json = json.dumps(asdict(report), indent=2)
-    print(as_json if options.json == _PRINTED else render(report))
-    if options.json not in (None, _PRINTED):
-        Path(options.json).write_text(f"{as_json}\n", encoding="utf-8")
-    return 0 if report.ok else 1
+    except OSError as error:
+        if error.errno not in (EPIPE, EINVAL, ENOSPC):  # Windows calls a closed pipe EINVAL
+            raise
+        # Python flushes once more when it exits, and must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != ENOSPC:
+            return 141
+        with suppress(OSError):
+            print(f"cannot write: {error.strerror}", file=sys.stderr)
+        return 1
 
 
-# A report is a dataclass of plain values with a field `ok`; a renderer makes text of it.
-_Outcome = tuple[Any, Callable[[Any], str]]
-
-
-def _info(_: Namespace) -> _Outcome:
-    from gcx._cli.info import collect, render
-
-    return collect(), render
-
-
-def _check(options: Namespace) -> _Outcome:
-    require("numpy", install='pip install "gcx[numpy]"')
-    if options.bits:
-        from gcx._check import bits
-
-        return bits.run(options.seed), bits.render
-    from gcx._check.report import render
-    from gcx._check.run import run
-
-    return run(options.seed), render
-
-
-def _bench(options: Namespace) -> _Outcome:
-    if options.check:
-        return _bench_check(options)
-    if options.brief:
-        msg = "--brief goes with --check; for less of the rest, say what with --models"
-        raise CannotRunError(msg)
-    if options.plot:
-        require("matplotlib", install="pip install matplotlib")
-    from gcx._bench.report import render
-    from gcx._bench.run import run
-
-    report = run(
-        command=options.line,
-        models=options.models,
-        dtypes=options.dtypes or DTYPES,
-        libraries=options.libraries or LIBRARIES,
-        gpu_only=options.where == "gpu",
-        plot=options.plot,
-    )
-    return report, render
-
-
-def _bench_check(options: Namespace) -> _Outcome:
-    if options.where != "gpu":
-        msg = "--check is of GPUs: python -m gcx bench gpu --check"
-        raise CannotRunError(msg)
-    if options.plot or options.models or options.dtypes or options.libraries:
-        msg = "--check has a list of its own: leave out --models, --dtypes, --libraries and --plot"
-        raise CannotRunError(msg)
-    require("numpy", "torch", install='pip install "gcx[numpy,torch]"')
-    from gcx._bench.gpu.acceptance import run
-    from gcx._bench.gpu.report import render
-
-    return run(command=options.line, is_brief=options.brief), render
-
-
-def _demo(options: Namespace) -> _Outcome:
-    require("numpy", "sklearn", "matplotlib", install='pip install "gcx[demo]"')
-    from gcx._demo.report import render
-    from gcx._demo.run import run
-
-    return run(options.plot, options.seeds), render
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m gcx",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES + _EXIT_CODES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=None)
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-
-    def add(
-        name: str, summary: str, description: str, run: Callable[[Namespace], _Outcome]
-    ) -> ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=description,
-            epilog=_EXIT_CODES,
-            formatter_class=RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run)
-        command.add_argument(
-            "--json",
-            nargs="?",
-            const=_PRINTED,
-            metavar="FILE",
-            help="print one JSON object, no text; or write it to a file beside the text",
-        )
-        return command
-
-    add("info", "what is installed, and how it is handled", _INFO, _info)
-    check = add("check", "whether every library gives the right numbers", _CHECK, _check)
-    check.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="of the random gradients (default 0)"
-    )
-    check.add_argument(
-        "--bits", action="store_true", help="instead: whether reproducible=True gives equal bits"
-    )
-    bench = add("bench", "how fast it is on the gradients of real models", _BENCH, _bench)
-    bench.add_argument("where", nargs="?", choices=["gpu"], help="leave the CPU out")
-    bench.add_argument(
-        "--models", type=_among(MODELS), metavar="A,B", help=f"of {', '.join(MODELS)}"
-    )
-    bench.add_argument(
-        "--dtypes", type=_among(DTYPES), metavar="A,B", help=f"of {', '.join(DTYPES)}"
-    )
-    bench.add_argument(
-        "--libraries", type=_among(LIBRARIES), metavar="A,B", help=f"of {', '.join(LIBRARIES)}"
-    )
-    bench.add_argument("--plot", metavar="FILE", help="save a bar chart")
-    bench.add_argument("--check", action="store_true", help="with gpu: what gcx promises of GPUs")
-    bench.add_argument("--brief", action="store_true", help="with --check: less of everything")
-    demo = add("demo", "training on digits, with and without GC", _DEMO, _demo)
-    demo.add_argument(
-        "--plot", default="gcx-demo.png", metavar="FILE", help="picture (default gcx-demo.png)"
-    )
-    demo.add_argument(
-        "--seeds", type=_positive, default=5, metavar="N", help="trainings of each (default 5)"
-    )
-    return parser
-
-
-def _among(names: Collection[str]) -> Callable[[str], list[str]]:
-    """Give the type of an argument that is a list of some of `names`."""
-
-    def parsed(text: str) -> list[str]:
-        chosen = list(dict.fromkeys(text.split(",")))
-        for name in chosen:
-            if name not in names:
-                msg = f"there is no {name!r}, but {', '.join(names)}"
-                raise ArgumentTypeError(msg)
-        return chosen
-
-    return parsed
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        msg = f"{text!r} is not a whole number from 0 on"
-        raise ArgumentTypeError(msg)
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        msg = "must be at least 1"
-        raise ArgumentTypeError(msg)
-    return int(text)
+def exit_after(command: Callable[[], int]) -> Never:
+    """Run a command as the whole program."""
+    code = run_quietly(command)
+    if code == 130:
+        # After an interruption inside `exec`, Python would end by the signal and not by this code.
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

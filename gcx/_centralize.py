@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
-from gcx._tree import flatten, leaves_like, naming, rebuild
+from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
 

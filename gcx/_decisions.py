@@ -7,9 +7,8 @@ from math import prod
 from typing import Any
 
 from gcx._centralize import see_fan_in
-from gcx._globs import first_keys
+from gcx._names import match_all, naming
 from gcx._rules import Answer
-from gcx._tree import naming
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
@@ -71,7 +70,7 @@ def find_overrides(
     overrides: Mapping[str, Answer], names: Iterable[str]
 ) -> dict[str, Layout | LeaveAlone]:
     """Find the override of each name: the answer of the first key that matches it."""
-    keys = first_keys(overrides, names, what="overrides")
+    keys = match_all(overrides, names, what="overrides")
     answers = {key: _read_override(key, value) for key, value in overrides.items()}
     return {name: answers[key] for name, key in keys.items()}
 

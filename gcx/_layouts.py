@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gcx._tree import leaves_like, naming
-from gcx.layout import Layout, LayoutLike, as_layout, match_layouts
+from gcx._names import leaves_like, match_all, naming
+from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import Plan
 
-__all__ = ["Layouts", "layouts_for"]
+__all__ = ["Layouts", "layouts_for", "match_layouts"]
 
 Layouts = LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] | Plan
 
@@ -52,3 +52,15 @@ def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
             msg = f"the plan is for shape {row.shape}, this array has shape {shape}"
             raise ValueError(msg)
     return row.layout
+
+
+def match_layouts(
+    layouts: Mapping[str, LayoutLike | None], names: Iterable[str]
+) -> dict[str, Layout | None]:
+    """Give each name the layout of the first key that equals or matches it.
+
+    Raises a TypeError or ValueError if a key is not a string, or matches no name.
+    """
+    keys = match_all(layouts, names, what="layouts")
+    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
+    return {name: parsed[key] for name, key in keys.items()}

@@ -13,7 +13,7 @@ from gcx._centralize import centralize, check_strength, see_fan_in
 from gcx._decisions import check_choice
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
-from gcx._tree import flatten, leaves_like, naming, rebuild
+from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.layout import Layout
 
 __all__ = ["Optimizer", "as_float"]

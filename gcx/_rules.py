@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from gcx._names import match
 from gcx.layout import LayoutLike
 from gcx.plan import LeaveAlone
 
@@ -95,9 +96,10 @@ class Rules(Generic[AnswerT]):
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Return the same as `answer`, or None if no rule knows the parameter."""
         for kind, rule in self._rules_of(type(layer)):
-            for pattern, found in ask(rule, layer, kind).items():
-                if _matches(pattern, name):
-                    return found, kind
+            answers = ask(rule, layer, kind)
+            key = match(answers, [name], separator=".").get(name)  # "." separates children
+            if key is not None:
+                return answers[key], kind
         return None
 
     def _rules_of(self, kind: type) -> tuple[_Named, ...]:
@@ -125,11 +127,6 @@ class Rules(Generic[AnswerT]):
 def unknown(layer: object, name: str) -> LeaveAlone:
     """Make the answer for a parameter that no rule knows."""
     return LeaveAlone(f"unknown: nobody declared {type(layer).__name__}.{name}")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    # A dot leads to a child: so `*` matches parameters of the layer itself, not of its children.
-    return pattern.count(".") == name.count(".") and fnmatchcase(name, pattern)
 
 
 def _load(found: EntryPoint) -> Rule[Any]:

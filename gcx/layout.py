@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-__all__ = ["Layout", "LayoutLike", "match_layouts"]
+__all__ = ["Layout", "LayoutLike"]
 
 _ELLIPSIS = "..."
 _AXIS = re.compile(r"\.\.\.|[oib]|\([oib.]+\)")
@@ -300,38 +300,3 @@ def as_layout(layout: LayoutLike) -> Layout:
         return _parsed[layout]
     except (KeyError, TypeError):  # TypeError: unhashable, and Layout raises the right error
         return _parsed.setdefault(layout, Layout(layout))
-
-
-def match_layouts(
-    layouts: Mapping[str, LayoutLike | None], names: Iterable[str], *, complete: bool = True
-) -> dict[str, Layout | None]:
-    """Find the layout of each name: the first key that matches decides.
-
-    Parameters
-    ----------
-    layouts : mapping from str to Layout, str or None
-        A key is a name or a glob, such as ``"*/kernel"``; the ``*`` also matches ``/``. None
-        leaves a parameter alone.
-    names : iterable of str
-        The names of the parameters.
-    complete : bool, optional
-        If True, a key that matches no name is an error. Pass False if some parameters are not in
-        `names`.
-
-    Returns
-    -------
-    dict from str to Layout or None
-        One entry for each name that some key matches, in the order of `names`.
-
-    Raises
-    ------
-    TypeError
-        If a key is not a string.
-    ValueError
-        If a key matches no name.
-    """
-    from gcx._globs import first_keys
-
-    keys = first_keys(layouts, names, what="layouts", complete=complete)
-    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
-    return {name: parsed[key] for name, key in keys.items()}

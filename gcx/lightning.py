@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gcx.torch
+from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
-from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where, check_options
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
-from gcx.torch._targets import is_on
+from gcx.torch._plan import Overrides
 
 if not TYPE_CHECKING and find_spec("lightning") is None:
     import pytorch_lightning as pl  # the same package by its older name
@@ -29,32 +25,34 @@ class GradientCentralization(pl.Callback):
     """Callback of a Lightning trainer: its optimizers use Gradient Centralization while it fits.
 
     `gcx.torch.centralize` is called for each optimizer when fitting starts, and undone when it
-    ends, by an exception too. Testing and predicting go on as without it.
+    ends, by an exception too. It does not affect testing and predicting.
 
     Parameters
     ----------
-    where, decay, layers, overrides, reproducible
+    where, decay, strength, layers, overrides, reproducible
         As in `gcx.torch.centralize`. They hold for all optimizers; a parameter group with
         ``"centralize": False`` is left alone.
 
     Raises
     ------
+    TypeError, ValueError
+        If an option has no such value.
     TypeError, ValueError, RuntimeError
-        When fitting starts, as `gcx.torch.centralize`. An optimizer in which there is nothing to
-        centralize is left alone beside others; it is an error if there is nothing in any.
+        When fitting starts, as `gcx.torch.centralize`. An optimizer with nothing to centralize is
+        left alone beside others; it is an error if no optimizer has anything.
 
     See Also
     --------
-    gcx.torch.centralize : what is centralized, and what the options are.
-    gcx.torch.plan : what would be centralized.
+    gcx.torch.centralize : the options.
+    gcx.torch.plan : show what would be centralized.
 
     Notes
     -----
     Gradients are centralized when the optimizer steps: after accumulation, averaging over workers,
     unscaling, and the clipping of the trainer.
 
-    The callback is one of ``lightning.pytorch``, or of ``pytorch_lightning`` where only that is
-    installed. Given in a list (``callbacks=[...]``) it works with the trainers of both.
+    The class derives from the callback of ``lightning.pytorch``, or of ``pytorch_lightning`` where
+    only that is installed. In a list (``callbacks=[...]``) it works with the trainers of both.
 
     Examples
     --------
@@ -86,16 +84,15 @@ class GradientCentralization(pl.Callback):
         *,
         where: Where = "gradient",
         decay: Decay = None,
+        strength: float = 1.0,
         layers: Layers = "all",
         overrides: Overrides | None = None,
         reproducible: bool = False,
     ) -> None:
-        check_options(where, decay)
-        self._plan = partial(gcx.torch.plan, layers=layers, overrides=overrides)
-        self._centralize = partial(
-            gcx.torch.centralize,
+        self._options = Options(
             where=where,
             decay=decay,
+            strength=strength,
             layers=layers,
             overrides=overrides,
             reproducible=reproducible,
@@ -104,7 +101,7 @@ class GradientCentralization(pl.Callback):
 
     @property
     def plans(self) -> list[Plan]:
-        """One plan for each optimizer that centralizes, of the latest fit."""
+        """The plans of the latest fit, one for each optimizer that centralizes."""
         return [handle.plan for handle in self._handles]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,12 +109,15 @@ class GradientCentralization(pl.Callback):
         if not trainer.optimizers:
             msg = "there is nothing to centralize: the trainer has no optimizer"
             raise ValueError(msg)
-        rows = [row for row in self._plan(pl_module) if row.layout is not None]
+        plan = gcx.torch.plan(
+            pl_module, layers=self._options.layers, overrides=self._options.overrides
+        )
+        rows = [row for row in plan if row.layout is not None]
         weights: set[Tensor] = {pl_module.get_parameter(row.name) for row in rows}
         concerned = [opt for opt in trainer.optimizers if _has_some_of(weights, opt)]
         self._handles = []
-        for optimizer in concerned or trainer.optimizers:  # which say why, if there are none
-            handle = self._centralize(optimizer, pl_module)
+        for optimizer in concerned or trainer.optimizers:  # an error says why, if none is concerned
+            handle = gcx.torch.GradientCentralization(optimizer, pl_module, self._options)
             self._handles.append(handle)
             pl.utilities.rank_zero_info(f"{handle}")
 
@@ -135,5 +135,5 @@ class GradientCentralization(pl.Callback):
 
 
 def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:
-    groups = [group for group in optimizer.param_groups if is_on(group)]
+    groups = [g for g in optimizer.param_groups if g.get("centralize", True) is not False]
     return any(parameter in weights for group in groups for parameter in group["params"])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import gcx.torch
+from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
-from gcx.torch._decay import Decay
-from gcx.torch._hooks import Where, check_options
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers
 from gcx.torch._targets import keep_switches
 
 __all__ = ["GradientCentralization"]
@@ -29,28 +26,29 @@ class GradientCentralization(TrainerCallback):
 
     Parameters
     ----------
-    where, decay, layers, overrides, reproducible
-        As in `gcx.torch.centralize`. An optimizer that is not one of torch's, such as the
-        Adafactor of transformers, has to be told ``decay`` if it has a weight decay.
+    where, decay, strength, layers, overrides, reproducible
+        As in `gcx.torch.centralize`. Give ``decay`` for an optimizer with weight decay from another
+        package, such as the Adafactor of transformers.
 
     Raises
     ------
+    TypeError, ValueError
+        If an option has no such value.
     TypeError, ValueError, RuntimeError
         When training begins, as `gcx.torch.centralize`.
 
     See Also
     --------
-    gcx.torch.centralize : where it is said what is centralized, and what its options are; without
-        a Trainer, it takes the optimizers that Accelerate has prepared as well.
-    gcx.torch.plan : what would be centralized.
+    gcx.torch.centralize : the options; it also takes optimizers that Accelerate has prepared.
+    gcx.torch.plan : show what would be centralized.
 
     Notes
     -----
-    Gradients are centralized when the optimizer steps: after accumulation, after averaging over
-    workers, after unscaling and after the clipping of the trainer.
+    Gradients are centralized when the optimizer steps: after accumulation, averaging over workers,
+    unscaling, and the clipping of the trainer.
 
-    No callback is called when training raises: ``trainer.optimizer`` then goes on centralizing
-    until it is trained with again, or ``on_train_end()`` is called.
+    If training raises, the Trainer calls no callback: ``trainer.optimizer`` goes on centralizing
+    until the next training, or until you call ``on_train_end()``.
 
     Examples
     --------
@@ -79,15 +77,15 @@ class GradientCentralization(TrainerCallback):
         *,
         where: Where = "gradient",
         decay: Decay = None,
+        strength: float = 1.0,
         layers: Layers = "all",
-        overrides: Overrides | None = None,
+        overrides: Mapping[Any, Any] | None = None,
         reproducible: bool = False,
     ) -> None:
-        check_options(where, decay)
-        self._centralize = partial(
-            gcx.torch.centralize,
+        self._options = Options(
             where=where,
             decay=decay,
+            strength=strength,
             layers=layers,
             overrides=overrides,
             reproducible=reproducible,
@@ -96,13 +94,13 @@ class GradientCentralization(TrainerCallback):
 
     @property
     def plan(self) -> Plan | None:
-        """What is centralized and why, in the latest training; None before the first."""
+        """The plan of the latest training; None before the first."""
         return None if self._handle is None else self._handle.plan
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the switches of an optimizer of the user, if a checkpoint is loaded into it."""
+        """Keep the switches of the user's own optimizer when a checkpoint is loaded into it."""
         del args, state, control
         if kwargs["optimizer"] is not None:
             kwargs["optimizer"].register_load_state_dict_pre_hook(keep_switches)
@@ -110,10 +108,12 @@ class GradientCentralization(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer, into which a checkpoint is loaded by now."""
+        """Attach to the optimizer; its checkpoint is already loaded."""
         del args, control
-        self._remove()  # nothing is called after a training that raised
-        self._handle = self._centralize(kwargs["optimizer"], kwargs["model"])
+        self._remove()  # no callback runs after a training that raised
+        self._handle = gcx.torch.GradientCentralization(
+            kwargs["optimizer"], kwargs["model"], self._options
+        )
         if state.is_world_process_zero:
             _LOG.info("%s", repr(self._handle))  # as it is now
 

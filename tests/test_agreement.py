@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gcx
-from gcx._tree import flatten
+from gcx._names import flatten
 from gcx.optim import SGD, Adam, AdamW
 
 import libraries
@@ -34,7 +34,7 @@ GRADS = [
 ]
 OPTIMIZERS = {
     "sgd": SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": Adam(0.01, centralize="update"),
+    "adam": Adam(0.01, where="update"),
     "adamw": AdamW(0.01),
 }
 STEPS = 10

@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gcx
-from gcx.layout import as_layout, match_layouts
+from gcx._layouts import match_layouts
+from gcx.layout import as_layout
 
 NOT_VALID = ["xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"]
 NO_FAN_IN = ["", "o", "oo", "ooo"]
@@ -51,6 +52,28 @@ def test_letters_name_axes(text: str, ndim: int, axes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("ndim", [0, 1])
 def test_scalars_and_vectors_have_no_fan_in(text: str, ndim: int) -> None:
     assert gcx.Layout(text).fan_in_axes(ndim) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "at_start", "at_end"), [("o...", 1, 0), ("...o", 0, 1), ("...", 0, 0)]
+)
+def test_every_rank_counts_its_axes(text: str, at_start: int, at_end: int) -> None:
+    for ndim in range(2, 33):
+        axes = tuple(range(ndim))[at_start : ndim - at_end]
+        assert gcx.Layout(text).fan_in_axes(ndim) == axes
+    for ndim in (-1, -2, -9):
+        with pytest.raises(ValueError, match=f"not {ndim}$"):
+            gcx.Layout(text).fan_in_axes(ndim)
+
+
+@pytest.mark.parametrize("text", ["oi", "oio", "oioi", "o" * 7 + "i", "o" * 8 + "i", "o" * 9 + "i"])
+def test_letters_alone_fit_their_own_rank(text: str) -> None:
+    assert gcx.Layout(text).fan_in_axes(len(text)) == tuple(
+        k for k, letter in enumerate(text) if letter == "i"
+    )
+    for ndim in {*range(2, 12)} - {len(text)}:
+        with pytest.raises(ValueError, match=f"arrays of rank {len(text)}, not {ndim}$"):
+            gcx.Layout(text).fan_in_axes(ndim)
 
 
 def test_ellipsis_may_stand_for_no_axis() -> None:
@@ -135,8 +158,8 @@ def test_layouts_can_be_copied_and_pickled(
 NAMES = ["encoder/0/kernel", "encoder/0/bias", "head/kernel", "w[0]"]
 
 
-def matched(layouts: dict[str, object], **options: bool) -> dict[str, str | None]:
-    found = match_layouts(layouts, NAMES, **options)
+def matched(layouts: dict[str, object]) -> dict[str, str | None]:
+    found = match_layouts(layouts, NAMES)
     return {name: None if layout is None else str(layout) for name, layout in found.items()}
 
 
@@ -167,7 +190,6 @@ def test_a_key_that_matches_nothing_is_an_error() -> None:
         match_layouts({"*": "o...", "heads/*": None}, NAMES)
     with pytest.raises(ValueError, match=r"'\*' matches no parameter.*\(none\)"):
         match_layouts({"*": "o..."}, [])
-    assert matched({"heads/*": None, "w*": "o..."}, complete=False) == {"w[0]": "o..."}
 
 
 def test_a_long_list_of_names_is_cut_short() -> None:
@@ -176,6 +198,6 @@ def test_a_long_list_of_names_is_cut_short() -> None:
         match_layouts({"absent": None}, names)
 
 
-def test_a_layout_that_is_not_valid_is_an_error_even_if_nothing_matches() -> None:
+def test_a_layout_that_is_not_valid_is_an_error_even_if_nothing_uses_it() -> None:
     with pytest.raises(ValueError, match="layout 'xyz' is not valid"):
-        match_layouts({"absent": "xyz"}, NAMES, complete=False)
+        match_layouts({"*": "o...", "w*": "xyz"}, NAMES)

@@ -26,7 +26,7 @@ import optax
 from jax import lax
 
 import gcx.optax
-from gcx.optax._layers._names import name_of
+from gcx.optax._names import name_of
 
 from optax_training import train
 
@@ -163,6 +163,20 @@ class Net:
     embedding: Any
     norm: Any
     layers: list[Any]
+
+
+class WithList:
+    """A node whose structure cannot be hashed."""
+
+    def __init__(self, static: list[int], weight: Any) -> None:
+        self.static, self.weight = static, weight
+
+
+jax.tree_util.register_pytree_with_keys(
+    WithList,
+    lambda node: ([(jax.tree_util.GetAttrKey("weight"), node.weight)], node.static),
+    lambda static, leaves: WithList(static, *leaves),
+)
 
 
 class Model(NamedTuple):
@@ -717,6 +731,65 @@ def test_second_step_does_not_compile() -> None:
     assert len(traced) == 1
 
 
+def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
+    seen = []
+
+    def first_axis_is_output(name: str, array: Any) -> str:
+        seen.append(name)
+        return "o" + "i" * (array.ndim - 1)
+
+    update = gcx.optax.centralize(first_axis_is_output).update
+    trees = [
+        {"a": normal(1, 3, 2)},
+        {"a": normal(2, 3, 2)},
+        {"a": normal(3, 2, 5)},
+        {"a": normal(4, 2, 3, 2)},
+        {"b": normal(5, 3, 2)},
+        {"a": normal(6, 3, 2).astype("float32")},
+    ]
+    for grads in [*trees, *trees]:
+        updates, _ = update(grads, optax.EmptyState())
+        for name, grad in grads.items():
+            expected = centralized(grad, tuple(range(1, grad.ndim)))
+            np.testing.assert_allclose(updates[name], expected, atol=1e-6)
+    assert seen == ["a", "a", "a", "b", "a"]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_layout_may_split_an_axis(reproducible: bool) -> None:
+    layouts = {"weight": Layout("(bi)o...", b=2)}
+    optimizer = gcx.optax.centralize(layouts, reproducible=reproducible)
+    grads = {"weight": normal(1, 8, 3, 2).astype("float32")}
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    groups = centralized(np.reshape(grads["weight"], (2, 4, 3, 2)), (1, 3))
+    np.testing.assert_allclose(updates["weight"], groups.reshape(8, 3, 2), atol=1e-6)
+
+
+def test_many_forms_of_gradients() -> None:
+    update = gcx.optax.centralize({"*": "o..."}).update
+    for size in [*range(2, 14)] * 2:
+        grads = [normal(size, 2, size)]
+        (updated,), _ = update(grads, optax.EmptyState())
+        np.testing.assert_allclose(updated, centralized(grads[0], (1,)), atol=1e-15)
+
+
+def test_structures_need_not_be_hashable() -> None:
+    update = gcx.optax.centralize({"weight": "o..."}).update
+    for seed in (1, 2):
+        grads = WithList([1, 2], normal(seed, 2, 3))
+        updates, _ = update(grads, optax.EmptyState())
+        np.testing.assert_allclose(updates.weight, centralized(grads.weight, (1,)), atol=1e-15)
+
+
+def test_a_mapping_that_changes_later_changes_nothing() -> None:
+    layouts: dict[str, Any] = {"kernel": "...o"}
+    update = gcx.optax.centralize(layouts).update
+    layouts["kernel"] = None
+    grads = {"kernel": normal(1, 3, 2)}
+    updates, _ = update(grads, optax.EmptyState())
+    np.testing.assert_allclose(updates["kernel"], centralized(grads["kernel"], (0,)), atol=1e-15)
+
+
 # --- leaves of every kind -------------------------------------------------------------------------
 
 
@@ -937,8 +1010,8 @@ Conv_0/kernel           3x3x1x8  ...o    kernel
 Dense_0/kernel          1x5      -       fan-in 1: subtracting its mean would freeze it
 attention/query/kernel  6x2x3    ioo     attention projection
 gate                    scalar   -       not an array
-kernel                  5        -       rank below 2
-slope                   scalar   -       rank below 2
+kernel                  5        -       a vector has no fan-in
+slope                   scalar   -       a scalar has no fan-in
 steps                   2x3      -       not of floating dtype
 token                   1x8      -       unknown: no rule for this name
 2 of 9 parameters centralized"""
@@ -952,7 +1025,7 @@ parameter  shape  layout  reason
 a          2x3    o...    as given
 b          2x3    -       as given
 c          2x3    -       unknown: no rule for this name
-d          3      -       rank below 2
+d          3      -       a vector has no fan-in
 1 of 4 parameters centralized"""
     assert str(gcx.optax.plan(params, {"a": "o...", "b": None, "d": "...o"})) == expected
 
@@ -1035,7 +1108,7 @@ def test_function_that_gives_no_layout() -> None:
 
 NOTHING = {
     "another library's names": ("haiku", KERNELS, "'Dense_0/kernel'"),
-    "flattened": ("flax", normal(1, 12), "rank below 2"),
+    "flattened": ("flax", normal(1, 12), "a vector has no fan-in"),
     "left alone": ({"*": None}, KERNELS, "as given"),
 }
 
@@ -1076,7 +1149,7 @@ def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
 
 
 def test_parameters_in_place_of_layouts() -> None:
-    message = r"layouts: 'Dense_0' has a dict, where a mapping goes from .*: give the model"
+    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
     with pytest.raises(TypeError, match=message):
         gcx.optax.centralize(KERNELS)
 

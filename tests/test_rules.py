@@ -52,6 +52,14 @@ def test_nearest_class_that_knows_the_name_answers() -> None:
     assert table.answer(Dense(), "weight") == ("io", "Dense")
 
 
+def test_rule_that_is_the_same_for_all_layers_is_a_mapping() -> None:
+    table = rules({Dense: {"weight": "io", "*": None}, Wide: says(weight="oi")})
+    assert table.answer(Wide(), "weight") == ("oi", "Wide")
+    assert table.answer(Wide(), "bias") == (None, "Dense")
+    table.register(Wide)({"weight": "oio"})
+    assert table.answer(Wide(), "weight") == ("oio", "Wide")
+
+
 def test_first_pattern_that_matches_counts() -> None:
     table = rules({Dense: lambda _: {"weight_?": "io", "weight_*": "oi"}})
     assert table.answer(Dense(), "weight_1")[0] == "io"
@@ -98,9 +106,9 @@ def test_rule_is_of_a_type() -> None:
         rules().register(Dense())  # type: ignore[arg-type]
 
 
-def test_rule_is_a_function() -> None:
-    with pytest.raises(TypeError, match=r"the rule of Dense is a function of a layer, not \{"):
-        rules().register(Dense)({"weight": "io"})  # type: ignore[type-var]
+def test_rule_is_a_mapping_or_a_function() -> None:
+    with pytest.raises(TypeError, match="the rule of Dense is a mapping or a function, not 'io'"):
+        rules().register(Dense)("io")  # type: ignore[type-var]
 
 
 def test_rule_returns_a_mapping() -> None:
@@ -166,7 +174,7 @@ def test_rule_that_does_not_load_is_an_error_with_its_name(package: Any, refers_
     assert table.find(Dense(), "weight") is None  # which does not need it
 
 
-def test_entry_point_is_a_function(package: Any) -> None:
+def test_entry_point_is_a_rule(package: Any) -> None:
     package("gcx_rules_of_a_package:constant")
-    with pytest.raises(TypeError, match="brings-rules, is 1, which is not a function of a layer"):
+    with pytest.raises(TypeError, match="brings-rules, is 1, which is neither a mapping nor a"):
         rules().answer(Brought(), "weight")

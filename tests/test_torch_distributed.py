@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gcx
 import gcx.torch
 from gcx import Layout
-from gcx.torch import FanIn
+from gcx.backends import _torch
 
 import processes
 from sharded_training import (
@@ -335,22 +336,23 @@ def test_fsdp1_is_an_error_that_says_what_to_do(use_orig_params: bool) -> None:
 
 
 WEIGHTS = [
-    pytest.param((4, 6), FanIn(), id="even"),
-    pytest.param((5, 7), FanIn(), id="uneven"),
-    pytest.param((1, 5), FanIn(), id="one-row"),
-    pytest.param((3, 1, 4), FanIn(), id="depthwise"),
-    pytest.param((3, 5), FanIn(Layout("io")), id="input-first"),
-    pytest.param((6, 3, 2, 2), FanIn(Layout("oio..."), groups=2), id="groups"),
-    pytest.param((6, 2, 1, 1), FanIn(Layout("oio..."), groups=3), id="groups-pointwise"),
-    pytest.param((5, 2, 3), FanIn(Layout("oio..."), groups=5), id="groups-of-one"),
+    pytest.param((4, 6), Layout("o..."), id="even"),
+    pytest.param((5, 7), Layout("o..."), id="uneven"),
+    pytest.param((1, 5), Layout("o..."), id="one-row"),
+    pytest.param((3, 1, 4), Layout("o..."), id="depthwise"),
+    pytest.param((3, 5), Layout("io"), id="input-first"),
+    pytest.param((6, 3, 2, 2), Layout("(bi)o...", b=2), id="groups"),
+    pytest.param((6, 2, 1, 1), Layout("(bi)o...", b=3), id="groups-pointwise"),
+    pytest.param((5, 2, 3), Layout("(bi)o...", b=5), id="groups-of-one"),
 ]
 
 
-def on_every_placement(shape: tuple[int, ...], fan_in: FanIn, dtype: torch.dtype) -> None:
+def on_every_placement(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
     """Centralize in place and not, however a tensor is cut, and compare with the whole of it."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     full = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = fan_in.centralize(full)
+    fan_in = layout.split(shape)
+    expected = _torch.centralize_over(full, fan_in, 1.0, False)
     kinds = [*map(Shard, range(len(shape))), Replicate(), Partial(), Partial("avg")]
     for kind in kinds:
         is_sum = kind == Partial()
@@ -360,22 +362,22 @@ def on_every_placement(shape: tuple[int, ...], fan_in: FanIn, dtype: torch.dtype
             else distribute_tensor(full.clone(), mesh, [kind])
         )
         with Sent() as sent:
-            result = fan_in.centralize(spread)
-            fan_in.subtract_(spread, fan_in.mean(spread))
+            result = _torch.centralize_over(spread, fan_in, 1.0, False)
+            _torch.subtract_means_([spread], [fan_in], [spread])
         for found in (result, spread):
             assert found.placements == (kind,)
             assert found.dtype == dtype
             assert found.shape == full.shape
             torch.testing.assert_close(found.full_tensor(), expected)
-        means = full.numel() // fan_in.size(full)
+        means = full.numel() // prod(fan_in[0][axis] for axis in fan_in[1])
         assert kind == Partial("avg") or all(size <= means for _, size in sent.messages)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(("shape", "fan_in"), WEIGHTS)
+@pytest.mark.parametrize(("shape", "layout"), WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_every_placement(shape: Any, fan_in: FanIn, dtype: Any, world: int) -> None:
-    processes.run(world, on_every_placement, shape, fan_in, dtype)
+def test_every_placement(shape: Any, layout: Layout, dtype: Any, world: int) -> None:
+    processes.run(world, on_every_placement, shape, layout, dtype)
 
 
 def by_the_core() -> None:
@@ -405,7 +407,7 @@ def test_public_functions() -> None:
 def reproducibly() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full = torch.randn(6, 5, 4, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
-    grouped = FanIn(Layout("oio..."), groups=2)
+    grouped = Layout("(bi)o...", b=2).split(full.shape)
     for cut in (Shard(0), Replicate()):
         grad = distribute_tensor(full.clone(), mesh, [cut])
         with Sent() as sent:
@@ -418,8 +420,9 @@ def reproducibly() -> None:
             assert torch.equal(found.full_tensor(), expected)
     # Kept axes after the groups may be cut; a group may not, even where the cut is between two.
     spread = distribute_tensor(full, mesh, [Shard(1)])
-    expected = grouped.centralize(full, reproducible=True)
-    assert torch.equal(grouped.centralize(spread, reproducible=True).full_tensor(), expected)
+    expected = _torch.centralize_over(full, grouped, 1.0, True)
+    found = _torch.centralize_over(spread, grouped, 1.0, True)
+    assert torch.equal(found.full_tensor(), expected)
 
     by_columns = {"layout": "...o", "reproducible": True}
     for cut, options in [
@@ -433,7 +436,7 @@ def reproducibly() -> None:
             gcx.centralize(grad, out=grad, **options)
         assert torch.equal(grad.to_local(), full)
     with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
-        grouped.check_reproducible(distribute_tensor(full, mesh, [Shard(0)]))
+        _torch.check_reproducible_over(distribute_tensor(full, mesh, [Shard(0)]), grouped)
 
 
 def test_reproducible() -> None:

@@ -166,7 +166,7 @@ def test_same_as_torch_with_hooks(case: str, training: Callable[..., None]) -> N
 def test_same_arguments_as_torch(kind: Any) -> None:
     found = signature(kind).parameters
     expected = signature(BASES[kind]).parameters
-    assert [*found] == [*expected, "model", "layers", "overrides", "reproducible"]
+    assert [*found] == [*expected, "model", "strength", "layers", "overrides", "reproducible"]
     for name, parameter in expected.items():
         assert (found[name].default, found[name].kind) == (parameter.default, parameter.kind)
 
@@ -206,7 +206,7 @@ def test_layers_and_overrides(typical: Any) -> None:
     conv = typical(model, layers="conv")
     assert [row.name for row in conv.plan if row.layout] == ["0.weight", "3.weight"]
     given = typical(model, overrides={"0.*": None, "6.weight": "io"})
-    assert [str(row.layout) for row in given.plan if row.layout] == ["oio...", "io"]
+    assert [str(row.layout) for row in given.plan if row.layout] == ["(bi)o...", "io"]
     before = model[6].weight.detach().clone()
     train(model, given)
     if isinstance(given, SGD):

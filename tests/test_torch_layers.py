@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -19,25 +19,18 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import gcx.torch
 from gcx import Layout
+from gcx._rules import Rule
 from gcx.plan import LeaveAlone
 from gcx.testing import assert_centralized
-from gcx.torch import FanIn
 from gcx.torch._layers import (
     _RULES,
+    CONVOLUTIONS,
     TORCH_NN,
-    _activation,
-    _attention,
-    _bilinear,
-    _convolution,
-    _embedding,
-    _linear,
-    _norm,
-    _recurrent,
-    _transposed_convolution,
+    TRANSPOSED,
     answer,
 )
 
-from torch_fan_in import assert_fan_in_is_support, channels, declared_fan_in, features
+from torch_fan_in import assert_fan_in_is_support, channels, declared_layout, features
 
 pytestmark = [
     pytest.mark.one_framework,
@@ -137,9 +130,12 @@ def test_declared_fan_in_is_what_autograd_sees(case: str) -> None:
 
 def test_every_layer_with_a_fan_in_is_checked() -> None:
     checked = {type(make()[0]) for make, _, _ in LAYERS.values()}
-    no_fan_in = {_embedding, _norm, _activation}
-    with_fan_in = {kind for kind, rule in TORCH_NN.items() if rule not in no_fan_in}
+    with_fan_in = {kind for kind, rule in TORCH_NN.items() if _has_fan_in(rule)}
     assert checked == with_fan_in - {nn.RNNBase, nn.RNNCellBase}
+
+
+def _has_fan_in(rule: Rule[Any]) -> bool:
+    return callable(rule) or not all(isinstance(found, LeaveAlone) for found in rule.values())
 
 
 def _registers_parameters(kind: type[nn.Module]) -> bool:
@@ -156,23 +152,22 @@ def test_every_layer_of_torch_has_a_rule() -> None:
     assert without - lazy == {nn.ParameterList, nn.ParameterDict}
 
 
-ARGUMENTS = {nn.RNNBase: ("LSTM", 3, 4), nn.RNNCellBase: (3, 4, True, 4), nn.GroupNorm: (2, 4)}
-ARGUMENTS_BY_RULE = {
-    _activation: (),
-    _attention: (4, 2),
-    _bilinear: (3, 4, 2),
-    _convolution: (4, 4, 2),
-    _embedding: (7, 4),
-    _linear: (4, 3),
-    _norm: (4,),
-    _recurrent: (3, 4),
-    _transposed_convolution: (4, 4, 2),
+ARGUMENTS: dict[type[nn.Module], tuple[object, ...]] = {
+    nn.Bilinear: (3, 4, 2),
+    nn.GroupNorm: (2, 4),
+    nn.MultiheadAttention: (4, 2),
+    nn.PReLU: (),
+    nn.RNNBase: ("LSTM", 3, 4),
+    nn.RNNCellBase: (3, 4, True, 4),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), (4, 4, 2)),
+    **dict.fromkeys((nn.Linear, nn.Embedding, nn.EmbeddingBag), (7, 4)),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell), (3, 4)),
 }
 
 
 @pytest.mark.parametrize("kind", TORCH_NN, ids=lambda kind: kind.__name__)
 def test_every_parameter_of_torch_has_an_answer(kind: type[nn.Module]) -> None:
-    layer = kind(*ARGUMENTS.get(kind, ARGUMENTS_BY_RULE[TORCH_NN[kind]]))
+    layer = kind(*ARGUMENTS.get(kind, (4,)))
     names = [name for name, _ in layer.named_parameters(recurse=False)]
     assert [name for name in names if answer(layer, name) is None] == []
 
@@ -197,24 +192,24 @@ def test_plan_of_a_model() -> None:
     assert (
         str(gcx.torch.plan(model))
         == """\
-parameter                  shape    layout  reason
-cls_token                  1x1x4    -       unknown: nobody declared Zoo.cls_token
-embed.weight               7x4      -       embedding: a row is an input, not an output unit
-conv.weight                4x3x3x3  o...    Conv2d
-up.weight                  4x3x2x2  oio...  ConvTranspose2d, 2 groups: seen as 2x2x3x2x2
-up.bias                    6        -       bias
-norm.weight                2x4      -       norm
-norm.bias                  2x4      -       bias
-attention.in_proj_weight   12x4     o...    MultiheadAttention
-attention.in_proj_bias     12       -       bias
-attention.bias_k           1x1x4    -       token: appended to the keys and values
-attention.bias_v           1x1x4    -       token: appended to the keys and values
-attention.out_proj.weight  4x4      o...    Linear
-attention.out_proj.bias    4        -       bias
-one.weight                 4x1      -       fan-in 1: subtracting its mean would freeze it
-one.bias                   4        -       bias
-head.weight                7x4      o...    Linear
-head.bias                  7        -       bias
+parameter                  shape    layout    reason
+cls_token                  1x1x4    -         unknown: nobody declared Zoo.cls_token
+embed.weight               7x4      -         embedding: a row is an input, not an output unit
+conv.weight                4x3x3x3  o...      Conv2d
+up.weight                  4x3x2x2  (bi)o...  ConvTranspose2d, b=2
+up.bias                    6        -         bias
+norm.weight                2x4      -         norm
+norm.bias                  2x4      -         bias
+attention.in_proj_weight   12x4     o...      MultiheadAttention
+attention.in_proj_bias     12       -         bias
+attention.bias_k           1x1x4    -         token: appended to the keys and values
+attention.bias_v           1x1x4    -         token: appended to the keys and values
+attention.out_proj.weight  4x4      o...      Linear
+attention.out_proj.bias    4        -         bias
+one.weight                 4x1      -         fan-in 1: subtracting its mean would freeze it
+one.bias                   4        -         bias
+head.weight                7x4      o...      Linear
+head.bias                  7        -         bias
 5 of 17 parameters centralized"""
     )
     names = [name for name, _ in model.named_parameters()]
@@ -397,7 +392,7 @@ def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
 def test_weight_norm_by_hooks() -> None:
     model = nn.Sequential(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2), dim=1))
     assert _reason(model, "0.weight_g") == "weight_norm g: the length of a weight"
-    assert declared_fan_in(model, "0.weight_v") == FanIn(Layout("oio..."), 4, 2)
+    assert declared_layout(model, "0.weight_v") == Layout("(bi)o...", b=2)
 
 
 def test_spectral_norm_by_hooks() -> None:
@@ -463,12 +458,13 @@ def test_unknown_parametrization_of_a_known_one_is_left_alone() -> None:
     assert _reason(layer, "parametrizations.weight.original1") == reason
 
 
-def test_row_of_a_grouped_transposed_convolution_has_the_view_of_its_layout() -> None:
+def test_layout_of_a_grouped_transposed_convolution_splits_its_inputs() -> None:
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
     row = gcx.torch.plan(layer)[0]
-    assert row.view == (2, 2, 3, 3, 3)
+    assert row.layout is not None
+    assert row.layout.split(row.shape) == ((2, 2, 3, 3, 3), (1, 3, 4))
     grad = torch.randn_like(layer.weight)
-    by_hand = gcx.centralize(grad.view(row.view), layout=row.layout).view(row.shape)
+    by_hand = gcx.centralize(grad, layout=row.layout)
     layer.weight.grad = grad
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     gcx.torch.centralize(optimizer, layer)
@@ -550,9 +546,9 @@ def test_layout_of_a_rule_is_checked() -> None:
             self.answer = answer
 
     gcx.torch.register_layer(Wrong)(lambda layer: {"weight": layer.answer})
-    assert declared_fan_in(Wrong(FanIn("oi")), "weight") == FanIn(Layout("oi"))  # text will do
-    with pytest.raises(RuntimeError, match=r"where a Wrong has layout oi\.\.\. in 3 groups"):
-        gcx.torch.plan(Wrong(FanIn(Layout("oi..."), ndim=2, groups=3)))
+    assert declared_layout(Wrong("oi"), "weight") == Layout("oi")
+    with pytest.raises(RuntimeError, match=r"where a Wrong has Layout\('\(bi\)\.\.\.', b=3\)"):
+        gcx.torch.plan(Wrong(Layout("(bi)...", b=3)))
     with pytest.raises(ValueError, match=r"the rule of Wrong answers 'out' for 'weight': layout"):
         gcx.torch.plan(Wrong("out"))
     with pytest.raises(TypeError, match=r"the rule of Wrong answers 1 for 'weight': a layout is"):

@@ -18,8 +18,6 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.optim import SGD, AdamW, Optimizer
 
 import gcx.torch
-from gcx import Layout
-from gcx.torch._plan import decide
 
 import canonical_order
 import processes
@@ -53,14 +51,14 @@ def random_gradients(model: nn.Module, seed: int = 0) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(grad)
 
 
-def weights(model: nn.Module) -> dict[str, tuple[Tensor, Layout, tuple[int, ...]]]:
-    """List the weights, with layout and shape in which the layout sees them."""
+def weights(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+    """List the weights, with the shape in which the layout sees them, and their fan-in axes."""
     found = {}
-    for parameter, decision in decide(model).items():
-        if decision.fan_in is not None:
-            view = decision.fan_in.view_shape(parameter)
-            found[decision.name] = (parameter, decision.fan_in.layout, view)
-    assert [len(view) for _, _, view in found.values()] == [4, 2, 5]
+    for row in gcx.torch.plan(model):
+        if row.layout is not None:
+            parameter = model.get_parameter(row.name)
+            found[row.name] = (parameter, *row.layout.split(row.shape))
+    assert [len(view) for _, view, _ in found.values()] == [4, 2, 5]
     return found
 
 
@@ -76,9 +74,8 @@ def name_of(dtype: torch.dtype) -> str:
 def by_reference(model: nn.Module) -> dict[str, Any]:
     """Centralize the gradients of a model, outside of gcx."""
     expected = {}
-    for name, (parameter, layout, view) in weights(model).items():
+    for name, (parameter, view, axes) in weights(model).items():
         grad = numbers(parameter.grad).reshape(view)
-        axes = layout.fan_in_axes(len(view))
         result = canonical_order.centralized(grad, axes, name_of(parameter.dtype))
         expected[name] = result.reshape(parameter.shape)
     return expected
@@ -143,10 +140,10 @@ def test_decay_is_added_to_the_mean(maximize: bool, strides: str) -> None:
     random_gradients(model)
     rate = np.float32(-0.1 if maximize else 0.1)
     expected = {}
-    for name, (parameter, layout, view) in weights(model).items():
+    for name, (parameter, view, axes) in weights(model).items():
         grad, weight = (numbers(x).reshape(view) for x in (parameter.grad, parameter))
         result = np.empty_like(grad)
-        for unit in canonical_order.output_units(view, layout.fan_in_axes(len(view))):
+        for unit in canonical_order.output_units(view, axes):
             mean, of_weight = (canonical_order.scaled_mean(x[unit], 1.0) for x in (grad, weight))
             result[unit] = grad[unit] - (mean + rate * of_weight)
         expected[name] = result.reshape(parameter.shape)
@@ -170,10 +167,10 @@ def test_update_restores_the_canonical_mean(strides: str) -> None:
             parameter.grad = given.grad.clone()
         before = {name: p.detach().clone() for name, p in one.named_parameters()}
         optimizer.step()
-    for name, (moved, layout, view) in weights(plain).items():
+    for name, (moved, view, axes) in weights(plain).items():
         start, end = (numbers(x).reshape(view) for x in (before[name], moved))
         result = np.empty_like(end)
-        for unit in canonical_order.output_units(view, layout.fan_in_axes(len(view))):
+        for unit in canonical_order.output_units(view, axes):
             old, new = (canonical_order.scaled_mean(x[unit], 1.0) for x in (start, end))
             result[unit] = end[unit] - (new - old)
         assert_same_bits(numbers(model.get_parameter(name)), result.reshape(moved.shape))

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+import gcx.torch
 from gcx.layout import Layout
-from gcx.torch._fan_in import FanIn
 from gcx.torch._layers import TORCH_NN
 from gcx.torch._plan import decide
 
 
-def declared_fan_in(model: nn.Module, name: str) -> FanIn:
-    """Where gcx takes the fan-in of a parameter to be; an error if it is left alone."""
-    (decision,) = [d for d in decide(model).values() if d.name == name]
-    assert decision.fan_in is not None, decision.reason
-    return decision.fan_in
+def declared_layout(model: nn.Module, name: str) -> Layout:
+    """Layout by which gcx centralizes a parameter; an error if it is left alone."""
+    row = gcx.torch.plan(model)[name]
+    assert row.layout is not None, row.reason
+    return row.layout
 
 
 def assert_fan_in_is_support(
@@ -27,9 +27,9 @@ def assert_fan_in_is_support(
     `outputs` holds one number for each output; `units_per_output` output units of the weight enter
     into each, more than one where gates or projections are stacked.
     """
-    weight, fan_in = model.get_parameter(name), declared_fan_in(model, name)
-    shape = fan_in.view_shape(weight)
-    units = _output_units(fan_in.layout, shape)
+    weight = model.get_parameter(name)
+    shape, axes = declared_layout(model, name).split(weight.shape)
+    units = _output_units(shape, axes)
     seen: set[int] = set()
     for output in outputs:
         (grad,) = torch.autograd.grad(output, weight, retain_graph=True)
@@ -41,9 +41,8 @@ def assert_fan_in_is_support(
         seen |= touched
 
 
-def _output_units(layout: Layout, shape: tuple[int, ...]) -> Tensor:
-    """Number each element of a weight by the output unit it belongs to, as the layout says."""
-    fan_in = layout.fan_in_axes(len(shape))
+def _output_units(shape: tuple[int, ...], fan_in: tuple[int, ...]) -> Tensor:
+    """Number each element of a weight by the output unit it belongs to."""
     kept = [1 if axis in fan_in else n for axis, n in enumerate(shape)]
     return torch.arange(torch.Size(kept).numel()).reshape(kept).expand(shape)
 
@@ -62,12 +61,12 @@ def centralized_outside_of_torch(model: nn.Module) -> dict[str, str]:
     """Layouts of the weights that are centralized in layers which torch.nn knows nothing of."""
     of_torch = (*TORCH_NN, ParametrizationList)
     return {
-        f"{type(d.holder).__name__}.{d.key}": str(d.fan_in.layout)
+        f"{type(d.holder).__name__}.{d.key}": str(d.row.layout)
         for d in decide(model).values()
-        if d.fan_in is not None and not isinstance(d.holder, of_torch)
+        if d.row.layout is not None and not isinstance(d.holder, of_torch)
     }
 
 
 def unknown_in(model: nn.Module) -> list[str]:
     """Names of the parameters that nobody has declared."""
-    return [d.name for d in decide(model).values() if d.reason.startswith("unknown")]
+    return [row.name for row in gcx.torch.plan(model) if row.reason.startswith("unknown")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gcx.backends import _torch_cuda
-from gcx.torch._fused import _hooks
+from gcx.torch import _fused_step
 
 Roles = Sequence[Sequence[Tensor]]
 Runs = list[tuple[str, int]]  # rule, and number of parameters
@@ -44,7 +44,7 @@ class MultiTensor:
 
 def replace_kernels(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Let the optimizers take the way of the kernels on a CPU; returns the list of what has run."""
-    monkeypatch.setattr(_hooks, "is_for_kernels", lambda _: True)
+    monkeypatch.setattr(_fused_step, "is_for_kernels", lambda _: True)
     monkeypatch.setattr(_torch_cuda, "why_not", lambda _: "")
     monkeypatch.setattr(_torch_cuda, "takes", lambda *_: True)
     monkeypatch.setattr(_torch_cuda, "MultiTensor", MultiTensor)

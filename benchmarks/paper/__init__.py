@@ -1,1 +1,1 @@
-"""The paper's tables on data at hand; see ``python -m benchmarks.paper --help``."""
+"""The paper's tables on data at hand; see ``python -m benchmarks paper --help``."""

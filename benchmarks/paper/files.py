@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
-from gcx._cli.requirements import CannotRunError
+from benchmarks.command.requirements import CannotRunError
 
 __all__ = ["check_folder", "write_whole"]
 

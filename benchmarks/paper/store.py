@@ -11,9 +11,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cells import Cell, Outcome
 from benchmarks.paper.files import write_whole
-from gcx._cli.requirements import CannotRunError
 
 __all__ = ["load", "save"]
 

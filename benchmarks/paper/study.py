@@ -20,7 +20,7 @@ from benchmarks.paper.digits import BATCH, TEST_PART
 from benchmarks.paper.grids import Study
 from benchmarks.paper.network import EPSILON, GROUPS, RUNNING
 from benchmarks.paper.training import CHECKPOINTS, MOMENTUM, Grid
-from gcx._bench.timing import machine
+from benchmarks.throughput.timing import machine
 
 __all__ = ["Results", "is_done", "results", "run"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ _WIDE = {
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 # Types whose tensors are always on one process.
 _PLAIN = (Tensor, Parameter)
+
+# A shape in which each letter of a layout has an axis, and the fan-in axes of that shape.
+FanIn = tuple[tuple[int, ...], tuple[int, ...]]
+
+is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.
@@ -142,24 +148,140 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
     return x.mean(axes if len(axes) > 1 else axes[0], True)  # positional: torch parses it faster
 
 
-def fan_in_mean_of_groups(
-    x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool = False
-) -> Tensor:
-    """Average `x`, seen as (groups, rows, ...), over `axes`; repeat the mean for each row of `x`.
+def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
+    """Mean over a fan-in, in float32 at least, for arithmetic and `subtract_mean_`.
 
-    `axes` contains axis 1 and not axis 0.
+    The mean of a DTensor may consist of parts, which `subtract_mean_` adds up.
     """
+    shape, axes = fan_in
+    if len(shape) == x.ndim:
+        return fan_in_mean(x, axes, reproducible)
+    if _is_split_dtensor(x, fan_in):
+        return _mean_of_groups(x, shape[0], axes, reproducible)
+    return fan_in_mean(x.view(shape), axes, reproducible)
+
+
+def subtract_mean_(x: Tensor, mean: Tensor, fan_in: FanIn) -> None:
+    """Subtract in place a mean that `mean_over` returned."""
+    is_whole = len(fan_in[0]) == x.ndim or _is_split_dtensor(x, fan_in)
+    seen = x if is_whole else x.view(fan_in[0])
+    subtract(seen, mean, seen)
+
+
+def subtract_means_(
+    grads: Sequence[Tensor],
+    fan_ins: Sequence[FanIn],
+    weights: Sequence[Tensor],
+    rate: float | Tensor | None = None,
+    *,
+    strength: float = 1.0,
+    reproducible: bool = False,
+) -> None:
+    """Centralize gradients in place, to which an optimizer adds `rate` times the weight.
+
+    Subtract ``strength * mean(grad + rate * weight)`` from each: on CUDA in one launch for each
+    dtype, otherwise with torch's own operations.
+
+    Parameters
+    ----------
+    grads : sequence of Tensor
+        Dense gradients, on any devices; none is expanded.
+    fan_ins : sequence of (shape, axes)
+        The fan-in of each, as `gcx.Layout.split` returns it.
+    weights : sequence of Tensor
+        The weight of each, of the same shape. They count only if there is a rate.
+    rate : float or Tensor, optional
+        For example the weight decay of SGD.
+    strength : float, optional
+        The part of the mean to subtract.
+    reproducible : bool, optional
+        Whether to sum in the order of `_canonical`.
+    """
+    left: Sequence[int] = range(len(grads))
+    # Reading a rate from a tensor would wait for the device.
+    if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
+        from gcx.backends import _torch_cuda
+
+        left = _torch_cuda.launches.centralize_(
+            _split(grads, fan_ins),
+            [axes for _, axes in fan_ins],
+            None if rate is None else _split(weights, fan_ins),
+            0.0 if rate is None else strength * rate,
+            strength=strength,
+            reproducible=reproducible,
+        )
+    for k in left:
+        grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
+        is_simple = (
+            type(grad) in _PLAIN
+            and len(shape) == grad.ndim
+            and not reproducible
+            and grad.dtype not in _WIDE
+            and (rate is None or (type(weight) in _PLAIN and weight.dtype not in _WIDE))
+        )
+        if is_simple:  # without a call for each weight
+            mean = grad.mean(axes, True)
+            if rate is not None:
+                mean = mean + rate * weight.mean(axes, True)
+            grad.sub_(mean if strength == 1.0 else mean * strength)
+            continue
+        mean = mean_over(grad, fan_ins[k], reproducible)
+        if rate is not None:
+            mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
+        subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
+
+
+def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
+    """See tensors in the shapes that their layouts split; DTensors as they are."""
+    return [
+        x if len(shape) == x.ndim or type(x) not in _PLAIN else x.view(shape)
+        for x, (shape, _) in zip(tensors, fan_ins, strict=True)
+    ]
+
+
+def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
+    """Return ``x - strength * mean(x)`` over a fan-in; by a kernel if there is one."""
+    shape, axes = fan_in
+    if not _is_split_dtensor(x, fan_in):
+        seen = x if len(shape) == x.ndim else x.view(shape)
+        return centralize(seen, axes, strength, None, reproducible).view(x.shape)
+    mean = mean_over(x, fan_in, reproducible)
+    return subtract(x, mean if strength == 1.0 else mean * strength)
+
+
+def check_reproducible_over(x: Tensor, fan_in: FanIn) -> None:
+    """Raise a TypeError if the bits of a mean over a fan-in cannot be promised."""
+    axes = fan_in[1]
+    # The rows of a group are on axis 0 of the DTensor itself.
+    own = tuple([axis - 1 for axis in axes]) if _is_split_dtensor(x, fan_in) else axes
+    check_reproducible(x, own)
+
+
+def _is_split_dtensor(x: Tensor, fan_in: FanIn) -> bool:
+    """Return True for a DTensor whose axis 0 is split into groups of fan-in.
+
+    Its shards need not end where a group ends, and then torch refuses to split the axis.
+    """
+    shape, axes = fan_in
+    if type(x) in _PLAIN or len(shape) == x.ndim or not _torch_dtensor.is_dtensor(x):
+        return False
+    return shape[2:] == x.shape[1:] and 1 in axes and 0 not in axes
+
+
+def _mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool) -> Tensor:
+    """Mean over `axes` of a DTensor seen as (groups, rows, ...)."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
-    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
-        if reproducible:
-            return _torch_dtensor.of_parts(
-                x, lambda here: fan_in_mean_of_groups(here, groups, axes, True)
-            )
+    assert _torch_dtensor.is_dtensor(x)
+    if not reproducible:
         return _torch_dtensor.fan_in_mean_of_groups(x, groups, axes)
-    rows = len(x) // groups
-    mean = fan_in_mean(x.view(groups, rows, *x.shape[1:]), axes, reproducible)
-    return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
+
+    def repeat_mean(here: Tensor) -> Tensor:
+        rows = len(here) // groups
+        mean = fan_in_mean(here.view(groups, rows, *here.shape[1:]), axes, True)
+        return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
+
+    return _torch_dtensor.of_parts(x, repeat_mean)
 
 
 def _canonical_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:

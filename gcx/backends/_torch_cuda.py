@@ -29,7 +29,7 @@ from gcx.backends._torch_triton import (
     forms,
 )
 
-__all__ = ["Launches", "MultiTensor", "centralize_many", "takes", "why_not"]
+__all__ = ["Launches", "MultiTensor", "centralize_many", "launches", "takes", "why_not"]
 
 _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
@@ -105,9 +105,8 @@ class Launches:
 
     def __init__(self) -> None:
         self._schedules: dict[Hashable, _Schedule] = {}
-        # The last list: comparing it is faster than hashing it for the dict.
-        self._last: object = None
-        self._schedule = _Schedule(((), (), ()), (), any_order=True)
+        # The last list: comparing it is faster than hashing. One value, since threads share it.
+        self._last: tuple[object, _Schedule] = None, _Schedule(((), (), ()), (), any_order=True)
 
     def centralize_(
         self,
@@ -116,9 +115,10 @@ class Launches:
         weights: Sequence[Tensor] | None = None,
         rate: float = 0.0,
         *,
+        strength: float = 1.0,
         reproducible: bool = False,
     ) -> list[int]:
-        """Subtract from each gradient its mean, and `rate` times the mean of its weight.
+        """Subtract `strength` times the mean of each gradient, and `rate` times that of its weight.
 
         Parameters
         ----------
@@ -129,7 +129,9 @@ class Launches:
         weights : sequence of Tensor, optional
             The weight of each gradient, of the same shape.
         rate : float, optional
-            Such as the weight decay that an optimizer adds to the gradient.
+            For example the weight decay that an optimizer adds to the gradient, times `strength`.
+        strength : float, optional
+            The part of the mean of the gradient to subtract.
         reproducible : bool, optional
             True to sum in the order of the axes, whatever the order of memory.
 
@@ -145,10 +147,12 @@ class Launches:
         roles = (grads, weights, grads)
         of_weights = [] if weights is grads else forms(weights)
         key = [*forms(grads), *of_weights, *axes, reproducible]
-        if key != self._last:
+        last, schedule = self._last
+        if key != last:
             make = partial(_schedule_in_place, roles, axes, reproducible)
-            self._schedule, self._last = _recall(self._schedules, tuple(key), make), key
-        return sorted((*self._schedule.left, *self._schedule.run(roles, 1.0, rate)))
+            schedule = _recall(self._schedules, tuple(key), make)
+            self._last = key, schedule
+        return sorted((*schedule.left, *schedule.run(roles, strength, rate)))
 
 
 class _Schedule:
@@ -177,6 +181,7 @@ class _Schedule:
         return left
 
 
+launches = Launches()  # for all optimizers; a cache, as the schedules are
 _schedules: dict[Hashable, _Schedule] = {}  # a cache
 
 

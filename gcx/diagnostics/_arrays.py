@@ -9,7 +9,7 @@ from gcx._centralize import OUTPUT_FIRST
 from gcx._decisions import decide
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
-from gcx._tree import flatten, naming
+from gcx._names import flatten, naming
 from gcx.diagnostics._energy import measure_energies
 from gcx.diagnostics._report import EnergyReport, make_report
 from gcx.layout import Layout

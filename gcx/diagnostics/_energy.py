@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gcx import _compat
 from gcx._dispatch import backend_for
-from gcx._tree import naming
+from gcx._names import naming
 from gcx.plan import PlanRow
 
 __all__ = ["Energy", "fan_in_size", "measure_energies"]

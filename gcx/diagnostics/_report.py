@@ -132,7 +132,7 @@ class EnergyReport:
         Raises
         ------
         ImportError
-            If matplotlib is not installed: ``pip install "gcx[demo]"``.
+            If matplotlib is not installed: ``pip install matplotlib``.
         ValueError
             If no parameter has a share; the table says why.
         """
@@ -143,7 +143,7 @@ class EnergyReport:
         try:
             from gcx.diagnostics import _chart
         except ImportError as error:
-            msg = f'bar_chart needs matplotlib ({error}): pip install "gcx[demo]"'
+            msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
         return _chart.draw(shares, title=f"Gradient Centralization, {self._batches()}")
 

@@ -11,8 +11,8 @@ import gcx.optax
 from gcx.backends._jax import is_floating
 from gcx.diagnostics._energy import measure_energies
 from gcx.diagnostics._report import EnergyReport, make_report
-from gcx.optax._layers._forms import Layouts
-from gcx.optax._layers._names import is_none
+from gcx.optax._layouts import Layouts
+from gcx.optax._names import is_none
 
 __all__ = ["energy_removed"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gcx._options import Layers, Options
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.diagnostics._energy import Energy, measure_energies
 from gcx.diagnostics._report import EnergyReport, make_report
 from gcx.plan import PlanRow
-from gcx.torch._overrides import Overrides
-from gcx.torch._plan import Layers, decide, plan_of
+from gcx.torch._plan import Overrides, decide, plan_of
 
 __all__ = ["energy_removed"]
 
@@ -88,7 +88,7 @@ def energy_removed(
     >>> [row.name for row in report.rows if row.share is not None]
     ['0.weight', '2.weight']
     """
-    decisions = decide(model, layers, overrides)
+    decisions = decide(model, Options(layers=layers, overrides=overrides))
     _check_not_spread(model)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}

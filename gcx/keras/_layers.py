@@ -1,4 +1,4 @@
-"""What each type of layer says about its variables: where the fan-in is, or why there is none."""
+"""Rules for the variables of each type of layer."""
 
 from __future__ import annotations
 
@@ -7,69 +7,42 @@ from typing import Any
 
 from keras import layers
 
+from gcx._einsum import kernel_letters
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT
 from gcx.plan import LeaveAlone
+
+Answers = Mapping[str, Answer]
 
 _SCALE = LeaveAlone("scale of attention scores")
 
 
-def _kernel(_: Any) -> Mapping[str, Answer]:
-    # (in, out), or (window..., in / groups, out). The product of the LoRA factors (..., rank) and
-    # (rank, out) is added to the kernel: two layers, one after the other.
-    return {"kernel": "...o", "bias": BIAS, "lora_kernel_a": "...o", "lora_kernel_b": "io"}
-
-
-def _transposed_convolution(_: Any) -> Mapping[str, Answer]:
-    return {"kernel": "...oi", "bias": BIAS}
-
-
-def _depthwise_convolution(_: Any) -> Mapping[str, Answer]:
-    # (window..., channels, multiplier): an output channel sees one input channel alone.
-    return {"kernel": "...oo", "bias": BIAS}
-
-
-def _separable_convolution(_: Any) -> Mapping[str, Answer]:
-    return {"depthwise_kernel": "...oo", "pointwise_kernel": "...o", "bias": BIAS}
-
-
-def _einsum(layer: Any) -> Mapping[str, Answer]:
-    operands, output = layer.equation.split("->")
-    kernel = operands.split(",")[1]
-    letters = "".join("o" if axis in output else "i" for axis in kernel)
+def _einsum(layer: Any) -> Answers:
+    letters = kernel_letters(layer.equation)
     if "i" not in letters:
         return {"*": LeaveAlone("product element by element: there is no fan-in")}
-    # The second LoRA factor (rank, last axis of the kernel) is on the side of that axis.
-    second_factor = "io" if letters[-1] == "o" else "oi"
+    # The LoRA factors are (..., rank) and (rank, last axis of the kernel).
+    is_summed = letters[-1] == "i"
     return {
         "kernel": letters,
         "bias": BIAS,
-        "lora_kernel_a": letters,
-        "lora_kernel_b": second_factor,
+        "lora_kernel_a": letters[:-1] + ("i" if is_summed else "o"),
+        "lora_kernel_b": "oi" if is_summed else "io",
     }
 
 
-def _recurrent(_: Any) -> Mapping[str, Answer]:
-    # The gates side by side on the last axis, each with its own units.
-    return {"kernel": "...o", "recurrent_kernel": "...o", "bias": BIAS}
+# (in, out), or (window..., in / groups, out). The product of the LoRA factors (..., rank) and
+# (rank, out) is added to the kernel: two layers, one after the other.
+_KERNEL: Answers = {"kernel": "...o", "bias": BIAS, "lora_kernel_a": "...o", "lora_kernel_b": "io"}
+_TRANSPOSED: Answers = {"kernel": "...oi", "bias": BIAS}
+# (window..., channels, multiplier): an output channel sees one input channel.
+_DEPTHWISE: Answers = {"kernel": "...oo", "bias": BIAS}
+_SEPARABLE: Answers = {"depthwise_kernel": "...oo", "pointwise_kernel": "...o", "bias": BIAS}
+# The last axis holds the units of all gates.
+_RECURRENT: Answers = {"kernel": "...o", "recurrent_kernel": "...o", "bias": BIAS}
+_NORM: Answers = {"gamma": NORM, "scale": NORM, "beta": BIAS}
+_SCORE: Answers = {"scale": _SCALE, "concat_score_weight": _SCALE}
 
-
-def _embedding(_: Any) -> Mapping[str, Answer]:
-    return {"*embeddings*": EMBEDDING}
-
-
-def _norm(_: Any) -> Mapping[str, Answer]:
-    return {"gamma": NORM, "scale": NORM, "beta": BIAS}
-
-
-def _activation(_: Any) -> Mapping[str, Answer]:
-    return {"alpha": LeaveAlone("slope of an activation")}
-
-
-def _score(_: Any) -> Mapping[str, Answer]:
-    return {"scale": _SCALE, "concat_score_weight": _SCALE}
-
-
-_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_TRANSPOSED_LAYERS = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _NORMS = (
     layers.BatchNormalization,
     layers.GroupNormalization,
@@ -79,36 +52,36 @@ _NORMS = (
 
 _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.EinsumDense: _einsum,
-    layers.PReLU: _activation,
-    **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _kernel),
-    **dict.fromkeys(_TRANSPOSED, _transposed_convolution),
-    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _depthwise_convolution),
-    **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _separable_convolution),
-    **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _recurrent),
-    "keras.*.ConvLSTMCell": _recurrent,  # not exported, as its layers ConvLSTM1D to 3D are
-    layers.Embedding: _embedding,
-    **dict.fromkeys(_NORMS, _norm),
-    **dict.fromkeys((layers.Attention, layers.AdditiveAttention), _score),
+    layers.PReLU: {"alpha": LeaveAlone("slope of an activation")},
+    **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _KERNEL),
+    **dict.fromkeys(_TRANSPOSED_LAYERS, _TRANSPOSED),
+    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _DEPTHWISE),
+    **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _SEPARABLE),
+    **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _RECURRENT),
+    "keras.*.ConvLSTMCell": _RECURRENT,  # Keras does not export it
+    layers.Embedding: {"*embeddings*": EMBEDDING},
+    **dict.fromkeys(_NORMS, _NORM),
+    **dict.fromkeys((layers.Attention, layers.AdditiveAttention), _SCORE),
 }
 
 RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
 
 
 def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
-    """Tell what the variables of a layer type are, for `plan` and `centralize`.
+    """Declare the variables of a layer type, for `plan` and `centralize`.
 
     Parameters
     ----------
     kind : type
-        The class of the layer. Its subclasses follow the rule, unless they have their own.
+        The class of the layer; subclasses without a rule follow.
 
     Returns
     -------
     callable
-        A decorator for the rule: a function of a layer that returns, by name or glob of the
-        layer's own variables (not those of its sublayers), a layout (``"...o"``, ``"io"``),
-        `gcx.plan.LeaveAlone` with the reason, or None. The first name that matches counts, and
-        what none matches is left alone as unknown.
+        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
+        of the layer's own variables (without its sublayers), or globs; the first that matches
+        counts. Its values are layouts (``"...o"``, ``"io"``), `gcx.plan.LeaveAlone`, or None. The
+        decorator also takes the mapping itself.
 
     Raises
     ------
@@ -117,8 +90,8 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package can bring its rules without importing gcx, by an entry point of the group
-    ``gcx.keras.layers``, whose name is the qualified name of the layer::
+    A package can provide rules without importing gcx, by entry points of the group
+    ``gcx.keras.layers``. The name of an entry point is the qualified name of the layer::
 
         [project.entry-points."gcx.keras.layers"]
         "mypackage.layers.OutputFirst" = "mypackage.gcx_rules:output_first"

@@ -1,6 +1,7 @@
-"""Gradient Centralization for optax, with layouts from the model itself."""
+"""Gradient Centralization for optax, with layouts that the model gives."""
 
-from gcx.optax._model import layouts, register_layer
+from gcx.optax._layouts import layouts
+from gcx.optax._models import register_layer
 from gcx.optax._plan import plan
 from gcx.optax._transform import centralize
 

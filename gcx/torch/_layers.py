@@ -1,91 +1,76 @@
-"""What each type of layer says about its parameters: where the fan-in is, or why there is none."""
+"""Rules of the layers of torch.nn: the fan-in of each parameter, or the reason why it has none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
-from gcx._globs import is_glob
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules, RuleT
-from gcx.layout import Layout, LayoutLike
+from gcx._names import is_glob
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask
+from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn, as_fan_in
 from gcx.torch._packages import PACKAGES
-
-Answer = FanIn | LayoutLike | LeaveAlone | None
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-
-def _linear(_: nn.Linear) -> Mapping[str, Answer]:
-    return {"weight": FanIn(ndim=2), "bias": BIAS}
+_OUTPUT_FIRST = Layout("o...")
 
 
-def _bilinear(_: nn.Bilinear) -> Mapping[str, Answer]:
-    return {"weight": FanIn(ndim=3), "bias": BIAS}
+class OfRank(NamedTuple):
+    """Layout of a weight that has one rank in all layers of a type.
 
+    Another rank means that a wrapper has flattened the weight.
+    """
 
-def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Mapping[str, Answer]:
-    # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
-    return {"weight": FanIn(ndim=2 + len(layer.kernel_size)), "bias": BIAS}
+    layout: Layout
+    ndim: int
 
 
 def _transposed_convolution(
     layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-) -> Mapping[str, Answer]:
+) -> Mapping[str, OfRank | LeaveAlone]:
     # (in, out / groups, kernel...): an output of a group sees the inputs of that group alone.
-    layout = Layout("io...") if layer.groups == 1 else Layout("oio...")
-    weight = FanIn(layout, 2 + len(layer.kernel_size), layer.groups)
-    return {"weight": weight, "bias": BIAS}
+    groups = layer.groups
+    layout = Layout("io...") if groups == 1 else Layout("(bi)o...", b=groups)
+    return {"weight": OfRank(layout, 2 + len(layer.kernel_size)), "bias": BIAS}
 
 
-def _attention(_: nn.MultiheadAttention) -> Mapping[str, Answer]:
-    return {
-        "*_proj_weight": FanIn(ndim=2),
-        "*_proj_bias": BIAS,
-        "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
-    }
+_ATTENTION: Mapping[str, OfRank | Answer] = {
+    "*_proj_weight": OfRank(_OUTPUT_FIRST, 2),
+    "*_proj_bias": BIAS,
+    "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
+}
+_RECURRENT: Mapping[str, OfRank | Answer] = {"weight_*": OfRank(_OUTPUT_FIRST, 2), "bias_*": BIAS}
+_EMBEDDING = {"weight": EMBEDDING}
+_NORM = {"weight": NORM, "bias": BIAS}
 
-
-def _recurrent(_: nn.RNNBase | nn.RNNCellBase) -> Mapping[str, Answer]:
-    return {"weight_*": FanIn(ndim=2), "bias_*": BIAS}
-
-
-def _embedding(_: nn.Module) -> Mapping[str, Answer]:
-    return {"weight": EMBEDDING}
-
-
-def _norm(_: nn.Module) -> Mapping[str, Answer]:
-    return {"weight": NORM, "bias": BIAS}
-
-
-def _activation(_: nn.PReLU) -> Mapping[str, Answer]:
-    return {"weight": LeaveAlone("slope of an activation")}
-
-
-TORCH_NN: Mapping[type[nn.Module], Rule[Answer]] = {
-    nn.Linear: _linear,
-    nn.Bilinear: _bilinear,
-    nn.MultiheadAttention: _attention,
-    nn.PReLU: _activation,
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
+TORCH_NN: Mapping[type[nn.Module], Rule[OfRank | Answer]] = {
+    nn.Linear: {"weight": OfRank(_OUTPUT_FIRST, 2), "bias": BIAS},
+    nn.Bilinear: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
+    nn.MultiheadAttention: _ATTENTION,
+    nn.PReLU: {"weight": LeaveAlone("slope of an activation")},
+    # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
+    nn.Conv1d: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
+    nn.Conv2d: {"weight": OfRank(_OUTPUT_FIRST, 4), "bias": BIAS},
+    nn.Conv3d: {"weight": OfRank(_OUTPUT_FIRST, 5), "bias": BIAS},
     **dict.fromkeys(TRANSPOSED, _transposed_convolution),
-    **dict.fromkeys((nn.RNNBase, nn.RNN, nn.LSTM, nn.GRU), _recurrent),
-    **dict.fromkeys((nn.RNNCellBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell), _recurrent),
-    **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), _embedding),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _norm),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _norm),
-    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _norm),
+    **dict.fromkeys((nn.RNNBase, nn.RNN, nn.LSTM, nn.GRU), _RECURRENT),
+    **dict.fromkeys((nn.RNNCellBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell), _RECURRENT),
+    **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), _EMBEDDING),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _NORM),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _NORM),
+    **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _NORM),
 }
 
-_RULES: Rules[Answer] = Rules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
+_RULES: Rules[OfRank | Answer] = Rules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
 
 
 def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Tell what the parameters of a layer type are, for `plan` and all that centralizes.
+    """Declare where the parameters of a layer type have their fan-in.
 
     Parameters
     ----------
@@ -95,36 +80,35 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        A decorator for the rule: a function of a layer that returns, by name or glob of the
-        layer's own parameters, one of
+        A decorator for the rule: a mapping, or a function of a layer that returns one. Its keys
+        are names or globs of the layer's own parameters, its values
 
-        - a layout (``"o..."``, ``"io"``) of the weight, or a `FanIn` for one in groups;
+        - a layout (``"o..."``, ``"io"``, ``gcx.Layout("(bi)o...", b=4)``), or
         - `gcx.plan.LeaveAlone` with the reason, or None.
 
-        The first name that matches counts, and what none matches is asked of the base classes.
-        A name with dots is one of a child (``"scale.weight"``), or of a list or dict of parameters
-        (``"codes.*"``), and comes before what the child says itself.
+        The first name that matches counts; the base classes answer for names that none matches. A
+        name with dots belongs to a child (``"scale.weight"``), or to a list or dict of parameters
+        (``"codes.*"``), and takes precedence over the child's own rule.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class, or the rule not a function.
+        If `kind` is not a class, or the rule neither a mapping nor a function.
     ValueError
-        When the rule is asked: if a name in it, other than a glob, is of nothing in the layer.
+        When a plan is made: if the layer has nothing by a name in the rule that is not a glob.
 
     Notes
     -----
-    A subclass of a layer of torch is taken for one that uses its weight as that layer does. If
-    yours does not, such as a subclass of `torch.nn.Linear` that holds (in, out), nothing about it
-    says so: register a rule for it.
+    A subclass of a torch layer is assumed to use its weight as that layer does. Register a rule for
+    one that does not, for example a subclass of `torch.nn.Linear` that holds (in, out).
 
-    A package can bring its rules without importing gcx, by entry points of the group
-    ``gcx.torch.layers``, whose names are the qualified names of layers, or globs of them::
+    A package can declare its rules without importing gcx, by entry points of the group
+    ``gcx.torch.layers``. Their names are the qualified names of layers, or globs of them::
 
         [project.entry-points."gcx.torch.layers"]
         "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
 
-    A rule without layouts needs nothing of gcx: None leaves a parameter alone.
+    A rule needs no import from gcx: layouts can be text, and None leaves a parameter alone.
 
     Examples
     --------
@@ -148,19 +132,22 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     registered = _RULES.register(kind)
 
     def decorator(rule: RuleT) -> RuleT:
-        registered(partial(_checked, rule, kind) if callable(rule) else rule)
+        is_rule = callable(rule) or isinstance(rule, Mapping)
+        registered(partial(_ask_checked, rule, kind) if is_rule else rule)
         return rule
 
     return decorator
 
 
-def _checked(rule: Rule[Answer], kind: type[nn.Module], layer: nn.Module) -> Mapping[str, Answer]:
-    """Ask a rule, and see that it is not spoiled by a typo."""
-    answers = rule(layer)
+def _ask_checked(
+    rule: Rule[Answer], kind: type[nn.Module], layer: nn.Module
+) -> Mapping[str, Answer]:
+    """Ask a rule; a ValueError if it names something that the layer does not have."""
+    answers = ask(rule, layer, kind.__name__)
     # hasattr() would compute parametrized weights, and dir() leaves out names of digits.
     children, parameters = layer.named_children(), layer.named_parameters(recurse=False)
     known = {*dir(layer), *dict(children), *dict(parameters)}
-    for key in answers if isinstance(answers, Mapping) else ():
+    for key in answers:
         if not is_glob(key) and key.partition(".")[0] not in known:
             msg = (
                 f"the rule of {kind.__name__} speaks of {key!r}, which this {type(layer).__name__} "
@@ -170,7 +157,7 @@ def _checked(rule: Rule[Answer], kind: type[nn.Module], layer: nn.Module) -> Map
     return answers
 
 
-def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str] | None:
+def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, str] | None:
     """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
 
     None means that no rule knows the parameter.
@@ -181,10 +168,10 @@ def answer(layer: nn.Module, name: str) -> tuple[FanIn | LeaveAlone, str] | None
     found, rule = known
     if found is None:
         return LeaveAlone(f"left alone by the rule of {rule}"), rule
-    if isinstance(found, LeaveAlone):
+    if isinstance(found, (LeaveAlone, OfRank)):
         return found, rule
     try:
-        return as_fan_in(found), rule
+        return as_layout(found), rule
     except (TypeError, ValueError) as error:
         msg = f"the rule of {rule} answers {found!r} for {name!r}: {error}"
         raise type(error)(msg) from None

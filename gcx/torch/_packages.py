@@ -1,6 +1,6 @@
-"""What the layers of other packages say about their parameters, found by the names of the classes.
+"""Rules of layers in other packages, by the names of their classes.
 
-None of the packages is imported, and none needs to be there.
+The packages are not imported and need not be installed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone
-from gcx.torch._fan_in import FanIn
 
-Answer = FanIn | str | LeaveAlone
+Answer = Layout | str | LeaveAlone
 
 _SCALE = LeaveAlone("scale of a layer, a norm or logits")
 _TOKEN = LeaveAlone("token: an input of the layers after it")
@@ -154,7 +153,7 @@ def _experts(layer: Any) -> Mapping[str, Answer]:
 
 def _dbrx_experts(layer: Any) -> Mapping[str, Answer]:
     """Matrices (experts * hidden, width), the last of which leads from hidden to width."""
-    return {"[vw]1": "oi", "w2": FanIn(Layout("oio"), ndim=2, groups=layer.moe_num_experts)}
+    return {"[vw]1": "oi", "w2": Layout("(bi)o", b=layer.moe_num_experts)}
 
 
 def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
@@ -162,17 +161,13 @@ def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
     return {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
 
 
-def _always(answers: Mapping[str, Answer]) -> Rule[Any]:
-    return lambda _: answers
-
-
-_NAMES = _always({name: reason for reason, names in _BY_NAME.items() for name in names})
+_NAMES = {name: reason for reason, names in _BY_NAME.items() for name in names}
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,
     "transformers.models.dbrx.*ExpertGLU": _dbrx_experts,
     "peft.tuners.lora.layer.ParamWrapper": _lora_of_experts,
-    **{name: _always(answers) for name, answers in _BY_CLASS.items()},
+    **_BY_CLASS,
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
 }

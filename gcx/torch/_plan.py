@@ -1,64 +1,47 @@
-"""What happens to each parameter of a model, and why."""
+"""The plan of a model: which parameters are centralized over which axes, and why others are not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
-from torch import Size, Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
 
+from gcx._decisions import LEFT_ALONE, no_fan_in
+from gcx._names import match, no_match
+from gcx._options import Layers, Options
 from gcx._rules import unknown
-from gcx._tree import naming
+from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
-from gcx.torch._fan_in import FanIn, is_trainable
-from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, answer
-from gcx.torch._overrides import Overrides, answers
-from gcx.torch._reparametrized import Owned, owned_parameters
+from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, OfRank, answer
+from gcx.torch._parameters import Owned, check_has_shape, flattened, owned_parameters
+from gcx.torch._weights import Weight
 
-Layers = Literal["all", "conv"]
+Key = str | Tensor | nn.Module
+Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
+# By name or glob, parameter, or module (all of its parameters); None leaves alone.
+Overrides = Mapping[Key, Value]
 
 _NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
 class Decision(NamedTuple):
-    """What happens to one parameter: centralized over `fan_in`, or left alone if that is None."""
+    """The row of one parameter, and the module that registers it."""
 
-    name: str
-    fan_in: FanIn | None
-    reason: str
-    holder: nn.Module  # where the parameter is registered, as `key`
-    key: str
-    shape: Size  # which FSDP1 changes
+    row: PlanRow
+    holder: nn.Module
+    key: str  # of the parameter in its holder
 
     def is_about(self, parameter: Tensor) -> bool:
-        """Whether the model still holds this parameter where it was found, and as it was."""
-        # Asked of each parameter at each step, so not by getattr where there is a dict to look in.
+        """Return True if the model still holds this parameter in the same place and shape."""
+        # torch.jit keeps parameters elsewhere, and getattr() computes parametrized weights.
         held = vars(self.holder).get("_parameters")
         if isinstance(held, dict):
             found = held.get(self.key)
-        else:  # torch.jit keeps parameters elsewhere
+        else:
             found = getattr(self.holder, self.key, None)
-        return found is parameter and parameter.shape == self.shape
-
-
-class Weight(NamedTuple):
-    """A parameter to centralize, and whether its means are to have equal bits everywhere."""
-
-    name: str
-    parameter: Tensor
-    fan_in: FanIn
-    reproducible: bool = False
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Average a tensor of the shape of the parameter, as `FanIn.mean`."""
-        return self.fan_in.mean(tensor, reproducible=self.reproducible)
-
-    def check(self, tensor: Tensor) -> None:
-        """Raise a TypeError that names the weight if the bits of a mean cannot be promised."""
-        if self.reproducible:
-            with naming(self.name):
-                self.fan_in.check_reproducible(tensor)
+        return found is parameter and parameter.shape == self.row.shape
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
@@ -67,41 +50,38 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     Parameters
     ----------
     model : torch.nn.Module
-        Any model. Its parameters of any shape are judged by the layer that owns them, never by
-        their rank; a layer that nobody declared is left alone, and says so.
+        Any model. The layer that owns a parameter decides, never the rank of the parameter.
     layers : {"all", "conv"}, optional
-        ``"conv"`` is the variant of the paper for convolutions alone, of any rank.
+        ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
-        Answers that come before those of the layers. A key is the name of a parameter or a glob
-        (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all that it
-        holds (but a layout is not for its vectors); the first key counts that covers a parameter.
-        A value is a layout, the fan-in axes (an integer or a sequence of them), a `FanIn` for a
-        weight in groups, or what leaves alone: None, or `gcx.plan.LeaveAlone` with the reason. For
-        layers of your own, `register_layer` says it once for all models.
+        Answers that take precedence over the layers. A key is the name of a parameter or a glob
+        (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all of its
+        parameters (a layout skips its vectors). The first key that covers a parameter counts.
+        A value is a layout, the fan-in axes (an integer or a sequence of them), or, to leave the
+        parameter alone, None or `gcx.plan.LeaveAlone` with the reason. `register_layer` declares
+        a layer of your own once for all models.
 
     Returns
     -------
     gcx.plan.Plan
-        One row per parameter. The weight (in, out / G, kernel...) of a transposed convolution of
-        G groups is seen as (G, in / G, out / G, kernel...): the layout is that of this view, whose
-        shape is in ``row.view`` and in the reason.
+        One row per parameter.
 
     Raises
     ------
     TypeError
-        If `model` is not a module, or `overrides`, a key or a value of it is of another kind.
+        If `model` is not a module, or `overrides` or one of its keys or values has a wrong type.
     ValueError
         If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or another than its layer gives it: FSDP1
-        flattens it.
+        If a parameter has no shape yet (lazy layers), or has lost the shape that its layer gave
+        it (FSDP1 flattens it).
 
     Notes
     -----
-    What is unknown is left alone until `register_layer` or `overrides` tells where its fan-in is.
+    Unknown parameters are left alone until `register_layer` or `overrides` declares their fan-in.
 
-    A weight of several layers, such as an embedding that is the head of a language model too, is
-    left alone unless all of them average over the same axes; `overrides` can decide otherwise.
+    A weight that several layers share, such as an embedding that is also the head of a language
+    model, is left alone unless all of them average over the same axes; `overrides` can decide.
 
     Examples
     --------
@@ -120,25 +100,16 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     >>> gcx.torch.plan(model, overrides={"3.*": None})
     <gcx plan: 1 of 6 parameters centralized>
     """
-    return plan_of(decide(model, layers, overrides))
+    return plan_of(decide(model, Options(layers=layers, overrides=overrides)))
 
 
-def plan_of(decisions: dict[Tensor, Decision]) -> Plan:
+def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
     """Show decisions as a table."""
-    return Plan(
-        PlanRow(
-            name=decision.name,
-            shape=tuple(parameter.shape),
-            layout=None if decision.fan_in is None else decision.fan_in.layout,
-            reason=decision.reason,
-            view=_view_shape(parameter, decision.fan_in),
-        )
-        for parameter, decision in decisions.items()
-    )
+    return Plan(decision.row for decision in decisions.values())
 
 
 def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Tell that there is nothing to centralize, and what can be done about what is unknown."""
+    """Say that there is nothing to centralize, and what to do about unknown parameters."""
     message = f"there is nothing to centralize in this {kind}:\n{plan}"
     if any(row.reason.startswith("unknown") for row in plan):
         message += (
@@ -147,143 +118,191 @@ def nothing_to_centralize(kind: str, plan: Plan) -> str:
     return message
 
 
-def _view_shape(parameter: Tensor, fan_in: FanIn | None) -> tuple[int, ...] | None:
-    is_view = fan_in is not None and fan_in.groups > 1
-    return fan_in.view_shape(parameter) if fan_in is not None and is_view else None
-
-
-def decide(
-    model: nn.Module, layers: Layers = "all", overrides: Overrides | None = None
-) -> dict[Tensor, Decision]:
-    """Settle what happens to each parameter of a model, in the order of the model."""
+def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
+    """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
         msg = f"model is a torch.nn.Module, not a {type(model).__name__}"
         raise TypeError(msg)
-    check_choice("layers", layers, ("all", "conv"))
+    options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
     for owned in owned_by_all:
-        _check_has_shape(owned)
+        check_has_shape(owned)
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
-    given = answers({} if overrides is None else overrides, named)
+    given = _find_overrides(options.overrides or {}, named)
     decisions: dict[Tensor, list[Decision]] = {}
     for owned in owned_by_all:
-        found, rule = given.get(owned.parameter), "override"
+        found: OfRank | Layout | LeaveAlone | None = given.get(owned.parameter)
+        rule = "override"
         if found is None:
-            found, rule = _ask(owned, layers)
-        decisions.setdefault(owned.parameter, []).append(_decide(owned, found, rule))
-    return {parameter: _agreed(parameter, each) for parameter, each in decisions.items()}
+            found, rule = _ask(owned, options.layers)
+        row = _row(owned, found, rule)
+        decisions.setdefault(owned.parameter, []).append(Decision(row, owned.holder, owned.key))
+    return {parameter: _merge(each) for parameter, each in decisions.items()}
 
 
 def weights_of(
     decisions: Iterable[tuple[Tensor, Decision]], *, reproducible: bool
 ) -> Iterator[Weight]:
-    """List the parameters to centralize; a TypeError if bits cannot be promised that shall be."""
-    for parameter, decision in decisions:
-        if decision.fan_in is not None:
-            weight = Weight(decision.name, parameter, decision.fan_in, reproducible)
+    """List the parameters to centralize; a TypeError if promised bits cannot be kept."""
+    for parameter, (row, _, _) in decisions:
+        if row.layout is not None:
+            weight = Weight(row.name, parameter, row.layout.split(row.shape), reproducible)
             weight.check(parameter)
             yield weight
 
 
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError unless an option has one of the values it can have."""
-    if value not in choices:
-        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
-        raise ValueError(msg)
-
-
-def _check_has_shape(owned: Owned) -> None:
-    if is_lazy(owned.parameter):
-        msg = (
-            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
-            "the model first"
-        )
-        raise RuntimeError(msg)
-    if getattr(owned.parameter, "_is_flat_param", False):
-        raise RuntimeError(_flattened(owned.name, "a flat buffer of several parameters"))
-
-
-def _ask(owned: Owned, layers: Layers) -> tuple[FanIn | LeaveAlone, str]:
+def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
-    # A module that knows how it uses the weights of its children comes before these.
+    # A module that knows how it uses the weights of its children takes precedence over these.
     known = next(filter(None, (answer(*user) for user in owned.users)), None)
     if known is not None and isinstance(known[0], LeaveAlone):
         return known
     if owned.objection:
         return LeaveAlone(owned.objection), ""
     if known is None:
-        return _unknown(owned), ""
+        vector = no_fan_in(tuple(owned.parameter.shape))
+        return (LeaveAlone(vector) if vector else unknown(*owned.users[-1])), ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
         return _NOT_CONVOLUTION, ""
     return known
 
 
-def _unknown(owned: Owned) -> LeaveAlone:
-    if owned.parameter.ndim < 2:
-        return LeaveAlone(f"a {'vector' if owned.parameter.ndim else 'scalar'} has no fan-in")
-    return unknown(*owned.users[-1])
-
-
-def _decide(owned: Owned, found: FanIn | LeaveAlone, rule: str) -> Decision:
-    parameter = owned.parameter
-
-    def decision(fan_in: FanIn | None, reason: str) -> Decision:
-        return Decision(owned.name, fan_in, reason, owned.holder, owned.key, parameter.shape)
-
-    if not is_trainable(parameter):
-        return decision(None, f"dtype {parameter.dtype}".replace("torch.", ""))
+def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRow:
+    parameter, shape = owned.parameter, tuple(owned.parameter.shape)
+    if not _is_trainable(parameter):
+        reason = f"dtype {parameter.dtype}".replace("torch.", "")
+        return PlanRow(owned.name, shape, None, reason)
     if isinstance(found, LeaveAlone):
-        return decision(None, found.reason)
-    if not found.fits(parameter):
-        raise RuntimeError(_misfit(owned, found, rule))
-    size = found.size(parameter)
+        return PlanRow(owned.name, shape, None, found.reason)
+    layout, rank = found if isinstance(found, OfRank) else (found, len(shape))
+    fan_in = _split(layout, shape) if rank == len(shape) else None
+    if fan_in is None:
+        raise RuntimeError(_misfit(owned, layout, rank, rule))
+    size = prod([fan_in[0][axis] for axis in fan_in[1]])
     if size < 2:
-        return decision(None, f"fan-in {size}: subtracting its mean would freeze it")
-    view = _view_shape(parameter, found)
-    if view is not None:
-        shape = "x".join(map(str, view))
-        return decision(found, f"{rule}, {found.groups} groups: seen as {shape}")
-    return decision(found, rule)
+        reason = f"fan-in {size}: subtracting its mean would freeze it"
+        return PlanRow(owned.name, shape, None, reason)
+    sizes = "".join(f", {letter}={size}" for letter, size in layout.sizes.items())
+    return PlanRow(owned.name, shape, layout, rule + sizes)
 
 
-def _misfit(owned: Owned, found: FanIn, rule: str) -> str:
-    rank = owned.parameter.ndim
-    expected = found if found.ndim in (None, rank) else f"rank {found.ndim}"
-    what = f"of rank {rank}, where a {rule} has {expected}"
-    if rank < 2:
-        return _flattened(owned.name, what)
+def _split(
+    layout: Layout, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Split a shape as a layout says; None if it does not fit, or finds no fan-in."""
+    try:
+        view, axes = layout.split(shape)
+    except ValueError:
+        return None
+    return (view, axes) if axes else None
+
+
+def _is_trainable(weight: Tensor) -> bool:
+    """Return False for integers and floats of 8 bits."""
+    is_number = weight.is_floating_point() or weight.is_complex()
+    return is_number and weight.dtype.itemsize > 1
+
+
+def _misfit(owned: Owned, layout: Layout, rank: int, rule: str) -> str:
+    shape = tuple(owned.parameter.shape)
+    expected = f"rank {rank}" if rank != len(shape) else f"{layout!r}"
+    what = f"of rank {len(shape)}, where a {rule} has {expected}"
+    if len(shape) < 2:
+        return flattened(owned.name, what)
     return (
         f"{owned.name} is {what}. If {type(owned.layer).__name__} has weights of another shape, "
         "gcx.torch.register_layer tells how they are to be read, and overrides for this one"
     )
 
 
-def _flattened(name: str, what: str) -> str:
-    return (
-        f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
-        "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "
-        "keeps them, or call gcx.torch.centralize_in_backward(model) before the model is wrapped"
-    )
-
-
-def _agreed(parameter: Tensor, decisions: list[Decision]) -> Decision:
-    """One decision for a parameter, which may have several owners."""
+def _merge(decisions: list[Decision]) -> Decision:
+    """Make one decision for a parameter that may have several owners."""
     first, *others = decisions
-    means = {_what_is_averaged(parameter, decision.fan_in) for decision in decisions}
-    if len(means) == 1:
+    rows = [decision.row for decision in decisions]
+    if len({row.layout and row.layout.split(row.shape) for row in rows}) == 1:
         return first
-    views = {first.reason: first.reason}
-    for other in others:
-        views.setdefault(other.reason, f"{other.name}: {other.reason}")
-    reason = f"tied, and the rules differ: {'; '.join(views.values())}"
-    return first._replace(fan_in=None, reason=reason)
+    reasons = {first.row.reason: first.row.reason}
+    for row in (other.row for other in others):
+        reasons.setdefault(row.reason, f"{row.name}: {row.reason}")
+    reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
+    return first._replace(row=first.row._replace(layout=None, reason=reason))
 
 
-def _what_is_averaged(
-    parameter: Tensor, fan_in: FanIn | None
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shape and axes, which two rules can describe in two ways."""
-    if fan_in is None:
-        return None
-    shape = fan_in.view_shape(parameter)
-    return shape, fan_in.layout.fan_in_axes(len(shape))
+def _find_overrides(
+    overrides: Overrides, named: Sequence[tuple[str, Tensor]]
+) -> dict[Tensor, Layout | LeaveAlone]:
+    """Give each parameter the answer of the first key that covers it.
+
+    Raises a TypeError for a key or a value of the wrong type, and a ValueError for a key that
+    covers nothing, or a value that does not fit the weight.
+    """
+    found: dict[Tensor, Layout | LeaveAlone] = {}
+    for key, value in overrides.items():
+        covered = [(name, p) for name, p in named if _covers(key, name, p)]
+        leaves_alone = value is None or isinstance(value, LeaveAlone)
+        if isinstance(key, nn.Module) and not leaves_alone:
+            covered = [(name, p) for name, p in covered if p.ndim > 1]  # vectors are biases
+        if not covered:
+            raise ValueError(_covers_nothing(key, leaves_alone, [name for name, _ in named]))
+        for name, parameter in covered:
+            found.setdefault(parameter, _read_override(value, name, parameter))
+    return found
+
+
+def _covers(key: Key, name: str, parameter: Tensor) -> bool:
+    if isinstance(key, str):
+        return bool(match([key], [name]))
+    if isinstance(key, nn.Module):
+        return any(parameter is own for own in key.parameters())
+    if isinstance(key, Tensor):
+        return parameter is key
+    msg = (
+        f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
+        f"{key!r}; gcx.torch.register_layer is for a type of layer"
+    )
+    raise TypeError(msg)
+
+
+def _covers_nothing(key: Key, leaves_alone: bool, names: list[str]) -> str:
+    if isinstance(key, nn.Module):
+        what = "parameters of the model" + ("" if leaves_alone else " with two axes or more")
+        return f"overrides: a {type(key).__name__} holds no {what}"
+    if isinstance(key, Tensor):
+        return f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
+    return no_match(key, names, what="overrides")
+
+
+def _read_override(value: Value, name: str, weight: Tensor) -> Layout | LeaveAlone:
+    if value is None:
+        return LEFT_ALONE
+    if isinstance(value, LeaveAlone):
+        return value
+    if isinstance(value, (Layout, str)):
+        layout = as_layout(value)
+    else:
+        layout = _layout_of_axes(value, name, weight.ndim)
+    if _split(layout, tuple(weight.shape)) is None:
+        msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit {layout!r}"
+        raise ValueError(msg)
+    if not _is_trainable(weight):
+        msg = f"overrides: {name} is of dtype {weight.dtype}, which has no gradient"
+        raise ValueError(msg)
+    return layout
+
+
+def _layout_of_axes(value: int | Sequence[int], name: str, ndim: int) -> Layout:
+    axes = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
+        msg = (
+            f"overrides: the value for {name} is a layout, the axes of its fan-in, or None to "
+            f"leave it alone, not {value!r}"
+        )
+        raise TypeError(msg)
+    if not axes or not all(-ndim <= axis < ndim for axis in axes):
+        msg = (
+            f"overrides: {name} has rank {ndim}, and {value!r} is not fan-in axes of it; None "
+            "leaves it alone"
+        )
+        raise ValueError(msg)
+    fan_in = {axis % ndim for axis in axes}
+    return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

@@ -1,4 +1,4 @@
-"""What there is to centralize in an optimizer, looked at anew in each step."""
+"""The weights of an optimizer that count now: parameters, groups and switches may change."""
 
 from __future__ import annotations
 
@@ -10,36 +10,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gcx.plan import Plan, PlanRow
-from gcx.torch._decay import Group
-from gcx.torch._plan import Decision, Weight, plan_of, weights_of
+from gcx.torch._optimizer import Group
+from gcx.torch._plan import Decision, plan_of, weights_of
+from gcx.torch._weights import Weight
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
-# The way out for what flattens weights, or updates them outside of a step.
+# Advice for wrappers that flatten weights, or update them without a step.
 IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
 
 
 class Targets:
-    """The weights of an optimizer that are to be centralized.
+    """The weights of an optimizer that are centralized.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
         Its groups and their parameters may change later.
     decide : callable
-        What happens to each parameter of the model as it is now.
-    reproducible : bool, optional
-        Whether means are to have equal bits everywhere.
+        Returns the decision on each parameter of the model as it is now.
+    reproducible : bool
+        Whether means have equal bits on every device.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        decide: Callable[[], dict[Tensor, Decision]],
-        *,
-        reproducible: bool = False,
+        self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]], reproducible: bool
     ) -> None:
         self.optimizer = optimizer
         self._decide = decide
@@ -47,28 +44,35 @@ class Targets:
         self._reproducible = reproducible
         self._settled: dict[int, _Settled] = {}  # by the position of the group
 
-    def by_group(self) -> Iterator[tuple[Group, list[Weight]]]:
-        """List the groups in which there is something to centralize, with that.
+    def by_group(self) -> list[tuple[Group, list[Weight]]]:
+        """List the groups with something to centralize, each with its weights.
 
-        A list stays the same, and so do the weights in it, until a parameter of the group changes.
-        Raises a RuntimeError if one of them is not, or no longer, in the model.
+        Weights stay the same objects until a parameter of their group changes. Raises a
+        RuntimeError if a parameter is not, or no longer, in the model.
         """
+        found = []
         for position, group in enumerate(self.optimizer.param_groups):
-            weights = self._weights_of(position, group["params"]) if is_on(group) else []
-            if weights:
-                yield group, weights
+            if not is_on(group):
+                continue
+            parameters = group["params"]
+            settled = self._settled.get(position)
+            if settled is None or not settled.holds_for(parameters):
+                settled = self._settle(position, parameters)
+            if settled.weights:
+                found.append((group, settled.weights))
+        return found
 
     def weights(self) -> Iterator[Weight]:
-        """List what there is to centralize."""
+        """List everything to centralize."""
         for _, weights in self.by_group():
             yield from weights
 
-    def switches(self) -> list[bool]:
-        """Tell of each group whether it is switched on."""
-        return [is_on(group) for group in self.optimizer.param_groups]
+    def switches(self) -> list[object]:
+        """List for each group whether it is switched on."""
+        return [group.get(SWITCH, True) for group in self.optimizer.param_groups]
 
     def plan(self) -> Plan:
-        """Show what happens to each parameter of the optimizer, by the model as it is now."""
+        """Show the decision on each parameter of the optimizer, by the model as it is now."""
         self._take(self._decide())
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
         known = {p: decision for p, decision in self._decisions.items() if p in held}
@@ -76,13 +80,11 @@ class Targets:
         strangers = [parameter for parameter in held if parameter not in known]
         return Plan([*rows, *map(_row_of_stranger, strangers)])
 
-    def _weights_of(self, position: int, parameters: Sequence[Tensor]) -> list[Weight]:
-        settled = self._settled.get(position)
-        if settled is None or not settled.holds_for(parameters):
-            decisions = [self._decision(parameter) for parameter in parameters]
-            settled = _Settled(parameters, decisions, reproducible=self._reproducible)
-            self._settled[position] = settled
-        return settled.weights
+    def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
+        decisions = [self._decision(parameter) for parameter in parameters]
+        settled = _Settled(parameters, decisions, self._reproducible)
+        self._settled[position] = settled
+        return settled
 
     def _decision(self, parameter: Tensor) -> Decision:
         known = self._decisions.get(parameter)
@@ -90,7 +92,7 @@ class Targets:
             return known
         found = self._decide()  # it may have been added, or moved
         if parameter not in found:
-            raise RuntimeError(_replaced(known.name) if known else _foreign(parameter))
+            raise RuntimeError(_replaced(known.row.name) if known else _foreign(parameter))
         self._take(found)
         return found[parameter]
 
@@ -99,31 +101,31 @@ class Targets:
         self._settled.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies of a model that holds the handle: what is settled is about this one.
+        # A copy of a model that holds the handle has other parameters.
         return {**vars(self), "_settled": {}}
 
 
 class _Settled:
-    """The weights among some parameters, as long as the model holds these where it did."""
+    """The weights of a parameter group, and what must be unchanged for them to count still."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], decisions: Sequence[Decision], *, reproducible: bool
+        self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool
     ) -> None:
         pairs = zip(parameters, decisions, strict=True)
         self.weights = list(weights_of(pairs, reproducible=reproducible))
         self._parameters = list(parameters)
-        self._places = [(vars(decision.holder), decision.key) for decision in decisions]
+        self._holders = [(vars(decision.holder), decision.key) for decision in decisions]
         self._tensors = [weight.parameter for weight in self.weights]
         self._shapes = list(map(_shape_of, self._tensors))
 
     def holds_for(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the same, in the same places of the model, and of the same shapes.
+        """Return True if the model holds the same parameters as before, in the same shapes.
 
-        Asked in each step, so it is made of what is fast for many parameters; what is not found
-        where it is looked for, such as in a scripted module, is left to `Decision.is_about`.
+        Every step asks this, so it makes no call for each parameter. `Decision.is_about` answers
+        for modules without a dict of parameters, such as scripted ones.
         """
         try:
-            held = [module["_parameters"][key] for module, key in self._places]
+            held = [module["_parameters"][key] for module, key in self._holders]
         except KeyError:
             return False
         return (
@@ -138,7 +140,7 @@ _shape_of = attrgetter("shape")
 
 
 def is_on(group: Group) -> bool:
-    """Whether a parameter group is to be centralized; a TypeError if it says something else."""
+    """Return the switch of a parameter group; a TypeError if it is not a bool."""
     switch = group.get(SWITCH, True)
     if not isinstance(switch, bool):
         msg = f"{SWITCH!r} in a parameter group is True or False, not {switch!r}"
@@ -147,9 +149,9 @@ def is_on(group: Group) -> bool:
 
 
 def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Keep the switches of parameter groups that a checkpoint knows nothing of.
+    """Keep the switches of parameter groups that a checkpoint does not mention.
 
-    A hook of `Optimizer.register_load_state_dict_pre_hook`.
+    A hook for `Optimizer.register_load_state_dict_pre_hook`.
     """
     here = [{k: v for k, v in g.items() if k == SWITCH} for g in optimizer.param_groups]
     saved = state_dict["param_groups"]
@@ -160,9 +162,9 @@ def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
 
 
 def _switched_off(decision: Decision) -> Decision:
-    if decision.fan_in is None:
+    if decision.row.layout is None:
         return decision
-    return decision._replace(fan_in=None, reason=_SWITCHED_OFF)
+    return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
 
 
 def _row_of_stranger(parameter: Tensor) -> PlanRow:

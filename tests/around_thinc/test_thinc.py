@@ -19,6 +19,7 @@ from thinc import api
 from thinc.layers.resizable import resize_linear_weighted, resize_model
 
 import gcx.thinc
+from gcx import Layout
 from gcx.plan import LeaveAlone
 from gcx.testing import assert_centralized
 
@@ -341,7 +342,7 @@ DENSE = (
 )
 
 
-FLAT = "flat: all weights in one vector, in which no fan-in is to be seen"
+FLAT = "flat: one vector holds all weights, so the fan-in is not visible"
 
 
 def decisions(model: Any) -> dict[str, str]:
@@ -472,9 +473,32 @@ def test_rules_may_have_globs() -> None:
     assert decisions(layer) == found
 
 
+def test_rules_may_be_mappings() -> None:
+    assert decisions(registered({"W": "oi", "V": None}))["mine.W"] == "oi"
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_a_layout_may_split_an_axis(where: Any, reproducible: bool) -> None:
+    layer = registered({"W": Layout("(bi)o", b=2), "V": None})
+    layer.set_param("W", np.arange(24, dtype="float32").reshape(6, 4))
+    optimizer = api.SGD(0.1, L2=0.1, L2_is_weight_decay=where == "update")
+    gcx.thinc.centralize(optimizer, layer, where=where, reproducible=reproducible)
+    start = layer.get_param("W").reshape(2, 3, 4).mean(1)
+    for name in ("W", "V"):
+        layer.inc_grad(
+            name, np.random.default_rng(0).random(layer.get_param(name).shape, "float32")
+        )
+    layer.finish_update(optimizer)
+    np.testing.assert_allclose(layer.get_param("W").reshape(2, 3, 4).mean(1), start, atol=1e-5)
+    assert not np.array_equal(layer.get_param("W"), np.arange(24).reshape(6, 4))
+
+
 def test_rules_that_are_none_are_an_error() -> None:
-    with pytest.raises(TypeError, match=r"^the rule of .*forward is a function of a layer, not {"):
-        registered({"W": "oi"})
+    with pytest.raises(
+        TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
+    ):
+        registered("oi")
     with pytest.raises(TypeError, match="the rule of mine returned None; a rule returns a mapping"):
         gcx.thinc.plan(registered(lambda layer: None))
 
@@ -529,7 +553,7 @@ def test_models_of_other_frameworks_are_left_alone() -> None:
     model.initialize()
     optimizer = api.SGD(0.5, grad_clip=0.0)
     gcx.thinc.centralize(optimizer, model)
-    assert decisions(model)["1.wrapped.Foreign"].startswith("of another framework")
+    assert decisions(model)["1.wrapped.Foreign"].startswith("a model of another")
     model.finish_update(optimizer)
     np.testing.assert_array_equal(shim.weight, np.full((2, 3), 0.5))
 
@@ -549,7 +573,7 @@ def test_models_of_other_frameworks_are_looked_for_once(monkeypatch: pytest.Monk
         asked.append(layer.name)
         return {"*": "oi"}
 
-    monkeypatch.setattr(gcx.thinc, "_answers", rule)
+    monkeypatch.setattr(gcx.thinc._plan, "_answers", rule)
     model.finish_update(optimizer)
     assert asked == []
 
@@ -579,11 +603,11 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
     centralize = gcx.thinc.centralize
     with pytest.raises(TypeError, match=r"is a thinc.api.Optimizer, not a str"):
         centralize("SGD.v1", model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="one or more models of thinc; given: none"):
+    with pytest.raises(TypeError, match="one or more thinc models; given: none"):
         centralize(optimizer)
     with pytest.raises(TypeError, match="given: list"):
         centralize(optimizer, [model])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="where is 'gradient' or 'update', not 'weights'"):
+    with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weights'"):
         centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"linear.W has no value yet: call model.initialize"):
         centralize(optimizer, api.Linear(nO=2, nI=3))
@@ -599,7 +623,8 @@ def test_parameters_of_other_models_are_an_error() -> None:
     optimizer = api.SGD(0.1)
     handle = gcx.thinc.centralize(optimizer, network())
     assert repr(handle) == (
-        "<GradientCentralization, where='gradient', <gcx plan: 2 of 6 parameters centralized>>"
+        "<GradientCentralization of Optimizer, where='gradient', "
+        "<gcx plan: 2 of 6 parameters centralized>>"
     )
     with pytest.raises(RuntimeError, match="of a layer that is not in the models given"):
         train(network(), optimizer)

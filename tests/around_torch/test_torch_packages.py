@@ -40,7 +40,7 @@ import gcx.torch
 from torch_fan_in import (
     assert_fan_in_is_support,
     centralized_outside_of_torch,
-    declared_fan_in,
+    declared_layout,
     features,
     unknown_in,
 )
@@ -210,7 +210,7 @@ def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
     with torch.no_grad():
         before = layer(x, positions)
         for name in ("input_gate_weight", "recurrent_gate_weight"):
-            axes = declared_fan_in(layer, name).layout.fan_in_axes(3)
+            axes = declared_layout(layer, name).fan_in_axes(3)
             weight = layer.get_parameter(name)
             weight += torch.randn([1 if k in axes else n for k, n in enumerate(weight.shape)])
             layer.recurrent_states = None
@@ -219,7 +219,7 @@ def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
 
 def test_swiftformer_multiplies_from_the_right() -> None:
     layer = SwiftFormerEfficientAdditiveAttention(SimpleNamespace(), 4)
-    assert str(declared_fan_in(layer, "w_g").layout) == "io"
+    assert str(declared_layout(layer, "w_g")) == "io"
 
 
 def test_experts_that_do_not_say_their_order_are_unknown() -> None:

@@ -20,7 +20,7 @@ from timm_models import new_model
 from torch_fan_in import (
     assert_fan_in_is_support,
     centralized_outside_of_torch,
-    declared_fan_in,
+    declared_layout,
     unknown_in,
 )
 
@@ -99,4 +99,4 @@ def test_decoder_of_timm() -> None:
     decoder = import_module("timm.layers.ml_decoder").MLDecoder(
         num_classes=6, num_of_groups=3, decoder_embedding=8, initial_num_features=4
     )
-    assert declared_fan_in(decoder, "duplicate_pooling").layout == Layout("oio")
+    assert declared_layout(decoder, "duplicate_pooling") == Layout("oio")

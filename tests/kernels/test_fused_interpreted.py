@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gcx.torch
-from gcx.torch._fused import SGD, AdamW, _hooks
+from gcx.torch import _fused_step
+from gcx.torch._fused import SGD, AdamW
 
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
 
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def optimizers_on_cpu(on_cpu: pytest.MonkeyPatch) -> None:
-    on_cpu.setattr(_hooks, "is_for_kernels", lambda _: True)
+    on_cpu.setattr(_fused_step, "is_for_kernels", lambda _: True)
 
 
 class Net(nn.Module):

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import gcx.torch
-from gcx.backends import _tiles, _torch_cuda, _torch_triton, _triton_kernels
+from gcx.backends import _tiles, _torch, _torch_cuda, _torch_triton, _triton_kernels
 from gcx.testing import assert_centralized
-from gcx.torch import _together
 
 # The interpreter cuts numbers off where the device rounds them to bfloat16, and takes the rate of
 # decay in float32, which holds this one as it is.
@@ -47,7 +46,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
         is_known = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES
         return is_known and _tiles.find_walk(tensor, axes, any_order=False) is not None
 
-    monkeypatch.setattr(_together, "is_for_kernels", lambda _: True)
+    monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
     monkeypatch.setattr(_torch_cuda, "takes", takes)
     monkeypatch.setattr(_torch_triton, "_on", lambda _: nullcontext())
     monkeypatch.setattr(_torch_triton, "_stream", lambda: 0)
@@ -106,7 +105,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, **options: Any
 
 def train_ordinarily(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(_together, "is_for_kernels", lambda _: False)
+        patch.setattr(_torch, "is_for_kernels", lambda _: False)
         train(*args, **options)
 
 
@@ -239,7 +238,7 @@ def test_not_all_gradients_are_there_in_each_step(
     model, twin = Net(), Net()
     some(model)
     assert launched.count == 5
-    monkeypatch.setattr(_together, "is_for_kernels", lambda _: False)
+    monkeypatch.setattr(_torch, "is_for_kernels", lambda _: False)
     some(twin)
     assert_close(model, twin)
 
@@ -270,7 +269,7 @@ def test_reproducible_bits(launched: Launched, monkeypatch: pytest.MonkeyPatch) 
     assert launched.count == 4
     twin = Net(odd=True)
     give_gradients(twin, 0)
-    monkeypatch.setattr(_together, "is_for_kernels", lambda _: False)
+    monkeypatch.setattr(_torch, "is_for_kernels", lambda _: False)
     reproducibly(twin)
     for *found, expected in zip(*(model.parameters() for model in (*models, twin)), strict=True):
         assert all(torch.equal(parameter.grad, expected.grad) for parameter in found)

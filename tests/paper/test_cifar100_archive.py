@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cifar100.archive import NAME, OFFICIAL, PACKED, read
 from benchmarks.paper.cifar100.pickles import load_data
-from gcx._cli.requirements import CannotRunError
 
 from small_cifar100 import CLASSES, SmallArchive, md5_of, write_archive
 

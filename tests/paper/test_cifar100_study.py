@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cells import BASE, Cell
 from benchmarks.paper.cifar100 import checkpoint, driver
 from benchmarks.paper.cifar100.archive import OFFICIAL, read
@@ -24,7 +25,6 @@ from benchmarks.paper.cifar100.log import Epoch
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data, Training
-from gcx._cli.requirements import CannotRunError
 
 from killed_cifar100 import die_before_log, die_in_save, die_in_step, run_until_killed
 from outcomes import arms

@@ -16,7 +16,7 @@ from benchmarks.paper.cifar100.augmentation import DEVIATION, MEAN, batches, nor
 from benchmarks.paper.cifar100.resnet import RESNET_50, ResNet
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data, Training
-from gcx._bench.models import MODELS
+from benchmarks.throughput.models import MODELS
 
 from reference import fan_in_means
 from small_cifar100 import CLASSES, TRAIN, write_archive

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import __main__ as command
-from benchmarks.paper import on_digits
+from benchmarks.paper import command, on_digits
 from benchmarks.paper.cifar100 import driver
 
 from outcomes import TABLE_1, arms

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.paper import on_digits, store, study
-from benchmarks.paper.__main__ import PARTS
 from benchmarks.paper.cells import Outcome
+from benchmarks.paper.command import PARTS
 from benchmarks.paper.training import Grid
 
 TABLES = ["table1", "table2", "regimes", "places", "rates", "libraries", "energy"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper import store
-from gcx._cli.requirements import CannotRunError
 
 from outcomes import TABLE_1, arms
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cifar100.pickles import load_data
-from gcx._cli.requirements import CannotRunError
 
 __all__ = ["NAME", "OFFICIAL", "PACKED", "SIDE", "Archive", "Checksums", "Split", "read"]
 

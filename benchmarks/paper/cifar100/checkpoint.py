@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cifar100.log import Epoch
 from benchmarks.paper.cifar100.settings import Setting
 from benchmarks.paper.files import write_whole
-from gcx._cli.requirements import CannotRunError
 
 __all__ = ["Checkpoint", "load", "save"]
 

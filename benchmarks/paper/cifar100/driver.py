@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.cifar100.archive import OFFICIAL, Checksums, read
 from benchmarks.paper.cifar100.estimate import random_archive, seconds_of_an_epoch, spoken
@@ -18,8 +19,7 @@ from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
 from benchmarks.paper.cifar100.training import Data
 from benchmarks.paper.report import as_table1, as_table2, write_comparisons
-from gcx._bench.timing import machine
-from gcx._cli.requirements import CannotRunError
+from benchmarks.throughput.timing import machine
 
 __all__ = ["run", "sections"]
 

@@ -1,0 +1,1 @@
+"""Every backend against an exact reference, and against the others."""

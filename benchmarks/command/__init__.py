@@ -1,0 +1,1 @@
+"""The tools that the commands of `benchmarks` share."""

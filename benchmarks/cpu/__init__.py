@@ -1,0 +1,1 @@
+"""Speed, cost and accuracy on one core of a CPU."""

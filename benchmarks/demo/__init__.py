@@ -1,0 +1,1 @@
+"""The same training in every framework, with and without centralization."""

@@ -1,0 +1,1 @@
+"""All that gcx promises on GPUs, measured."""

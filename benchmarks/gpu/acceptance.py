@@ -1,0 +1,146 @@
+"""The table of all that is checked on a GPU, and how it is gone through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.command.libraries import LeftOut
+from benchmarks.command.progress import track
+from benchmarks.command.requirements import CannotRunError
+from benchmarks.gpu.device import Gpu
+from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, failed, judged
+from benchmarks.gpu.times import of_copies
+from benchmarks.throughput.setting import setting, share_gpus
+from gcx.__main__ import attempt
+
+__all__ = ["PARTS", "Part", "measure", "run"]
+
+
+class Part(NamedTuple):
+    """A part of the table: a function of a file of this package, which gives its rows."""
+
+    name: str
+    file: str
+    function: str
+    needs: tuple[str, ...] = ()  # packages without which it is left out
+
+    @property
+    def place(self) -> str:
+        """Where it is written."""
+        return f"{self.file}.{self.function}"
+
+    def __call__(self, gpu: Gpu) -> Iterable[Measured]:
+        """Measure; what a file needs is imported now, and fails in this part alone."""
+        lacking = [package for package in self.needs if find_spec(package) is None]
+        if lacking:
+            msg = f"not installed: {', '.join(lacking)}"
+            raise NotRunError(msg)
+        function: Callable[[Gpu], Iterable[Measured]]
+        function = getattr(import_module(f"benchmarks.gpu.{self.file}"), self.function)
+        return function(gpu)
+
+
+PARTS = (
+    Part("kernels", "launches", "used"),
+    Part("bits", "bits", "of_torch"),
+    Part("bits", "bits", "of_cupy", needs=("cupy",)),
+    Part("bits, repeated", "bits", "of_repeats"),
+    Part("launches", "launches", "counted"),
+    Part("time on the GPU", "times", "of_models"),
+    Part("time of all", "times", "against_loops"),
+    Part("time of the host", "launches", "host"),
+    Part("graphs", "graphs", "replays"),
+    Part("addresses", "graphs", "changing_addresses"),
+    Part("busy GPU", "concurrency", "two_streams"),
+    Part("busy GPU", "concurrency", "two_processes"),
+    Part("fused step", "optimizers", "times"),
+    Part("fused step", "optimizers", "distances"),
+    Part("CuPy", "on_cupy", "times", needs=("cupy",)),
+    Part("JAX", "on_jax", "times", needs=("jax", "optax")),
+    Part("sanitizer", "sanitizer", "memcheck"),
+    Part("sanitizer", "sanitizer", "racecheck"),
+)
+
+
+# After so long no part goes on, so that there is a report within eight minutes.
+_SECONDS = 450
+
+
+def run(*, command: str, is_brief: bool) -> GpuReport:
+    """Check all of it on the first CUDA device.
+
+    Parameters
+    ----------
+    command : str
+        How it was asked for, for the report.
+    is_brief : bool
+        Whether to measure less.
+
+    Raises
+    ------
+    CannotRunError
+        If there is no CUDA device that torch can use.
+    """
+    if not torch.cuda.is_available():
+        msg = f"there is no CUDA device that torch {torch.__version__} can use"
+        raise CannotRunError(msg)
+    if torch.version.hip:
+        msg = "this is ROCm, where gcx leaves the work to torch's own operations"
+        raise CannotRunError(msg)
+    share_gpus()
+    start = perf_counter()
+    gpu = Gpu(is_brief=is_brief, until=start + _SECONDS)
+    speed = of_copies(gpu)
+    rows, left_out = measure(gpu, PARTS)
+    return GpuReport(
+        ok=all(row.ok for row in rows),
+        setting=setting(command, {gpu.device: torch.cuda.get_device_name(gpu.device)}),
+        copy_gigabytes_per_second=1e-9 * speed,
+        seconds=perf_counter() - start,
+        rows=rows,
+        left_out=left_out,
+    )
+
+
+def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[LeftOut, ...]]:
+    """Go through the parts, for as long as there is time.
+
+    A part that raises is a miss, as is one that does not get done; what it gave before counts.
+    """
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    for part in track(parts, "checking"):
+        found: list[Measured] = []
+        why_not, error = attempt(partial(_collect, part, gpu, found))
+        rows += [judged(part.name, measured) for measured in found]
+        if error:
+            rows.append(failed(part.name, part.place, error))
+        if why_not:
+            left_out.append(LeftOut(True, f"{part.name}, {part.place}", why_not))
+        attempt(gpu.release)  # raises what a part has broken, which that part has told
+    return tuple(rows), tuple(left_out)
+
+
+def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
+    """Put what a part gives into `found`; say why it gives nothing, if it need not."""
+    try:
+        _see_that_there_is_time(gpu)
+        for measured in part(gpu):
+            found.append(measured)
+            _see_that_there_is_time(gpu)
+    except NotRunError as reason:
+        return str(reason)
+    return ""
+
+
+def _see_that_there_is_time(gpu: Gpu) -> None:
+    if gpu.seconds_left() < 0:
+        msg = "the time was up"
+        raise TimeoutError(msg)

@@ -1,0 +1,143 @@
+"""The GPU under test: how to time it, and how to record a graph on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.throughput import cuda
+from benchmarks.throughput.models import Weight
+from benchmarks.throughput.on_torch import gradients
+from benchmarks.throughput.timing import Call, Clock, host_clock, interleaved, waiting_clock
+from benchmarks.throughput.workload import CACHES, COPY
+
+__all__ = ["COPY", "Gpu", "Recording", "in_turn"]
+
+
+class Gpu:
+    """One CUDA device, as torch sees it.
+
+    Parameters
+    ----------
+    device : str
+        Its name in torch.
+    is_brief : bool
+        Whether to measure less of everything.
+    until : float
+        When all is to be done, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self, device: str = "cuda:0", *, is_brief: bool = False, until: float = inf
+    ) -> None:
+        self.device = device
+        self.is_brief = is_brief
+        self.until = until
+        self._clock = self.make_clock()
+        size = 2 * CACHES * self.cache_bytes()
+        self._source = torch.ones(size, dtype=torch.int8, device=device)
+        self._target = torch.empty_like(self._source)
+
+    def seconds_left(self) -> float:
+        """Seconds until all is to be done; negative after that."""
+        return self.until - perf_counter()
+
+    def rotation(
+        self, weights: Sequence[Weight], dtype: str, call: Callable[[list[Tensor]], object]
+    ) -> list[Call]:
+        """Give a call for each of some lists of gradients, too many to stay in the cache."""
+        first = gradients(weights, dtype, self.device)
+        count = ceil(CACHES * self.cache_bytes() / sum(grad.nbytes for grad in first))
+        lists = [first, *(gradients(weights, dtype, self.device) for _ in range(count - 1))]
+        return [_bound(call, grads) for grads in lists]
+
+    def times(self, candidates: Mapping[str, Sequence[Call]]) -> dict[str, float]:
+        """Seconds of each candidate on the GPU alone: replays of graphs, which take turns.
+
+        A graph holds all calls of a candidate, one after the other; the time is that of one of
+        them. A copy takes turns, too: `COPY` is its time for each byte that it reads or writes.
+        """
+        copies = [lambda: self._target.copy_(self._source)]
+        everything = {**candidates, COPY: copies}
+        graphs = {name: self.recorded(in_turn(calls)) for name, calls in everything.items()}
+        rounds = 20 if self.is_brief else 50
+        found = interleaved(graphs, seconds=0, rounds=rounds, clock=self._clock)
+        per_call = {name: found[name] / len(calls) for name, calls in everything.items()}
+        return {**per_call, COPY: per_call[COPY] / (2 * self._source.nbytes)}
+
+    def end_to_end(self, candidates: Mapping[str, Call], steps: int = 20) -> dict[str, float]:
+        """Seconds a call as people see it, who wait for the GPU after so many calls."""
+        loops = {name: in_turn([call] * steps) for name, call in candidates.items()}
+        clock = waiting_clock(lambda _: self.wait())
+        found = interleaved(loops, seconds=0, rounds=7, clock=clock)
+        return {name: seconds / steps for name, seconds in found.items()}
+
+    def until_back(self, call: Call) -> float:
+        """Seconds of the host alone."""
+        call()
+        self.wait()
+        return host_clock(lambda _: self.wait())(call, 50)
+
+    # All that asks for a GPU:
+
+    def recorded(self, call: Call) -> Call:
+        """Record what a call launches, and give what launches it again."""
+        call()  # compiled, allocated
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return Recording(graph, call)
+
+    def profile(self, call: Call) -> cuda.Profile:
+        """See `benchmarks.throughput.cuda.profiled`."""
+        return cuda.profiled(call)
+
+    def wait(self) -> None:
+        """Wait until nothing is left to do."""
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Give memory back that is not in use."""
+        torch.cuda.empty_cache()
+
+    def cache_bytes(self) -> int:
+        """Size of the last cache."""
+        size: int = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return size
+
+    def make_clock(self) -> Clock:
+        """Make the clock of the GPU."""
+        return cuda.clock(self.device)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Replays a graph, and keeps what was recorded: the graph reads tables that belong to it."""
+
+    graph: Any
+    call: Call
+
+    def __call__(self) -> None:
+        """Launch once more what was recorded."""
+        self.graph.replay()
+
+
+def _bound(call: Callable[[list[Tensor]], object], grads: list[Tensor]) -> Call:
+    return lambda: call(grads)
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """Make one call of several."""
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them

@@ -1,0 +1,111 @@
+"""What was measured, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
+
+from benchmarks.command.libraries import LeftOut, left_out_lines
+from benchmarks.throughput.setting import Setting, setting_lines
+from gcx._table import aligned
+
+__all__ = ["GpuReport", "Measured", "NotRunError", "Row", "failed", "judged", "render"]
+
+
+class Measured(NamedTuple):
+    """A number, and what gcx promises of it: to be at most `limit`, or at least; or nothing."""
+
+    what: str
+    value: float
+    limit: float | None
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the promise is kept; not if there is no number."""
+        if self.limit is None:
+            return isfinite(self.value)
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+class NotRunError(Exception):
+    """Something cannot be measured here, and need not be; the message says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise, and what came of it."""
+
+    ok: bool
+    part: str
+    what: str
+    measured: float | None  # None if there is no number, and `why` says what happened
+    limit: float | None  # None if nothing is promised, or there is no number
+    unit: str
+    at_least: bool
+    why: str
+
+
+def judged(part: str, found: Measured) -> Row:
+    """Give the verdict on a number."""
+    is_number = isfinite(found.value)
+    return Row(
+        ok=is_number and found.ok,
+        part=part,
+        what=found.what,
+        measured=found.value if is_number else None,
+        limit=found.limit,
+        unit=found.unit,
+        at_least=found.at_least,
+        why="" if is_number else f"came out as {found.value}",
+    )
+
+
+def failed(part: str, what: str, why: str) -> Row:
+    """Give the verdict on what could not be measured, and should have been."""
+    return Row(False, part, what, None, None, "", False, why)
+
+
+@dataclass(frozen=True)
+class GpuReport:
+    """All promises; `ok` if all that could be measured are kept."""
+
+    ok: bool
+    setting: Setting
+    copy_gigabytes_per_second: float
+    seconds: float
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def render(report: GpuReport) -> str:
+    """Write the report as text."""
+    header = ("part", "what", "measured", "limit", "verdict")
+    missed = sum(not row.ok for row in report.rows)
+    verdict = "all limits are kept" if report.ok else f"{missed} MISSED"
+    return "\n".join(
+        [
+            *setting_lines(report.setting),
+            f"A copy: {report.copy_gigabytes_per_second:.0f} GB/s, read and written.",
+            "",
+            *aligned([header, *map(_cells, report.rows)], to_the_right=(2, 3)),
+            "",
+            *left_out_lines(report.left_out),
+            f"{len(report.rows)} rows in {report.seconds:.0f} seconds: {verdict}",
+        ]
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    sense = ">=" if row.at_least else "<="
+    limit = "-" if row.limit is None else f"{sense} {_number(row.limit, row.unit)}"
+    measured = "-" if row.measured is None else _number(row.measured, row.unit)
+    kept = "-" if row.limit is None else "ok"
+    verdict = kept if row.ok else f"MISSED {row.why}".rstrip()
+    return row.part, row.what, measured, limit, verdict
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.4g} {unit}".rstrip()

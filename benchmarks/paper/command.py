@@ -1,0 +1,97 @@
+"""Train with Gradient Centralization and without, as in the paper, and compare.
+
+Without --data: small residual networks on scikit-learn's digits, on all cores of a CPU.
+With --data: ResNet-50 on CIFAR-100, on a GPU.
+What was cut short goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command.requirements import CannotRunError
+from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
+from benchmarks.paper.files import check_folder
+
+PARTS = ("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory")
+
+
+DIGITS_ALONE = ("only", "brief")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--write",
+        metavar="FOLDER",
+        type=Path,
+        help="for the report, and below it for the runs "
+        "(default: paper-results; with --brief: paper-results-brief)",
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", type=at_least(2), help="in each cell: an interval takes two"
+    )
+    digits = parser.add_argument_group("digits, on a CPU")
+    digits.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    digits.add_argument("--brief", action="store_true", help="hardly train, to see that all runs")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    is_cifar = bool(options.data or options.dry_run)
+    _refuse_options(parser, options, DIGITS_ALONE if is_cifar else DEFAULTS, is_cifar=is_cifar)
+    if options.seeds and options.only and set(options.only) <= {"energy", "theory"}:
+        parser.error("of no effect on energy and theory, which are of seed 0: --seeds")
+    folder = options.write or Path("paper-results-brief" if options.brief else "paper-results")
+    try:
+        if not options.dry_run:
+            check_folder("--write", folder)
+        for path in (_cifar100 if is_cifar else _digits)(options, folder):
+            print(path, flush=True)
+    except CannotRunError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _refuse_options(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    names: Iterable[str],
+    *,
+    is_cifar: bool,
+) -> None:
+    """Refuse options that would be of no effect."""
+    where = "CIFAR-100 (--data, --dry-run)" if is_cifar else "digits, without --data or --dry-run"
+    given = [f"--{name}" for name in names if getattr(options, name)]
+    if given:
+        parser.error(f"of no effect on {where}: {', '.join(given)}")
+
+
+def _digits(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
+    from benchmarks.paper.on_digits import sections
+
+    return sections(options.only or PARTS, folder, seeds=options.seeds, hardly=options.brief)
+
+
+def _cifar100(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
+    from benchmarks.paper.cifar100.driver import run, sections
+
+    chosen: dict[str, Any] = {
+        name: getattr(options, name) or default for name, default in DEFAULTS.items()
+    }
+    outcomes = run(
+        options.data,
+        folder / "runs",
+        seeds=options.seeds or 5,
+        dry_run=options.dry_run,
+        after_run=lambda found: [*sections(found, folder)],
+        **chosen,
+    )
+    return sections(outcomes, folder)

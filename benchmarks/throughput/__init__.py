@@ -1,0 +1,1 @@
+"""How fast gcx centralizes the gradients of whole models."""

@@ -1,0 +1,104 @@
+"""What was measured, as data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.command.libraries import LeftOut, left_out_lines
+from benchmarks.throughput.setting import Setting, setting_lines
+from benchmarks.throughput.workload import EXPRESSION
+from gcx._table import aligned
+
+__all__ = ["BenchReport", "Row", "render"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """All weight gradients of a model, centralized by one call of gcx."""
+
+    model: str
+    dtype: str
+    library: str
+    device: str
+    weights: int
+    bytes: int  # of all gradients, read once and written once
+    microseconds: float
+    gigabytes_per_second: float  # of `bytes`
+    copy_gigabytes_per_second: float  # of a copy by the same library, which took turns with gcx
+    share_of_copy: float
+    times_as_long: dict[str, float]  # the time of the expression and of peers, over that of gcx
+    host_microseconds: float | None  # until the call is back; None where that is when all is done
+    launches: int | None  # of kernels; None where nobody counts
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All that was measured, and all that was not; `ok` unless something failed."""
+
+    ok: bool
+    setting: Setting
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...]
+    plot: str | None
+
+
+_HEADER = (
+    "model",
+    "dtype",
+    "library",
+    "device",
+    "gcx",
+    "GB/s",
+    "of a copy",
+    "expression",
+    "peer",
+    "host",
+    "launches",
+)
+_TO_THE_RIGHT = (4, 5, 6, 7, 8, 9, 10)
+
+
+def render(report: BenchReport) -> str:
+    """Write the report as text."""
+    lines = [
+        *setting_lines(report.setting),
+        "",
+        *aligned([_HEADER, *map(_cells, report.rows)], to_the_right=_TO_THE_RIGHT),
+        "",
+        "gcx: time to centralize all weight gradients of the model, by one call.",
+        "GB/s: each gradient read once and written once. Of a copy: share of the speed of a copy.",
+        "Expression, peer: g -= g.mean(fan_in) in a loop, and other packages, for each gradient;",
+        "  how many times as long they take as gcx. Only peers that are installed, and know the",
+        "  axes: those of GPT-2's weights (in, out) are known to none.",
+        "Host: until the call is back, where a GPU works on. Launches: of GPU kernels, in a call.",
+        "",
+        *left_out_lines(report.left_out),
+    ]
+    if report.plot:
+        lines.append(f"Plot: {report.plot}")
+    return "\n".join(lines).rstrip("\n")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.model,
+        row.dtype,
+        row.library,
+        row.device,
+        _time(row.microseconds),
+        f"{row.gigabytes_per_second:.1f}",
+        f"{row.share_of_copy:.0%}",
+        f"{row.times_as_long[EXPRESSION]:.2f}x",
+        ", ".join(_peers(row.times_as_long)) or "-",
+        "-" if row.host_microseconds is None else _time(row.host_microseconds),
+        "-" if row.launches is None else str(row.launches),
+    )
+
+
+def _peers(times_as_long: Mapping[str, float]) -> list[str]:
+    return [f"{ratio:.2f}x {name}" for name, ratio in times_as_long.items() if name != EXPRESSION]
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.1f} us" if microseconds < 1e4 else f"{1e-3 * microseconds:.1f} ms"

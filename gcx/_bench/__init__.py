@@ -1,1 +1,0 @@
-"""``python -m gcx bench``: how fast the gradients of whole models are centralized."""

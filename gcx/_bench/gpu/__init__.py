@@ -1,1 +1,0 @@
-"""``python -m gcx bench gpu --check``: whatever gcx promises of GPUs, measured."""

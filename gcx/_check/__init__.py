@@ -1,1 +1,0 @@
-"""``python -m gcx check``: every backend against an exact reference, and against the others."""

@@ -1,0 +1,172 @@
+"""Names of parameters: nested containers of arrays, and keys that are names or globs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+__all__ = ["flatten", "is_glob", "leaves_like", "match", "match_all"]
+__all__ += ["naming", "no_match", "rebuild"]
+
+TreeT = TypeVar("TreeT")
+
+_GLOB = frozenset("*?[")
+_NAMES_SHOWN = 10
+
+
+def match(
+    keys: Iterable[str], names: Iterable[str], *, separator: str | None = None
+) -> dict[str, str]:
+    """Give each name the first key that equals or matches it; leave out names without a key.
+
+    A ``*`` matches any text, or text without the separator if there is one.
+
+    >>> match(["a", "*/w"], ["a", "b/w", "b/c/w", "d"])
+    {'a': 'a', 'b/w': '*/w', 'b/c/w': '*/w'}
+    >>> match(["*"], ["a", "b.w"], separator=".")
+    {'a': '*'}
+    """
+    order = {key: k for k, key in reversed([*enumerate(keys)])}
+    globs = [key for key in order if is_glob(key)]
+    found = {}
+    for name in names:
+        candidates = [key for key in globs if _covers(key, name, separator)]
+        if name in order:
+            candidates.append(name)
+        if candidates:
+            found[name] = min(candidates, key=order.__getitem__)
+    return found
+
+
+def match_all(
+    keys: Iterable[str], names: Iterable[str], *, what: str, hidden: Sequence[str] = ()
+) -> dict[str, str]:
+    """Match as `match` does; an error, which calls the keys `what`, if a key matches no name.
+
+    Other parameters may exist at or below the paths `hidden` (``""``: anywhere). A key that may be
+    meant for one of them is no error.
+    """
+    keys, names = list(keys), list(names)
+    for key in keys:
+        if not isinstance(key, str):
+            msg = f"{what}: a key is the name of a parameter or a glob, not {key!r}"
+            raise TypeError(msg)
+    known = set(names)
+    for key in keys:
+        if key not in known and not _may_match(key, hidden) and not match([key], names):
+            raise ValueError(no_match(key, names, what=what))
+    return match(keys, names)
+
+
+def is_glob(key: str) -> bool:
+    """Return True if a key may match more than its own text."""
+    return not _GLOB.isdisjoint(key)
+
+
+def no_match(key: str, names: Sequence[str], *, what: str) -> str:
+    """Say that a key of the mapping `what` matches none of the names."""
+    listed = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+    return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
+
+
+def _covers(glob: str, name: str, separator: str | None) -> bool:
+    is_as_deep = separator is None or glob.count(separator) == name.count(separator)
+    return is_as_deep and fnmatchcase(name, glob)
+
+
+def _may_match(key: str, hidden: Iterable[str]) -> bool:
+    return any(is_glob(key) or not path or f"{key}/".startswith(f"{path}/") for path in hidden)
+
+
+def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """List the name and the value of each leaf; a name is the path, joined by ``/``.
+
+    >>> flatten({"a": [1, 2], "b": 3})
+    [('a/0', 1), ('a/1', 2), ('b', 3)]
+    """
+    children = _children(tree)
+    if children is None:
+        return [(prefix, tree)]
+    nested = (flatten(value, _join(prefix, key)) for key, value in children.items())
+    return [leaf for leaves in nested for leaf in leaves]
+
+
+def _children(tree: Any) -> dict[Any, Any] | None:
+    """Return the parts of a container by key or position; None for a leaf."""
+    if isinstance(tree, dict):
+        return tree
+    return dict(enumerate(tree)) if isinstance(tree, (list, tuple)) else None
+
+
+def _join(prefix: str, key: Any) -> str:
+    return f"{prefix}/{key}" if prefix else str(key)
+
+
+def rebuild(tree: TreeT, leaves: Iterable[Any]) -> TreeT:
+    """Replace the leaves of a tree by others, in the order of `flatten`.
+
+    >>> rebuild({"a": [1, 2], "b": 3}, "xyz")
+    {'a': ['x', 'y'], 'b': 'z'}
+    """
+    return _rebuild(tree, iter(leaves))  # type: ignore[no-any-return]
+
+
+def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
+    if isinstance(tree, dict):
+        parts = {key: _rebuild(value, leaves) for key, value in tree.items()}
+        if type(tree) is dict:
+            return parts
+        new = copy.copy(tree)  # keeps the attributes of a subclass of dict
+        new.update(parts)
+        return new
+    if isinstance(tree, (list, tuple)):
+        items = [_rebuild(value, leaves) for value in tree]
+        is_named = hasattr(tree, "_fields")
+        return type(tree)(*items) if is_named else type(tree)(items)
+    return next(leaves)
+
+
+def leaves_like(
+    tree: Any, other: Any, *, what: str, like: str = "the gradients", prefix: str = ""
+) -> list[Any]:
+    """List the leaves of `other`, which must be built like `tree`, in the order of `tree`.
+
+    Raises
+    ------
+    ValueError
+        If it is not. The message calls the trees `what` and `like`, and shows the first difference.
+    """
+    mine, theirs = _children(tree), _children(other)
+    if mine is None and theirs is None:
+        return [other]
+    if mine is None or theirs is None or mine.keys() != theirs.keys():
+        differ = sorted(_join(prefix, key) for key in (mine or {}).keys() ^ (theirs or {}).keys())
+        msg = f"{what} is not built like {like}: they differ in {(differ or [prefix])[0]!r}"
+        raise ValueError(msg)
+    leaves = (
+        leaves_like(part, theirs[key], what=what, like=like, prefix=_join(prefix, key))
+        for key, part in mine.items()
+    )
+    return [leaf for part in leaves for leaf in part]
+
+
+@contextmanager
+def naming(leaf: str) -> Iterator[None]:
+    """Put the name of a leaf in front of a TypeError or ValueError from the ``with`` block.
+
+    >>> with naming("encoder/0"):
+    ...     raise ValueError("wrong")
+    Traceback (most recent call last):
+        ...
+    ValueError: encoder/0: wrong
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # type(error) may be a library's subclass with other arguments.
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        msg = f"{leaf}: {error}"
+        raise kind(msg) from error

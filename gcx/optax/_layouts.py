@@ -1,0 +1,225 @@
+"""Every form of `layouts`, read into one: a function of name and array."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import NoneType
+from typing import Any
+
+from gcx._decisions import no_fan_in
+from gcx._names import match_all
+from gcx._rules import Answer
+from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.optax._models import decide, framework_of
+from gcx.optax._names import Names
+from gcx.plan import LeaveAlone, PlanRow
+
+# A preset, a mapping, a function, or a model, whose framework need not be installed.
+Layouts = str | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
+
+# From name and array to layout (or None) and reason.
+NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
+
+# From the names in a tree to a rule.
+Source = Callable[[Names], NameRule]
+
+_AMBIGUOUS = "unknown: its name does not tell the fan-in; the model does (gcx.optax.layouts)"
+
+# Rows of a preset: end of the path, layout or None, reason. The first row that matches and fits the
+# rank counts. The patterns are regular expressions because the "*" of a glob crosses "/", and
+# "conv_transpose_block/conv/w" is not a transposed convolution.
+PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
+    "flax": (
+        (r"(query|key|value)/kernel", "ioo", "attention projection"),
+        # Names that flax makes. A kernel of rank 2 is clear, unless a stack of them has rank 3.
+        (r"(Scan|Vmap)[A-Z][^/]*/.*kernel", None, _AMBIGUOUS),
+        (r"(DenseGeneral|Einsum)_[^/]*/kernel", "io", "kernel"),
+        (r"(DenseGeneral|Einsum|ConvLocal)_[^/]*/kernel", None, _AMBIGUOUS),
+        (r"/kernel", "...o", "kernel"),
+        (r"/embedding", None, "embedding"),
+        (r"/bias", None, "bias"),
+        (r"/scale", None, "norm"),
+    ),
+    "haiku": (
+        (
+            r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w",
+            "b...oi",
+            "stack of transposed convolutions",
+        ),
+        (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", "b...o", "stack of weights"),
+        (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
+        (r"/(w|w_i|w_h)", "...o", "weight"),
+        (r"/embeddings", None, "embedding"),
+        (r"/(b|offset)", None, "bias"),
+        (r"/scale", None, "norm"),
+    ),
+    "equinox": (
+        (r"embed[^/]*/weight", None, "embedding"),
+        (r"norm[^/]*/weight", None, "norm"),
+        (r"/(weight|weight_ih|weight_hh)", "o...", "weight"),
+        (r"/(bias|bias_n)", None, "bias"),
+    ),
+    "keras": (
+        (r"(query|key|value)/kernel", "ioo", "attention projection"),
+        (r"conv[^/]*_transpose[^/]*/kernel", "...oi", "transposed convolution"),
+        # keras.applications uses the second and the third name.
+        (r"(depthwise|dwconv|conv_dw)[^/]*/kernel", "...oo", "depthwise convolution"),
+        (r"/depthwise_kernel", "...oo", "depthwise convolution"),
+        (r"einsum_dense[^/]*/kernel", "io", "kernel"),
+        (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
+        (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
+        (r"/(embeddings|reverse_embeddings)", None, "embedding"),
+        (r"/(bias|beta)", None, "bias"),
+        (r"/(gamma|scale)", None, "norm"),
+    ),
+}
+
+_PRESET_NAMES = ", ".join(map(repr, PRESETS))
+
+
+def layouts(
+    model: object, /, *example_inputs: Any, **keyword_inputs: Any
+) -> dict[str, Layout | LeaveAlone]:
+    """Read the layout of each parameter off a model.
+
+    The type of the layer that owns a parameter decides, never a name or a rank. A subclass follows
+    its base class. The axes of a stack of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A
+    layer without a rule is left alone, with a reason that says so.
+
+    Parameters
+    ----------
+    model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
+        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``).
+    *example_inputs, **keyword_inputs
+        For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
+        `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
+
+    Returns
+    -------
+    dict from str to Layout or LeaveAlone
+        For `centralize` and `plan`; change any entry that you know better. Names are paths in the
+        tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
+        ``equinox.filter(model, equinox.is_array)``, linen's ``variables["params"]`` (put
+        ``"params/"`` in front if you optimize all of `variables`), or Haiku's ``params``.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a model, or has example inputs that it does not need.
+
+    See Also
+    --------
+    register_layer : declare a layer of your own.
+
+    Examples
+    --------
+    >>> import gcx.optax
+    >>> gcx.optax.layouts("flax")
+    Traceback (most recent call last):
+        ...
+    TypeError: model is an nnx, linen or Equinox module, or the result of haiku.transform, not str
+
+    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may give
+    ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
+    """
+    rows = decide(model, example_inputs, keyword_inputs)
+    return {name: row.layout or LeaveAlone(row.reason) for name, row in rows.items()}
+
+
+def source_of(layouts: Layouts) -> Source:
+    """Read any form of `layouts`; an error for anything else."""
+    if isinstance(layouts, str):
+        if layouts not in PRESETS:
+            msg = (
+                f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
+                "To give every parameter one layout use a mapping: {'*': 'o...'}"
+            )
+            raise ValueError(msg)
+        return _for_any_names(partial(_from_preset, layouts))
+    # Before the other forms: a model may be callable, or a mapping.
+    framework = framework_of(layouts)
+    if framework is not None:
+        if framework.needs_inputs:
+            msg = (
+                f"a {framework.module} model has no layers before it sees an input: give "
+                "gcx.optax.layouts(model, *example_inputs), where shapes will do"
+            )
+            raise TypeError(msg)
+        return _for_any_names(partial(_from_model, decide(layouts)))
+    if isinstance(layouts, type):
+        name = layouts.__name__
+        msg = f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
+        raise TypeError(msg)
+    if isinstance(layouts, Mapping):
+        _check_answers(layouts)
+        return partial(_mapping_rule, dict(layouts))
+    if callable(layouts):
+        return _for_any_names(partial(_from_function, layouts))
+    msg = (
+        f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
+        f"of path and array, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
+    )
+    raise TypeError(msg)
+
+
+def _for_any_names(rule: NameRule) -> Source:
+    return lambda _names: rule
+
+
+def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+    for pattern, layout, reason in PRESETS[preset]:
+        is_named_so = re.search(f"{pattern}$", f"/{name}")
+        if is_named_so and (layout is None or _fits(layout, leaf.ndim)):
+            return layout, reason
+    return None, _no_rule(leaf)
+
+
+def _from_model(
+    decisions: Mapping[str, PlanRow], name: str, leaf: Any
+) -> tuple[LayoutLike | None, str]:
+    if name in decisions:
+        return decisions[name].layout, decisions[name].reason
+    return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
+
+
+def _from_function(
+    function: Callable[[str, Any], Answer], name: str, leaf: Any
+) -> tuple[LayoutLike | None, str]:
+    return _as_given(function(name, leaf))
+
+
+def _check_answers(layouts: Mapping[str, Answer]) -> None:
+    for path, answer in layouts.items():
+        if not isinstance(answer, (str, Layout, LeaveAlone, NoneType)):
+            msg = (
+                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from the "
+                "path of a parameter to a layout, LeaveAlone or None. Parameters do not tell their "
+                f"fan-in: give the model, or a preset ({_PRESET_NAMES})"
+            )
+            raise TypeError(msg)
+
+
+def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
+    keys = match_all(layouts, names.visible, what="layouts", hidden=names.hidden)
+
+    def rule(name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+        return _as_given(layouts[keys[name]]) if name in keys else (None, _no_rule(leaf))
+
+    return rule
+
+
+def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
+    return (None, answer.reason) if isinstance(answer, LeaveAlone) else (answer, "as given")
+
+
+def _no_rule(leaf: Any) -> str:
+    return no_fan_in(leaf.shape) or "unknown: no rule for this name"
+
+
+def _fits(layout: str, ndim: int) -> bool:
+    try:
+        return bool(as_layout(layout).fan_in_axes(ndim))
+    except ValueError:
+        return False

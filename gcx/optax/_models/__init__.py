@@ -1,0 +1,114 @@
+"""Decisions on the parameters of a model, one file a framework.
+
+No framework is imported before the user has a model of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gcx._rules import Rules, RuleT
+from gcx.optax._models import equinox, haiku, linen, nnx
+from gcx.optax._models._parameters import LayerAnswer
+from gcx.plan import PlanRow
+
+RULES: Rules[LayerAnswer] = Rules(
+    {**equinox.RULES, **haiku.RULES, **linen.RULES, **nnx.RULES}, group="gcx.optax.layers"
+)
+
+
+class Framework(NamedTuple):
+    """Classes of a framework's models, and the function that reads them."""
+
+    module: str
+    models: tuple[str, ...]
+    decide: Callable[..., dict[str, PlanRow]]
+    needs_inputs: bool  # True if a model has no layers before it is called
+
+
+_FRAMEWORKS = (
+    Framework("equinox", ("Module",), equinox.decide, needs_inputs=False),
+    Framework("flax.nnx", ("Module",), nnx.decide, needs_inputs=False),
+    Framework("flax.linen", ("Module",), linen.decide, needs_inputs=True),
+    Framework("haiku", ("Transformed", "TransformedWithState"), haiku.decide, needs_inputs=True),
+)
+
+
+def framework_of(model: object) -> Framework | None:
+    """Find the framework of a model; None if it is not a model."""
+    for framework in _FRAMEWORKS:
+        # A model exists only if its framework is imported.
+        module = sys.modules.get(framework.module)
+        if module is not None:
+            kinds = tuple(getattr(module, name) for name in framework.models)
+            if isinstance(model, kinds):
+                return framework
+    return None
+
+
+def decide(
+    model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
+) -> dict[str, PlanRow]:
+    """Decide on each parameter of a model by the layer that owns it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a model, or has example inputs that it does not need.
+    """
+    framework = framework_of(model)
+    if framework is None:
+        msg = (
+            "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
+            f"{type(model).__name__}"
+        )
+        raise TypeError(msg)
+    if framework.needs_inputs:
+        return framework.decide(RULES, model, inputs, keyword_inputs or {})
+    if inputs or keyword_inputs:
+        msg = f"a {framework.module} module needs no example inputs: give the module alone"
+        raise TypeError(msg)
+    return framework.decide(RULES, model)
+
+
+def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
+    """Declare the parameters of a layer type, for `layouts` and `centralize`.
+
+    Parameters
+    ----------
+    kind : type
+        The class of an nnx, linen, Equinox or Haiku layer; its subclasses follow.
+
+    Returns
+    -------
+    callable
+        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
+        of the layer's own parameters, or globs; the first that matches counts. Its values are
+        layouts, `LeaveAlone`, or None. Write the layout for a single layer: a stack has more axes
+        in front, which gcx adds. In linen and Haiku the function runs while the layer is called.
+        The decorator also takes the mapping itself.
+
+    Raises
+    ------
+    TypeError
+        If `kind` is not a class.
+
+    Notes
+    -----
+    A package can provide rules without importing gcx, by entry points of the group
+    ``gcx.optax.layers``. The name of an entry point is the qualified name of the class
+    (``my_package.layers.Experts``), its object is the rule.
+
+    Examples
+    --------
+    >>> import gcx.optax
+    >>> from gcx.plan import LeaveAlone, PlanRow
+    >>> class Experts:  # of nnx.Module, say
+    ...     pass
+    >>> @gcx.optax.register_layer(Experts)
+    ... def experts(layer):
+    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": LeaveAlone("bias")}
+    """
+    return RULES.register(kind)

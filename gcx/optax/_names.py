@@ -1,0 +1,85 @@
+"""Names of the leaves of a tree: their keys joined by ``/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+# Types that hold an array as their ``value``. By name, since Flax need not be installed.
+_BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
+_VALUE = (jax.tree_util.GetAttrKey("value"),)
+
+
+def is_none(node: object) -> bool:
+    """Return True for None, which JAX does not count as a leaf."""
+    return node is None
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tuple[str, Any]]:
+    """Name and value of each leaf, in the order of `jax.tree.leaves`; None is a leaf too.
+
+    Names leave out the ``value`` of Flax boxes.
+    """
+    leaves = []
+    for path, node in _with_paths(tree, stop=lambda node: is_leaf(node) or _is_box(node)):
+        for rest, leaf in _with_paths(node, stop=is_leaf) if _is_box(node) else [((), node)]:
+            inside = rest[:-1] if rest[-1:] == _VALUE else rest
+            leaves.append((name_of(path + inside), leaf))
+    return leaves
+
+
+class Names(NamedTuple):
+    """Names of the parameters in a tree.
+
+    Attributes
+    ----------
+    visible : list of str
+        Names of the leaves.
+    hidden : list of str
+        Paths at or below which there may be further leaves.
+    """
+
+    visible: list[str]
+    hidden: list[str]
+
+
+def names_of(tree: Any) -> Names:
+    """Find the names in a tree, and the paths that `optax.masked` and its kin have hidden.
+
+    They replace a subtree by `optax.MaskedNode`; `optax.tree_map_params` passes no leaves at all.
+    """
+    leaves = named_leaves(tree, is_leaf=lambda node: is_none(node) or _is_masked(node))
+    visible = [name for name, leaf in leaves if not _is_masked(leaf)]
+    hidden = [name for name, leaf in leaves if _is_masked(leaf)]
+    return Names(visible, hidden if leaves else [""])
+
+
+def _is_masked(node: object) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """Keys of a path joined by ``/``."""
+    return "/".join(map(_key_text, path))
+
+
+def _with_paths(tree: Any, stop: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    return paths_and_leaves
+
+
+def _is_box(node: object) -> bool:
+    kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(node).__mro__]
+    return any(fnmatchcase(kind, box) for kind in kinds for box in _BOXES)
+
+
+def _key_text(key: object) -> str:
+    # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

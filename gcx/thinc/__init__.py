@@ -1,0 +1,6 @@
+"""Gradient Centralization for thinc's optimizers, with which spaCy trains."""
+
+from gcx.thinc._centralize import GradientCentralization, centralize
+from gcx.thinc._plan import plan, register_layer
+
+__all__ = ["GradientCentralization", "centralize", "plan", "register_layer"]

@@ -1,0 +1,247 @@
+"""Gradient Centralization in the steps of a thinc optimizer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from thinc.api import Model, Optimizer
+from thinc.backends import get_array_ops
+
+import gcx
+from gcx._decisions import already_attached, check_choice, check_reproducible, refuse_empty
+from gcx.backends import _canonical
+from gcx.layout import Layout
+from gcx.plan import Plan, PlanRow
+from gcx.thinc._plan import Key, Models, decide, plan, walk
+
+Where = Literal["gradient", "update"]
+
+
+def centralize(
+    optimizer: Optimizer,
+    *models: Model[Any, Any],
+    where: Where = "gradient",
+    reproducible: bool = False,
+) -> GradientCentralization:
+    r"""Let an optimizer use Gradient Centralization from its next step on.
+
+    With ``where="gradient"``, SGD without weight decay keeps the mean of each weight where it was
+    (Corollary 4.1); Adam and RAdam do not, since they divide the gradient element by element.
+    :doc:`/thinc` says what happens to L2, clipping and moving averages.
+
+    Parameters
+    ----------
+    optimizer : thinc.optimizers.Optimizer
+        Use it as before, by ``model.finish_update`` or in spaCy.
+    *models : thinc.model.Model
+        All models that the optimizer trains, initialized. In spaCy: the models of the components.
+    where : {"gradient", "update"}, optional
+        ``"gradient"`` centralizes the gradient that the optimizer uses, in place. ``"update"``
+        centralizes the displacement of the weights by the step, which keeps the mean of each
+        weight over its fan-in with any of the optimizers.
+    reproducible : bool, optional
+        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`), on
+        NumPy and on CuPy.
+
+    Returns
+    -------
+    GradientCentralization
+        A handle with the plan (``.plan``), which also ends it (``.remove()``).
+
+    Raises
+    ------
+    TypeError
+        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible for the dtype of
+        a weight, or as `plan`.
+    ValueError
+        If the optimizer has Gradient Centralization already, there is nothing to centralize, or a
+        model is not initialized.
+    RuntimeError
+        In a step: if the parameter is in none of the models.
+
+    Warns
+    -----
+    UserWarning
+        If the optimizer is copied or pickled: its copy does not centralize.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from thinc.api import SGD, Linear
+    >>> import gcx.thinc
+    >>> model = Linear(nO=2, nI=3).initialize()
+    >>> optimizer = SGD(0.1)
+    >>> handle = gcx.thinc.centralize(optimizer, model)
+    >>> start = model.get_param("W").mean(1)
+    >>> y, backprop = model.begin_update(np.ones((4, 3), dtype="float32"))
+    >>> _ = backprop(y - 1)
+    >>> model.finish_update(optimizer)
+    >>> np.allclose(model.get_param("W").mean(1), start)
+    True
+    """
+    check_choice("where", where, ("gradient", "update"))
+    if not isinstance(optimizer, Optimizer):
+        msg = f"optimizer is a thinc.api.Optimizer, not a {type(optimizer).__name__}"
+        raise TypeError(msg)
+    if hasattr(optimizer, "gradient_centralization"):
+        raise ValueError(already_attached("optimizer"))
+    refuse_empty(plan(*models), "these models")
+    return GradientCentralization(optimizer, *models, where=where, reproducible=reproducible)
+
+
+class GradientCentralization:
+    """Handle for the Gradient Centralization of one optimizer.
+
+    `gcx.thinc.centralize` returns it.
+
+    Examples
+    --------
+    >>> from thinc.api import Adam, Linear
+    >>> import gcx.thinc
+    >>> optimizer = Adam()
+    >>> handle = gcx.thinc.centralize(optimizer, Linear(nO=2, nI=3).initialize(), where="update")
+    >>> print(handle.plan)
+    parameter  shape  layout  reason
+    linear.W   2x3    oi      linear
+    linear.b   2      -       bias
+    1 of 2 parameters centralized
+    >>> handle.remove()
+    """
+
+    def __init__(
+        self, optimizer: Any, *models: Model[Any, Any], where: Where, reproducible: bool
+    ) -> None:
+        self._models = models
+        self._optimizer = optimizer
+        self._kind = kind = type(optimizer)
+        self._rows = decide(models)
+        self._reproducible = reproducible
+        if reproducible:
+            _check_reproducible(models, self._rows)
+        self._foreign: set[Key] = set()  # parameters of shims
+        self._step = self._update_step if where == "update" else self._gradient_step
+        self._where = where
+
+        def call(optimizer: Any, key: Key, *args: Any, **options: Any) -> Any:
+            layout = self._layout_of(key)
+            if layout is None:
+                return kind.__call__(optimizer, key, *args, **options)
+            return self._step(layout, optimizer, key, *args, **options)
+
+        # Python looks __call__ up in the class, so each optimizer gets a class of its own. An
+        # object takes a new class only if that has the same memory layout, hence the slots.
+        own = {
+            "__slots__": (),
+            "__call__": call,
+            "__reduce_ex__": _reduce_to_plain,
+            "gradient_centralization": self,
+        }
+        optimizer.__class__ = type(f"Centralized{kind.__name__}", (kind,), own)
+
+    @property
+    def plan(self) -> Plan:
+        """The decision on each parameter of the models, with its reason."""
+        return Plan(self._rows.values())
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was before; a second call does nothing."""
+        if getattr(self._optimizer, "gradient_centralization", None) is self:
+            self._optimizer.__class__ = self._kind
+
+    def __repr__(self) -> str:
+        name, kind = type(self).__name__, self._kind.__name__
+        return f"<{name} of {kind}, where={self._where!r}, {self.plan!r}>"
+
+    def _gradient_step(
+        self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
+    ) -> Any:
+        gradient = gcx.centralize(
+            gradient, layout=layout, out=gradient, reproducible=self._reproducible
+        )
+        if not optimizer.L2_is_weight_decay:
+            # The optimizer adds L2 * weights, whose mean is subtracted here in advance.
+            gradient -= _l2(optimizer, key) * self._mean(weights, layout)
+        return self._kind.__call__(optimizer, key, weights, gradient, **options)
+
+    def _update_step(
+        self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
+    ) -> Any:
+        mean = self._mean(weights, layout)
+        # Moving averages are taken below, after the means are restored.
+        averages, optimizer.averages = optimizer.averages, None
+        try:
+            weights, gradient = self._kind.__call__(optimizer, key, weights, gradient, **options)
+        finally:
+            optimizer.averages = averages
+        weights -= self._mean(weights, layout) - mean
+        if averages is not None:
+            ops = get_array_ops(weights)  # type: ignore[no-untyped-call]
+            if key not in averages:
+                averages[key] = ops.alloc(weights.shape, dtype="float32")
+            ops.update_averages(averages[key], weights, optimizer.nr_update[key])
+        return weights, gradient
+
+    def _mean(self, x: Any, layout: Layout) -> Any:
+        xp = get_array_ops(x).xp  # type: ignore[no-untyped-call]
+        view, axes = layout.split(x.shape)
+        seen = x.reshape(view)
+        if self._reproducible:
+            mean = _canonical.fan_in_mean(seen, axes, xp)
+        else:
+            mean = seen.mean(axis=axes, keepdims=True)
+        return xp.broadcast_to(mean, view).reshape(x.shape) if layout.is_split else mean
+
+    def _layout_of(self, key: Key) -> Layout | None:
+        if key in self._foreign:
+            return None
+        if key not in self._rows:
+            self._rows = decide(self._models)  # layers may have been added or replaced
+        if key in self._rows:
+            return self._rows[key].layout
+        # Checked last: layers and shims are counted apart, so a new layer may have a shim's id.
+        if key[0] in {shim.id for _, layer in walk(self._models) for shim in layer.shims}:
+            self._foreign.add(key)
+            return None
+        msg = (
+            f"the optimizer trains {key[1]!r} of a layer that is not in the models given to "
+            "gcx.thinc.centralize; give it all of them: centralize(optimizer, *models)"
+        )
+        raise RuntimeError(msg)
+
+
+def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
+    """Copy or pickle a centralized optimizer as a plain one, with a warning."""
+    centralized = type(optimizer)
+    (kind,) = centralized.__bases__
+    warnings.warn(
+        f"the copy of this {kind.__name__} does not centralize: call gcx.thinc.centralize for the "
+        "copy and the models that it trains",
+        UserWarning,
+        stacklevel=2,
+    )
+    optimizer.__class__ = kind
+    try:
+        plain = copy.copy(optimizer)
+    finally:
+        optimizer.__class__ = centralized
+    # A reducer returns a function and its arguments, so a copy of the plain optimizer is made.
+    return copy.copy, (plain,)
+
+
+def _check_reproducible(models: Models, rows: Mapping[Key, PlanRow]) -> None:
+    weights = {
+        (layer.id, name): layer.get_param(name)
+        for _, layer in walk(models)
+        for name in layer.param_names
+    }
+    check_reproducible([rows[key] for key in weights], weights.values())
+
+
+def _l2(optimizer: Any, key: Key) -> float:
+    rate = optimizer.L2  # a number in thinc 8, a schedule in thinc 9
+    if callable(rate):
+        rate = rate(optimizer.step, key=key, last_score=optimizer.last_score)
+    return float(rate)

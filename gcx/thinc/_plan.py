@@ -1,0 +1,206 @@
+"""The plan of a thinc model, by the forward functions of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any
+
+from thinc.api import Model
+
+from gcx._decisions import decide as decide_row
+from gcx._names import match
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
+from gcx.plan import LeaveAlone, Plan, PlanRow
+
+# The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
+Key = tuple[int, str]
+Models = tuple[Model[Any, Any], ...]
+
+_FLAT = LeaveAlone("flat: one vector holds all weights, so the fan-in is not visible")
+_DENSE: Mapping[str, Answer] = {"W": "oi", "b": BIAS}
+
+# All layers have one type, and their names are free text: the forward function tells the kind.
+_LAYERS: Mapping[str, Mapping[str, Answer]] = {
+    "thinc.layers.clipped_linear.forward": _DENSE,
+    "thinc.layers.dish.forward": _DENSE,
+    "thinc.layers.gelu.forward": _DENSE,
+    "thinc.layers.hard_swish.forward": _DENSE,
+    "thinc.layers.hard_swish_mobilenet.forward": _DENSE,
+    "thinc.layers.linear.forward": _DENSE,
+    "thinc.layers.mish.forward": _DENSE,
+    "thinc.layers.multisoftmax.forward": _DENSE,
+    "thinc.layers.relu.forward": _DENSE,
+    "thinc.layers.sigmoid.forward": _DENSE,
+    "thinc.layers.softmax.forward": _DENSE,
+    "thinc.layers.swish.forward": _DENSE,
+    # (nO, nP, nI): each of the nP pieces is a unit, and the layer takes the largest.
+    "thinc.layers.maxout.forward": {"W": "ooi", "b": BIAS},
+    # One unit, which gives each input vector a score.
+    "thinc.layers.parametricattention.forward": {"Q": "i"},
+    "thinc.layers.parametricattention_v2.forward": {"Q": "i"},
+    "thinc.layers.cauchysimilarity.forward": {"W": LeaveAlone("scale of each dimension")},
+    "thinc.layers.embed.forward": {"E": EMBEDDING},
+    "thinc.layers.hashembed.forward": {"E": EMBEDDING},
+    "thinc.layers.layernorm.forward": {"G": NORM, "b": BIAS},
+    "thinc.layers.lstm.forward": {"LSTM": _FLAT, "HC0": LeaveAlone("initial state")},
+    "thinc.layers.sparselinear.forward": {"W": _FLAT, "b": BIAS},
+    "spacy.ml.character_embed.forward": {"E": EMBEDDING},
+    "spacy.ml.staticvectors.forward": {"W": "oi"},
+    # (nF, nO, nP, nI): a unit of the parser adds up its nF features.
+    "spacy.ml._precomputable_affine.forward": {
+        "W": "iooi",
+        "b": BIAS,
+        "pad": LeaveAlone("stands for a missing feature"),
+    },
+}
+
+_registered: dict[Callable[..., Any], Rule[Answer]] = {}
+
+_forward_of = attrgetter("_func")
+
+
+def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
+    """Declare the parameters of a kind of layer, for `plan` and `centralize`.
+
+    Parameters
+    ----------
+    forward : callable
+        The forward function of the layer, which identifies the kind.
+
+    Returns
+    -------
+    callable
+        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
+        of the layer's own parameters, or globs; the first that matches counts. Its values are
+        layouts (``"oi"``), `gcx.plan.LeaveAlone`, or None. It also takes the mapping itself.
+
+    Raises
+    ------
+    TypeError
+        If `forward` is not a function, or is a model; if the rule is not a rule.
+
+    Examples
+    --------
+    >>> from thinc.api import Model
+    >>> import gcx.thinc
+    >>> def forward(model, X, is_train): ...
+    >>> @gcx.thinc.register_layer(forward)
+    ... def input_first(layer):
+    ...     return {"kernel": "io"}
+    >>> layer = Model("mine", forward, params={"kernel": None})
+    >>> layer.set_param("kernel", layer.ops.alloc2f(4, 3))
+    >>> print(gcx.thinc.plan(layer))
+    parameter    shape  layout  reason
+    mine.kernel  4x3    io      mine
+    1 of 1 parameters centralized
+    """
+    if isinstance(forward, Model):  # which is callable
+        msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
+        raise TypeError(msg)
+    if not callable(forward):
+        msg = f"register_layer takes the forward function of a layer, not {forward!r}"
+        raise TypeError(msg)
+
+    def decorator(rule: RuleT) -> RuleT:
+        if not (callable(rule) or isinstance(rule, Mapping)):
+            msg = f"the rule of {_qualified(forward)} is a mapping or a function, not {rule!r}"
+            raise TypeError(msg)
+        _registered[forward] = rule
+        return rule
+
+    return decorator
+
+
+def plan(*models: Model[Any, Any]) -> Plan:
+    """Show which parameters of models would be centralized, over which axes, and why.
+
+    Parameters
+    ----------
+    *models : thinc.model.Model
+        Initialized models. The layer that owns a parameter decides about it, never its rank; a
+        layer without a rule is left alone.
+
+    Returns
+    -------
+    gcx.plan.Plan
+        One row per parameter, and one for each wrapped model of another framework.
+
+    Raises
+    ------
+    TypeError
+        If there is no model, or an argument is not a model.
+    ValueError
+        If a model is not initialized.
+
+    Examples
+    --------
+    >>> from thinc.api import Maxout, Softmax, chain
+    >>> import gcx.thinc
+    >>> model = chain(Maxout(nO=8, nI=4, nP=3), Softmax(nO=2, nI=8)).initialize()
+    >>> print(gcx.thinc.plan(model))
+    parameter    shape  layout  reason
+    0.maxout.W   8x3x4  ooi     maxout
+    0.maxout.b   8x3    -       bias
+    1.softmax.W  2x8    oi      softmax
+    1.softmax.b  2      -       bias
+    2 of 4 parameters centralized
+    """
+    return Plan(decide(models).values())
+
+
+def decide(models: Models) -> dict[Key, PlanRow]:
+    """Make the row of each parameter."""
+    if not models or not all(isinstance(model, Model) for model in models):
+        given = ", ".join(type(model).__name__ for model in models) or "none"
+        msg = f"give one or more thinc models; given: {given}"
+        raise TypeError(msg)
+    decided: dict[Key, PlanRow] = {}
+    for path, layer in walk(models):
+        for name in layer.param_names:
+            if not layer.has_param(name):
+                msg = f"{path}.{name} has no value yet: call model.initialize(X, Y) first"
+                raise ValueError(msg)
+            shape = layer.get_param(name).shape
+            decided[layer.id, name] = decide_row(
+                f"{path}.{name}", shape, _answer(layer, name), layer.name
+            )
+        for shim in layer.shims:
+            kind = type(shim).__name__
+            reason = "a model of another framework, whose layers thinc cannot see"
+            decided[layer.id, kind] = PlanRow(f"{path}.{kind}", (), None, reason)
+    return decided
+
+
+def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
+    """Yield each layer once, with its positions in the layers around it and its name."""
+    seen: set[int] = set()
+
+    def below(layer: Model[Any, Any], place: str) -> Iterator[tuple[str, Model[Any, Any]]]:
+        if layer.id not in seen:
+            seen.add(layer.id)
+            yield f"{place}{layer.name}", layer
+            for position, child in enumerate(layer.layers):
+                yield from below(child, f"{place}{position}.")
+
+    for position, model in enumerate(models):
+        yield from below(model, f"{position}." if len(models) > 1 else "")
+
+
+def _answer(layer: Model[Any, Any], name: str) -> Answer:
+    """Ask the rule of a layer about its parameter `name`."""
+    answers = _answers(layer)
+    key = match(answers, [name]).get(name)
+    unknown = LeaveAlone(f"unknown: nobody declared {layer.name}.{name}")
+    return unknown if key is None else answers[key]
+
+
+def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
+    forward = _forward_of(layer)
+    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
+    return ask(rule, layer, layer.name)
+
+
+def _qualified(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__qualname__", "")  # which other callables lack
+    return f"{function.__module__}.{name}"

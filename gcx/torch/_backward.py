@@ -1,0 +1,258 @@
+"""Gradients centralized while backward computes them, before a wrapper can flatten them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gcx._names import naming
+from gcx._options import Layers, Options
+from gcx.backends import _torch
+from gcx.plan import Plan
+from gcx.torch._plan import Decision, Overrides, decide, nothing_to_centralize, plan_of, weights_of
+from gcx.torch._step import not_compiled, warn
+from gcx.torch._weights import Weight
+
+# Training-mode forward passes, counted from the first backward, after which a weight that never
+# got a gradient is reported.
+_PASSES = 8
+
+
+def centralize_in_backward(
+    model: nn.Module,
+    *,
+    strength: float = 1.0,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> CentralizationInBackward:
+    """Let backward centralize the gradients of a model, from its next forward pass on.
+
+    Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
+    ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
+    decay and momentum.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, before it is wrapped: while its weights have the shapes of their layers.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    layers, overrides
+        As in `plan`, which shows what is centralized.
+    reproducible : bool, optional
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
+
+    Returns
+    -------
+    CentralizationInBackward
+        A handle: ``.plan`` shows what is centralized and why, ``.remove()`` ends it.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module; if a weight has a dtype, a device or shards for which
+        `reproducible` cannot be promised. In backward: if the gradient of a weight is sparse.
+    ValueError
+        As `plan`; if nothing would be centralized; if the model has such a handle already.
+    RuntimeError
+        If a parameter has no shape yet (lazy layers), or has lost the shape of its layer: call this
+        before the model is wrapped.
+
+    Warns
+    -----
+    UserWarning
+        If a weight got no gradient in 8 training-mode forward passes after the first backward, or
+        until the handle is removed, while other weights got theirs.
+
+    See Also
+    --------
+    centralize : at the step of an optimizer.
+    centralize_grads_ : one explicit call.
+
+    Notes
+    -----
+    A tensor hook projects each gradient before workers average it, which gives the same result
+    without communication. Weight decay that an optimizer adds to the gradient comes later, so its
+    mean remains: prefer decoupled decay (AdamW), or none. ``torch.autograd.grad`` returns
+    centralized gradients too. Layers added later are not covered. A copy of the model centralizes
+    as well, and has no handle. :doc:`/torch` has the details for each wrapper.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> gcx.torch.centralize_in_backward(model)
+    <CentralizationInBackward of Linear, <gcx plan: 1 of 2 parameters centralized>>
+    >>> model(torch.rand(8, 3)).square().sum().backward()
+    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
+    True
+    """
+    options = Options(
+        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+    )
+    return CentralizationInBackward(model, options)
+
+
+class CentralizationInBackward:
+    """Gradient Centralization at work in backward; `centralize_in_backward` returns it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
+    >>> print(handle.plan)
+    parameter  shape  layout  reason
+    weight     2x3    o...    Linear
+    bias       2      -       bias
+    1 of 2 parameters centralized
+    >>> handle.remove()
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        decisions = decide(model, options)
+        self._kind = type(model).__name__
+        self._plan = plan_of(decisions)
+        self._places = [
+            _Place(weight, decisions[weight.parameter], options.strength)
+            for weight in weights_of(decisions.items(), reproducible=options.reproducible)
+        ]
+        if not self._places:
+            raise ValueError(nothing_to_centralize(self._kind, self._plan))
+        _check_has_no_other(model)
+        self._passes = 0
+        self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
+        self._hooks = [model.register_forward_pre_hook(self._count)]
+        # On the modules around a layer too: MultiheadAttention uses the weight of a child without
+        # calling the child.
+        for module, places in _places_around(model, self._places):
+            hook = partial(self._before_forward, places)
+            self._hooks.append(module.register_forward_pre_hook(hook))
+        self._before_forward(self._places)
+
+    @property
+    def plan(self) -> Plan:
+        """The decision on each parameter of the model, as a `gcx.plan.Plan`."""
+        return self._plan
+
+    def remove(self) -> None:
+        """Leave the model as it was before; a second time does nothing."""
+        if self._hooks and self._passes < _PASSES:
+            self._warn_of_idle()
+        for hook in (*self._hooks, *self._hooked.values()):
+            hook.remove()
+        self._hooks.clear()
+        self._hooked.clear()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._kind}, {self.plan!r}>"
+
+    @not_compiled
+    def _before_forward(self, places: list[_Place], *_: Any) -> None:
+        for place in places:
+            tensor = place.tensor()
+            if tensor is not None and tensor not in self._hooked:
+                hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
+                self._hooked[tensor] = hook
+
+    @not_compiled
+    def _count(self, model: nn.Module, *_: Any) -> None:
+        # Not before the first backward: an unrolled cell makes many passes.
+        is_training = model.training and torch.is_grad_enabled()
+        if self._passes < _PASSES and is_training and self._has_seen_one():
+            self._passes += 1
+            if self._passes == _PASSES:
+                self._warn_of_idle()
+
+    def _has_seen_one(self) -> bool:
+        return any(place.has_seen_one for place in self._places)
+
+    def _warn_of_idle(self) -> None:
+        idle = [place.name for place in self._places if place.is_idle()]
+        if idle and self._has_seen_one():
+            warn(
+                f"no gradient of {len(idle)} weights ({idle[0]}, ...) was there to centralize, "
+                "while those of others were: the loss does not depend on them, or they are used "
+                "outside the forward of the layers around them; leave such weights out by overrides"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies of the model, without the hooks on its tensors.
+        return {**vars(self), "_hooked": None, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _hooked=WeakIdKeyDictionary())
+
+
+class _Place:
+    """The attribute of a layer that is its weight in the forward pass.
+
+    It is the parameter itself, under FSDP1 a view of the flat parameter, and under FSDP2 the
+    gathered parameter.
+    """
+
+    def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
+        self.name = weight.name
+        self.holder = decision.holder
+        self._key = decision.key
+        self._shape = decision.row.shape
+        # Without the parameter, whose memory a wrapper may want to free.
+        self._fan_in = weight.fan_in
+        self._reproducible = weight.reproducible
+        self._strength = strength
+        self.has_seen_one = False
+
+    def tensor(self) -> Tensor | None:
+        """Return the tensor if it has the shape of the weight and will get a gradient."""
+        found = self._found()
+        if found is None or found.shape != self._shape:
+            return None
+        # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
+        is_freed = type(found) is Tensor and found.untyped_storage().nbytes() == 0
+        return None if is_freed else found
+
+    def centralize(self, grad: Tensor) -> Tensor:
+        """Return a centralized gradient; a hook of the tensor."""
+        self.has_seen_one = True
+        with naming(self.name):
+            _torch.check_dtype(grad)
+            if self._reproducible:
+                _torch.check_reproducible_over(grad, self._fan_in)
+        return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
+
+    def is_idle(self) -> bool:
+        """Return True if the weight is trained, and has had no gradient yet."""
+        return not self.has_seen_one and self._found() is not None
+
+    def _found(self) -> Tensor | None:
+        found = getattr(self.holder, self._key, None)
+        return found if isinstance(found, Tensor) and found.requires_grad else None
+
+
+def _places_around(
+    model: nn.Module, places: list[_Place]
+) -> Iterator[tuple[nn.Module, list[_Place]]]:
+    """List each module that holds weights, with all of them."""
+    for module in model.modules():
+        inside = set(module.modules())
+        within = [place for place in places if place.holder in inside]
+        if within:
+            yield module, within
+
+
+def _check_has_no_other(model: nn.Module) -> None:
+    hooks = vars(model)["_forward_pre_hooks"].values()
+    if any(isinstance(getattr(hook, "__self__", None), CentralizationInBackward) for hook in hooks):
+        msg = (
+            f"this {type(model).__name__} is centralized in backward already; .remove() that first"
+        )
+        raise ValueError(msg)

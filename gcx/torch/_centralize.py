@@ -1,0 +1,307 @@
+"""Gradient Centralization for an optimizer, or for the gradients that there are now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gcx._decisions import already_attached
+from gcx._options import Decay, Layers, Options, Where
+from gcx.plan import Plan
+from gcx.torch._optimizer import inner_optimizer
+from gcx.torch._plan import Overrides, decide, nothing_to_centralize, weights_of
+from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
+from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
+from gcx.torch._weights import Weight, centralize_, with_gradient
+
+
+def centralize(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    where: Where = "gradient",
+    decay: Decay = None,
+    strength: float = 1.0,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> GradientCentralization:
+    r"""Let an optimizer use Gradient Centralization from its next step on.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Any optimizer; use it as before. A parameter group with ``"centralize": False`` is left
+        alone.
+    model : torch.nn.Module
+        The model, which must hold every parameter of the optimizer. Its layers declare the fan-in.
+    where : {"gradient", "update"}, optional
+        ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``.
+        ``"update"`` centralizes the displacement of the weights by the step. It keeps the mean of
+        each weight over its fan-in constant with any optimizer.
+    decay : {"inside", "outside"}, optional
+        Whether weight decay is projected too. With ``where="gradient"`` the default is inside for
+        decay that the optimizer adds to the gradient (SGD, Adam), and outside for decoupled decay
+        (AdamW, Muon); optimizers from other packages need a choice. With ``where="update"`` the
+        default is inside; outside, decoupled decay goes on shrinking the mean.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    layers : {"all", "conv"}, optional
+        ``"conv"`` is the paper's variant for convolutions alone, of any rank.
+    overrides : mapping, optional
+        Answers that take precedence over the layers, as in `plan`.
+    reproducible : bool, optional
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
+
+    Returns
+    -------
+    GradientCentralization
+        A handle: ``.plan`` shows what is centralized and why, ``.remove()`` ends it.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        If optimizer, model and options do not fit each other, if nothing would be centralized, or
+        if the optimizer already has Gradient Centralization. A step raises the same errors for
+        parameters that were added or replaced. :doc:`/torch` lists them.
+
+    Warns
+    -----
+    UserWarning
+        If momentum from before carries a mean, if weights below 32 bits are centralized in the
+        update, if a checkpoint switches everything off, or if the optimizer is copied: hooks are
+        not.
+
+    See Also
+    --------
+    plan : show what would be centralized.
+    centralize_grads_ : centralize gradients now, for example before clipping.
+    gcx.centralize : the operator, for one gradient.
+
+    Notes
+    -----
+    :doc:`/torch` describes closures, momentum from before, copies, `torch.compile`, and wrappers
+    such as SAM, DDP, FSDP and DeepSpeed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    >>> gcx.torch.centralize(optimizer, model)
+    <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
+    >>> start = model.weight.mean().item()
+    >>> for _ in range(10):
+    ...     optimizer.zero_grad()
+    ...     model(torch.rand(8, 3)).square().mean().backward()
+    ...     optimizer.step()
+    >>> abs(model.weight.mean().item() - start) < 1e-6
+    True
+    """
+    options = Options(
+        where=where,
+        decay=decay,
+        strength=strength,
+        layers=layers,
+        overrides=overrides,
+        reproducible=reproducible,
+    )
+    return GradientCentralization(optimizer, model, options)
+
+
+class GradientCentralization:
+    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> handle = gcx.torch.centralize(optimizer, model, where="update")
+    >>> print(handle.plan)
+    parameter  shape  layout  reason
+    weight     2x3    o...    Linear
+    bias       2      -       bias
+    1 of 2 parameters centralized
+    >>> handle.remove()
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
+        optimizer = _find_optimizer(optimizer)
+        _check_steps(optimizer)
+        _check_has_no_other(optimizer)
+        self._optimizer = optimizer
+        self._options = options
+        self._targets = Targets(optimizer, partial(decide, model, options), options.reproducible)
+        if not any(self._targets.weights()):
+            raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
+        self._handles = self._make_hooks().handles
+        self._handles += [
+            optimizer.register_load_state_dict_pre_hook(keep_switches),
+            optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
+        ]
+        # pickle and copy.deepcopy ask the instance first.
+        vars(optimizer)["__reduce_ex__"] = partial(_reduce_with_warning, optimizer)
+
+    @property
+    def plan(self) -> Plan:
+        """The decision on each parameter of the optimizer, as a `gcx.plan.Plan`."""
+        return self._targets.plan()
+
+    @not_compiled
+    @torch.no_grad()
+    def centralize_grads_(self) -> None:
+        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan.
+
+        Raises
+        ------
+        TypeError, RuntimeError
+            As a step would.
+        ValueError
+            If there is no gradient to centralize.
+        """
+        _centralize_gradients(self._targets.weights(), self._options.strength)
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was before; a second time does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        vars(self._optimizer).pop("__reduce_ex__", None)
+
+    def __repr__(self) -> str:
+        name, kind, strength = type(self).__name__, type(self._optimizer).__name__, ""
+        if self._options.strength != 1.0:
+            strength = f", strength={self._options.strength}"
+        state = f"where={self._options.where!r}{strength}" if self._handles else "removed"
+        return f"<{name} of {kind}, {state}, {self.plan!r}>"
+
+    def _make_hooks(self) -> GradientHooks | UpdateHooks:
+        hooks = GradientHooks if self._options.where == "gradient" else UpdateHooks
+        return hooks(self._targets, self._options)
+
+    def _warn_if_idle(self, optimizer: Optimizer) -> None:
+        if not any(self._targets.weights()):
+            kind = type(optimizer).__name__
+            warn(f"the checkpoint switches off all that there is to centralize in this {kind}")
+
+
+def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
+    kind = type(optimizer).__name__
+    warn(
+        f"the copy of this {kind} does not centralize: hooks are not copied. Call "
+        "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
+    )
+    return type(optimizer).__reduce_ex__(optimizer, protocol)
+
+
+def _find_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Find the optimizer that runs hooks: Accelerate's wrapper runs none."""
+    found: object = optimizer
+    while isinstance(found, Optimizer):
+        if "_optimizer_step_pre_hooks" in vars(found):
+            return found
+        found = getattr(found, "optimizer", None)
+    msg = (
+        f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
+        "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
+        f"the weights: {IN_BACKWARD}"
+    )
+    raise TypeError(msg)
+
+
+def _check_steps(optimizer: Optimizer) -> None:
+    """Raise a TypeError unless this optimizer itself moves the weights, in its step."""
+    kind = type(optimizer).__name__
+    if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
+        msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
+        raise TypeError(msg)
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer) and value is not inner_optimizer(optimizer):
+            msg = (
+                f"{kind} moves the weights by another optimizer, whose steps may be called without "
+                f"its own: centralize that one, its attribute {name}"
+            )
+            raise TypeError(msg)
+
+
+def _check_has_no_other(optimizer: Optimizer) -> None:
+    hooks = vars(optimizer)["_optimizer_load_state_dict_post_hooks"].values()
+    if any(isinstance(getattr(h, "__self__", None), GradientCentralization) for h in hooks):
+        kind = type(optimizer).__name__
+        raise ValueError(already_attached(kind))
+
+
+@not_compiled
+@torch.no_grad()
+def centralize_grads_(
+    model: nn.Module,
+    *,
+    strength: float = 1.0,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> None:
+    """Centralize the gradients of a model now, in place in ``.grad``.
+
+    Use it in loops that need centralized gradients before the step, for example to clip their norm.
+    Otherwise `centralize` does it for an optimizer once and for all. Both can be combined: the step
+    centralizes again, which changes nothing at full strength, and includes weight decay. The handle
+    of `centralize` has a method of this name, which follows its overrides and switches.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, after ``backward()``. Parameters without a gradient are passed over.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    layers, overrides
+        As in `plan`, which shows what is centralized.
+    reproducible : bool, optional
+        Whether means have equal bits on every device, whatever the strides: see
+        :doc:`/reproducible`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or the gradient of a weight to centralize is sparse; if a
+        weight has a dtype, a device or shards for which `reproducible` cannot be promised.
+    ValueError
+        As `plan`; or if there is no gradient to centralize.
+    RuntimeError
+        As `plan`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> model(torch.rand(8, 3)).square().sum().backward()
+    >>> gcx.torch.centralize_grads_(model)
+    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
+    True
+    >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """
+    options = Options(
+        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+    )
+    weights = weights_of(decide(model, options).items(), reproducible=options.reproducible)
+    _centralize_gradients(weights, options.strength)
+
+
+def _centralize_gradients(weights: Iterable[Weight], strength: float) -> None:
+    """Centralize all gradients; a ValueError if there are none."""
+    gradients = with_gradient(weights)
+    if not gradients:
+        msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
+        raise ValueError(msg)
+    centralize_(gradients, strength=strength)

@@ -1,0 +1,326 @@
+"""AdamW and SGD with Gradient Centralization in their step, in one launch where kernels run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from gcx._options import Layers, Options
+from gcx.plan import Plan
+from gcx.torch._fused_step import CentralizationInStep
+from gcx.torch._optimizer import AdamWRule, Rule, SGDRule
+from gcx.torch._plan import Overrides
+from gcx.torch._step import not_compiled
+
+# Registries in which `CentralizationInStep` has hooks.
+_REGISTRIES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class FusedOptimizer(Optimizer):
+    """Mixin for a torch optimizer: kernels update first, torch updates the remaining parameters.
+
+    Torch collects the parameters of a group with `_init_group`. Here that call makes the step of
+    those that the kernels take, and collects the others.
+    """
+
+    def _centralize(self, model: nn.Module, options: Options, rule: Rule) -> None:
+        self._centralization = CentralizationInStep(self, model, options, rule)
+        self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in _REGISTRIES}
+
+    @property
+    def plan(self) -> Plan:
+        """The decision on each parameter, as a `gcx.plan.Plan`."""
+        return self._centralization.plan
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """For each parameter group, why torch makes the next step of some of its parameters.
+
+        Empty for a group that is centralized and updated in one launch for each dtype.
+        """
+        return [self._centralization.hooks.fallback(group) for group in self.param_groups]
+
+    def centralize_grads_(self) -> None:
+        """Centralize the gradients now, in place, for example to clip them.
+
+        It works as `gcx.torch.centralize_grads_`, by the plan of this optimizer. The step does it
+        again, which changes nothing at full strength.
+
+        Raises
+        ------
+        TypeError, RuntimeError
+            As a step would.
+        ValueError
+            If there is no gradient to centralize.
+        """
+        self._centralization.centralize_grads_()
+
+    def __repr__(self) -> str:
+        options = super().__repr__().removesuffix(")")
+        lines = ["Gradient Centralization", f"    plan: {self.plan!r}"]
+        for k, reason in enumerate(self.fallbacks):
+            way = f"by torch ({reason})" if reason else "in one launch for each dtype"
+            lines.append(f"    step of group {k}: {way}")
+        return options + "\n".join(lines) + "\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of an optimizer lose its hooks; they have to keep these.
+        hooks = {name: OrderedDict(own) for name, own in self._own_hooks.items()}
+        own = {"_centralization": self._centralization, "_own_hooks": self._own_hooks}
+        return {**super().__getstate__(), **own, **hooks}
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        """Make the kernels' step of a group, and collect the parameters that are left to torch.
+
+        Torch calls this with lists to fill, and makes the state of new parameters here.
+        """
+        collect = super()._init_group  # type: ignore[misc]
+
+        def remember(parameters: list[Tensor]) -> None:
+            apart = ([] if isinstance(each, list) else each for each in lists)
+            collect({**group, "params": parameters}, *apart)
+
+        left = self._centralization.hooks.step(group, remember)
+        return collect({**group, "params": left}, *lists)
+
+
+class AdamW(FusedOptimizer, torch.optim.AdamW):
+    r"""AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+
+    It is used as `torch.optim.AdamW`, does what that does with `centralize`, and shares its
+    checkpoints. Copies centralize too.
+
+    Parameters
+    ----------
+    params : torch.nn.Module or iterable
+        A model; or, together with `model`, parameters or parameter groups as torch takes them. A
+        group with ``"centralize": False`` is left alone.
+    lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused
+        As in `torch.optim.AdamW`.
+    model : torch.nn.Module, optional
+        The model that holds every parameter; needed if `params` is not a model.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
+
+    Attributes
+    ----------
+    plan : gcx.plan.Plan
+        The decision on each parameter.
+    fallbacks : list of str
+        For each parameter group, why torch makes the next step of some of its parameters; empty if
+        it makes none. `repr` shows it too.
+
+    Raises
+    ------
+    TypeError
+        If parameters are given without a model; else as `centralize` and `torch.optim.AdamW`.
+    ValueError, RuntimeError
+        As `centralize` and `torch.optim.AdamW`.
+
+    Notes
+    -----
+    With P the projection of `gcx.centralize`, weights w, gradient g of the loss and learning rate
+    :math:`\eta`, a step is
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) P g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) (P g)^2, \\
+        w &\leftarrow w - \eta \lambda w - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)
+
+    with squares by element, and hats for the bias correction. Decay is outside of P.
+
+    On CUDA, one launch for each parameter group and dtype makes the step and leaves ``.grad`` as it
+    was. Otherwise torch makes it, with the hook of `centralize`, which writes to ``.grad``:
+    :doc:`/fused` says when.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = gcx.torch.AdamW(model, lr=1e-3)
+    >>> optimizer.plan
+    <gcx plan: 1 of 2 parameters centralized>
+    >>> model(torch.rand(8, 3)).square().mean().backward()
+    >>> optimizer.step()
+    >>> torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.state_dict())
+
+    Parameter groups need the model beside them:
+
+    >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+    >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
+
+    On a CPU, torch makes the step:
+
+    >>> [bool(reason) for reason in optimizer.fallbacks]
+    [True, True]
+    """
+
+    # torch.compile would not know the kernels.
+    step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        model = _model_of(params, model)
+        options = Options(
+            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+        )
+        super().__init__(
+            _parameters_of(params),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._centralize(model, options, AdamWRule())
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+
+    It is used as `torch.optim.SGD`, does what that does with `centralize`, and shares its
+    checkpoints. Copies centralize too.
+
+    Parameters
+    ----------
+    params : torch.nn.Module or iterable
+        A model; or, together with `model`, parameters or parameter groups as torch takes them. A
+        group with ``"centralize": False`` is left alone.
+    lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
+        As in `torch.optim.SGD`.
+    model : torch.nn.Module, optional
+        The model that holds every parameter; needed if `params` is not a model.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
+
+    Attributes
+    ----------
+    plan : gcx.plan.Plan
+        The decision on each parameter.
+    fallbacks : list of str
+        For each parameter group, why torch makes the next step of some of its parameters; empty if
+        it makes none. `repr` shows it too.
+
+    Raises
+    ------
+    TypeError
+        If parameters are given without a model; else as `centralize` and `torch.optim.SGD`.
+    ValueError, RuntimeError
+        As `centralize` and `torch.optim.SGD`.
+
+    Notes
+    -----
+    With P the projection of `gcx.centralize`, weights w, gradient g of the loss, momentum
+    :math:`\mu`, dampening :math:`\tau` and learning rate :math:`\eta`, a step is
+
+    .. math::
+        u &\leftarrow P (g + \lambda w), \qquad b \leftarrow \mu b + (1 - \tau) u, \\
+        w &\leftarrow w - \eta b \quad \text{or, with Nesterov,} \quad w - \eta (u + \mu b)
+
+    So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = gcx.torch.SGD(model, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    >>> start = model.weight.mean(1).detach()
+    >>> for _ in range(10):
+    ...     optimizer.zero_grad()
+    ...     model(torch.rand(8, 3)).square().mean().backward()
+    ...     optimizer.step()
+    >>> torch.allclose(model.weight.mean(1), start, atol=1e-6)
+    True
+    """
+
+    step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        model = _model_of(params, model)
+        options = Options(
+            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+        )
+        super().__init__(
+            _parameters_of(params),
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._centralize(model, options, SGDRule())
+
+
+def _parameters_of(params: ParamsT | nn.Module) -> ParamsT:
+    """Replace a model by its parameters."""
+    return params.parameters() if isinstance(params, nn.Module) else params
+
+
+def _model_of(params: ParamsT | nn.Module, model: nn.Module | None) -> nn.Module:
+    """Find the model whose layers declare the fan-in; a TypeError if there is none."""
+    if model is not None:
+        return model
+    if isinstance(params, nn.Module):
+        return params
+    msg = (
+        "parameters do not say where their fan-in is, but the layers of a model do: give the model "
+        "instead of the parameters, or as model= beside the parameters or their groups"
+    )
+    raise TypeError(msg)

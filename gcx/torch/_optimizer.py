@@ -1,0 +1,312 @@
+"""An optimizer's own part in a step: the weight decay it adds, the momentum it keeps, its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from inspect import unwrap
+from math import prod, sqrt
+from struct import pack, unpack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from gcx._options import Decay
+from gcx.torch._weights import Rate, Weight
+
+Group = dict[str, Any]
+State = dict[str, Any]  # of one parameter
+Scalars = Mapping[str, float | bool]
+
+# Keys of running sums of gradients, in the state of a parameter.
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+# Beside these keys, the sum is of gradients already divided: RMSprop, Adafactor of transformers.
+_DIVIDES_BEFORE = {"exp_avg": {"exp_avg_sq_row"}, "momentum_buffer": {"square_avg"}}
+# Keys of LBFGS, which keeps all parameters in one vector.
+_FLAT = ("d", "prev_flat_grad")
+_FLAT_HISTORIES = ("old_dirs", "old_stps")
+
+
+def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
+    """Return c if ``grad + c * w`` is projected, None if the gradient alone is.
+
+    Raises a ValueError if `decay` is needed, or does not fit the optimizer.
+    """
+    rate = _rate(group)
+    if decay is None and rate is None:
+        return None
+    couples = _couples(optimizer, group)
+    kind = type(optimizer).__name__
+    if decay == "inside" and couples is False:
+        msg = (
+            f"decay='inside' with where='gradient' needs an optimizer that adds weight_decay * w "
+            f"to the gradient, and {kind} shrinks the weights apart; use where='update'"
+        )
+        raise ValueError(msg)
+    if decay is None and couples is None:
+        msg = (
+            f"does {kind} add weight_decay * w to the gradient? Then say decay='inside', so that "
+            "it is projected as well; if it shrinks the weights apart, say decay='outside'"
+        )
+        raise ValueError(msg)
+    is_inside = couples if decay is None else decay == "inside"
+    if not is_inside or rate is None:
+        return None
+    if group.get("maximize"):
+        rate = -rate  # the optimizer negates the gradient before it adds decay
+    # A GradScaler sets this while a fused optimizer steps on gradients that are still scaled.
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return rate if scale is None else rate * scale
+
+
+def momentum_has_mean(optimizer: Optimizer, group: Group, decay: Decay) -> bool:
+    """Return True if coupled decay stays outside the projection, so that momentum has a mean."""
+    is_left_out = decay == "outside" and _couples(optimizer, group) is not False
+    return is_left_out and _rate(group) is not None
+
+
+def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
+    """Factor by which the coming step shrinks the weights apart from the gradient.
+
+    None if decay is inside the projection. Raises a ValueError if it cannot be outside.
+    """
+    if decay != "outside":
+        return None
+    if _couples(optimizer, group):
+        msg = (
+            f"decay='outside' with where='update' needs an optimizer that shrinks the weights "
+            f"apart, and {type(optimizer).__name__} adds weight_decay * w to the gradient; use "
+            "where='gradient'"
+        )
+        raise ValueError(msg)
+    if group["lr"] is None:
+        msg = (
+            f"decay='outside' with where='update' needs to know by how much a step shrinks the "
+            f"weights, and this {type(optimizer).__name__} finds its learning rate by itself; "
+            "leave decay inside"
+        )
+        raise ValueError(msg)
+    lost: float | Tensor = group["lr"] * (_rate(group) or 0.0)
+    # Set by a GradScaler: unless zero, a fused optimizer leaves the weights where they are.
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return 1 - (lost if found_inf is None else lost * (found_inf == 0))
+
+
+def _rate(group: Group) -> Rate:
+    """Weight decay of a group; None if it is zero."""
+    rate: Rate = group.get("weight_decay")
+    # A tensor counts as decay whatever is in it: reading it would wait for the device.
+    return None if not isinstance(rate, Tensor) and rate == 0 else rate
+
+
+def _couples(optimizer: Optimizer, group: Group) -> bool | None:
+    """Return True if the optimizer adds weight decay to the gradient; None if that is unknown."""
+    if "decoupled_weight_decay" in group:
+        return not group["decoupled_weight_decay"]
+    # By the step itself: a subclass with a step of its own may decay as it likes.
+    step = _step_of(type(inner_optimizer(optimizer)))
+    if step in _COUPLED:
+        return True
+    return False if step in _DECOUPLED else None
+
+
+def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
+    # torch wraps the step of a class when its first instance is made.
+    step: Callable[..., Any] = unwrap(kind.step)
+    return step
+
+
+def _steps_of(*names: str) -> set[Callable[..., Any]]:
+    kinds = (getattr(torch.optim, name, None) for name in names)
+    return {_step_of(kind) for kind in kinds if kind is not None}  # Muon came with torch 2.9
+
+
+_COUPLED = _steps_of(
+    "Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"
+)
+_DECOUPLED = _steps_of("Adafactor", "AdamW", "Muon")
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Find the optimizer that steps and keeps the state.
+
+    A torch.distributed.optim.ZeroRedundancyOptimizer holds one for the share of its process.
+    """
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+@torch.no_grad()
+def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> list[str]:
+    """Subtract the fan-in mean from momentum that was built from uncentralized gradients.
+
+    Returns the names of the weights whose momentum had a mean. Other momentum keeps its bits.
+    """
+    keeper = inner_optimizer(optimizer)
+    momentum = [
+        (weight, buffer) for weight in weights for buffer in _buffers(keeper, weight.parameter)
+    ]
+    for weight, buffer in momentum:
+        if buffer.shape != weight.parameter.shape:
+            msg = (
+                f"the momentum of {weight.name} has shape {tuple(buffer.shape)}, not that of the "
+                "weight, so it cannot be centralized; use where='update'"
+            )
+            raise ValueError(msg)
+    foreign = [(weight, buffer) for weight, buffer in momentum if _has_mean(weight, buffer)]
+    for weight, buffer in foreign:
+        weight.subtract_(buffer, weight.mean(buffer))
+    return list(dict.fromkeys(weight.name for weight, _ in foreign))
+
+
+def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
+    """List the momentum of a parameter, in tensors that can be written to."""
+    if isinstance(optimizer, LBFGS):
+        yield from _parts_of_flat_memory(optimizer, parameter)
+        return
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    for key in _FIRST_MOMENTS:
+        if isinstance(state.get(key), Tensor) and not _DIVIDES_BEFORE[key] & state.keys():
+            yield state[key]
+
+
+def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tensor]:
+    parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+    memory = optimizer.state.get(parameters[0], {})
+    flat = [memory[key] for key in _FLAT if isinstance(memory.get(key), Tensor)]
+    flat += [vector for key in _FLAT_HISTORIES for vector in memory.get(key, ())]
+    sizes = [_real(p).numel() for p in parameters]
+    position = next(k for k, p in enumerate(parameters) if p is parameter)
+    for vector in flat:
+        part = vector.split(sizes)[position].view_as(_real(parameter))
+        yield torch.view_as_complex(part) if parameter.is_complex() else part
+
+
+def _real(parameter: Tensor) -> Tensor:
+    return torch.view_as_real(parameter) if parameter.is_complex() else parameter
+
+
+def _has_mean(weight: Weight, buffer: Tensor) -> bool:
+    """Return True if the mean over the fan-in is more than rounding."""
+    if buffer.numel() == 0:
+        return False
+    mean = weight.mean(buffer)
+    of_mean, of_elements = (torch.finfo(x.dtype).eps for x in (mean, buffer))
+    shape, axes = weight.fan_in
+    rounding = of_mean + of_elements / sqrt(prod([shape[axis] for axis in axes]))
+    return bool(mean.abs().max() > 16 * rounding * buffer.abs().max())
+
+
+# If the user asks for foreach, fused or differentiable, torch makes the step.
+_OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
+_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
+
+
+class Rule(Protocol):
+    """An optimizer, described for the kernels.
+
+    `kind` is its torch class and `name` its name for the kernels. Options in `fixed` must have the
+    given value, and options in `numbers` must be numbers and not tensors.
+    """
+
+    kind: type[Optimizer]
+    name: str
+    fixed: Mapping[str, object]
+    numbers: tuple[str, ...]
+
+    def stages(self, group: Group, states: Sequence[State], /) -> list[Hashable]:
+        """Return how far each parameter is: one stage, one launch. None: left to torch."""
+
+    def memory(
+        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
+    ) -> list[list[Tensor]]:
+        """List the state tensors, one list for each kind; missing ones are made."""
+
+    def scalars(self, group: Group, stage: Any, /) -> Scalars:
+        """Return the numbers that hold for all elements."""
+
+    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
+        """Update the parts of the optimizer state that the kernel did not write itself."""
+
+
+class AdamWRule:
+    """`torch.optim.AdamW`; a stage is the number of steps so far."""
+
+    kind: type[Optimizer] = torch.optim.AdamW
+    name = "adamw"
+    fixed: Mapping[str, object] = {"amsgrad": False, "capturable": False, **_OF_TORCH}
+    numbers: tuple[str, ...] = ("lr", "betas", "weight_decay", "eps")
+
+    def stages(self, _: Group, states: Sequence[State], /) -> list[Hashable]:
+        """See `Rule`. Reading steps from a GPU would wait for it."""
+        return [
+            state["step"].item() if state.keys() >= _ADAMW_STATE and state["step"].is_cpu else None
+            for state in states
+        ]
+
+    def memory(
+        self, _: Group, states: Sequence[State], _grads: Sequence[Tensor], /
+    ) -> list[list[Tensor]]:
+        """See `Rule`."""
+        return [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
+
+    def scalars(self, group: Group, stage: float, /) -> Scalars:
+        """See `Rule`; all in float32, as in torch's fused step on CUDA."""
+        lr, decay = _float32(group["lr"]), _float32(group["weight_decay"])
+        beta1, beta2 = map(_float32, group["betas"])
+        correction1, correction2 = (1 - _float32(beta ** (stage + 1)) for beta in (beta1, beta2))
+        return {
+            "step_size": _float32(lr / _float32(correction1)),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "decay": _float32(lr * decay),
+            "bias2_root": _float32(sqrt(_float32(correction2))),
+            "maximize": group["maximize"],
+        }
+
+    def remember(self, states: Sequence[State], _: Sequence[Sequence[Tensor]], /) -> None:
+        """See `Rule`."""
+        one = torch.tensor(1.0, device="cpu")  # torch would make a tensor of a number for each
+        torch._foreach_add_([state["step"] for state in states], one, alpha=1.0)
+
+
+class SGDRule:
+    """`torch.optim.SGD`; a stage is whether the momentum is still missing."""
+
+    kind: type[Optimizer] = torch.optim.SGD
+    name = "sgd"
+    fixed: Mapping[str, object] = _OF_TORCH
+    numbers: tuple[str, ...] = ("lr", "momentum", "dampening", "weight_decay")
+
+    def stages(self, group: Group, states: Sequence[State], /) -> list[Hashable]:
+        """See `Rule`."""
+        has_momentum = group["momentum"] != 0
+        return [has_momentum and state.get("momentum_buffer") is None for state in states]
+
+    def memory(
+        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
+    ) -> list[list[Tensor]]:
+        """See `Rule`."""
+        if group["momentum"] == 0:
+            return []
+        buffers = [state.get("momentum_buffer") for state in states]
+        pairs = zip(buffers, grads, strict=True)
+        return [[torch.zeros_like(grad) if buffer is None else buffer for buffer, grad in pairs]]
+
+    def scalars(self, group: Group, stage: bool, /) -> Scalars:
+        """See `Rule`."""
+        names = (*self.numbers, "nesterov", "maximize")
+        return {"first": stage, **{name: group[name] for name in names}}
+
+    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
+        """See `Rule`."""
+        for buffers in memory:
+            for state, buffer in zip(states, buffers, strict=True):
+                state["momentum_buffer"] = buffer
+
+
+def _float32(number: float) -> float:
+    (rounded,) = unpack("f", pack("f", number))
+    return float(rounded)

@@ -1,0 +1,90 @@
+"""Weights to centralize, and everything that is asked of the backend for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcx._names import naming
+from gcx.backends import _torch
+
+# Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.
+Rate = float | Tensor | None
+
+
+class Weight(NamedTuple):
+    """A parameter to centralize.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    parameter : Tensor
+        The weight.
+    fan_in : (shape, axes)
+        The fan-in, as `gcx.Layout.split` returns it.
+    reproducible : bool
+        Whether its means have equal bits on every device.
+    """
+
+    name: str
+    parameter: Tensor
+    fan_in: _torch.FanIn
+    reproducible: bool = False
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor of the shape of the parameter over the fan-in, in float32 at least."""
+        return _torch.mean_over(tensor, self.fan_in, self.reproducible)
+
+    def subtract_(self, tensor: Tensor, mean: Tensor) -> None:
+        """Subtract in place a mean that `mean` returned."""
+        _torch.subtract_mean_(tensor, mean, self.fan_in)
+
+    def check(self, tensor: Tensor) -> None:
+        """Raise a TypeError that names the weight if the bits of a mean cannot be promised."""
+        if self.reproducible:
+            with naming(self.name):
+                _torch.check_reproducible_over(tensor, self.fan_in)
+
+
+Gradients = Sequence[tuple[Weight, Tensor]]
+
+
+def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
+    """List the weights that have a gradient, each with its gradient.
+
+    Raises a TypeError if a gradient has no mean, or none with the bits that were promised.
+    """
+    found = [(w, grad) for w in weights if (grad := w.parameter.grad) is not None]
+    for weight, grad in found:
+        if grad.layout is not torch.strided:
+            msg = (
+                f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
+                "fan-in; make it dense (sparse=False), or use where='update'"
+            )
+            raise TypeError(msg)
+        if weight.reproducible:
+            weight.check(grad)
+    return found
+
+
+def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:
+    """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
+    if not gradients:
+        return
+    weights = [weight for weight, _ in gradients]
+    grads = [grad for _, grad in gradients]
+    for k, grad in enumerate(grads):
+        if 0 in grad.stride():  # expanded: several elements share memory
+            grads[k] = weights[k].parameter.grad = grad.contiguous()
+    _torch.subtract_means_(
+        grads,
+        [weight.fan_in for weight in weights],
+        [weight.parameter for weight in weights],
+        rate,
+        strength=strength,
+        reproducible=weights[0].reproducible,
+    )

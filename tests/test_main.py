@@ -1,0 +1,256 @@
+"""``python -m gcx``: it shows what is here, finds faults, and ends quietly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+
+import gcx
+from gcx import __main__, backends
+from gcx.__main__ import INSTALL, look_up, main
+from gcx.backends import _numpy
+
+HERE = Path(gcx.__file__).parents[1]
+
+WITH_NUMPY_ALONE = """
+from gcx import __main__
+__main__.LIBRARIES = ("numpy",)
+__main__.exit_after(__main__.main)
+"""
+
+
+def without_gc(grad: Any, *_: Any) -> Any:
+    return grad.copy()
+
+
+def not_a_number(grad: Any, *_: Any) -> Any:
+    return grad * grad.dtype.type(np.nan)
+
+
+def flat(*arguments: Any) -> Any:
+    return correct(*arguments).ravel()
+
+
+def doubled(*arguments: Any) -> Any:
+    return correct(*arguments).astype("float64")
+
+
+def raising(*_: Any) -> Any:
+    msg = "no kernel"
+    raise NotImplementedError(msg)
+
+
+def rounding_the_mean(grad: Any, axes: Any, *_: Any) -> Any:
+    wide = grad.astype("float64")
+    mean = wide.mean(axis=axes, keepdims=True).astype(grad.dtype)
+    return (wide - mean.astype("float64")).astype(grad.dtype)
+
+
+correct = _numpy.centralize
+
+
+class TestReport:
+    def test_all_libraries_are_named_and_all_is_well(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"gcx {gcx.__version__} in {Path(gcx.__file__).parent}, Python 3")
+        assert text.endswith("All is well.\n")
+        for name in (*backends.LIBRARIES, "any other"):
+            assert f"\n{name} " in text
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--json"]) == 0
+        shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert shown["ok"]
+        rows = {(row["library"], row["device"], row["dtype"]) for row in shown["checks"]}
+        assert rows == {
+            (library["name"], device, dtype)
+            for library in shown["libraries"]
+            for device in library["devices"]
+            for dtype in ("float32", "float16")
+        }
+        assert ("numpy", "cpu", "float32") in rows
+        assert all(0 < row["error"] <= row["limit"] for row in shown["checks"])
+
+    @pytest.mark.parametrize(
+        ("fault", "why"),
+        [
+            (without_gc, ""),
+            (not_a_number, "not finite"),
+            (flat, "ValueError: float32 of shape (2048,), not float32 of (32, 64)"),
+            (doubled, "ValueError: float64 of shape (32, 64), not float32 of (32, 64)"),
+            (raising, "NotImplementedError: no kernel"),
+        ],
+    )
+    def test_planted_fault_is_found(
+        self,
+        fault: Callable[..., Any],
+        why: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(__main__, "LIBRARIES", ["numpy"])
+        monkeypatch.setattr(_numpy, "centralize", fault)
+        assert main(["--json"]) == 1
+        shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert not shown["ok"]
+        assert shown["checks"][0]["verdict"] == f"FAILED {why}".rstrip()
+        assert "FAILED" in shown["checks"][1]["verdict"]
+        assert main([]) == 1
+        assert "FAILED: something above is wrong" in capsys.readouterr().out
+
+    def test_second_rounding_is_found(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(__main__, "LIBRARIES", ["numpy"])
+        monkeypatch.setattr(_numpy, "centralize", rounding_the_mean)
+        assert main(["--json"]) == 1
+        verdicts = [row["verdict"] for row in json.loads(capsys.readouterr().out)["checks"]]
+        assert verdicts == ["ok", "FAILED"]
+
+
+class TestLibraries:
+    def test_installed(self) -> None:
+        found = look_up("numpy")
+        assert (found.state, found.version, found.devices) == ("ok", np.__version__, ("cpu",))
+        assert (_numpy.__doc__ or "").startswith(found.how)
+
+    def test_missing_library_comes_with_the_command_that_installs_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(__main__, "find_spec", lambda name: None)
+        for name in backends.LIBRARIES:
+            found = look_up(name)
+            assert (found.state, found.how) == ("not installed", f"not installed: {INSTALL[name]}")
+
+    def test_without_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_numpy, "devices", list)
+        assert look_up("numpy").state == "no device"
+
+    @pytest.mark.parametrize("function", ["load", "devices"])
+    def test_broken_library_shows_its_error(
+        self,
+        function: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(*_: object) -> None:
+            msg = "libcuda.so is of the wrong age\nand more"
+            raise OSError(msg)
+
+        monkeypatch.setattr(__main__, "LIBRARIES", ["numpy"])
+        monkeypatch.setattr(__main__ if function == "load" else _numpy, function, fail)
+        assert main([]) == 1
+        assert "broken: OSError: libcuda.so is of the wrong age\n" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("reason", "said"),
+        [
+            ("", "; on CUDA one launch of a Triton kernel for each dtype"),
+            ("Triton is not installed", "; on CUDA, too: Triton is not installed"),
+        ],
+    )
+    def test_cuda_device_of_torch(
+        self, reason: str, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("torch")
+        from gcx.backends import _torch, _torch_cuda
+
+        monkeypatch.setattr(_torch, "devices", lambda: ["cpu", "cuda:0"])
+        monkeypatch.setattr(_torch_cuda, "why_not", lambda: reason)
+        assert look_up("torch").how.endswith(said)
+
+    def test_kernels_are_not_spoken_of_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torch")
+        from gcx.backends import _torch, _torch_cuda
+
+        monkeypatch.setattr(_torch, "devices", lambda: ["cpu"])
+        monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
+        assert (_torch.__doc__ or "").startswith(look_up("torch").how)
+
+
+class TestProgram:
+    def test_version_loads_no_framework(self) -> None:
+        code = """
+import sys
+from gcx.__main__ import main
+try:
+    main(["--version"])
+finally:
+    print(*sys.modules)
+"""
+        version, modules = ran("-c", code).stdout.decode().splitlines()
+        assert version == f"gcx {gcx.__version__}"
+        assert not {"numpy", "torch", "jax", "cupy"} & set(modules.split())
+
+    @pytest.mark.parametrize("missing", [("numpy",), ("array-api-compat", "numpy")])
+    def test_missing_package_is_one_clear_line(
+        self,
+        missing: tuple[str, ...],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for package in missing:
+            monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+        assert main(["--json"]) == 2
+        out, err = capsys.readouterr()
+        why = f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
+        assert err == f"python -m gcx: {why}\n"
+        assert json.loads(out) == {"ok": False, "error": why}
+
+    def test_clone_without_any_package(self, tmp_path: Path) -> None:
+        shutil.copytree(HERE / "gcx", tmp_path / "gcx")
+        version = ran("-S", "-m", "gcx", "--version", folder=tmp_path)
+        assert version.stdout.decode().strip() == f"gcx {gcx.__version__}"
+        shown = ran("-S", "-m", "gcx", folder=tmp_path)
+        assert (shown.returncode, shown.stdout) == (2, b"")
+        assert shown.stderr == (
+            b"python -m gcx: array-api-compat and numpy missing: "
+            b"pip install array-api-compat numpy\n"
+        )
+
+    def test_closed_pipe(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            shown = ran("-c", WITH_NUMPY_ALONE, output=pipe)
+        assert (shown.returncode, shown.stderr) == (141, b"")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_full_disk(self) -> None:
+        with Path("/dev/full").open("w", encoding="utf-8") as full:
+            shown = ran("-c", WITH_NUMPY_ALONE, output=full)
+        assert (shown.returncode, shown.stderr.count(b"\n")) == (1, 1)
+        assert b"cannot write: No space left on device" in shown.stderr
+
+    def test_interruption(self) -> None:
+        code = """
+import os, signal
+from gcx import __main__
+__main__.look_up = lambda _: os.kill(os.getpid(), signal.SIGINT)
+__main__.exit_after(__main__.main)
+"""
+        shown = ran("-c", code)
+        assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")
+
+
+def ran(
+    *arguments: str, folder: Path = HERE, output: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[bytes]:
+    """Run Python without whatever else is on the path, so that the folder's gcx is found."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdout=output, stderr=subprocess.PIPE, check=False
+    )

@@ -1,0 +1,47 @@
+"""A CPU in the place of the GPU that `benchmarks.gpu` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import gcx
+from benchmarks.gpu.device import Gpu
+from benchmarks.throughput.cuda import Profile
+from benchmarks.throughput.timing import Call, Clock, wall_clock
+
+
+class StandIn(Gpu):
+    """Records nothing, and waits for nothing: every call is back when all is done."""
+
+    seen = Profile(kernels=1, copies=1, waits=0, seconds=1e-6)
+
+    def __init__(self, *, until: float = inf) -> None:
+        super().__init__("cpu", is_brief=True, until=until)
+
+    def recorded(self, call: Call) -> Call:
+        return call
+
+    def profile(self, call: Call) -> Profile:
+        call()
+        return self.seen
+
+    def wait(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def cache_bytes(self) -> int:
+        return 4096
+
+    def make_clock(self) -> Clock:
+        return wall_clock
+
+
+class Launches:
+    """As that of `gcx.backends._torch_cuda`, one gradient after the other."""
+
+    def centralize_(self, grads: Sequence[Any], axes: Sequence[tuple[int, ...]]) -> list[int]:
+        for grad, fan_in in zip(grads, axes, strict=True):
+            gcx.centralize(grad, axis=fan_in, out=grad)
+        return []

@@ -130,7 +130,7 @@ def to_numpy(array: Tensor, /) -> Any:
 
 
 def _is_expanded(array: Tensor) -> bool:
-    """Whether several elements are in one place in memory."""
+    """Return True if several elements share memory."""
     strides = zip(array.stride(), array.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in strides)
 

@@ -39,24 +39,26 @@ ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
 
-# What is built around the frameworks: a dependency group, and the modules that must be there.
+# What is built around the frameworks: a dependency group, the modules that must be there, and the
+# examples of the documentation that need them.
 AROUND = {
-    "torch": ("around-torch", "lightning,transformers,accelerate,peft,timm_models"),
+    "torch": (
+        "around-torch",
+        "lightning,transformers,accelerate,peft,timm_models",
+        "--examples=torch",
+    ),
     "deepspeed": ("deepspeed", "deepspeed"),
-    "keras": ("keras", "keras"),
-    "thinc": ("thinc", "thinc"),
+    "keras": ("keras", "keras", "--examples=keras"),
+    "thinc": ("thinc", "thinc", "--examples=thinc"),
 }
 PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 
-# Tests that run what is documented, so far as the packages for it are there.
-EXAMPLES = ("tests/test_canary.py", "tests/test_doctests.py", "tests/test_documents.py")
-
 # Tests that import every public module whose framework is there, and use it a little.
 OF_THE_PACKAGE = (
-    *EXAMPLES,
+    "tests/test_canary.py",
     "tests/test_agreement.py",
     "tests/test_lazy_imports.py",
     "tests/test_public_api.py",
@@ -80,27 +82,33 @@ def tests(session: nox.Session, backend: str) -> None:
         session.warn("no GPU here: no CuPy array is computed, only what needs none is tested")
         run_pytest(session, "tests/test_cupy_backend.py", "--backends=numpy")
         return
+    if backend == "cupy":
+        run_pytest(session, "tests/examples", "--examples=cupy", "--backends=cupy")
     run_pytest(session, f"--backends={BACKENDS[backend]}")
 
 
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
-    """Compare the frameworks with each other and with peers, all of them in one environment."""
+    """Compare the frameworks with each other and with peers; run the examples of the docs."""
     install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
     together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
-    run_pytest(session, *together, f"--packages={PEERS}")
+    examples = ("tests/examples", "--examples=agreement")
+    run_pytest(session, "tests", *examples, *together, f"--packages={PEERS}")
 
 
 @nox.session(python=PYTHONS)
 @nox.parametrize("around", list(AROUND), ids=list(AROUND))
 def integrations(session: nox.Session, around: str) -> None:
     """Run the tests of what is built around a framework: trainers, and packages of layers."""
-    group, packages = AROUND[around]
+    group, packages, *examples = AROUND[around]
     session.env["DS_BUILD_OPS"] = "0"  # DeepSpeed is to compile nothing
     install(session, "-e.", group, "core-test")
     if around == "torch":
         session.install("--no-deps", *TIMM)
-    arguments = (f"tests/around_{around}", *EXAMPLES, f"--packages={packages}", "--backends=numpy")
+    arguments = ["tests/test_canary.py", f"tests/around_{around}"]
+    if examples:
+        arguments += ["tests/examples", *examples]
+    arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
         return
@@ -167,12 +175,11 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
-    """Build the documentation, where each warning is an error, and run its examples."""
+    """Build the documentation, where each warning is an error."""
     install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", "docs")
     session.env["KERAS_BACKEND"] = "torch"
-    for builder in ("html", "doctest"):
-        strictly = ("-W", "-n", "--keep-going", "-q")
-        session.run("sphinx-build", *strictly, "-b", builder, "docs", f"docs/_build/{builder}")
+    strictly = ("-W", "-n", "--keep-going", "-q")
+    session.run("sphinx-build", *strictly, "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session(python=PYTHONS)

@@ -1,16 +1,13 @@
-"""``python -m benchmarks COMMAND`` runs one of the programs around gcx."""
+"""``python -m benchmarks COMMAND`` runs a program around gcx."""
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-from benchmarks.command.requirements import CannotRunError
-from gcx.__main__ import run_quietly
+from gcx.__main__ import exit_after
 
 __all__ = ["COMMANDS", "main"]
 
@@ -48,6 +45,11 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
+    # Imported here, where Ctrl-C is expected.
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    from benchmarks.command.requirements import CannotRunError
+
     arguments = sys.argv[1:] if arguments is None else arguments
     width = max(map(len, COMMANDS))
     commands = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
@@ -73,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_quietly(partial(main, None)))
+    exit_after(main)

@@ -13,7 +13,6 @@ exclude_patterns = ["_build", "_generated"]
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["dollarmath"]

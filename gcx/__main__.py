@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from errno import EINVAL, ENOSPC, EPIPE
-from importlib import metadata
 from importlib.util import find_spec
 from math import isfinite
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Never, TypeVar
 
 import gcx
 from gcx._table import aligned
 from gcx.backends import LIBRARIES, load
 
-__all__ = ["INSTALL", "LibraryInfo", "attempt", "look_up", "main", "run_quietly"]
+__all__ = ["INSTALL", "LibraryInfo", "attempt", "exit_after", "look_up", "main", "run_quietly"]
 
 T = TypeVar("T")
 
@@ -49,8 +43,7 @@ _CASES: tuple[tuple[tuple[int, ...], str, tuple[int, ...]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class LibraryInfo:
+class LibraryInfo(NamedTuple):
     """One array library as it is on this machine."""
 
     name: str
@@ -62,6 +55,12 @@ class LibraryInfo:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show, check, and return the exit code."""
+    # Imported here, where Ctrl-C is expected; they take longer than all the rest of this file.
+    import json
+    from argparse import ArgumentParser
+    from pathlib import Path
+    from platform import python_version
+
     parser = ArgumentParser(prog="python -m gcx", description=_DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print one JSON object, and no text")
     parser.add_argument("--version", action="version", version=f"gcx {gcx.__version__}")
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {
         "gcx": gcx.__version__,
         "folder": str(Path(gcx.__file__).parent),
-        "python": platform.python_version(),
+        "python": python_version(),
         "adapters": {name: _version(name) for name in _FOR_ADAPTERS},
     }
     libraries = [look_up(name) for name in LIBRARIES]
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ok = all(one["verdict"] == "ok" for one in checks)
     ok = ok and all(library.state != "broken" for library in libraries)
     if as_json:
-        found = {"libraries": [asdict(library) for library in libraries], "checks": checks}
+        found = {"libraries": [library._asdict() for library in libraries], "checks": checks}
         print(json.dumps({"ok": ok, **about, **found}, indent=2))
     else:
         print("\n".join(_check_lines(checks, ok=ok)))
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def look_up(name: str) -> LibraryInfo:
-    """Tell the state of one of `gcx.backends.LIBRARIES`; imports it if it is installed."""
+    """Import a library out of `gcx.backends.LIBRARIES` if it is installed, and tell its state."""
     if find_spec(name) is None:
         return LibraryInfo(name, "not installed", None, (), f"not installed: {INSTALL[name]}")
     library, error = attempt(lambda: load(name))
@@ -130,6 +129,8 @@ def _first_line(doc: str | None) -> str:
 
 
 def _version(module: str) -> str | None:
+    from importlib import metadata
+
     loaded = getattr(sys.modules.get(module), "__version__", None)  # CuPy has several distributions
     return loaded or attempt(lambda: metadata.version(module))[0]
 
@@ -220,8 +221,8 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 def run_quietly(command: Callable[[], int]) -> int:
     """Run a command; Ctrl-C, or an output that cannot be written, ends it without a traceback.
 
-    The exit codes are those of other programs: 130 after Ctrl-C, 141 after the reader of a pipe has
-    gone, and 1 if the disk is full, which one line on stderr says.
+    The exit code is 130 after Ctrl-C and 141 after the reader of a pipe has gone, as in other
+    programs. If the disk is full, it is 1, with one line on stderr.
     """
     try:
         try:
@@ -242,5 +243,14 @@ def run_quietly(command: Callable[[], int]) -> int:
         return 1
 
 
+def exit_after(command: Callable[[], int]) -> Never:
+    """Run a command as the whole program."""
+    code = run_quietly(command)
+    if code == 130:
+        # After an interruption inside `exec`, Python would end by the signal and not by this code.
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run_quietly(main))
+    exit_after(main)

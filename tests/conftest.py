@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import libraries
+from example_sessions import SESSIONS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--packages",
         default="",
         help="further packages, separated by commas, whose absence is a failure and not a skip",
+    )
+    parser.addoption(
+        "--examples",
+        choices=list(SESSIONS),
+        help="the session of nox whose examples to run, if tests/examples is collected; "
+        "default: all whose packages are installed",
     )
 
 

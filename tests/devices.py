@@ -15,8 +15,8 @@ N_DEVICES = 8
 SECONDS = 150  # before processes that wait for each other are ended
 
 
-def seen_by(program: str, *, processes: int = 1) -> Any:
-    """Run a program of this folder in so many processes; return the JSON that the first writes."""
+def seen_by(program: str, *cases: str, processes: int = 1) -> Any:
+    """Run cases of a program of this folder, or all; return the JSON of the first process."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -28,7 +28,7 @@ def seen_by(program: str, *, processes: int = 1) -> Any:
         command = [sys.executable, str(path), str(report), _free_port(), str(processes)]
         started = [
             subprocess.Popen(
-                [*command, str(k)],
+                [*command, str(k), *cases],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

@@ -91,7 +91,10 @@ def _strict() -> list[ArrayLibrary]:
 
 
 def _dask() -> list[ArrayLibrary]:
+    import dask
     import dask.array as da
+
+    dask.config.set(scheduler="synchronous")  # for arrays so small, threads take the most time
 
     def from_numpy(values: Any, dtype: str) -> Any:
         # Cut along every axis, the fan-in too, and unevenly where the size allows it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -119,3 +120,51 @@ def test_units_of_every_size(xp: ArrayLibrary, layout: str) -> None:
     result = xp.numpy(gcx.centralize(xp.asarray(grad, "float32"), layout=layout))
     error = np.abs((result if layout == "o..." else result.T) - centralized(rows, (1,)))
     assert (error / np.spacing(np.abs(rows).max(axis=1, keepdims=True))).max() <= 4
+
+
+# In a sum of the array's own dtype the large number swallows the small ones, in any order. A wider
+# sum, or one that corrects its rounding, keeps them.
+LOSSY = {"float32": [2.0**24, 0.3, 0.3, 0.3, 0.05], "float64": [2.0**53, 0.5, 0.45]}
+
+
+def lossy_rows(dtype: str) -> Any:
+    return np.stack([np.array(LOSSY[dtype], dtype)] * 6)
+
+
+def swallows(grad: Any, **options: Any) -> bool:
+    """Tell from the result whether the sums lost the small numbers, as sums by BLAS do."""
+    dtype, numbers = grad.dtype.type, LOSSY[grad.dtype.name]
+    large = grad == numbers[0]
+    lossy = dtype(numbers[0]) - dtype(numbers[0] / len(numbers))
+    exact = dtype(numbers[0]) - dtype(sum(map(Fraction, numbers)) / len(numbers))
+    found = {float(x) for x in gcx.centralize(grad, **options)[large]}
+    assert lossy != exact, "the numbers tell nothing"
+    assert found in ({float(lossy)}, {float(exact)})
+    return found == {float(lossy)}
+
+
+@pytest.mark.parametrize("dtype", LOSSY)
+def test_numpy_sums_by_blas_where_memory_is_a_matrix(dtype: str) -> None:
+    rows = lossy_rows(dtype)
+    columns = np.ascontiguousarray(rows.T)
+    assert swallows(rows)
+    assert swallows(rows.reshape(2, 3, -1), layout="ooi")
+    assert swallows(columns, layout="...o")
+    assert swallows(columns.reshape(-1, 2, 3), layout="ioo")
+    assert swallows(rows, out=np.empty_like(rows))
+    assert swallows(columns, out=columns, layout="...o")
+
+
+@pytest.mark.parametrize("dtype", LOSSY)
+def test_numpy_sums_exactly_where_memory_is_no_matrix(dtype: str) -> None:
+    rows = lossy_rows(dtype)
+    columns = np.ascontiguousarray(rows.T)
+    assert not swallows(rows.T, layout="...o")
+    assert not swallows(np.repeat(rows, 2, axis=1)[:, ::2])
+    assert not swallows(np.stack([columns, columns]), layout="oio")
+    assert not swallows(rows, out=np.empty_like(columns).T)
+    assert not swallows(rows.view(Marked))
+
+
+class Marked(np.ndarray):
+    """A subclass may do anything in its own methods."""

@@ -34,7 +34,7 @@ GRADS = [
 ]
 OPTIMIZERS = {
     "sgd": SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": Adam(0.01, centralize="update"),
+    "adam": Adam(0.01, where="update"),
     "adamw": AdamW(0.01),
 }
 STEPS = 10

@@ -271,6 +271,46 @@ class TestOut:
         gcx.centralize_many(grads, out=grads)
         assert_leaves(read(xp, grads), expected)
 
+    def test_of_several_libraries(self, xp: ArrayLibrary) -> None:
+        """Each result goes into its own array, whatever is beside it."""
+        if not xp.is_writable:
+            pytest.skip("its arrays cannot be written to")
+
+        def tree(fill: Callable[..., Any]) -> dict[str, Any]:
+            return {
+                "numpy": fill(3, 4),
+                "none": None,
+                "other": xp.asarray(fill(3, 4)),
+                "bias": xp.asarray(fill(5)),
+                "last": fill(4, 2, 3),
+                "alone": fill(2, 2),
+            }
+
+        grads, out = tree(values), tree(lambda *shape: np.zeros(shape))
+        layouts = {"alone": None, "*": "o..."}
+        result = gcx.centralize_many(grads, layouts=layouts, out=out, strength=0.5)
+        for name, target in out.items():
+            assert result[name] is target
+        expected = {
+            "numpy": (values(3, 4) + centralized(values(3, 4), (1,))) / 2,
+            "none": None,
+            "other": (values(3, 4) + centralized(values(3, 4), (1,))) / 2,
+            "bias": values(5),
+            "last": (values(4, 2, 3) + centralized(values(4, 2, 3), (1, 2))) / 2,
+            "alone": values(2, 2),
+        }
+        both = {
+            name: xp.numpy(leaf) if name in ("other", "bias") else leaf
+            for name, leaf in out.items()
+        }
+        assert_leaves(both, expected)
+
+    def test_leaves_the_gradients_as_they_were(self) -> None:
+        grads = [values(3, 4), values(5), values(2, 2)]
+        gcx.centralize_many(grads, layouts=["o...", "o...", None], out=[g.copy() for g in grads])
+        for grad in grads:
+            np.testing.assert_array_equal(grad, values(*grad.shape))
+
     def test_may_have_its_keys_in_another_order(self) -> None:
         grads = {"a": values(3, 4), "b": values(3, 4, seed=1)}
         out = {"b": np.zeros((3, 4)), "a": np.zeros((3, 4))}

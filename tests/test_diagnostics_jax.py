@@ -21,7 +21,7 @@ from gcx.diagnostics.jax import energy_removed
 
 from reference import fan_in_means
 
-pytestmark = pytest.mark.one_framework
+pytestmark = [pytest.mark.one_framework, pytest.mark.usefixtures("compiled_in_haste")]
 
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 

@@ -17,26 +17,27 @@ import jax.numpy as jnp
 
 import gcx.optax
 from gcx import Layout
+from gcx._decisions import merge
 from gcx.optax._models import RULES
-from gcx.optax._models._decision import Decision, Kernel, merge, settle
-from gcx.optax._models._tracing import shapes_of
+from gcx.optax._models._parameters import SingleLayer, decide_in_stack, trace_shapes
 from gcx.optax._models.linen import einsum_kernel
-from gcx.plan import LeaveAlone
+from gcx.plan import LeaveAlone, PlanRow
 
 pytestmark = pytest.mark.one_framework
 
 # Layout and shape of one layer, shape of what the optimizer has, layout of that.
 STACKS: list[tuple[str, tuple[int, ...], tuple[int, ...], str | None]] = [
     ("io", (5, 4), (5, 4), "io"),
-    ("io", (5, 4), (3, 5, 4), "oio"),
-    ("io", (5, 4), (3, 2, 5, 4), "ooio"),
-    ("io", (5, 4), (5, 3, 4), "ioo"),  # scanned over axis 1
-    ("io", (5, 4), (5, 4, 3), "ioo"),
-    ("io", (5, 4), (5, 3, 2, 4), "iooo"),
-    ("io", (5, 5), (5, 5, 5), "oio"),  # all axes fit: it is the one in front
-    ("...o", (3, 3, 2, 4), (7, 3, 3, 2, 4), "oiiio"),
-    ("...oi", (3, 4, 2), (3, 7, 4, 2), "iooi"),
-    ("o...", (4, 2, 3), (7, 4, 2, 3), "ooii"),
+    ("io", (5, 4), (3, 5, 4), "bio"),
+    ("io", (5, 4), (3, 2, 5, 4), "bbio"),
+    ("io", (5, 4), (5, 3, 4), "ibo"),  # scanned over axis 1
+    ("io", (5, 4), (5, 4, 3), "iob"),
+    ("io", (5, 4), (5, 3, 2, 4), "ibbo"),
+    ("io", (5, 5), (5, 5, 5), "bio"),  # all axes fit: it is the one in front
+    ("...o", (3, 3, 2, 4), (7, 3, 3, 2, 4), "biiio"),
+    ("...oi", (3, 4, 2), (3, 7, 4, 2), "iboi"),
+    ("o...", (4, 2, 3), (7, 4, 2, 3), "boii"),
+    ("bio", (2, 5, 4), (3, 2, 5, 4), "bbio"),  # a batch of kernels, scanned
     ("io", (5, 4), (4, 5), None),
     ("io", (5, 4), (20,), None),
     ("io", (5, 4), (3, 4, 5), None),
@@ -47,38 +48,53 @@ STACKS: list[tuple[str, tuple[int, ...], tuple[int, ...], str | None]] = [
 def test_axes_of_a_stack_are_kept_wherever_they_are(
     layout: str, own: tuple[int, ...], shape: tuple[int, ...], expected: str | None
 ) -> None:
-    unknown = Decision(None, f"unknown: the shape is {shape}, where a Dense has {own}")
-    decision = unknown if expected is None else Decision(Layout(expected), "Dense")
-    assert settle(layout, "Dense", shape, own) == decision
-    assert settle(Kernel(layout, own), "Dense", shape, None) == decision
+    unknown = PlanRow("w", shape, None, f"unknown: the shape is {shape}, but a Dense has {own}")
+    row = unknown if expected is None else PlanRow("w", shape, Layout(expected), "Dense")
+    assert decide_in_stack("w", shape, layout, "Dense", own) == row
+    assert decide_in_stack("w", shape, SingleLayer(layout, own), "Dense") == row
 
 
 @pytest.mark.parametrize(
     ("layout", "ndim", "expected"),
-    [("io", 2, "io"), ("io", 4, "ooio"), ("...o", 4, "...o"), ("ioo", 2, "ioo")],
+    [("io", 2, "io"), ("io", 4, "bbio"), ("...o", 4, "...o")],
 )
 def test_more_axes_than_a_layout_names_are_those_of_a_stack(
     layout: str, ndim: int, expected: str
 ) -> None:
-    assert settle(layout, "Mine", (2,) * ndim, None) == (Layout(expected), "Mine")
+    row = decide_in_stack("w", (2,) * ndim, layout, "Mine")
+    assert (row.layout, row.reason) == (Layout(expected), "Mine")
+
+
+def test_a_layout_may_split_an_axis() -> None:
+    row = decide_in_stack("w", (4, 6), Layout("(bi)o", b=2), "Mine")
+    assert row == PlanRow("w", (4, 6), Layout("(bi)o", b=2), "Mine")
+
+
+def test_a_layout_of_more_axes_is_an_error_that_names_the_parameter() -> None:
+    with pytest.raises(ValueError, match=r"^a/w: layout 'ioo' is for arrays of rank 3, not 2"):
+        decide_in_stack("a/w", (2, 2), "ioo", "Mine")
 
 
 def test_what_a_rule_may_answer_besides() -> None:
-    assert settle(LeaveAlone("token"), "Mine", (2, 3), None) == (None, "token")
-    assert settle(None, "Mine", (2, 3), None) == (None, "left alone by the rule of Mine")
+    row = decide_in_stack("w", (2, 3), LeaveAlone("token"), "Mine")
+    assert (row.layout, row.reason) == (None, "token")
+    row = decide_in_stack("w", (2, 3), None, "Mine")
+    assert (row.layout, row.reason) == (None, "left alone by the rule of Mine")
 
 
 def test_tied_parameters() -> None:
-    dense, other = Decision(Layout("io"), "Dense"), Decision(Layout("io"), "Mine")
-    table = Decision(None, "embedding")
+    dense = decide_in_stack("w", (3, 2), "io", "Dense")
+    other = decide_in_stack("w", (3, 2), "io", "Mine")
+    table = decide_in_stack("w", (3, 2), LeaveAlone("embedding"), "Embed")
     assert merge(dense, other) == dense
-    assert merge(dense, table) == (None, "tied, and the rules differ: Dense; embedding")
+    tied = "tied, and the rules differ: Dense; embedding"
+    assert merge(dense, table) == PlanRow("w", (3, 2), None, tied)
 
 
 EINSUMS = {
     "bi,io->bo": "io",
     "b i, i o -> b o": "io",
-    "bei,eio->beo": "oio",
+    "bei,eio->beo": "bio",
     "...d,dhk->...hk": "ioo",
     "bhk,hkd->bd": "iio",
     "bd,d->bd": LeaveAlone("no fan-in: nothing is summed over"),
@@ -101,7 +117,7 @@ def test_tracing_takes_shapes_and_leaves_options_alone() -> None:
     def shape(train: bool) -> Any:
         struct = jax.ShapeDtypeStruct((2, 3), "float32")
         options = {"train": train, "more": {"y": jnp.ones((3, 4))}}
-        return shapes_of(model, (struct, 2.0), options).shape
+        return trace_shapes(model, (struct, 2.0), options).shape
 
     assert shape(train=True) == (2, 4)
     assert shape(train=False) == (2, 3)
@@ -147,7 +163,7 @@ def test_only_reasons_are_nothing_to_centralize() -> None:
 @pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
 def test_layouts_of_what_is_no_model(model: Any) -> None:
     message = (
-        "model is an nnx, linen or Equinox module, or what haiku.transform has made, not "
+        "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
         f"{type(model).__name__}"
     )
     with pytest.raises(TypeError, match=re.escape(message)):

@@ -113,19 +113,20 @@ def test_scan_over_steps_keeps_the_means() -> None:
 # product and a sum become one operation, a conversion to a narrow dtype and back is left out.
 
 
+NUMBERS = [("float16", 0.3), ("bfloat16", 0.3), ("float32", 1.0), ("float64", 0.3)]
+SHAPES = [
+    ((4000, 2), (1,)),
+    ((7, 700), (0,)),
+    ((9, 50, 8), (0, 2)),
+    ((1, 1000), (1,)),
+    ((2, 20_000), (1,)),
+]
+
+
+# Each shape, and each dtype: they take their ways one after the other, so no pair has its own.
 @pytest.mark.parametrize(
-    ("dtype", "strength"),
-    [("float16", 0.3), ("bfloat16", 0.3), ("float32", 1.0), ("float32", 0.3), ("float64", 0.3)],
-)
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [
-        ((4000, 2), (1,)),
-        ((7, 700), (0,)),
-        ((9, 50, 8), (0, 2)),
-        ((1, 1000), (1,)),
-        ((2, 20_000), (1,)),
-    ],
+    ("shape", "axes", "dtype", "strength"),
+    [(*shape, "float32", 0.3) for shape in SHAPES] + [(*SHAPES[1], *pair) for pair in NUMBERS],
     ids=str,
 )
 class TestReproducible:

@@ -54,6 +54,28 @@ def test_scalars_and_vectors_have_no_fan_in(text: str, ndim: int) -> None:
     assert gcx.Layout(text).fan_in_axes(ndim) == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "at_start", "at_end"), [("o...", 1, 0), ("...o", 0, 1), ("...", 0, 0)]
+)
+def test_every_rank_counts_its_axes(text: str, at_start: int, at_end: int) -> None:
+    for ndim in range(2, 33):
+        axes = tuple(range(ndim))[at_start : ndim - at_end]
+        assert gcx.Layout(text).fan_in_axes(ndim) == axes
+    for ndim in (-1, -2, -9):
+        with pytest.raises(ValueError, match=f"not {ndim}$"):
+            gcx.Layout(text).fan_in_axes(ndim)
+
+
+@pytest.mark.parametrize("text", ["oi", "oio", "oioi", "o" * 7 + "i", "o" * 8 + "i", "o" * 9 + "i"])
+def test_letters_alone_fit_their_own_rank(text: str) -> None:
+    assert gcx.Layout(text).fan_in_axes(len(text)) == tuple(
+        k for k, letter in enumerate(text) if letter == "i"
+    )
+    for ndim in {*range(2, 12)} - {len(text)}:
+        with pytest.raises(ValueError, match=f"arrays of rank {len(text)}, not {ndim}$"):
+            gcx.Layout(text).fan_in_axes(ndim)
+
+
 def test_ellipsis_may_stand_for_no_axis() -> None:
     assert gcx.Layout("oi...").fan_in_axes(2) == (1,)
     assert gcx.Layout("o...o").fan_in_axes(2) == ()

@@ -21,6 +21,12 @@ from gcx.backends import _numpy
 
 HERE = Path(gcx.__file__).parents[1]
 
+WITH_NUMPY_ALONE = """
+from gcx import __main__
+__main__.LIBRARIES = ("numpy",)
+__main__.exit_after(__main__.main)
+"""
+
 
 def without_gc(grad: Any, *_: Any) -> Any:
     return grad.copy()
@@ -143,6 +149,7 @@ class TestLibraries:
             msg = "libcuda.so is of the wrong age\nand more"
             raise OSError(msg)
 
+        monkeypatch.setattr(__main__, "LIBRARIES", ["numpy"])
         monkeypatch.setattr(__main__ if function == "load" else _numpy, function, fail)
         assert main([]) == 1
         assert "broken: OSError: libcuda.so is of the wrong age\n" in capsys.readouterr().out
@@ -217,22 +224,22 @@ finally:
         reader, writer = os.pipe()
         os.close(reader)
         with os.fdopen(writer, "w") as pipe:
-            shown = ran("-m", "gcx", output=pipe)
+            shown = ran("-c", WITH_NUMPY_ALONE, output=pipe)
         assert (shown.returncode, shown.stderr) == (141, b"")
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_full_disk(self) -> None:
         with Path("/dev/full").open("w", encoding="utf-8") as full:
-            shown = ran("-m", "gcx", output=full)
+            shown = ran("-c", WITH_NUMPY_ALONE, output=full)
         assert (shown.returncode, shown.stderr.count(b"\n")) == (1, 1)
         assert b"cannot write: No space left on device" in shown.stderr
 
     def test_interruption(self) -> None:
         code = """
-import os, signal, sys
+import os, signal
 from gcx import __main__
 __main__.look_up = lambda _: os.kill(os.getpid(), signal.SIGINT)
-sys.exit(__main__.run_quietly(__main__.main))
+__main__.exit_after(__main__.main)
 """
         shown = ran("-c", code)
         assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")

@@ -755,6 +755,16 @@ def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
     assert seen == ["a", "a", "a", "b", "a"]
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_layout_may_split_an_axis(reproducible: bool) -> None:
+    layouts = {"weight": Layout("(bi)o...", b=2)}
+    optimizer = gcx.optax.centralize(layouts, reproducible=reproducible)
+    grads = {"weight": normal(1, 8, 3, 2).astype("float32")}
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    groups = centralized(np.reshape(grads["weight"], (2, 4, 3, 2)), (1, 3))
+    np.testing.assert_allclose(updates["weight"], groups.reshape(8, 3, 2), atol=1e-6)
+
+
 def test_many_forms_of_gradients() -> None:
     update = gcx.optax.centralize({"*": "o..."}).update
     for size in [*range(2, 14)] * 2:
@@ -1000,8 +1010,8 @@ Conv_0/kernel           3x3x1x8  ...o    kernel
 Dense_0/kernel          1x5      -       fan-in 1: subtracting its mean would freeze it
 attention/query/kernel  6x2x3    ioo     attention projection
 gate                    scalar   -       not an array
-kernel                  5        -       rank below 2
-slope                   scalar   -       rank below 2
+kernel                  5        -       a vector has no fan-in
+slope                   scalar   -       a scalar has no fan-in
 steps                   2x3      -       not of floating dtype
 token                   1x8      -       unknown: no rule for this name
 2 of 9 parameters centralized"""
@@ -1015,7 +1025,7 @@ parameter  shape  layout  reason
 a          2x3    o...    as given
 b          2x3    -       as given
 c          2x3    -       unknown: no rule for this name
-d          3      -       rank below 2
+d          3      -       a vector has no fan-in
 1 of 4 parameters centralized"""
     assert str(gcx.optax.plan(params, {"a": "o...", "b": None, "d": "...o"})) == expected
 
@@ -1098,7 +1108,7 @@ def test_function_that_gives_no_layout() -> None:
 
 NOTHING = {
     "another library's names": ("haiku", KERNELS, "'Dense_0/kernel'"),
-    "flattened": ("flax", normal(1, 12), "rank below 2"),
+    "flattened": ("flax", normal(1, 12), "a vector has no fan-in"),
     "left alone": ({"*": None}, KERNELS, "as given"),
 }
 
@@ -1139,7 +1149,7 @@ def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
 
 
 def test_parameters_in_place_of_layouts() -> None:
-    message = r"layouts: 'Dense_0' has a dict, where a mapping goes from .*: give the model"
+    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
     with pytest.raises(TypeError, match=message):
         gcx.optax.centralize(KERNELS)
 

@@ -153,7 +153,7 @@ def assert_close(xp: libraries.ArrayLibrary, actual: Tree, desired: Tree, rtol: 
 @every_optimizer
 def test_without_centralization_it_is_the_known_optimizer(xp: Any, name: str) -> None:
     steps = steps_for(xp, 100)
-    params, _ = trained(xp, replace(OPTIMIZERS[name], centralize=None), steps)
+    params, _ = trained(xp, replace(OPTIMIZERS[name], where=None), steps)
     assert_close(xp, params, expected(name, None, steps), rtol=1e-13)
 
 
@@ -163,7 +163,7 @@ def test_with_centralization_it_is_the_algorithm_of_the_authors(
     xp: Any, name: str, place: Any
 ) -> None:
     steps = steps_for(xp, 30)
-    optimizer = replace(OPTIMIZERS[name], centralize=place, layouts=LAYOUTS)
+    optimizer = replace(OPTIMIZERS[name], where=place, layouts=LAYOUTS)
     params, _ = trained(xp, optimizer, steps)
     assert_close(xp, params, expected(name, place, steps), rtol=1e-13)
 
@@ -178,21 +178,21 @@ def test_without_centralization_it_is_torch_optim(name: str) -> None:
     options = {
         option: value
         for option, value in vars(optimizer).items()
-        if option not in ("centralize", "layouts", "reproducible")
+        if option not in ("where", "layouts", "strength", "reproducible")
     }
     theirs = getattr(torch.optim, type(optimizer).__name__)(weights.values(), **options)
     for tree in grads:
         for key, leaf in leaves(tree).items():
             weights[key].grad = leaf
         theirs.step()
-    ours, _ = trained(xp, replace(optimizer, centralize=None), 100)
+    ours, _ = trained(xp, replace(optimizer, where=None), 100)
     assert_close(xp, ours, {key: xp.numpy(leaf) for key, leaf in weights.items()}, rtol=1e-13)
 
 
 def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
     grad = np.array([[3 + 4j, 6 - 8j, 0 + 1j]])
     params = [xp.asarray(np.zeros((1, 3)), "complex128")]
-    optimizer = Adam(1.0, eps=0.0, centralize=None)
+    optimizer = Adam(1.0, eps=0.0, where=None)
     grads = [xp.asarray(grad, "complex128")]
     (new,), _ = optimizer.update(params, grads, optimizer.init(params))
     np.testing.assert_allclose(xp.numpy(new), -grad / np.abs(grad), rtol=1e-12)
@@ -210,7 +210,7 @@ def test_reproducible_steps_end_in_the_same_bits(
     """200 steps, on large fan-ins too, against a step written for NumPy alone."""
     if (xp.backend, xp.device) not in (("numpy", "cpu"), ("torch", "cpu"), ("jax", "cpu")):
         return
-    optimizer = replace(OPTIMIZERS[name], centralize=place, reproducible=True)
+    optimizer = replace(OPTIMIZERS[name], where=place, reproducible=True)
     rng = np.random.default_rng(0)
     start, *grads = rng.normal(0.3, 1.0, (201, 4, 300)).astype(dtype)
     params = [xp.asarray(start, dtype)]
@@ -234,12 +234,12 @@ def in_canonical_order(optimizer: SGD, weight: Any, grads: list[Any]) -> Any:
     buffer = None
     for grad in grads:
         d = grad + decay * weight
-        if optimizer.centralize == "gradient":
+        if optimizer.where == "gradient":
             d = project(d)
         if momentum:
             buffer = d if buffer is None else momentum * buffer + undamped * d
             d = d + momentum * buffer if optimizer.nesterov else buffer
-        weight = weight - lr * (project(d) if optimizer.centralize == "update" else d)
+        weight = weight - lr * (project(d) if optimizer.where == "update" else d)
     return weight
 
 
@@ -263,7 +263,7 @@ def test_reproducible_is_refused_before_a_step(name: str) -> None:
 @one_of_each
 def test_layouts_say_which_parameters_and_axes(xp: Any, name: str) -> None:
     optimizer = replace(OPTIMIZERS[name], layouts={"conv": "io...", "*": None})
-    plain = replace(optimizer, centralize=None)
+    plain = replace(optimizer, where=None)
     ours, theirs = leaves(trained(xp, optimizer, 2)[0]), leaves(trained(xp, plain, 2)[0])
     changed = [key for key in ours if (xp.numpy(ours[key]) != xp.numpy(theirs[key])).any()]
     assert changed == ["conv"]
@@ -414,12 +414,12 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
 
 def test_repr_shows_the_hyperparameters() -> None:
     assert repr(Adam(layouts="...o")) == (
-        "Adam(lr=0.001, weight_decay=0.0, centralize='gradient', layouts='...o', "
-        "reproducible=False, betas=(0.9, 0.999), eps=1e-08)"
+        "Adam(lr=0.001, weight_decay=0.0, where='gradient', layouts='...o', "
+        "strength=1.0, reproducible=False, betas=(0.9, 0.999), eps=1e-08)"
     )
     assert repr(SGD(1, momentum=np.float32(0.5))) == (
-        "SGD(lr=1.0, weight_decay=0.0, centralize='gradient', layouts='o...', "
-        "reproducible=False, momentum=0.5, dampening=0.0, nesterov=False)"
+        "SGD(lr=1.0, weight_decay=0.0, where='gradient', layouts='o...', "
+        "strength=1.0, reproducible=False, momentum=0.5, dampening=0.0, nesterov=False)"
     )
 
 
@@ -444,6 +444,7 @@ def test_it_is_immutable() -> None:
         (lambda: SGD("0.1"), "lr must be .* not '0.1'"),
         (lambda: SGD(0.1, momentum=1.0), r"momentum must be a number in \[0, 1.0\), not 1.0"),
         (lambda: SGD(0.1, dampening=-1), "dampening must be .* not -1"),
+        (lambda: SGD(0.1, momentum=0.9, dampening=1.0), "dampening must be .* not 1.0"),
         (lambda: SGD(0.1, dampening=0.5), "dampening=0.5 does nothing with momentum=0"),
         (lambda: SGD(0.1, nesterov=True), "nesterov=True needs .* not momentum=0.0"),
         (
@@ -451,7 +452,7 @@ def test_it_is_immutable() -> None:
             "nesterov=True needs .* dampening=0.5",
         ),
         (lambda: SGD(0.1, weight_decay=-1e-4), "weight_decay must be .* not -0.0001"),
-        (lambda: SGD(0.1, centralize="weights"), "centralize must be .* not 'weights'"),
+        (lambda: SGD(0.1, where="weights"), "where is one of .* not 'weights'"),
         (lambda: Adam(betas=(0.9, 1.0)), r"betas\[1\] must be .* not 1.0"),
         (lambda: Adam(betas=(-0.1, 0.9)), r"betas\[0\] must be .* not -0.1"),
         (lambda: Adam(betas=(0.9,)), r"betas must be two numbers, not \(0.9,\)"),
@@ -472,7 +473,7 @@ def test_a_wrong_hyperparameter_is_named(make: Callable[[], Any], message: str) 
         (
             {"*": None},
             ValueError,
-            r"centralizes no parameter.*conv \(4, 3, 2, 2\).*centralize=None",
+            r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None",
         ),
         ({"*weight": "o..."}, ValueError, r"'\*weight' matches no parameter"),
         ({"conv": "o..."}, ValueError, "no key matches 'dense/kernel'"),
@@ -526,6 +527,16 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         r"scale: the momentum has shape \(3,\), its parameter \(\)",
         state={**state, "momentum": {**state["momentum"], "scale": grads["dense"]["bias"]}},
     )
+
+
+@pytest.mark.parametrize("buffer", ["first_moment", "second_moment"])
+def test_update_refuses_each_buffer_that_does_not_fit(buffer: str) -> None:
+    params, grads = problem(1)
+    optimizer = Adam(layouts=LAYOUTS)
+    state = optimizer.init(params)
+    state[buffer] = {**state[buffer], "conv": np.zeros((4, 3))}
+    with pytest.raises(ValueError, match=rf"conv: the {buffer} has shape \(4, 3\), its parameter"):
+        optimizer.update(params, grads, state)
 
 
 def test_update_refuses_gradients_of_another_library(xp: Any) -> None:

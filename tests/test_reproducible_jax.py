@@ -21,6 +21,8 @@ import canonical_order
 from canonical_order import DTYPES, SEGMENT
 from same_bits import assert_same_bits
 
+pytestmark = pytest.mark.one_framework
+
 centralize = partial(gcx.centralize, reproducible=True)
 
 
@@ -44,8 +46,11 @@ def assert_canonical(found: Any, grad: Any, dtype: str, strength: float = 1.0) -
     assert_same_bits(wide(found, dtype), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fan_in", [2, 27, 300, SEGMENT + 1, 3 * SEGMENT + 5])
+@pytest.mark.parametrize(
+    ("fan_in", "dtype"),
+    [(300, dtype) for dtype in DTYPES]
+    + [(fan_in, "float32") for fan_in in (2, 27, SEGMENT + 1, 3 * SEGMENT + 5)],
+)
 def test_inside_jit(fan_in: int, dtype: str) -> None:
     grad = draw(dtype, (5, fan_in))
     assert_canonical(jax.jit(centralize)(grad), grad, dtype)
@@ -95,7 +100,7 @@ def together(function: Callable[[Any], Any], stack: Any) -> Any:
 
 
 @pytest.mark.parametrize("transform", [jax.lax.map, in_a_scan, together])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_several_in_one_program(transform: Callable[..., Any], dtype: str) -> None:
     stack = draw(dtype, (3, 33, 300))
     for found, grad in zip(transform(centralize, stack), stack, strict=True):

@@ -57,7 +57,7 @@ def test_training_in_another_order_ends_elsewhere() -> None:
 def test_every_optimizer_refuses_what_it_cannot_promise(
     xp: ArrayLibrary, optimizer: Any, place: str
 ) -> None:
-    optimizer = replace(optimizer, centralize=place, reproducible=True)
+    optimizer = replace(optimizer, where=place, reproducible=True)
     params = [xp.asarray(np.ones((3, 4)), "complex64")]
     with pytest.raises(TypeError, match="0: reproducible=True"):
         optimizer.update(params, params, optimizer.init(params))

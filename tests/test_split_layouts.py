@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gcx
+from gcx.diagnostics import energy_removed
+from gcx.optim import SGD
 from gcx.plan import Plan, PlanRow
 from gcx.testing import assert_centralized
 
@@ -199,3 +201,26 @@ def test_a_gradient_that_the_plan_does_not_know_is_an_error() -> None:
         gcx.centralize_many({"head.weight": values(4, 3)}, layouts=PLAN)
     for name, grad in grads.items():
         np.testing.assert_array_equal(grad, before[name])
+
+
+def test_optimizers_take_a_plan(xp: ArrayLibrary) -> None:
+    params = {row.name: xp.asarray(values(*row.shape), "float32") for row in PLAN}
+    optimizer = SGD(0.1, layouts=PLAN)
+    state = optimizer.init(params)
+    trained, _ = optimizer.update(params, {n: p * p for n, p in params.items()}, state)
+    for row in PLAN:
+        if row.layout is not None:
+            assert_centralized(trained[row.name], start=params[row.name], layout=row.layout)
+    with pytest.raises(ValueError, match="the plan has no row 'other'"):
+        optimizer.init({"other": params["up.bias"]})
+
+
+def test_the_energy_of_a_plan_is_that_of_its_groups(xp: ArrayLibrary) -> None:
+    x = values(8, 4, 3) + 0.5
+    grads = {"up.weight": xp.asarray(x), "up.bias": xp.asarray(values(8))}
+    report = energy_removed([grads], layouts=PLAN)
+    removed = np.sum((xp.numpy(grads["up.weight"]) - by_group(x, 2)) ** 2) / np.sum(x**2)
+    assert [row.layout for row in report.rows] == [GROUPS, None]
+    share = report.rows[0].share
+    assert share is not None
+    assert share.removed == pytest.approx(removed, rel=1e-5)

@@ -25,12 +25,12 @@ GAMMA = 0.7
 KEEP_THE_MEANS = {
     "sgd": SGD(0.5),
     "momentum-decay": SGD(0.1, momentum=0.9, weight_decay=1e-3),
-    "adam-update": Adam(0.05, centralize="update"),
+    "adam-update": Adam(0.05, where="update"),
 }
 DO_NOT = {
-    "sgd-plain": SGD(0.5, centralize=None),
-    "momentum-plain": SGD(0.1, momentum=0.9, centralize=None),
-    "adam-gradient": Adam(0.05, centralize="gradient"),
+    "sgd-plain": SGD(0.5, where=None),
+    "momentum-plain": SGD(0.1, momentum=0.9, where=None),
+    "adam-gradient": Adam(0.05, where="gradient"),
 }
 
 Weights = dict[str, Any]
@@ -143,8 +143,8 @@ def test_digits_are_learned_with_the_means_kept() -> None:
     (numpy,) = libraries.MAKERS["numpy"]()
     start = start_weights(64, 32, 10)
 
-    def end(centralize: Any) -> Weights:
-        optimizer = SGD(0.2, momentum=0.9, centralize=centralize)
+    def end(where: Any) -> Weights:
+        optimizer = SGD(0.2, momentum=0.9, where=where)
         return trained(numpy, optimizer, start, (x[:1200], target[:1200]), steps=60)
 
     def accuracy(weights: Weights) -> float:

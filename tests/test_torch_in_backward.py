@@ -296,6 +296,19 @@ def test_evaluation_and_frozen_weights_are_no_reason_to_warn() -> None:
     handle.remove()
 
 
+@pytest.mark.parametrize(("is_training", "records"), [(False, True), (True, False)])
+def test_passes_without_training_are_no_reason_to_warn(is_training: bool, records: bool) -> None:
+    """A weight without a gradient so far may have one when training goes on."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    handle = gcx.torch.centralize_in_backward(model)
+    model[1](X.float()).sum().backward()
+    with torch.set_grad_enabled(records):
+        for _ in range(10):
+            model.train(is_training)(X.float())
+    model.train()(X.float()).sum().backward()
+    handle.remove()
+
+
 # On several processes
 
 

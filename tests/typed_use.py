@@ -48,7 +48,7 @@ def optimizers(params: dict[str, Floats]) -> None:
     optimizer = gcx.optim.SGD(0.1, momentum=0.9)
     state = optimizer.init(params)
     assert_type(optimizer.update(params, params, state), tuple[dict[str, Floats], dict[str, Any]])
-    gcx.optim.AdamW(centralize="gradients")  # type: ignore[arg-type]
+    gcx.optim.AdamW(where="gradients")  # type: ignore[arg-type]
 
 
 def adapters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

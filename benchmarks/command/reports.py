@@ -116,7 +116,7 @@ def throughput(arguments: Sequence[str]) -> int:
 
 
 def gpu(arguments: Sequence[str]) -> int:
-    """Measure on a CUDA device all that gcx promises there, and say what is missed.
+    """Measure all that gcx promises on a CUDA device, and list the misses.
 
     This takes minutes.
     """

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class CannotRunError(Exception):
-    """A command that has not done anything; the message says what to do."""
+    """The command has not done anything; the message names a remedy."""
 
 
 def require(*modules: str, install: str) -> None:

@@ -20,7 +20,7 @@ def trainer(problem: Problem, *, centralize: bool) -> Mlp:
     optimizer = SGD(
         LEARNING_RATE,
         momentum=MOMENTUM,
-        centralize="gradient" if centralize else None,
+        where="gradient" if centralize else None,
         layouts="...o",  # kernels are (in, out)
     )
     return Mlp(problem.weights, optimizer)

@@ -1,7 +1,7 @@
 """CuPy: lists of arrays, centralized in one launch of a CUDA kernel for each dtype.
 
-What the kernel does not take (other dtypes, ROCm, what is captured for a CUDA graph), CuPy's own
-mean and subtraction do. All is done on the device of the array, on the current stream.
+CuPy's own mean and subtraction serve other dtypes, ROCm, and streams that are captured for a CUDA
+graph. Everything runs on the array's device, on the current stream.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 import cupy as cp
-import numpy as np
 
 from gcx.backends import _canonical, _cupy_kernels, _numpy
 from gcx.backends._cupy_kernels import ARRAYS, MOST, Axes, Batch, Walk, launch
 from gcx.backends._matrices import matrices
+from gcx.backends._memory import extent, is_dense, writes_conflict
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
@@ -67,16 +67,16 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    plan = _plan(tuple(map(_form, grads, axes, outs)), reproducible)
-    if _interfere(grads, outs, plan.uses):
+    if writes_conflict(grads, outs, _find_span):  # then in the order of the list
         do = centralize if len(grads) > 1 else _by_itself
         return [
             do(grad, fan_in, strength, out, reproducible)
             for grad, fan_in, out in zip(grads, axes, outs, strict=True)
         ]
+    schedule = _schedule(tuple(map(_describe, grads, axes, outs)), reproducible)
     results = list(outs)
-    left = [*plan.left]
-    for places, batch in plan.batches:
+    left = [*schedule.left]
+    for places, batch in schedule.batches:
         with grads[places[0]].device:
             if _why_not_now():
                 left += places
@@ -109,7 +109,7 @@ def to_numpy(array: Any, /) -> Any:
 
 
 def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
-    """Centralize an array that the kernel cannot walk through as it is, or not into `out`."""
+    """Centralize an array if its strides, or the strides of `out`, do not suit the kernel."""
     with grad.device:
         if grad.size == 0 or _why_not(grad.shape, grad.dtype, axes) or _why_not_now():
             return _with_own_operations(grad, axes, strength, out)
@@ -135,7 +135,7 @@ def _with_own_operations(grad: Any, axes: Axes, strength: float, out: Any | None
 
 
 def _why_not(shape: Axes, dtype: Any, axes: Axes) -> str:
-    """Tell what it is about an array that the kernel is not for; nothing if it takes it."""
+    """Name the property of an array that the kernel does not support; empty if it takes it."""
     if dtype.name not in _cupy_kernels.ELEMENTS or not dtype.isnative:
         return f"{dtype}"
     if cp.cuda.runtime.is_hip:
@@ -145,117 +145,67 @@ def _why_not(shape: Axes, dtype: Any, axes: Axes) -> str:
 
 
 def _why_not_now() -> str:
-    """Tell what it is about the current stream."""
-    # A graph would replay addresses of tables that are free by then.
+    """Say why the kernel cannot run on the current stream; empty if it can."""
+    # A replayed graph would read tables that have been freed since.
     is_captured = cp.cuda.get_current_stream().is_capturing()
     return "a stream that is captured for a CUDA graph" if is_captured else ""
 
 
-class _Form(NamedTuple):
-    """What decides how an array is centralized; `out` has the strides of the other one, if any."""
+class _Traits(NamedTuple):
+    """Everything that decides how an array is centralized."""
 
     shape: Axes
     strides: Axes
     dtype: Any
     device: int
     axes: Axes
-    out: Axes | None
-    in_place: bool
+    out_strides: Axes | None
 
 
-class _Uses(NamedTuple):
-    """Arrays that are read or written: places in gradients and `outs`, where they begin and end."""
-
-    places: list[int]
-    low: Any
-    high: Any
-    is_written: Any
-
-
-class _Plan(NamedTuple):
-    """How a list of arrays is centralized, by place in the list."""
+class _Schedule(NamedTuple):
+    """Batches for the kernel and the arrays left to CuPy, by position in a list of arrays."""
 
     batches: list[tuple[list[int], Batch]]
     left: list[int]
-    uses: _Uses
 
 
-def _form(grad: Any, axes: Axes, out: Any | None) -> _Form:
-    strides = None if out is None else out.strides
-    return _Form(grad.shape, grad.strides, grad.dtype, grad.device.id, axes, strides, out is grad)
+def _describe(grad: Any, axes: Axes, out: Any | None) -> _Traits:
+    out_strides = None if out is None else out.strides
+    return _Traits(grad.shape, grad.strides, grad.dtype, grad.device.id, axes, out_strides)
 
 
 @lru_cache(maxsize=1 << 8)
-def _plan(forms: tuple[_Form, ...], reproducible: bool) -> _Plan:
+def _schedule(arrays: tuple[_Traits, ...], reproducible: bool) -> _Schedule:
     left = []
     alike: dict[object, list[tuple[int, Walk]]] = {}
-    for k, form in enumerate(forms):
-        found = _walk(form, reproducible)
+    for k, traits in enumerate(arrays):
+        found = _find_walk(traits, reproducible)
         if found is None:
             left.append(k)
         else:
-            alike.setdefault((form.device, form.dtype), []).append((k, found))
+            alike.setdefault((traits.device, traits.dtype), []).append((k, found))
     batches = []
     for walks in alike.values():
         for start in range(0, len(walks), ARRAYS):
             places, some = zip(*walks[start : start + ARRAYS], strict=True)
-            batches.append(([*places], Batch(forms[places[0]].dtype, some)))
-    return _Plan(batches, left, _uses(forms))
+            batches.append(([*places], Batch(arrays[places[0]].dtype, some)))
+    return _Schedule(batches, left)
 
 
-def _walk(form: _Form, reproducible: bool) -> Walk | None:
-    """How the kernel walks through an array and `out` together, if it does."""
-    shape, strides, dtype, _, axes, out, _ = form
+def _find_walk(traits: _Traits, reproducible: bool) -> Walk | None:
+    """Find the matrices of an array and its result; None if the kernel cannot walk through them."""
+    shape, strides, dtype, _, axes, out_strides = traits
     if 0 in shape or _why_not(shape, dtype, axes):
-        return None
-    if out != strides and not (out is None and _is_dense(shape, strides, dtype.itemsize)):
         return None
     if any(stride % dtype.itemsize for stride in strides):
         return None
     steps = [stride // dtype.itemsize for stride in strides]
+    # A new result gets the strides of the array only if the array is dense.
+    if out_strides != strides and not (out_strides is None and is_dense(shape, steps)):
+        return None
     return matrices(shape, steps, axes, any_order=not reproducible)
 
 
-def _is_dense(shape: Axes, strides: Axes, itemsize: int) -> bool:
-    """Whether `cp.empty_like` gives an array of the same strides."""
-    step = itemsize
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1:
-            if stride != step:
-                return False
-            step *= size
-    return True
-
-
-def _uses(forms: Sequence[_Form]) -> _Uses:
-    rows = [
-        (place, *_reach(form.shape, strides, form.dtype.itemsize), is_written)
-        for k, form in enumerate(forms)
-        for place, strides, is_written in (
-            (k, form.strides, form.in_place),
-            (k + len(forms), None if form.in_place else form.out, True),
-        )
-        if strides is not None and 0 not in form.shape
-    ]
-    places, *columns = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return _Uses([*places], *(np.array(column) for column in columns))
-
-
-def _reach(shape: Axes, strides: Axes, itemsize: int) -> tuple[int, int]:
-    """Where an array begins and ends, counted in bytes from its first element."""
-    reaches = [stride * (size - 1) for size, stride in zip(shape, strides, strict=True)]
-    return sum(min(reach, 0) for reach in reaches), sum(max(r, 0) for r in reaches) + itemsize
-
-
-def _interfere(grads: Sequence[Any], outs: Sequence[Any], uses: _Uses) -> bool:
-    """Whether something is written to memory where another array lies, or may lie."""
-    if len(uses.places) < 2 or not uses.is_written.any():
-        return False
-    arrays = [*grads, *outs]
-    starts = np.array([arrays[place].data.ptr for place in uses.places])
-    order = np.argsort(starts + uses.low)
-    begins, ends = (starts + uses.low)[order], (starts + uses.high)[order]
-    is_written = uses.is_written[order]
-    end_so_far = np.maximum.accumulate(ends)[:-1]
-    end_of_written = np.maximum.accumulate(np.where(is_written, ends, 0))[:-1]
-    return bool((begins[1:] < np.where(is_written[1:], end_so_far, end_of_written)).any())
+def _find_span(array: Any) -> tuple[int, int]:
+    first, end = extent(array.shape, array.strides, array.dtype.itemsize)
+    return array.data.ptr + first, array.data.ptr + end

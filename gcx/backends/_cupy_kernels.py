@@ -1,4 +1,4 @@
-"""The CUDA kernel of `_cupy_kernels.cu`: what it can walk through, its tables, its launch."""
+"""The CUDA kernel of `_cupy_kernels.cu`: its limits, its tables and its launch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import numpy as np
 
 from gcx.backends._canonical import SEGMENT
 from gcx.backends._matrices import Matrix
+from gcx.backends._memory import divide_up, power_of_two
 
 Axes = tuple[int, ...]
-Walk = tuple[Matrix, ...]  # through an array
+Walk = tuple[Matrix, ...]  # the matrices of an array
 
-# What the kernel calls the dtypes that it knows.
+# Names of the supported dtypes in CUDA.
 ELEMENTS = {
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
@@ -26,18 +27,18 @@ ELEMENTS = {
     "float64": "double",
 }
 
-# Arrays in one launch: two addresses of each are the most that all drivers take as parameters.
+# Arrays in one launch: their addresses, two each, fit into the parameters on every driver.
 ARRAYS = 240
 
-# Units and elements of a fan-in, which the kernel counts in 32 bits, with room for some tiles.
+# Most units, and most elements of a fan-in: the kernel counts them in 32 bits, in whole tiles.
 MOST = 1 << 29
 
 THREADS = 256
 PER_THREAD = 16
-COLUMNS = 32  # of a tile
+COLUMNS = 32  # in a tile
 _TILE = THREADS * PER_THREAD
 _PANEL_ROWS = _TILE // COLUMNS
-_LANES = (4, 16, 64)  # threads that may share a row; else all do
+_LANES = (4, 16, 64)  # threads that share a short row; all share a long one
 
 _ARRAYS = np.dtype([("grads", "u8", ARRAYS), ("outs", "u8", ARRAYS)])
 _WIDE_FIELDS = ("offset", "unit_step", "inner_step", "outer_step", "first_partial")
@@ -54,25 +55,25 @@ _MATRIX = np.dtype(
 
 
 class Batch:
-    """Arrays of one dtype for one launch, as they lie in memory; with the tables for the kernel.
+    """Arrays of one dtype for one launch, and the tables that describe them to the kernel.
 
     Parameters
     ----------
     dtype : numpy.dtype
         One of `ELEMENTS`.
     walks : sequence of `Walk`
-        For each array, at most `ARRAYS`, and the one where its result goes.
+        One for each array and its result; at most `ARRAYS`.
     """
 
     def __init__(self, dtype: Any, walks: Sequence[Walk]) -> None:
-        entries = [_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]
-        # What takes long goes first, so that little is left to do at the end.
+        entries = [_make_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]
+        # Long tiles go first, so that the device is busy to the end.
         entries.sort(key=lambda entry: entry.work, reverse=True)
         tiles = [entry.tiles for entry in entries]
         self.dtype = dtype.name
         self.wide = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
         self.matrix_of_tile = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
-        self.matrices = _table(entries, pack=16 // dtype.itemsize)
+        self.matrices = _make_table(entries, pack=16 // dtype.itemsize)
         self.counters = sum(entry.split_panels for entry in entries)
         self.partials = sum(entry.partials for entry in entries) * COLUMNS
 
@@ -80,9 +81,9 @@ class Batch:
 def launch(batch: Batch, grads: Sequence[Any], outs: Sequence[Any], strength: float) -> None:
     """Centralize the arrays of a batch, on the current device and stream.
 
-    Either an array is its own result, or they lie apart.
+    A result is the array itself, or shares no memory with it.
     """
-    # Counters belong to a stream, and the per-thread default stream goes by one number for all.
+    # Counters belong to a stream. The per-thread default streams all have one number.
     owner = (cp.cuda.runtime.getDevice(), cp.cuda.get_current_stream().ptr, get_ident())
     matrix_of_tile, matrices, counters = _tables(batch, owner)
     arrays = np.zeros(1, _ARRAYS)
@@ -101,13 +102,13 @@ def source() -> str:
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
-    """Find what to multiply with, and how far to shift then, to divide a number below 2**30."""
+    """Find the factor and the shift that divide a number below 2**30 by `divisor`."""
     shift = 30 + (divisor - 1).bit_length()
-    return _ceil(1 << shift, divisor), shift
+    return divide_up(1 << shift, divisor), shift
 
 
 def options(dtype: str) -> tuple[str, ...]:
-    """Return what to compile it with."""
+    """Return the compiler options for a dtype."""
     constants = {
         "ELEMENT": ELEMENTS[dtype],
         "ARRAYS": ARRAYS,
@@ -134,7 +135,7 @@ def _tables(batch: Batch, owner: object) -> tuple[Any, Any, Any]:
 
 
 class _Entry(NamedTuple):
-    """A matrix of an array, and how it is cut into tiles."""
+    """A matrix of an array, cut into tiles."""
 
     array: int
     matrix: Matrix
@@ -145,33 +146,33 @@ class _Entry(NamedTuple):
 
     @property
     def work(self) -> int:
-        """Elements for which a tile may have to wait."""
+        """Elements that the slowest tile reads."""
         return self.matrix.fan_in * (COLUMNS if self.split_panels else 1)
 
     @property
     def partials(self) -> int:
-        """Tiles that leave sums behind."""
+        """Tiles that store partial sums."""
         return self.tiles if self.split_panels else 0
 
     def is_packed(self, pack: int) -> bool:
-        """Whether neighbours in memory can be moved `pack` at a time, if the first can."""
+        """Return True if elements can be moved `pack` at a time, given an aligned array."""
         _, _, unit_step, _, _, inner_step, outer_step = matrix = self.matrix
         steps = (unit_step,) if matrix.is_rows else (inner_step, outer_step)
         can_be = matrix.is_rows or self.lanes == 0
         return can_be and all(step % pack == 0 for step in (matrix.offset, *steps))
 
 
-def _entry(array: int, matrix: Matrix) -> _Entry:
+def _make_entry(array: int, matrix: Matrix) -> _Entry:
     units, fan_in = matrix.units, matrix.fan_in
     if matrix.is_rows or matrix.unit_step != 1:
         lanes = next((few for few in _LANES if fan_in <= few * PER_THREAD), THREADS)
-        return _Entry(array, matrix, lanes, _ceil(units * lanes, THREADS))
-    splits = _power_of_two(_ceil(min(fan_in, SEGMENT), _PANEL_ROWS))
-    panels, tiles = _ceil(units, COLUMNS), splits * _ceil(fan_in, SEGMENT)
+        return _Entry(array, matrix, lanes, divide_up(units * lanes, THREADS))
+    splits = power_of_two(divide_up(min(fan_in, SEGMENT), _PANEL_ROWS))
+    panels, tiles = divide_up(units, COLUMNS), splits * divide_up(fan_in, SEGMENT)
     return _Entry(array, matrix, 0, panels * tiles, splits, panels if tiles > 1 else 0)
 
 
-def _table(entries: Sequence[_Entry], pack: int) -> Any:
+def _make_table(entries: Sequence[_Entry], pack: int) -> Any:
     """Make the table of matrices; `pack` elements are 16 bytes."""
     table = np.zeros(len(entries), _MATRIX)
     for name in Matrix._fields:
@@ -180,20 +181,12 @@ def _table(entries: Sequence[_Entry], pack: int) -> Any:
         table[name] = [getattr(entry, name) for entry in entries]
     counts = {"tile": "tiles", "partial": "partials", "counter": "split_panels"}
     for what, count in counts.items():
-        table[f"first_{what}"] = _starts([getattr(entry, count) for entry in entries])
+        table[f"first_{what}"] = _sum_before([getattr(entry, count) for entry in entries])
     table["packed"] = [entry.is_packed(pack) for entry in entries]
     reciprocals = [reciprocal(entry.matrix.inner) for entry in entries]
     table["reciprocal"], table["shift"] = zip(*reciprocals, strict=True)
     return table
 
 
-def _starts(counts: Sequence[int]) -> list[int]:
+def _sum_before(counts: Sequence[int]) -> list[int]:
     return [*accumulate(counts[:-1], initial=0)]
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Tables that tell the kernel of `_triton_kernels` what to do in which tile."""
+"""Tables for the kernel of `_triton_kernels`: the tensor and the matrix of each tile."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from gcx.backends._canonical import SEGMENT
 from gcx.backends._matrices import Matrix, matrices
+from gcx.backends._memory import divide_up, has_overlap, is_dense, power_of_two
 
 Axes = tuple[int, ...]
 
-# Kinds of matrices. Rows come in `ROW_LENGTHS` lengths, each four times the one before and the last
-# of them a tile; longer ones are long. Gathered rows are those whose elements are no neighbours.
-# Flat is a dense tensor that is not centralized.
+# Kinds of matrices. A row is padded to one of `ROW_LENGTHS` lengths, each four times the last one.
+# The longest is a tile; a row that exceeds it is long. The elements of a gathered row are not
+# neighbours in memory. A flat matrix is a dense tensor that is not centralized.
 ROW_LENGTHS = 4
 ROWS = 0
 LONG_ROWS = ROWS + ROW_LENGTHS
@@ -26,22 +27,22 @@ COLUMNS = LONG_GATHERED + 1
 FLAT = COLUMNS + 1
 ALL_GATHERED = range(GATHERED, LONG_GATHERED + 1)
 
-# Elements of a tile. Read one by one they need more registers, so fewer are taken together.
+# Elements of a tile. Elements that are read one by one need more registers, so fewer fit.
 TILE = 4096
 TILE_ONE_BY_ONE = 2048
-# Columns of a tile: in float32, a line of the cache.
+# Columns of a tile: one cache line in float32.
 WIDTH = 32
 
-# Units and elements of a fan-in are counted in 32 bits, beyond the end of the last of them.
+# Most units, and most elements of a fan-in: the kernel counts them in 32 bits, in whole tiles.
 _MOST = 1 << 30
 
 
-class Launch(NamedTuple):
-    """What goes into one launch, with the tables for it on the CPU.
+class Tables(NamedTuple):
+    """Tables for one launch, on the CPU.
 
     `tiles`, int32 (tiles, 2), holds the tensor and the matrix of each tile. `matrices`, int64, has
-    a row for each matrix, with the fields that `_triton_kernels` names. `vector` elements are read
-    at once where addresses allow it, and `slots` places for partial sums are needed.
+    a row for each matrix, with the fields that `_triton_kernels` names. The kernel reads `vector`
+    elements at once if the addresses are aligned, and needs `slots` slots for partial sums.
     """
 
     tiles: Tensor
@@ -53,112 +54,102 @@ class Launch(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A matrix of a tensor, and the tiles for it."""
+    """A matrix of a tensor, and its number of tiles."""
 
     tensor: int
     matrix: Matrix
     kind: int
     tiles: int
-    parts: int = 1  # tiles to a panel of columns
-    splits: int = 1  # tiles to a segment of such a panel
+    parts: int = 1  # tiles in a panel of columns
+    splits: int = 1  # tiles in a segment of a panel
 
 
-def launches(
+def make_tables(
     tensors: Sequence[Tensor], axes: Sequence[Axes], *, vector: int, any_order: bool
-) -> list[Launch]:
-    """Sort tensors into one launch for all that can be read `vector` elements at once, and another.
+) -> list[Tables]:
+    """Split tensors into a vectorised launch and a scalar one; either may be missing.
 
     Parameters
     ----------
     tensors : sequence of Tensor
-        Such that `walks` finds matrices in them.
+        Tensors that the kernel can walk through.
     axes : sequence of tuple of int
-        The fan-in axes of each; none if it is not to be centralized.
+        The fan-in axes of each; none for a tensor that is not centralized.
     vector : int
-        How many elements are 16 bytes.
+        Number of elements in 16 bytes.
     any_order : bool
-        Whether a fan-in may be summed in the order of memory.
+        True if a fan-in may be summed in the order of memory.
     """
     together: list[_Entry] = []
     one_by_one: list[_Entry] = []
     for k, (tensor, fan_in) in enumerate(zip(tensors, axes, strict=True)):
-        found = walks(tensor, fan_in, any_order=any_order)
+        found = find_walk(tensor, fan_in, any_order=any_order)
         if found is None:
             msg = f"no matrices in shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             raise ValueError(msg)
         for matrix in found:
-            entry = _entry(k, matrix, TILE, is_flat=not fan_in)
+            entry = _make_entry(k, matrix, TILE, is_flat=not fan_in)
             if _is_even(entry, vector):
                 together.append(entry)
             else:
-                one_by_one.append(_entry(k, matrix, TILE_ONE_BY_ONE, is_flat=not fan_in))
+                one_by_one.append(_make_entry(k, matrix, TILE_ONE_BY_ONE, is_flat=not fan_in))
     sorts = ((together, vector, TILE), (one_by_one, 1, TILE_ONE_BY_ONE))
-    return [_launch(entries, step, tile) for entries, step, tile in sorts if entries]
+    return [_make_tables(entries, step, tile) for entries, step, tile in sorts if entries]
 
 
-def walks(tensor: Tensor, axes: Axes, *, any_order: bool) -> tuple[Matrix, ...] | None:
+def find_walk(tensor: Tensor, axes: Axes, *, any_order: bool) -> tuple[Matrix, ...] | None:
     """Find the matrices of a tensor; None if the kernel cannot walk through it."""
     if tensor.numel() == 0:
         return None
-    return _walks(tensor.shape, tensor.stride(), axes, any_order)
+    return _find_walk(tensor.shape, tensor.stride(), axes, any_order)
 
 
 @lru_cache(maxsize=1 << 12)
-def _walks(
+def _find_walk(
     shape: tuple[int, ...], steps: tuple[int, ...], axes: Axes, any_order: bool
 ) -> tuple[Matrix, ...] | None:
     if not axes:
-        (whole,) = matrices(shape, steps, range(len(shape)), any_order=True) or (None,)
-        return (whole,) if whole and (whole.is_rows or whole.fan_in == 1) else None
+        every_axis = range(len(shape))
+        dense = is_dense(shape, steps)
+        return matrices(shape, steps, every_axis, any_order=True) if dense else None
     found = matrices(shape, steps, axes, any_order=any_order)
-    if found is None or _overlaps(shape, steps):
+    if found is None or has_overlap(shape, steps):
         return None
     return found if max(found[0].units, found[0].fan_in) <= _MOST else None
 
 
-def _overlaps(shape: tuple[int, ...], steps: tuple[int, ...]) -> bool:
-    """Whether elements may be in one place in memory."""
-    reach = 0  # of all axes so far, those of small steps first
-    for step, size in sorted(zip(steps, shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
-    return False
-
-
-def _entry(tensor: int, matrix: Matrix, tile: int, *, is_flat: bool) -> _Entry:
+def _make_entry(tensor: int, matrix: Matrix, tile: int, *, is_flat: bool) -> _Entry:
     if is_flat:
-        return _Entry(tensor, matrix, FLAT, _ceil(matrix.fan_in, tile))
+        return _Entry(tensor, matrix, FLAT, divide_up(matrix.fan_in, tile))
     if matrix.is_columns:
         elements_at_once = tile // WIDTH
-        splits = max(1, _power_of_two(min(matrix.fan_in, SEGMENT)) // elements_at_once)
-        parts = splits * _ceil(matrix.fan_in, SEGMENT)
-        tiles = parts * _ceil(matrix.units, WIDTH)
+        splits = max(1, power_of_two(min(matrix.fan_in, SEGMENT)) // elements_at_once)
+        parts = splits * divide_up(matrix.fan_in, SEGMENT)
+        tiles = parts * divide_up(matrix.units, WIDTH)
         return _Entry(tensor, matrix, COLUMNS, tiles, parts, splits)
     first = ROWS if matrix.is_rows else GATHERED
     for k in range(ROW_LENGTHS):
         rows_at_once = 4 ** (ROW_LENGTHS - 1 - k)
         if matrix.fan_in <= tile // rows_at_once:
-            return _Entry(tensor, matrix, first + k, _ceil(matrix.units, rows_at_once))
+            return _Entry(tensor, matrix, first + k, divide_up(matrix.units, rows_at_once))
     return _Entry(tensor, matrix, first + ROW_LENGTHS, matrix.units)
 
 
 def _is_even(entry: _Entry, vector: int) -> bool:
-    """Whether neighbours in memory can be taken `vector` at a time, if the first can."""
+    """Return True if elements can be read `vector` at a time, given an aligned tensor."""
     _, units, unit_step, fan_in, _, inner_step, _ = matrix = entry.matrix
     if entry.kind == COLUMNS:
         distances = (units, inner_step)
-    elif (matrix.inner_step == 1 and matrix.is_rows) or entry.kind == FLAT:
+    elif matrix.is_rows or entry.kind == FLAT:
         distances = (fan_in, unit_step)
     else:
         return False
     return all(distance % vector == 0 for distance in (matrix.offset, *distances))
 
 
-def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
-    # What takes a tile longest goes first, so that little is under way at the end.
-    entries.sort(key=lambda entry: _work(entry, tile), reverse=True)
+def _make_tables(entries: list[_Entry], vector: int, tile: int) -> Tables:
+    # Long tiles go first, so that the device is busy to the end.
+    entries.sort(key=lambda entry: _count_work(entry, tile), reverse=True)
     counts = torch.tensor([entry.tiles for entry in entries], device="cpu")
     slots = torch.tensor([entry.tiles * (entry.parts > 1) for entry in entries], device="cpu")
     numbers = torch.arange(len(entries), device="cpu")
@@ -170,7 +161,7 @@ def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
         torch.tensor([entry.splits for entry in entries], device="cpu"),
         slots.cumsum(0) - slots,
     ]
-    return Launch(
+    return Tables(
         tiles=torch.stack((owners, numbers), 1).repeat_interleave(counts, 0).int(),
         matrices=torch.stack(fields, 1),
         vector=vector,
@@ -180,16 +171,8 @@ def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
     )
 
 
-def _work(entry: _Entry, tile: int) -> int:
-    """Count the elements for which one tile has to wait."""
+def _count_work(entry: _Entry, tile: int) -> int:
+    """Count the elements that the slowest tile reads."""
     if entry.parts > 1:
         return entry.matrix.fan_in * WIDTH
     return entry.matrix.fan_in if entry.kind in (LONG_ROWS, LONG_GATHERED) else tile
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)

@@ -1,13 +1,13 @@
-"""PyTorch on CUDA: lists of gradients, centralized in one launch of a Triton kernel for each dtype.
+"""PyTorch on CUDA: a list of gradients is centralized in one launch of a Triton kernel per dtype.
 
-What the kernel does not take, PyTorch's own operations do. Triton is imported when the first tensor
-on a CUDA device arrives.
+PyTorch's own operations handle the tensors that the kernel does not take. Triton is imported with
+the first tensor on a CUDA device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import cache, partial
 from math import inf
 
 import torch
@@ -18,14 +18,15 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from gcx.backends import _tiles
+from gcx.backends._memory import extent, is_dense, writes_conflict
 from gcx.backends._tiles import Axes
 from gcx.backends._torch_triton import (
     MultiTensor,
     Roles,
     TritonFailsError,
+    allow_sync,
     failures,
     forms,
-    waiting,
 )
 
 __all__ = ["Launches", "MultiTensor", "centralize_many", "launches", "takes", "why_not"]
@@ -34,30 +35,30 @@ _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, Parameter)
-_MOST_PLANS = 16
+_MOST_SCHEDULES = 16
 
 
 def why_not(device: torch.device | None = None) -> str:
-    """Tell why tensors on a CUDA device, by default the current one, are left to PyTorch.
+    """Say why the kernel does not run on a CUDA device, by default the current one.
 
-    The answer is empty if they are not. The first time for a device, the kernel is tried.
+    The answer is empty if it does. The first call for a device tries the kernel.
     """
     if device is None:
         if not torch.cuda.is_available():
             return "no CUDA device"
         device = torch.device("cuda", torch.cuda.current_device())
-    reason = _lack(device) or failures.get(device, "")
-    if reason or torch.cuda.is_current_stream_capturing():  # where nothing can be tried
+    reason = _find_lack(device) or failures.get(device, "")
+    if reason or torch.cuda.is_current_stream_capturing():  # a capture allows no trial
         return reason
-    return _failure(device)
+    return _try_kernel(device)
 
 
 def takes(grad: Tensor, axes: Axes, out: Tensor | None = None) -> bool:
-    """Whether a tensor, with these fan-in axes or none, is one for the kernel.
+    """Return True if the kernel can process a tensor with these fan-in axes, or with none.
 
-    It takes ordinary tensors on a CUDA device, of dtypes and strides that it knows, while nobody
-    wants to see what is done with them, as autograd and compilers do. `out`, if it is not `grad`,
-    has the same strides and lies apart.
+    It takes ordinary tensors on a CUDA device, of the dtypes and strides that it supports. It takes
+    none while autograd or a compiler records operations. `out` is `grad`, or has the same strides
+    and shares no memory with it.
     """
     return (
         _is_on_cuda(grad)
@@ -74,35 +75,38 @@ def centralize_many(
     outs: Sequence[Tensor | None],
     reproducible: bool = False,
 ) -> list[Tensor | None]:
-    """Centralize those gradients that the kernel takes; see `gcx.backends.Backend`.
+    """Centralize the gradients that the kernel takes; see `gcx.backends.Backend`.
 
-    The result is None where nothing has been done, and PyTorch is to do it. That is so for all of
-    them where something is written to memory that another one lies in.
+    The result is None for each gradient that is left to PyTorch. All are left if a result would
+    overwrite another array of the list.
     """
     results: list[Tensor | None] = [None] * len(grads)
-    places = _taken(grads, axes, outs)
-    is_written = len(grads) > 1 and any(out is not None for out in outs)
-    if not places or (is_written and _interfere(grads, outs)):
+    places = _find_taken(grads, axes, outs)
+    if not places or (len(grads) > 1 and writes_conflict(grads, outs, _find_span)):
         return results
     chosen = [grads[k] for k in places]
-    targets = [_target(grads[k], outs[k]) for k in places]
+    wanted = [outs[k] for k in places]
+    targets = [
+        torch.empty_like(grad) if out is None else out
+        for grad, out in zip(chosen, wanted, strict=True)
+    ]
     fan_ins = [axes[k] for k in places]
     roles = (chosen, chosen, targets)
-    make = partial(_Plan, roles, fan_ins, any_order=not reproducible)
-    plan = _kept(_plans, (*forms(chosen), *fan_ins, reproducible), make)
-    left = plan.run(roles, strength, 0.0)
+    make = partial(_Schedule, roles, fan_ins, any_order=not reproducible)
+    schedule = _recall(_schedules, (*forms(chosen), *fan_ins, reproducible), make)
+    left = schedule.run(roles, strength, 0.0)
     for n, k in enumerate(places):
         results[k] = None if n in left else targets[n]
     return results
 
 
 class Launches:
-    """Centralizes lists of gradients in place, fast where lists are alike from call to call."""
+    """Centralizes lists of gradients in place; keeps the tables of lists that it has seen."""
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, _Plan] = {}
-        # One value, since another thread may set its own at any moment.
-        self._last: tuple[object, _Plan] = (None, _Plan(((), (), ()), (), any_order=True))
+        self._schedules: dict[Hashable, _Schedule] = {}
+        # The last list: comparing it is faster than hashing. One value, since threads share it.
+        self._last: tuple[object, _Schedule] = None, _Schedule(((), (), ()), (), any_order=True)
 
     def centralize_(
         self,
@@ -119,40 +123,39 @@ class Launches:
         Parameters
         ----------
         grads : sequence of Tensor
-            Gradients, on any devices; no two of them share memory.
+            Gradients, on any devices; no two of them may overlap in memory.
         axes : sequence of tuple of int
             The fan-in axes of each.
         weights : sequence of Tensor, optional
-            The weight of each, of the same shape.
+            The weight of each gradient, of the same shape.
         rate : float, optional
             For example the weight decay that an optimizer adds to the gradient, times `strength`.
         strength : float, optional
             The part of the mean of the gradient to subtract.
         reproducible : bool, optional
-            Whether to sum in the order of the axes, whatever the order of memory is.
+            True to sum in the order of the axes, whatever the order of memory.
 
         Returns
         -------
         list of int
-            Positions of the gradients that are left as they are, since the kernel does not take
-            them.
+            Positions of the gradients that the kernel does not take, and leaves as they are.
         """
         if _is_traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)):
             return [*range(len(grads))]
         if weights is None or rate == 0:
             weights, rate = grads, 0.0
-        looks = [*forms(grads), *([] if weights is grads else forms(weights))]
-        seen = [*looks, *axes, reproducible]
         roles = (grads, weights, grads)
-        last, plan = self._last
-        if seen != last:
-            make = partial(_plan_in_place, roles, axes, reproducible)
-            plan = _kept(self._plans, tuple(seen), make)
-            self._last = seen, plan
-        return sorted((*plan.left, *plan.run(roles, strength, rate)))
+        of_weights = [] if weights is grads else forms(weights)
+        key = [*forms(grads), *of_weights, *axes, reproducible]
+        last, schedule = self._last
+        if key != last:
+            make = partial(_schedule_in_place, roles, axes, reproducible)
+            schedule = _recall(self._schedules, tuple(key), make)
+            self._last = key, schedule
+        return sorted((*schedule.left, *schedule.run(roles, strength, rate)))
 
 
-class _Plan:
+class _Schedule:
     """The launches for a list of gradients: one `MultiTensor` for each device and dtype."""
 
     def __init__(
@@ -163,34 +166,37 @@ class _Plan:
         for k in sorted({*range(len(axes))} - {*left}):
             kind = (roles[0][k].device, *(tensors[k].dtype for tensors in roles))
             places.setdefault(kind, []).append(k)
-        self._parts = [
-            (chosen, _multi_tensor(roles, axes, chosen, any_order=any_order))
-            for chosen in places.values()
-        ]
+        self._parts = []
+        for chosen in places.values():
+            here, fan_ins = _select(chosen, roles), [axes[k] for k in chosen]
+            kernel = MultiTensor("centralize", here, fan_ins, any_order=any_order)
+            self._parts.append((chosen, kernel))
 
     def run(self, roles: Roles, strength: float, rate: float) -> list[int]:
-        """Launch, and return the positions for which that could not be done."""
+        """Launch, and return the positions of the gradients that could not be launched."""
         left: list[int] = []
         for places, multi_tensor in self._parts:
-            if not multi_tensor.run(_at(places, roles), strength=strength, rate=rate):
+            if not multi_tensor.run(_select(places, roles), strength=strength, rate=rate):
                 left += places
         return left
 
 
-launches = Launches()  # for all optimizers; a cache, as the plans are
-_plans: dict[Hashable, _Plan] = {}  # a cache: it holds nothing that is not made anew when missing
+launches = Launches()  # for all optimizers; a cache, as the schedules are
+_schedules: dict[Hashable, _Schedule] = {}  # a cache
 
 
-def _kept(plans: dict[Hashable, _Plan], key: Hashable, make: Callable[[], _Plan]) -> _Plan:
-    """Find a plan among the last ones, or make it."""
-    plan = plans.pop(key, None) or make()
-    plans[key] = plan  # what was used last goes to the end
-    for oldest in list(plans)[:-_MOST_PLANS]:
-        plans.pop(oldest, None)  # unless another thread has done so
-    return plan
+def _recall(
+    schedules: dict[Hashable, _Schedule], key: Hashable, make: Callable[[], _Schedule]
+) -> _Schedule:
+    """Find a schedule among the latest ones, or make it."""
+    schedule = schedules.pop(key, None) or make()
+    schedules[key] = schedule  # at the end: the first is the one that was used least recently
+    for oldest in list(schedules)[:-_MOST_SCHEDULES]:
+        schedules.pop(oldest, None)  # another thread may have removed it
+    return schedule
 
 
-def _at(places: list[int], roles: Roles) -> Roles:
+def _select(places: list[int], roles: Roles) -> Roles:
     if len(places) == len(roles[0]):
         return roles
     # A list in two roles stays one list.
@@ -198,27 +204,20 @@ def _at(places: list[int], roles: Roles) -> Roles:
     return [chosen[id(tensors)] for tensors in roles]
 
 
-def _multi_tensor(
-    roles: Roles, axes: Sequence[Axes], places: list[int], *, any_order: bool
-) -> MultiTensor:
-    chosen = [axes[k] for k in places]
-    return MultiTensor("centralize", _at(places, roles), chosen, any_order=any_order)
-
-
-def _plan_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> _Plan:
-    """Plan without gradients that the kernel does not take, or would have in hand already."""
+def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> _Schedule:
+    """Exclude gradients that the kernel cannot take, and repetitions of an earlier gradient."""
     grads, weights, _ = roles
     taken = [
         k
         for k, (grad, weight, fan_in) in enumerate(zip(grads, weights, axes, strict=True))
-        if takes(grad, fan_in, grad) and (weight is grad or _goes_with(weight, grad))
+        if takes(grad, fan_in, grad) and (weight is grad or _is_parallel(weight, grad))
     ]
-    repeated = _repeated([grads[k] for k in taken])
-    left = {*range(len(axes))} - {k for n, k in enumerate(taken) if n not in repeated}
-    return _Plan(roles, axes, any_order=not reproducible, left=left)
+    repeats = _find_repeats([grads[k] for k in taken])
+    left = {*range(len(axes))} - {k for n, k in enumerate(taken) if n not in repeats}
+    return _Schedule(roles, axes, any_order=not reproducible, left=left)
 
 
-def _repeated(tensors: Sequence[Tensor]) -> set[int]:
+def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:
     """Positions of tensors that begin where an earlier one does."""
     addresses = [*map(Tensor.data_ptr, tensors)]
     if len(set(addresses)) == len(addresses):
@@ -226,10 +225,10 @@ def _repeated(tensors: Sequence[Tensor]) -> set[int]:
     return {k for k, address in enumerate(addresses) if address in addresses[:k]}
 
 
-def _taken(
+def _find_taken(
     grads: Sequence[Tensor], axes: Sequence[Axes], outs: Sequence[Tensor | None]
 ) -> list[int]:
-    """Positions of gradients that `takes` takes; what they have in common is asked once."""
+    """Find the positions of the gradients that `takes` takes; each device is checked once."""
     if _is_traced():
         return []
     jobs = enumerate(zip(grads, axes, outs, strict=True))
@@ -239,21 +238,18 @@ def _taken(
 
 
 def _fits(grad: Tensor, axes: Axes, out: Tensor | None) -> bool:
-    """Whether the kernel can walk through a tensor, unseen by autograd."""
-    return (
-        not (torch.is_grad_enabled() and (grad.requires_grad or _is_recorded(out)))
-        and _is_ordinary(grad)
-        and _tiles.walks(grad, axes, any_order=False) is not None
-        and (_is_dense(grad) if out is None else out is grad or _is_beside(grad, out))
-    )
-
-
-def _is_recorded(out: Tensor | None) -> bool:
-    return out is not None and out.requires_grad
+    """Return True if the kernel supports a tensor, and autograd does not record it."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, out)):
+        return False
+    if not _is_ordinary(grad) or _tiles.find_walk(grad, axes, any_order=False) is None:
+        return False
+    if out is None:  # the result will have the strides of the gradient only if that is dense
+        return is_dense(grad.shape, grad.stride())
+    return out is grad or _is_beside(grad, out)
 
 
 def _is_traced() -> bool:
-    """Whether a compiler or a transformation wants to see the operations."""
+    """Return True if a compiler or a transformation records operations."""
     return (
         torch.compiler.is_compiling()
         or _get_tracing_state() is not None
@@ -263,50 +259,15 @@ def _is_traced() -> bool:
     )
 
 
-def _target(grad: Tensor, out: Tensor | None) -> Tensor:
-    return torch.empty_like(grad) if out is None else out
-
-
-def _interfere(grads: Sequence[Tensor], outs: Sequence[Tensor | None]) -> bool:
-    """Whether something is written to memory where another tensor lies, or may lie."""
-    end = end_of_written = -inf
-    for start, stop, is_written in sorted(_uses(grads, outs)):
-        if start < (end if is_written else end_of_written):
-            return True
-        end = max(end, stop)
-        end_of_written = max(end_of_written, stop) if is_written else end_of_written
-    return False
-
-
-def _uses(
-    grads: Sequence[Tensor], outs: Sequence[Tensor | None]
-) -> Iterator[tuple[float, float, bool]]:
-    """Where tensors begin and end, and whether they are written to; new ones lie apart."""
-    for grad, out in zip(grads, outs, strict=True):
-        read = _span(grad)
-        written = read if out is grad else None if out is None else _span(out)
-        if written != read:
-            yield *read, False
-        if written is not None:
-            yield *written, True
-
-
-def _span(tensor: Tensor) -> tuple[float, float]:
-    """Where a tensor begins and ends in the memory of the device; anywhere if that is unknown."""
+def _find_span(tensor: Tensor) -> tuple[float, float]:
+    """Find the addresses of a tensor on the device; all of them if they are unknown."""
     if type(tensor) not in _PLAIN:
         return -inf, inf
     if not _is_on_cuda(tensor):
         return inf, inf
-    start = tensor.data_ptr()
-    return start, start + _extent(tensor.shape, tensor.stride()) * tensor.itemsize
-
-
-@lru_cache(maxsize=1 << 12)
-def _extent(shape: tuple[int, ...], steps: tuple[int, ...]) -> int:
-    """Count the elements from the first in memory to the last."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    start, itemsize = tensor.data_ptr(), tensor.itemsize
+    strides = tuple([step * itemsize for step in tensor.stride()])
+    return start, start + extent(tensor.shape, strides, itemsize)[1]
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:
@@ -319,23 +280,18 @@ def _is_ordinary(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and tensor.dtype in _DTYPES
         and not tensor.is_neg()
-        and tensor.data_ptr() != 0  # as it is where zeros are not stored
+        and tensor.data_ptr() != 0  # as in a tensor of zeros that are not stored
     )
-
-
-def _is_dense(grad: Tensor) -> bool:
-    """Whether `torch.empty_like` gives a tensor of the same strides."""
-    return _tiles.walks(grad, (), any_order=True) is not None
 
 
 def _is_beside(grad: Tensor, out: Tensor) -> bool:
     apart = grad.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
     same_place = grad.data_ptr() == out.data_ptr()
-    return _goes_with(out, grad) and out.dtype is grad.dtype and (apart or same_place)
+    return _is_parallel(out, grad) and out.dtype is grad.dtype and (apart or same_place)
 
 
-def _goes_with(tensor: Tensor, grad: Tensor) -> bool:
-    """Whether a tensor can be walked through along with a gradient."""
+def _is_parallel(tensor: Tensor, grad: Tensor) -> bool:
+    """Return True if the kernel can read a tensor at the same offsets as a gradient."""
     return (
         _is_ordinary(tensor)
         and tensor.device == grad.device
@@ -346,8 +302,8 @@ def _goes_with(tensor: Tensor, grad: Tensor) -> bool:
 
 
 @cache
-def _lack(device: torch.device) -> str:
-    """Tell what is missing for the kernel."""
+def _find_lack(device: torch.device) -> str:
+    """Name a missing requirement of the kernel; empty if there is none."""
     if torch.version.hip is not None:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
@@ -363,15 +319,15 @@ def _lack(device: torch.device) -> str:
 
 
 @cache
-def _failure(device: torch.device) -> str:
-    """Tell how Triton fails here: it needs a compiler of C, for example."""
+def _try_kernel(device: torch.device) -> str:
+    """Try the kernel, and say how it fails: it may lack a C compiler, for example."""
     try:
-        with waiting():
+        with allow_sync():
             grad = torch.tensor([[1.0, 3.0]], device=device)
             kernel = MultiTensor("centralize", [[grad]] * 3, [(1,)], any_order=False)
             kernel.launch([[grad]] * 3, strength=1.0, rate=0.0)
             found = grad.tolist()
-    except torch.OutOfMemoryError:  # there may be memory the next time
+    except torch.OutOfMemoryError:  # the next try may find memory
         raise
     except (TritonFailsError, ImportError, OSError, RuntimeError, ValueError) as error:
         return f"Triton fails: {str(error).strip().rpartition(chr(10))[2]}"

@@ -1,7 +1,7 @@
-"""The Triton kernel, launched for lists of tensors: tables, addresses, and memory.
+"""Launches of the Triton kernel for lists of tensors: tables, addresses and memory.
 
-Tables are made once for a list of shapes and strides. From call to call only addresses may change,
-and are sent to the device if they do.
+Tables are made once for a list of shapes and strides. Addresses may change from call to call; they
+are sent to the device if they do.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from gcx.backends import _tiles
 from gcx.backends._tiles import Axes
 from gcx.backends._triton_rules import RULES, Numbers
 
-# For each thing that the kernel needs (such as gradient and weight), that of all tensors.
+# A list of tensors for each role: gradients, weights and so on.
 Roles = Sequence[Sequence[Tensor]]
-Addresses = list[list[int]]  # of the tensors of each role
+Addresses = list[list[int]]  # one list a role
 
-_ROLES = 4  # of the kernel; the last one is repeated where there are fewer
+_ROLES = 4  # of the kernel; the last one is repeated if there are fewer
 _WARPS = 8
 _SHAPE = attrgetter("shape")
 _DTYPE = attrgetter("dtype")
-# What the launches in CUDA graphs read: they do so whenever the graph is replayed, and nobody knows
-# for how long that goes on.
+# Tensors that captured launches read. They are kept forever: a graph may be replayed at any time.
 _of_graphs: list[Tensor] = []
-# Why Triton failed on a device in the midst of training; all on it is left to torch since then.
+# The reason why Triton failed on a device during training; torch does all the work there since.
 failures: dict[torch.device, str] = {}
 
 
@@ -43,50 +42,45 @@ class TritonFailsError(Exception):
 
 
 class MultiTensor:
-    """Does the same to tensors of the same shapes time after time, in one launch or two.
+    """Applies one rule to lists of tensors of fixed shapes and strides, in one launch or two.
 
     Parameters
     ----------
     rule : {"centralize", "sgd", "adamw"}
-        What is done with centralized gradients.
+        The use of the centralized gradients.
 
         - ``"centralize"`` stores them. Roles: gradients, weights (or the gradients again), results.
-          Scalars: `strength`, and `rate`, by which means of weights are subtracted as well.
+          Scalars: `strength`, and `rate`, the factor of the mean of weights, subtracted as well.
         - ``"sgd"`` moves weights. Roles: gradients, weights, and momentum buffers if there are any.
           Scalars: `lr`, `momentum`, `dampening`, `weight_decay` (inside the projection),
-          `nesterov`, `maximize`, and `first`, whether the buffers are yet to be filled.
+          `nesterov`, `maximize`, and `first`, true if the buffers are still empty.
         - ``"adamw"`` moves weights. Roles: gradients, weights, first moments, second moments.
           Scalars: `step_size` (learning rate over the first bias correction), `beta1`, `beta2`,
           `eps`, `decay` (learning rate times weight decay), `bias2_root` (root of the second bias
           correction), `maximize`.
 
     roles : sequence of sequence of Tensor
-        A list of tensors for each role. Those at the same position are alike in shape and strides,
-        those of a role in dtype; all are on one CUDA device, and `_torch_cuda.takes` takes them.
-        No memory is in two places of a role that is written to.
+        A list of tensors for each role. Tensors at the same position have one shape and strides;
+        tensors of one role have one dtype. All are on one CUDA device, and `_torch_cuda.takes`
+        takes them. The tensors of a role that is written to do not overlap.
     axes : sequence of tuple of int
-        The fan-in axes at each position; none where there is nothing to centralize.
+        The fan-in axes at each position; none to leave the gradient as it is.
     any_order : bool
-        Whether a fan-in may be summed in the order of memory instead of that of the axes.
+        True if a fan-in may be summed in the order of memory, False for the order of the axes.
     """
 
     def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], *, any_order: bool) -> None:
         self._rule = RULES[rule, len(roles)]
         self._device = roles[0][0].device
-        self._forms = [forms(tensors) for tensors in roles]
         dtypes = [tensors[0].dtype for tensors in roles]
         vector = 16 // min(dtype.itemsize for dtype in dtypes)
         self._launches = [
             _Launch(tables, self._rule.kernel, dtypes, self._device)
-            for tables in _tiles.launches(roles[0], axes, vector=vector, any_order=any_order)
+            for tables in _tiles.make_tables(roles[0], axes, vector=vector, any_order=any_order)
         ]
         self._ready: _Ready | None = None
-        # Pinned memory for addresses that a CUDA graph is to send, since it can get none itself.
+        # Pinned memory for the addresses of a CUDA graph: a capture can allocate none.
         self._spare: Tensor | None = None
-
-    def fits(self, roles: Roles) -> bool:
-        """Whether these tensors are like those that this was made for."""
-        return [forms(tensors) for tensors in roles] == self._forms
 
     def run(self, roles: Roles, **scalars: float) -> bool:
         """Launch, on the current stream.
@@ -94,9 +88,9 @@ class MultiTensor:
         Returns
         -------
         bool
-            Whether it is launched. If not, nothing has been done, and torch is to do it: a CUDA
-            graph is being captured, for which no earlier run has left what it takes (see
-            `_to_capture`); or Triton fails on this device, of which the first time warns.
+            False if nothing was launched, so that torch must do the work. Either a CUDA graph is
+            being captured before an ordinary run has prepared it (see `_prepare_capture`), or
+            Triton fails on this device. The first failure gives a warning.
         """
         if self._device in failures:
             return False
@@ -109,32 +103,32 @@ class MultiTensor:
             return False
 
     def launch(self, roles: Roles, **scalars: float) -> bool:
-        """Do as `run`, but raise a TritonFailsError where Triton fails."""
+        """Do the same as `run`, but raise a TritonFailsError if Triton fails."""
         numbers = self._rule.numbers(**scalars)
         with _on(self._device):
             stream, addresses = _stream(), _addresses(roles)
             if stream is None:
-                ready = self._to_capture(addresses, is_coupled=numbers[1] != 0)
+                ready = self._prepare_capture(addresses, is_coupled=numbers[1] != 0)
             else:
-                ready = self._to_run(addresses, stream)
+                ready = self._prepare_run(addresses, stream)
             if ready is None:
                 return False
-            # All are compiled before the first one starts.
+            # Every launch is compiled before the first one starts, so that none is half done.
             starts = [
-                launch.compiled(ready, memory, numbers)
+                launch.compile(ready, memory, numbers)
                 for launch, memory in zip(self._launches, ready.memory, strict=True)
             ]
             for start in starts:
                 start()
         for tensors in roles[self._rule.written :]:
-            increment_version(tensors)  # so that autograd notices
+            increment_version(tensors)  # tells autograd that they have changed
         return True
 
-    def _to_run(self, addresses: Addresses, stream: int) -> _Ready:
+    def _prepare_run(self, addresses: Addresses, stream: int) -> _Ready:
         """Send addresses to the device, unless they are there.
 
-        Everything that changes belongs to one stream, whose order protects it from being changed
-        while it is in use.
+        Everything that changes belongs to one stream. The stream's order protects it from being
+        changed while it is in use.
         """
         last = self._ready
         if last is None or last.stream != stream:
@@ -143,40 +137,40 @@ class MultiTensor:
             memory = last.memory
         else:
             if self._spare is None:
-                self._spare = _pinned(_table(addresses))
+                self._spare = _pin(_make_table(addresses))
             return last
-        table = _table(addresses)
+        table = _make_table(addresses)
         if self._spare is None:
-            self._spare = _pinned(table)
-        sent = _sent(_pinned(table), self._device, waits=False)
-        # Another thread may set its own at any moment.
+            self._spare = _pin(table)
+        sent = _send(_pin(table), self._device, waits=False)
+        # A local variable, since another thread may replace the attribute at any moment.
         ready = self._ready = _Ready(stream, addresses, sent, _are_even(addresses), memory)
         return ready
 
-    def _to_capture(self, addresses: Addresses, *, is_coupled: bool) -> _Ready | None:
-        """Collect what a launch in a CUDA graph needs; None if it is not there.
+    def _prepare_capture(self, addresses: Addresses, *, is_coupled: bool) -> _Ready | None:
+        """Collect the memory for a launch in a CUDA graph; None if an earlier run has left none.
 
-        A graph takes no copies from memory that is not pinned, and none can be pinned while it is
-        captured; nor can a kernel be loaded. So all of this must be left from a run before.
+        A graph can copy only from pinned memory. During a capture no memory can be pinned and no
+        kernel loaded, so an earlier run must have done both.
         """
         last, is_even = self._ready, _are_even(addresses)
-        if last is None or not all(each.has(is_coupled, is_even) for each in self._launches):
+        if last is None or not all(one.is_compiled(is_coupled, is_even) for one in self._launches):
             return None
         table = last.table  # never written to again
         if addresses != last.addresses:
             if self._spare is None:
                 return None
             host, self._spare = self._spare, None
-            table = _sent(host.copy_(_table(addresses)), self._device, waits=False)
+            table = _send(host.copy_(_make_table(addresses)), self._device, waits=False)
             _of_graphs.append(host)
-        # Room for sums is the graph's own, with counters that are zero in each replay.
+        # The graph has partial sums and counters of its own; each replay sets the counters to zero.
         memory = [launch.memory(None) for launch in self._launches]
         _of_graphs.extend((table, *(tensor for tables in memory for tensor in tables[:2])))
         return _Ready(None, addresses, table, is_even, memory)
 
 
 class _Memory(NamedTuple):
-    """What a launch has on the device: tables, which streams share, and room for their sums."""
+    """Memory of a launch on the device: tables, shared by streams, and buffers for partial sums."""
 
     matrices: Tensor
     tiles: Tensor
@@ -185,33 +179,33 @@ class _Memory(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """What belongs to one stream: addresses, here and on the device, and memory of launches."""
+    """Data of one stream: addresses, on the host and on the device, and memory of launches."""
 
     stream: int | None
     addresses: Addresses
     table: Tensor
-    is_even: bool  # whether all are multiples of 16 bytes
+    is_even: bool  # every address is a multiple of 16 bytes
     memory: list[_Memory]
 
 
 class _Launch:
-    """One launch, with its tables on the device from the first time on."""
+    """One launch; its tables are sent to the device once."""
 
     def __init__(
         self,
-        tables: _tiles.Launch,
+        tables: _tiles.Tables,
         kernel: str,
         dtypes: Sequence[torch.dtype],
         device: torch.device,
     ) -> None:
         from triton import language as tl
 
-        from gcx.backends import _triton_kernels
+        from gcx.backends import _triton_functions, _triton_kernels
 
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         names += names[-1:] * (_ROLES - len(names))
         self._multi_tensor = _triton_kernels.multi_tensor
-        self._rule = getattr(_triton_kernels, kernel)
+        self._rule = getattr(_triton_functions, kernel)
         self._dtypes = tuple(getattr(tl, name) for name in names)
         self._has = (
             not tables.kinds.isdisjoint(_tiles.ALL_GATHERED),
@@ -221,16 +215,16 @@ class _Launch:
         self._on_cpu = tables
         self._sums_dtype = torch.promote_types(dtypes[0], torch.float32)
         self._device = device
-        # On the device from the first time on, and the stream that they were sent on.
+        # The stream on which the tables were sent, and the tables on the device.
         self._tables: tuple[int | None, Tensor, Tensor] | None = None
-        # By whether the mean of weights counts, and how many elements are read at once.
+        # Keyed by the use of the mean of weights, and the number of elements read at once.
         self._compiled: dict[tuple[bool, int], Callable[..., object]] = {}
 
     def memory(self, stream: int | None) -> _Memory:
         """Provide memory for the current stream, or for a CUDA graph that is captured on it."""
         if self._tables is None:
             matrices, tiles = self._on_cpu.matrices, self._on_cpu.tiles
-            self._tables = (stream, _sent(matrices, self._device), _sent(tiles, self._device))
+            self._tables = (stream, _send(matrices, self._device), _send(tiles, self._device))
         first, matrices, tiles = self._tables
         if stream not in (None, first):
             _share(matrices)
@@ -240,12 +234,12 @@ class _Launch:
         arrivals = torch.zeros(slots, dtype=torch.int32, device=self._device)
         return _Memory(matrices, tiles, sums, arrivals)
 
-    def has(self, is_coupled: bool, is_even: bool) -> bool:
-        """Whether the kernel is there, compiled and loaded."""
+    def is_compiled(self, is_coupled: bool, is_even: bool) -> bool:
+        """Return True if the kernel is compiled and loaded."""
         return self._variant(is_coupled, is_even) in self._compiled
 
-    def compiled(self, ready: _Ready, memory: _Memory, numbers: Numbers) -> Callable[[], object]:
-        """Return what launches the kernel; a TritonFailsError if it cannot be compiled."""
+    def compile(self, ready: _Ready, memory: _Memory, numbers: Numbers) -> Callable[[], object]:
+        """Return a function that launches the kernel; a TritonFailsError if it does not compile."""
         strength, rate, others = numbers
         variant = self._variant(rate != 0, ready.is_even)
         arguments = (
@@ -253,7 +247,7 @@ class _Launch:
             *(strength, rate, others),
             *(self._rule, self._dtypes, *variant, self._on_cpu.tile, _tiles.WIDTH, *self._has),
         )
-        # Kept, since that takes a fraction of the time that Triton takes to find it.
+        # Kept here, since Triton's own lookup takes much longer.
         if variant not in self._compiled:
             self._compiled[variant] = self._compile(arguments)
         return partial(self._compiled[variant], *arguments)
@@ -266,7 +260,7 @@ class _Launch:
         from triton.errors import TritonError
 
         kernel, grid = self._multi_tensor, (len(self._on_cpu.tiles), 1, 1)
-        # Products and sums are rounded one after the other.
+        # Without fusion, a product is rounded before it is added.
         options = {"num_warps": _WARPS, "enable_fp_fusion": False}
         if knobs.runtime.interpret:
             return lambda *arguments: kernel[grid](*arguments, **options)
@@ -277,10 +271,10 @@ class _Launch:
 
 
 def forms(tensors: Sequence[Tensor]) -> list[Any]:
-    """List what the tables depend on, and whether a tensor is an ordinary one.
+    """List the types, devices, dtypes, shapes and strides of tensors: the key of their tables.
 
-    This is done in each step of training, so one attribute after the other, which is fastest. That
-    a tensor is sparse shows in its strides, which are 0.
+    Every training step does this. Going attribute by attribute is fastest. A sparse tensor has
+    strides of 0.
     """
     return [
         *map(type, tensors),
@@ -292,7 +286,7 @@ def forms(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _addresses(roles: Roles) -> Addresses:
-    """List the addresses of each role; for a list with several roles, one and the same list."""
+    """List the addresses of each role; a list in two roles gives one list of addresses."""
     found: dict[int, list[int]] = {}
     for tensors in roles:
         if id(tensors) not in found:
@@ -300,8 +294,8 @@ def _addresses(roles: Roles) -> Addresses:
     return [found[id(tensors)] for tensors in roles]
 
 
-def _table(addresses: Addresses) -> Tensor:
-    """Put addresses into a table for the kernel."""
+def _make_table(addresses: Addresses) -> Tensor:
+    """Make the table of addresses for the kernel."""
     rows = {id(row): array("q", row) for row in addresses}
     by_role = [*addresses, *addresses[-1:] * (_ROLES - len(addresses))]
     joined = bytearray().join(rows[id(row)] for row in by_role)
@@ -309,7 +303,7 @@ def _table(addresses: Addresses) -> Tensor:
 
 
 def _are_even(addresses: Addresses) -> bool:
-    """Whether all are multiples of 16 bytes."""
+    """Return True if all addresses are multiples of 16 bytes."""
     return not any(reduce(or_, row) % 16 for row in {id(row): row for row in addresses}.values())
 
 
@@ -319,28 +313,28 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _stream() -> int | None:
-    """Return the current stream; none while a CUDA graph is being captured."""
+    """Return the current stream; None while a CUDA graph is being captured."""
     if torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.current_stream().cuda_stream
 
 
-def _pinned(table: Tensor) -> Tensor:
-    """Copy a table to where a device reads it by itself."""
+def _pin(table: Tensor) -> Tensor:
+    """Copy a table to page-locked memory, which a device can read."""
     return table.pin_memory()
 
 
-def _sent(table: Tensor, device: torch.device, *, waits: bool = True) -> Tensor:
-    """Copy a table to a device; at once, or from pinned memory in the order of the stream."""
-    with waiting() if waits else nullcontext():
+def _send(table: Tensor, device: torch.device, *, waits: bool = True) -> Tensor:
+    """Copy a table to a device. Without waiting, the table must be in pinned memory."""
+    with allow_sync() if waits else nullcontext():
         return table.to(device, non_blocking=not waits)
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Wait for the device even where the user lets torch raise an error for that."""
+def allow_sync() -> Iterator[None]:
+    """Allow synchronization, even if the user has made it an error in torch."""
     mode = torch.cuda.get_sync_debug_mode()
-    if not mode:  # and it is not set without need, since torch warns of that
+    if not mode:  # setting it makes torch warn, so it is left alone if possible
         yield
         return
     torch.cuda.set_sync_debug_mode("default")
@@ -351,5 +345,5 @@ def waiting() -> Iterator[None]:
 
 
 def _share(table: Tensor) -> None:
-    """Let the current stream read a table of another one: it is not freed before this is done."""
+    """Keep a table of another stream from being freed while the current stream reads it."""
     table.record_stream(torch.cuda.current_stream())

@@ -1,29 +1,29 @@
-"""What can be done with centralized gradients: the rules of the Triton kernel, as it is told."""
+"""The kernel's rules, such as a step of AdamW, and the numbers that each takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["RULES", "Numbers", "Rule"]
+__all__ = ["RULES", "KernelRule", "Numbers"]
 
-# Strength of the mean of gradients, rate of that of weights, and what else a rule needs.
+# The factor of the mean of gradients, the factor of the mean of weights, and further scalars.
 Numbers = tuple[float, float, tuple[float, ...]]
 
 
-class Rule(NamedTuple):
-    """How the kernel is told of a rule."""
+class KernelRule(NamedTuple):
+    """A rule of the kernel: its device function, and a function that computes its scalars."""
 
-    kernel: str  # function of `_triton_kernels`
-    written: int  # the first role that is written to
+    kernel: str  # of `_triton_functions`
+    written: int  # number of the first role that is written to
     numbers: Callable[..., Numbers]
 
 
-def _for_centralize(*, strength: float, rate: float) -> Numbers:
-    return strength, rate, (0.0,)  # the kernel takes some numbers
+def _numbers_of_centralize(*, strength: float, rate: float) -> Numbers:
+    return strength, rate, (0.0,)  # the kernel cannot take an empty tuple
 
 
-def _for_sgd(
+def _numbers_of_sgd(
     *,
     lr: float,
     momentum: float,
@@ -38,7 +38,7 @@ def _for_sgd(
     return 1.0, sign * weight_decay, tuple(map(float, others))
 
 
-def _for_adamw(
+def _numbers_of_adamw(
     *,
     step_size: float,
     beta1: float,
@@ -53,10 +53,10 @@ def _for_adamw(
     return 1.0, 0.0, tuple(map(float, others))
 
 
-# By name and number of roles.
+# Keyed by name and number of roles.
 RULES = {
-    ("centralize", 3): Rule("store", 2, _for_centralize),
-    ("sgd", 2): Rule("sgd", 1, _for_sgd),
-    ("sgd", 3): Rule("sgd_momentum", 1, _for_sgd),
-    ("adamw", 4): Rule("adamw", 1, _for_adamw),
+    ("centralize", 3): KernelRule("store", 2, _numbers_of_centralize),
+    ("sgd", 2): KernelRule("sgd", 1, _numbers_of_sgd),
+    ("sgd", 3): KernelRule("sgd_momentum", 1, _numbers_of_sgd),
+    ("adamw", 4): KernelRule("adamw", 1, _numbers_of_adamw),
 }

@@ -1,4 +1,4 @@
-"""Gradient Centralization for the optimizers of Keras 3, with the backends torch and JAX."""
+"""Gradient Centralization for Keras 3 optimizers, on the torch and JAX backends."""
 
 from gcx.keras._centralize import centralize
 from gcx.keras._layers import register_layer

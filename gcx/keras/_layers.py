@@ -1,4 +1,4 @@
-"""What each type of layer says about its variables: where the fan-in is, or why there is none."""
+"""Rules for the variables of each type of layer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _DEPTHWISE),
     **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _SEPARABLE),
     **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _RECURRENT),
-    "keras.*.ConvLSTMCell": _RECURRENT,  # not exported, as its layers ConvLSTM1D to 3D are
+    "keras.*.ConvLSTMCell": _RECURRENT,  # Keras does not export it
     layers.Embedding: {"*embeddings*": EMBEDDING},
     **dict.fromkeys(_NORMS, _NORM),
     **dict.fromkeys((layers.Attention, layers.AdditiveAttention), _SCORE),
@@ -68,20 +68,20 @@ RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
 
 
 def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
-    """Tell what the variables of a layer type are, for `plan` and `centralize`.
+    """Declare the variables of a layer type, for `plan` and `centralize`.
 
     Parameters
     ----------
     kind : type
-        The class of the layer. Its subclasses follow the rule, unless they have their own.
+        The class of the layer; subclasses without a rule follow.
 
     Returns
     -------
     callable
-        A decorator for the rule: a function of a layer that returns, by name or glob of the
-        layer's own variables (not those of its sublayers), a layout (``"...o"``, ``"io"``),
-        `gcx.plan.LeaveAlone` with the reason, or None. The first name that matches counts, and
-        what none matches is left alone as unknown.
+        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
+        of the layer's own variables (without its sublayers), or globs; the first that matches
+        counts. Its values are layouts (``"...o"``, ``"io"``), `gcx.plan.LeaveAlone`, or None. The
+        decorator also takes the mapping itself.
 
     Raises
     ------
@@ -90,8 +90,8 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package can bring its rules without importing gcx, by an entry point of the group
-    ``gcx.keras.layers``, whose name is the qualified name of the layer::
+    A package can provide rules without importing gcx, by entry points of the group
+    ``gcx.keras.layers``. The name of an entry point is the qualified name of the layer::
 
         [project.entry-points."gcx.keras.layers"]
         "mypackage.layers.OutputFirst" = "mypackage.gcx_rules:output_first"

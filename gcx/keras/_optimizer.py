@@ -1,4 +1,4 @@
-"""An optimizer of Keras with Gradient Centralization in its step."""
+"""A Keras optimizer with Gradient Centralization in its step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from gcx.keras._projection import Projection
-from gcx.layout import as_layout
+from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
 _register = keras.saving.register_keras_serializable("gcx", "Centralized")
@@ -17,15 +17,15 @@ _register = keras.saving.register_keras_serializable("gcx", "Centralized")
 
 @_register
 class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """What `gcx.keras.centralize` makes of an optimizer, which keeps its own class besides.
+    """Class that `gcx.keras.centralize` adds to an optimizer, in front of its own.
 
-    Keras saves a centralized optimizer under this name and loads it with its plan, once
-    ``import gcx.keras`` has made the name known; without that, loading raises an error.
+    Keras saves a centralized optimizer under this name, and loads it with its plan. Import
+    ``gcx.keras`` before that; without it, loading raises an error.
 
     Attributes
     ----------
     gradient_centralization : GradientCentralization
-        The handle, which is there after loading too.
+        The handle, also after loading.
 
     Examples
     --------
@@ -44,15 +44,15 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     gradient_centralization: GradientCentralization
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Find out what to do with the variables, and create those of the optimizer."""
-        # The legacy .h5 format builds the optimizer before it finds the variables of the model.
-        # Keras loads such a model to predict with, and raises an error when it is to be trained.
+        """Settle the layouts of the variables, and create the optimizer's own variables."""
+        # The legacy .h5 format builds the optimizer before the model's variables are known. Keras
+        # raises an error if such a model is trained.
         if variables:
             self._projection.bind(variables)
         super().build(variables)
 
-    # Keras calls these two next to each other in each step that changes the weights: after the
-    # gradients are accumulated and clipped, before moving averages and constraints of the weights.
+    # In each step that changes the weights, Keras calls these two in a row: after accumulation and
+    # clipping of the gradients, before moving averages and constraints of the weights.
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         projection = self._projection
@@ -77,13 +77,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self.gradient_centralization.projection
 
     def get_config(self) -> dict[str, Any]:
-        """Describe the optimizer, and what is done with each of its variables."""
+        """Describe the optimizer and the plan of its variables."""
         projection = self._projection
         return {
             "optimizer": keras.optimizers.serialize(self.gradient_centralization.plain_optimizer()),
-            "plan": [
-                [r.name, r.shape, r.layout and str(r.layout), r.reason] for r in projection.plan
-            ],
+            "plan": [[*row[:2], _plain_layout(row.layout), row.reason] for row in projection.plan],
             "where": projection.where,
             "decay": projection.decay,
             "reproducible": projection.reproducible,
@@ -91,10 +89,10 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Make a centralized optimizer, for the same variables in the same order."""
+        """Make a centralized optimizer for the same variables in the same order."""
         optimizer = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         rows = [
-            PlanRow(name, tuple(shape), layout and as_layout(layout), reason)
+            PlanRow(name, tuple(shape), layout and Layout(layout[0], **layout[1]), reason)
             for name, shape, layout, reason in config["plan"]
         ]
 
@@ -114,7 +112,9 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 class GradientCentralization:
-    """Gradient Centralization at work in an optimizer, as `gcx.keras.centralize` returns it.
+    """Handle for the Gradient Centralization of one optimizer.
+
+    `gcx.keras.centralize` returns it.
 
     Examples
     --------
@@ -141,11 +141,11 @@ class GradientCentralization:
 
     @property
     def plan(self) -> Plan:
-        """What happens to each variable of the optimizer, and why, as a `gcx.plan.Plan`."""
+        """The decision on each variable of the optimizer, with its reason."""
         return self.projection.plan
 
     def remove(self) -> None:
-        """Leave the optimizer as it was before; a second time does nothing.
+        """Leave the optimizer as it was before; a second call does nothing.
 
         A train step that JAX has compiled goes on as it is until
         ``model.make_train_function(force=True)`` or ``model.compile``.
@@ -155,7 +155,7 @@ class GradientCentralization:
             self._optimizer.__class__ = self._kind
 
     def plain_optimizer(self) -> Any:
-        """Give an optimizer of the same state that is of its own class alone, to serialize it."""
+        """Make an optimizer with the same state and its original class, to serialize it."""
         plain = object.__new__(self._kind)
         vars(plain).update(vars(self._optimizer))
         return plain
@@ -171,7 +171,7 @@ def attach(optimizer: Any, projection: Projection) -> GradientCentralization:
     handle = GradientCentralization(optimizer, projection)
     if optimizer.built:
         projection.bind(vars(optimizer)["_trainable_variables"])
-    # Not a new optimizer, which Keras would make without the fast steps that it has for torch.
+    # A new optimizer would lack the fast steps that Keras has for torch.
     optimizer.__class__ = _centralized(kind)
     optimizer.gradient_centralization = handle
     return handle
@@ -179,10 +179,14 @@ def attach(optimizer: Any, projection: Projection) -> GradientCentralization:
 
 @cache
 def _centralized(kind: type) -> type:
-    # Its name must not be that of an optimizer of Keras, which loading would take it for. All such
-    # classes are loaded in one way, so one registered name serves them all.
+    # A name from Keras would load a Keras optimizer. All such classes load in the same way, so they
+    # share one registered name.
     mixed = type(f"Centralized{kind.__name__}", (Centralized, kind), {"__module__": __name__})
     return _register(mixed)  # type: ignore[no-any-return]
+
+
+def _plain_layout(layout: Layout | None) -> tuple[str, dict[str, int]] | None:
+    return None if layout is None else (str(layout), layout.sizes)
 
 
 def _check_same_shapes(rows: Sequence[PlanRow], variables: Sequence[Any]) -> None:
@@ -190,7 +194,7 @@ def _check_same_shapes(rows: Sequence[PlanRow], variables: Sequence[Any]) -> Non
     if saved != found:
         msg = (
             f"this centralized optimizer was saved for {len(saved)} variables of shapes {saved}, "
-            f"and is to be used for {len(found)} of shapes {found}. For another model take a new "
+            f"but is to train {len(found)} of shapes {found}. For another model make a new "
             "optimizer and gcx.keras.centralize it"
         )
         raise ValueError(msg)

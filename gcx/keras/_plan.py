@@ -1,4 +1,4 @@
-"""What happens to each variable of a model, and why."""
+"""The plan of a Keras model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Overrides = Mapping[str, Answer]
 
 
 def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
-    """Show what would be centralized in a model, over which axes, and what is left alone and why.
+    """Show which variables of a model would be centralized, over which axes, and why.
 
     Parameters
     ----------
     model : keras.Model or keras.Layer
-        Any model that is built. Its variables are judged by the layer that owns them, never by
-        their rank; a layer that nobody declared is left alone, and says so.
+        A built model. The layer that owns a variable decides about it, never its rank; a layer
+        without a rule is left alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Answers that come before those of the layers, by the path of a variable
-        (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``); the first key that matches
-        counts, and None or `gcx.plan.LeaveAlone` leaves alone. For layers of your own,
-        `register_layer` says it once.
+        Layouts that take precedence over the rules, by the path of a variable
+        (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
+        counts; None or `gcx.plan.LeaveAlone` leaves alone. For your own layers, use
+        `register_layer` instead.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     Raises
     ------
     TypeError
-        If `model` is not a layer, or `overrides` holds something else.
+        If `model` is not a layer, or `overrides` holds a value of another type.
     ValueError
         If the model is not built, a key of `overrides` matches no variable, or a layout does not
         fit the rank of its variable.
@@ -71,14 +71,14 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
 
 
 def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]:
-    """Settle what happens to each variable of a model, by its `id`."""
+    """Make the row of each variable, by the `id` of the variable."""
     if not isinstance(model, keras.Layer):
         msg = f"model is a keras.Model or a keras.Layer, not a {type(model).__name__}"
         raise TypeError(msg)
     if not model.built:
         msg = (
-            f"{model.name} has no variables yet: build it first, by keras.Input as its first "
-            "layer, model.build(input_shape), or a call on some data"
+            f"{model.name} has no variables yet: build it first, with keras.Input as its first "
+            "layer, by model.build(input_shape), or by a call on some data"
         )
         raise ValueError(msg)
     owned = list(_owned_variables(model))
@@ -95,12 +95,12 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
 
 
 def _owned_variables(layer: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:
-    """List the layers below and their own variables, tied ones with each of their layers."""
+    """Yield each layer with its own variables; a tied variable comes with each of its layers."""
     seen = set() if seen is None else seen
     if id(layer) in seen:
         return
     seen.add(id(layer))
-    # Not `layer.variables`, which has those of the sublayers too, and does not say whose they are.
+    # `layer.variables` includes the variables of sublayers, and does not tell the owner.
     own = vars(layer)
     for variable in own["_trainable_variables"]:
         yield layer, variable

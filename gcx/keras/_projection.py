@@ -1,4 +1,4 @@
-"""What is done to the gradients or to the weights of an optimizer, step by step."""
+"""Centralize gradients, or restore the means of weights, in one step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gcx.plan import Plan, PlanRow
 Where = Literal["gradient", "update"]
 Decay = Literal["inside", "outside"]
 
-# From the variables of an optimizer to the decision on each.
+# From the variables of an optimizer to their rows.
 FindRows = Callable[[Sequence[Any]], list[PlanRow]]
 
 
 class Projection:
-    """Centralizes the gradients of an optimizer, or what its steps do to the weights.
+    """Centralizes the gradients of an optimizer, or the displacement of its weights.
 
     Parameters
     ----------
     find_rows : callable
-        Says what is to be done with the variables of the optimizer, once they are known.
+        Makes the rows of the optimizer's variables, once these are known.
     plan : Plan
-        What is expected of it until then.
+        The plan until then.
     where, decay, reproducible
         As in `gcx.keras.centralize`.
     """
@@ -50,7 +50,7 @@ class Projection:
         self._held: dict[int, Any] = {}
 
     def bind(self, variables: Sequence[Any]) -> None:
-        """Find out what to do with the variables of the optimizer."""
+        """Settle the layouts of the optimizer's variables."""
         rows = self._find_rows(variables)
         pairs = zip(variables, rows, strict=True)
         self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
@@ -65,12 +65,12 @@ class Projection:
         ]
 
     def hold_means(self, variables: Sequence[Any]) -> None:
-        """Remember the means of the weights as they are now."""
+        """Remember the present means of the weights."""
         hold = ops.copy if self.reproducible else self._mean
         self._held = {id(v): hold(v) for v in variables if id(v) in self._layouts}
 
     def restore_means(self, variables: Sequence[Any]) -> None:
-        """Give the weights the means back that they had."""
+        """Shift the weights back to the means that were remembered."""
         restore = self._restore_in_order if self.reproducible else self._restore_mean
         for variable in variables:
             if id(variable) in self._held:
@@ -81,7 +81,7 @@ class Projection:
         variable.assign(variable - ops.cast(moved, variable.dtype))
 
     def _restore_in_order(self, variable: Any, start: Any) -> None:
-        # Keras has no mean of which the order is known, and centralizing the displacement does it.
+        # A mean by Keras has no fixed order, so the displacement is centralized instead.
         start = _wide(start)
         moved = self._centralized(_wide(variable) - start, self._layouts[id(variable)])
         variable.assign(ops.cast(start + moved, variable.dtype))
@@ -90,8 +90,12 @@ class Projection:
         return gcx.centralize(array, layout=layout, reproducible=self.reproducible)
 
     def _mean(self, variable: Any) -> Any:
-        axes = self._layouts[id(variable)].fan_in_axes(len(variable.shape))
-        return ops.mean(_wide(variable), axis=axes, keepdims=True)
+        layout, shape = self._layouts[id(variable)], tuple(variable.shape)
+        view, axes = layout.split(shape)
+        if not layout.is_split:
+            return ops.mean(_wide(variable), axis=axes, keepdims=True)
+        mean = ops.mean(ops.reshape(_wide(variable), view), axis=axes, keepdims=True)
+        return ops.reshape(ops.broadcast_to(mean, view), shape)
 
 
 NARROW_DTYPES = ("float16", "bfloat16")

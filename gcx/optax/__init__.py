@@ -1,4 +1,4 @@
-"""Gradient Centralization for optax, with layouts from the model itself."""
+"""Gradient Centralization for optax, with layouts that the model gives."""
 
 from gcx.optax._layouts import layouts
 from gcx.optax._models import register_layer

@@ -1,4 +1,4 @@
-"""Gradients in parts, as in `jax.shard_map` and `jax.pmap`: a fan-in split over mesh axes."""
+"""Fan-ins that mesh axes split, inside `jax.shard_map` and `jax.pmap`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AxisName = _Names | Mapping[str, _Names | None] | None
 
 
 def check_axis_name(axis_name: object) -> None:
-    """Raise a TypeError unless it is of one of the forms."""
+    """Raise a TypeError unless `axis_name` has one of its forms."""
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
@@ -30,7 +30,9 @@ def check_axis_name(axis_name: object) -> None:
 
 
 def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
-    """Names of the axes by path, none where the fan-in is whole; without the paths not spoken of.
+    """Mesh axes by parameter path: ``()`` if the fan-in is whole.
+
+    Paths that `axis_name` does not mention are absent.
 
     >>> names = Names(["a/kernel", "head/w", "b"], hidden=[])
     >>> axes_by_path({"*/kernel": "x", "head/*": None}, names)
@@ -53,10 +55,10 @@ def centralize_split(
     strength: float,
     reproducible: bool,
 ) -> Any:
-    """Centralize a gradient whose fan-in is split over these axes; None if nobody said how.
+    """Centralize a gradient whose fan-in is split over these mesh axes (None: not known).
 
-    Raises a ValueError that names the path where that cannot be known, or an axis is not bound, and
-    a TypeError where `reproducible` cannot be promised.
+    Raises a ValueError that names the path if the axes are needed and not known, or not bound. A
+    TypeError says that `reproducible` is not possible.
     """
     if axes is None:
         _check_not_split(grad, path)
@@ -65,18 +67,22 @@ def centralize_split(
             return centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
     if reproducible:
         check_whole(axes, path)
+    with naming(path):
+        view, fan_in = layout.split(grad.shape)
     try:
-        return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
+        seen = grad.reshape(view) if layout.is_split else grad
+        centralized = _jax.centralize_over_mesh(seen, fan_in, strength, axes)
     except NameError as error:
         msg = (
-            f"{path}: axis_name {axes} is not bound here. It is for the inside of shard_map and "
-            "pmap; under jit alone leave it out, there XLA communicates by itself"
+            f"{path}: axis_name {axes} is not bound here. It is for code inside shard_map and "
+            "pmap; under jit alone leave it out, since XLA adds the communication"
         )
         raise ValueError(msg) from error
+    return centralized.reshape(grad.shape) if layout.is_split else centralized
 
 
 def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
-    """Raise a TypeError if a fan-in is split, so that the order of its elements is not known."""
+    """Raise a TypeError if a fan-in is split, since its elements then have no known order."""
     if axes:
         msg = (
             f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "

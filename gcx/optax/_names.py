@@ -1,7 +1,4 @@
-"""How the leaves of a tree are called: the keys on the way to them, joined by ``/``.
-
-And which names may be there though they are not seen.
-"""
+"""Names of the leaves of a tree: their keys joined by ``/``."""
 
 from __future__ import annotations
 
@@ -12,20 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-# What holds an array as its ``value``, by the names of its types: Flax need not be installed.
+# Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
 _VALUE = (jax.tree_util.GetAttrKey("value"),)
 
 
 def is_none(node: object) -> bool:
-    """Whether a node is None, which JAX would pass over."""
+    """Return True for None, which JAX does not count as a leaf."""
     return node is None
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tuple[str, Any]]:
     """Name and value of each leaf, in the order of `jax.tree.leaves`; None is a leaf too.
 
-    The ``value`` by which a box of Flax holds an array is not part of the name.
+    Names leave out the ``value`` of Flax boxes.
     """
     leaves = []
     for path, node in _with_paths(tree, stop=lambda node: is_leaf(node) or _is_box(node)):
@@ -36,14 +33,14 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
 
 
 class Names(NamedTuple):
-    """What the parameters are called, as far as they are seen.
+    """Names of the parameters in a tree.
 
     Attributes
     ----------
     visible : list of str
         Names of the leaves.
     hidden : list of str
-        Paths at which, or below which, others may be.
+        Paths at or below which there may be further leaves.
     """
 
     visible: list[str]
@@ -51,10 +48,9 @@ class Names(NamedTuple):
 
 
 def names_of(tree: Any) -> Names:
-    """Names in a tree, where `optax.masked` and `optax.multi_transform` have hidden some.
+    """Find the names in a tree, and the paths that `optax.masked` and its kin have hidden.
 
-    They put a `optax.MaskedNode` in their place; `optax.tree_map_params` calls ``init`` with no
-    leaves at all.
+    They replace a subtree by `optax.MaskedNode`; `optax.tree_map_params` passes no leaves at all.
     """
     leaves = named_leaves(tree, is_leaf=lambda node: is_none(node) or _is_masked(node))
     visible = [name for name, leaf in leaves if not _is_masked(leaf)]
@@ -82,7 +78,7 @@ def _is_box(node: object) -> bool:
 
 
 def _key_text(key: object) -> str:
-    # Those of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey; other keys are what they are.
+    # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

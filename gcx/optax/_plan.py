@@ -1,28 +1,27 @@
-"""What happens to each parameter, and why."""
+"""The plan of a tree of parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import optax
 
-from gcx._names import naming
+from gcx._decisions import decide
 from gcx.backends._jax import is_floating
-from gcx.layout import Layout, LayoutLike, as_layout
-from gcx.optax._layouts import TOO_FEW_AXES, Layouts, NameRule, Source, source_of
+from gcx.layout import as_layout
+from gcx.optax._layouts import Layouts, NameRule, Source, source_of
 from gcx.optax._names import named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
 
 def plan(params: optax.Params, layouts: Layouts) -> Plan:
-    """Tell what `centralize` does to each parameter, and why.
+    """Show which parameters `centralize` would centralize, over which axes, and why.
 
     Parameters
     ----------
     params : pytree
-        Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves that `optax.masked` hides
+        Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves hidden by `optax.masked`
         are not listed.
     layouts : model, mapping, callable or str
         As in `centralize`.
@@ -30,19 +29,17 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     Returns
     -------
     gcx.plan.Plan
-        One row per leaf, in the order of `jax.tree.leaves` (None included): name, shape, layout or
-        None, reason. Left alone are, besides what `layouts` leaves alone: anything but an array of
-        floating dtype, vectors and scalars, and a fan-in below 2.
+        One row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that are not
+        arrays of floating dtype, vectors, scalars and a fan-in below 2 are left alone, whatever
+        `layouts` says.
 
     Raises
     ------
     TypeError
-        If `layouts` is not one of the forms, or gives something else than a layout, None or
-        `LeaveAlone`.
+        If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter (neither one that is seen, nor one that
-        `optax.masked` or `optax.multi_transform` hide), or a layout is not valid or does not fit
-        the rank.
+        If a key of a mapping matches no parameter, visible or hidden; if a layout is not valid or
+        does not fit the rank.
 
     Examples
     --------
@@ -63,7 +60,7 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
 
 
 def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
-    """Make the plan by a source of layouts, where `axes` tells which fan-ins are split."""
+    """Make the plan of a tree; `axes` holds the mesh axes of the fan-ins that are split."""
     named = named_leaves(params)
     rule = source(names_of(params))
     return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
@@ -78,22 +75,11 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     chosen, reason = rule(name, leaf)
     if chosen is None:
         return PlanRow(name, shape, None, reason)
-    layout, axes = _fan_in(name, shape, chosen)
-    size = prod(shape[a] for a in axes)
-    if size < 2 and not (axes and is_split):  # a part of one may belong to a fan-in of more
-        obstacle = f"fan-in {size}: subtracting its mean would freeze it" if axes else TOO_FEW_AXES
-        return PlanRow(name, shape, None, obstacle)
-    return PlanRow(name, shape, layout, reason)
-
-
-def _fan_in(
-    name: str, shape: tuple[int, ...], chosen: LayoutLike
-) -> tuple[Layout, tuple[int, ...]]:
-    """Parse a layout and fit it to a shape; errors name the parameter."""
-    with naming(name):
-        try:
-            layout = as_layout(chosen)
-            return layout, layout.fan_in_axes(len(shape))
-        except ValueError as error:
-            msg = f"{error} (shape {shape})"
-            raise ValueError(msg) from None
+    try:
+        row = decide(name, shape, chosen, reason)
+    except ValueError as error:
+        msg = f"{error} (shape {shape})"
+        raise ValueError(msg) from None
+    if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
+        return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
+    return row

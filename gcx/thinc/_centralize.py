@@ -11,8 +11,7 @@ from thinc.api import Model, Optimizer
 from thinc.backends import get_array_ops
 
 import gcx
-from gcx._dispatch import backend_for
-from gcx._names import naming
+from gcx._decisions import already_attached, check_choice, check_reproducible, refuse_empty
 from gcx.backends import _canonical
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
@@ -83,19 +82,13 @@ def centralize(
     >>> np.allclose(model.get_param("W").mean(1), start)
     True
     """
-    if where not in ("gradient", "update"):
-        msg = f"where is 'gradient' or 'update', not {where!r}"
-        raise ValueError(msg)
+    check_choice("where", where, ("gradient", "update"))
     if not isinstance(optimizer, Optimizer):
         msg = f"optimizer is a thinc.api.Optimizer, not a {type(optimizer).__name__}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
-        msg = "this optimizer has Gradient Centralization already; .remove() that handle first"
-        raise ValueError(msg)
-    expected = plan(*models)
-    if not any(row.layout for row in expected):
-        msg = f"there is nothing to centralize in these models:\n{expected}"
-        raise ValueError(msg)
+        raise ValueError(already_attached("optimizer"))
+    refuse_empty(plan(*models), "these models")
     return GradientCentralization(optimizer, *models, where=where, reproducible=reproducible)
 
 
@@ -192,10 +185,14 @@ class GradientCentralization:
         return weights, gradient
 
     def _mean(self, x: Any, layout: Layout) -> Any:
-        axes = layout.fan_in_axes(x.ndim)
+        xp = get_array_ops(x).xp  # type: ignore[no-untyped-call]
+        view, axes = layout.split(x.shape)
+        seen = x.reshape(view)
         if self._reproducible:
-            return _canonical.fan_in_mean(x, axes, get_array_ops(x).xp)  # type: ignore[no-untyped-call]
-        return x.mean(axis=axes, keepdims=True)
+            mean = _canonical.fan_in_mean(seen, axes, xp)
+        else:
+            mean = seen.mean(axis=axes, keepdims=True)
+        return xp.broadcast_to(mean, view).reshape(x.shape) if layout.is_split else mean
 
     def _layout_of(self, key: Key) -> Layout | None:
         if key in self._foreign:
@@ -235,14 +232,12 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
 
 
 def _check_reproducible(models: Models, rows: Mapping[Key, PlanRow]) -> None:
-    for _, layer in walk(models):
-        for name in layer.param_names:
-            row = rows[layer.id, name]
-            if row.layout is not None:
-                weight = layer.get_param(name)
-                with naming(row.name):
-                    axes = row.layout.fan_in_axes(weight.ndim)
-                    backend_for(weight).check_reproducible(weight, axes)
+    weights = {
+        (layer.id, name): layer.get_param(name)
+        for _, layer in walk(models)
+        for name in layer.param_names
+    }
+    check_reproducible([rows[key] for key in weights], weights.values())
 
 
 def _l2(optimizer: Any, key: Key) -> float:

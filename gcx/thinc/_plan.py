@@ -8,7 +8,7 @@ from typing import Any
 
 from thinc.api import Model
 
-from gcx._decisions import decide as row
+from gcx._decisions import decide as decide_row
 from gcx._names import match
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -162,7 +162,9 @@ def decide(models: Models) -> dict[Key, PlanRow]:
                 msg = f"{path}.{name} has no value yet: call model.initialize(X, Y) first"
                 raise ValueError(msg)
             shape = layer.get_param(name).shape
-            decided[layer.id, name] = row(f"{path}.{name}", shape, _answer(layer, name), layer.name)
+            decided[layer.id, name] = decide_row(
+                f"{path}.{name}", shape, _answer(layer, name), layer.name
+            )
         for shim in layer.shims:
             kind = type(shim).__name__
             reason = "a model of another framework, whose layers thinc cannot see"

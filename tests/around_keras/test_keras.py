@@ -553,6 +553,29 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been(
     assert_same_weights(loaded, model)
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_a_layout_may_split_an_axis(where: Any, reproducible: bool, tmp_path: Path) -> None:
+    head = keras.layers.Dense(2, use_bias=False)
+    model = keras.Sequential([keras.Input((6,)), head])
+    model.compile(SGD(0.1), loss="mse")
+    start = keras.ops.convert_to_numpy(head.kernel).reshape(2, 3, 2).mean(1)
+    handle = gcx.keras.centralize(
+        model.optimizer,
+        model,
+        where=where,
+        overrides={"*kernel": gcx.Layout("(bi)o", b=2)},
+        reproducible=reproducible,
+    )
+    x = np.random.default_rng(0).random((8, 6))
+    model.fit(x, x[:, :2], epochs=3, verbose=0)
+    kernel = keras.ops.convert_to_numpy(head.kernel)
+    np.testing.assert_allclose(kernel.reshape(2, 3, 2).mean(1), start, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.gradient_centralization.plan == handle.plan
+
+
 @pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")  # there are none yet
 def test_an_untrained_model_is_saved_with_its_plan(tmp_path: Path) -> None:
     model = small_model(optimizer=Adam(0.01))
@@ -636,9 +659,9 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
     centralize = gcx.keras.centralize
     with pytest.raises(TypeError, match=r"is a keras.optimizers.Optimizer, not a str"):
         centralize("sgd", model)
-    with pytest.raises(ValueError, match="where is 'gradient' or 'update', not 'weights'"):
+    with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weights'"):
         centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decay is 'inside', 'outside' or None"):
+    with pytest.raises(ValueError, match="decay is one of 'inside', 'outside', None, not"):
         centralize(optimizer, model, decay="in")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decay='inside' needs where='update'"):
         centralize(optimizer, model, decay="inside")

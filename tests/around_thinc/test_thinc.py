@@ -19,6 +19,7 @@ from thinc import api
 from thinc.layers.resizable import resize_linear_weighted, resize_model
 
 import gcx.thinc
+from gcx import Layout
 from gcx.plan import LeaveAlone
 from gcx.testing import assert_centralized
 
@@ -476,6 +477,23 @@ def test_rules_may_be_mappings() -> None:
     assert decisions(registered({"W": "oi", "V": None}))["mine.W"] == "oi"
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_a_layout_may_split_an_axis(where: Any, reproducible: bool) -> None:
+    layer = registered({"W": Layout("(bi)o", b=2), "V": None})
+    layer.set_param("W", np.arange(24, dtype="float32").reshape(6, 4))
+    optimizer = api.SGD(0.1, L2=0.1, L2_is_weight_decay=where == "update")
+    gcx.thinc.centralize(optimizer, layer, where=where, reproducible=reproducible)
+    start = layer.get_param("W").reshape(2, 3, 4).mean(1)
+    for name in ("W", "V"):
+        layer.inc_grad(
+            name, np.random.default_rng(0).random(layer.get_param(name).shape, "float32")
+        )
+    layer.finish_update(optimizer)
+    np.testing.assert_allclose(layer.get_param("W").reshape(2, 3, 4).mean(1), start, atol=1e-5)
+    assert not np.array_equal(layer.get_param("W"), np.arange(24).reshape(6, 4))
+
+
 def test_rules_that_are_none_are_an_error() -> None:
     with pytest.raises(
         TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
@@ -589,7 +607,7 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
         centralize(optimizer)
     with pytest.raises(TypeError, match="given: list"):
         centralize(optimizer, [model])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="where is 'gradient' or 'update', not 'weights'"):
+    with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weights'"):
         centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"linear.W has no value yet: call model.initialize"):
         centralize(optimizer, api.Linear(nO=2, nI=3))

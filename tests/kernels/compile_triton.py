@@ -232,8 +232,8 @@ def main() -> None:
     """Compile each case, as if a GPU were here."""
     _torch_triton._on = lambda device: nullcontext()
     _torch_triton._stream = lambda: 0
-    _torch_triton._pinned = lambda table: table
-    _torch_triton._sent = lambda table, device, waits=True: table
+    _torch_triton._pin = lambda table: table
+    _torch_triton._send = lambda table, device, waits=True: table
     cases = [Case(*case) for case in json.loads(sys.argv[1])]
     print(json.dumps([compile_case(case) for case in cases]))
 

@@ -44,15 +44,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
     def takes(tensor: Tensor, axes: tuple[int, ...], _: Tensor) -> bool:
         is_known = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES
-        return is_known and _tiles.walks(tensor, axes, any_order=False) is not None
+        return is_known and _tiles.find_walk(tensor, axes, any_order=False) is not None
 
     monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
     monkeypatch.setattr(_torch_cuda, "takes", takes)
     monkeypatch.setattr(_torch_cuda, "launches", _torch_cuda.Launches())
     monkeypatch.setattr(_torch_triton, "_on", lambda _: nullcontext())
     monkeypatch.setattr(_torch_triton, "_stream", lambda: 0)
-    monkeypatch.setattr(_torch_triton, "_pinned", lambda table: table)
-    monkeypatch.setattr(_torch_triton, "_sent", lambda table, *_, **__: table)
+    monkeypatch.setattr(_torch_triton, "_pin", lambda table: table)
+    monkeypatch.setattr(_torch_triton, "_send", lambda table, *_, **__: table)
     launched = Launched(_triton_kernels.multi_tensor)
     monkeypatch.setattr(_triton_kernels, "multi_tensor", launched)
     return launched

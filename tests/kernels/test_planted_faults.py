@@ -17,6 +17,7 @@ from planted import copy_with_fault
 from triton_programs import Case, compile_all, flaws
 
 KERNELS = "backends/_triton_kernels.py"
+FUNCTIONS = "backends/_triton_functions.py"
 HOST = "backends/_torch_triton.py"
 TILES = "backends/_tiles.py"
 
@@ -32,34 +33,34 @@ class Fault(NamedTuple):
 
 IN_PROGRAMS = {
     "fused": Fault(HOST, _NO_FUSION, '"enable_fp_fusion": True', "arithmetic"),
-    "approximate division": Fault(KERNELS, "tl.div_rn(x, y)", "x / y", "arithmetic"),
-    "approximate root": Fault(KERNELS, "tl.sqrt_rn(second)", "tl.sqrt(second)", "arithmetic"),
-    "unknown alignment": Fault(KERNELS, "tl.multiple_of(pointer, 16)", "pointer", "accesses"),
+    "approximate division": Fault(FUNCTIONS, "tl.div_rn(x, y)", "x / y", "arithmetic"),
+    "approximate root": Fault(FUNCTIONS, "tl.sqrt_rn(second)", "tl.sqrt(second)", "arithmetic"),
+    "unknown alignment": Fault(FUNCTIONS, "tl.multiple_of(pointer, 16)", "pointer", "accesses"),
     "unknown steps": Fault(
-        KERNELS, "tl.multiple_of(tl.load(pointer), VECTOR)", "tl.load(pointer)", "accesses"
+        FUNCTIONS, "tl.multiple_of(tl.load(pointer), VECTOR)", "tl.load(pointer)", "accesses"
     ),
     "needless read": Fault(
-        KERNELS,
-        "_write(roles[2], place, mask, grad)",
-        "_write(roles[2], place, mask, grad + 0 * values[3])",
+        FUNCTIONS,
+        "write(roles[2], place, mask, grad)",
+        "write(roles[2], place, mask, grad + 0 * values[3])",
         "accesses",
     ),
     "reads that are not for the sums": Fault(
         KERNELS,
-        "    if parts == 1:\n        values = _read_all(roles, place, mask)\n",
-        "    values = _read_all(roles, place, mask)\n    if parts == 1:\n",
+        "    if parts == 1:\n        values = read_all(roles, place, mask)\n",
+        "    values = read_all(roles, place, mask)\n    if parts == 1:\n",
         "accesses",
     ),
     "relaxed order": Fault(KERNELS, 'sem="acq_rel"', 'sem="relaxed"', "order"),
     "counts before it leaves its sums": Fault(
         KERNELS,
         """
-        _leave(partials, slot + part, grad_sum, weight_sum, WIDTH)
+        _store_sums(partials, slot + part, grad_sum, weight_sum, WIDTH)
         if _is_last(arrivals + slot, parts):
 """,
         """
         is_last = _is_last(arrivals + slot, parts)
-        _leave(partials, slot + part, grad_sum, weight_sum, WIDTH)
+        _store_sums(partials, slot + part, grad_sum, weight_sum, WIDTH)
         if is_last:
 """,
         "order",
@@ -84,15 +85,15 @@ SHAPES = "test_triton_interpreted.py::test_many_shapes_in_one_list[torch.float32
 AGAIN = "test_torch_cuda_host.py::test_a_second_launch_finds_counters_at_zero"
 IN_RESULTS = {
     "neighbours are added first": Fault(
-        KERNELS,
+        FUNCTIONS,
         "halves = tl.reshape(x, (BEFORE, 2, LENGTH // 2 * AFTER))",
         "halves = tl.reshape(x, (BEFORE * (LENGTH // 2), 2, AFTER))",
         SHAPES,
     ),
     "one element too many": Fault(
         KERNELS,
-        "return _read(role, start + _within(matrix, element, GATHER), element < fan_in)",
-        "return _read(role, start + _within(matrix, element, GATHER), element <= fan_in)",
+        "return read(role, start + _within(matrix, element, GATHER), element < fan_in)",
+        "return read(role, start + _within(matrix, element, GATHER), element <= fan_in)",
         SHAPES,
     ),
     "a tile of columns takes neighbours": Fault(
@@ -100,8 +101,8 @@ IN_RESULTS = {
     ),
     "all is read for the sums of columns": Fault(
         KERNELS,
-        "summed = (_read(roles[0], place, mask), _read(roles[1], place, mask))",
-        "summed = _read_all(roles, place, mask)",
+        "summed = (read(roles[0], place, mask), read(roles[1], place, mask))",
+        "summed = read_all(roles, place, mask)",
         "test_triton_traffic.py",
     ),
     "counter is not reset": Fault(KERNELS, "tl.store(counter, 0)", "tl.store(counter, 1)", AGAIN),

@@ -261,15 +261,6 @@ def test_versions_of_what_is_written_go_up() -> None:
     ]
 
 
-def test_fits_what_it_was_made_for() -> None:
-    grad = torch.randn(4, 8)
-    kernel = in_place([grad])
-    assert kernel.fits([[torch.randn(4, 8)]] * 3)
-    for other in (torch.randn(8, 4), torch.randn(8, 4).t(), grad.double(), grad[:3]):
-        assert not kernel.fits([[other]] * 3)
-    assert not kernel.fits([[grad, grad]] * 3)
-
-
 def test_lists_may_change_from_call_to_call() -> None:
     launches = Launches()
     grads = [torch.randn(4, 8), torch.randn(5, 7), torch.randn(3, 3)]
@@ -285,13 +276,13 @@ def test_lists_may_change_from_call_to_call() -> None:
         torch.testing.assert_close(tensors, wanted)
 
 
-def test_plans_are_kept_up_to_a_number(on_cpu: pytest.MonkeyPatch) -> None:
-    on_cpu.setattr(_torch_cuda, "_MOST_PLANS", 3)
+def test_schedules_are_kept_up_to_a_number(on_cpu: pytest.MonkeyPatch) -> None:
+    on_cpu.setattr(_torch_cuda, "_MOST_SCHEDULES", 3)
     launches = Launches()
     with torch.no_grad():
         for size in (2, 3, 4, 5, 2):
             launches.centralize_([torch.randn(2, size)], [(1,)])
-    assert len(launches._plans) == 3
+    assert len(launches._schedules) == 3
 
 
 def test_positions_that_are_left() -> None:
@@ -432,7 +423,7 @@ def test_not_taken_where_operations_are_watched() -> None:
 
 def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    lack = _torch_cuda._lack.__wrapped__
+    lack = _torch_cuda._find_lack.__wrapped__
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert lack(device).startswith("ROCm")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -472,7 +463,7 @@ def test_why_not_tells_how_the_kernel_fails(
     on_cpu: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     device = torch.device("cpu")
-    try_kernel = _torch_cuda._failure.__wrapped__
+    try_kernel = _torch_cuda._try_kernel.__wrapped__
     assert not try_kernel(device)
     on_cpu.setattr("triton.knobs.runtime.interpret", False)
     on_cpu.setattr(_triton_kernels, "multi_tensor", Failing(error, vector=1))
@@ -485,9 +476,9 @@ def test_lack_of_memory_is_no_failure_for_ever(on_cpu: pytest.MonkeyPatch) -> No
     def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    on_cpu.setattr(_torch_triton, "_sent", out_of_memory)
+    on_cpu.setattr(_torch_triton, "_send", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        _torch_cuda._failure.__wrapped__(torch.device("cpu"))
+        _torch_cuda._try_kernel.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("failing", [1, 4])

@@ -58,14 +58,14 @@ def test_it_is_a_command_of_python() -> None:
 
 def test_interruption_leaves_no_traceback() -> None:
     code = """
-import os, signal, sys
+import os, signal
 from functools import partial
 from benchmarks.__main__ import main
 from benchmarks.agreement import numbers
-from gcx.__main__ import run_quietly
+from gcx.__main__ import exit_after
 
 numbers.run = lambda _: os.kill(os.getpid(), signal.SIGINT)
-sys.exit(run_quietly(partial(main, ["agreement"])))
+exit_after(partial(main, ["agreement"]))
 """
     shown = ran(sys.executable, "-c", code)
     assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")

@@ -1,6 +1,6 @@
-"""The frameworks that gcx knows, and which of them a model is of.
+"""Decisions on the parameters of a model, one file a framework.
 
-None is imported before a model of it comes along.
+No framework is imported before the user has a model of it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from typing import Any, NamedTuple
 
 from gcx._rules import Rules, RuleT
 from gcx.optax._models import equinox, haiku, linen, nnx
-from gcx.optax._models._decision import Decision, KernelAnswer
+from gcx.optax._models._parameters import LayerAnswer
+from gcx.plan import PlanRow
 
-RULES: Rules[KernelAnswer] = Rules(
+RULES: Rules[LayerAnswer] = Rules(
     {**equinox.RULES, **haiku.RULES, **linen.RULES, **nnx.RULES}, group="gcx.optax.layers"
 )
 
 
 class Framework(NamedTuple):
-    """How to recognise the models of a framework, and how to read one."""
+    """Classes of a framework's models, and the function that reads them."""
 
     module: str
     models: tuple[str, ...]
-    decide: Callable[..., dict[str, Decision]]
-    needs_inputs: bool  # it has no layers, or none with shapes, before it is called
+    decide: Callable[..., dict[str, PlanRow]]
+    needs_inputs: bool  # True if a model has no layers before it is called
 
 
 _FRAMEWORKS = (
@@ -36,9 +37,9 @@ _FRAMEWORKS = (
 
 
 def framework_of(model: object) -> Framework | None:
-    """Find the framework that a model is of; None if it is not a model."""
+    """Find the framework of a model; None if it is not a model."""
     for framework in _FRAMEWORKS:
-        # Who has a model has imported its framework.
+        # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
         if module is not None:
             kinds = tuple(getattr(module, name) for name in framework.models)
@@ -49,44 +50,45 @@ def framework_of(model: object) -> Framework | None:
 
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
-) -> dict[str, Decision]:
+) -> dict[str, PlanRow]:
     """Decide on each parameter of a model by the layer that owns it.
 
     Raises
     ------
     TypeError
-        If `model` is not a model, or example inputs are given to one that needs none.
+        If `model` is not a model, or has example inputs that it does not need.
     """
     framework = framework_of(model)
     if framework is None:
         msg = (
-            "model is an nnx, linen or Equinox module, or what haiku.transform has made, not "
+            "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
             f"{type(model).__name__}"
         )
         raise TypeError(msg)
     if framework.needs_inputs:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})
     if inputs or keyword_inputs:
-        msg = f"a module of {framework.module} is read as it is: give it without example inputs"
+        msg = f"a {framework.module} module needs no example inputs: give the module alone"
         raise TypeError(msg)
     return framework.decide(RULES, model)
 
 
 def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
-    """Declare where the parameters of a layer type have their fan-in: decorates its rule.
+    """Declare the parameters of a layer type, for `layouts` and `centralize`.
 
     Parameters
     ----------
     kind : type
-        The class of a layer of nnx, linen, Equinox or Haiku; its subclasses follow.
+        The class of an nnx, linen, Equinox or Haiku layer; its subclasses follow.
 
     Returns
     -------
     callable
-        Decorator of a function that takes such a layer, and returns a mapping from the name of each
-        of its own parameters, or a glob of names, to a layout, `LeaveAlone` or None. A layout
-        without ``...`` is that of a single layer: a stack of layers has more axes in front. In
-        linen and Haiku the function is called while the layer is.
+        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
+        of the layer's own parameters, or globs; the first that matches counts. Its values are
+        layouts, `LeaveAlone`, or None. Write the layout for a single layer: a stack has more axes
+        in front, which gcx adds. In linen and Haiku the function runs while the layer is called.
+        The decorator also takes the mapping itself.
 
     Raises
     ------
@@ -95,18 +97,18 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package brings rules without importing gcx by entry points of the group
-    ``gcx.optax.layers``: the name is the qualified name of the class
-    (``my_package.layers.Experts``), the object the rule.
+    A package can provide rules without importing gcx, by entry points of the group
+    ``gcx.optax.layers``. The name of an entry point is the qualified name of the class
+    (``my_package.layers.Experts``), its object is the rule.
 
     Examples
     --------
     >>> import gcx.optax
-    >>> from gcx.plan import LeaveAlone
+    >>> from gcx.plan import LeaveAlone, PlanRow
     >>> class Experts:  # of nnx.Module, say
     ...     pass
     >>> @gcx.optax.register_layer(Experts)
     ... def experts(layer):
-    ...     return {"w_in": "oio", "w_out": "oio", "router": "io", "bias_*": LeaveAlone("bias")}
+    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": LeaveAlone("bias")}
     """
     return RULES.register(kind)

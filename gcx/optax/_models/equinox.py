@@ -1,4 +1,4 @@
-"""Equinox: a model is a tree, and the modules on the way to a leaf are its layers."""
+"""Equinox models: trees in which the innermost module around a leaf is its layer."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ from typing import Any
 
 import jax
 
-from gcx._names import naming
+from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import (
+from gcx.optax._models._parameters import (
     LENGTH,
     SLOPE,
     Answers,
-    Decision,
-    Kernel,
-    KernelAnswer,
-    merge,
-    settle,
+    LayerAnswer,
+    SingleLayer,
+    decide_in_stack,
 )
 from gcx.optax._names import name_of
-from gcx.plan import LeaveAlone
+from gcx.plan import LeaveAlone, PlanRow
 
 
-def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
-    """Decide on each array of an Equinox module; names are those of ``equinox.filter``."""
+def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
+    """Decide on each array of an Equinox module, by its name in ``equinox.filter``."""
     import equinox as eqx
 
     names: dict[int, str] = {}
-    decisions: dict[str, Decision] = {}
+    decisions: dict[str, PlanRow] = {}
     for path, leaf in _arrays(model):
         name = names[id(leaf)] = name_of(path)
         decisions[name] = _of(rules, model, path, leaf)
@@ -36,8 +34,8 @@ def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
         return isinstance(node, eqx.nn.Shared)
 
     for shared in filter(is_shared, jax.tree.leaves(model, is_leaf=is_shared)):
-        layers = shared()  # with its array in every place where it is used
-        found: dict[str, Decision] = {}
+        layers = shared()  # puts its array back into every layer that uses it
+        found: dict[str, PlanRow] = {}
         for path, leaf in _arrays(layers):
             if id(leaf) in names:
                 name, decision = names[id(leaf)], _of(rules, layers, path, leaf)
@@ -51,15 +49,14 @@ def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
 
 
-def _of(rules: Rules[KernelAnswer], tree: Any, path: tuple[Any, ...], leaf: Any) -> Decision:
+def _of(rules: Rules[LayerAnswer], tree: Any, path: tuple[Any, ...], leaf: Any) -> PlanRow:
     layer, rest = _owner(tree, path)
     answer, rule = rules.answer(layer, name_of(rest))
-    with naming(name_of(path)):
-        return settle(answer, rule, leaf.shape, own_shape=None)
+    return decide_in_stack(name_of(path), leaf.shape, answer, rule)
 
 
 def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Find the last module on the way to a leaf, and the rest of the way from there."""
+    """Find the innermost module around a leaf, and the path of the leaf in that module."""
     import equinox as eqx
 
     owner, rest = tree, path
@@ -72,7 +69,7 @@ def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         elif isinstance(key, jax.tree_util.DictKey):
             node = node[key.key]
         else:
-            break  # a node of another kind, which does not tell how to get inside
+            break  # a custom node, whose keys do not lead to its children
         if isinstance(node, eqx.Module):
             owner, rest = node, path[k + 1 :]
     return owner, rest
@@ -81,22 +78,22 @@ def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 def _linear(layer: Any) -> Answers:
     sizes = (layer.out_features, layer.in_features)
     shape = tuple(1 if size == "scalar" else size for size in sizes)
-    return {"weight": Kernel("oi", shape), "bias": BIAS}
+    return {"weight": SingleLayer("oi", shape), "bias": BIAS}
 
 
 def _convolution(layer: Any) -> Answers:
-    # Unlike those of torch, transposed ones have (out, in / groups, kernel...) too.
+    # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
-    return {"weight": Kernel("o...", shape), "bias": BIAS}
+    return {"weight": SingleLayer("o...", shape), "bias": BIAS}
 
 
-def _recurrent(gates: int) -> Rule[KernelAnswer]:
+def _recurrent(gates: int) -> Rule[LayerAnswer]:
     def rule(layer: Any) -> Answers:
         units = gates * layer.hidden_size
         return {
-            "weight_ih": Kernel("oi", (units, layer.input_size)),
-            "weight_hh": Kernel("oi", (units, layer.hidden_size)),
+            "weight_ih": SingleLayer("oi", (units, layer.input_size)),
+            "weight_hh": SingleLayer("oi", (units, layer.hidden_size)),
             "bias*": BIAS,
         }
 
@@ -105,7 +102,7 @@ def _recurrent(gates: int) -> Rule[KernelAnswer]:
 
 _NORM: Answers = {"weight": NORM, "bias": BIAS}
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "equinox.nn.*.Linear": _linear,
     "equinox.nn.*.Conv": _convolution,
     "equinox.nn.*.ConvTranspose": _convolution,

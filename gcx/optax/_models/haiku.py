@@ -1,4 +1,4 @@
-"""Haiku: the modules that a function calls, caught while it is traced on shapes."""
+"""Haiku models: the modules of a call, watched while it is traced on shapes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import Answers, Decision, KernelAnswer
-from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
+from gcx.plan import PlanRow
 
 
 def decide(
-    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
-) -> dict[str, Decision]:
-    """Decide on each parameter of what ``haiku.transform`` has made."""
+    rules: Rules[LayerAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, PlanRow]:
+    """Decide on each parameter of a model that ``haiku.transform`` returned."""
     import haiku as hk
     import jax
 
-    # What the calls have shown that are under way, the innermost last.
+    # Parameters that the active calls have seen, the innermost call last.
     calls: list[dict[str, Seen]] = [{}]
 
     def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        # A layer that was lifted, as by layer_stack, is applied after its init, with shorter names.
+        # layer_stack lifts a layer, and applies it after its init under shorter names.
         if context.method_name in ("params_dict", "state_dict") or not hk.running_init():
             return method(*args, **kwargs)
         calls.append({})
@@ -30,11 +30,11 @@ def decide(
         for full_name, array in module.params_dict().items():
             name = full_name.removeprefix(f"{module.module_name}/")
             if full_name not in seen and name in seen:
-                # A layer that was lifted, as by layer_stack: inside its name was shorter.
+                # A lifted layer, whose name was shorter inside.
                 seen[full_name] = seen.pop(name)
             elif full_name not in seen and "/" not in name:
                 seen[full_name] = Seen(*rules.answer(module, name), array.shape)
-        calls[-1] = joined(calls[-1], seen)
+        calls[-1] = join(calls[-1], seen)
         return output
 
     def params(*inputs: Any, **keyword_inputs: Any) -> Any:
@@ -42,16 +42,16 @@ def decide(
         return made[0] if isinstance(model, hk.TransformedWithState) else made
 
     with hk.intercept_methods(watch):
-        shapes = shapes_of(params, inputs, keyword_inputs)
+        shapes = trace_shapes(params, inputs, keyword_inputs)
     (seen,) = calls
-    return decisions(seen, shapes)
+    return decide_all(seen, shapes)
 
 
 # (kernel..., in / groups, out): a unit sees the inputs of its own group.
 _CONVOLUTION: Answers = {"w": "...o", "b": BIAS}
 _NORM: Answers = {"scale": NORM, "offset": BIAS}
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     "haiku.*.ConvND": _CONVOLUTION,
     "haiku.*.DepthwiseConvND": _CONVOLUTION,

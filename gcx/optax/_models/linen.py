@@ -1,4 +1,4 @@
-"""Flax linen: the modules that a model calls, caught while it is traced on shapes."""
+"""Flax linen models: the modules of a call, watched while it is traced on shapes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from typing import Any
 
 from gcx._einsum import kernel_letters
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import LENGTH, SLOPE, Answers, Decision, KernelAnswer
-from gcx.optax._models._tracing import Seen, decisions, joined, shapes_of
+from gcx.optax._models._parameters import (
+    LENGTH,
+    SLOPE,
+    Answers,
+    LayerAnswer,
+    Seen,
+    decide_all,
+    join,
+    trace_shapes,
+)
 from gcx.optax._names import named_leaves
-from gcx.plan import LeaveAlone
+from gcx.plan import LeaveAlone, PlanRow
 
 
 def decide(
-    rules: Rules[KernelAnswer], model: Any, inputs: Any, keyword_inputs: Any
-) -> dict[str, Decision]:
-    """Decide on each parameter of a linen module; names are those within ``"params"``."""
+    rules: Rules[LayerAnswer], model: Any, inputs: Any, keyword_inputs: Any
+) -> dict[str, PlanRow]:
+    """Decide on each parameter of a linen module, by its name within ``"params"``."""
     import jax
     from flax import linen as nn
 
-    # What the calls have shown that are under way, the innermost last.
+    # Parameters that the active calls have seen, the innermost call last.
     calls: list[dict[str, Seen]] = [{}]
 
     def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -31,30 +39,30 @@ def decide(
         seen = calls.pop()
         for name, leaf in _parameters(module).items():
             full_name = "/".join([*module.path, name])
-            # Made by this call, and not by one within it.
+            # True if this call made it, and not a call inside.
             if name not in before and full_name not in seen:
                 seen[full_name] = Seen(*rules.answer(module, name), leaf.shape)
-        calls[-1] = joined(calls[-1], seen)
+        calls[-1] = join(calls[-1], seen)
         return output
 
     def params(*inputs: Any, **keyword_inputs: Any) -> Any:
         return model.init(jax.random.key(0), *inputs, **keyword_inputs).get("params", {})
 
     with nn.intercept_methods(watch):
-        shapes = shapes_of(params, inputs, keyword_inputs)
+        shapes = trace_shapes(params, inputs, keyword_inputs)
     (seen,) = calls
-    return decisions(seen, shapes)
+    return decide_all(seen, shapes)
 
 
 def _parameters(module: Any) -> dict[str, Any]:
-    """Those that a module and the modules within it have so far."""
+    """Find the parameters that a module and the modules inside it have so far."""
     if module.scope is None:
         return {}
     return dict(named_leaves(module.variables.get("params", {})))
 
 
-def einsum_kernel(equation: str | None) -> KernelAnswer:
-    """Layout of the kernel of an einsum, or the reason why it has none.
+def einsum_kernel(equation: str | None) -> LayerAnswer:
+    """Layout of an einsum kernel, or the reason why there is none.
 
     >>> einsum_kernel("bi,io->bo")
     'io'
@@ -81,7 +89,7 @@ def _transposed_convolution(layer: Any) -> Answers:
 
 
 def _local_convolution(layer: Any) -> Answers:
-    # (pixels of the output..., patch * in, out): each pixel is a layer of its own.
+    # (pixels of the output..., patch * in, out): each pixel has its own layer.
     return {"kernel": "b" * _length(layer.kernel_size) + "io", "bias": BIAS}
 
 
@@ -93,7 +101,7 @@ _DENSE: Answers = {"kernel": "io", "bias": BIAS}
 _NORM: Answers = {"scale": NORM, "bias": BIAS}
 _NORMS = ("Batch", "Layer", "Group", "RMS", "Instance")
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.linen.*.DenseGeneral": _dense_general,
     "flax.linen.*.Einsum": _einsum,
     "flax.linen.*.ConvTranspose": _transposed_convolution,

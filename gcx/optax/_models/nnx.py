@@ -1,40 +1,32 @@
-"""Flax nnx: the modules of a model and the parameters that they hold."""
+"""Flax nnx models: graphs of modules and their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gcx._names import naming
+from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._decision import (
-    SLOPE,
-    Answers,
-    Decision,
-    Kernel,
-    KernelAnswer,
-    merge,
-    settle,
-)
+from gcx.optax._models._parameters import SLOPE, Answers, LayerAnswer, SingleLayer, decide_in_stack
 from gcx.optax._models.linen import einsum_kernel
+from gcx.plan import PlanRow
 
 
-def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
-    """Decide on each `nnx.Param` of an nnx module; names are those of ``nnx.state``."""
+def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
+    """Decide on each `nnx.Param` of an nnx module, by its name in ``nnx.state``."""
     from flax import nnx
 
     nodes = list(nnx.iter_graph(model))
-    # Lists and dicts of modules are modules too, but no layers.
+    # Lists and dicts of modules are modules too, but not layers.
     layers = {
         path: node
         for path, node in nodes
         if isinstance(node, nnx.Module) and not isinstance(node, (Sequence, Mapping))
     }
 
-    def of(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> Decision:
+    def of(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> PlanRow:
         answer, rule = rules.answer(layers[owner], _joined(rest))
-        with naming(_joined((*owner, *rest))):
-            return settle(answer, rule, param.shape, own_shape=None)
+        return decide_in_stack(_joined((*owner, *rest)), param.shape, answer, rule)
 
     paths, decisions = {}, {}
     for path, param in nodes:
@@ -45,7 +37,7 @@ def decide(rules: Rules[KernelAnswer], model: Any) -> dict[str, Decision]:
     for owner, layer in layers.items():
         for key, param in vars(layer).items():
             first = paths.get(id(param))
-            if first is not None and first != (*owner, key):  # tied: held here as well
+            if first is not None and first != (*owner, key):  # tied: this layer holds it too
                 decisions[first] = merge(decisions[first], of(param, owner, (key,)))
     return {_joined(path): decision for path, decision in decisions.items()}
 
@@ -55,35 +47,35 @@ def _joined(path: tuple[Any, ...]) -> str:
 
 
 def _linear(layer: Any) -> Answers:
-    return {"kernel": Kernel("io", (layer.in_features, layer.out_features)), "bias": BIAS}
+    return {"kernel": SingleLayer("io", (layer.in_features, layer.out_features)), "bias": BIAS}
 
 
 def _linear_general(layer: Any) -> Answers:
     batch = tuple(layer.batch_axis.values())
     inputs, outputs = layer.in_features, layer.out_features
     layout = "b" * len(batch) + "i" * len(inputs) + "o" * len(outputs)
-    return {"kernel": Kernel(layout, (*batch, *inputs, *outputs)), "bias": BIAS}
+    return {"kernel": SingleLayer(layout, (*batch, *inputs, *outputs)), "bias": BIAS}
 
 
 def _einsum(layer: Any) -> Answers:
     found = einsum_kernel(layer.einsum_str)
     if isinstance(found, str):
-        found = Kernel(found, tuple(layer.kernel_shape))
+        found = SingleLayer(found, tuple(layer.kernel_shape))
     return {"kernel": found, "bias": BIAS}
 
 
 def _convolution(layer: Any) -> Answers:
-    return {"kernel": Kernel("...o", layer.kernel_shape), "bias": BIAS}
+    return {"kernel": SingleLayer("...o", layer.kernel_shape), "bias": BIAS}
 
 
 def _transposed_convolution(layer: Any) -> Answers:
     layout = "...oi" if layer.transpose_kernel else "...o"
-    return {"kernel": Kernel(layout, layer.kernel_shape), "bias": BIAS}
+    return {"kernel": SingleLayer(layout, layer.kernel_shape), "bias": BIAS}
 
 
 _NORM: Answers = {"scale": NORM, "bias": BIAS}
 
-RULES: dict[str, Rule[KernelAnswer]] = {
+RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.nnx.*.Linear": _linear,
     "flax.nnx.*.LinearGeneral": _linear_general,
     "flax.nnx.*.Einsum": _einsum,

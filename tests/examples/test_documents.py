@@ -1,0 +1,83 @@
+"""The code in README.md and docs/ runs as it stands, and CI runs the commands of README.md."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from example_sessions import SESSIONS, imported, is_chosen
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """Line number and text of each fenced block."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, block.start()) + 1, block[1]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "code" in metafunc.fixturenames:
+        chosen = [
+            pytest.param("\n" * line + code, id=f"{page.name}:{line}")
+            for page in PAGES
+            for line, code in blocks(page, "python")
+            if is_chosen(metafunc.config, code)
+        ]
+        metafunc.parametrize("code", chosen)
+
+
+# torch.compile imports what warns of itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_python_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "block.py"
+    script.write_text(code, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_readme_has_a_block_for_every_library() -> None:
+    found = set().union(*[imported(code) for _, code in blocks(README, "python")])
+    assert found >= {"numpy", "torch", "jax", "optax", "cupy"}
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    lines = "".join(block for _, block in blocks(README, "console")).splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if "nox -s" in line]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert len(commands) == 2
+    assert [command for command in commands if command not in ci] == []
+
+
+def test_ci_runs_every_session() -> None:
+    noxfile, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("noxfile.py", ".ci/run"))
+    sessions = set(
+        re.findall(
+            r"^def (\w+)\(session: nox\.Session(?:, \w+: str)?\) -> None:", noxfile, re.MULTILINE
+        )
+    )
+    in_ci = set(re.findall(r"nox -(?:s|k \") ?(\w+)", ci))
+    assert sessions - {"check"} == in_ci  # the session `demo` compares the frameworks, too
+
+
+def test_nox_names_every_folder_that_pytest_passes_by() -> None:
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    named = set(re.findall(r"tests/(\w+)[\"/{]", noxfile))
+    around = {folder for folder in folders if folder.startswith("around_")}
+    keys = re.findall(r'^    "(\w+)": \(', noxfile, re.MULTILINE)
+    assert around == {f"around_{key}" for key in keys}
+    assert folders - around <= named
+
+
+def test_nox_has_a_session_for_every_example() -> None:
+    """An example that no session has the packages for is an error where the tests are collected."""
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"--examples=(\w+)", noxfile)) == set(SESSIONS)

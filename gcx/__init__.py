@@ -1,7 +1,7 @@
 """Gradient Centralization for every array library.
 
-``gcx.centralize(grad)`` subtracts from a gradient its mean over the fan-in. Optimizers for NumPy
-and CuPy are in ``gcx.optim``; adapters are imported per framework: ``gcx.torch``, ``gcx.optax``.
+``gcx.centralize(grad)`` subtracts from a gradient its mean over the fan-in. ``gcx.optim`` has
+optimizers for NumPy and CuPy. Each framework has an adapter to import, such as ``gcx.torch``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ __all__ = ["Layout", "__version__", "centralize", "centralize_many"]
 
 
 def __getattr__(name: str) -> Any:
-    # Submodules without a framework of their own need no import statement of the user, and cost
-    # nothing until they are used.
+    # These need no framework, so they are imported at their first use.
     if name in ("diagnostics", "optim", "testing"):
         from importlib import import_module
 
         return import_module(f"gcx.{name}")
     adapters = ("keras", "lightning", "optax", "thinc", "torch", "transformers")
-    hint = f"; import gcx.{name} brings it" if name in adapters else ""
+    hint = f"; use `import gcx.{name}`" if name in adapters else ""
     msg = f"module 'gcx' has no attribute {name!r}{hint}"
     raise AttributeError(msg)

@@ -1,4 +1,4 @@
-"""The two public functions: documentation, validation, one hand-over to a backend."""
+"""The two public functions: they check their arguments, and call a backend once."""
 
 from __future__ import annotations
 
@@ -31,78 +31,64 @@ def centralize(
     strength: float = 1.0,
     reproducible: bool = False,
 ) -> ArrayT:
-    r"""Subtract from a gradient its mean over the fan-in, for each output unit apart.
+    r"""Subtract from a gradient its mean over the fan-in, for each output unit.
 
-    This is the projection :math:`P = I - e e^T` of Gradient Centralization, with
-    :math:`e = 1/\sqrt{M}` for a fan-in of :math:`M` elements.
+    This is the projection :math:`P = I - e e^T` of Gradient Centralization, where all :math:`M`
+    elements of :math:`e` are :math:`1/\sqrt{M}`, for a fan-in of :math:`M` elements.
 
     Parameters
     ----------
     grad : array
-        Gradient of a weight, of any array library (NumPy, CuPy, torch, JAX, or one that follows
-        the array API standard), any shape, real or complex floating dtype.
+        Gradient of a weight: from NumPy, CuPy, torch, JAX or a library with the array API; of any
+        shape and any real or complex floating dtype.
     layout : Layout or str, optional
-        Names the axes: ``o`` output unit (kept), ``i`` fan-in (averaged), ``...`` all the others
-        (averaged). The default ``"o..."`` is that of torch and Equinox weights; kernels of Flax,
-        Haiku and Keras are ``"...o"``. See `gcx.Layout`.
+        One letter an axis: ``o`` output unit, ``i`` fan-in, ``b`` stack, ``...`` all other axes, as
+        fan-in. torch and Equinox weights are ``"o..."``, the default; Flax, Haiku and Keras
+        kernels are ``"...o"``. See `gcx.Layout`.
     axis : int or sequence of int, optional
-        The fan-in axes themselves, in place of a layout; may be negative.
+        The fan-in axes, instead of a layout; may be negative.
     out : array, optional
-        Where to write the result: same library, shape, dtype and device. ``out=grad`` works in
-        place. Not for arrays that cannot be written to, such as those of JAX.
+        Array for the result, with the library, shape, dtype and device of `grad`. ``out=grad``
+        works in place. A JAX array cannot be written to.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
     reproducible : bool, optional
-        Sum in one fixed order, whatever the library, strides and number of threads: float16,
-        bfloat16, float32 and float64 then come out with equal bits on NumPy, torch (CPU and CUDA),
-        CuPy, and JAX on a CPU. There it takes about twice the time, for small arrays more.
+        Sum in one fixed order, so that the bits are equal on NumPy, torch (CPU and CUDA), CuPy, and
+        JAX on a CPU, for float16 to float64 and bfloat16. It takes twice the time or more.
 
     Returns
     -------
     array
-        Of the same library, dtype, shape and device; `out` if that was given. A gradient with
-        nothing to centralize (a scalar, a bias, a fan-in of size 0 or 1, where subtracting the
-        mean would freeze the weight) comes back as it is, not copied.
+        Of the same library, dtype, shape and device; `out` if given. If there is nothing to
+        centralize (a bias, or a fan-in of 1, whose weight would freeze), `grad`, not copied.
 
     Raises
     ------
     TypeError
-        If `grad` is not a dense array of floating dtype, if both `layout` and `axis` are given,
-        if `out` cannot be written to, or if `reproducible` cannot be kept: for another dtype,
-        library or device, or for a DTensor whose fan-in is cut.
+        If `grad` is not a dense floating array; if both `layout` and `axis` are given; if `out`
+        cannot be written to; or if `reproducible` does not support the dtype, library or device,
+        or the fan-in of a DTensor is sharded.
     ValueError
         If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
         `strength` is not between 0 and 1.
 
     Notes
     -----
-    Dtypes narrower than 32 bits (float16, bfloat16, float8) are averaged and subtracted in float32
-    and rounded once. NaN and infinity stay in their own output unit.
-
-    XLA takes numbers below the smallest normal one for zero on a CPU, and so does JAX with
-    `reproducible`; all else is equal. Under `torch.compile` a reproducible call runs by itself, as
-    a graph break. Under `jax.jit` equal gradients give equal bits, but what comes before and after
-    is rounded as XLA likes.
+    Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
+    own output unit. JAX on a CPU takes subnormal numbers for zero, with `reproducible` too. In
+    `jax.jit`, XLA may round the operations around a reproducible call in its own way; in
+    `torch.compile` the call is a graph break.
 
     References
     ----------
-    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-    Neural Networks", ECCV 2020, equation (1) and (2). https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+    ECCV 2020, equations (1) and (2). https://arxiv.org/abs/2004.01461
 
     Examples
     --------
-    Two output units with three inputs each:
-
     >>> import numpy as np
     >>> import gcx
-    >>> grad = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-    >>> gcx.centralize(grad)
-    array([[-2., -1.,  3.],
-           [-1., -1.,  2.]])
-
-    The same numbers as a kernel (in, out):
-
-    >>> gcx.centralize(grad.T, layout="...o").T
+    >>> gcx.centralize(np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
     array([[-2., -1.,  3.],
            [-1., -1.,  2.]])
     """
@@ -134,25 +120,23 @@ def centralize_many(
     strength: float = 1.0,
     reproducible: bool = False,
 ) -> TreeT:
-    """Centralize a whole list, tuple or dict of gradients, nested as you like.
+    """Centralize the gradients in a list, tuple or dict, which may be nested.
 
     Parameters
     ----------
     grads : list, tuple or dict of arrays
-        Lists, tuples and dicts may hold each other; None (no gradient) stays None. Arrays of
-        several libraries may be mixed.
-    layouts : Layout, str, mapping or sequence, optional
-        One layout for all; or a list or tuple built like `grads`, one layout or None each; or a
-        mapping from name to layout or None. A name joins the keys and positions that lead to an
-        array by ``/`` (``"encoder/0/kernel"``). A key may be a glob (``"*/kernel"``), the first
-        that matches counts, and None means leave alone. (Inside `torch.compile` give one layout or
-        a list: it cannot trace the matching of globs.)
+        They may mix libraries. None, for no gradient, stays None.
+    layouts : Layout, str, Plan, mapping or sequence, optional
+        One layout for all; a plan; a list or tuple built like `grads`; or a mapping from names to
+        layouts. None leaves a gradient alone. A name is the path of an array, joined by ``/``, such
+        as ``"encoder/0/kernel"``; a key of the mapping may be a glob (``"*/kernel"``), and the
+        first match counts. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
-        Where to write the results, built like `grads`; ``out=grads`` works in place.
+        Arrays for the results, built like `grads`; ``out=grads`` works in place.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
     reproducible : bool, optional
-        Sum in one fixed order, as `gcx.centralize`.
+        Sum in one fixed order, as in `gcx.centralize`.
 
     Returns
     -------
@@ -162,11 +146,11 @@ def centralize_many(
     Raises
     ------
     TypeError
-        As `gcx.centralize`, naming the array; or if `grads` is not a list, tuple or dict.
+        If `grads` is not a list, tuple or dict; or as in `gcx.centralize`, with the array's name.
     ValueError
-        As `gcx.centralize`, naming the array; or if a key of `layouts` matches no array, or an
-        array no key; or if the `out` of one array is another one, or that of another. Nothing has
-        been written to `out` then.
+        If a key of `layouts` matches no array, or no key matches an array; if one array of `out`
+        belongs to two gradients; or as in `gcx.centralize`. Errors come before any result is
+        written.
 
     See Also
     --------
@@ -192,9 +176,9 @@ def centralize_many(
     chosen = layouts_for(named, layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
     _check_apart(named, outs)
-    # All is checked before anything is written, so an error leaves `out` as it was.
+    # Every job is checked before the first one is run, so an error leaves `out` as it was.
     jobs = [
-        _job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
+        _make_job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
     return rebuild(grads, _run(jobs, strength, reproducible))
@@ -207,7 +191,7 @@ def see_fan_in(
     *,
     reproducible: bool = False,
 ) -> tuple[ArrayT, tuple[int, ...]]:
-    """Check a gradient as `centralize` does; return it with split axes, and its fan-in axes."""
+    """Check a gradient as `centralize` does; return it with its axes split, and its fan-in axes."""
     backend = backend_for(grad)
     backend.check_dtype(grad)
     shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
@@ -221,12 +205,12 @@ def see_fan_in(
 class _Job(NamedTuple):
     backend: Backend | None
     grad: Any
-    seen: Any  # the gradient, with the axes that its layout splits
+    seen: Any  # the gradient, reshaped if its layout splits an axis
     axes: tuple[int, ...]
     out: Any
 
 
-def _job(
+def _make_job(
     name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
 ) -> _Job:
     if grad is None:
@@ -243,7 +227,7 @@ def _job(
 
 
 def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
-    """Give each backend all of its arrays together; return the results in the order of `jobs`."""
+    """Call each backend once, with all of its arrays; return the results in the order of `jobs`."""
     results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
     left = [k for k, job in enumerate(jobs) if job.axes]
     while left:
@@ -271,10 +255,10 @@ def _write(result: ArrayT, out: ArrayT | None) -> ArrayT:
 def _find_fan_in(
     shape: tuple[int, ...], layout: LayoutLike, axis: int | Sequence[int] | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape with the axes that the layout splits, and the axes of it to average over.
+    """Return the shape with its axes split by the layout, and the fan-in axes of that shape.
 
-    There are none where the fan-in has fewer than two elements: the mean of one element is the
-    element, and subtracting it would freeze the weight.
+    There are no fan-in axes if the fan-in has fewer than two elements. The mean of one element is
+    the element itself, so subtracting it would freeze the weight.
     """
     view = shape
     if axis is not None:
@@ -296,7 +280,7 @@ def _find_fan_in(
     try:
         for a in axes:
             size *= view[a]
-    except TypeError:  # a lazy array gives None for a size it does not know yet
+    except TypeError:  # the size of a lazy array may be unknown, and then it is None
         return view, axes
     return view, (() if size < 2 else axes)
 
@@ -322,7 +306,7 @@ def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, .
 
 
 def check_strength(strength: float) -> float:
-    """Return it as a float, which every library takes; a ValueError unless it is from 0 to 1."""
+    """Return `strength` as a Python float; a ValueError unless it is from 0 to 1."""
     if not (isinstance(strength, (float, Real)) and 0.0 <= strength <= 1.0):
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         raise ValueError(msg)
@@ -330,7 +314,7 @@ def check_strength(strength: float) -> float:
 
 
 def _check_apart(named: Sequence[tuple[str, Any]], outs: Sequence[Any]) -> None:
-    """Raise a ValueError if what is written for one array is read or written for another one."""
+    """Raise a ValueError if the `out` of one array belongs to another array as well."""
     users = {id(grad): name for name, grad in reversed(named)}
     for (name, _), out in zip(named, outs, strict=True):
         if out is not None and users.setdefault(id(out), name) != name:

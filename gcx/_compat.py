@@ -1,4 +1,4 @@
-"""The only importer of array_api_compat."""
+"""The only file that imports array_api_compat."""
 
 from array_api_compat import (
     array_namespace,

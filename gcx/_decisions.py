@@ -1,4 +1,4 @@
-"""From a rule's answer to a row of the plan, and the refusals that all adapters share."""
+"""Decisions and errors that all adapters share: a rule's answer becomes a row of a plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEFT_ALONE = LeaveAlone("left alone by an override")
 
 
 def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
-    """Turn the answer of the rule called `rule` about one parameter into its row.
+    """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name.
 
     Raises a ValueError that names the parameter if the layout does not fit its shape.
     """
@@ -49,7 +49,7 @@ def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> Plan
 
 
 def no_fan_in(shape: tuple[int, ...]) -> str:
-    """Reason to leave a vector or a scalar alone; empty for other shapes."""
+    """Return the reason to leave a vector or a scalar alone; empty for other shapes."""
     return "" if len(shape) > 1 else f"a {('scalar', 'vector')[len(shape)]} has no fan-in"
 
 
@@ -62,14 +62,14 @@ def merge(first: PlanRow, second: PlanRow) -> PlanRow:
 
 
 def _fan_in(row: PlanRow) -> object:
-    """Axes of the fan-in, which two layouts can describe in two ways."""
+    """Find the axes of the fan-in, to compare two layouts with different texts."""
     return None if row.layout is None else row.layout.split(row.shape)
 
 
 def find_overrides(
     overrides: Mapping[str, Answer], names: Iterable[str]
 ) -> dict[str, Layout | LeaveAlone]:
-    """Give each name that an override covers the answer of the first key that matches it."""
+    """Find the override of each name: the answer of the first key that matches it."""
     keys = match_all(overrides, names, what="overrides")
     answers = {key: _read_override(key, value) for key, value in overrides.items()}
     return {name: answers[key] for name, key in keys.items()}
@@ -87,7 +87,7 @@ def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
 def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
     """Raise a ValueError that shows the plan of a model if it centralizes nothing.
 
-    The hint is added if parameters are unknown.
+    The message ends with the hint if parameters are unknown.
     """
     if any(row.layout is not None for row in plan):
         return
@@ -98,14 +98,14 @@ def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError unless an option has one of its values."""
+    """Raise a ValueError unless the value of an option is one of its choices."""
     if value not in choices:
         msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)
 
 
 def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
-    """Raise a TypeError that names the first weight whose bits cannot be promised."""
+    """Raise a TypeError that names the first weight without a canonical order of summation."""
     for row, array in zip(plan, arrays, strict=True):
         if row.layout is not None:
             with naming(row.name):
@@ -113,12 +113,12 @@ def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
 
 
 def already_attached(kind: str) -> str:
-    """Refuse to attach a second time to an optimizer."""
+    """Write the error for an optimizer that is centralized already."""
     return f"this {kind} has Gradient Centralization already; .remove() that handle first"
 
 
 def narrow_weight(name: str, dtype: object) -> str:
-    """Warn about a weight below 32 bits under ``where="update"``."""
+    """Write the warning for a weight below 32 bits under ``where="update"``."""
     return (
         f"{name} is {dtype}: rounding the weights loses most of what where='update' does; keep "
         "float32 weights, or use where='gradient'"

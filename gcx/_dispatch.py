@@ -1,4 +1,4 @@
-"""From an array to the backend that handles it."""
+"""The backend of an array."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from gcx.backends import Backend
 
 __all__ = ["backend_for"]
 
-# A cache, not a registry: it holds nothing that `_find` would not find again.
+# A cache: `_find` would find the same backends again.
 _by_type: dict[type, Backend] = {}
 
 
 def backend_for(array: Any) -> Backend:
-    """Backend of an array, looked up by type.
+    """Find the backend of an array by its type.
 
-    The libraries are recognised by what is already imported, so none is loaded that the caller
-    does not use. After the first array of a type this costs one dictionary access.
+    Only libraries that are imported already are tested, so this loads none. After the first array
+    of a type, a call costs one dictionary access.
     """
     try:
         return _by_type[type(array)]
@@ -28,9 +28,9 @@ def backend_for(array: Any) -> Backend:
 
 
 def _find(array: Any) -> Any:
-    # `from ... import` inside branches, no loop, no typing.cast (hence Any): torch.compile traces
-    # through this function, and must be able to say where the module came from.
-    # torch comes first and without array_api_compat, whose caches torch.compile warns about.
+    # torch.compile traces this function and must find the origin of each module. It can do so with
+    # `from ... import` in branches, but not with a loop or typing.cast (hence the return type Any).
+    # torch comes first, without array_api_compat, since its caches make torch.compile warn.
     if "torch" in sys.modules:
         from torch import Tensor
 
@@ -41,7 +41,7 @@ def _find(array: Any) -> Any:
     if "numpy" in sys.modules:
         from numpy import generic, ndarray
 
-        # Not by array_api_compat, which counts an ndarray of JAX's dtype float0 to JAX.
+        # array_api_compat would take an ndarray of JAX's dtype float0 for a JAX array.
         if isinstance(array, (ndarray, generic)):
             from gcx.backends import _numpy
 

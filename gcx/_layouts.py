@@ -1,4 +1,4 @@
-"""The argument `layouts` in all its forms: one layout, a list, a mapping of names, or a plan."""
+"""The argument `layouts`: one layout, a list, a mapping from names, or a plan."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Layouts = LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] | Plan
 def layouts_for(
     named: Sequence[tuple[str, Any]], layouts: Layouts, *, like: Any
 ) -> list[Layout | None]:
-    """One layout for each name and array, None where the array is left alone.
+    """Find the layout of each named array; None leaves the array alone.
 
-    A list or tuple of layouts is built like the tree `like`, whose leaves are `named`.
+    A list or tuple of layouts must be built like the tree `like`, whose leaves are `named`.
     """
     if isinstance(layouts, (Layout, str)):
         return [as_layout(layouts)] * len(named)
     if isinstance(layouts, Plan):
-        return [_from_plan(layouts, name, array) for name, array in named]
+        return [_find_in_plan(layouts, name, array) for name, array in named]
     if isinstance(layouts, (list, tuple)):
         leaves = leaves_like(like, layouts, what="layouts")
         return [None if leaf is None else as_layout(leaf) for leaf in leaves]
@@ -39,8 +39,8 @@ def layouts_for(
     return [matched[name] for name, _ in named]
 
 
-def _from_plan(plan: Plan, name: str, array: Any) -> Layout | None:
-    """Layout of a row; the array must have the shape that the plan was made for."""
+def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
+    """Return the layout of a row; the array must have the row's shape."""
     try:
         row = plan[name]
     except KeyError as error:

@@ -82,7 +82,7 @@ def _may_match(key: str, hidden: Iterable[str]) -> bool:
 
 
 def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Name and value of each leaf; keys and positions joined by ``/`` make the name.
+    """List the name and the value of each leaf; a name is the path, joined by ``/``.
 
     >>> flatten({"a": [1, 2], "b": 3})
     [('a/0', 1), ('a/1', 2), ('b', 3)]
@@ -95,7 +95,7 @@ def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _children(tree: Any) -> dict[Any, Any] | None:
-    """Parts of a container by key or position; None for a leaf."""
+    """Return the parts of a container by key or position; None for a leaf."""
     if isinstance(tree, dict):
         return tree
     return dict(enumerate(tree)) if isinstance(tree, (list, tuple)) else None
@@ -106,7 +106,7 @@ def _join(prefix: str, key: Any) -> str:
 
 
 def rebuild(tree: TreeT, leaves: Iterable[Any]) -> TreeT:
-    """Replace the leaves by others, in the order of `flatten`.
+    """Replace the leaves of a tree by others, in the order of `flatten`.
 
     >>> rebuild({"a": [1, 2], "b": 3}, "xyz")
     {'a': ['x', 'y'], 'b': 'z'}
@@ -119,7 +119,7 @@ def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
         parts = {key: _rebuild(value, leaves) for key, value in tree.items()}
         if type(tree) is dict:
             return parts
-        new = copy.copy(tree)  # what else a subclass of dict holds
+        new = copy.copy(tree)  # keeps the attributes of a subclass of dict
         new.update(parts)
         return new
     if isinstance(tree, (list, tuple)):
@@ -132,13 +132,12 @@ def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 def leaves_like(
     tree: Any, other: Any, *, what: str, like: str = "the gradients", prefix: str = ""
 ) -> list[Any]:
-    """Leaves of `other`, which must be built like `tree`, in the order of `tree`.
+    """List the leaves of `other`, which must be built like `tree`, in the order of `tree`.
 
     Raises
     ------
     ValueError
-        If it is not; the message calls `other` by the name `what` and `tree` by the name `like`,
-        and shows the first difference.
+        If it is not. The message calls the trees `what` and `like`, and shows the first difference.
     """
     mine, theirs = _children(tree), _children(other)
     if mine is None and theirs is None:
@@ -156,7 +155,7 @@ def leaves_like(
 
 @contextmanager
 def naming(leaf: str) -> Iterator[None]:
-    """Put the name of a leaf in front of the TypeErrors and ValueErrors that it raises.
+    """Put the name of a leaf in front of a TypeError or ValueError from the ``with`` block.
 
     >>> with naming("encoder/0"):
     ...     raise ValueError("wrong")
@@ -167,7 +166,7 @@ def naming(leaf: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        # Not type(error): libraries have subclasses that take other arguments.
+        # type(error) may be a library's subclass with other arguments.
         kind = TypeError if isinstance(error, TypeError) else ValueError
         msg = f"{leaf}: {error}"
         raise kind(msg) from error

@@ -1,4 +1,4 @@
-"""The base of the optimizers in `gcx.optim`: one step over a tree of parameters."""
+"""The base class of the optimizers in `gcx.optim`: a step over a tree of parameters."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Where = Literal["gradient", "update"] | None
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Walks over the parameters, and decays and centralizes at the right point of a step.
+    """Base class: applies weight decay and centralization to each parameter in a step.
 
-    A subclass names the arrays that it keeps for each parameter, `_buffers`, and turns a gradient
-    into a descent direction, `_direction`.
+    A subclass defines the names of its state arrays, `_buffers`, and turns a gradient into a
+    descent direction, `_find_direction`.
     """
 
     lr: float
@@ -47,42 +47,41 @@ class Optimizer:
         object.__setattr__(self, "strength", check_strength(self.strength))
 
     def init(self, params: Any) -> dict[str, Any]:
-        """Make the state with which training starts.
+        """Make the initial state.
 
         Parameters
         ----------
         params : list, tuple or dict of arrays
-            The weights, of real or complex floating dtype. Lists, tuples and dicts may hold each
-            other.
+            The weights, of real or complex floating dtype; may be nested.
 
         Returns
         -------
         dict
-            ``"step"`` (ints) and the buffers of the optimizer (arrays of the shape and dtype of
-            the weights), each a tree built like `params`.
+            Trees built like `params`: ``"step"`` with ints, and one for each buffer of the
+            optimizer, with arrays of the weights' shapes and dtypes.
 
         Raises
         ------
         TypeError
-            If `params` is not a list, tuple or dict, or holds anything but floating arrays; or if
-            `reproducible` cannot be kept for one of them.
+            If `params` is not a list, tuple or dict of floating arrays; or if `reproducible` does
+            not support one of them.
         ValueError
-            If `layouts` does not fit `params`, or if it centralizes none of them.
+            If `layouts` does not fit `params`, or centralizes none of them.
         """
         named = _named_params(params)
         if self.where is not None and not any(self._find_layouts(params)):
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in named)
             msg = (
-                f"layouts={self.layouts!r} centralizes no parameter: one needs a layout, and a "
-                f"fan-in of at least 2; there are {shapes}. Without Gradient Centralization: "
-                "where=None"
+                f"layouts={self.layouts!r} centralizes no parameter: at least one needs a layout, "
+                f"and a fan-in of at least 2; there are {shapes}. For no Gradient Centralization "
+                "use where=None"
             )
             raise ValueError(msg)
         zeros = [
             [_compat.array_namespace(param).zeros_like(param) for _, param in named]
             for _ in self._buffers
         ]
-        return self._state(params, [[0] * len(named), *zeros])
+        return self._make_state(params, [[0] * len(named), *zeros])
 
     def update(
         self, params: TreeT, grads: Any, state: Mapping[str, Any]
@@ -94,10 +93,10 @@ class Optimizer:
         params : list, tuple or dict of arrays
             The weights.
         grads : list, tuple or dict of arrays
-            Their gradients, built like `params`, each of the same library, shape and dtype. None
-            leaves a parameter and its state as they are.
+            The gradients, built like `params`, of the same libraries, shapes and dtypes. None
+            leaves a parameter and its state unchanged.
         state : dict
-            From `init`, or from the `update` before.
+            The state from `init` or the previous `update`.
 
         Returns
         -------
@@ -109,32 +108,32 @@ class Optimizer:
         Raises
         ------
         TypeError
-            If a gradient or a buffer is of another library than its parameter, or if
-            `reproducible` cannot be kept.
+            If a gradient or a buffer has another library than its parameter, or if `reproducible`
+            does not support a parameter.
         ValueError
-            If `grads` or `state` do not fit `params`. Nothing has been computed then.
+            If `grads` or `state` do not fit `params`. Errors come before any computation.
 
         Notes
         -----
-        Lazy libraries such as dask put each step into their graph: let them compute weights and
-        state after some steps. PyTorch records a step for its gradients unless it is taken under
+        A lazy library such as dask adds each step to its graph, so compute the weights and the
+        state from time to time. PyTorch records the step for autograd unless it runs under
         ``torch.no_grad()``.
         """
         updated = [self._step(*row) for row in self._check_rows(params, grads, state)]
         new_params, *columns = zip(*updated, strict=True)
-        return rebuild(params, new_params), self._state(params, columns)
+        return rebuild(params, new_params), self._make_state(params, columns)
 
     def _step(
         self, layout: Layout | None, param: Any, grad: Any, step: Any, *buffers: Any
     ) -> tuple[Any, ...]:
-        """Go on with one parameter: its new value, step and buffers."""
+        """Update one parameter: return its new value, step and buffers."""
         if grad is None:
             return param, step, *buffers
         if self.weight_decay and self._decay_is_coupled:
             grad = grad + self.weight_decay * param
         if self.where == "gradient":
             grad = self._project(grad, layout)
-        direction, *new_buffers = self._direction(grad, step + 1, *buffers)
+        direction, *new_buffers = self._find_direction(grad, step + 1, *buffers)
         if self.weight_decay and not self._decay_is_coupled:
             direction = direction + self.weight_decay * param
         if self.where == "update":
@@ -151,12 +150,12 @@ class Optimizer:
     def _buffers(self) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def _direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
-        """Direction and new buffers, from the gradient of step 1, 2, 3 and so on."""
+    def _find_direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
+        """Compute the direction and the new buffers from the gradient; the first step is 1."""
         raise NotImplementedError
 
     def _find_layouts(self, params: Any) -> list[Layout | None]:
-        """Layout of each parameter, None where there is nothing to centralize."""
+        """Find the layout of each parameter; None if there is nothing to centralize."""
         named = flatten(params)
         if self.where is None:
             return [None] * len(named)
@@ -173,7 +172,7 @@ class Optimizer:
     def _check_rows(
         self, params: Any, grads: Any, state: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
-        """Layout, value, gradient, step and buffers of each parameter."""
+        """List the layout, value, gradient, step and buffers of each parameter, once checked."""
         keys = ("step", *self._buffers)
         if set(state) != set(keys):
             msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
@@ -192,8 +191,8 @@ class Optimizer:
                     _check_fits(key, buffer, param)
         return rows
 
-    def _state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Make trees built like `params` of the steps and of each buffer."""
+    def _make_state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Make the state: trees built like `params`, of the steps and of each buffer."""
         keys = ("step", *self._buffers)
         return {key: rebuild(params, column) for key, column in zip(keys, columns, strict=True)}
 
@@ -229,14 +228,14 @@ def _check_fits(what: str, array: Any, param: Any) -> None:
 
 
 def _as_dtype_of(old: Any, new: Any) -> Any:
-    """Undo the promotion to a wider dtype by a step counter that is an array."""
+    """Undo dtype promotion caused by a step counter that is an array (restored or traced)."""
     if new.dtype == old.dtype:
         return new
     return _compat.array_namespace(new).astype(new, old.dtype)
 
 
 def as_float(name: str, value: float, below: float) -> float:
-    """Check a hyperparameter; return a Python float, since NumPy's would widen float32 arrays."""
+    """Check a hyperparameter; return a Python float, since a NumPy float widens float32 arrays."""
     if not (isinstance(value, Real) and 0.0 <= value < below):
         msg = f"{name} must be a number in [0, {below}), not {value!r}"
         raise ValueError(msg)

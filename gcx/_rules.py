@@ -1,4 +1,4 @@
-"""Rules by type of layer: which of its parameters have a fan-in, and where."""
+"""Rules by layer type: the fan-in axes of each parameter of a layer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gcx._names import match
 from gcx.layout import LayoutLike
 from gcx.plan import LeaveAlone
 
-# What a rule says of one parameter. Adapters may know further kinds of answers.
+# The answer of a rule about one parameter. Adapters may define further kinds of answers.
 Answer = LayoutLike | LeaveAlone | None
 AnswerT = TypeVar("AnswerT")
 
-# Answers for the own parameters of a layer, by name or glob; or a function of the layer that
-# returns them.
+# A mapping from names or globs of a layer's parameters to answers; or a function of the layer that
+# returns one.
 Rule = Mapping[str, AnswerT] | Callable[[Any], Mapping[str, AnswerT]]
 RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, Any]])
 
-# Reasons that many rules share.
+# Answers that many rules share.
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
 
 
 def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
-    """Ask the rule of a kind of layers; a TypeError if it returns no mapping."""
+    """Ask the rule of a layer type; a TypeError if it returns no mapping."""
     answers = rule if isinstance(rule, Mapping) else rule(layer)
     if not isinstance(answers, Mapping):
         msg = (
@@ -40,37 +40,37 @@ def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
 
 
 class _Named(NamedTuple):
-    """A rule, and the name of the class that it is the rule of."""
+    """A rule, and the name of its class."""
 
     kind: str
     rule: Rule[Any]
 
 
 class Rules(Generic[AnswerT]):
-    """The rules of one framework, found along the MRO.
+    """The rules of one framework, searched in the order of a class's bases (MRO).
 
-    The nearest class counts whose rule knows the name of a parameter: a subclass follows its base
-    classes, and a rule of its own needs to say only what is different.
+    The first class whose rule has a parameter's name decides. So a subclass inherits the rules of
+    its bases, and its own rule holds only the differences.
 
     Parameters
     ----------
     table : mapping from type or str to rule
-        Text is the qualified name of a class (``"transformers.pytorch_utils.Conv1D"``) or a glob
-        of such names, so that a package needs not be imported to have rules. Of several names
-        that match a class, the first one counts whose rule knows the parameter.
+        A string is the qualified name of a class (``"transformers.pytorch_utils.Conv1D"``) or a
+        glob of such names, so a package need not be imported to have rules. If several names
+        match a class, the first one whose rule has the parameter decides.
     group : str
-        The entry points by which other packages bring rules: their names are qualified names of
-        classes, or globs, and what they refer to are rules, loaded when a layer needs them.
+        Group of the entry points with which other packages add rules. The name of an entry point
+        is the qualified name of a class, or a glob. Its rule is loaded when a layer needs it.
     """
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
         self._by_type = {kind: rule for kind, rule in table.items() if isinstance(kind, type)}
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
-        self._found: dict[type, tuple[_Named, ...]] = {}  # a model has many layers of few types
+        self._found: dict[type, tuple[_Named, ...]] = {}  # a model has few layer types
 
     def register(self, kind: type) -> Callable[[RuleT], RuleT]:
-        """Decorate the rule of a layer type; a later rule of the same type replaces it."""
+        """Return a decorator for the rule of a layer type; a later rule replaces an earlier one."""
         if not isinstance(kind, type):
             msg = f"register_layer takes the class of a layer, not {kind!r}"
             raise TypeError(msg)
@@ -86,15 +86,15 @@ class Rules(Generic[AnswerT]):
         return decorator
 
     def answer(self, layer: object, name: str) -> tuple[AnswerT | LeaveAlone | None, str]:
-        """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
+        """Return the answer about a layer's parameter `name`, and the name of the rule.
 
-        Nothing is guessed: what no rule knows is left alone.
+        A parameter that no rule knows is left alone, never guessed.
         """
         owner = type(layer).__name__
         return self.find(layer, name) or (unknown(layer, name), owner)
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
-        """Answer as `answer` does, or None if no rule knows the parameter."""
+        """Return the same as `answer`, or None if no rule knows the parameter."""
         for kind, rule in self._rules_of(type(layer)):
             answers = ask(rule, layer, kind)
             key = match(answers, [name], separator=".").get(name)  # "." separates children
@@ -125,22 +125,22 @@ class Rules(Generic[AnswerT]):
 
 
 def unknown(layer: object, name: str) -> LeaveAlone:
-    """Answer for a parameter that no rule knows."""
+    """Make the answer for a parameter that no rule knows."""
     return LeaveAlone(f"unknown: nobody declared {type(layer).__name__}.{name}")
 
 
 def _load(found: EntryPoint) -> Rule[Any]:
-    """Load the rule of another package."""
-    brought = f"the entry point {found.name!r} of group {found.group!r}"
+    """Load the rule of another package's entry point."""
+    source = f"the entry point {found.name!r} of group {found.group!r}"
     if found.dist is not None:
-        brought += f", of the package {found.dist.name}"
+        source += f", of the package {found.dist.name}"
     try:
         rule = found.load()
     except Exception as error:
-        msg = f"{brought}, does not load {found.value!r}: {type(error).__name__}: {error}"
+        msg = f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
         raise ImportError(msg) from error
     if not (callable(rule) or isinstance(rule, Mapping)):
-        msg = f"{brought}, is {rule!r}, which is neither a mapping nor a function of a layer"
+        msg = f"{source}, is {rule!r}, which is neither a mapping nor a function of a layer"
         raise TypeError(msg)
     checked: Rule[Any] = rule
     return checked

@@ -1,4 +1,4 @@
-"""Rows of text as a table: with aligned columns, or in HTML."""
+"""Tables of text, with aligned columns or in HTML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["aligned", "html_table"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
-    """One line a row, each column as wide as its widest cell.
+    """Make one line a row; each column is as wide as its widest cell.
 
     >>> aligned([("name", "n"), ("a", "10")])
     ['name  n', 'a     10']
@@ -25,7 +25,7 @@ def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in HTML, the text of its cells escaped."""
+    """Make a table in HTML, with escaped text."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

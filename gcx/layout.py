@@ -1,4 +1,4 @@
-"""Layout: which axes of a weight are fan-in, spelled in letters."""
+"""Layout: the axes of a weight in letters, fan-in and output units."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Shape = tuple[int, ...]
 class Layout:
     """The axes of a weight, one letter each.
 
-    ``o`` is an output unit, ``i`` the fan-in, ``b`` a stack, each entry of which is a layer of
-    its own (experts, scanned layers). At most one ``...`` stands for all axes that are not named,
-    and they are fan-in. Gradient Centralization averages over the fan-in and keeps ``o`` and ``b``.
+    ``o`` is an output unit, ``i`` the fan-in, and ``b`` a stack of layers, such as experts or
+    scanned layers. At most one ``...`` stands for all other axes, as fan-in. Gradient
+    Centralization averages over the fan-in, for each entry of ``o`` and ``b``.
 
-    Parentheses split one axis into parts, the outermost first, as in einops. Give the size of
-    every part but one by its letter.
+    Parentheses split one axis into parts, the outermost first, as in einops. The sizes of all parts
+    but one are keywords.
 
     Parameters
     ----------
     text : str
-        For example ``"o..."`` (torch and Equinox weights), ``"...o"`` (Flax, Haiku and Keras
-        kernels), ``"io..."`` (torch transposed convolutions), ``"ioo"`` (a Flax attention query),
-        ``"bio"`` (experts), ``"(bi)o..."`` (a torch transposed convolution with groups).
+        ``"o..."`` for torch and Equinox weights, ``"...o"`` for Flax, Haiku and Keras kernels.
+        ``"io..."`` is a torch transposed convolution; with groups it is ``"(bi)o..."``.
+        ``"ioo"`` is a Flax attention query, ``"bio"`` a stack of experts.
     **sizes : int
         Sizes of parts, such as ``b=4`` for four groups.
 
@@ -42,8 +42,8 @@ class Layout:
     TypeError
         If `text` is not a string, or a size is not an integer.
     ValueError
-        If `text` holds anything else, or names no fan-in axis; if a size is missing, below 1, or
-        for a letter that is not in parentheses.
+        If `text` contains anything else, or names no fan-in axis; if a size is missing or below 1;
+        or if its letter is not in parentheses.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class Layout:
         self._is_variadic = _ELLIPSIS in axes
         place = axes.index(_ELLIPSIS) if self._is_variadic else len(axes)
         self._head, self._tail = axes[:place], axes[place + 1 :]
-        # Computed once for the usual ranks, since every gradient asks.
+        # Computed once for the usual ranks, since each call of `centralize` needs it.
         ranks = () if self.is_split else range(_USUAL_RANKS)
         self._by_rank = tuple([self._find_axes(ndim) for ndim in ranks])
 
@@ -94,10 +94,10 @@ class Layout:
         return dict(self._sizes)
 
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
-        """Axes to average over in an array of rank `ndim`.
+        """Find the axes to average over in an array of rank `ndim`.
 
-        Scalars have none. Vectors have none unless the layout gives a vector no other axis
-        (``"i"``, ``"..."``): a bias holds one number per output unit.
+        Scalars have none. Vectors have none if the layout has an ``o`` or ``b``: a bias holds one
+        number per output unit.
 
         Parameters
         ----------
@@ -125,11 +125,11 @@ class Layout:
             raise ValueError(msg)
         axes = self._by_rank[ndim] if 0 <= ndim < _USUAL_RANKS else self._find_axes(ndim)
         if axes is None:
-            raise self._rank_error(ndim)
+            raise self._make_rank_error(ndim)
         return axes
 
     def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
-        """Shape with one axis for each letter, and the fan-in axes of that shape.
+        """Return the shape with one axis for each letter, and the fan-in axes of that shape.
 
         Parameters
         ----------
@@ -139,9 +139,9 @@ class Layout:
         Returns
         -------
         shape : tuple of int
-            To reshape the gradient to; the shape itself if the layout has no parentheses.
+            The shape to give to the gradient; unchanged if the layout has no parentheses.
         axes : tuple of int
-            As `fan_in_axes`, in the new shape.
+            The fan-in axes in the new shape, like `fan_in_axes`.
 
         Raises
         ------
@@ -157,9 +157,9 @@ class Layout:
         shape = tuple(shape)
         if not self.is_split:
             return shape, self.fan_in_axes(len(shape))
-        axes = self._axes(len(shape))
+        axes = self._list_axes(len(shape))
         if axes is None:
-            raise self._rank_error(len(shape))
+            raise self._make_rank_error(len(shape))
         sizes = [
             part
             for axis, size in zip(axes, shape, strict=True)
@@ -169,7 +169,7 @@ class Layout:
         return tuple(sizes), tuple([k for k, letter in letters if letter == "i"])
 
     def letters(self, ndim: int) -> str:
-        """Spell out the layout for an array of rank `ndim`, without ``...`` and parentheses.
+        """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
 
         Parameters
         ----------
@@ -192,34 +192,34 @@ class Layout:
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')
         """
-        axes = self._axes(ndim)
+        axes = self._list_axes(ndim)
         if axes is None:
-            raise self._rank_error(ndim)
-        return "".join(part for axis in axes for part in _parts(axis))
+            raise self._make_rank_error(ndim)
+        return "".join(part for axis in axes for part in _list_parts(axis))
 
     def _find_axes(self, ndim: int) -> tuple[int, ...] | None:
         if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
             return ()
-        axes = self._axes(ndim)
+        axes = self._list_axes(ndim)
         return None if axes is None else tuple([k for k, a in enumerate(axes) if a == "i"])
 
-    def _axes(self, ndim: int) -> list[str] | None:
+    def _list_axes(self, ndim: int) -> list[str] | None:
         unnamed = ndim - len(self._head) - len(self._tail)
         if unnamed < 0 or (unnamed > 0 and not self._is_variadic):
             return None
         return [*self._head, *"i" * unnamed, *self._tail]
 
-    def _rank_error(self, ndim: int) -> ValueError:
+    def _make_rank_error(self, ndim: int) -> ValueError:
         named = len(self._head) + len(self._tail)
         at_least = "at least " if self._is_variadic else ""
         msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
         return ValueError(msg)
 
     def _split_axis(self, axis: str, size: int, shape: Shape) -> list[int]:
-        """Sizes of the parts of one axis."""
+        """Return the sizes of the parts of one axis."""
         if len(axis) == 1:
             return [size]
-        sizes = [self._sizes.get(part, 0) for part in _parts(axis)]
+        sizes = [self._sizes.get(part, 0) for part in _list_parts(axis)]
         known = prod(filter(None, sizes))
         if size % known or (0 not in sizes and size != known):
             msg = f"{self!r} does not fit shape {shape}: {size} is not {axis}"
@@ -248,10 +248,10 @@ class Layout:
 LayoutLike = Layout | str
 
 
-def _parts(axis: str) -> list[str]:
-    """Letters of the parts of an axis; neighbours that are fan-in are one part.
+def _list_parts(axis: str) -> list[str]:
+    """List the letters of the parts of an axis; fan-in neighbours are one part.
 
-    >>> _parts("(oi...)"), _parts("i")
+    >>> _list_parts("(oi...)"), _list_parts("i")
     (['o', 'i'], ['i'])
     """
     letters = _PART.sub(lambda found: found[0].replace(_ELLIPSIS, "i"), axis.strip("()"))
@@ -260,12 +260,12 @@ def _parts(axis: str) -> list[str]:
 
 def _is_axis(axis: str) -> bool:
     is_whole = len(axis) == 1 or axis == _ELLIPSIS
-    return is_whole or (_PART.sub("", axis) == "()" and len(set(_parts(axis))) > 1)
+    return is_whole or (_PART.sub("", axis) == "()" and len(set(_list_parts(axis))) > 1)
 
 
 def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes by letter; an error if they do not settle every split."""
-    split = [part for axis in axes if axis[0] == "(" for part in _parts(axis)]
+    """Return the sizes by letter; an error if they leave a split open."""
+    split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
         if letter not in split:
             msg = f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
@@ -278,7 +278,7 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
             msg = f"layout {text!r}: the size of {letter!r} is {wrong}"
             raise ValueError(msg)
     for axis in axes:
-        unknown = [part for part in _parts(axis) if part not in sizes]
+        unknown = [part for part in _list_parts(axis) if part not in sizes]
         if axis[0] == "(" and len(unknown) > 1:
             msg = (
                 f"layout {text!r} splits the axis {axis}: give the size of all parts but one, "
@@ -288,7 +288,7 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
     return dict(sorted(sizes.items()))
 
 
-# Parsed once for each text; a program has a handful.
+# Each text is parsed once; a program has a handful.
 _parsed: dict[str, Layout] = {}
 
 
@@ -298,5 +298,5 @@ def as_layout(layout: LayoutLike) -> Layout:
         return layout
     try:
         return _parsed[layout]
-    except (KeyError, TypeError):  # TypeError: not hashable; Layout says what it is
+    except (KeyError, TypeError):  # TypeError: unhashable, and Layout raises the right error
         return _parsed.setdefault(layout, Layout(layout))

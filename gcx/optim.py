@@ -1,7 +1,7 @@
 """SGD, Adam and AdamW with Gradient Centralization, for the arrays of any library.
 
-For NumPy, CuPy and every other library without optimizers of its own. An optimizer holds
-hyperparameters and nothing else: state goes in and comes out, and no array is modified.
+They serve NumPy, CuPy and other libraries without optimizers. An optimizer holds hyperparameters
+alone: it takes the state and returns a new one, and modifies no array.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["SGD", "Adam", "AdamW"]
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Optimizer):
-    r"""Stochastic gradient descent, with momentum if wanted, and Gradient Centralization.
+    r"""Stochastic gradient descent with Gradient Centralization, and optional momentum.
 
-    For a weight :math:`w` of gradient :math:`\nabla`, with :math:`P` the centralization:
+    For a weight :math:`w` with gradient :math:`\nabla`, and the centralization :math:`P`:
 
     .. math::
         g_t &= P(\nabla_t + \lambda w_{t-1}) \\
@@ -34,65 +34,48 @@ class SGD(Optimizer):
     weight_decay : float, optional
         :math:`\lambda`, added to the gradient.
     where : {"gradient", "update", None}, optional
-        What is centralized: the gradient with its weight decay, as above, or the displacement of
-        the weight. Both keep the fan-in means of the weights constant, and for SGD they are the
-        same but for rounding. None is plain SGD; `layouts` does not count then.
-    layouts : Layout, str, mapping or sequence, optional
-        As in `gcx.centralize_many`: one layout for all, a list built like the parameters, or a
-        mapping from name or glob to layout; None leaves a parameter alone.
+        Centralize the gradient with its weight decay, as above, or the displacement of the weight.
+        For SGD they differ by rounding alone. None is plain SGD, and ignores `layouts`.
+    layouts, strength : optional
+        As in `gcx.centralize_many`.
     reproducible : bool, optional
-        Centralize as `gcx.centralize` does with ``reproducible=True``. See the notes for what
-        becomes of the weights.
+        Centralize with ``reproducible=True``; see `gcx.centralize` and the notes.
     momentum : float, optional
         :math:`\mu`, from 0 to below 1. With 0 there is no buffer, and :math:`b_t` is :math:`g_t`.
     dampening : float, optional
         :math:`\tau`, from 0 to below 1; does not act at the first step.
     nesterov : bool, optional
-        Go against :math:`g_t + \mu b_t` in place of :math:`b_t`.
+        Step against :math:`g_t + \mu b_t` instead of :math:`b_t`.
 
     Raises
     ------
     ValueError
-        If a hyperparameter is out of range; if there is dampening or `nesterov` without momentum,
-        or both of them.
+        If a hyperparameter is out of range; if `dampening` or `nesterov` is given without
+        `momentum`, or both of them.
 
     Notes
     -----
-    The formulas are those of ``torch.optim.SGD``. The state is ``{"step": ..., "momentum": ...}``;
-    steps are counted for each parameter, since one without gradient does not take part. Weights of
-    float16 or bfloat16 are updated in their own precision; train float32 weights.
+    The formulas follow ``torch.optim.SGD``. The state is ``{"step": ..., "momentum": ...}``. Each
+    parameter counts its own steps, those with a gradient. Weights of float16 or bfloat16 are
+    updated in their own precision, so float32 is better.
 
-    With `reproducible`, equal gradients lead to weights of equal bits on NumPy, torch on a CPU, and
-    JAX on a CPU, over any number of steps, in float32 and float64, but for subnormal numbers, which
-    JAX takes for zero. Not inside `jax.jit` or `torch.compile`, which round the arithmetic of the
-    step in their own ways, nor in narrower dtypes, where libraries round the hyperparameters in
-    theirs: there the centralization alone is the same.
+    With `reproducible`, equal gradients give weights of equal bits on NumPy, torch on a CPU and JAX
+    on a CPU, in float32 and float64. Exceptions are subnormal numbers in JAX, and `jax.jit` and
+    `torch.compile`, which round the rest of the step in their own ways.
 
     References
     ----------
-    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-    Neural Networks", ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+    ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
 
     Examples
     --------
-    Each output unit keeps the mean of its weights, here 2:
-
     >>> import numpy as np
     >>> from gcx.optim import SGD
-    >>> params = {"kernel": np.array([[1.0, 2.0, 3.0]]), "bias": np.zeros(1)}
-    >>> grads = {"kernel": np.array([[1.0, 2.0, 6.0]]), "bias": np.ones(1)}
-    >>> optimizer = SGD(0.5, momentum=0.9)
-    >>> state = optimizer.init(params)
-    >>> params, state = optimizer.update(params, grads, state)
-    >>> params
-    {'kernel': array([[2. , 2.5, 1.5]]), 'bias': array([-0.5])}
-
-    A schedule makes new optimizers, which go on with the state of the old:
-
-    >>> from dataclasses import replace
-    >>> params, state = replace(optimizer, lr=0.05).update(params, grads, state)
-    >>> params["kernel"].round(6), params["kernel"].mean().round(6)
-    (array([[2.19 , 2.595, 1.215]]), np.float64(2.0))
+    >>> params, grads = [np.array([[1.0, 2.0, 3.0]])], [np.array([[1.0, 2.0, 6.0]])]
+    >>> optimizer = SGD(0.5, momentum=0.9)  # dataclasses.replace(optimizer, lr=...) for a schedule
+    >>> optimizer.update(params, grads, optimizer.init(params))[0]  # the mean stays 2
+    [array([[2. , 2.5, 1.5]])]
     """
 
     momentum: float = 0.0
@@ -117,11 +100,11 @@ class SGD(Optimizer):
     def _buffers(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def _direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
+    def _find_direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
         if not buffers:
             return (grad,)
-        # The buffer starts at zero, so without dampening it is the gradient after the first step.
-        # A product and no `if`: inside jax.jit the number of the step is not known.
+        # The buffer starts at zero, so the first step sets it to the gradient, without dampening.
+        # A product instead of an `if`, since the step has no value inside jax.jit.
         share = 1 - self.dampening * (step > 1)
         buffer = self.momentum * buffers[0] + share * grad
         return (grad + self.momentum * buffer if self.nesterov else buffer), buffer
@@ -131,7 +114,7 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     r"""Adam with Gradient Centralization.
 
-    For a weight :math:`w` of gradient :math:`\nabla`, with :math:`P` the centralization:
+    For a weight :math:`w` with gradient :math:`\nabla`, and the centralization :math:`P`:
 
     .. math::
         g_t &= P(\nabla_t + \lambda w_{t-1}) \\
@@ -147,16 +130,15 @@ class Adam(Optimizer):
     weight_decay : float, optional
         :math:`\lambda`, added to the gradient.
     where : {"gradient", "update", None}, optional
-        ``"gradient"``: as above, ``gc_loc=True`` in the authors' code. The division makes
-        :math:`d_t` lose its zero mean, so the fan-in means of the weights drift.
-        ``"update"``: :math:`P d_t` in place of :math:`P(\nabla_t + \lambda w_{t-1})`,
-        ``gc_loc=False``, which the authors advise for Adam; the means stay constant.
-        None is plain Adam; `layouts` does not count then.
-    layouts : Layout, str, mapping or sequence, optional
-        As in `SGD`.
+        ``"gradient"`` is as above; the division makes the fan-in means of the weights drift.
+        ``"update"`` centralizes :math:`d_t` instead of the gradient; the means stay constant. This
+        is ``gc_loc=False`` in the authors' code, and their advice for Adam. None is plain Adam,
+        and ignores `layouts`.
+    layouts, strength : optional
+        As in `gcx.centralize_many`.
     reproducible : bool, optional
-        Centralize as `gcx.centralize` does with ``reproducible=True``. The rest of the step has
-        roots and divisions, which libraries round in their own ways.
+        Centralize with ``reproducible=True``. The rest of the step has roots and divisions, which
+        libraries round in their own ways.
     betas : tuple of two floats, optional
         :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
     eps : float, optional
@@ -169,27 +151,24 @@ class Adam(Optimizer):
 
     Notes
     -----
-    For real weights the formulas are those of ``torch.optim.Adam``. The state is
-    ``{"step": ..., "first_moment": ..., "second_moment": ...}``; steps are counted for each
-    parameter, since one without gradient does not take part. Weights of float16 or bfloat16 are
-    updated in their own precision; train float32 weights.
+    For real weights the formulas follow ``torch.optim.Adam``. The state is ``{"step": ...,
+    "first_moment": ..., "second_moment": ...}``. Steps and precision are as in `SGD`.
 
     References
     ----------
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
     https://arxiv.org/abs/1412.6980
 
-    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-    Neural Networks", ECCV 2020, algorithm 2. https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+    ECCV 2020, algorithm 2. https://arxiv.org/abs/2004.01461
 
     Examples
     --------
     >>> import numpy as np
     >>> from gcx.optim import Adam
-    >>> params = [np.array([[1.0, 2.0, 3.0]])]
+    >>> params, grads = [np.array([[1.0, 2.0, 3.0]])], [np.array([[1.0, 1.0, -4.0]])]
     >>> optimizer = Adam(0.5, where="update")
-    >>> state = optimizer.init(params)
-    >>> params, state = optimizer.update(params, [np.array([[1.0, 1.0, -4.0]])], state)
+    >>> params, state = optimizer.update(params, grads, optimizer.init(params))
     >>> params[0].round(6), params[0].mean().round(6)
     (array([[0.666667, 1.666667, 3.666667]]), np.float64(2.0))
     """
@@ -212,7 +191,7 @@ class Adam(Optimizer):
     def _buffers(self) -> tuple[str, ...]:
         return "first_moment", "second_moment"
 
-    def _direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
+    def _find_direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
         beta1, beta2 = self.betas
         m = beta1 * buffers[0] + (1 - beta1) * grad
         v = beta2 * buffers[1] + (1 - beta2) * abs(grad) ** 2
@@ -224,7 +203,7 @@ class Adam(Optimizer):
 class AdamW(Adam):
     r"""Adam with decoupled weight decay, and Gradient Centralization.
 
-    `Adam` on the gradient without weight decay, which joins the direction instead:
+    As `Adam`, but weight decay is added to the direction, not to the gradient:
 
     .. math::
         g_t &= P \nabla_t \\
@@ -237,16 +216,10 @@ class AdamW(Adam):
     weight_decay : float, optional
         :math:`\lambda`.
     where : {"gradient", "update", None}, optional
-        ``"gradient"``: as above; weight decay shrinks the fan-in means of the weights too.
-        ``"update"``: :math:`P(d_t + \lambda w_{t-1})` in place of :math:`P \nabla_t`, as in the
-        authors' code; the means stay constant. None is plain AdamW; `layouts` does not count then.
-    layouts : Layout, str, mapping or sequence, optional
-        As in `SGD`.
-    reproducible : bool, optional
-        As in `Adam`.
-    betas : tuple of two floats, optional
-        As in `Adam`.
-    eps : float, optional
+        ``"gradient"`` is as above; weight decay shrinks the fan-in means of the weights too.
+        ``"update"`` steps by :math:`P(d_t + \lambda w_{t-1})` and leaves the gradient as it is, as
+        in the authors' code; the means stay constant. None is plain AdamW, and ignores `layouts`.
+    layouts, strength, reproducible, betas, eps : optional
         As in `Adam`.
 
     Raises
@@ -256,8 +229,8 @@ class AdamW(Adam):
 
     Notes
     -----
-    The weight decay is that of ``torch.optim.AdamW``. The authors' code divides it by
-    :math:`1 - \beta_1^t` besides, which makes it ten times as strong at the first step.
+    The weight decay follows ``torch.optim.AdamW``. The authors' code also divides it by
+    :math:`1 - \beta_1^t`, so it is ten times as strong at the first step.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Plan: what happens to each parameter, and why; prints as a table."""
+"""Plan: the decision on each parameter and its reason, as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LeaveAlone", "Plan", "PlanRow"]
 
 
 class LeaveAlone(NamedTuple):
-    """Answer of a layer's rule: this parameter is not centralized, for this reason.
+    """A rule's answer that leaves a parameter alone, with the reason.
 
     Attributes
     ----------
@@ -39,14 +39,14 @@ class PlanRow(NamedTuple):
     Attributes
     ----------
     name : str
-        As people see it: ``"layer1.0.conv.weight"`` in torch, ``"Dense_0/kernel"`` in JAX.
+        Path in the model: ``"layer1.0.conv.weight"`` in torch, ``"Dense_0/kernel"`` in JAX.
     shape : tuple of int
         Shape of the parameter.
     layout : Layout or None
-        How its gradient is centralized; None means left alone.
+        Layout with which its gradient is centralized; None leaves it alone.
     reason : str
-        Why: the rule that matched, or what speaks against it. It begins with ``"unknown"`` where
-        nobody has declared the parameter, so that a person has to look at it.
+        The rule that matched, or the reason to leave it alone. It begins with ``"unknown"`` if no
+        rule knows the parameter, so that a person has to look at it.
 
     Examples
     --------
@@ -64,11 +64,10 @@ class PlanRow(NamedTuple):
 
 
 class Plan(Sequence[PlanRow]):
-    """One row per parameter; a sequence that prints as a table, and finds rows by name.
+    """A sequence with one row per parameter. It prints as a table, and finds rows by name.
 
-    Every argument `layouts` of gcx takes a plan.
-
-    A plan of more than 40 rows prints as its `summary`; `table` shows every row.
+    Every argument `layouts` takes a plan. A plan of more than 40 rows prints as its `summary`;
+    `table` shows every row.
 
     Parameters
     ----------
@@ -119,23 +118,23 @@ class Plan(Sequence[PlanRow]):
         return hash(self._rows)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Rows by name, of plain Python values, for JSON.
+        """Return the rows by name, as plain Python values for JSON.
 
         Returns
         -------
         dict
-            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"sizes"``
-            too where the layout splits an axis: ``gcx.Layout(layout, **sizes)`` restores it.
+            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``. If the layout splits
+            an axis, there are ``"sizes"`` too: ``gcx.Layout(layout, **sizes)`` restores it.
         """
-        return {row.name: _plain(row) for row in self}
+        return {row.name: _make_plain(row) for row in self}
 
     def table(self) -> str:
-        """Show every row, however many there are.
+        """Show every row.
 
         Returns
         -------
         str
-            One line per parameter, and one that counts them.
+            One line per parameter, and a line with their number.
         """
         return "\n".join([*aligned([_HEADER, *map(_cells, self)]), self._counts()])
 
@@ -145,10 +144,9 @@ class Plan(Sequence[PlanRow]):
         Returns
         -------
         str
-            In the order in which the kinds appear: how many parameters and elements there are, the
-            layout, the reason and some names. A star in a name stands for the numbers in which
-            names differ, as it does in ``overrides`` and mappings of layouts. Of unknown
-            parameters all names are shown.
+            For each kind, the number of parameters and elements, the layout, the reason, and some
+            names. A star stands for the numbers in which names differ, so that such a name can be
+            a key of ``overrides`` and `layouts`. Unknown parameters are all named.
 
         Examples
         --------
@@ -215,14 +213,14 @@ class Plan(Sequence[PlanRow]):
         return kinds.values()
 
 
-def _plain(row: PlanRow) -> dict[str, Any]:
+def _make_plain(row: PlanRow) -> dict[str, Any]:
     layout = None if row.layout is None else str(row.layout)
     plain = {"shape": list(row.shape), "layout": layout, "reason": row.reason}
     sizes = row.layout.sizes if row.layout is not None else {}
     return {**plain, "sizes": sizes} if sizes else plain
 
 
-_LONGEST_TABLE = 40  # rows that a person reads one by one
+_LONGEST_TABLE = 40  # rows that a person would read
 _HEADER = ("parameter", "shape", "layout", "reason")
 
 
@@ -240,10 +238,10 @@ _NAMES_SHOWN = 2
 
 
 def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
-    """Cells of rows with the same layout and reason."""
+    """Make the cells for rows with the same layout and reason."""
     elements = sum(prod(row.shape) for row in rows)
-    patterns = _patterns(row.name for row in rows)
-    is_unknown = rows[0].reason.startswith("unknown")  # which is for people to look at
+    patterns = _merge_names(row.name for row in rows)
+    is_unknown = rows[0].reason.startswith("unknown")  # a person has to look at it
     shown = patterns if is_unknown else patterns[:_NAMES_SHOWN]
     names = ", ".join(shown) + (", ..." if len(shown) < len(patterns) else "")
     return f"{len(rows):,}", f"{elements:,}", _layout_cell(rows[0]), rows[0].reason, names
@@ -252,18 +250,18 @@ def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
 _NUMBER = re.compile(r"(\d+)")
 
 
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Names, where those that differ in numbers alone are one, with a star for each such number.
+def _merge_names(names: Iterable[str]) -> list[str]:
+    """Merge names that differ in numbers alone, with a star for each such number.
 
-    Those that stand for most names come first.
+    The patterns of most names come first.
     """
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:
-        parts = _NUMBER.split(name)  # every second one is a number
+        parts = _NUMBER.split(name)  # every second part is a number
         alike.setdefault(tuple(parts[::2]), []).append(parts)
     most_first = sorted(alike.values(), key=len, reverse=True)
-    return ["".join(map(_common, zip(*together, strict=True))) for together in most_first]
+    return ["".join(map(_merge_parts, zip(*together, strict=True))) for together in most_first]
 
 
-def _common(parts: Sequence[str]) -> str:
+def _merge_parts(parts: Sequence[str]) -> str:
     return parts[0] if len(set(parts)) == 1 else "*"

@@ -1,4 +1,4 @@
-"""For the tests of programs that use gcx."""
+"""Assertions for the tests of programs that use gcx."""
 
 from __future__ import annotations
 
@@ -21,33 +21,32 @@ def assert_centralized(
     axis: int | Sequence[int] | None = None,
     rtol: float | None = None,
 ) -> None:
-    """Assert that the mean over the fan-in is zero in each output unit, or what it was at `start`.
+    """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
-    Give it a gradient; or a weight after training, and the weight before: with steps of SGD and
-    Gradient Centralization the means stay put (Corollary 4.1), whatever was learned. That one
-    check catches a wrong axis and a hook that never ran, in any framework.
+    Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
+    with Gradient Centralization keep the means of a weight (Corollary 4.1). So this one check
+    catches a wrong axis and a hook that never ran, in any framework.
 
     Parameters
     ----------
     x : array
         A gradient, or a weight if `start` is given.
     start : array, optional
-        The weight before training, like `x`. That nothing has changed at all is a failure.
+        The weight before training. It must differ from `x`, so that something was trained.
     layout, axis
         As in `gcx.centralize`.
     rtol : float, optional
-        Largest mean, or change of a mean, that is allowed, relative to the largest magnitude in the
-        output unit. The default is that of rounding: 64 times the machine epsilon of the dtype.
-        Dtypes narrower than 32 bits have no default, since their rounding alone leaves a mean that
-        no test should allow unseen.
+        Largest allowed mean, or change of a mean, relative to the largest magnitude in the output
+        unit. The default allows for rounding: 64 times the machine epsilon of the dtype. Dtypes
+        below 32 bits have no default, since their rounding alone leaves a large mean.
 
     Raises
     ------
     AssertionError
-        If a mean is larger, or not finite; it shows the worst. If `x` equals `start`.
+        If a mean is larger or not finite (the message shows the worst), or if `x` equals `start`.
     ValueError
-        If there is nothing to check: no output unit, no fan-in, or one below 2; if `start` has
-        another shape; or if a narrow dtype comes without `rtol`.
+        If `x` has no output unit or no fan-in of at least 2; if `start` has another shape; or if a
+        dtype below 32 bits has no `rtol`.
 
     Examples
     --------
@@ -73,7 +72,7 @@ more than 1.42e-14
         raise ValueError(msg)
     start = None if start is None else see_fan_in(start, layout, axis)[0]
     xp = _compat.array_namespace(x)
-    arrays = [_widened(array, rtol) for array in (x, start) if array is not None]
+    arrays = [_widen(array, rtol) for array in (x, start) if array is not None]
     tolerance = 64 * float(xp.finfo(arrays[0].dtype).eps) if rtol is None else rtol
     change = arrays[0] if start is None else arrays[0] - arrays[1]
     if start is not None and not bool(xp.any(change != 0)):
@@ -94,7 +93,7 @@ more than 1.42e-14
         raise AssertionError(msg)
 
 
-def _widened(array: Any, rtol: float | None) -> Any:
+def _widen(array: Any, rtol: float | None) -> Any:
     if _compat.is_torch_array(array):
         array = array.detach()
     if getattr(array.dtype, "itemsize", 8) >= 4:

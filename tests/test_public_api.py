@@ -60,7 +60,7 @@ def test_adapters_say_how_they_are_imported() -> None:
     absent = "import gcx\ntry:\n    gcx.torch\nexcept AttributeError as error:\n    print(error)"
     command = [sys.executable, "-c", absent]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "import gcx.torch brings it" in printed
+    assert "use `import gcx.torch`" in printed
     assert gcx.optim.SGD  # that one needs no import
     with pytest.raises(AttributeError, match=r"no attribute 'torhc'$"):
         gcx.torhc  # noqa: B018 - the access is the test

@@ -1,11 +1,11 @@
 """One file for each library, all with the same few functions, described by `Backend`.
 
-`_array_api` is the reference, written in the array API standard alone. It serves every library
-without a file of its own. A library is imported in its own file and nowhere else in the core, when
-its first array arrives. The first line of each file says how it works; ``python -m gcx`` shows it.
+`_array_api` is the reference. It uses only the array API standard, and serves every library
+without its own file. The core imports a library in that file alone, with its first array.
+The first line of each file says how it works; ``python -m gcx`` shows it.
 
 Layouts, a fan-in below 2 and an `out` of the wrong shape are handled before a backend is called.
-A backend finishes its work: no gradient is handed back for somebody else to centralize.
+A backend centralizes every gradient that it is given.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ LIBRARIES = ("numpy", "torch", "jax", "cupy")
 
 
 class Backend(Protocol):
-    """Functions that every file of this package provides."""
+    """The functions of every file in this package."""
 
     def check_dtype(self, grad: Any, /) -> None:
         """Raise a TypeError unless `grad` is a dense array of real or complex floating dtype."""
 
     def is_writable(self, array: Any, /) -> bool:
-        """Whether elements of `array` can be assigned to."""
+        """Return True if elements of `array` can be assigned to."""
 
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
-        """Raise a TypeError unless the bits of `_canonical` can be promised for `grad`."""
+        """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""
 
     def reshape(self, array: ArrayT, shape: tuple[int, ...], /) -> ArrayT:
         """Split or join neighbouring axes."""
 
     def fan_in_mean(self, x: ArrayT, axes: tuple[int, ...], reproducible: bool, /) -> ArrayT:
-        """Mean over `axes`, which stay with size 1; in float32 at least."""
+        """Average over `axes` in float32 or wider; the axes stay, with size 1."""
 
     def centralize(
         self,
@@ -50,9 +50,9 @@ class Backend(Protocol):
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
-        Dtypes narrower than 32 bits are computed in float32 and rounded once. Each mean has at
-        least two elements; `out` may be `grad` itself. With `reproducible`, which
-        `check_reproducible` has allowed, sums are taken in the order of `_canonical`.
+        Dtypes narrower than 32 bits are computed in float32 and rounded once. Each mean is over at
+        least two elements. `out` may be `grad` itself. If `reproducible` is True,
+        `check_reproducible` has passed, and sums are in the order of `_canonical`.
         """
 
     def centralize_many(
@@ -64,24 +64,24 @@ class Backend(Protocol):
         reproducible: bool,
         /,
     ) -> list[ArrayT]:
-        """Do the same for several arrays, each with its own axes; see `one_by_one`."""
+        """Centralize several arrays, each over its own axes; see `one_by_one`."""
 
 
 class Library(Backend, Protocol):
-    """Functions that a file for one library adds, for `python -m gcx` and the tests."""
+    """Further functions of a file for one library, for `python -m gcx` and the tests."""
 
     def devices(self) -> list[str]:
-        """Names of the devices on which arrays can be made here; empty if there is none."""
+        """List the names of the devices of this machine that can hold arrays."""
 
     def asarray(self, values: Any, dtype: str, device: str, /) -> Any:
         """Make an array from a NumPy array."""
 
     def to_numpy(self, array: Any, /) -> Any:
-        """Copy an array to a NumPy array, low precision widened to float32."""
+        """Copy an array to a NumPy array; narrow dtypes become float32."""
 
 
 def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Make the `centralize_many` of a library that gains nothing from a list."""
+    """Make a `centralize_many` that centralizes one array after the other."""
 
     def centralize_many(
         grads: Sequence[Any],
@@ -101,7 +101,7 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def load(library: str) -> Library:
-    """Import the backend of one of `LIBRARIES`, and so the library.
+    """Import the backend of a library in `LIBRARIES`, and with it the library.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The array API standard alone; the reference, and the way for every other library."""
+"""The array API standard alone: the reference, and the backend of every other library."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    """See `gcx.backends.Backend`; the order is never known here, and `reproducible` False."""
+    """See `gcx.backends.Backend`; `reproducible` is always False here."""
     assert not reproducible
     xp = _compat.array_namespace(grad)
     mean = fan_in_mean(grad, axes, reproducible)
@@ -60,9 +60,9 @@ centralize_many = one_by_one(centralize)
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     """See `gcx.backends.Backend`.
 
-    In double precision, and corrected by the mean of the remainder: the standard does not say in
-    which order a library sums, and a plain loop in float32 is wrong in the second digit for a
-    million equal numbers.
+    The mean is taken in double precision, and corrected by the mean of the remainder. The standard
+    leaves the order of summation open, and a plain loop in float32 gets the second digit wrong for
+    a million equal numbers.
     """
     assert not reproducible
     xp = _compat.array_namespace(x)

@@ -1,12 +1,13 @@
-"""The canonical order of summation, which gives the same bits in every library.
+"""The canonical order of summation: it gives the same bits in every library.
 
-The sum over a fan-in, in the order of its axes, is that of a halving tree: padded with -0.0 (which
-changes no sum, not even that of zeros) to a power of two, the second half is added to the first
-until one element is left. A fan-in longer than `SEGMENT` is cut into segments of that length, the
-last of which may be shorter; each is summed by such a tree, and the sums are added up from left to
-right. float16 and bfloat16 are summed in float32, wider numbers in their own precision. The mean is
-the sum divided by the number of elements, rounded as IEEE 754 says; then it is multiplied by the
-strength, rounded again, and subtracted, and the difference is rounded to the dtype of the array.
+A halving tree sums the fan-in, in the order of its axes. The fan-in is padded to a power of two
+with -0.0, which changes no sum, not even a sum of zeros. Then the second half is added to the first
+until one element is left. A fan-in longer than `SEGMENT` is cut into segments of this length; the
+last may be shorter. Each segment is summed by a tree, and the sums are added from left to right.
+
+float16 and bfloat16 are summed in float32, wider dtypes in their own precision. The sum is divided
+by the number of elements with IEEE 754 rounding. The mean is multiplied by the strength, rounded,
+and subtracted, and the difference is rounded to the array's dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 SEGMENT = 1 << 14
 
-# Neighbours in memory that are better not torn apart: four pages of float32.
+# Neighbours in memory to keep in one block, for speed: four pages of float32.
 _RUN = 1 << 12
 
 
@@ -35,14 +36,14 @@ def check_dtype(name: str) -> None:
 
 
 def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) -> Any:
-    """Mean over `axes`, which stay with size 1, of an array of float32 or float64.
+    """Average an array of float32 or float64 over `axes`; the axes stay, with size 1.
 
-    `xp` is the library of the array. About `block` elements are handled at a time, so that what
-    lies between `x` and the sum stays in the cache.
+    `xp` is the array's library. About `block` elements are handled at a time, so that the levels of
+    the tree stay in the cache.
     """
-    matrix = _matrix(x, axes, xp)
-    total = reduce(add, _segment_sums(matrix, xp, block))
-    # Not by a number of Python, for which libraries multiply by the reciprocal.
+    matrix = _as_matrix(x, axes, xp)
+    total = reduce(add, _sum_segments(matrix, xp, block))
+    # Given a Python number, libraries would multiply by its reciprocal.
     mean = total / xp.full_like(total, len(matrix))
     return mean.reshape([1 if a in axes else x.shape[a] for a in range(x.ndim)])
 
@@ -50,10 +51,10 @@ def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) 
 def blocks(
     shape: Sequence[int], steps: Sequence[int], axes: Sequence[int], size: int
 ) -> Iterator[tuple[slice, ...]]:
-    """Cut an array between its output units, into parts of `size` elements if that can be.
+    """Cut an array into blocks of about `size` elements, each of whole output units.
 
-    Parts are larger where a unit is, or where units lie beside each other in memory: these stay
-    together. `steps` are the distances in memory along the axes, in elements.
+    A block is larger if one unit is, or if units are neighbours in memory: those stay together.
+    `steps` are the strides, in elements.
     """
     lengths = list(shape)
     kept = (a for a in range(len(shape)) if a not in axes)
@@ -66,43 +67,43 @@ def blocks(
         yield tuple(slice(k, k + part) for k, part in zip(corner, lengths, strict=True))
 
 
-def _matrix(x: Any, axes: Sequence[int], xp: Any) -> Any:
-    """See an array as one of (fan-in, units), if its strides allow; else copy it."""
+def _as_matrix(x: Any, axes: Sequence[int], xp: Any) -> Any:
+    """Reshape an array to (fan-in, units): as a view if its strides allow, else as a copy."""
     fan_in = prod([x.shape[a] for a in axes])
     units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
-    if axes[0] == x.ndim - len(axes):  # this view is made sooner
+    if axes[0] == x.ndim - len(axes):  # a faster way to the same view
         return x.reshape((units, fan_in)).T
     return xp.moveaxis(x, axes, tuple(range(len(axes)))).reshape((fan_in, units))
 
 
-def _segment_sums(matrix: Any, xp: Any, block: int) -> Iterator[Any]:
-    """Sum over the first axis segment by segment; several at once if they are small."""
+def _sum_segments(matrix: Any, xp: Any, block: int) -> Iterator[Any]:
+    """Sum over the first axis segment by segment; small segments several at once."""
     fan_in, units = matrix.shape
     whole = fan_in - fan_in % SEGMENT
     step = SEGMENT * max(1, block // (SEGMENT * max(units, 1)))
     for start in range(0, whole, step):
         several = matrix[start : min(start + step, whole)]
         count = len(several) // SEGMENT
-        yield from _tree(xp.moveaxis(several.reshape((count, SEGMENT, units)), 1, 0), xp, block)
+        yield from _sum_tree(xp.moveaxis(several.reshape((count, SEGMENT, units)), 1, 0), xp, block)
     if whole < fan_in:
-        yield _tree(matrix[whole:], xp, block)
+        yield _sum_tree(matrix[whole:], xp, block)
 
 
-def _tree(x: Any, xp: Any, block: int) -> Any:
-    """Sum over the first axis by a halving tree, in parts if there is more than a block.
+def _sum_tree(x: Any, xp: Any, block: int) -> Any:
+    """Sum over the first axis by a halving tree; in parts if `x` exceeds a block.
 
-    Every second element belongs to a subtree, and so does every fourth, every eighth ...
+    The elements that are 2, 4, 8 ... apart form subtrees, which can be summed by themselves.
     """
     parts = 1
     while prod(x.shape) > parts * block and len(x) >= 4 * parts:
         parts *= 2
-    return halved(x if parts == 1 else xp.stack([halved(x[k::parts]) for k in range(parts)]))
+    return halve(x if parts == 1 else xp.stack([halve(x[k::parts]) for k in range(parts)]))
 
 
-def halved(x: Any) -> Any:
-    """Sum over the first axis, of a segment at most, by a halving tree.
+def halve(x: Any) -> Any:
+    """Sum over the first axis by a halving tree; the axis is one segment at most.
 
-    The padding is never made: what has no partner is carried over, and makes up the tail.
+    No padding is stored: elements without a partner are carried over in `tail`.
     """
     if len(x) == 1:
         return x[0]

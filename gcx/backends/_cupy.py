@@ -109,7 +109,7 @@ def to_numpy(array: Any, /) -> Any:
 
 
 def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
-    """Centralize an array whose strides, or those of `out`, do not suit the kernel."""
+    """Centralize an array if its strides, or the strides of `out`, do not suit the kernel."""
     with grad.device:
         if grad.size == 0 or _why_not(grad.shape, grad.dtype, axes) or _why_not_now():
             return _with_own_operations(grad, axes, strength, out)

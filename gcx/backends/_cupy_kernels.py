@@ -66,14 +66,14 @@ class Batch:
     """
 
     def __init__(self, dtype: Any, walks: Sequence[Walk]) -> None:
-        entries = [_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]
+        entries = [_make_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]
         # Long tiles go first, so that the device is busy to the end.
         entries.sort(key=lambda entry: entry.work, reverse=True)
         tiles = [entry.tiles for entry in entries]
         self.dtype = dtype.name
         self.wide = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
         self.matrix_of_tile = np.repeat(np.arange(len(tiles), dtype=np.int32), tiles)
-        self.matrices = _table(entries, pack=16 // dtype.itemsize)
+        self.matrices = _make_table(entries, pack=16 // dtype.itemsize)
         self.counters = sum(entry.split_panels for entry in entries)
         self.partials = sum(entry.partials for entry in entries) * COLUMNS
 
@@ -162,7 +162,7 @@ class _Entry(NamedTuple):
         return can_be and all(step % pack == 0 for step in (matrix.offset, *steps))
 
 
-def _entry(array: int, matrix: Matrix) -> _Entry:
+def _make_entry(array: int, matrix: Matrix) -> _Entry:
     units, fan_in = matrix.units, matrix.fan_in
     if matrix.is_rows or matrix.unit_step != 1:
         lanes = next((few for few in _LANES if fan_in <= few * PER_THREAD), THREADS)
@@ -172,7 +172,7 @@ def _entry(array: int, matrix: Matrix) -> _Entry:
     return _Entry(array, matrix, 0, panels * tiles, splits, panels if tiles > 1 else 0)
 
 
-def _table(entries: Sequence[_Entry], pack: int) -> Any:
+def _make_table(entries: Sequence[_Entry], pack: int) -> Any:
     """Make the table of matrices; `pack` elements are 16 bytes."""
     table = np.zeros(len(entries), _MATRIX)
     for name in Matrix._fields:

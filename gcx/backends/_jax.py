@@ -24,7 +24,7 @@ def check_dtype(grad: jax.Array, /) -> None:
 
 
 def is_floating(dtype: Any, /) -> bool:
-    """Whether a dtype, of real or complex numbers, can hold a gradient."""
+    """Return True if a real or complex dtype can hold a gradient."""
     # float8_e8m0fnu is a scale: it has no sign and no zero.
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and "e8m0" not in jnp.dtype(dtype).name
 
@@ -36,7 +36,7 @@ def is_writable(array: jax.Array, /) -> bool:
 
 
 def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`; inside a program the platform is checked when it is compiled."""
+    """See `gcx.backends.Backend`; a traced array is checked when the program is compiled."""
     del axes
     _canonical.check_dtype(grad.dtype.name)
     if isinstance(grad, jax.core.Tracer):
@@ -61,7 +61,7 @@ def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> j
 def centralize(
     grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
 ) -> jax.Array:
-    """See `gcx.backends.Backend`; `out` is None, since arrays of JAX cannot be written to."""
+    """See `gcx.backends.Backend`; `out` is None, since JAX arrays are immutable."""
     del out
     if not reproducible:
         return _run(grad, axes, strength)
@@ -75,29 +75,29 @@ centralize_many = one_by_one(centralize)
 def centralize_over_mesh(
     grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...], /
 ) -> jax.Array:
-    """Centralize a part of a gradient whose fan-in is split over mesh axes, into equal parts.
+    """Centralize one shard of a gradient; mesh axes split its fan-in into equal parts.
 
-    For the inside of `jax.shard_map`, `jax.pmap` and `jax.vmap`, where these names are bound; a
-    NameError elsewhere. Costs one all-reduce of the means. An axis along which JAX knows the
-    gradient to be the same splits nothing, and is passed over.
+    Call it inside `jax.shard_map`, `jax.pmap` or `jax.vmap`, which bind the names of the axes; JAX
+    raises a NameError elsewhere. It costs one all-reduce of the means. An axis along which JAX
+    knows the gradient to be the same is ignored.
     """
     axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
     parts: int = jax.lax.psum(1, axis_names)  # type: ignore[no-untyped-call]
-    if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean is the element
+    if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean of one element is the element
         return grad
     return _run(grad, axes, strength, axis_names)
 
 
 def _is_same_along(grad: jax.Array, axis: str) -> bool:
-    # Who tracks what differs knows that the position does.
+    # The index differs along its axis. If JAX does not know this, it tracks nothing here.
     is_tracked = axis in varying_axes(jax.lax.axis_index(axis))
     return is_tracked and axis not in varying_axes(grad)
 
 
 def varying_axes(grad: jax.Array, /) -> frozenset[str]:
-    """Mesh axes along which an array is not known to be the same, inside `jax.shard_map`.
+    """Find the mesh axes along which an array may vary inside `jax.shard_map`.
 
-    JAX tracks them since 0.6, but neither in `jax.pmap` nor with ``check_vma=False``.
+    JAX tracks them since 0.6, but not in `jax.pmap` or with ``check_vma=False``.
     """
     aval: Any = getattr(grad, "aval", None)
     if hasattr(aval, "manual_axis_type"):  # since 0.10
@@ -123,8 +123,8 @@ def to_numpy(array: jax.Array, /) -> Any:
 
 
 def double_precision() -> AbstractContextManager[Any]:
-    """Let JAX make 64-bit arrays inside the ``with`` block, whatever the setting of the process."""
-    # Releases before 0.8 have it among the experiments.
+    """Let JAX make 64-bit arrays inside the ``with`` block, whatever the process has set."""
+    # Before 0.8 it is in jax.experimental.
     home = jax if hasattr(jax, "enable_x64") else jax.experimental
     context: AbstractContextManager[Any] = home.enable_x64(True)
     return context
@@ -133,7 +133,7 @@ def double_precision() -> AbstractContextManager[Any]:
 def _run(
     grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...] = ()
 ) -> jax.Array:
-    # A call by itself is a program of its own, and the fastest where XLA makes one kernel of it.
+    # Outside of a program the call is one itself. Without the barrier XLA makes one kernel of it.
     in_program = isinstance(grad, jax.core.Tracer)
     result: jax.Array = _centralize(grad, axes, float(strength), axis_names, in_program)
     return result
@@ -152,7 +152,7 @@ def _centralize(
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:
-        mean = _computed_once(mean)
+        mean = _compute_once(mean)
     return (wide - strength * mean).astype(grad.dtype)
 
 
@@ -161,13 +161,13 @@ def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.mean(x.astype(_working_dtype(x.dtype)), axis=axes, keepdims=True)
 
 
-def _tangent_in_order(
+def _differentiate_in_order(
     axes: tuple[int, ...],
     strength: float,
     primals: tuple[jax.Array],
     tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """Derive the operator, which is linear, and not its many additions."""
+    """Differentiate the linear operator as a whole, instead of each addition in it."""
     return (
         _centralize_in_order(*primals, axes, strength),
         _centralize(*tangents, axes, strength, (), False),
@@ -175,23 +175,23 @@ def _tangent_in_order(
 
 
 _in_order = jax.custom_jvp(_jax_canonical.centralize, nondiff_argnums=(1, 2))
-_in_order.defjvp(_tangent_in_order)
+_in_order.defjvp(_differentiate_in_order)
 _centralize_in_order = jax.jit(_in_order, static_argnums=(1, 2))
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 
-@jax.custom_jvp  # since releases before 0.6 cannot differentiate a barrier
-def _computed_once(mean: jax.Array) -> jax.Array:
-    """Return the mean as it is; XLA keeps it in memory.
+@jax.custom_jvp  # JAX before 0.6 cannot differentiate a barrier
+def _compute_once(mean: jax.Array) -> jax.Array:
+    """Return the mean, and make XLA store it.
 
-    Left to itself, XLA on a GPU works out the mean again in each kernel that uses the centralized
-    gradient. In Adam these are two, and each reads the whole gradient for it.
+    Otherwise XLA on a GPU computes the mean again in each kernel that uses the centralized
+    gradient. Adam has two such kernels, and each would read the whole gradient for it.
     """
     kept: jax.Array = jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
     return kept
 
 
-_computed_once.defjvps(lambda tangent, _result, _mean: tangent)
+_compute_once.defjvps(lambda tangent, _result, _mean: tangent)
 
 
 def _working_dtype(dtype: Any) -> Any:

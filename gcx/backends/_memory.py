@@ -1,4 +1,4 @@
-"""Where arrays lie in memory: whether they are dense, and whether they overlap."""
+"""Dense arrays, and arrays that overlap in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> t
 def writes_conflict(
     arrays: Sequence[Any], outs: Sequence[Any], find_span: Callable[[Any], Span]
 ) -> bool:
-    """Return True if a result may be written to memory where another array of the list lies.
+    """Return True if a result may overwrite another array of the list.
 
     An `out` of None is a new array, which shares no memory.
     """

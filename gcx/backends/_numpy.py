@@ -1,4 +1,4 @@
-"""NumPy: BLAS sums and a subtraction, block by block while the block is in the cache."""
+"""NumPy: sums by BLAS and a subtraction, block by block, so that a block stays in the cache."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gcx.backends import _canonical, one_by_one
 
 NDArray = npt.NDArray[Any]
 
-# Elements handled at a time: half a MiB of float32, which stays in a second-level cache between
-# the sum and the subtraction, so that memory is read once.
+# Elements of a block: half a MiB of float32. It stays in the second-level cache between the sum and
+# the subtraction, so memory is read once.
 _BLOCK = 1 << 17
 
-# Elements of NumPy's buffers. It copies rows that are shorter than half a buffer, to add many at
-# once; for parts of rows that are in the cache already this is slower than to add row by row.
+# Elements of NumPy's buffers. NumPy copies rows shorter than half a buffer, to add many at once. If
+# the rows are in the cache already, this is slower than adding row by row.
 _BUFFER = 1 << 8
 
-# Longest runs that BLAS may sum in the dtype of the array; longer ones are cut, and the parts added
-# up in float64. Measured for units of mean 1e4 and spread 1: at most 2 ulp of the largest element.
-# Equal numbers are the worst case, as all additions err in the same direction: up to 30 ulp in a
-# short row, which goes the fastest way, a product of matrix and vector; 4 ulp elsewhere.
+# Longest runs that BLAS sums in the array's dtype. Longer ones are cut, and the parts are added in
+# float64. Measured error for units of mean 1e4 and spread 1: at most 2 ulp of the largest element.
+# Equal numbers are the worst case, since all roundings go in one direction: up to 30 ulp in a short
+# row, which is summed by a product of matrix and vector; 4 ulp elsewhere.
 _ROW_RUN = 1024
-_COLUMN_RUN = 64  # less, since this way adds up one row after the other, not many lanes at once
+_COLUMN_RUN = 64  # shorter, since BLAS adds row after row here, without parallel lanes
 
 
 def check_dtype(grad: Any, /) -> None:
@@ -65,12 +65,12 @@ def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     if _is_narrow(x):
         x = x.astype(np.float32)
     if not reproducible:
-        return _wide_mean(x, axes).astype(x.dtype, copy=False)
+        return _average(x, axes).astype(x.dtype, copy=False)
     native = x.dtype.newbyteorder("=")
     mean = np.empty([1 if axis in axes else size for axis, size in enumerate(x.shape)], native)
     with np.errstate():  # restores the buffer size
         np.setbufsize(_BUFFER)
-        for part in _parts(x, axes):
+        for part in _cut_blocks(x, axes):
             mean[part] = _canonical.fan_in_mean(
                 x[part].astype(native, copy=False), axes, np, _BLOCK
             )
@@ -90,11 +90,11 @@ def centralize(
         return out
     if reproducible:
         return _centralize_in_order(grad, axes, strength, out)
-    kernel = _blas_kernel(grad, axes, out)
+    kernel = _find_blas(grad, axes, out)
     if kernel is None:
-        mean = _wide_mean(grad, axes)
-        result = np.subtract(grad, _scaled(mean, strength, grad.dtype), out=out)
-        return result.astype(grad.dtype, copy=False)  # NumPy's own result has native byte order
+        mean = _average(grad, axes)
+        result = np.subtract(grad, _scale(mean, strength, grad.dtype), out=out)
+        return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
     if out is None:
         out = np.empty_like(grad)
     kernel(grad, out, len(axes), strength)
@@ -135,9 +135,9 @@ def _is_narrow(array: NDArray) -> bool:
 
 
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
-    """Whether this is bfloat16, float8_... of the ml_dtypes package, which NumPy does not know.
+    """Return True for a floating dtype of the ml_dtypes package, such as bfloat16.
 
-    But for float8_e8m0fnu, a scale: it has no sign and no zero.
+    float8_e8m0fnu is excluded: it is a scale, without sign and zero.
     """
     is_float = dtype.name.startswith(("bfloat", "float")) and "e8m0" not in dtype.name
     return dtype.kind == "V" and is_float
@@ -155,36 +155,36 @@ def _centralize_in_order(
     native = grad.dtype.newbyteorder("=")
     with np.errstate():  # restores the buffer size
         np.setbufsize(_BUFFER)
-        for part in _parts(grad, axes):
+        for part in _cut_blocks(grad, axes):
             block = grad[part].astype(native, copy=False)
             mean = _canonical.fan_in_mean(block, axes, np, _BLOCK)
-            np.subtract(block, _scaled(mean, strength, native), out=out[part])
+            np.subtract(block, _scale(mean, strength, native), out=out[part])
     return out
 
 
-def _parts(x: NDArray, axes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+def _cut_blocks(x: NDArray, axes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     steps = [step // x.itemsize for step in x.strides]
     return _canonical.blocks(x.shape, steps, axes, _BLOCK)
 
 
-def _wide_mean(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
-    # Summed in float64 at least: along other axes than the last NumPy adds one after the other.
+def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
+    # In float64 at least, since NumPy adds one after the other along every axis but the last.
     accumulator = np.result_type(grad.dtype, np.float64)
     mean: NDArray = np.mean(grad, axis=axes, dtype=accumulator, keepdims=True)
-    if accumulator == grad.dtype:  # then the mean of what is left over makes up for that order
+    if accumulator == grad.dtype:  # the mean of the remainder corrects the rounding
         mean = mean + np.mean(grad - mean, axis=axes, keepdims=True)
     return mean
 
 
-def _blas_kernel(grad: NDArray, axes: tuple[int, ...], out: NDArray | None) -> Any:
-    """Kernel for an array that is a matrix in memory with fan-in rows or columns; or None."""
+def _find_blas(grad: NDArray, axes: tuple[int, ...], out: NDArray | None) -> Any:
+    """Find the function for an array whose fan-ins are the rows or columns of a matrix; or None."""
     if type(grad) is not np.ndarray or grad.dtype.char not in "fd":
         return None
     if not grad.flags.c_contiguous:
         return None
     if not (out is None or out is grad or _is_apart(out, grad)):
         return None
-    # The axes are in increasing order, so one end tells.
+    # The axes are in increasing order, so one end is enough.
     if axes[0] == grad.ndim - len(axes):
         return _centralize_rows
     if axes[-1] == len(axes) - 1:
@@ -203,8 +203,8 @@ def _centralize_rows(grad: NDArray, out: NDArray, n_axes: int, strength: float) 
     step = max(1, _BLOCK // fan_in)
     for start in range(0, units, step):
         block = source[start : start + step]
-        mean = _row_sums(block) / fan_in
-        mean = _scaled(mean, strength, grad.dtype)
+        mean = _sum_rows(block) / fan_in
+        mean = _scale(mean, strength, grad.dtype)
         np.subtract(block, mean[:, None], out=target[start : start + step])
 
 
@@ -212,17 +212,17 @@ def _centralize_columns(grad: NDArray, out: NDArray, n_axes: int, strength: floa
     fan_in = prod(grad.shape[:n_axes])
     units = grad.size // fan_in
     source, target = grad.reshape(fan_in, units), out.reshape(fan_in, units)
-    mean = _scaled(_column_sums(source) / fan_in, strength, grad.dtype)
+    mean = _scale(_sum_columns(source) / fan_in, strength, grad.dtype)
     np.subtract(source, mean, out=target)
 
 
-def _scaled(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
+def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
     if strength != 1.0:
         mean *= strength
     return mean.astype(dtype, copy=False)
 
 
-def _row_sums(block: NDArray) -> NDArray:
+def _sum_rows(block: NDArray) -> NDArray:
     units, fan_in = block.shape
     ones = _ones(block.dtype)
     if fan_in <= _ROW_RUN:
@@ -236,7 +236,7 @@ def _row_sums(block: NDArray) -> NDArray:
     return sums
 
 
-def _column_sums(matrix: NDArray) -> NDArray:
+def _sum_columns(matrix: NDArray) -> NDArray:
     fan_in, units = matrix.shape
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
@@ -252,7 +252,7 @@ def _column_sums(matrix: NDArray) -> NDArray:
 
 @cache
 def _ones(dtype: np.dtype[Any]) -> NDArray:
-    """As many ones as the longest run has, made once; nobody writes to them."""
+    """Make as many ones as the longest run has, once for a dtype."""
     ones = np.ones(_ROW_RUN, dtype)
     ones.flags.writeable = False
     return ones

@@ -37,8 +37,8 @@ WIDTH = 32
 _MOST = 1 << 30
 
 
-class Launch(NamedTuple):
-    """One launch, with its tables on the CPU.
+class Tables(NamedTuple):
+    """Tables for one launch, on the CPU.
 
     `tiles`, int32 (tiles, 2), holds the tensor and the matrix of each tile. `matrices`, int64, has
     a row for each matrix, with the fields that `_triton_kernels` names. The kernel reads `vector`
@@ -64,15 +64,15 @@ class _Entry(NamedTuple):
     splits: int = 1  # tiles in a segment of a panel
 
 
-def launches(
+def make_tables(
     tensors: Sequence[Tensor], axes: Sequence[Axes], *, vector: int, any_order: bool
-) -> list[Launch]:
+) -> list[Tables]:
     """Split tensors into a vectorised launch and a scalar one; either may be missing.
 
     Parameters
     ----------
     tensors : sequence of Tensor
-        Tensors in which `walks` finds matrices.
+        Tensors that the kernel can walk through.
     axes : sequence of tuple of int
         The fan-in axes of each; none for a tensor that is not centralized.
     vector : int
@@ -83,29 +83,29 @@ def launches(
     together: list[_Entry] = []
     one_by_one: list[_Entry] = []
     for k, (tensor, fan_in) in enumerate(zip(tensors, axes, strict=True)):
-        found = walks(tensor, fan_in, any_order=any_order)
+        found = find_walk(tensor, fan_in, any_order=any_order)
         if found is None:
             msg = f"no matrices in shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             raise ValueError(msg)
         for matrix in found:
-            entry = _entry(k, matrix, TILE, is_flat=not fan_in)
+            entry = _make_entry(k, matrix, TILE, is_flat=not fan_in)
             if _is_even(entry, vector):
                 together.append(entry)
             else:
-                one_by_one.append(_entry(k, matrix, TILE_ONE_BY_ONE, is_flat=not fan_in))
+                one_by_one.append(_make_entry(k, matrix, TILE_ONE_BY_ONE, is_flat=not fan_in))
     sorts = ((together, vector, TILE), (one_by_one, 1, TILE_ONE_BY_ONE))
-    return [_launch(entries, step, tile) for entries, step, tile in sorts if entries]
+    return [_make_tables(entries, step, tile) for entries, step, tile in sorts if entries]
 
 
-def walks(tensor: Tensor, axes: Axes, *, any_order: bool) -> tuple[Matrix, ...] | None:
+def find_walk(tensor: Tensor, axes: Axes, *, any_order: bool) -> tuple[Matrix, ...] | None:
     """Find the matrices of a tensor; None if the kernel cannot walk through it."""
     if tensor.numel() == 0:
         return None
-    return _walks(tensor.shape, tensor.stride(), axes, any_order)
+    return _find_walk(tensor.shape, tensor.stride(), axes, any_order)
 
 
 @lru_cache(maxsize=1 << 12)
-def _walks(
+def _find_walk(
     shape: tuple[int, ...], steps: tuple[int, ...], axes: Axes, any_order: bool
 ) -> tuple[Matrix, ...] | None:
     if not axes:
@@ -118,7 +118,7 @@ def _walks(
     return found if max(found[0].units, found[0].fan_in) <= _MOST else None
 
 
-def _entry(tensor: int, matrix: Matrix, tile: int, *, is_flat: bool) -> _Entry:
+def _make_entry(tensor: int, matrix: Matrix, tile: int, *, is_flat: bool) -> _Entry:
     if is_flat:
         return _Entry(tensor, matrix, FLAT, divide_up(matrix.fan_in, tile))
     if matrix.is_columns:
@@ -147,9 +147,9 @@ def _is_even(entry: _Entry, vector: int) -> bool:
     return all(distance % vector == 0 for distance in (matrix.offset, *distances))
 
 
-def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
+def _make_tables(entries: list[_Entry], vector: int, tile: int) -> Tables:
     # Long tiles go first, so that the device is busy to the end.
-    entries.sort(key=lambda entry: _work(entry, tile), reverse=True)
+    entries.sort(key=lambda entry: _count_work(entry, tile), reverse=True)
     counts = torch.tensor([entry.tiles for entry in entries], device="cpu")
     slots = torch.tensor([entry.tiles * (entry.parts > 1) for entry in entries], device="cpu")
     numbers = torch.arange(len(entries), device="cpu")
@@ -161,7 +161,7 @@ def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
         torch.tensor([entry.splits for entry in entries], device="cpu"),
         slots.cumsum(0) - slots,
     ]
-    return Launch(
+    return Tables(
         tiles=torch.stack((owners, numbers), 1).repeat_interleave(counts, 0).int(),
         matrices=torch.stack(fields, 1),
         vector=vector,
@@ -171,7 +171,7 @@ def _launch(entries: list[_Entry], vector: int, tile: int) -> Launch:
     )
 
 
-def _work(entry: _Entry, tile: int) -> int:
+def _count_work(entry: _Entry, tile: int) -> int:
     """Count the elements that the slowest tile reads."""
     if entry.parts > 1:
         return entry.matrix.fan_in * WIDTH

@@ -1,4 +1,4 @@
-"""PyTorch: its own mean and subtraction, on any device, traced and compiled as they are."""
+"""PyTorch: its own mean and subtraction on any device, which torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WIDE = {
     torch.complex32: torch.complex64,
     **dict.fromkeys((torch.float16, torch.bfloat16, *_FLOAT8), torch.float32),
 }
-# Not every floating dtype: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers in one.
+# Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
-# Types that are known to be on one process, without asking.
+# Types whose tensors are always on one process.
 _PLAIN = (Tensor, Parameter)
 
 # A shape in which each letter of a layout has an axis, and the fan-in axes of that shape.
@@ -35,8 +35,8 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
-# Elements that the canonical order handles at a time: 2 MiB of float32, which a second-level cache
-# holds, and beside which the cost of a call of torch is small.
+# Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
+# and is large enough to hide the overhead of a torch call.
 _BLOCK = 1 << 19
 
 
@@ -45,7 +45,7 @@ def check_dtype(grad: Tensor, /) -> None:
     if grad.layout is not _DENSE:
         msg = (
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
-            "or leave it out: sparse gradients are those of embeddings"
+            "or leave it out: a sparse gradient belongs to an embedding"
         )
         raise TypeError(msg)
     if grad.dtype not in _DTYPES:
@@ -85,7 +85,7 @@ def centralize(
         (launched,) = _launched([grad], [axes], strength, [out], reproducible)
         if launched is not None:
             return launched
-    if reproducible and torch.compiler.is_compiling():  # which rounds less often
+    if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
         by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
         return by_itself(grad, axes, strength, out, reproducible)  # type: ignore[no-any-return]
     return _centralize(grad, axes, strength, out, reproducible)
@@ -99,7 +99,7 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Tensor]:
-    """See `gcx.backends.Backend`; one launch for all that the kernels take."""
+    """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
     if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     launched = _launched(grads, axes, strength, outs, reproducible)
@@ -130,7 +130,7 @@ def to_numpy(array: Tensor, /) -> Any:
 
 
 def _is_expanded(array: Tensor) -> bool:
-    """Whether several elements are in one place in memory."""
+    """Return True if several elements share one address."""
     strides = zip(array.stride(), array.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in strides)
 
@@ -145,7 +145,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _torch_dtensor.fan_in_mean(x, axes)
     if reproducible:
         return _canonical_mean(x, axes)
-    return x.mean(axes if len(axes) > 1 else axes[0], True)  # keepdim; torch parses this faster
+    return x.mean(axes if len(axes) > 1 else axes[0], True)  # positional: torch parses it faster
 
 
 def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
@@ -297,7 +297,7 @@ def _canonical_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
-    """Centralize by torch's own operations."""
+    """Centralize with torch's own operations."""
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
         mean = mean * strength
@@ -311,15 +311,15 @@ def _launched(
     outs: Sequence[Tensor | None],
     reproducible: bool,
 ) -> list[Tensor | None]:
-    """Centralize what the kernels take; None for the others."""
-    # Imported with the first tensor on CUDA, and not where there is none.
+    """Centralize the tensors that the kernels take; None for the others."""
+    # Imported with the first CUDA tensor, since it is not needed before.
     from gcx.backends import _torch_cuda
 
     return _torch_cuda.centralize_many(grads, axes, strength, outs, reproducible)
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute ``x - mean`` in the dtype of the mean, rounded once to that of `x`."""
+    """Compute ``x - mean`` in the dtype of the mean, and round once to the dtype of `x`."""
     if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
         return _torch_dtensor.subtract(x, mean, out, subtract)
     if x.dtype in _WIDE:

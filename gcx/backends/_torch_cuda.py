@@ -47,10 +47,10 @@ def why_not(device: torch.device | None = None) -> str:
         if not torch.cuda.is_available():
             return "no CUDA device"
         device = torch.device("cuda", torch.cuda.current_device())
-    reason = _lack(device) or failures.get(device, "")
+    reason = _find_lack(device) or failures.get(device, "")
     if reason or torch.cuda.is_current_stream_capturing():  # a capture allows no trial
         return reason
-    return _failure(device)
+    return _try_kernel(device)
 
 
 def takes(grad: Tensor, axes: Axes, out: Tensor | None = None) -> bool:
@@ -77,8 +77,8 @@ def centralize_many(
 ) -> list[Tensor | None]:
     """Centralize the gradients that the kernel takes; see `gcx.backends.Backend`.
 
-    The result is None for each gradient that is left to PyTorch. All are left if one of them would
-    be written to memory in which another one lies.
+    The result is None for each gradient that is left to PyTorch. All are left if a result would
+    overwrite another array of the list.
     """
     results: list[Tensor | None] = [None] * len(grads)
     places = _find_taken(grads, axes, outs)
@@ -105,8 +105,8 @@ class Launches:
 
     def __init__(self) -> None:
         self._schedules: dict[Hashable, _Schedule] = {}
-        # One value, since another thread may set its own at any moment.
-        self._last: tuple[object, _Schedule] = (None, _Schedule(((), (), ()), (), any_order=True))
+        # The last list: comparing it is faster than hashing. One value, since threads share it.
+        self._last: tuple[object, _Schedule] = None, _Schedule(((), (), ()), (), any_order=True)
 
     def centralize_(
         self,
@@ -146,12 +146,12 @@ class Launches:
             weights, rate = grads, 0.0
         roles = (grads, weights, grads)
         of_weights = [] if weights is grads else forms(weights)
-        seen = [*forms(grads), *of_weights, *axes, reproducible]
+        key = [*forms(grads), *of_weights, *axes, reproducible]
         last, schedule = self._last
-        if seen != last:
+        if key != last:
             make = partial(_schedule_in_place, roles, axes, reproducible)
-            schedule = _recall(self._schedules, tuple(seen), make)
-            self._last = seen, schedule
+            schedule = _recall(self._schedules, tuple(key), make)
+            self._last = key, schedule
         return sorted((*schedule.left, *schedule.run(roles, strength, rate)))
 
 
@@ -205,7 +205,7 @@ def _select(places: list[int], roles: Roles) -> Roles:
 
 
 def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> _Schedule:
-    """Exclude gradients that the kernel cannot take, and those that repeat an earlier one."""
+    """Exclude gradients that the kernel cannot take, and repetitions of an earlier gradient."""
     grads, weights, _ = roles
     taken = [
         k
@@ -241,7 +241,7 @@ def _fits(grad: Tensor, axes: Axes, out: Tensor | None) -> bool:
     """Return True if the kernel supports a tensor, and autograd does not record it."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, out)):
         return False
-    if not _is_ordinary(grad) or _tiles.walks(grad, axes, any_order=False) is None:
+    if not _is_ordinary(grad) or _tiles.find_walk(grad, axes, any_order=False) is None:
         return False
     if out is None:  # the result will have the strides of the gradient only if that is dense
         return is_dense(grad.shape, grad.stride())
@@ -302,8 +302,8 @@ def _is_parallel(tensor: Tensor, grad: Tensor) -> bool:
 
 
 @cache
-def _lack(device: torch.device) -> str:
-    """Say what the kernel needs and does not find."""
+def _find_lack(device: torch.device) -> str:
+    """Name a missing requirement of the kernel; empty if there is none."""
     if torch.version.hip is not None:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
@@ -319,7 +319,7 @@ def _lack(device: torch.device) -> str:
 
 
 @cache
-def _failure(device: torch.device) -> str:
+def _try_kernel(device: torch.device) -> str:
     """Try the kernel, and say how it fails: it may lack a C compiler, for example."""
     try:
         with allow_sync():

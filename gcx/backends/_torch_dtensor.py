@@ -1,4 +1,4 @@
-"""Tensors spread over processes, as DTensor of torch: means are sent, never a gradient."""
+"""DTensors: the processes exchange means, never a gradient."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # it takes long to import, and whoever has a DTensor has imported it
+if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
 
 
 def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is spread over processes."""
+    """Return True if a tensor is spread over processes."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
@@ -24,7 +24,7 @@ def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
 
 
 def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
-    """Raise a TypeError if a fan-in is not whole on a process, so that its order is not known."""
+    """Raise a TypeError if a fan-in is spread over processes, in an unknown order."""
     for placement in x.placements:
         if placement.is_partial() or _cut_axis(placement) in axes:
             msg = (
@@ -35,7 +35,7 @@ def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
 
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
-    """Means of what each process has, where that is whole fan-ins."""
+    """Average the shards of each process, which hold whole fan-ins."""
     from torch.distributed.tensor import DTensor
 
     here = x.to_local()
@@ -49,23 +49,23 @@ def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
-    """Mean over `axes`, which stay with size 1; along a cut axis, in parts that are to add up.
+    """Average over `axes`, which stay with size 1; a sharded fan-in gives a partial sum.
 
-    They are added up when it is subtracted, so that sums of means are sent once.
+    Partial sums are added when the mean is subtracted, so that the processes communicate once.
     """
-    # Not x.mean: where the shards of a fan-in are uneven, that gathers all of x.
+    # x.mean would gather all of x if the shards of a fan-in are uneven.
     return x.sum(tuple(axes), True) / prod([x.shape[axis] for axis in axes])
 
 
 def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tensor:
-    """Mean over `axes` of `x` seen as (groups, rows, ...), in one row a group, else as above."""
-    # Not by such a view: shards need not end where a group does, and then torch refuses.
+    """Average `x`, seen as (groups, rows, ...), over `axes`; the mean has one row a group."""
+    # torch refuses this view if a shard ends inside of a group.
     from torch.distributed.tensor import DTensor, Partial
 
     rest = [axis - 1 for axis in axes if axis > 1]
     if groups == len(x):
         return fan_in_mean(x, rest)
-    total = x.sum(rest, True) if rest else x  # of no axes would be of all
+    total = x.sum(rest, True) if rest else x  # torch takes no axes for all axes
     assert is_dtensor(total)
     here = total.to_local()
     sums = here.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), here)
@@ -83,12 +83,12 @@ def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tenso
 def subtract(
     x: DTensor, mean: Tensor, out: Tensor | None, subtract_here: Callable[..., Tensor]
 ) -> Tensor:
-    """Compute ``x - mean``, each process its own part of `x`."""
+    """Compute ``x - mean``; each process subtracts from its own shard of `x`."""
     from torch.distributed.tensor import DTensor
 
     assert is_dtensor(mean)
     x_here = x.to_local()
-    # To the CPU, if that is where FSDP keeps gradients: from_local goes to the device of the mesh.
+    # FSDP may keep gradients on the CPU, while from_local uses the device of the mesh.
     mean_here = _part_of_mean(mean, x).to(x_here.device)
     if out is x:
         subtract_here(x_here, mean_here, x_here)
@@ -104,7 +104,7 @@ def subtract(
 
 
 def _part_of_mean(mean: DTensor, x: DTensor) -> Tensor:
-    """Give what is to be subtracted from the part of `x` that is here."""
+    """Find the means for the shard of `x` on this process."""
     from torch.distributed.tensor import Partial, Replicate
 
     placements: list[Placement] = []
@@ -114,7 +114,7 @@ def _part_of_mean(mean: DTensor, x: DTensor) -> Tensor:
         axis = _cut_axis(of_x)
         is_cut = axis is not None and mean.shape[axis] > 1 and not of_mean.is_partial()
         placements.append(of_x if of_mean == of_x or is_cut else Replicate())
-        # Of a whole mean beside a part of `x`, autograd sees here what comes from that part.
+        # A whole mean beside a shard of `x`: its gradient here comes from this shard alone.
         of_part = axis is not None and placements[k] == Replicate()
         of_gradient.append(Partial() if of_part else placements[k])
         if of_x == Partial() and of_mean != of_x:
@@ -122,22 +122,22 @@ def _part_of_mean(mean: DTensor, x: DTensor) -> Tensor:
     here = mean.redistribute(placements=placements).to_local(grad_placements=of_gradient)
     if len(mean) not in (1, len(x)):
         here = here[_group_of_rows(x, len(mean))]
-    # A whole mean is shared by the processes whose terms `x` is the sum of.
+    # `x` is a sum of terms, one a process: each subtracts its part of the mean.
     return here if terms == 1 else here / terms
 
 
 def _group_of_rows(x: DTensor, groups: int) -> Tensor:
-    """Give the number of the group for each row of `x` that is here."""
+    """Find the group of each row in the shard of `x` on this process."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, device = x.device_mesh, x.to_local().device
     group = torch.arange(len(x), device=device) // (len(x) // groups)
     everywhere = DTensor.from_local(group, mesh, [Replicate()] * mesh.ndim)
-    # The same cut again, whatever its kind.
+    # Shard it like `x`, whatever the kind of sharding.
     cut = [p if _cut_axis(p) == 0 else Replicate() for p in x.placements]
     return everywhere.redistribute(placements=cut).to_local().to(device)
 
 
 def _cut_axis(placement: Placement) -> int | None:
-    """Axis along which a tensor is cut into shards, whatever the kind of sharding."""
+    """Return the axis along which a tensor is sharded, whatever the kind of sharding."""
     return getattr(placement, "dim", None)

@@ -76,7 +76,7 @@ class MultiTensor:
         vector = 16 // min(dtype.itemsize for dtype in dtypes)
         self._launches = [
             _Launch(tables, self._rule.kernel, dtypes, self._device)
-            for tables in _tiles.launches(roles[0], axes, vector=vector, any_order=any_order)
+            for tables in _tiles.make_tables(roles[0], axes, vector=vector, any_order=any_order)
         ]
         self._ready: _Ready | None = None
         # Pinned memory for the addresses of a CUDA graph: a capture can allocate none.
@@ -103,7 +103,7 @@ class MultiTensor:
             return False
 
     def launch(self, roles: Roles, **scalars: float) -> bool:
-        """Do as `run`, but raise a TritonFailsError where Triton fails."""
+        """Do the same as `run`, but raise a TritonFailsError if Triton fails."""
         numbers = self._rule.numbers(**scalars)
         with _on(self._device):
             stream, addresses = _stream(), _addresses(roles)
@@ -193,7 +193,7 @@ class _Launch:
 
     def __init__(
         self,
-        tables: _tiles.Launch,
+        tables: _tiles.Tables,
         kernel: str,
         dtypes: Sequence[torch.dtype],
         device: torch.device,
@@ -217,7 +217,7 @@ class _Launch:
         self._device = device
         # The stream on which the tables were sent, and the tables on the device.
         self._tables: tuple[int | None, Tensor, Tensor] | None = None
-        # Keyed by: is the mean of weights subtracted, and the number of elements read at once.
+        # Keyed by the use of the mean of weights, and the number of elements read at once.
         self._compiled: dict[tuple[bool, int], Callable[..., object]] = {}
 
     def memory(self, stream: int | None) -> _Memory:
@@ -325,7 +325,7 @@ def _pin(table: Tensor) -> Tensor:
 
 
 def _send(table: Tensor, device: torch.device, *, waits: bool = True) -> Tensor:
-    """Copy a table to a device: and wait, or from pinned memory in the order of the stream."""
+    """Copy a table to a device. Without waiting, the table must be in pinned memory."""
     with allow_sync() if waits else nullcontext():
         return table.to(device, non_blocking=not waits)
 

@@ -1,8 +1,8 @@
 """Device code, in Triton: one kernel that centralizes many tensors in one launch.
 
 A launch walks through tiles of `TILE` elements. A tile belongs to a matrix of a tensor (see
-`_matrices`). The kind of the matrix says how it is walked: by rows, of which a tile holds several,
-one or a part; by columns; or flat, if there is nothing to centralize. The rule, a function
+`_matrices`). The kind of the matrix says how it is walked: by rows, where a tile holds several, one
+or a part; by columns; or flat, if there is nothing to centralize. The rule, a function
 of `_triton_functions`, uses the centralized gradient: it stores it, or takes an optimizer's step.
 
 Sums are in the canonical order (see `_canonical`), so no bit depends on the size of a tile or on

@@ -12,7 +12,7 @@ Numbers = tuple[float, float, tuple[float, ...]]
 
 
 class KernelRule(NamedTuple):
-    """A rule of the kernel: its device function, and its scalars from those of an optimizer."""
+    """A rule of the kernel: its device function, and a function that computes its scalars."""
 
     kernel: str  # of `_triton_functions`
     written: int  # number of the first role that is written to

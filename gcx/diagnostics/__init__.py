@@ -1,8 +1,8 @@
-"""What Gradient Centralization would do to your model, before you train with it.
+"""Measurements of the effect of Gradient Centralization on a model, before training.
 
-`energy_removed` here is for gradients that are there already, of any array library;
-``gcx.diagnostics.torch`` and ``gcx.diagnostics.jax`` have one each that computes them for a model
-and its batches, and are imported by these names.
+`energy_removed` takes gradients of any array library. The functions of the same name in
+``gcx.diagnostics.torch`` and ``gcx.diagnostics.jax`` compute the gradients of a model first; import
+these modules by name.
 """
 
 from gcx.diagnostics._arrays import energy_removed

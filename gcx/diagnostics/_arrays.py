@@ -1,4 +1,4 @@
-"""The report from gradients that are there already, of any array library."""
+"""The report from given gradients of any array library."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gcx._decisions import decide
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, naming
-from gcx.diagnostics._energy import energy_of
-from gcx.diagnostics._report import EnergyReport, report_of
+from gcx.diagnostics._energy import measure_energies
+from gcx.diagnostics._report import EnergyReport, make_report
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -24,19 +24,18 @@ def energy_removed(
     *,
     layouts: Layouts = OUTPUT_FIRST,
 ) -> EnergyReport:
-    r"""Measure what share of the energy of gradients Gradient Centralization would remove.
+    r"""Measure the share of the gradients' energy that Gradient Centralization removes.
 
-    The energy of the gradient :math:`g` of an output unit with fan-in :math:`M` and mean
-    :math:`\mu` is :math:`\lVert g \rVert^2`, and centralizing it removes :math:`M \mu^2`
-    (Proposition 4.2). The share of a weight is the sum of the one over its output units, divided by
-    the sum of the other.
+    An output unit with fan-in :math:`M` and a gradient :math:`g` of mean :math:`\mu` has the energy
+    :math:`\lVert g \rVert^2`. Centralizing removes :math:`M \mu^2` of it (Proposition 4.2). The
+    share of a weight is the removed energy of all its output units, divided by their energy.
 
     Parameters
     ----------
     grads : iterable of list, tuple or dict of arrays
-        For each batch the gradients, as `gcx.centralize_many` takes them; None where there is no
-        gradient. A generator will do: they are looked at one batch at a time.
-    layouts : Layout, str, mapping or sequence, optional
+        For each batch its gradients, as in `gcx.centralize_many`; None for no gradient. A generator
+        saves memory: it is read once, batch by batch.
+    layouts : Layout, str, Plan, mapping or sequence, optional
         As in `gcx.centralize_many`.
 
     Returns
@@ -47,26 +46,25 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If the gradients of a batch are not a list, tuple or dict, or one of them is not a dense
-        array of floating dtype.
+        If the gradients of a batch are not a list, tuple or dict of dense floating arrays.
     ValueError
         If there are no batches, or no gradients in them; if `layouts` does not fit the gradients;
-        or if the shape of one changes from batch to batch.
+        or if the shape of a gradient changes from batch to batch.
 
     See Also
     --------
-    gcx.diagnostics.torch.energy_removed : for a model of torch; it computes the gradients.
-    gcx.diagnostics.jax.energy_removed : the same in JAX.
+    gcx.diagnostics.torch.energy_removed : the same for a torch model and its batches.
+    gcx.diagnostics.jax.energy_removed : the same for a JAX model.
 
     Notes
     -----
-    Sums are taken in float64 for every dtype and in every library. A DTensor of torch is put
-    together on each process, which all have to call this.
+    Sums are in float64, for every dtype and library. A DTensor is gathered on each process, so all
+    processes have to call this function.
 
     References
     ----------
-    Yong, Huang, Hua and Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-    Neural Networks", ECCV 2020, Proposition 4.2. https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
+    ECCV 2020, Proposition 4.2. https://arxiv.org/abs/2004.01461
 
     Examples
     --------
@@ -87,25 +85,26 @@ def energy_removed(
     plan: dict[str, PlanRow] = {}
     batches = []
     for tree in grads:
-        found = _rows_and_grads(tree, layouts)
+        found = _decide_batch(tree, layouts)
         for row, _ in found:
-            plan[row.name] = _agreed(plan.get(row.name, row), row)
-        batches.append({row.name: energy_of(g, row) for row, g in found if g is not None})
-    return report_of(plan.values(), batches)
+            plan[row.name] = _merge_rows(plan.get(row.name, row), row)
+        batches.append(measure_energies(found))
+    return make_report(plan.values(), batches)
 
 
-def _rows_and_grads(tree: Any, layouts: Any) -> list[tuple[PlanRow, Any]]:
-    """Decide on each of the gradients of a batch."""
+def _decide_batch(tree: Any, layouts: Any) -> list[tuple[PlanRow, Any]]:
+    """Decide on each gradient of a batch."""
     if not isinstance(tree, (list, tuple, dict)):
         msg = (
-            "grads has the gradients of each batch, a list, tuple or dict of arrays; there is "
-            f"{type(tree).__name__} where one of these should be (of a single batch: [grads])"
+            "grads has a list, tuple or dict of arrays for each batch, but there is a "
+            f"{type(tree).__name__} among them (for a single batch, pass [grads])"
         )
         raise TypeError(msg)
     named = flatten(tree)
     chosen = layouts_for(named, layouts, like=tree)
     return [
-        (_row(name, grad, layout), grad) for (name, grad), layout in zip(named, chosen, strict=True)
+        (_decide(name, grad, layout), grad)
+        for (name, grad), layout in zip(named, chosen, strict=True)
     ]
 
 
@@ -113,16 +112,16 @@ _ABSENT = "no gradient"
 _LEFT_ALONE = LeaveAlone("left alone by layouts")
 
 
-def _row(name: str, grad: Any, layout: Layout | None) -> PlanRow:
+def _decide(name: str, grad: Any, layout: Layout | None) -> PlanRow:
     if grad is None:
         return PlanRow(name, (), None, _ABSENT)
     with naming(name):
-        backend_for(grad)  # which says what is no array
+        backend_for(grad)  # raises a TypeError for anything but an array
     return decide(name, tuple(grad.shape), layout or _LEFT_ALONE, "as given")
 
 
-def _agreed(known: PlanRow, found: PlanRow) -> PlanRow:
-    """One row for the gradients of a parameter in two batches, of which one may have none."""
+def _merge_rows(known: PlanRow, found: PlanRow) -> PlanRow:
+    """Merge the rows of a parameter in two batches; one batch may have no gradient for it."""
     if found.reason == _ABSENT:
         return known
     if known.reason != _ABSENT and known.shape != found.shape:

@@ -1,4 +1,4 @@
-"""The shares of a report as a bar chart."""
+"""The bar chart of a report."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-if TYPE_CHECKING:  # the report imports this file when it is drawn
+if TYPE_CHECKING:  # the report imports this file when it is draw
     from gcx.diagnostics._report import Share
 
-__all__ = ["drawn"]
+__all__ = ["draw"]
 
-# Of Okabe and Ito, told apart by people who do not see red and green, too.
+# From the palette of Okabe and Ito, which is safe for color-blind readers.
 _BAR, _CHANCE = "#0072B2", "#D55E00"
 
 
-def drawn(shares: Sequence[tuple[str, Share]], *, title: str) -> Figure:
-    """Draw a bar for each name: the share, its range over the batches, and what chance gives."""
+def draw(shares: Sequence[tuple[str, Share]], *, title: str) -> Figure:
+    """Draw a bar for each name: the share, its range over the batches, and the share by chance."""
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _ in shares]
     removed = [share.removed for _, share in shares]
-    below = [max(0.0, share.removed - share.lowest) for _, share in shares]  # but for rounding
+    below = [
+        max(0.0, share.removed - share.lowest) for _, share in shares
+    ]  # rounding may make it negative
     above = [max(0.0, share.highest - share.removed) for _, share in shares]
     places = range(len(shares))
     axes.barh(places, removed, color=_BAR, label="all batches")

@@ -1,4 +1,4 @@
-"""The report: per parameter the share of the gradient's energy that GC removes."""
+"""The report: the share of each gradient's energy that Gradient Centralization removes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gcx.plan import PlanRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EnergyReport", "EnergyRow", "Share", "report_of"]
+__all__ = ["EnergyReport", "EnergyRow", "Share", "make_report"]
 
 
 class Share(NamedTuple):
@@ -25,13 +25,13 @@ class Share(NamedTuple):
     Attributes
     ----------
     removed : float
-        Over all batches: the sum of the energies removed, divided by the sum of the energies. A
-        batch counts by the energy of its gradient, so that one with next to none does not matter.
+        Sum of the removed energies of all batches, divided by the sum of their energies. So each
+        batch is weighted by its energy.
     lowest, highest : float
-        The least and the largest share in a batch by itself.
+        The smallest and the largest share in one batch.
     by_chance : float
-        What is to be expected if the elements are independent, with mean zero and equal variance:
-        1 / M, where M is the fan-in.
+        The expected share of independent elements with mean zero and equal variance: 1 / M for a
+        fan-in of M.
 
     Examples
     --------
@@ -48,7 +48,7 @@ class Share(NamedTuple):
 
 
 class EnergyRow(NamedTuple):
-    """What Gradient Centralization would do to the gradient of one parameter.
+    """The effect of Gradient Centralization on the gradient of one parameter.
 
     Attributes
     ----------
@@ -57,12 +57,11 @@ class EnergyRow(NamedTuple):
     shape : tuple of int
         Shape of the parameter.
     layout : Layout or None
-        How its gradient would be centralized; None means left alone.
+        Layout with which its gradient is centralized; None leaves it alone.
     reason : str
-        That of the plan, and why there is no share, if there is a layout.
+        Reason from the plan; and the reason for a missing share, if there is a layout.
     share : Share or None
-        None if the parameter is left alone, or the share is not defined: the gradient is zero or
-        not finite, or there is none.
+        None if the parameter is left alone, or if its gradient is zero, not finite or missing.
 
     Examples
     --------
@@ -80,17 +79,16 @@ class EnergyRow(NamedTuple):
 
 @dataclass(frozen=True)
 class EnergyReport:
-    """What Gradient Centralization would do to the gradient of a model; prints as a table.
+    """The effect of Gradient Centralization on the gradients of a model; prints as a table.
 
     Attributes
     ----------
     rows : tuple of EnergyRow
-        One per parameter, also of those that are left alone.
+        One row for each parameter, also for parameters that are left alone.
     total : Share or None
-        The share in the gradient of all parameters together, those left alone included; None if
-        that is zero or not finite.
+        The share in the gradient of all parameters together; None if that is zero or not finite.
     batches : int
-        How many were measured.
+        Number of batches.
 
     Examples
     --------
@@ -100,8 +98,7 @@ class EnergyReport:
     >>> report.rows[0].share.removed
     0.8
     >>> report.to_dict()["parameters"]["bias"]
-    {'shape': [1], 'layout': None, 'reason': 'fan-in 1: subtracting its mean would freeze it', \
-'share': None}
+    {'shape': [1], 'layout': None, 'reason': 'a vector has no fan-in', 'share': None}
     """
 
     rows: tuple[EnergyRow, ...]
@@ -109,7 +106,7 @@ class EnergyReport:
     batches: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain Python values, for JSON.
+        """Return plain Python values, for JSON.
 
         Returns
         -------
@@ -120,8 +117,8 @@ class EnergyReport:
         """
         return {
             "batches": self.batches,
-            "total": _plain(self.total),
-            "parameters": {row.name: _plain_row(row) for row in self.rows},
+            "total": _make_plain(self.total),
+            "parameters": {row.name: _make_plain_row(row) for row in self.rows},
         }
 
     def bar_chart(self) -> Figure:
@@ -130,7 +127,7 @@ class EnergyReport:
         Returns
         -------
         matplotlib.figure.Figure
-            With its method ``savefig`` it is written to a file.
+            Its method ``savefig`` writes it to a file.
 
         Raises
         ------
@@ -139,8 +136,8 @@ class EnergyReport:
         ValueError
             If no parameter has a share; the table says why.
         """
-        drawn = [(row.name, row.share) for row in self.rows if row.share is not None]
-        if not drawn:
+        shares = [(row.name, row.share) for row in self.rows if row.share is not None]
+        if not shares:
             msg = f"there is no share to draw:\n{self}"
             raise ValueError(msg)
         try:
@@ -148,7 +145,7 @@ class EnergyReport:
         except ImportError as error:
             msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
-        return _chart.drawn(drawn, title=f"Gradient Centralization, {self._batches()}")
+        return _chart.draw(shares, title=f"Gradient Centralization, {self._batches()}")
 
     def __str__(self) -> str:
         lines = aligned([_HEADER, *self._cells()], to_the_right=_NUMBERS)
@@ -168,80 +165,82 @@ class EnergyReport:
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"
 
 
-def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:
-    """Join the rows of a plan with what was measured: for each batch, energies by name.
+def make_report(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:
+    """Combine the rows of a plan with the energies of each batch, by name.
 
     Raises a ValueError if there are no batches, or no gradients in them.
     """
     if not batches:
-        msg = "batches is empty; if it is an iterator, it may have been gone through before"
+        msg = "batches is empty; if it is an iterator, it may have been used up before"
         raise ValueError(msg)
     if not any(batches):
         msg = "no parameter has a gradient in any batch: the loss does not depend on them"
         raise ValueError(msg)
     plan = list(plan)
     of_rows = [[batch[row.name] for batch in batches if row.name in batch] for row in plan]
-    rows = map(_row, plan, of_rows)
-    total = _share([_sum(batch.values()) for batch in batches], _chance_of_all(plan, of_rows))
+    rows = map(_make_row, plan, of_rows)
+    total = _find_share(
+        [_add_up(batch.values()) for batch in batches], _average_chance(plan, of_rows)
+    )
     return EnergyReport(tuple(rows), total, len(batches))
 
 
-def _row(row: PlanRow, energies: Sequence[Energy]) -> EnergyRow:
-    share, obstacle = None, _not_finite(energies)
+def _make_row(row: PlanRow, energies: Sequence[Energy]) -> EnergyRow:
+    share, obstacle = None, _find_non_finite(energies)
     if row.layout is not None:
-        share = _share(energies, _by_chance(row))
+        share = _find_share(energies, _find_chance(row))
         if share is None and not obstacle:
             obstacle = "zero gradient" if energies else "no gradient"
     reason = f"{row.reason}; {obstacle}" if obstacle else row.reason
     return EnergyRow(row.name, row.shape, row.layout, reason, share)
 
 
-def _share(energies: Sequence[Energy], by_chance: float) -> Share | None:
-    removed, total = _sum(energies)
-    if not 0.0 < total < inf:  # which a NaN is not, either
+def _find_share(energies: Sequence[Energy], by_chance: float) -> Share | None:
+    removed, total = _add_up(energies)
+    if not 0.0 < total < inf:  # false for NaN as well
         return None
     of_batches = [energy.removed / energy.total for energy in energies if energy.total]
     return Share(removed / total, min(of_batches), max(of_batches), by_chance)
 
 
-def _sum(energies: Iterable[Energy]) -> Energy:
+def _add_up(energies: Iterable[Energy]) -> Energy:
     energies = list(energies)
     return Energy(sum(e.removed for e in energies), sum(e.total for e in energies))
 
 
-def _not_finite(energies: Sequence[Energy]) -> str:
-    """Tell that a gradient is not finite; empty text if all are."""
+def _find_non_finite(energies: Sequence[Energy]) -> str:
+    """Write the reason if a gradient is not finite; empty if all are finite."""
     count = sum(not isfinite(energy.total) for energy in energies)
     return f"NaN or infinity in the gradient of {count} of {len(energies)} batches" if count else ""
 
 
-def _by_chance(row: PlanRow) -> float:
-    """Share to be expected of independent elements with mean zero."""
+def _find_chance(row: PlanRow) -> float:
+    """Return the expected share of independent elements with mean zero."""
     return 0.0 if row.layout is None else 1 / fan_in_size(row)
 
 
-def _chance_of_all(plan: Sequence[PlanRow], of_rows: Sequence[Sequence[Energy]]) -> float:
-    """Average the shares to be expected, each weighted by the energy of the gradient."""
-    totals = [_sum(energies).total for energies in of_rows]
-    expected = [total * _by_chance(row) for row, total in zip(plan, totals, strict=True)]
+def _average_chance(plan: Sequence[PlanRow], of_rows: Sequence[Sequence[Energy]]) -> float:
+    """Average the expected shares, weighted by the energies of the gradients."""
+    totals = [_add_up(energies).total for energies in of_rows]
+    expected = [total * _find_chance(row) for row, total in zip(plan, totals, strict=True)]
     return sum(expected) / (sum(totals) or 1.0)
 
 
-def _plain(share: Share | None) -> dict[str, float] | None:
+def _make_plain(share: Share | None) -> dict[str, float] | None:
     return None if share is None else share._asdict()
 
 
-def _plain_row(row: EnergyRow) -> dict[str, Any]:
+def _make_plain_row(row: EnergyRow) -> dict[str, Any]:
     return {
         "shape": list(row.shape),
         "layout": None if row.layout is None else str(row.layout),
         "reason": row.reason,
-        "share": _plain(row.share),
+        "share": _make_plain(row.share),
     }
 
 
 _HEADER = ("parameter", "shape", "layout", "removed", "in batches", "by chance", "reason")
-_NUMBERS = (3, 4, 5)  # the columns of them
+_NUMBERS = (3, 4, 5)  # columns to align to the right
 
 
 def _cells(row: EnergyRow) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What Gradient Centralization would do to a model in JAX, before it is trained."""
+"""The effect of Gradient Centralization on a JAX model, before training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 
 import gcx.optax
 from gcx.backends._jax import is_floating
-from gcx.diagnostics._energy import energy_of
-from gcx.diagnostics._report import EnergyReport, report_of
+from gcx.diagnostics._energy import measure_energies
+from gcx.diagnostics._report import EnergyReport, make_report
 from gcx.optax._layouts import Layouts
 from gcx.optax._names import is_none
 
@@ -27,21 +27,21 @@ def energy_removed(
     *,
     layouts: Layouts,
 ) -> EnergyReport:
-    """Measure what share of the gradient's energy GC would remove, in each weight of a model.
+    """Measure the share of the gradient's energy that GC removes, for each weight of a model.
 
     Parameters
     ----------
     params : pytree
-        The parameters: of a dict, an ``nnx.State``, an Equinox module and so on. Leaves that are
-        not arrays of floating dtype stay as they are.
+        The parameters: a dict, an ``nnx.State``, an Equinox module and so on. Other leaves than
+        floating arrays are not trained.
     batches : iterable of pytrees of arrays
-        What `loss` takes; gone through once. A handful will do.
+        Batches for `loss`, read once. A handful is enough.
     loss : callable
-        Function of the parameters and a batch that returns the loss, one number. It is traced by
-        `jax.jit`, so it must be pure; what it draws at random needs a key, in the batch for one.
+        Function of the parameters and a batch that returns the loss, one number. `jax.jit` traces
+        it, so it must be pure; for random numbers, put a key into the batch.
     layouts : model, mapping, callable or str
-        Which axes are fan-in, as `gcx.optax.centralize` takes it: the model itself if it is one of
-        nnx or Equinox, what `gcx.optax.layouts` gives, a mapping, or ``"flax"`` and other presets.
+        As in `gcx.optax.centralize`: an nnx or Equinox model, the result of `gcx.optax.layouts`, a
+        mapping, or a preset such as ``"flax"``.
 
     Returns
     -------
@@ -51,20 +51,18 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but one number; or as `gcx.optax.plan`.
+        If `loss` returns anything but one number; or as in `gcx.optax.plan`.
     ValueError
-        If there are no batches, or no arrays of floating dtype in `params`; or as
-        `gcx.optax.plan`.
+        If there are no batches, or no floating arrays in `params`; or as in `gcx.optax.plan`.
 
     See Also
     --------
-    gcx.diagnostics.energy_removed : for gradients that are there already.
+    gcx.diagnostics.energy_removed : the same for given gradients.
 
     Notes
     -----
-    It is the gradient of the loss that is measured, without the weight decay that an optimizer may
-    add. In JAX the gradient of a parameter that the loss does not depend on is zero, and so the
-    table calls it.
+    The gradient of the loss is measured, without the weight decay that an optimizer may add. In JAX
+    a parameter that the loss does not depend on has a zero gradient.
 
     Examples
     --------
@@ -93,27 +91,23 @@ def energy_removed(
         whole = list(leaves)
         for place, leaf in zip(places, trained, strict=True):
             whole[place] = leaf
-        return _one_number(loss(jax.tree.unflatten(structure, whole), batch))
+        return _check_loss(loss(jax.tree.unflatten(structure, whole), batch))
 
     rows = [plan[place] for place in places]
     trained = [leaves[place] for place in places]
     measured = [
-        {
-            row.name: energy_of(grad, row)
-            for row, grad in zip(rows, gradients(trained, batch), strict=True)
-        }
-        for batch in batches
+        measure_energies(zip(rows, gradients(trained, batch), strict=True)) for batch in batches
     ]
-    return report_of(plan, measured)
+    return make_report(plan, measured)
 
 
 def _is_trained(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
 
 
-def _one_number(loss: Any) -> Any:
+def _check_loss(loss: Any) -> Any:
     if getattr(loss, "shape", None) != ():
         what = f"an array of shape {loss.shape}" if hasattr(loss, "shape") else repr(loss)
-        msg = f"loss(params, batch) is to return one number, without axes; not {what}"
+        msg = f"loss(params, batch) must return one number, without axes; not {what}"
         raise TypeError(msg)
     return loss

@@ -1,4 +1,4 @@
-"""What Gradient Centralization would do to a model of torch, before it is trained."""
+"""The effect of Gradient Centralization on a torch model, before training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcx._options import Layers, Options
 from gcx.backends._torch_dtensor import is_dtensor
-from gcx.diagnostics._energy import Energy, energy_of
-from gcx.diagnostics._report import EnergyReport, report_of
+from gcx.diagnostics._energy import Energy, measure_energies
+from gcx.diagnostics._report import EnergyReport, make_report
 from gcx.plan import PlanRow
 from gcx.torch._plan import Overrides, decide, plan_of
 
@@ -31,17 +31,17 @@ def energy_removed(
     layers: Layers = "all",
     overrides: Overrides | None = None,
 ) -> EnergyReport:
-    """Measure what share of the gradient's energy GC would remove, in each weight of a model.
+    """Measure the share of the gradient's energy that GC removes, for each weight of a model.
 
     Parameters
     ----------
     model : torch.nn.Module
-        On any device, of any dtype, in the mode (``train()`` or ``eval()``) that is of interest.
+        On any device, of any dtype, in the mode to measure (``train()`` or ``eval()``).
     batches : iterable
-        What `loss` takes; gone through once. A handful will do.
+        Batches for `loss`, read once. A handful is enough.
     loss : callable
-        Function of the model and a batch that returns the loss, a tensor of one number. It moves
-        the batch to the device of the model, and has the ``autocast`` in it if you train with that.
+        Function of the model and a batch that returns the loss, a tensor of one number. It must
+        move the batch to the model's device, and use ``autocast`` if the training does.
     layers, overrides
         As in `gcx.torch.plan`.
 
@@ -54,27 +54,26 @@ def energy_removed(
     ------
     TypeError
         If `loss` returns anything but a tensor of one number; if a weight to centralize has a
-        sparse gradient; or as `gcx.torch.plan`.
+        sparse gradient; or as in `gcx.torch.plan`.
     ValueError
-        If there are no batches, or the loss does not depend on the parameters; or as
+        If there are no batches, or the loss does not depend on the parameters; or as in
         `gcx.torch.plan`.
     RuntimeError
-        If the model is spread over processes by FSDP or DistributedDataParallel, where gradients
-        come by ``backward()`` alone; or as `gcx.torch.plan`.
+        If FSDP or DistributedDataParallel wraps the model, since only ``backward()`` gives
+        gradients then; or as in `gcx.torch.plan`.
 
     See Also
     --------
-    gcx.diagnostics.energy_removed : for gradients that are there already.
+    gcx.diagnostics.energy_removed : the same for given gradients.
 
     Notes
     -----
-    Nothing is trained. Parameters, their ``.grad``, buffers (such as the running statistics of
-    batch norm), the modes of the modules and the random number generators of torch on the CPU and
-    on CUDA are afterwards what they were, after an exception too.
+    Nothing is trained. The model is restored afterwards, also after an exception: its parameters,
+    gradients, buffers and modes, and torch's random number generators on the CPU and on CUDA.
 
-    It is the gradient of the loss that is measured, without the weight decay that an optimizer may
-    add, as it comes from autograd: behind `gcx.torch.centralize_in_backward` nothing is left to be
-    removed. Where a parameter has no gradient in some batches, the others count.
+    The gradient of the loss is measured as autograd computes it, without the weight decay that an
+    optimizer may add. `gcx.torch.centralize_in_backward` leaves nothing to remove. Batches in which
+    a parameter has no gradient do not count for it.
 
     Examples
     --------
@@ -93,37 +92,28 @@ def energy_removed(
     _check_not_spread(model)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
-    with _kept_as_it_is(model), torch.enable_grad():
-        measured = [_energies(trained, loss(model, batch)) for batch in batches]
-    return report_of([row if row in trained else _frozen(row) for row in plan], measured)
+    with _restore(model), torch.enable_grad():
+        measured = [_measure(trained, loss(model, batch)) for batch in batches]
+    frozen = "; requires_grad is False"
+    rows = [row if row in trained else row._replace(reason=row.reason + frozen) for row in plan]
+    return make_report(rows, measured)
 
 
-def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
-    """Measure the gradients of a loss; parameters that it does not depend on are left out."""
+def _measure(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
+    """Measure the gradients of a loss, for the parameters that it depends on."""
     _check_loss(loss)
-    # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
+    # backward() would add to .grad, and hooks after it might step an optimizer.
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {
-        row.name: energy_of(_dense(grad, row), row)
+    return measure_energies(
+        (row, grad if grad is None or row.layout is not None else grad.to_dense())
         for row, grad in zip(trained, grads, strict=True)
-        if grad is not None
-    }
-
-
-def _dense(grad: Tensor, row: PlanRow) -> Tensor:
-    """Sparse gradients count in the total; what is to be centralized is never sparse."""
-    is_sparse = grad.layout is not torch.strided
-    return grad.to_dense() if is_sparse and row.layout is None else grad
-
-
-def _frozen(row: PlanRow) -> PlanRow:
-    return row._replace(reason=f"{row.reason}; requires_grad is False")
+    )
 
 
 def _check_loss(loss: object) -> None:
     if not isinstance(loss, Tensor) or loss.ndim:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        msg = f"loss(model, batch) is to return a tensor of one number, without axes; not {shape}"
+        msg = f"loss(model, batch) must return a tensor of one number, without axes; not {shape}"
         raise TypeError(msg)
     if not loss.requires_grad:
         msg = (
@@ -136,19 +126,19 @@ def _check_loss(loss: object) -> None:
 def _check_not_spread(model: nn.Module) -> None:
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
         msg = (
-            "the model is spread over processes, where gradients come by backward() alone: give "
-            "the model as it is before (model.module of DistributedDataParallel), or call "
-            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
-            "layouts={row.name: row.layout for row in gcx.torch.plan(model)}"
+            "the model is spread over processes, and only backward() gives its gradients: pass "
+            "the model without its wrapper (model.module of DistributedDataParallel), or call "
+            "backward() and pass [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
+            "layouts=gcx.torch.plan(model)"
         )
         raise RuntimeError(msg)
 
 
 @contextmanager
-def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes change: buffers, modes, random number generators.
+def _restore(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers, modes and random number generators that a forward pass changes.
 
-    And gradients, should the loss call ``backward()`` itself.
+    Gradients are restored too, since the loss may call ``backward()`` itself.
     """
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -157,9 +147,9 @@ def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    # What is written to is a copy, the same one where modules share a buffer.
+    # Forward passes write to a copy. Modules that share a buffer share the copy.
     copies = {buffer: buffer.detach().clone() for _, _, buffer in buffers}
-    with _random_state_of(model):
+    with _fork_random_state(model):
         try:
             for parameter, _ in grads:
                 parameter.grad = None
@@ -175,7 +165,7 @@ def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _random_state_of(model: nn.Module) -> AbstractContextManager[None]:
+def _fork_random_state(model: nn.Module) -> AbstractContextManager[None]:
     """Keep the random number generators of the CPU and of the model's CUDA devices."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     return torch.random.fork_rng(devices, device_type="cuda")

@@ -44,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
     def takes(tensor: Tensor, axes: tuple[int, ...], _: Tensor) -> bool:
         is_known = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES
-        return is_known and _tiles.walks(tensor, axes, any_order=False) is not None
+        return is_known and _tiles.find_walk(tensor, axes, any_order=False) is not None
 
     monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
     monkeypatch.setattr(_torch_cuda, "takes", takes)

@@ -423,7 +423,7 @@ def test_not_taken_where_operations_are_watched() -> None:
 
 def test_why_not_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    lack = _torch_cuda._lack.__wrapped__
+    lack = _torch_cuda._find_lack.__wrapped__
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert lack(device).startswith("ROCm")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -463,7 +463,7 @@ def test_why_not_tells_how_the_kernel_fails(
     on_cpu: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     device = torch.device("cpu")
-    try_kernel = _torch_cuda._failure.__wrapped__
+    try_kernel = _torch_cuda._try_kernel.__wrapped__
     assert not try_kernel(device)
     on_cpu.setattr("triton.knobs.runtime.interpret", False)
     on_cpu.setattr(_triton_kernels, "multi_tensor", Failing(error, vector=1))
@@ -478,7 +478,7 @@ def test_lack_of_memory_is_no_failure_for_ever(on_cpu: pytest.MonkeyPatch) -> No
 
     on_cpu.setattr(_torch_triton, "_send", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        _torch_cuda._failure.__wrapped__(torch.device("cpu"))
+        _torch_cuda._try_kernel.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("failing", [1, 4])

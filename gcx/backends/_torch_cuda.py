@@ -118,7 +118,7 @@ class Launches:
         strength: float = 1.0,
         reproducible: bool = False,
     ) -> list[int]:
-        """Subtract `strength` times the mean of each gradient, and `rate` times that of its weight.
+        """Subtract from each gradient `strength` times its mean and `rate` times its weight's mean.
 
         Parameters
         ----------

@@ -218,7 +218,7 @@ def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -
 
 
 def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:
-    """Positions of tensors that begin where an earlier one does."""
+    """Find the positions of tensors that begin at the address of an earlier one."""
     addresses = [*map(Tensor.data_ptr, tensors)]
     if len(set(addresses)) == len(addresses):
         return set()

@@ -1,4 +1,4 @@
-"""Hold the fan-in means of a weight while an optimizer steps, and restore them afterwards."""
+"""The fan-in means of a weight: take them before a step, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["fan_in_mean", "restore_mean"]
 
 
 def fan_in_mean(x: Any, layout: LayoutLike, *, reproducible: bool = False) -> Any:
-    """Mean over the fan-in, in float32 at least, with size 1 along each fan-in axis.
+    """Average over the fan-in, in float32 or wider; the fan-in axes stay, with size 1.
 
-    Where the layout splits axes, the mean has the split axes too.
+    If the layout splits an axis, so does the mean.
     """
     seen, axes = see_fan_in(x, layout, reproducible=reproducible)
     return backend_for(x).fan_in_mean(seen, axes, reproducible)
@@ -24,9 +24,9 @@ def fan_in_mean(x: Any, layout: LayoutLike, *, reproducible: bool = False) -> An
 def restore_mean(
     x: Any, mean: Any, layout: LayoutLike, *, strength: float = 1.0, reproducible: bool = False
 ) -> Any:
-    """Return `x` with the fan-in means that `fan_in_mean` returned before the step.
+    """Return `x` with its fan-in means moved back to `mean`, from `fan_in_mean` before a step.
 
-    A `strength` below 1 undoes that part of their change.
+    A `strength` below 1 undoes this part of their change.
     """
     moved = strength * (fan_in_mean(x, layout, reproducible=reproducible) - mean)
     seen, _ = see_fan_in(x, layout)

@@ -16,7 +16,7 @@ Layers = Literal["all", "conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to centralize, and by how much.
+    """Choice of the weights to centralize, and of the part of the mean to subtract.
 
     A constructor checks each option alone. An adapter checks what depends on its optimizer or
     model, such as `decay` or the keys of `overrides`.

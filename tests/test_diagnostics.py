@@ -201,7 +201,7 @@ def test_no_gradients() -> None:
 
 @pytest.mark.parametrize("one_batch", [{"weight": np.ones((2, 3))}, [np.ones((2, 3))]])
 def test_one_batch_by_itself(one_batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"there is (str|ndarray) where .* \(of a single batch"):
+    with pytest.raises(TypeError, match=r"there is a (str|ndarray) among .* \(for a single batch"):
         energy_removed(one_batch)
 
 

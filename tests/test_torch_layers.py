@@ -196,7 +196,7 @@ parameter                  shape    layout    reason
 cls_token                  1x1x4    -         unknown: nobody declared Zoo.cls_token
 embed.weight               7x4      -         embedding: a row is an input, not an output unit
 conv.weight                4x3x3x3  o...      Conv2d
-up.weight                  4x3x2x2  (bi)o...  ConvTranspose2d, b=2
+up.weight                  4x3x2x2  (bi)o...  ConvTranspose2d, 2 groups
 up.bias                    6        -         bias
 norm.weight                2x4      -         norm
 norm.bias                  2x4      -         bias

@@ -104,7 +104,7 @@ def test_weight_in_groups() -> None:
     layer = nn.Conv1d(4, 6, 3, bias=False)  # which holds (6, 4, 3)
     given = Layout("(bi)o...", b=3)
     (row,) = gcx.torch.plan(layer, overrides={"weight": given})
-    assert (row.layout, row.reason) == (given, "override, b=3")
+    assert (row.layout, row.reason) == (given, "override, 3 groups")
 
 
 @pytest.mark.parametrize("given", [Layout("(bi)o...", b=4), Layout("oi")])

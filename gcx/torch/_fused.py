@@ -97,8 +97,7 @@ class FusedOptimizer(Optimizer):
 class AdamW(FusedOptimizer, torch.optim.AdamW):
     r"""AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    It is used as `torch.optim.AdamW`, does what that does with `centralize`, and shares its
-    checkpoints. Copies centralize too.
+    Use it instead of `torch.optim.AdamW` and `centralize`; checkpoints are the same.
 
     Parameters
     ----------
@@ -117,15 +116,12 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     plan : gcx.plan.Plan
         The decision on each parameter.
     fallbacks : list of str
-        For each parameter group, why torch makes the next step of some of its parameters; empty if
-        it makes none. `repr` shows it too.
+        For each parameter group, why torch makes part of its next step; empty if it does not.
 
     Raises
     ------
-    TypeError
-        If parameters are given without a model; else as `centralize` and `torch.optim.AdamW`.
-    ValueError, RuntimeError
-        As `centralize` and `torch.optim.AdamW`.
+    TypeError, ValueError, RuntimeError
+        As `centralize` and `torch.optim.AdamW`; if parameters are given without a model.
 
     Notes
     -----
@@ -139,9 +135,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     with squares by element, and hats for the bias correction. Decay is outside of P.
 
-    On CUDA, one launch for each parameter group and dtype makes the step and leaves ``.grad`` as it
-    was. Otherwise torch makes it, with the hook of `centralize`, which writes to ``.grad``:
-    :doc:`/fused` says when.
+    On CUDA, one launch for each dtype makes the step of a group and leaves ``.grad`` as it was.
+    Otherwise torch makes it, after `centralize` has written to ``.grad``: see :doc:`/fused`.
 
     Examples
     --------
@@ -153,15 +148,11 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     <gcx plan: 1 of 2 parameters centralized>
     >>> model(torch.rand(8, 3)).square().mean().backward()
     >>> optimizer.step()
-    >>> torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.state_dict())
 
-    Parameter groups need the model beside them:
+    Parameter groups need the model beside them. On a CPU, torch makes the step:
 
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
     >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
-
-    On a CPU, torch makes the step:
-
     >>> [bool(reason) for reason in optimizer.fallbacks]
     [True, True]
     """
@@ -212,8 +203,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 class SGD(FusedOptimizer, torch.optim.SGD):
     r"""SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    It is used as `torch.optim.SGD`, does what that does with `centralize`, and shares its
-    checkpoints. Copies centralize too.
+    Use it instead of `torch.optim.SGD` and `centralize`; checkpoints are the same.
 
     Parameters
     ----------
@@ -232,15 +222,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     plan : gcx.plan.Plan
         The decision on each parameter.
     fallbacks : list of str
-        For each parameter group, why torch makes the next step of some of its parameters; empty if
-        it makes none. `repr` shows it too.
+        For each parameter group, why torch makes part of its next step; empty if it does not.
 
     Raises
     ------
-    TypeError
-        If parameters are given without a model; else as `centralize` and `torch.optim.SGD`.
-    ValueError, RuntimeError
-        As `centralize` and `torch.optim.SGD`.
+    TypeError, ValueError, RuntimeError
+        As `centralize` and `torch.optim.SGD`; if parameters are given without a model.
 
     Notes
     -----

@@ -53,7 +53,7 @@ TORCH_NN: Mapping[type[nn.Module], Rule[OfRank | Answer]] = {
     nn.Bilinear: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
     nn.MultiheadAttention: _ATTENTION,
     nn.PReLU: {"weight": LeaveAlone("slope of an activation")},
-    # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
+    # (out, in / groups, kernel...): an output of a group sees its inputs alone.
     nn.Conv1d: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
     nn.Conv2d: {"weight": OfRank(_OUTPUT_FIRST, 4), "bias": BIAS},
     nn.Conv3d: {"weight": OfRank(_OUTPUT_FIRST, 5), "bias": BIAS},

@@ -45,7 +45,7 @@ class Decision(NamedTuple):
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
-    """Show what would be centralized in a model, over which axes, and what is left alone and why.
+    """Show which parameters of a model would be centralized over which axes, and which not and why.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     -----
     Unknown parameters are left alone until `register_layer` or `overrides` declares their fan-in.
 
-    A weight that several layers share, such as an embedding that is also the head of a language
-    model, is left alone unless all of them average over the same axes; `overrides` can decide.
+    A weight of several layers, such as an embedding that is also the head of a language model, is
+    left alone unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 
 
 def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Say that there is nothing to centralize, and what to do about unknown parameters."""
+    """Say that there is nothing to centralize, and name the remedy for unknown parameters."""
     message = f"there is nothing to centralize in this {kind}:\n{plan}"
     if any(row.reason.startswith("unknown") for row in plan):
         message += (
@@ -182,8 +182,9 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
     if size < 2:
         reason = f"fan-in {size}: subtracting its mean would freeze it"
         return PlanRow(owned.name, shape, None, reason)
-    sizes = "".join(f", {letter}={size}" for letter, size in layout.sizes.items())
-    return PlanRow(owned.name, shape, layout, rule + sizes)
+    sizes = layout.sizes.items()
+    parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
+    return PlanRow(owned.name, shape, layout, ", ".join([rule, *parts]))
 
 
 def _split(
@@ -233,8 +234,8 @@ def _find_overrides(
 ) -> dict[Tensor, Layout | LeaveAlone]:
     """Give each parameter the answer of the first key that covers it.
 
-    Raises a TypeError for a key or a value of the wrong type, and a ValueError for a key that
-    covers nothing, or a value that does not fit the weight.
+    Raises a TypeError for a key or value of a wrong type, and a ValueError if a key covers nothing
+    or a value does not fit its weight.
     """
     found: dict[Tensor, Layout | LeaveAlone] = {}
     for key, value in overrides.items():

@@ -106,7 +106,7 @@ class Targets:
 
 
 class _Settled:
-    """The weights of a parameter group, and what must be unchanged for them to count still."""
+    """The weights of a parameter group, until a parameter of the group changes."""
 
     def __init__(
         self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool

@@ -48,6 +48,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
     monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
     monkeypatch.setattr(_torch_cuda, "takes", takes)
+    monkeypatch.setattr(_torch_cuda, "launches", _torch_cuda.Launches())
     monkeypatch.setattr(_torch_triton, "_on", lambda _: nullcontext())
     monkeypatch.setattr(_torch_triton, "_stream", lambda: 0)
     monkeypatch.setattr(_torch_triton, "_pin", lambda table: table)

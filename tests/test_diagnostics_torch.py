@@ -144,7 +144,7 @@ def test_rows_are_those_of_the_plan() -> None:
     assert [row.name for row in report.rows if row.share] == list(AXES)
     assert reason(report, "tokens.weight") == "embedding: a row is an input, not an output unit"
     assert reason(report, "unused.weight") == "Linear; no gradient"
-    assert reason(report, "up.weight") == "ConvTranspose1d, 2 groups: seen as 2x3x2x2"
+    assert reason(report, "up.weight") == "ConvTranspose1d, b=2"
 
 
 def test_layers_and_overrides_are_those_of_the_plan() -> None:

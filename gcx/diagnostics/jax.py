@@ -1,4 +1,4 @@
-"""What Gradient Centralization would do to a model in JAX, before it is trained."""
+"""Measure the gradients of a JAX model before you train it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ def energy_removed(
 ) -> EnergyReport:
     """Measure what share of the gradient's energy GC would remove, in each weight of a model.
 
+    The gradient is that of the loss, without an optimizer's weight decay. It is zero, and shown as
+    such, where the loss does not depend on a parameter.
+
     Parameters
     ----------
     params : pytree
-        The parameters: of a dict, an ``nnx.State``, an Equinox module and so on. Leaves that are
-        not arrays of floating dtype stay as they are.
+        The parameters: a dict, an ``nnx.State``, an Equinox module and so on. Leaves that are not
+        arrays of floating dtype stay as they are.
     batches : iterable of pytrees of arrays
-        What `loss` takes; gone through once. A handful will do.
+        Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of the parameters and a batch that returns the loss, one number. It is traced by
-        `jax.jit`, so it must be pure; what it draws at random needs a key, in the batch for one.
-    layouts : model, mapping, callable or str
-        Which axes are fan-in, as `gcx.optax.centralize` takes it: the model itself if it is one of
-        nnx or Equinox, what `gcx.optax.layouts` gives, a mapping, or ``"flax"`` and other presets.
+        Function of the parameters and a batch that returns the loss, one number. `jax.jit` traces
+        it, so it must be pure: give it random keys in the batch.
+    layouts : model, Plan, mapping, callable or str
+        As in `gcx.optax.centralize`.
 
     Returns
     -------
@@ -55,16 +57,6 @@ def energy_removed(
     ValueError
         If there are no batches, or no arrays of floating dtype in `params`; or as
         `gcx.optax.plan`.
-
-    See Also
-    --------
-    gcx.diagnostics.energy_removed : for gradients that are there already.
-
-    Notes
-    -----
-    It is the gradient of the loss that is measured, without the weight decay that an optimizer may
-    add. In JAX the gradient of a parameter that the loss does not depend on is zero, and so the
-    table calls it.
 
     Examples
     --------
@@ -82,7 +74,9 @@ def energy_removed(
     """
     plan = gcx.optax.plan(params, layouts)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
-    places = [k for k, leaf in enumerate(leaves) if _is_trained(leaf)]
+    places = [
+        k for k, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and is_floating(leaf.dtype)
+    ]
     if not places:
         msg = "there is no array of floating dtype in params, and so no gradient"
         raise ValueError(msg)
@@ -97,18 +91,11 @@ def energy_removed(
 
     rows = [plan[place] for place in places]
     trained = [leaves[place] for place in places]
-    measured = [
-        {
-            row.name: energy_of(grad, row)
-            for row, grad in zip(rows, gradients(trained, batch), strict=True)
-        }
-        for batch in batches
-    ]
+    measured = []
+    for batch in batches:
+        grads = zip(rows, gradients(trained, batch), strict=True)
+        measured.append({row.name: energy_of(grad, row) for row, grad in grads})
     return report_of(plan, measured)
-
-
-def _is_trained(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
 
 
 def _one_number(loss: Any) -> Any:

@@ -1,10 +1,10 @@
-"""What Gradient Centralization would do to a model of torch, before it is trained."""
+"""Measure the gradients of a torch model before you train it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcx._options import Layers, Options
 from gcx.backends._torch_dtensor import is_dtensor
-from gcx.diagnostics._energy import Energy, energy_of
-from gcx.diagnostics._report import EnergyReport, report_of
+from gcx.diagnostics._energy import energy_of
+from gcx.diagnostics._report import Energy, EnergyReport, report_of
 from gcx.plan import PlanRow
 from gcx.torch._plan import Overrides, decide, plan_of
 
@@ -33,15 +33,19 @@ def energy_removed(
 ) -> EnergyReport:
     """Measure what share of the gradient's energy GC would remove, in each weight of a model.
 
+    The gradient is autograd's, without an optimizer's weight decay. Nothing is trained: parameters,
+    their ``.grad``, buffers, modes and torch's random number generators are restored, even after an
+    exception.
+
     Parameters
     ----------
     model : torch.nn.Module
-        On any device, of any dtype, in the mode (``train()`` or ``eval()``) that is of interest.
+        On any device, of any dtype, in the mode (``train()`` or ``eval()``) of interest.
     batches : iterable
-        What `loss` takes; gone through once. A handful will do.
+        Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
         Function of the model and a batch that returns the loss, a tensor of one number. It moves
-        the batch to the device of the model, and has the ``autocast`` in it if you train with that.
+        the batch to the device of the model, and uses ``autocast`` if you train with that.
     layers, overrides
         As in `gcx.torch.plan`.
 
@@ -59,22 +63,8 @@ def energy_removed(
         If there are no batches, or the loss does not depend on the parameters; or as
         `gcx.torch.plan`.
     RuntimeError
-        If the model is spread over processes by FSDP or DistributedDataParallel, where gradients
-        come by ``backward()`` alone; or as `gcx.torch.plan`.
-
-    See Also
-    --------
-    gcx.diagnostics.energy_removed : for gradients that are there already.
-
-    Notes
-    -----
-    Nothing is trained. Parameters, their ``.grad``, buffers (such as the running statistics of
-    batch norm), the modes of the modules and the random number generators of torch on the CPU and
-    on CUDA are afterwards what they were, after an exception too.
-
-    It is the gradient of the loss that is measured, without the weight decay that an optimizer may
-    add, as it comes from autograd: behind `gcx.torch.centralize_in_backward` nothing is left to be
-    removed. Where a parameter has no gradient in some batches, the others count.
+        If FSDP or DistributedDataParallel spreads the model over processes, since only
+        ``backward()`` gives its gradients; or as `gcx.torch.plan`.
 
     Examples
     --------
@@ -93,9 +83,11 @@ def energy_removed(
     _check_not_spread(model)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
-    with _kept_as_it_is(model), torch.enable_grad():
+    with _unchanged(model), torch.enable_grad():
         measured = [_energies(trained, loss(model, batch)) for batch in batches]
-    return report_of([row if row in trained else _frozen(row) for row in plan], measured)
+    frozen = "; requires_grad is False"
+    rows = [row if row in trained else row._replace(reason=row.reason + frozen) for row in plan]
+    return report_of(rows, measured)
 
 
 def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
@@ -111,13 +103,9 @@ def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]
 
 
 def _dense(grad: Tensor, row: PlanRow) -> Tensor:
-    """Sparse gradients count in the total; what is to be centralized is never sparse."""
+    """Densify a sparse gradient that counts in the total alone; gcx centralizes none."""
     is_sparse = grad.layout is not torch.strided
     return grad.to_dense() if is_sparse and row.layout is None else grad
-
-
-def _frozen(row: PlanRow) -> PlanRow:
-    return row._replace(reason=f"{row.reason}; requires_grad is False")
 
 
 def _check_loss(loss: object) -> None:
@@ -139,43 +127,35 @@ def _check_not_spread(model: nn.Module) -> None:
             "the model is spread over processes, where gradients come by backward() alone: give "
             "the model as it is before (model.module of DistributedDataParallel), or call "
             "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
-            "layouts={row.name: row.layout for row in gcx.torch.plan(model)}"
+            "layouts=gcx.torch.plan(model)"
         )
         raise RuntimeError(msg)
 
 
 @contextmanager
-def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes change: buffers, modes, random number generators.
-
-    And gradients, should the loss call ``backward()`` itself.
-    """
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo the changes of forward passes, and of a loss that calls ``backward()`` itself."""
+    parameters, modules = list(model.parameters()), list(model.modules())
     buffers = [
-        (module, key, buffer)
-        for module in model.modules()
-        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        (module, name, buffer)
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    # What is written to is a copy, the same one where modules share a buffer.
+    saved: list[tuple[Any, str, Any]] = [
+        *((parameter, "grad", parameter.grad) for parameter in parameters),
+        *((module, "training", module.training) for module in modules),
+        *buffers,
+    ]
+    # Forward passes write to copies; modules that share a buffer share its copy.
     copies = {buffer: buffer.detach().clone() for _, _, buffer in buffers}
-    with _random_state_of(model):
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices, device_type="cuda"):
         try:
-            for parameter, _ in grads:
+            for parameter in parameters:
                 parameter.grad = None
-            for module, key, buffer in buffers:
-                setattr(module, key, copies[buffer])
+            for module, name, buffer in buffers:
+                setattr(module, name, copies[buffer])
             yield
         finally:
-            for parameter, grad in grads:
-                parameter.grad = grad
-            for module, key, buffer in buffers:
-                setattr(module, key, buffer)
-            for module, mode in modes:
-                module.training = mode
-
-
-def _random_state_of(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep the random number generators of the CPU and of the model's CUDA devices."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices, device_type="cuda")
+            for owner, name, value in saved:
+                setattr(owner, name, value)

@@ -201,7 +201,7 @@ def test_no_gradients() -> None:
 
 @pytest.mark.parametrize("one_batch", [{"weight": np.ones((2, 3))}, [np.ones((2, 3))]])
 def test_one_batch_by_itself(one_batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"there is a (str|ndarray) among .* \(for a single batch"):
+    with pytest.raises(TypeError, match=r"there is (str|ndarray) where .* \(of a single batch"):
         energy_removed(one_batch)
 
 
@@ -309,7 +309,5 @@ def test_chart_of_nothing() -> None:
 
 def test_chart_without_matplotlib(report: EnergyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "gcx.diagnostics._chart", raising=False)
-    monkeypatch.delattr("gcx.diagnostics._chart", raising=False)
     with pytest.raises(ImportError, match=r"bar_chart needs matplotlib .* pip install matplotlib"):
         report.bar_chart()

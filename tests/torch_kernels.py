@@ -1,56 +1,240 @@
-"""The kernels of the fused optimizers in torch's own operations, for tests of what calls them."""
+"""Where torch's kernels run in a test: as torch's operations, in Triton's interpreter, on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from gcx.backends import _torch_cuda
-from gcx.torch import _fused_step
+from gcx.backends import _torch_cuda, _torch_triton
 
 Roles = Sequence[Sequence[Tensor]]
-Runs = list[tuple[str, int]]  # rule, and number of parameters
+
+STAND_IN, INTERPRETER = ON_CPU = ("stand-in", "interpreter")
+IS_ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+ON_CUDA = [pytest.param("cuda", marks=IS_ON_CUDA)]
+on_cpu, interpreted, on_cuda, by_kernel, everywhere = (
+    pytest.mark.parametrize("device", names, indirect=True)
+    for names in (ON_CPU, [INTERPRETER], ON_CUDA, [INTERPRETER, *ON_CUDA], [*ON_CPU, *ON_CUDA])
+)
 
 
-class MultiTensor:
-    """As `gcx.backends._torch_cuda.MultiTensor`, on any device; keeps a list of what it has run."""
+class Device:
+    """Where a test has its tensors, and what the kernels have done there."""
 
-    runs: ClassVar[Runs] = []
-    refused: ClassVar[set[torch.dtype]] = set()  # as where a CUDA graph is captured too early
+    def __init__(self, name: str, patch: pytest.MonkeyPatch) -> None:
+        self.name = name
+        self.type = "cuda" if name == "cuda" else "cpu"
+        self.made = 0  # how many `MultiTensor`s
+        self.runs: list[tuple[str, int]] = []  # their rule, and their number of tensors
+        self.refused: set[torch.dtype] = set()  # as where a CUDA graph is captured too early
+        self._recorded: list[Any] | None = None
+        patch.setattr(_torch_cuda, "launches", _torch_cuda.Launches())
+        if name == INTERPRETER:
+            interpret(patch, FakeCuda())
+            self._recorded = record(patch)
+        elif name == STAND_IN:
+            patch.setattr(_torch_cuda, "why_not", lambda _: "")
+            patch.setattr(_torch_cuda, "_is_on_cuda", lambda _: True)
+        kernel = StandIn if name == STAND_IN else _torch_triton.MultiTensor
+
+        def run(rule: str, roles: Roles, axes: Any, **options: Any) -> Any:
+            self.made += 1
+            return _Run(self, rule, len(axes), kernel(rule, roles, axes, **options))
+
+        patch.setattr(_torch_cuda, "MultiTensor", run)
+
+    @property
+    def launches(self) -> int:
+        """How many there have been, where it is not a GPU that has to be asked."""
+        return len(self.runs if self._recorded is None else self._recorded)
+
+
+class _Run:
+    """A `MultiTensor` whose runs are noted."""
+
+    def __init__(self, device: Device, rule: str, count: int, kernel: Any) -> None:
+        self._device, self._run, self._kernel = device, (rule, count), kernel
+
+    def run(self, roles: Roles, **scalars: Any) -> bool:
+        if roles[0][0].dtype in self._device.refused or not self._kernel.run(roles, **scalars):
+            return False
+        self._device.runs.append(self._run)
+        return True
+
+
+def on_gpu(call: Callable[[], object]) -> Counter[str]:
+    """Names of what a call starts on the GPU, and how often."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return Counter(event.name for event in found.events() if event.device_type == cuda)
+
+
+# The interpreter
+
+
+class FakeCuda:
+    """In the place of a CUDA device: its streams, its copies, and what these may not do."""
+
+    def __init__(self) -> None:
+        self.stream: int | None = 0  # the current one; None while it is captured for a graph
+        self.pinned: list[Any] = []
+        self.sent: list[Any] = []  # what is on the device
+        self.shared: list[tuple[Any, int | None]] = []
+
+    def pin(self, table: Any) -> Any:
+        assert self.stream is not None, "no memory can be pinned while a graph is captured"
+        self.pinned.append(table.clone())
+        return self.pinned[-1]
+
+    def send(self, table: Any, device: Any, *, waits: bool = True) -> Any:
+        if waits:
+            assert self.stream is not None, "nothing can be waited for while a graph is captured"
+        else:
+            assert any(table is each for each in self.pinned), "copied from memory not pinned"
+        self.sent.append(table.clone())
+        return self.sent[-1]
+
+    def share(self, table: Any) -> None:
+        self.shared.append((table, self.stream))
+
+
+def interpret(patch: pytest.MonkeyPatch, cuda: FakeCuda) -> Any:
+    """Let the host's code take a CPU for a CUDA device; returns the interpreter of Triton.
+
+    It differs from a GPU in bits, and is corrected here: it cuts float32 off to bfloat16, where a
+    GPU rounds to nearest, ties to even; it widens subnormal numbers of bfloat16 to something else;
+    and it begins a sum with 0.0, so that the sum of negative zeros is positive.
+    """
+    pytest.importorskip("triton")
+    from triton import knobs
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    if not knobs.runtime.interpret:
+        pytest.skip("Triton compiles in this process, which TRITON_INTERPRET=1 would change")
+    convert = interpreter._convert_float
+    with_bfloat16 = {
+        (tl.float32, tl.bfloat16): bfloat16_bits,
+        (tl.bfloat16, tl.float32): lambda bits: bits.astype(np.uint32) << 16,
+    }
+
+    def exact_convert(x: Any, old: Any, new: Any, mode: Any) -> Any:
+        exact = with_bfloat16.get((old, new))
+        return convert(x, old, new, mode) if exact is None else exact(x)
+
+    def sum_of_zeros_too(self: Any, x: Any) -> Any:
+        values = x.handle.data
+        total = np.add.reduce(values, axis=self.axis, keepdims=self.keep_dims, initial=-0.0)
+        return self.to_tensor(total.astype(values.dtype), x.dtype)
+
+    patch.setattr(interpreter, "_convert_float", exact_convert)
+    patch.setattr(interpreter.ReduceOps, "sum", sum_of_zeros_too)
+    patch.setattr(_torch_cuda, "_is_on_cuda", lambda _: True)
+    patch.setattr(_torch_cuda, "why_not", lambda device=None: "")
+    patch.setattr(_torch_cuda, "allow_sync", nullcontext)
+    patch.setattr(_torch_triton, "_on", lambda _: nullcontext())
+    patch.setattr(_torch_triton, "_stream", lambda: cuda.stream)
+    patch.setattr(_torch_triton, "_pin", cuda.pin)
+    patch.setattr(_torch_triton, "_send", cuda.send)
+    patch.setattr(_torch_triton, "_share", cuda.share)
+    patch.setattr(_torch_triton, "_of_graphs", [])
+    patch.setattr(_torch_triton, "failures", failures := {})
+    patch.setattr(_torch_cuda, "failures", failures)
+    return interpreter
+
+
+def bfloat16_bits(x: Any) -> Any:
+    """Round float32 to bfloat16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16).reshape(np.shape(x))
+
+
+class _Recorded:
+    """In the place of the kernel: launches it, and keeps the arguments."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            named = dict(zip(self._kernel.arg_names, arguments, strict=True))
+            self.launches.append({**named, **options})
+            self._kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def record(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """List the arguments of each launch, from now on."""
+    from gcx.backends import _triton_kernels
+
+    recorded = _Recorded(_triton_kernels.multi_tensor)
+    patch.setattr(_triton_kernels, "multi_tensor", recorded)
+    return recorded.launches
+
+
+# Models and gradients
+
+
+def give_gradients(seed: int, *models: nn.Module) -> None:
+    """The same ones to all models, with a mean; new tensors, in memory as the parameters are."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        grad = 0.5 + torch.randn(parameters[0].shape, generator=generator)
+        for p in parameters:
+            p.grad = torch.empty_like(p).copy_(grad)
+
+
+def assert_equal(found: nn.Module, expected: nn.Module) -> None:
+    """Whether all parameters have the same bits."""
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def distance(found: nn.Module, expected: nn.Module) -> float:
+    """How far parameters are apart, in units in the last place of the greatest of each tensor."""
+    worst = 0.0
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        top = other.detach().abs().max()
+        unit = torch.nextafter(top, 2 * top) - top
+        worst = max(worst, float((one.detach() - other.detach()).abs().max() / unit))
+    return worst
+
+
+# The kernels, as operations of torch
+
+
+class StandIn:
+    """As `gcx.backends._torch_triton.MultiTensor`, on any device."""
 
     def __init__(
         self, rule: str, roles: Roles, axes: Sequence[tuple[int, ...]], *, any_order: bool
     ) -> None:
         assert len({tensor.dtype for tensors in roles for tensor in tensors}) == 1
-        self._rule, self._axes = rule, axes
+        self._rule, self._axes = RULES[rule], axes
         self._strides = _strides(roles)
 
-    def fits(self, roles: Roles) -> bool:
-        return _strides(roles) == self._strides
-
     def run(self, roles: Roles, **scalars: Any) -> bool:
-        assert self.fits(roles)
-        if roles[0][0].dtype in self.refused:
-            return False
-        self.runs.append((self._rule, len(self._axes)))
+        assert _strides(roles) == self._strides
         for axes, *tensors in zip(self._axes, *roles, strict=True):
-            RULES[self._rule](axes, *tensors, **scalars)
+            self._rule(axes, *tensors, **scalars)
         return True
-
-
-def replace_kernels(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Let the optimizers take the way of the kernels on a CPU; returns the list of what has run."""
-    monkeypatch.setattr(_fused_step, "is_for_kernels", lambda _: True)
-    monkeypatch.setattr(_torch_cuda, "why_not", lambda _: "")
-    monkeypatch.setattr(_torch_cuda, "takes", lambda *_: True)
-    monkeypatch.setattr(_torch_cuda, "MultiTensor", MultiTensor)
-    monkeypatch.setattr(MultiTensor, "runs", runs := [])
-    monkeypatch.setattr(MultiTensor, "refused", set())
-    return runs
 
 
 def _strides(roles: Roles) -> list[list[tuple[int, ...]]]:
@@ -59,6 +243,19 @@ def _strides(roles: Roles) -> list[list[tuple[int, ...]]]:
 
 def _centralized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x - x.mean(axes, keepdim=True) if axes else x
+
+
+def _centralize(
+    axes: tuple[int, ...],
+    grad: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    strength: float,
+    rate: float,
+) -> None:
+    wide, decay = grad.double(), rate * weight.double()
+    out.copy_(wide - (strength * wide + decay).mean(axes, keepdim=True))
 
 
 def _sgd(
@@ -104,4 +301,4 @@ def _adamw(
     weight.sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / bias2_root + eps))
 
 
-RULES: dict[str, Any] = {"sgd": _sgd, "adamw": _adamw}
+RULES: dict[str, Any] = {"centralize": _centralize, "sgd": _sgd, "adamw": _adamw}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from gcx._decisions import left_alone_by
 from gcx._names import is_glob
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask
 from gcx.layout import Layout, as_layout
@@ -167,7 +168,7 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
         return None
     found, rule = known
     if found is None:
-        return LeaveAlone(f"left alone by the rule of {rule}"), rule
+        return left_alone_by(rule), rule
     if isinstance(found, (LeaveAlone, OfRank)):
         return found, rule
     try:

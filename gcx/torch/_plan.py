@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gcx._decisions import LEFT_ALONE, no_fan_in
+from gcx import _decisions
+from gcx._decisions import LEFT_ALONE, merge, no_fan_in
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
 from gcx._rules import NOT_CONVOLUTION, unknown
@@ -107,13 +107,9 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 
 
 def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Say that there is nothing to centralize, and name the remedy for unknown parameters."""
-    message = f"there is nothing to centralize in this {kind}:\n{plan}"
-    if any(row.reason.startswith("unknown") for row in plan):
-        message += (
-            "\ngcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
-        )
-    return message
+    """Write the error for an idle optimizer or model."""
+    hint = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
+    return _decisions.nothing_to_centralize(plan, f"this {kind}", hint=hint)
 
 
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
@@ -135,7 +131,10 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
             found, rule = _ask(owned, options.layers)
         row = _row(owned, found, rule)
         decisions.setdefault(owned.parameter, []).append(Decision(row, owned.holder, owned.key))
-    return {parameter: _merge(each) for parameter, each in decisions.items()}
+    return {
+        parameter: each[0]._replace(row=merge([decision.row for decision in each]))
+        for parameter, each in decisions.items()
+    }
 
 
 def weights_of(
@@ -170,19 +169,13 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
     if not _is_trainable(parameter):
         reason = f"dtype {parameter.dtype}".replace("torch.", "")
         return PlanRow(owned.name, shape, None, reason)
-    if isinstance(found, LeaveAlone):
-        return PlanRow(owned.name, shape, None, found.reason)
     layout, rank = found if isinstance(found, OfRank) else (found, len(shape))
-    fan_in = _split(layout, shape) if rank == len(shape) else None
-    if fan_in is None:
+    fits = isinstance(layout, LeaveAlone) or (
+        rank == len(shape) and _split(layout, shape) is not None
+    )
+    if not fits:
         raise RuntimeError(_misfit(owned, layout, rank, rule))
-    size = prod([fan_in[0][axis] for axis in fan_in[1]])
-    if size < 2:
-        reason = f"fan-in {size}: subtracting its mean would freeze it"
-        return PlanRow(owned.name, shape, None, reason)
-    sizes = layout.sizes.items()
-    parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
-    return PlanRow(owned.name, shape, layout, ", ".join([rule, *parts]))
+    return _decisions.decide(owned.name, shape, layout, rule)
 
 
 def _split(
@@ -202,7 +195,7 @@ def _is_trainable(weight: Tensor) -> bool:
     return is_number and weight.dtype.itemsize > 1
 
 
-def _misfit(owned: Owned, layout: Layout, rank: int, rule: str) -> str:
+def _misfit(owned: Owned, layout: object, rank: int, rule: str) -> str:
     shape = tuple(owned.parameter.shape)
     expected = f"rank {rank}" if rank != len(shape) else f"{layout!r}"
     what = f"of rank {len(shape)}, where a {rule} has {expected}"
@@ -212,19 +205,6 @@ def _misfit(owned: Owned, layout: Layout, rank: int, rule: str) -> str:
         f"{owned.name} is {what}. If {type(owned.layer).__name__} has weights of another shape, "
         "gcx.torch.register_layer tells how they are to be read, and overrides for this one"
     )
-
-
-def _merge(decisions: list[Decision]) -> Decision:
-    """Make one decision for a parameter that may have several owners."""
-    first, *others = decisions
-    rows = [decision.row for decision in decisions]
-    if len({row.layout and row.layout.split(row.shape) for row in rows}) == 1:
-        return first
-    reasons = {first.row.reason: first.row.reason}
-    for row in (other.row for other in others):
-        reasons.setdefault(row.reason, f"{row.name}: {row.reason}")
-    reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
-    return first._replace(row=first.row._replace(layout=None, reason=reason))
 
 
 def _find_overrides(

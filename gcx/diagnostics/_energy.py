@@ -48,8 +48,7 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     Raises
     ------
     TypeError
-        If the gradients of a batch are not a list, tuple or dict, or one of them is not a dense
-        array of floating dtype.
+        If a batch is not a list, tuple or dict, or a gradient is not a dense floating array.
     ValueError
         If there are no batches, or no gradients in them; if `layouts` does not fit the gradients;
         or if a gradient changes its shape from batch to batch.
@@ -104,7 +103,7 @@ def _row(name: str, grad: Any, layout: Layout | None) -> PlanRow:
 
 
 def _agree(known: PlanRow, found: PlanRow) -> PlanRow:
-    """Make one row of the rows in two batches, one of which may lack the gradient."""
+    """Make one row of a gradient in two batches, where it may be absent."""
     if found.reason == _ABSENT:
         return known
     if known.reason != _ABSENT and known.shape != found.shape:

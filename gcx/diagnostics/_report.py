@@ -37,8 +37,7 @@ class Share(NamedTuple):
     Attributes
     ----------
     removed : float
-        Over all batches: the sum of the energies removed, divided by the sum of the energies. So a
-        batch counts by the energy of its gradient.
+        Over all batches: the sum of the energies removed, divided by the sum of the energies.
     lowest, highest : float
         The least and the largest share in a single batch.
     by_chance : float
@@ -48,9 +47,8 @@ class Share(NamedTuple):
     Examples
     --------
     >>> from gcx.diagnostics import Share
-    >>> share = Share(removed=0.5, lowest=0.25, highest=0.75, by_chance=0.125)
-    >>> share.removed / share.by_chance
-    4.0
+    >>> Share(removed=0.5, lowest=0.25, highest=0.75, by_chance=0.125).removed
+    0.5
     """
 
     removed: float
@@ -134,7 +132,6 @@ class EnergyReport:
         Returns
         -------
         matplotlib.figure.Figure
-            Its method ``savefig`` writes it to a file.
 
         Raises
         ------

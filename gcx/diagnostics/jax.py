@@ -55,8 +55,7 @@ def energy_removed(
     TypeError
         If `loss` returns anything but one number; or as `gcx.optax.plan`.
     ValueError
-        If there are no batches, or no arrays of floating dtype in `params`; or as
-        `gcx.optax.plan`.
+        If there are no batches, no floating arrays in `params`, or as `gcx.optax.plan`.
 
     Examples
     --------

@@ -57,11 +57,10 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but a tensor of one number; if a weight to centralize has a
-        sparse gradient; or as `gcx.torch.plan`.
+        If `loss` returns anything but a tensor of one number, a weight to centralize has a sparse
+        gradient, or as `gcx.torch.plan`.
     ValueError
-        If there are no batches, or the loss does not depend on the parameters; or as
-        `gcx.torch.plan`.
+        If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
     RuntimeError
         If FSDP or DistributedDataParallel spreads the model over processes, since only
         ``backward()`` gives its gradients; or as `gcx.torch.plan`.
@@ -80,7 +79,14 @@ def energy_removed(
     ['0.weight', '2.weight']
     """
     decisions = decide(model, Options(layers=layers, overrides=overrides))
-    _check_not_spread(model)
+    if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
+        msg = (
+            "the model is spread over processes, where gradients come by backward() alone: give "
+            "the model as it is before (model.module of DistributedDataParallel), or call "
+            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
+            "layouts=gcx.torch.plan(model)"
+        )
+        raise RuntimeError(msg)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
     with _unchanged(model), torch.enable_grad():
@@ -95,17 +101,13 @@ def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]
     _check_loss(loss)
     # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {
-        row.name: energy_of(_dense(grad, row), row)
-        for row, grad in zip(trained, grads, strict=True)
-        if grad is not None
-    }
-
-
-def _dense(grad: Tensor, row: PlanRow) -> Tensor:
-    """Densify a sparse gradient that counts in the total alone; gcx centralizes none."""
-    is_sparse = grad.layout is not torch.strided
-    return grad.to_dense() if is_sparse and row.layout is None else grad
+    energies = {}
+    for row, grad in zip(trained, grads, strict=True):
+        if grad is not None:
+            # A sparse gradient can count in the total alone; gcx centralizes none.
+            is_sparse = row.layout is None and grad.layout is not torch.strided
+            energies[row.name] = energy_of(grad.to_dense() if is_sparse else grad, row)
+    return energies
 
 
 def _check_loss(loss: object) -> None:
@@ -119,17 +121,6 @@ def _check_loss(loss: object) -> None:
             "under torch.no_grad() or torch.inference_mode()"
         )
         raise ValueError(msg)
-
-
-def _check_not_spread(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
-        msg = (
-            "the model is spread over processes, where gradients come by backward() alone: give "
-            "the model as it is before (model.module of DistributedDataParallel), or call "
-            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
-            "layouts=gcx.torch.plan(model)"
-        )
-        raise RuntimeError(msg)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from gcx.keras._optimizer import GradientCentralization, Projection, attach
 from gcx.keras._plan import Overrides, decide, plan
 from gcx.plan import Plan, PlanRow
 
-# Methods that a centralized optimizer overrides, and those of Keras that call them.
+# Methods that a centralized optimizer overrides, and Keras's methods that call them.
 _CHANGED = ("_apply_weight_decay", "_backend_update_step")
 _KERAS_OWN = ("apply", "_backend_apply_gradients")
 
@@ -33,9 +33,9 @@ def centralize(
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
-    With ``where="gradient"``, SGD without ``weight_decay`` keeps the mean of each weight where it
-    was (Corollary 4.1). Optimizers that divide the gradient element by element, such as Adam, do so
-    with ``where="update"`` only. See :doc:`/keras` for clipping, moving averages and saving.
+    SGD without ``weight_decay`` then keeps the mean of each weight (Corollary 4.1); other
+    optimizers, such as Adam, do so with ``where="update"``. See :doc:`/keras` for clipping, moving
+    averages and saving.
 
     Parameters
     ----------
@@ -56,13 +56,11 @@ def centralize(
         As in `plan`.
     reproducible : bool, optional
         Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
-        Keras does the rest of the step.
 
     Returns
     -------
     GradientCentralization
-        A handle with the plan (``.plan``), which also ends it (``.remove()``). It is also
-        ``optimizer.gradient_centralization``.
+        A handle with ``.plan`` and ``.remove()``; also ``optimizer.gradient_centralization``.
 
     Raises
     ------
@@ -116,7 +114,13 @@ def centralize(
 
     def rows_of(variables: Sequence[Any]) -> list[PlanRow]:
         decided = decide(model, options)
-        _check_all_known(variables, decided)
+        for variable in variables:
+            if id(variable) not in decided:
+                msg = (
+                    f"the optimizer is to train {variable.path}, which is not in the model given "
+                    "to gcx.keras.centralize; give it the model that holds every variable"
+                )
+                raise ValueError(msg)
         return [decided[id(variable)] for variable in variables]
 
     projection = Projection(rows_of, expected, options)
@@ -155,16 +159,6 @@ def _check_optimizer(optimizer: Any) -> None:
             "call what gcx.keras changes; if it holds other optimizers, centralize those"
         )
         raise TypeError(msg)
-
-
-def _check_all_known(variables: Sequence[Any], decided: Mapping[int, PlanRow]) -> None:
-    unknown = [variable.path for variable in variables if id(variable) not in decided]
-    if unknown:
-        msg = (
-            f"the optimizer is to train {unknown[0]}, which is not in the model given to "
-            "gcx.keras.centralize; give it the model that holds every variable"
-        )
-        raise ValueError(msg)
 
 
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:

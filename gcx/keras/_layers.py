@@ -89,10 +89,9 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
-        of the layer's own variables (without its sublayers), or globs; the first that matches
-        counts. Its values are layouts (``"...o"``, ``"io"``), `gcx.plan.LeaveAlone`, or None. The
-        decorator also takes the mapping itself.
+        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
+        keys are names of the layer's own variables (without its sublayers), or globs; the first
+        that matches counts. Its values are layouts, `gcx.plan.LeaveAlone`, or None.
 
     Raises
     ------
@@ -101,11 +100,8 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package can provide rules without importing gcx, by entry points of the group
-    ``gcx.keras.layers``. The name of an entry point is the qualified name of the layer::
-
-        [project.entry-points."gcx.keras.layers"]
-        "mypackage.layers.OutputFirst" = "mypackage.gcx_rules:output_first"
+    An entry point of the group ``gcx.keras.layers`` declares a rule without an import of gcx. Its
+    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
 
     Examples
     --------
@@ -114,16 +110,12 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     >>> class OutputFirst(keras.layers.Layer):
     ...     def build(self, shape):
     ...         self.weight = self.add_weight(shape=(3, shape[-1]), name="weight")
-    ...     def call(self, inputs):
-    ...         return keras.ops.matmul(inputs, keras.ops.transpose(self.weight))
     >>> @gcx.keras.register_layer(OutputFirst)
     ... def output_first(layer):
     ...     return {"weight": "oi"}
     >>> layer = OutputFirst(name="head")
     >>> layer.build((None, 4))
-    >>> print(gcx.keras.plan(layer))
-    parameter    shape  layout  reason
-    head/weight  3x4    oi      OutputFirst
-    1 of 1 parameters centralized
+    >>> gcx.keras.plan(layer)["head/weight"].layout
+    Layout('oi')
     """
     return RULES.register(kind)

@@ -24,15 +24,13 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     Parameters
     ----------
     model : keras.Model or keras.Layer
-        A built model. The layer that owns a variable decides about it, never its rank; a layer
-        without a rule is left alone.
+        A built model. The layer that owns a variable decides, never its rank.
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Layouts that take precedence over the rules, by the path of a variable
         (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
-        counts; None or `gcx.plan.LeaveAlone` leaves alone. For your own layers, use
-        `register_layer` instead.
+        counts; None or `gcx.plan.LeaveAlone` leaves alone.
 
     Returns
     -------
@@ -44,30 +42,20 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     TypeError
         If `model` is not a layer, or `overrides` holds a value of another type.
     ValueError
-        If the model is not built, `layers` is not one of its choices, a key of `overrides` matches
-        no variable, or a layout does not fit the rank of its variable.
+        If the model is not built, `layers` has no such value, or `overrides` does not fit: a key
+        matches no variable, or a layout has another rank.
 
     Examples
     --------
     >>> import keras
     >>> import gcx.keras
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((8, 8, 1)),
-    ...         keras.layers.SeparableConv2D(4, 3, name="conv"),
-    ...         keras.layers.Flatten(),
-    ...         keras.layers.Dense(10, name="head"),
-    ...     ],
-    ...     name="net",
-    ... )
-    >>> print(gcx.keras.plan(model))
+    >>> conv = keras.layers.SeparableConv2D(4, 3, name="conv")
+    >>> print(gcx.keras.plan(keras.Sequential([keras.Input((8, 8, 1)), conv], name="net")))
     parameter                  shape    layout  reason
     net/conv/depthwise_kernel  3x3x1x1  ...oo   SeparableConv2D
     net/conv/pointwise_kernel  1x1x1x4  -       fan-in 1: subtracting its mean would freeze it
     net/conv/bias              4        -       bias
-    net/head/kernel            144x10   ...o    Dense
-    net/head/bias              10       -       bias
-    2 of 5 parameters centralized
+    1 of 3 parameters centralized
     """
     decided = decide(model, Options(layers=layers, overrides=overrides))
     return Plan(decided[id(variable)] for variable in model.trainable_variables)

@@ -28,9 +28,8 @@ def centralize(
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
-    With ``where="gradient"``, SGD without weight decay keeps the mean of each weight where it was
-    (Corollary 4.1); Adam and RAdam do not, since they divide the gradient element by element.
-    See :doc:`/thinc` for L2, clipping and moving averages.
+    SGD without weight decay then keeps the mean of each weight (Corollary 4.1); Adam and RAdam do
+    so with ``where="update"``. See :doc:`/thinc` for L2, clipping and moving averages.
 
     Parameters
     ----------
@@ -47,19 +46,17 @@ def centralize(
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         As in `plan`.
     reproducible : bool, optional
-        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`), on
-        NumPy and on CuPy.
+        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
 
     Returns
     -------
     GradientCentralization
-        A handle with the plan (``.plan``), which also ends it (``.remove()``).
+        A handle with ``.plan`` and ``.remove()``.
 
     Raises
     ------
     TypeError
-        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible for the dtype of
-        a weight, or as `plan`.
+        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible, or as `plan`.
     ValueError
         If an option has no such value, the optimizer has Gradient Centralization already, there is
         nothing to centralize, or as `plan`.
@@ -73,18 +70,11 @@ def centralize(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from thinc.api import SGD, Linear
     >>> import gcx.thinc
-    >>> model = Linear(nO=2, nI=3).initialize()
-    >>> optimizer = SGD(0.1)
-    >>> handle = gcx.thinc.centralize(optimizer, model)
-    >>> start = model.get_param("W").mean(1)
-    >>> y, backprop = model.begin_update(np.ones((4, 3), dtype="float32"))
-    >>> _ = backprop(y - 1)
-    >>> model.finish_update(optimizer)
-    >>> np.allclose(model.get_param("W").mean(1), start)
-    True
+    >>> optimizer, model = SGD(0.1), Linear(nO=2, nI=3).initialize()
+    >>> gcx.thinc.centralize(optimizer, model).plan
+    <gcx plan: 1 of 2 parameters centralized>
     """
     options = Options(
         where=where, strength=strength, overrides=overrides, reproducible=reproducible
@@ -98,9 +88,7 @@ def centralize(
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer.
-
-    `gcx.thinc.centralize` returns it.
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`.
 
     Examples
     --------
@@ -108,11 +96,8 @@ class GradientCentralization:
     >>> import gcx.thinc
     >>> optimizer = Adam()
     >>> handle = gcx.thinc.centralize(optimizer, Linear(nO=2, nI=3).initialize(), where="update")
-    >>> print(handle.plan)
-    parameter  shape  layout  reason
-    linear.W   2x3    oi      linear
-    linear.b   2      -       bias
-    1 of 2 parameters centralized
+    >>> handle.plan
+    <gcx plan: 1 of 2 parameters centralized>
     >>> handle.remove()
     """
 
@@ -139,7 +124,7 @@ class GradientCentralization:
                 return kind.__call__(optimizer, key, *args, **options)
             return self._step(layout, optimizer, key, *args, **options)
 
-        # Python looks __call__ up in the class, so each optimizer gets a class of its own. An
+        # Python looks for __call__ in the class, so each optimizer gets its own class. An
         # object takes a new class only if that has the same memory layout, hence the slots.
         own = {
             "__slots__": (),

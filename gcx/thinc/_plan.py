@@ -55,8 +55,6 @@ _LAYERS: Mapping[str, Mapping[str, Answer]] = {
 
 _registered: dict[Callable[..., Any], Rule[Answer]] = {}
 
-_forward_of = attrgetter("_func")
-
 
 def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     """Declare the parameters of a kind of layer, for `plan` and `centralize`.
@@ -69,9 +67,9 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
-        of the layer's own parameters, or globs; the first that matches counts. Its values are
-        layouts (``"oi"``), `gcx.plan.LeaveAlone`, or None. It also takes the mapping itself.
+        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
+        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
+        values are layouts, `gcx.plan.LeaveAlone`, or None.
 
     Raises
     ------
@@ -88,10 +86,8 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     ...     return {"kernel": "io"}
     >>> layer = Model("mine", forward, params={"kernel": None})
     >>> layer.set_param("kernel", layer.ops.alloc2f(4, 3))
-    >>> print(gcx.thinc.plan(layer))
-    parameter    shape  layout  reason
-    mine.kernel  4x3    io      mine
-    1 of 1 parameters centralized
+    >>> gcx.thinc.plan(layer)["mine.kernel"].layout
+    Layout('io')
     """
     if isinstance(forward, Model):  # which is callable
         msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
@@ -116,8 +112,8 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     Parameters
     ----------
     *models : thinc.model.Model
-        Initialized models. The layer that owns a parameter decides about it, never its rank; a
-        layer without a rule is left alone.
+        Initialized models. The layer that owns a parameter decides, never its rank; a layer without
+        a rule is left alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Layouts that take precedence over the rules, by the name of a parameter in the plan
         (``"0.maxout.W"``) or a glob (``"*.softmax.*"``). The first key that matches counts; None
@@ -131,11 +127,10 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     Raises
     ------
     TypeError
-        If there is no model, an argument is not a model, or `overrides` or one of its values has a
-        wrong type.
+        If there is no model, or an argument or a value of `overrides` has a wrong type.
     ValueError
-        If a model is not initialized, a key of `overrides` matches no parameter, or a layout does
-        not fit the rank of its parameter.
+        If a model is not initialized, or `overrides` does not fit: a key matches no parameter, or a
+        layout has another rank.
 
     Examples
     --------
@@ -197,16 +192,12 @@ def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
 
 def _answer(layer: Model[Any, Any], name: str) -> Answer:
     """Ask the rule of a layer about its parameter `name`."""
-    answers = _answers(layer)
+    forward = attrgetter("_func")(layer)
+    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
+    answers = ask(rule, layer, layer.name)
     key = match(answers, [name]).get(name)
     unknown = LeaveAlone(f"unknown: nobody declared {layer.name}.{name}")
     return unknown if key is None else answers[key]
-
-
-def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
-    forward = _forward_of(layer)
-    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
-    return ask(rule, layer, layer.name)
 
 
 def _qualified(function: Callable[..., Any]) -> str:

@@ -610,11 +610,11 @@ def test_models_of_other_frameworks_are_looked_for_once(monkeypatch: pytest.Monk
     model.finish_update(optimizer)
     asked: list[str] = []
 
-    def rule(layer: Any) -> Any:
+    def ask(_rule: Any, layer: Any, _kind: str) -> Any:
         asked.append(layer.name)
         return {"*": "oi"}
 
-    monkeypatch.setattr(gcx.thinc._plan, "_answers", rule)
+    monkeypatch.setattr(gcx.thinc._plan, "ask", ask)
     model.finish_update(optimizer)
     assert asked == []
 

@@ -47,8 +47,7 @@ def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> Plan
         few_axes = None if axes else no_fan_in(shape)
         obstacle = few_axes or f"fan-in {size}: subtracting its mean would freeze it"
         return PlanRow(name, shape, None, obstacle)
-    parts = [f"{n} groups" if part == "b" else f"{part}={n}" for part, n in layout.sizes.items()]
-    return PlanRow(name, shape, layout, ", ".join([rule, *parts]))
+    return PlanRow(name, shape, layout, rule)
 
 
 def left_alone_by(rule: str) -> LeaveAlone:

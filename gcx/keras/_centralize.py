@@ -171,6 +171,8 @@ def _warn_of_low_precision(model: Any, expected: Plan) -> None:
 
 def _centralize_momentum(optimizer: Any, projection: Projection) -> None:
     """Subtract the fan-in mean from momentum that uncentralized gradients left."""
+    if projection.options.strength < 1:  # then momentum rightly has a mean
+        return
     if optimizer.built and isinstance(optimizer, keras.optimizers.SGD) and optimizer.momentum:
         variables = vars(optimizer)["_trainable_variables"]
         values = [buffer.value for buffer in optimizer.momentums]

@@ -175,7 +175,10 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
     )
     if not fits:
         raise RuntimeError(_misfit(owned, layout, rank, rule))
-    return _decisions.decide(owned.name, shape, layout, rule)
+    row = _decisions.decide(owned.name, shape, layout, rule)
+    sizes = row.layout.sizes.items() if row.layout is not None else ()
+    parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
+    return row._replace(reason=", ".join([row.reason, *parts]))
 
 
 def _split(

@@ -185,12 +185,27 @@ def test_steps_are_those_of_torch_fused(
     assert "step of group 0: in one launch" in repr(ours[1])
 
 
+def small_net() -> nn.Module:
+    return nn.ConvTranspose1d(5, 7, 3)
+
+
+def long_net() -> nn.Module:
+    """No tile holds a row, or a column."""
+    return nn.ModuleList([nn.Linear(5000, 2), nn.ConvTranspose1d(300, 40, 1)])
+
+
 @on_cpu
-@pytest.mark.parametrize("case", ["adamw", "nesterov"])
-def test_100_steps(case: str, device: Device) -> None:
+@pytest.mark.parametrize(
+    ("case", "make", "steps"),
+    [
+        *((case, long_net, 5) for case in CASES),
+        ("adamw", small_net, 100),
+        ("nesterov", small_net, 100),
+    ],
+)
+def test_steps_of_other_nets(case: str, make: Any, steps: int, device: Device) -> None:
     torch.manual_seed(0)
-    model = nn.ConvTranspose1d(5, 7, 3)
-    assert_steps_of_torch(device, *both(case, model, fused=True), steps=100)
+    assert_steps_of_torch(device, *both(case, make(), fused=True), steps)
 
 
 @on_cpu

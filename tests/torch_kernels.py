@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gcx.backends import _torch_cuda, _torch_triton
 
+Axes = tuple[int, ...]
 Roles = Sequence[Sequence[Tensor]]
 
 STAND_IN, INTERPRETER = ON_CPU = ("stand-in", "interpreter")
@@ -65,6 +67,9 @@ class _Run:
 
     def __init__(self, device: Device, rule: str, count: int, kernel: Any) -> None:
         self._device, self._run, self._kernel = device, (rule, count), kernel
+
+    def __reduce__(self) -> Any:
+        pytest.fail("a copy takes kernels with it, and the addresses in them")
 
     def run(self, roles: Roles, **scalars: Any) -> bool:
         if roles[0][0].dtype in self._device.refused or not self._kernel.run(roles, **scalars):
@@ -223,9 +228,7 @@ def distance(found: nn.Module, expected: nn.Module) -> float:
 class StandIn:
     """As `gcx.backends._torch_triton.MultiTensor`, on any device."""
 
-    def __init__(
-        self, rule: str, roles: Roles, axes: Sequence[tuple[int, ...]], *, any_order: bool
-    ) -> None:
+    def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], *, any_order: bool) -> None:
         assert len({tensor.dtype for tensors in roles for tensor in tensors}) == 1
         self._rule, self._axes = RULES[rule], axes
         self._strides = _strides(roles)
@@ -233,7 +236,7 @@ class StandIn:
     def run(self, roles: Roles, **scalars: Any) -> bool:
         assert _strides(roles) == self._strides
         for axes, *tensors in zip(self._axes, *roles, strict=True):
-            self._rule(axes, *tensors, **scalars)
+            self._rule(SimpleNamespace(**scalars), axes, *tensors)
         return True
 
 
@@ -241,64 +244,30 @@ def _strides(roles: Roles) -> list[list[tuple[int, ...]]]:
     return [[tensor.stride() for tensor in tensors] for tensors in roles]
 
 
-def _centralized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _centralized(x: Tensor, axes: Axes) -> Tensor:
     return x - x.mean(axes, keepdim=True) if axes else x
 
 
-def _centralize(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    *,
-    strength: float,
-    rate: float,
-) -> None:
-    wide, decay = grad.double(), rate * weight.double()
-    out.copy_(wide - (strength * wide + decay).mean(axes, keepdim=True))
+def _centralize(s: Any, axes: Axes, grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    wide, decay = grad.double(), s.rate * weight.double()
+    out.copy_(wide - (s.strength * wide + decay).mean(axes, keepdim=True))
 
 
-def _sgd(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    buffer: Tensor | None = None,
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-) -> None:
-    grad = _centralized((-grad if maximize else grad) + weight_decay * weight, axes)
+def _sgd(s: Any, axes: Axes, grad: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
+    grad = _centralized((-grad if s.maximize else grad) + s.weight_decay * weight, axes)
     if buffer is not None:
-        buffer.copy_(grad if first else momentum * buffer + (1 - dampening) * grad)
-        grad = grad + momentum * buffer if nesterov else buffer
-    weight.sub_(lr * grad)
+        buffer.copy_(grad if s.first else s.momentum * buffer + (1 - s.dampening) * grad)
+        grad = grad + s.momentum * buffer if s.nesterov else buffer
+    weight.sub_(s.lr * grad)
 
 
-def _adamw(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    bias2_root: float,
-    maximize: bool,
-) -> None:
-    grad = _centralized(-grad if maximize else grad, axes)
-    weight.sub_(decay * weight)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    weight.sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / bias2_root + eps))
+def _adamw(s: Any, axes: Axes, grad: Tensor, weight: Tensor, *moments: Tensor) -> None:
+    grad = _centralized(-grad if s.maximize else grad, axes)
+    weight.sub_(s.decay * weight)
+    first, second = moments
+    first.lerp_(grad, 1 - s.beta1)
+    second.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
+    weight.sub_(s.step_size * first / (second.sqrt() / s.bias2_root + s.eps))
 
 
 RULES: dict[str, Any] = {"centralize": _centralize, "sgd": _sgd, "adamw": _adamw}

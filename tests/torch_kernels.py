@@ -1,4 +1,4 @@
-"""Where torch's kernels run in a test: as torch's operations, in Triton's interpreter, on a GPU."""
+"""Three devices for torch's kernels: torch's operations, Triton's interpreter, and a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ on_cpu, interpreted, on_cuda, by_kernel, everywhere = (
 
 
 class Device:
-    """Where a test has its tensors, and what the kernels have done there."""
+    """One of the three: it keeps count of the kernels, their runs and their launches."""
 
     def __init__(self, name: str, patch: pytest.MonkeyPatch) -> None:
         self.name = name
@@ -58,7 +58,7 @@ class Device:
 
     @property
     def launches(self) -> int:
-        """How many there have been, where it is not a GPU that has to be asked."""
+        """The number of launches so far; on a GPU, `on_gpu` counts them."""
         return len(self.runs if self._recorded is None else self._recorded)
 
 
@@ -79,7 +79,7 @@ class _Run:
 
 
 def on_gpu(call: Callable[[], object]) -> Counter[str]:
-    """Names of what a call starts on the GPU, and how often."""
+    """Count the kernels and copies that a call starts on the GPU, by name."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
@@ -92,12 +92,12 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
 
 
 class FakeCuda:
-    """In the place of a CUDA device: its streams, its copies, and what these may not do."""
+    """In the place of a CUDA device: its streams, its copies, and their restrictions."""
 
     def __init__(self) -> None:
         self.stream: int | None = 0  # the current one; None while it is captured for a graph
         self.pinned: list[Any] = []
-        self.sent: list[Any] = []  # what is on the device
+        self.sent: list[Any] = []  # all tables on the device
         self.shared: list[tuple[Any, int | None]] = []
 
     def pin(self, table: Any) -> Any:
@@ -207,13 +207,13 @@ def give_gradients(seed: int, *models: nn.Module) -> None:
 
 
 def assert_equal(found: nn.Module, expected: nn.Module) -> None:
-    """Whether all parameters have the same bits."""
+    """Compare all parameters, bit for bit."""
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def distance(found: nn.Module, expected: nn.Module) -> float:
-    """How far parameters are apart, in units in the last place of the greatest of each tensor."""
+    """Find the greatest difference, in last places of the greatest number of each tensor."""
     worst = 0.0
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         top = other.detach().abs().max()
@@ -222,7 +222,7 @@ def distance(found: nn.Module, expected: nn.Module) -> float:
     return worst
 
 
-# The kernels, as operations of torch
+# Kernels made of torch's operations
 
 
 class StandIn:

@@ -64,7 +64,7 @@ OF_THE_PACKAGE = (
     "tests/test_public_api.py",
 )
 
-# Run here once more, with the kernels of Triton, which a CPU interprets.
+# Run by `kernels` once more: there, Triton interprets the kernels.
 INTERPRETED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"

@@ -1,8 +1,8 @@
-"""gcx.torch.AdamW and SGD with kernels: which steps these make, and that they are torch's own.
+"""gcx.torch.AdamW and SGD with kernels: they make the steps of torch's own fused optimizers.
 
-Options are powers of two and their like, which float32 holds as they are: the fused step of torch
-on a CPU takes ``1 - lr * weight_decay`` and the corrections of bias from float64, that on CUDA and
-the kernels from float32.
+Options are powers of two and their like, which float32 holds as they are. On a CPU, torch's fused
+step takes ``1 - lr * weight_decay`` and the corrections of bias from float64; on CUDA it takes them
+from float32, as the kernels do.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Pair = tuple[Any, Any]  # a model and its optimizer
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Where the optimizers find kernels; the hooks do without them on a CPU."""
+    """A device on which the optimizers find kernels; on a CPU, the hooks do not."""
     device = Device(getattr(request, "param", STAND_IN), monkeypatch)
     if device.type == "cpu":
         monkeypatch.setattr(_fused_step, "is_for_kernels", lambda _: True)
@@ -108,7 +108,7 @@ def hooked(model: nn.Module, kind: Any, groups: Any = None, **options: Any) -> O
 
 
 def both(case: str, model: nn.Module, groups: Any = None, **options: Any) -> tuple[Pair, Pair]:
-    """Ours, and the one of torch with the hooks of gcx and further options."""
+    """Make ours, and torch's with further options and the hooks."""
     kind, of_case = CASES[case]
     groups = groups or (lambda model: model.parameters())
     twin = copy.deepcopy(model)
@@ -156,7 +156,7 @@ def assert_close_states(found: Optimizer, expected: Optimizer) -> None:
     torch.testing.assert_close(one["state"], other["state"], rtol=1e-4, atol=1e-6)
 
 
-# The steps of torch
+# Torch's steps
 
 
 def assert_steps_of_torch(
@@ -185,18 +185,33 @@ def test_steps_are_those_of_torch_fused(
     assert "step of group 0: in one launch" in repr(ours[1])
 
 
+def small_net() -> nn.Module:
+    return nn.ConvTranspose1d(5, 7, 3)
+
+
+def long_net() -> nn.Module:
+    """No tile holds a row, or a column."""
+    return nn.ModuleList([nn.Linear(5000, 2), nn.ConvTranspose1d(300, 40, 1)])
+
+
 @on_cpu
-@pytest.mark.parametrize("case", ["adamw", "nesterov"])
-def test_100_steps(case: str, device: Device) -> None:
+@pytest.mark.parametrize(
+    ("case", "make", "steps"),
+    [
+        *((case, long_net, 5) for case in CASES),
+        ("adamw", small_net, 100),
+        ("nesterov", small_net, 100),
+    ],
+)
+def test_steps_of_other_nets(case: str, make: Any, steps: int, device: Device) -> None:
     torch.manual_seed(0)
-    model = nn.ConvTranspose1d(5, 7, 3)
-    assert_steps_of_torch(device, *both(case, model, fused=True), steps=100)
+    assert_steps_of_torch(device, *both(case, make(), fused=True), steps)
 
 
 @on_cpu
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_that_are_not_there_in_each_step(case: str, device: Device) -> None:
-    """Where torch has its fused step of SGD fail if momentum begins at different times."""
+    """In torch, the fused step of SGD fails if momentum begins at different times."""
     ours, reference = both(case, Net(), foreach=False)
     assert_steps_of_torch(device, ours, reference, 7, step_without_some)
     assert sum(count for _, count in device.runs) == 7 * 10 - 5 * 2
@@ -312,20 +327,27 @@ def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
         assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * top
 
 
-# What the kernels take
+# Parameters for the kernels, and for torch
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_gradients_stay_what_they_are(kind: Any, device: Device) -> None:
-    """They are read, and not written: the step is all the better for it."""
+@on_cpu
+@pytest.mark.parametrize("case", TYPICAL)
+def test_gradients_stay_what_they_are(case: str, device: Device) -> None:
+    """They are read, and not written; autograd hears of all that is written."""
+    kind, options = CASES[case]
     model = Net()
-    optimizer = kind(model)
-    give_gradients(0, model)
-    before = [(p.grad.clone(), p.grad._version) for p in model.parameters()]
+    optimizer = kind(model, **options)
+    step(0, model, optimizer)
+    give_gradients(1, model)
+    grads = [(p.grad, p.grad.clone(), p.grad._version) for p in model.parameters()]
+    states = [s for state in optimizer.state.values() for s in state.values() if s.ndim]
+    written = [(tensor, tensor._version) for tensor in (*model.parameters(), *states)]
     optimizer.step()
-    for p, (grad, version) in zip(model.parameters(), before, strict=True):
-        assert torch.equal(p.grad, grad)
-        assert p.grad._version == version
+    for grad, before, version in grads:
+        assert torch.equal(grad, before)
+        assert grad._version == version
+    assert len(states) == (20 if kind is AdamW else 10)
+    assert all(tensor._version > version for tensor, version in written)
 
 
 @pytest.mark.parametrize("training", [step, step_by_closure])
@@ -436,7 +458,7 @@ def test_steps_that_are_counted_on_the_device_are_left_to_torch(device: Device) 
 
 
 def test_numbers_of_adamw_are_those_of_float32() -> None:
-    """As on CUDA in the fused step of torch, which float64 would lead away from, bit by bit."""
+    """Torch's fused step on CUDA has these; float64 would lead away from it, bit by bit."""
     group = AdamW(Net(), lr=0.5, weight_decay=0.25).param_groups[0]
     found = AdamWRule().scalars(group, 0.0)
     beta1, beta2 = 0.8999999761581421, 0.9990000128746033  # the float32 next to 0.9 and 0.999
@@ -628,7 +650,7 @@ def test_one_launch_for_what_is_aligned_and_one_for_the_rest(kind: Any, device: 
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """What waits for the device is an error."""
+    """Let every call that waits for the device raise an error."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")

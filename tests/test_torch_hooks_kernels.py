@@ -1,4 +1,4 @@
-"""The hooks of gcx.torch with kernels: one launch, no waiting, and what comes out of it."""
+"""The hooks of gcx.torch with kernels: one launch, no waiting, and right results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAYOUTS = {"conv": "o...", "up": "io...", "linear": "oi", "odd": "o...", "groups
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Where the hooks find kernels."""
+    """A device on which the hooks find kernels."""
     device = Device(getattr(request, "param", STAND_IN), monkeypatch)
     if device.type == "cpu":
         monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
@@ -72,7 +72,7 @@ class Net(nn.Module):
 
 
 def launches_of(*, odd: bool, device: Device) -> int:
-    """How many a list takes; the stand-in knows no pieces of 16 bytes."""
+    """Count the launches of a list; the stand-in knows no pieces of 16 bytes."""
     return 2 if odd and device.name != STAND_IN else 1
 
 
@@ -100,7 +100,7 @@ def ordinarily(monkeypatch: pytest.MonkeyPatch, call: Callable[..., None], *args
 
 
 def assert_close(found: nn.Module, expected: nn.Module) -> None:
-    """Up to rounding, which is more where momentum adds up that of several steps."""
+    """Compare up to rounding. Momentum adds up the rounding of several steps."""
     for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
         tolerance = 4 * torch.finfo(one.dtype).eps
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=name)

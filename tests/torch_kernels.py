@@ -1,10 +1,11 @@
-"""Where torch's kernels run in a test: as torch's operations, in Triton's interpreter, on a GPU."""
+"""Three devices for torch's kernels: torch's operations, Triton's interpreter, and a GPU."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gcx.backends import _torch_cuda, _torch_triton
 
+Axes = tuple[int, ...]
 Roles = Sequence[Sequence[Tensor]]
 
 STAND_IN, INTERPRETER = ON_CPU = ("stand-in", "interpreter")
@@ -30,7 +32,7 @@ on_cpu, interpreted, on_cuda, by_kernel, everywhere = (
 
 
 class Device:
-    """Where a test has its tensors, and what the kernels have done there."""
+    """One of the three: it keeps count of the kernels, their runs and their launches."""
 
     def __init__(self, name: str, patch: pytest.MonkeyPatch) -> None:
         self.name = name
@@ -56,7 +58,7 @@ class Device:
 
     @property
     def launches(self) -> int:
-        """How many there have been, where it is not a GPU that has to be asked."""
+        """The number of launches so far; on a GPU, `on_gpu` counts them."""
         return len(self.runs if self._recorded is None else self._recorded)
 
 
@@ -66,6 +68,9 @@ class _Run:
     def __init__(self, device: Device, rule: str, count: int, kernel: Any) -> None:
         self._device, self._run, self._kernel = device, (rule, count), kernel
 
+    def __reduce__(self) -> Any:
+        pytest.fail("a copy takes kernels with it, and the addresses in them")
+
     def run(self, roles: Roles, **scalars: Any) -> bool:
         if roles[0][0].dtype in self._device.refused or not self._kernel.run(roles, **scalars):
             return False
@@ -74,7 +79,7 @@ class _Run:
 
 
 def on_gpu(call: Callable[[], object]) -> Counter[str]:
-    """Names of what a call starts on the GPU, and how often."""
+    """Count the kernels and copies that a call starts on the GPU, by name."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
@@ -87,12 +92,12 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
 
 
 class FakeCuda:
-    """In the place of a CUDA device: its streams, its copies, and what these may not do."""
+    """In the place of a CUDA device: its streams, its copies, and their restrictions."""
 
     def __init__(self) -> None:
         self.stream: int | None = 0  # the current one; None while it is captured for a graph
         self.pinned: list[Any] = []
-        self.sent: list[Any] = []  # what is on the device
+        self.sent: list[Any] = []  # all tables on the device
         self.shared: list[tuple[Any, int | None]] = []
 
     def pin(self, table: Any) -> Any:
@@ -202,13 +207,13 @@ def give_gradients(seed: int, *models: nn.Module) -> None:
 
 
 def assert_equal(found: nn.Module, expected: nn.Module) -> None:
-    """Whether all parameters have the same bits."""
+    """Compare all parameters, bit for bit."""
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def distance(found: nn.Module, expected: nn.Module) -> float:
-    """How far parameters are apart, in units in the last place of the greatest of each tensor."""
+    """Find the greatest difference, in last places of the greatest number of each tensor."""
     worst = 0.0
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         top = other.detach().abs().max()
@@ -217,15 +222,13 @@ def distance(found: nn.Module, expected: nn.Module) -> float:
     return worst
 
 
-# The kernels, as operations of torch
+# Kernels made of torch's operations
 
 
 class StandIn:
     """As `gcx.backends._torch_triton.MultiTensor`, on any device."""
 
-    def __init__(
-        self, rule: str, roles: Roles, axes: Sequence[tuple[int, ...]], *, any_order: bool
-    ) -> None:
+    def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], *, any_order: bool) -> None:
         assert len({tensor.dtype for tensors in roles for tensor in tensors}) == 1
         self._rule, self._axes = RULES[rule], axes
         self._strides = _strides(roles)
@@ -233,7 +236,7 @@ class StandIn:
     def run(self, roles: Roles, **scalars: Any) -> bool:
         assert _strides(roles) == self._strides
         for axes, *tensors in zip(self._axes, *roles, strict=True):
-            self._rule(axes, *tensors, **scalars)
+            self._rule(SimpleNamespace(**scalars), axes, *tensors)
         return True
 
 
@@ -241,64 +244,30 @@ def _strides(roles: Roles) -> list[list[tuple[int, ...]]]:
     return [[tensor.stride() for tensor in tensors] for tensors in roles]
 
 
-def _centralized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _centralized(x: Tensor, axes: Axes) -> Tensor:
     return x - x.mean(axes, keepdim=True) if axes else x
 
 
-def _centralize(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    *,
-    strength: float,
-    rate: float,
-) -> None:
-    wide, decay = grad.double(), rate * weight.double()
-    out.copy_(wide - (strength * wide + decay).mean(axes, keepdim=True))
+def _centralize(s: Any, axes: Axes, grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    wide, decay = grad.double(), s.rate * weight.double()
+    out.copy_(wide - (s.strength * wide + decay).mean(axes, keepdim=True))
 
 
-def _sgd(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    buffer: Tensor | None = None,
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-) -> None:
-    grad = _centralized((-grad if maximize else grad) + weight_decay * weight, axes)
+def _sgd(s: Any, axes: Axes, grad: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
+    grad = _centralized((-grad if s.maximize else grad) + s.weight_decay * weight, axes)
     if buffer is not None:
-        buffer.copy_(grad if first else momentum * buffer + (1 - dampening) * grad)
-        grad = grad + momentum * buffer if nesterov else buffer
-    weight.sub_(lr * grad)
+        buffer.copy_(grad if s.first else s.momentum * buffer + (1 - s.dampening) * grad)
+        grad = grad + s.momentum * buffer if s.nesterov else buffer
+    weight.sub_(s.lr * grad)
 
 
-def _adamw(
-    axes: tuple[int, ...],
-    grad: Tensor,
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    bias2_root: float,
-    maximize: bool,
-) -> None:
-    grad = _centralized(-grad if maximize else grad, axes)
-    weight.sub_(decay * weight)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    weight.sub_(step_size * exp_avg / (exp_avg_sq.sqrt() / bias2_root + eps))
+def _adamw(s: Any, axes: Axes, grad: Tensor, weight: Tensor, *moments: Tensor) -> None:
+    grad = _centralized(-grad if s.maximize else grad, axes)
+    weight.sub_(s.decay * weight)
+    first, second = moments
+    first.lerp_(grad, 1 - s.beta1)
+    second.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
+    weight.sub_(s.step_size * first / (second.sqrt() / s.bias2_root + s.eps))
 
 
 RULES: dict[str, Any] = {"centralize": _centralize, "sgd": _sgd, "adamw": _adamw}

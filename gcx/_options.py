@@ -16,17 +16,17 @@ Layers = Literal["all", "conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Choice of the weights to centralize, and of the part of the mean to subtract.
+    """The choice of weights, the place of the projection, and its strength.
 
-    A constructor checks each option alone. An adapter checks what depends on its optimizer or
-    model, such as `decay` or the keys of `overrides`.
+    The constructor checks each option by itself. An adapter checks the options that depend on its
+    optimizer or model, such as `decay` and the keys of `overrides`.
 
     Attributes
     ----------
     where : {"gradient", "update"}
         Project the gradient before the step, or the displacement that the step causes.
     decay : {"inside", "outside"} or None
-        Include weight decay in the projection or not; None leaves the choice to the adapter.
+        Include weight decay in the projection, or not. None leaves the choice to the adapter.
     strength : float
         The part of the mean to subtract, from 0 to 1.
     layers : {"all", "conv"}
@@ -34,13 +34,13 @@ class Options:
     overrides : mapping or None
         Answers that take precedence over the rules of the layers.
     reproducible : bool
-        Sum in the order that gives equal bits on every device.
+        Sum in one fixed order, which gives equal bits on every device.
 
     Raises
     ------
     ValueError
-        If `where`, `decay` or `layers` is not one of its choices, or `strength` is not a number
-        from 0 to 1.
+        If `where`, `decay` or `layers` has another value, or `strength` is not a number from 0 to
+        1.
     TypeError
         If `overrides` is not a mapping.
     """

@@ -223,6 +223,7 @@ finally:
         code = """
 import os, signal
 from gcx import __main__
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 __main__.look_up = lambda _: os.kill(os.getpid(), signal.SIGINT)
 __main__.exit_after(__main__.main)
 """

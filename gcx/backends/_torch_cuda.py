@@ -118,7 +118,7 @@ class Launches:
         strength: float = 1.0,
         reproducible: bool = False,
     ) -> list[int]:
-        """Subtract `strength` times the mean of each gradient, and `rate` times that of its weight.
+        """Subtract from each gradient `strength` times its mean and `rate` times its weight's mean.
 
         Parameters
         ----------
@@ -218,7 +218,7 @@ def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -
 
 
 def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:
-    """Positions of tensors that begin where an earlier one does."""
+    """Find the positions of tensors that begin at the address of an earlier one."""
     addresses = [*map(Tensor.data_ptr, tensors)]
     if len(set(addresses)) == len(addresses):
         return set()

@@ -43,6 +43,12 @@ _NORM: Answers = {"gamma": NORM, "scale": NORM, "beta": BIAS}
 _SCORE: Answers = {"scale": _SCALE, "concat_score_weight": _SCALE}
 
 _TRANSPOSED_LAYERS = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_DEPTHWISE_LAYERS = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_SEPARABLE_LAYERS = (layers.SeparableConv1D, layers.SeparableConv2D)
+_CONVOLUTIONS = (
+    *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
+    *(*_TRANSPOSED_LAYERS, *_DEPTHWISE_LAYERS, *_SEPARABLE_LAYERS),
+)
 _NORMS = (
     layers.BatchNormalization,
     layers.GroupNormalization,
@@ -55,8 +61,8 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.PReLU: {"alpha": LeaveAlone("slope of an activation")},
     **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _KERNEL),
     **dict.fromkeys(_TRANSPOSED_LAYERS, _TRANSPOSED),
-    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _DEPTHWISE),
-    **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _SEPARABLE),
+    **dict.fromkeys(_DEPTHWISE_LAYERS, _DEPTHWISE),
+    **dict.fromkeys(_SEPARABLE_LAYERS, _SEPARABLE),
     **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _RECURRENT),
     "keras.*.ConvLSTMCell": _RECURRENT,  # Keras does not export it
     layers.Embedding: {"*embeddings*": EMBEDDING},
@@ -65,6 +71,11 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
 }
 
 RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
+
+
+def is_convolution(layer: Any) -> bool:
+    """Return True for the layers of ``layers="conv"``."""
+    return isinstance(layer, _CONVOLUTIONS) or type(layer).__name__ == "ConvLSTMCell"
 
 
 def register_layer(kind: type) -> Callable[[RuleT], RuleT]:

@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import keras
 
-from gcx.keras._projection import Projection
+import gcx
+from gcx._means import fan_in_mean, restore_mean
+from gcx._options import Options
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
+# From the variables of an optimizer to their rows.
+FindRows = Callable[[Sequence[Any]], list[PlanRow]]
+
+
+class Projection:
+    """Centralizes the gradients of an optimizer, or the displacement of its weights."""
+
+    def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
+        self.plan = plan  # until the variables of the optimizer are known
+        self.options = options
+        self._find_rows = find_rows
+        self._layouts: dict[int, Layout] = {}
+        self._held: dict[int, Any] = {}
+
+    def bind(self, variables: Sequence[Any]) -> None:
+        """Settle the layouts of the optimizer's variables."""
+        rows = self._find_rows(variables)
+        pairs = zip(variables, rows, strict=True)
+        self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
+        self.plan = Plan(rows)
+
+    def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """Centralize arrays that belong to variables."""
+        layouts = [self._layouts.get(id(variable)) for variable in variables]
+        return [
+            array if layout is None else gcx.centralize(array, layout=layout, **self._how)
+            for array, layout in zip(arrays, layouts, strict=True)
+        ]
+
+    def hold_means(self, variables: Sequence[Any]) -> None:
+        """Remember the present means of the weights."""
+        reproducible = self.options.reproducible
+        self._held = {
+            id(v): fan_in_mean(_value(v), self._layouts[id(v)], reproducible=reproducible)
+            for v in variables
+            if id(v) in self._layouts
+        }
+
+    def restore_means(self, variables: Sequence[Any]) -> None:
+        """Shift the weights back to the means that were remembered."""
+        for v in variables:
+            if id(v) in self._held:
+                mean = self._held.pop(id(v))
+                v.assign(restore_mean(_value(v), mean, self._layouts[id(v)], **self._how))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"strength": self.options.strength, "reproducible": self.options.reproducible}
+
+
+def _value(variable: Any) -> Any:
+    """Array of a variable, which autograd does not watch."""
+    return keras.ops.stop_gradient(variable.value)
+
+
+_SAVED = ("where", "decay", "strength", "reproducible")  # the plan holds the other options
 _register = keras.saving.register_keras_serializable("gcx", "Centralized")
 
 
@@ -21,11 +79,6 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     Keras saves a centralized optimizer under this name, and loads it with its plan. Import
     ``gcx.keras`` before that; without it, loading raises an error.
-
-    Attributes
-    ----------
-    gradient_centralization : GradientCentralization
-        The handle, also after loading.
 
     Examples
     --------
@@ -41,7 +94,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     """
 
-    gradient_centralization: GradientCentralization
+    gradient_centralization: GradientCentralization  # also after loading
 
     def build(self, variables: Sequence[Any]) -> None:
         """Settle the layouts of the variables, and create the optimizer's own variables."""
@@ -55,22 +108,21 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     # clipping of the gradients, before moving averages and constraints of the weights.
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        projection = self._projection
-        if projection.where == "update" and projection.decay == "inside":
-            projection.hold_means(variables)
+        options = self._projection.options
+        held = options.decay if options.where == "update" else None
+        if held == "inside":
+            self._projection.hold_means(variables)
         super()._apply_weight_decay(variables)
-        if projection.where == "update" and projection.decay == "outside":
-            projection.hold_means(variables)
+        if held == "outside":
+            self._projection.hold_means(variables)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        projection = self._projection
-        if projection.where == "gradient":
-            grads = projection.centralized(grads, trainable_variables)
+        if self._projection.options.where == "gradient":
+            grads = self._projection.centralized(grads, trainable_variables)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
-        if projection.where == "update":
-            projection.restore_means(trainable_variables)
+        self._projection.restore_means(trainable_variables)
 
     @property
     def _projection(self) -> Projection:
@@ -78,13 +130,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """Describe the optimizer and the plan of its variables."""
-        projection = self._projection
+        handle, options = self.gradient_centralization, self._projection.options
         return {
-            "optimizer": keras.optimizers.serialize(self.gradient_centralization.plain_optimizer()),
-            "plan": [[*row[:2], _plain_layout(row.layout), row.reason] for row in projection.plan],
-            "where": projection.where,
-            "decay": projection.decay,
-            "reproducible": projection.reproducible,
+            "optimizer": keras.optimizers.serialize(handle.plain_optimizer()),
+            "plan": [[*row[:2], _plain_layout(row.layout), row.reason] for row in handle.plan],
+            **{name: getattr(options, name) for name in _SAVED},
         }
 
     @classmethod
@@ -100,14 +150,9 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             _check_same_shapes(rows, variables)
             return rows
 
-        projection = Projection(
-            saved_rows,
-            Plan(rows),
-            where=config["where"],
-            decay=config["decay"],
-            reproducible=config["reproducible"],
-        )
-        attach(optimizer, projection)
+        # Earlier configs have no strength.
+        options = Options(**{name: config[name] for name in _SAVED if name in config})
+        attach(optimizer, Projection(saved_rows, Plan(rows), options))
         return optimizer
 
 
@@ -162,7 +207,7 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
-        return f"<{name} of {kind}, where={self.projection.where!r}, {self.plan!r}>"
+        return f"<{name} of {kind}, where={self.projection.options.where!r}, {self.plan!r}>"
 
 
 def attach(optimizer: Any, projection: Projection) -> GradientCentralization:

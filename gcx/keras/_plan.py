@@ -9,15 +9,16 @@ import keras
 
 from gcx._decisions import decide as decide_row
 from gcx._decisions import find_overrides, merge
-from gcx._rules import Answer
-from gcx.keras._layers import RULES
-from gcx.plan import Plan, PlanRow
+from gcx._options import Layers, Options
+from gcx._rules import NOT_CONVOLUTION, Answer
+from gcx.keras._layers import RULES, is_convolution
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # By path of the variable or glob; None and LeaveAlone leave alone.
 Overrides = Mapping[str, Answer]
 
 
-def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
+def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show which variables of a model would be centralized, over which axes, and why.
 
     Parameters
@@ -25,6 +26,8 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     model : keras.Model or keras.Layer
         A built model. The layer that owns a variable decides about it, never its rank; a layer
         without a rule is left alone.
+    layers : {"all", "conv"}, optional
+        ``"conv"`` is the paper's variant for convolutions alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Layouts that take precedence over the rules, by the path of a variable
         (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
@@ -41,8 +44,8 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     TypeError
         If `model` is not a layer, or `overrides` holds a value of another type.
     ValueError
-        If the model is not built, a key of `overrides` matches no variable, or a layout does not
-        fit the rank of its variable.
+        If the model is not built, `layers` is not one of its choices, a key of `overrides` matches
+        no variable, or a layout does not fit the rank of its variable.
 
     Examples
     --------
@@ -66,11 +69,11 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     net/head/bias              10       -       bias
     2 of 5 parameters centralized
     """
-    decided = decide(model, overrides)
+    decided = decide(model, Options(layers=layers, overrides=overrides))
     return Plan(decided[id(variable)] for variable in model.trainable_variables)
 
 
-def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]:
+def decide(model: Any, options: Options) -> dict[int, PlanRow]:
     """Make the row of each variable, by the `id` of the variable."""
     if not isinstance(model, keras.Layer):
         msg = f"model is a keras.Model or a keras.Layer, not a {type(model).__name__}"
@@ -82,13 +85,16 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
         )
         raise ValueError(msg)
     owned = list(_owned_variables(model))
-    given = find_overrides(overrides or {}, [variable.path for _, variable in owned])
+    given = find_overrides(options.overrides or {}, [variable.path for _, variable in owned])
     decided: dict[int, PlanRow] = {}
     for layer, variable in owned:
-        answer = RULES.answer(layer, variable.name)
+        answer, rule = RULES.answer(layer, variable.name)
+        has_layout = not isinstance(answer, LeaveAlone | None)
+        if has_layout and options.layers == "conv" and not is_convolution(layer):
+            answer = NOT_CONVOLUTION
         if variable.path in given:
-            answer = given[variable.path], "override"
-        new = decide_row(variable.path, tuple(variable.shape), *answer)
+            answer, rule = given[variable.path], "override"
+        new = decide_row(variable.path, tuple(variable.shape), answer, rule)
         earlier = decided.get(id(variable))
         decided[id(variable)] = new if earlier is None else merge(earlier, new)
     return decided

@@ -9,15 +9,16 @@ from types import NoneType
 from typing import Any
 
 from gcx._decisions import no_fan_in
+from gcx._layouts import layouts_for
 from gcx._names import match_all
 from gcx._rules import Answer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
 from gcx.optax._names import Names
-from gcx.plan import LeaveAlone, PlanRow
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
-# A preset, a mapping, a function, or a model, whose framework need not be installed.
-Layouts = str | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
+# A preset, a plan, a mapping, a function, or a model, whose framework need not be installed.
+Layouts = str | Plan | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
 
 # From name and array to layout (or None) and reason.
 NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
@@ -138,6 +139,8 @@ def source_of(layouts: Layouts) -> Source:
             )
             raise ValueError(msg)
         return _for_any_names(partial(_from_preset, layouts))
+    if isinstance(layouts, Plan):
+        return _for_any_names(partial(_from_plan, layouts))
     # Before the other forms: a model may be callable, or a mapping.
     framework = framework_of(layouts)
     if framework is not None:
@@ -159,7 +162,7 @@ def source_of(layouts: Layouts) -> Source:
         return _for_any_names(partial(_from_function, layouts))
     msg = (
         f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
-        f"of path and array, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
+        f"of path and array, a plan, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
 
@@ -174,6 +177,11 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
         if is_named_so and (layout is None or _fits(layout, leaf.ndim)):
             return layout, reason
     return None, _no_rule(leaf)
+
+
+def _from_plan(plan: Plan, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+    (layout,) = layouts_for([(name, leaf)], plan, like=None)
+    return layout, plan[name].reason
 
 
 def _from_model(

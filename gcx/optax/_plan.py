@@ -23,7 +23,7 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     params : pytree
         Parameters or gradients, or their `jax.ShapeDtypeStruct`. Leaves hidden by `optax.masked`
         are not listed.
-    layouts : model, mapping, callable or str
+    layouts : model, Plan, mapping, callable or str
         As in `centralize`.
 
     Returns
@@ -38,8 +38,8 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     TypeError
         If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter, visible or hidden; if a layout is not valid or
-        does not fit the rank.
+        If a key of a mapping matches no parameter, visible or hidden; if a plan lacks a parameter,
+        or has another shape for it; if a layout is not valid or does not fit the rank.
 
     Examples
     --------

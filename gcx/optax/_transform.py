@@ -79,10 +79,11 @@ def centralize(
 
     Parameters
     ----------
-    layouts : model, mapping, callable or str
+    layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
         - an nnx or Equinox module, whose layers give the layouts;
+        - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
           `layouts` makes from any model; the first key that matches counts;
         - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend

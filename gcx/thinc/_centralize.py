@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from thinc.api import Model, Optimizer
 from thinc.backends import get_array_ops
 
 import gcx
-from gcx._decisions import already_attached, check_choice, check_reproducible, refuse_empty
-from gcx.backends import _canonical
+from gcx._decisions import already_attached, check_reproducible, refuse_empty
+from gcx._means import fan_in_mean, restore_mean, subtract_mean
+from gcx._options import Options, Where
 from gcx.layout import Layout
-from gcx.plan import Plan, PlanRow
-from gcx.thinc._plan import Key, Models, decide, plan, walk
-
-Where = Literal["gradient", "update"]
+from gcx.plan import Plan
+from gcx.thinc._plan import Key, Models, Overrides, decide, walk
 
 
 def centralize(
     optimizer: Optimizer,
     *models: Model[Any, Any],
     where: Where = "gradient",
+    strength: float = 1.0,
+    overrides: Overrides | None = None,
     reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
     With ``where="gradient"``, SGD without weight decay keeps the mean of each weight where it was
     (Corollary 4.1); Adam and RAdam do not, since they divide the gradient element by element.
-    :doc:`/thinc` says what happens to L2, clipping and moving averages.
+    See :doc:`/thinc` for L2, clipping and moving averages.
 
     Parameters
     ----------
@@ -42,6 +42,10 @@ def centralize(
         ``"gradient"`` centralizes the gradient that the optimizer uses, in place. ``"update"``
         centralizes the displacement of the weights by the step, which keeps the mean of each
         weight over its fan-in with any of the optimizers.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
+        As in `plan`.
     reproducible : bool, optional
         Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`), on
         NumPy and on CuPy.
@@ -57,8 +61,8 @@ def centralize(
         If `optimizer` is not a thinc optimizer, if `reproducible` is not possible for the dtype of
         a weight, or as `plan`.
     ValueError
-        If the optimizer has Gradient Centralization already, there is nothing to centralize, or a
-        model is not initialized.
+        If an option has no such value, the optimizer has Gradient Centralization already, there is
+        nothing to centralize, or as `plan`.
     RuntimeError
         In a step: if the parameter is in none of the models.
 
@@ -82,14 +86,15 @@ def centralize(
     >>> np.allclose(model.get_param("W").mean(1), start)
     True
     """
-    check_choice("where", where, ("gradient", "update"))
+    options = Options(
+        where=where, strength=strength, overrides=overrides, reproducible=reproducible
+    )
     if not isinstance(optimizer, Optimizer):
         msg = f"optimizer is a thinc.api.Optimizer, not a {type(optimizer).__name__}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
         raise ValueError(already_attached("optimizer"))
-    refuse_empty(plan(*models), "these models")
-    return GradientCentralization(optimizer, *models, where=where, reproducible=reproducible)
+    return GradientCentralization(optimizer, models, options)
 
 
 class GradientCentralization:
@@ -111,19 +116,22 @@ class GradientCentralization:
     >>> handle.remove()
     """
 
-    def __init__(
-        self, optimizer: Any, *models: Model[Any, Any], where: Where, reproducible: bool
-    ) -> None:
+    def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
         self._models = models
         self._optimizer = optimizer
+        self._options = options
         self._kind = kind = type(optimizer)
-        self._rows = decide(models)
-        self._reproducible = reproducible
-        if reproducible:
-            _check_reproducible(models, self._rows)
+        self._rows = decide(models, options.overrides)
+        refuse_empty(self.plan, "these models")
+        if options.reproducible:
+            weights = {
+                (layer.id, name): layer.get_param(name)
+                for _, layer in walk(models)
+                for name in layer.param_names
+            }
+            check_reproducible([self._rows[key] for key in weights], weights.values())
         self._foreign: set[Key] = set()  # parameters of shims
-        self._step = self._update_step if where == "update" else self._gradient_step
-        self._where = where
+        self._step = self._update_step if options.where == "update" else self._gradient_step
 
         def call(optimizer: Any, key: Key, *args: Any, **options: Any) -> Any:
             layout = self._layout_of(key)
@@ -153,30 +161,36 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
-        return f"<{name} of {kind}, where={self._where!r}, {self.plan!r}>"
+        return f"<{name} of {kind}, where={self._options.where!r}, {self.plan!r}>"
 
     def _gradient_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
+        strength, reproducible = self._options.strength, self._options.reproducible
         gradient = gcx.centralize(
-            gradient, layout=layout, out=gradient, reproducible=self._reproducible
+            gradient, layout=layout, out=gradient, strength=strength, reproducible=reproducible
         )
         if not optimizer.L2_is_weight_decay:
             # The optimizer adds L2 * weights, whose mean is subtracted here in advance.
-            gradient -= _l2(optimizer, key) * self._mean(weights, layout)
+            mean = fan_in_mean(weights, layout, reproducible=reproducible)
+            rate = strength * _l2(optimizer, key)
+            gradient[...] = subtract_mean(gradient, rate * mean, layout)
         return self._kind.__call__(optimizer, key, weights, gradient, **options)
 
     def _update_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        mean = self._mean(weights, layout)
+        strength, reproducible = self._options.strength, self._options.reproducible
+        mean = fan_in_mean(weights, layout, reproducible=reproducible)
         # Moving averages are taken below, after the means are restored.
         averages, optimizer.averages = optimizer.averages, None
         try:
             weights, gradient = self._kind.__call__(optimizer, key, weights, gradient, **options)
         finally:
             optimizer.averages = averages
-        weights -= self._mean(weights, layout) - mean
+        weights[...] = restore_mean(
+            weights, mean, layout, strength=strength, reproducible=reproducible
+        )
         if averages is not None:
             ops = get_array_ops(weights)  # type: ignore[no-untyped-call]
             if key not in averages:
@@ -184,21 +198,13 @@ class GradientCentralization:
             ops.update_averages(averages[key], weights, optimizer.nr_update[key])
         return weights, gradient
 
-    def _mean(self, x: Any, layout: Layout) -> Any:
-        xp = get_array_ops(x).xp  # type: ignore[no-untyped-call]
-        view, axes = layout.split(x.shape)
-        seen = x.reshape(view)
-        if self._reproducible:
-            mean = _canonical.fan_in_mean(seen, axes, xp)
-        else:
-            mean = seen.mean(axis=axes, keepdims=True)
-        return xp.broadcast_to(mean, view).reshape(x.shape) if layout.is_split else mean
-
     def _layout_of(self, key: Key) -> Layout | None:
         if key in self._foreign:
             return None
         if key not in self._rows:
-            self._rows = decide(self._models)  # layers may have been added or replaced
+            self._rows = decide(
+                self._models, self._options.overrides
+            )  # layers may have been added or replaced
         if key in self._rows:
             return self._rows[key].layout
         # Checked last: layers and shims are counted apart, so a new layer may have a shim's id.
@@ -229,15 +235,6 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
         optimizer.__class__ = centralized
     # A reducer returns a function and its arguments, so a copy of the plain optimizer is made.
     return copy.copy, (plain,)
-
-
-def _check_reproducible(models: Models, rows: Mapping[Key, PlanRow]) -> None:
-    weights = {
-        (layer.id, name): layer.get_param(name)
-        for _, layer in walk(models)
-        for name in layer.param_names
-    }
-    check_reproducible([rows[key] for key in weights], weights.values())
 
 
 def _l2(optimizer: Any, key: Key) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gcx._decisions import LEFT_ALONE, no_fan_in
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
-from gcx._rules import unknown
+from gcx._rules import NOT_CONVOLUTION, unknown
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, OfRank, answer
@@ -22,8 +22,6 @@ Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
 Overrides = Mapping[Key, Value]
-
-_NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
 class Decision(NamedTuple):
@@ -163,7 +161,7 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
         vector = no_fan_in(tuple(owned.parameter.shape))
         return (LeaveAlone(vector) if vector else unknown(*owned.users[-1])), ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
-        return _NOT_CONVOLUTION, ""
+        return NOT_CONVOLUTION, ""
     return known
 
 

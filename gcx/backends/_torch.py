@@ -180,22 +180,8 @@ def subtract_means_(
     """Centralize gradients in place, with the weight decay that an optimizer will add.
 
     Subtract ``strength * mean(grad + rate * weight)`` from each gradient: on CUDA in one launch for
-    each dtype, otherwise with torch's own operations.
-
-    Parameters
-    ----------
-    grads : sequence of Tensor
-        Dense gradients, on any devices; none is expanded.
-    fan_ins : sequence of (shape, axes)
-        The fan-in of each gradient, from `gcx.Layout.split`.
-    weights : sequence of Tensor
-        The weight of each gradient, of the same shape; unused without a rate.
-    rate : float or Tensor, optional
-        Factor of the weight, such as the weight decay of SGD.
-    strength : float, optional
-        The part of the mean to subtract.
-    reproducible : bool, optional
-        True to sum in the order of `_canonical`.
+    each dtype, otherwise with torch's own operations. No gradient is expanded; `weights` are of the
+    shapes of the gradients, and unused without a rate.
     """
     left: Sequence[int] = range(len(grads))
     # The kernel needs a number, and reading it from a tensor would wait for the device.

@@ -42,12 +42,8 @@ def centralize_in_backward(
     ----------
     model : torch.nn.Module
         The model, before it is wrapped: while its weights have the shapes of their layers.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
-    layers, overrides
-        As in `plan`.
-    reproducible : bool, optional
-        Whether means have :doc:`equal bits </reproducible>` on every device.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
 
     Returns
     -------

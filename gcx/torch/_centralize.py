@@ -51,10 +51,8 @@ def centralize(
         (AdamW, Muon); with ``where="update"`` it is inside. Optimizers of other packages need it.
     strength : float, optional
         The part of the mean to subtract, from 0 to 1.
-    layers : {"all", "conv"}, optional
-        ``"conv"`` is the paper's variant for convolutions alone, of any rank.
-    overrides : mapping, optional
-        Answers that take precedence over the layers, as in `plan`.
+    layers, overrides
+        As in `plan`.
     reproducible : bool, optional
         Whether means have :doc:`equal bits </reproducible>` on every device.
 
@@ -73,11 +71,6 @@ def centralize(
     -----
     UserWarning
         If momentum from before has a mean, or a copy loses its hooks; :doc:`/torch` lists all.
-
-    See Also
-    --------
-    plan : show what would be centralized.
-    centralize_grads_ : centralize gradients now, for example before clipping.
 
     Examples
     --------
@@ -152,15 +145,7 @@ class GradientCentralization:
     @not_compiled
     @torch.no_grad()
     def centralize_grads_(self) -> None:
-        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan.
-
-        Raises
-        ------
-        TypeError, RuntimeError
-            As a step would.
-        ValueError
-            If there is no gradient to centralize.
-        """
+        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
         _centralize_gradients(self._targets.weights(), self._options.strength)
 
     def remove(self) -> None:
@@ -254,12 +239,8 @@ def centralize_grads_(
     ----------
     model : torch.nn.Module
         The model, after ``backward()``. Parameters without a gradient are passed over.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
-    layers, overrides
-        As in `plan`.
-    reproducible : bool, optional
-        Whether means have :doc:`equal bits </reproducible>` on every device.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
 
     Raises
     ------

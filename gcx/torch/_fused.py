@@ -55,13 +55,6 @@ class FusedOptimizer(Optimizer):
 
         It works as `gcx.torch.centralize_grads_`, by the plan of this optimizer. The step does it
         again, which changes nothing at full strength.
-
-        Raises
-        ------
-        TypeError, RuntimeError
-            As a step would.
-        ValueError
-            If there is no gradient to centralize.
         """
         self._centralization.centralize_grads_()
 
@@ -95,9 +88,10 @@ class FusedOptimizer(Optimizer):
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
-    r"""AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    Use it instead of `torch.optim.AdamW` and `centralize`; checkpoints are the same.
+    It is `torch.optim.AdamW` with the centralized gradient in place of the gradient; weight decay
+    is not centralized. Checkpoints are the same. See :doc:`/fused`.
 
     Parameters
     ----------
@@ -111,48 +105,22 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     strength, layers, overrides, reproducible
         As in `centralize`.
 
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter.
-    fallbacks : list of str
-        For each parameter group, why torch makes part of its next step; empty if it does not.
-
     Raises
     ------
     TypeError, ValueError, RuntimeError
         As `centralize` and `torch.optim.AdamW`; if parameters are given without a model.
 
-    Notes
-    -----
-    With P the projection of `gcx.centralize`, weights w, gradient g of the loss and learning rate
-    :math:`\eta`, a step is
-
-    .. math::
-        m &\leftarrow \beta_1 m + (1 - \beta_1) P g, \qquad
-        v \leftarrow \beta_2 v + (1 - \beta_2) (P g)^2, \\
-        w &\leftarrow w - \eta \lambda w - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)
-
-    with squares by element, and hats for the bias correction. Decay is outside of P.
-
-    On CUDA, one launch for each dtype makes the step of a group and leaves ``.grad`` as it was.
-    Otherwise torch makes it, after `centralize` has written to ``.grad``: see :doc:`/fused`.
-
     Examples
     --------
+    Parameter groups need the model beside them. On a CPU, torch makes the step:
+
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = gcx.torch.AdamW(model, lr=1e-3)
-    >>> optimizer.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> model(torch.rand(8, 3)).square().mean().backward()
-    >>> optimizer.step()
-
-    Parameter groups need the model beside them. On a CPU, torch makes the step:
-
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
     >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
+    >>> optimizer.plan
+    <gcx plan: 1 of 2 parameters centralized>
     >>> [bool(reason) for reason in optimizer.fallbacks]
     [True, True]
     """
@@ -201,44 +169,22 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
-    r"""SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    Use it instead of `torch.optim.SGD` and `centralize`; checkpoints are the same.
+    It is `torch.optim.SGD` with the centralized sum of gradient and weight decay in place of this
+    sum. So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
 
     Parameters
     ----------
-    params : torch.nn.Module or iterable
-        A model; or, together with `model`, parameters or parameter groups as torch takes them. A
-        group with ``"centralize": False`` is left alone.
+    params, model, strength, layers, overrides, reproducible
+        As in `AdamW`.
     lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
         As in `torch.optim.SGD`.
-    model : torch.nn.Module, optional
-        The model that holds every parameter; needed if `params` is not a model.
-    strength, layers, overrides, reproducible
-        As in `centralize`.
-
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter.
-    fallbacks : list of str
-        For each parameter group, why torch makes part of its next step; empty if it does not.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `centralize` and `torch.optim.SGD`; if parameters are given without a model.
-
-    Notes
-    -----
-    With P the projection of `gcx.centralize`, weights w, gradient g of the loss, momentum
-    :math:`\mu`, dampening :math:`\tau` and learning rate :math:`\eta`, a step is
-
-    .. math::
-        u &\leftarrow P (g + \lambda w), \qquad b \leftarrow \mu b + (1 - \tau) u, \\
-        w &\leftarrow w - \eta b \quad \text{or, with Nesterov,} \quad w - \eta (u + \mu b)
-
-    So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
+        As in `AdamW`.
 
     Examples
     --------

@@ -64,6 +64,9 @@ OF_THE_PACKAGE = (
     "tests/test_public_api.py",
 )
 
+# Run by `kernels` once more: there, Triton interprets the kernels.
+INTERPRETED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
+
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
 
@@ -123,7 +126,8 @@ def kernels(session: nox.Session) -> None:
     install(session, "-e.", "kernels")
     session.env["TRITON_INTERPRET"] = "1"  # also where there is a GPU
     packages = "--packages=triton,cupy"
-    run_pytest(session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch")
+    paths = ("tests/test_canary.py", "tests/kernels", *INTERPRETED)
+    run_pytest(session, *paths, packages, "--backends=numpy,torch")
 
 
 @nox.session(python=RUNNING)

@@ -152,10 +152,6 @@ def centralize_many(
         belongs to two gradients; or as in `gcx.centralize`. Errors come before any result is
         written.
 
-    See Also
-    --------
-    centralize : the operator, for one array.
-
     Examples
     --------
     >>> import numpy as np

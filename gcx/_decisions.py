@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -19,9 +19,11 @@ __all__ = [
     "check_reproducible",
     "decide",
     "find_overrides",
+    "left_alone_by",
     "merge",
     "narrow_weight",
     "no_fan_in",
+    "nothing_to_centralize",
     "refuse_empty",
 ]
 
@@ -34,7 +36,7 @@ def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> Plan
     Raises a ValueError that names the parameter if the layout does not fit its shape.
     """
     if answer is None:
-        return PlanRow(name, shape, None, f"left alone by the rule of {rule}")
+        answer = left_alone_by(rule)
     if isinstance(answer, LeaveAlone):
         return PlanRow(name, shape, None, answer.reason)
     with naming(name):
@@ -48,16 +50,26 @@ def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> Plan
     return PlanRow(name, shape, layout, rule)
 
 
+def left_alone_by(rule: str) -> LeaveAlone:
+    """Give the reason for a parameter that a rule leaves alone without one."""
+    return LeaveAlone(f"left alone by the rule of {rule}")
+
+
 def no_fan_in(shape: tuple[int, ...]) -> str:
     """Return the reason to leave a vector or a scalar alone; empty for other shapes."""
     return "" if len(shape) > 1 else f"a {('scalar', 'vector')[len(shape)]} has no fan-in"
 
 
-def merge(first: PlanRow, second: PlanRow) -> PlanRow:
-    """Make one row for a parameter that two layers share: left alone unless they agree."""
-    if _fan_in(first) == _fan_in(second):
+def merge(rows: Sequence[PlanRow]) -> PlanRow:
+    """Make one row for a parameter that layers share: left alone unless they agree."""
+    first = rows[0]
+    if len(set(map(_fan_in, rows))) == 1:
         return first
-    reason = f"tied, and the rules differ: {first.reason}; {second.reason}"
+    reasons: dict[str, str] = {}
+    for row in rows:
+        told = row.reason if row.name == first.name else f"{row.name}: {row.reason}"
+        reasons.setdefault(row.reason, told)
+    reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
     return first._replace(layout=None, reason=reason)
 
 
@@ -84,17 +96,17 @@ def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
         return as_layout(value)
 
 
-def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
-    """Raise a ValueError that shows the plan of a model if it centralizes nothing.
+def refuse_empty(plan: Plan, owner: str) -> None:
+    """Raise a ValueError that shows the plan of a model if it centralizes nothing."""
+    if all(row.layout is None for row in plan):
+        raise ValueError(nothing_to_centralize(plan, owner))
 
-    The message ends with the hint if parameters are unknown.
-    """
-    if any(row.layout is not None for row in plan):
-        return
+
+def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
+    """Write the error for an idle optimizer or model; the hint is for unknown parameters."""
     is_unknown = any(row.reason.startswith("unknown") for row in plan)
     hint = f"\n{hint}" if hint and is_unknown else ""
-    msg = f"there is nothing to centralize in {owner}:\n{plan}{hint}"
-    raise ValueError(msg)
+    return f"there is nothing to centralize in {owner}:\n{plan}{hint}"
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

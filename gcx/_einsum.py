@@ -6,7 +6,7 @@ __all__ = ["kernel_letters"]
 
 
 def kernel_letters(equation: str) -> str:
-    """Letters of the kernel, the second operand: ``i`` for the axes that are summed over.
+    """Find the layout of the kernel, the second operand: ``i`` for the axes that are summed.
 
     >>> kernel_letters("abc, cd -> abd")
     'io'

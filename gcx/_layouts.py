@@ -57,7 +57,7 @@ def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
 def match_layouts(
     layouts: Mapping[str, LayoutLike | None], names: Iterable[str]
 ) -> dict[str, Layout | None]:
-    """Give each name the layout of the first key that equals or matches it.
+    """Find the layout of each name: the first key that equals or matches it decides.
 
     Raises a TypeError or ValueError if a key is not a string, or matches no name.
     """

@@ -1,4 +1,4 @@
-"""Hold the fan-in means of a weight while an optimizer steps, and restore them afterwards."""
+"""The fan-in means of a weight: take them before a step, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -9,27 +9,37 @@ from gcx._centralize import see_fan_in
 from gcx._dispatch import backend_for
 from gcx.layout import LayoutLike
 
-__all__ = ["fan_in_mean", "restore_mean"]
+__all__ = ["fan_in_mean", "restore_mean", "subtract_mean"]
 
 
 def fan_in_mean(x: Any, layout: LayoutLike, *, reproducible: bool = False) -> Any:
-    """Mean over the fan-in, in float32 at least, with size 1 along each fan-in axis.
+    """Average over the fan-in, in float32 or wider; the fan-in axes stay, with size 1.
 
-    Where the layout splits axes, the mean has the split axes too.
+    If the layout splits an axis, so does the mean.
     """
     seen, axes = see_fan_in(x, layout, reproducible=reproducible)
     return backend_for(x).fan_in_mean(seen, axes, reproducible)
 
 
+def subtract_mean(x: Any, mean: Any, layout: LayoutLike) -> Any:
+    """Subtract a mean of the form of `fan_in_mean`; the result has the shape and dtype of `x`."""
+    seen, _ = see_fan_in(x, layout)
+    xp = _compat.array_namespace(x)
+    result = xp.astype(xp.astype(seen, mean.dtype) - mean, x.dtype)
+    return backend_for(x).reshape(result, tuple(x.shape))
+
+
 def restore_mean(
     x: Any, mean: Any, layout: LayoutLike, *, strength: float = 1.0, reproducible: bool = False
 ) -> Any:
-    """Return `x` with the fan-in means that `fan_in_mean` returned before the step.
+    """Return `x` with its fan-in means moved back to `mean`, from `fan_in_mean` before a step.
 
-    A `strength` below 1 undoes that part of their change.
+    A `strength` below 1 undoes this part of their change.
     """
-    moved = strength * (fan_in_mean(x, layout, reproducible=reproducible) - mean)
-    seen, _ = see_fan_in(x, layout)
-    xp = _compat.array_namespace(x)
-    restored = xp.astype(xp.astype(seen, moved.dtype) - moved, x.dtype)
-    return backend_for(x).reshape(restored, tuple(x.shape))
+    moved = fan_in_mean(x, layout, reproducible=reproducible) - mean
+    if strength != 1.0:
+        moved = strength * moved
+        # Otherwise XLA rounds the product and the subtraction that follows together, once.
+        xp = _compat.array_namespace(x)
+        moved = xp.where(xp.isnan(moved), xp.nan, moved) if reproducible else moved
+    return subtract_mean(x, moved, layout)

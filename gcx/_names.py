@@ -20,9 +20,9 @@ _NAMES_SHOWN = 10
 def match(
     keys: Iterable[str], names: Iterable[str], *, separator: str | None = None
 ) -> dict[str, str]:
-    """Give each name the first key that equals or matches it; leave out names without a key.
+    """Find the first key that equals or matches each name; leave out names without a key.
 
-    A ``*`` matches any text, or text without the separator if there is one.
+    A ``*`` matches any text; with a separator, only text without it.
 
     >>> match(["a", "*/w"], ["a", "b/w", "b/c/w", "d"])
     {'a': 'a', 'b/w': '*/w', 'b/c/w': '*/w'}
@@ -44,10 +44,10 @@ def match(
 def match_all(
     keys: Iterable[str], names: Iterable[str], *, what: str, hidden: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Match as `match` does; an error, which calls the keys `what`, if a key matches no name.
+    """Match as `match` does; a key without a name is a ValueError that calls the keys `what`.
 
-    Other parameters may exist at or below the paths `hidden` (``""``: anywhere). A key that may be
-    meant for one of them is no error.
+    Parameters at or below the paths `hidden` (``""``: anywhere) are not in `names`. A key that may
+    match one of these is no error.
     """
     keys, names = list(keys), list(names)
     for key in keys:
@@ -67,7 +67,7 @@ def is_glob(key: str) -> bool:
 
 
 def no_match(key: str, names: Sequence[str], *, what: str) -> str:
-    """Say that a key of the mapping `what` matches none of the names."""
+    """Write the error for a key of the mapping `what` that matches no name."""
     listed = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
     return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
 

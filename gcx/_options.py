@@ -16,39 +16,16 @@ Layers = Literal["all", "conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to centralize, and by how much.
+    """The choice of weights, the place of the projection, and its strength.
 
-    A constructor checks each option alone. An adapter checks what depends on its optimizer or
-    model, such as `decay` or the keys of `overrides`.
-
-    Attributes
-    ----------
-    where : {"gradient", "update"}
-        Project the gradient before the step, or the displacement that the step causes.
-    decay : {"inside", "outside"} or None
-        Include weight decay in the projection or not; None leaves the choice to the adapter.
-    strength : float
-        The part of the mean to subtract, from 0 to 1.
-    layers : {"all", "conv"}
-        Centralize all layers that have a fan-in, or convolutions alone.
-    overrides : mapping or None
-        Answers that take precedence over the rules of the layers.
-    reproducible : bool
-        Sum in the order that gives equal bits on every device.
-
-    Raises
-    ------
-    ValueError
-        If `where`, `decay` or `layers` is not one of its choices, or `strength` is not a number
-        from 0 to 1.
-    TypeError
-        If `overrides` is not a mapping.
+    The constructor checks each option by itself. An adapter checks the options that depend on its
+    optimizer or model, such as `decay` and the keys of `overrides`.
     """
 
-    where: Where = "gradient"
-    decay: Decay = None
+    where: Where = "gradient"  # or the displacement that the step causes
+    decay: Decay = None  # the adapter chooses
     strength: float = 1.0
-    layers: Layers = "all"
+    layers: Layers = "all"  # or convolutions alone
     overrides: Mapping[Any, Any] | None = None
     reproducible: bool = False
 

@@ -25,7 +25,7 @@ class GradientCentralization(pl.Callback):
     """Callback of a Lightning trainer: its optimizers use Gradient Centralization while it fits.
 
     `gcx.torch.centralize` is called for each optimizer when fitting starts, and undone when it
-    ends, by an exception too. It does not affect testing and predicting.
+    ends, by an exception too. It does not affect testing and predicting. See :doc:`/lightning`.
 
     Parameters
     ----------
@@ -40,19 +40,6 @@ class GradientCentralization(pl.Callback):
     TypeError, ValueError, RuntimeError
         When fitting starts, as `gcx.torch.centralize`. An optimizer with nothing to centralize is
         left alone beside others; it is an error if no optimizer has anything.
-
-    See Also
-    --------
-    gcx.torch.centralize : the options.
-    gcx.torch.plan : show what would be centralized.
-
-    Notes
-    -----
-    Gradients are centralized when the optimizer steps: after accumulation, averaging over workers,
-    unscaling, and the clipping of the trainer.
-
-    The class derives from the callback of ``lightning.pytorch``, or of ``pytorch_lightning`` where
-    only that is installed. In a list (``callbacks=[...]``) it works with the trainers of both.
 
     Examples
     --------

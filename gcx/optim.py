@@ -127,15 +127,13 @@ class Adam(Optimizer):
     ----------
     lr : float, optional
         Learning rate :math:`\eta`.
-    weight_decay : float, optional
-        :math:`\lambda`, added to the gradient.
+    weight_decay, layouts, strength : optional
+        As in `SGD`.
     where : {"gradient", "update", None}, optional
         ``"gradient"`` is as above; the division makes the fan-in means of the weights drift.
         ``"update"`` centralizes :math:`d_t` instead of the gradient; the means stay constant. This
         is ``gc_loc=False`` in the authors' code, and their advice for Adam. None is plain Adam,
         and ignores `layouts`.
-    layouts, strength : optional
-        As in `gcx.centralize_many`.
     reproducible : bool, optional
         Centralize with ``reproducible=True``. The rest of the step has roots and divisions, which
         libraries round in their own ways.
@@ -143,11 +141,6 @@ class Adam(Optimizer):
         :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
     eps : float, optional
         :math:`\epsilon`.
-
-    Raises
-    ------
-    ValueError
-        If a hyperparameter is out of range.
 
     Notes
     -----
@@ -157,10 +150,7 @@ class Adam(Optimizer):
     References
     ----------
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
-    https://arxiv.org/abs/1412.6980
-
-    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
-    ECCV 2020, algorithm 2. https://arxiv.org/abs/2004.01461
+    https://arxiv.org/abs/1412.6980. Centralized: Yong et al. (see `SGD`), algorithm 2.
 
     Examples
     --------
@@ -211,21 +201,12 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    lr : float, optional
-        Learning rate :math:`\eta`.
-    weight_decay : float, optional
-        :math:`\lambda`.
     where : {"gradient", "update", None}, optional
         ``"gradient"`` is as above; weight decay shrinks the fan-in means of the weights too.
         ``"update"`` steps by :math:`P(d_t + \lambda w_{t-1})` and leaves the gradient as it is, as
         in the authors' code; the means stay constant. None is plain AdamW, and ignores `layouts`.
-    layouts, strength, reproducible, betas, eps : optional
+    lr, weight_decay, layouts, strength, reproducible, betas, eps : optional
         As in `Adam`.
-
-    Raises
-    ------
-    ValueError
-        If a hyperparameter is out of range.
 
     Notes
     -----

@@ -22,7 +22,7 @@ class GradientCentralization(TrainerCallback):
     """Callback of a Trainer: its optimizer uses Gradient Centralization while it trains.
 
     `gcx.torch.centralize` is called for the optimizer when training begins, and undone when it
-    ends.
+    ends; after an error, when you call ``on_train_end()``. See :doc:`/transformers`.
 
     Parameters
     ----------
@@ -36,19 +36,6 @@ class GradientCentralization(TrainerCallback):
         If an option has no such value.
     TypeError, ValueError, RuntimeError
         When training begins, as `gcx.torch.centralize`.
-
-    See Also
-    --------
-    gcx.torch.centralize : the options; it also takes optimizers that Accelerate has prepared.
-    gcx.torch.plan : show what would be centralized.
-
-    Notes
-    -----
-    Gradients are centralized when the optimizer steps: after accumulation, averaging over workers,
-    unscaling, and the clipping of the trainer.
-
-    If training raises, the Trainer calls no callback: ``trainer.optimizer`` goes on centralizing
-    until the next training, or until you call ``on_train_end()``.
 
     Examples
     --------

@@ -115,20 +115,25 @@ def of_linear(weight: P) -> Callable[[], Facts]:
     return partial(steps, linear, (32, 16), {"linear/weight": weight})
 
 
-CASES = {
-    "mlp, whole": of_mlp(P(), P()),
-    "mlp, fan-out": of_mlp(P(None, "x"), P(None, "x")),
-    "mlp, fan-in": of_mlp(P("x"), P("x")),
-    "mlp, tensor parallel": of_mlp(P(None, "y"), P("y")),
-    "mlp, fan-in and fan-out": of_mlp(P("x", "y"), P("x", "y")),
-    "mlp, over all devices": of_mlp(P(("x", "y")), P(None, ("x", "y"))),
-    "convolution, fan-out": of_convolution(P(None, None, None, "x")),
-    "convolution, fan-in": of_convolution(P(None, None, "x")),
-    "query, fan-out": of_query(P(None, "x", "y")),
-    "query, fan-in": of_query(P("x", "y")),
-    "linear, fan-out": of_linear(P("x")),
-    "linear, fan-in": of_linear(P(None, "x")),
+# Beside each case, the collectives that GC adds, by the number of their elements: the means of a
+# fan-in that is split, and nothing for one that is whole.
+CASES: dict[str, tuple[dict[str, int], Callable[[], Facts]]] = {
+    "mlp, whole": ({}, of_mlp(P(), P())),
+    "mlp, fan-out": ({}, of_mlp(P(None, "x"), P(None, "x"))),
+    "mlp, fan-in": ({"all-reduce 32": 1, "all-reduce 24": 1}, of_mlp(P("x"), P("x"))),
+    "mlp, tensor parallel": ({"all-reduce 24": 1}, of_mlp(P(None, "y"), P("y"))),
+    "mlp, fan-in and fan-out": (
+        {"all-reduce 16": 1, "all-reduce 12": 1},
+        of_mlp(P("x", "y"), P("x", "y")),
+    ),
+    "mlp, over all devices": ({"all-reduce 32": 1}, of_mlp(P(("x", "y")), P(None, ("x", "y")))),
+    "convolution, fan-out": ({}, of_convolution(P(None, None, None, "x"))),
+    "convolution, fan-in": ({"all-reduce 16": 1}, of_convolution(P(None, None, "x"))),
+    "query, fan-out": ({}, of_query(P(None, "x", "y"))),
+    "query, fan-in": ({"all-reduce 16": 1}, of_query(P("x", "y"))),
+    "linear, fan-out": ({}, of_linear(P("x"))),
+    "linear, fan-in": ({"all-reduce 24": 1}, of_linear(P(None, "x"))),
 }
 
 if __name__ == "__main__":
-    write_facts(CASES)
+    write_facts({name: run for name, (_, run) in CASES.items()})

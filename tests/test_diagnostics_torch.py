@@ -76,6 +76,11 @@ def share(report: gcx.diagnostics.EnergyReport, name: str) -> gcx.diagnostics.Sh
     return found
 
 
+def shared(report: gcx.diagnostics.EnergyReport) -> list[str]:
+    """Names of the parameters that have a share."""
+    return [row.name for row in report.rows if row.share]
+
+
 def reason(report: gcx.diagnostics.EnergyReport, name: str) -> str:
     return {row.name: row.reason for row in report.rows}[name]
 
@@ -88,12 +93,8 @@ def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> No
     model, batches = new_net(dtype), new_batches()
     torch.manual_seed(5)  # for dropout
     report = energy_removed(model, batches, loss_of)
-    removed, total, whole, all_removed = (
-        dict.fromkeys(AXES, 0.0),
-        dict.fromkeys(AXES, 0.0),
-        0.0,
-        0.0,
-    )
+    removed, total = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
+    whole = 0.0
     torch.manual_seed(5)
     for ids in batches:
         model.zero_grad()
@@ -110,9 +111,8 @@ def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> No
         assert found.removed == pytest.approx(removed[name] / total[name], rel=1e-12)
         assert found.lowest < found.removed < found.highest
         assert found.by_chance == pytest.approx(1 / np.prod([shape[axis] for axis in axes]))
-        all_removed += removed[name]
     assert report.total is not None
-    assert report.total.removed == pytest.approx(all_removed / whole, rel=1e-12)
+    assert report.total.removed == pytest.approx(sum(removed.values()) / whole, rel=1e-12)
     assert report.batches == 3
 
 
@@ -138,56 +138,43 @@ def test_behind_a_new_layer_norm_nothing_is_removed() -> None:
 
 
 def test_rows_are_those_of_the_plan() -> None:
-    model = new_net()
-    report, plan = energy_removed(model, new_batches(), loss_of), gcx.torch.plan(model)
+    model, batches = new_net(), new_batches()
+    report, plan = energy_removed(model, batches, loss_of), gcx.torch.plan(model)
     assert [row[:3] for row in report.rows] == [row[:3] for row in plan]
-    assert [row.name for row in report.rows if row.share] == list(AXES)
+    assert shared(report) == list(AXES)
     assert reason(report, "tokens.weight") == "embedding: a row is an input, not an output unit"
     assert reason(report, "unused.weight") == "Linear; no gradient"
-    assert reason(report, "up.weight") == "ConvTranspose1d, 2 groups: seen as 2x3x2x2"
-
-
-def test_layers_and_overrides_are_those_of_the_plan() -> None:
-    model, batches = new_net(), new_batches()
+    assert reason(report, "up.weight") == "ConvTranspose1d, 2 groups"
     report = energy_removed(model, batches, loss_of, layers="conv")
-    assert [row.name for row in report.rows if row.share] == ["conv.weight", "up.weight"]
+    assert shared(report) == ["conv.weight", "up.weight"]
     report = energy_removed(model, batches, loss_of, overrides={"conv.*": None, "tokens.*": "o..."})
-    shared = ["tokens.weight", "up.weight", "head.weight"]
-    assert [row.name for row in report.rows if row.share] == shared
+    assert shared(report) == ["tokens.weight", "up.weight", "head.weight"]
+    model.conv.requires_grad_(requires_grad=False)
+    report = energy_removed(model, batches, loss_of)
+    assert reason(report, "conv.weight") == "Conv1d; requires_grad is False; no gradient"
+    assert reason(report, "conv.bias") == "bias; requires_grad is False"
+    assert shared(report) == ["up.weight", "head.weight"]
 
 
 # What models may be made of
-
-
-def test_shared_parameters_count_once() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(4, 4, bias=False).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-    report = energy_removed(nn.Sequential(layer, nn.ReLU(), layer), [x], loss_of_squares)
-    (row,) = report.rows
-    assert (row.name, report.total) == ("0.weight", row.share)
 
 
 def loss_of_squares(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - 1).abs().square().mean()
 
 
-def test_tied_embedding_and_head_are_left_alone() -> None:
+def test_shared_and_tied_parameters_count_once() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    report = energy_removed(nn.Sequential(layer, nn.ReLU(), layer), [x], loss_of_squares)
+    (row,) = report.rows
+    assert (row.name, report.total) == ("0.weight", row.share)
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     model[1].weight = model[0].weight
-    report = energy_removed(model, [torch.arange(5)], loss_of)
-    (row,) = report.rows
+    (row,) = energy_removed(model, [torch.arange(5)], loss_of).rows
     assert row.share is None
     assert row.reason.startswith("tied, and the rules differ")
-
-
-def test_frozen_parameters_are_listed() -> None:
-    model = new_net()
-    model.conv.requires_grad_(requires_grad=False)
-    report = energy_removed(model, new_batches(), loss_of)
-    assert reason(report, "conv.weight") == "Conv1d; requires_grad is False; no gradient"
-    assert reason(report, "conv.bias") == "bias; requires_grad is False"
-    assert [row.name for row in report.rows if row.share] == ["up.weight", "head.weight"]
 
 
 def test_a_sparse_gradient_counts_in_the_total() -> None:
@@ -298,15 +285,10 @@ def test_this_loss_does_change_something() -> None:
     model = new_net()
     before = everything(model)
     loss_of(model, new_batches(1)[0])
-    changed = {
-        k for k, v in everything(model).items() if v is not None and not torch.equal(v, before[k])
-    }
-    assert changed == {
-        "norm.running_mean",
-        "norm.running_var",
-        "norm.num_batches_tracked",
-        "random",
-    }
+    after = everything(model)
+    changed = {k for k, v in after.items() if v is not None and not torch.equal(v, before[k])}
+    statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert changed == {*statistics, "random"}
 
 
 def test_a_shared_buffer_stays_shared() -> None:
@@ -341,40 +323,31 @@ def test_shuffling_is_as_it_would_have_been() -> None:
 def test_no_hook_of_training_runs() -> None:
     model = new_net()
     plain = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    gcx.torch.centralize(optimizer, model)
+    gcx.torch.centralize(torch.optim.SGD(model.parameters(), lr=1.0), model)
     called = []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(called.append)
-    torch.manual_seed(0)
-    report = energy_removed(model, new_batches(), loss_of)
-    torch.manual_seed(0)
-    assert report == energy_removed(plain, new_batches(), loss_of)
+    reports = []
+    for one in (model, plain):
+        torch.manual_seed(0)
+        reports.append(energy_removed(one, new_batches(), loss_of))
+    assert reports[0] == reports[1]
     assert called == []
-
-
-def test_under_no_grad() -> None:
-    with torch.no_grad():
-        report = energy_removed(new_net(), new_batches(), loss_of)
-        assert not torch.is_grad_enabled()
-    assert report.total is not None
 
 
 # Batches and errors
 
 
-def test_a_generator_and_batches_of_any_kind() -> None:
+def test_a_generator_and_batches_of_any_kind_under_no_grad() -> None:
     def batches() -> Iterator[dict[str, Any]]:
         for ids in new_batches():
             yield {"ids": ids, "name": "a text"}
 
-    report = energy_removed(new_net().eval(), batches(), lambda m, batch: loss_of(m, batch["ids"]))
+    with torch.no_grad():
+        model = new_net().eval()
+        report = energy_removed(model, batches(), lambda m, batch: loss_of(m, batch["ids"]))
+        assert not torch.is_grad_enabled()
     assert report == energy_removed(new_net().eval(), new_batches(), loss_of)
-
-
-def test_no_batches() -> None:
-    with pytest.raises(ValueError, match="batches is empty"):
-        energy_removed(new_net(), [], loss_of)
 
 
 @pytest.mark.parametrize(
@@ -391,24 +364,21 @@ def test_a_loss_that_is_no_number(output: Callable[[Tensor], Any], message: str)
         energy_removed(new_net(), new_batches(), lambda model, ids: output(model(ids)))
 
 
-def test_a_loss_apart_from_the_model() -> None:
+def test_errors() -> None:
+    model, batches = new_net(), new_batches()
+    with pytest.raises(ValueError, match="batches is empty"):
+        energy_removed(model, [], loss_of)
     with pytest.raises(ValueError, match="the loss does not depend on any parameter"):
-        energy_removed(new_net(), new_batches(), lambda m, ids: loss_of(m, ids).detach())
+        energy_removed(model, batches, lambda m, ids: loss_of(m, ids).detach())
     elsewhere = torch.ones((), requires_grad=True)
     with pytest.raises(ValueError, match="no parameter has a gradient in any batch"):
-        energy_removed(new_net(), new_batches(), lambda _model, _ids: 2 * elsewhere)
-
-
-def test_no_parameter_requires_a_gradient() -> None:
-    model = new_net().requires_grad_(requires_grad=False)
+        energy_removed(model, batches, lambda _model, _ids: 2 * elsewhere)
+    model.requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="the loss does not depend on any parameter"):
-        energy_removed(model, new_batches(), loss_of)
-
-
-def test_what_is_no_model() -> None:
-    parameters: Any = [nn.Parameter(torch.ones(2, 2))]
+        energy_removed(model, batches, loss_of)
+    parameters: Any = list(model.parameters())
     with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not a list"):
-        energy_removed(parameters, new_batches(), loss_of)
+        energy_removed(parameters, batches, loss_of)
 
 
 # Several processes
@@ -418,20 +388,16 @@ def loss_of_part(model: nn.Module, part: slice) -> Tensor:
     return nn.functional.mse_loss(model(sharded_training.DATA[part]), sharded_training.TARGET[part])
 
 
-def spread(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    return wrap(sharded_training.net(8))
-
-
 def refused(wrap: Callable[[nn.Module], nn.Module]) -> str:
     try:
-        energy_removed(spread(wrap), [slice(4)], loss_of_part)
+        energy_removed(wrap(sharded_training.net(8)), [slice(4)], loss_of_part)
     except RuntimeError as error:
         return str(error)
     return "it was not refused"
 
 
 def shares_after_backward() -> tuple[list[Any], Any]:
-    model = spread(fully_shard)
+    model = fully_shard(sharded_training.net(8))
     rank = torch.distributed.get_rank()
     loss_of_part(model, slice(4 * rank, 4 * rank + 4)).backward()
     grads = {name: p.grad for name, p in model.named_parameters()}

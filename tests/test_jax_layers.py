@@ -86,9 +86,9 @@ def test_tied_parameters() -> None:
     dense = decide_in_stack("w", (3, 2), "io", "Dense")
     other = decide_in_stack("w", (3, 2), "io", "Mine")
     table = decide_in_stack("w", (3, 2), LeaveAlone("embedding"), "Embed")
-    assert merge(dense, other) == dense
+    assert merge([dense, other]) == dense
     tied = "tied, and the rules differ: Dense; embedding"
-    assert merge(dense, table) == PlanRow("w", (3, 2), None, tied)
+    assert merge([dense, table]) == PlanRow("w", (3, 2), None, tied)
 
 
 EINSUMS = {

@@ -1,4 +1,4 @@
-"""GC of gradients in parts: `axis_name`, and what is refused since nobody said how it is split."""
+"""GC on eight devices: of gradients in parts by `axis_name`, and in train steps under `jax.jit`."""
 
 from __future__ import annotations
 
@@ -20,45 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 import gcx.optax
 
-pytestmark = pytest.mark.one_framework
+from jax_shards import CASES
+from jax_train_steps import CASES as STEPS
 
-# What is communicated to centralize a kernel of shape (16, 24) on a mesh of 4 x 2 devices.
-COLLECTIVES = {
-    "fan-in": {"all-reduce 24": 1},
-    "fan-in, by path": {"all-reduce 24": 1},
-    "fan-in, unchecked": {"all-reduce 24": 1},
-    "fan-in over two axes": {"all-reduce 24": 1},
-    "fan-in over two axes, one automatic": {"all-reduce 24": 1},
-    "fan-in and fan-out": {"all-reduce 12": 1},
-    "fan-in, one element a device": {"all-reduce 6": 1},
-    "fan-in of one element": {},
-    "fan-in, bfloat16": {"all-reduce 24": 1},
-    "fan-out": {},
-    "fan-out, unchecked": {},
-    "whole": {},
-    "whole, told": {},
-    "whole, fan-in of one, told": {},
-    "averaged, then centralized": {"all-reduce 384": 1},  # the gradient, by the test itself
-    "centralized, then averaged": {"all-reduce 384": 1},
-    "derivative": {"all-reduce 24": 2},
-    "pmap, fan-in": {"all-reduce 24": 1},
-    "pmap, averaged": {"all-reduce 384": 1},
-    "explicit, whole": {},
-    "explicit, fan-in": {"all-reduce 24": 1},
-    "explicit, fan-out": {},
-    "explicit, fan-in and fan-out": {"all-reduce 12": 1},
-}
-UNTOLD = (
-    "dense/kernel: this gradient differs along the mesh axis 'x', and its fan-in may be split over "
-    "it. If it is, give axis_name={'dense/kernel': 'x'}; if each device holds a whole fan-in, "
-    "axis_name={'dense/kernel': None}"
-)
-RAISES = {
-    "fan-in, untold": UNTOLD,
-    "fan-out, untold": UNTOLD,
-    "not averaged, untold": UNTOLD,
-    "wrong name": "dense/kernel: axis_name ('z',) is not bound here.",
-}
+pytestmark = pytest.mark.one_framework
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +31,39 @@ def seen() -> Any:
     return devices.seen_by("jax_shards.py")
 
 
-def test_every_case_ran(seen: Any) -> None:
-    assert seen.keys() == COLLECTIVES.keys() | RAISES.keys()
-
-
-@pytest.mark.parametrize("case", COLLECTIVES)
+@pytest.mark.parametrize("case", CASES)
 def test_is_right_and_communicates_the_means(seen: Any, case: str) -> None:
+    expected, _ = CASES[case]
+    if isinstance(expected, str):
+        assert seen[case]["raises"].startswith(expected)
+        return
     half_ulp = 2.0**-7  # of a bfloat16 from 2 to 4
     assert max(seen[case]["error"]) < (half_ulp if "bfloat16" in case else 1e-6)
-    assert seen[case]["collectives"] == COLLECTIVES[case]
+    assert seen[case]["collectives"] == expected
     assert seen[case]["keeps"]
 
 
-@pytest.mark.parametrize("case", RAISES)
-def test_an_error_and_no_wrong_answer(seen: Any, case: str) -> None:
-    assert seen[case]["raises"].startswith(RAISES[case])
+# XLA divides a program in the same way for the devices of two processes: these stand for the rest.
+IN_TWO_PROCESSES = ("mlp, fan-in", "mlp, tensor parallel", "convolution, fan-out")
+
+
+@pytest.fixture(scope="module")
+def steps() -> Any:
+    return {
+        1: devices.seen_by("jax_train_steps.py"),
+        2: devices.seen_by("jax_train_steps.py", *IN_TWO_PROCESSES, processes=2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"), [(1, case) for case in STEPS] + [(2, case) for case in IN_TWO_PROCESSES]
+)
+def test_train_steps(steps: Any, processes: int, case: str) -> None:
+    (added, _), facts = STEPS[case], steps[processes][case]
+    assert (facts["added"], facts["gone"]) == (added, {}), "the means, and no gradient"
+    assert facts["smallest move"] > 1e-2
+    assert facts["error"] < 1e-6
+    assert facts["keeps sharding"]
 
 
 def random(*shape: int) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,8 @@ import jax
 import jax.numpy as jnp
 
 import gcx
-from gcx.backends import _jax
 
-import canonical_order
 from reference import centralized
-from same_bits import assert_same_bits
 
 pytestmark = pytest.mark.one_framework
 
@@ -107,105 +103,6 @@ def test_scan_over_steps_keeps_the_means() -> None:
     end, _ = jax.jit(lambda w: jax.lax.scan(step, w, None, length=50))(start)
     assert float(jnp.abs(end - start).max()) > 0.1
     np.testing.assert_allclose(end.mean(1), start.mean(1), atol=1e-6)
-
-
-# Inside a program XLA rewrites: a division by a constant becomes a product with its reciprocal, a
-# product and a sum become one operation, a conversion to a narrow dtype and back is left out.
-
-
-NUMBERS = [("float16", 0.3), ("bfloat16", 0.3), ("float32", 1.0), ("float64", 0.3)]
-SHAPES = [
-    ((4000, 2), (1,)),
-    ((7, 700), (0,)),
-    ((9, 50, 8), (0, 2)),
-    ((1, 1000), (1,)),
-    ((2, 20_000), (1,)),
-]
-
-
-# Each shape, and each dtype: they take their ways one after the other, so no pair has its own.
-@pytest.mark.parametrize(
-    ("shape", "axes", "dtype", "strength"),
-    [(*shape, "float32", 0.3) for shape in SHAPES] + [(*SHAPES[1], *pair) for pair in NUMBERS],
-    ids=str,
-)
-class TestReproducible:
-    @pytest.fixture(autouse=True)
-    def numbers(self, shape: Any, axes: Any, dtype: str, strength: float) -> Iterator[None]:
-        rng = np.random.default_rng(0)
-        with _jax.double_precision():
-            self.x, self.y = (jnp.asarray(rng.normal(1.0, 1.0, shape), dtype) for _ in range(2))
-            wide = np.asarray((self.x * self.y).astype(canonical_order.working_dtype(dtype)))
-            self.expected = canonical_order.centralized(wide, axes, dtype, strength)
-            yield
-
-    @pytest.fixture
-    def program(self, axes: Any, strength: float) -> Callable[[Any, Any], Any]:
-        def centralized_product(x: Any, y: Any) -> Any:
-            return gcx.centralize(x * y, axis=axes, strength=strength, reproducible=True)
-
-        return centralized_product
-
-    def assert_bits(self, result: Any) -> None:
-        assert result.dtype == self.x.dtype
-        assert_same_bits(np.asarray(result.astype(self.expected.dtype)), self.expected)
-
-    def test_eager(self, program: Any) -> None:
-        self.assert_bits(program(self.x, self.y))
-
-    def test_jit(self, program: Any) -> None:
-        self.assert_bits(jax.jit(program)(self.x, self.y))
-
-    def test_jit_with_the_result_widened(self, program: Any) -> None:
-        wide = jax.jit(lambda x, y: program(x, y).astype(self.expected.dtype))
-        assert_same_bits(np.asarray(wide(self.x, self.y)), self.expected)
-
-    def test_vmap(self, program: Any) -> None:
-        for axis in range(self.x.ndim):
-            batches = (jnp.stack([array, array], axis) for array in (self.x, self.y))
-            mapped = jax.jit(jax.vmap(program, axis, axis))(*batches)
-            self.assert_bits(jnp.take(mapped, 1, axis))
-
-    def test_scan(self, program: Any) -> None:
-        def step(carry: Any, array: Any) -> tuple[Any, Any]:
-            return carry, program(carry, array)
-
-        _, results = jax.jit(lambda x, ys: jax.lax.scan(step, x, ys))(self.x, self.y[None])
-        self.assert_bits(results[0])
-
-    def test_beside_the_derivative(self, program: Any) -> None:
-        value, _ = jax.jit(lambda x, y: jax.jvp(program, (x, y), (y, x)))(self.x, self.y)
-        self.assert_bits(value)
-
-
-def test_reproducible_without_jit() -> None:
-    grad = weight(5, 300)
-    with jax.disable_jit():
-        plain = gcx.centralize(grad, reproducible=True)
-    assert_same_bits(np.asarray(plain), np.asarray(gcx.centralize(grad, reproducible=True)))
-
-
-def test_reproducible_is_refused_where_it_is_compiled_for_no_cpu() -> None:
-    traced = jax.jit(partial(gcx.centralize, reproducible=True)).trace(weight(3, 4))
-    traced.lower(lowering_platforms=("cpu",))
-    for platform in ("cuda", "tpu"):
-        with pytest.raises(TypeError, match=f"on a CPU, and this is compiled for {platform}"):
-            traced.lower(lowering_platforms=(platform,))
-
-
-def test_reproducible_is_refused_for_an_array_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    grad = weight(3, 4)
-    monkeypatch.setattr(type(grad), "devices", lambda _: [SimpleNamespace(platform="gpu")])
-    with pytest.raises(TypeError, match="on a CPU, and this array is on gpu"):
-        gcx.centralize(grad, reproducible=True)
-
-
-def test_compiles_once_a_shape() -> None:
-    gcx.centralize(weight(3, 7), layout="...o")
-    compiled = _jax._centralize._cache_size()
-    for layout in ("...o", "io...", gcx.Layout("...o")):
-        gcx.centralize(weight(3, 7), layout=layout)
-    assert _jax._centralize._cache_size() == compiled
 
 
 def test_errors_come_while_tracing() -> None:

@@ -38,55 +38,42 @@ LONG = [
 ]
 
 
-@pytest.fixture
-def plan() -> Plan:
-    return Plan(iter(ROWS))
+PLAN, LONG_PLAN = Plan(iter(ROWS)), Plan(LONG)
 
 
-@pytest.fixture
-def long_plan() -> Plan:
-    return Plan(LONG)
-
-
-def test_is_a_sequence_of_rows(plan: Plan) -> None:
-    assert isinstance(plan, Sequence)
-    assert len(plan) == 3
-    assert list(plan) == ROWS
-    assert list(reversed(plan)) == ROWS[::-1]
-    assert plan[0] is ROWS[0]
-    assert plan[-1].name == "temperature"
-    assert ROWS[1] in plan
-    assert plan.index(ROWS[1]) == 1
+def test_is_a_sequence_of_rows_and_a_value() -> None:
+    assert isinstance(PLAN, Sequence)
+    assert len(PLAN) == 3
+    assert list(PLAN) == ROWS
+    assert list(reversed(PLAN)) == ROWS[::-1]
+    assert PLAN[0] is ROWS[0]
+    assert PLAN[-1].name == "temperature"
+    assert ROWS[1] in PLAN
+    assert PLAN.index(ROWS[1]) == 1
     with pytest.raises(IndexError):
-        plan[3]
+        PLAN[3]
+    assert isinstance(PLAN[1:], Plan)
+    assert PLAN[1:] == Plan(ROWS[1:])
+    assert str(PLAN[:1]).endswith("1 of 1 parameters centralized")
+    assert Plan(ROWS) == PLAN
+    assert Plan(ROWS[:2]) != PLAN
+    assert ROWS != PLAN
+    assert len({PLAN, Plan(ROWS)}) == 1
 
 
-def test_a_slice_is_a_plan(plan: Plan) -> None:
-    assert isinstance(plan[1:], Plan)
-    assert plan[1:] == Plan(ROWS[1:])
-    assert str(plan[:1]).endswith("1 of 1 parameters centralized")
-
-
-def test_plans_are_values(plan: Plan) -> None:
-    assert plan == Plan(ROWS)
-    assert plan != Plan(ROWS[:2])
-    assert plan != ROWS
-    assert len({plan, Plan(ROWS)}) == 1
-
-
-def test_prints_as_a_table(plan: Plan) -> None:
-    assert str(plan).splitlines() == [
+def test_prints_as_a_table() -> None:
+    assert str(PLAN).splitlines() == [
         "parameter    shape    layout  reason",
         "conv.weight  8x3x3x3  o...    Conv2d",
         "conv.bias    8        -       bias",
         "temperature  scalar   -       no layer gcx knows",
         "1 of 3 parameters centralized",
     ]
-    assert repr(plan) == "<gcx plan: 1 of 3 parameters centralized>"
+    assert repr(PLAN) == "<gcx plan: 1 of 3 parameters centralized>"
 
 
-def test_a_long_plan_prints_by_reason_and_layout(long_plan: Plan) -> None:
-    assert str(long_plan).splitlines() == [
+def test_a_LONG_PLAN_prints_by_reason_and_layout() -> None:
+    assert str(LONG_PLAN).splitlines() == [
         "parameters  elements  layout  reason            names",
         "         1       400  -       embedding         embed.weight",
         "         1         4  -       unknown: no rule  cls_token",
@@ -102,14 +89,14 @@ def test_how_it_prints_goes_by_the_number_of_rows() -> None:
     assert str(Plan(LONG[:41])).startswith(Plan(LONG[:41]).summary())
 
 
-def test_table_has_every_row_of_a_long_plan(long_plan: Plan) -> None:
-    _, *lines, counts = long_plan.table().splitlines()
+def test_table_has_every_row_of_a_LONG_PLAN() -> None:
+    _, *lines, counts = LONG_PLAN.table().splitlines()
     assert [line.split()[0] for line in lines] == [row.name for row in LONG]
     assert counts == "48 of 63 parameters centralized"
 
 
-def test_summary_of_a_short_plan(plan: Plan) -> None:
-    assert plan.summary().splitlines() == [
+def test_summary_of_a_short_plan() -> None:
+    assert PLAN.summary().splitlines() == [
         "parameters  elements  layout  reason              names",
         "         1       216  o...    Conv2d              conv.weight",
         "         1         8  -       bias                conv.bias",
@@ -156,45 +143,41 @@ def test_every_unknown_name_is_in_the_summary() -> None:
 
 
 def test_an_empty_plan_says_so() -> None:
-    plan = Plan([])
-    assert not plan
-    assert str(plan).splitlines()[-1] == "0 of 0 parameters centralized"
-    assert plan.to_dict() == {}
-    assert "0 of 0" in plan._repr_html_()
+    empty = Plan([])
+    assert not empty
+    assert str(empty).splitlines()[-1] == "0 of 0 parameters centralized"
+    assert empty.to_dict() == {}
+    assert "0 of 0" in empty._repr_html_()
 
 
-def test_as_a_dict_it_is_json(plan: Plan) -> None:
-    found = plan.to_dict()
+def test_as_a_dict_it_is_json() -> None:
+    layout = Layout("(bi)o...", b=2)
+    grouped = PlanRow("grouped", (4, 3, 3), layout, "2 groups")
+    found = Plan([*ROWS, grouped]).to_dict()
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == [row.name for row in ROWS]
+    assert list(found) == [row.name for row in (*ROWS, grouped)]
     assert found["conv.weight"] == {"shape": [8, 3, 3, 3], "layout": "o...", "reason": "Conv2d"}
     assert found["conv.bias"]["layout"] is None
+    assert Layout(found["grouped"]["layout"], **found["grouped"]["sizes"]) == layout
 
 
-def test_sizes_of_a_split_are_in_the_dict() -> None:
-    layout = Layout("(bi)o...", b=2)
-    found = Plan([PlanRow("weight", (4, 3, 3), layout, "2 groups")]).to_dict()["weight"]
-    assert json.loads(json.dumps(found)) == found
-    assert Layout(found["layout"], **found["sizes"]) == layout
-
-
-def test_rows_are_found_by_name(plan: Plan) -> None:
-    assert plan["conv.weight"] is plan[0]
-    assert Plan([*plan, plan[0]._replace(reason="again")])["conv.weight"] is plan[0]
+def test_rows_are_found_by_name() -> None:
+    assert PLAN["conv.weight"] is PLAN[0]
+    assert Plan([*PLAN, PLAN[0]._replace(reason="again")])["conv.weight"] is PLAN[0]
     with pytest.raises(KeyError, match=r"the plan has no row 'conv.wieght'; it has 'conv.weight'"):
-        plan["conv.wieght"]
+        PLAN["conv.wieght"]
 
 
-def test_in_a_notebook_it_is_an_html_table(plan: Plan) -> None:
-    html = plan._repr_html_()
+def test_in_a_notebook_it_is_an_html_table() -> None:
+    html = PLAN._repr_html_()
     assert html.startswith("<table>")
     assert html.count("<tr>") == html.count("</tr>") == 4
     assert "<td>conv.weight</td><td>8x3x3x3</td><td>o...</td><td>Conv2d</td>" in html
     assert html.endswith("<p>1 of 3 parameters centralized</p>")
 
 
-def test_a_long_one_is_a_summary_that_opens(long_plan: Plan) -> None:
-    html = long_plan._repr_html_()
+def test_a_long_one_is_a_summary_that_opens() -> None:
+    html = LONG_PLAN._repr_html_()
     summary, details = html.split("<details>")
     assert summary.count("<tr>") == 1 + 5
     assert summary.endswith("<p>48 of 63 parameters centralized</p>")

@@ -1,9 +1,14 @@
-"""reproducible=True inside programs of JAX, of which XLA may make what it likes."""
+"""reproducible=True inside programs of JAX, of which XLA may make what it likes.
+
+A division by a constant becomes a product with its reciprocal, a product and a sum become one
+operation, a conversion to a narrow dtype and back is left out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,9 +46,77 @@ def wide(x: Any, dtype: str) -> Any:
     return np.asarray(x).astype(canonical_order.working_dtype(dtype))
 
 
-def assert_canonical(found: Any, grad: Any, dtype: str, strength: float = 1.0) -> None:
-    expected = canonical_order.centralized(wide(grad, dtype), (1,), dtype, strength)
+def assert_canonical(
+    found: Any, grad: Any, dtype: str, strength: float = 1.0, axes: tuple[int, ...] = (1,)
+) -> None:
+    expected = canonical_order.centralized(wide(grad, dtype), axes, dtype, strength)
     assert_same_bits(wide(found, dtype), expected)
+
+
+# Shapes and their fan-in, then every dtype with a part of the mean and with all of it.
+PRODUCTS = [
+    ((4000, 2), (1,), "float32", 0.3),
+    ((9, 50, 8), (0, 2), "float32", 0.3),
+    ((1, 1000), (1,), "float32", 0.3),
+    ((2, 20_000), (1,), "float32", 0.3),
+    *[((7, 700), (0,), dtype, strength) for dtype in DTYPES for strength in (0.3, 1.0)],
+]
+
+
+@pytest.mark.parametrize(("shape", "axes", "dtype", "strength"), PRODUCTS, ids=str)
+class TestProducts:
+    """XLA would join the product of the gradient with the subtraction of its mean."""
+
+    @pytest.fixture(autouse=True)
+    def numbers(self, shape: Any, axes: Any, dtype: str, strength: float) -> None:
+        rng = np.random.default_rng(0)
+        self.x, self.y = (jnp.asarray(rng.normal(1.0, 1.0, shape), dtype) for _ in range(2))
+        self.expected = canonical_order.centralized(
+            wide(self.x * self.y, dtype), axes, dtype, strength
+        )
+
+    @pytest.fixture
+    def program(self, axes: Any, strength: float) -> Callable[[Any, Any], Any]:
+        return lambda x, y: centralize(x * y, axis=axes, strength=strength)
+
+    def assert_bits(self, result: Any) -> None:
+        assert result.dtype == self.x.dtype
+        assert_same_bits(np.asarray(result.astype(self.expected.dtype)), self.expected)
+
+    def test_eager(self, program: Any) -> None:
+        self.assert_bits(program(self.x, self.y))
+
+    def test_jit(self, program: Any) -> None:
+        self.assert_bits(jax.jit(program)(self.x, self.y))
+
+    def test_jit_with_the_result_widened(self, program: Any) -> None:
+        in_wide = jax.jit(lambda x, y: program(x, y).astype(self.expected.dtype))
+        assert_same_bits(np.asarray(in_wide(self.x, self.y)), self.expected)
+
+    def test_jit_with_products_of_the_result(self, program: Any) -> None:
+        @jax.jit
+        def step(x: Any, y: Any) -> Any:
+            centralized = program(x, y)
+            return centralized, x - 0.1 * centralized, centralized * y + x
+
+        self.assert_bits(step(self.x, self.y)[0])
+
+    def test_vmap(self, program: Any) -> None:
+        for axis in range(self.x.ndim):
+            batches = (jnp.stack([array, array], axis) for array in (self.x, self.y))
+            mapped = jax.jit(jax.vmap(program, axis, axis))(*batches)
+            self.assert_bits(jnp.take(mapped, 1, axis))
+
+    def test_scan(self, program: Any) -> None:
+        def step(carry: Any, array: Any) -> tuple[Any, Any]:
+            return carry, program(carry, array)
+
+        _, results = jax.jit(lambda x, ys: jax.lax.scan(step, x, ys))(self.x, self.y[None])
+        self.assert_bits(results[0])
+
+    def test_beside_the_derivative(self, program: Any) -> None:
+        value, _ = jax.jit(lambda x, y: jax.jvp(program, (x, y), (y, x)))(self.x, self.y)
+        self.assert_bits(value)
 
 
 @pytest.mark.parametrize(
@@ -56,24 +129,9 @@ def test_inside_jit(fan_in: int, dtype: str) -> None:
     assert_canonical(jax.jit(centralize)(grad), grad, dtype)
 
 
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_around_it_are_rounded(dtype: str, strength: float) -> None:
-    """XLA would join the product of the gradient with the subtraction of its mean."""
-
-    @jax.jit
-    def program(a: Any, b: Any) -> Any:
-        centralized = centralize(a * b, strength=strength)
-        return centralized, a - 0.1 * centralized, centralized * b + a
-
-    a, b = draw(dtype, seed=1), draw(dtype, seed=2)
-    found, _, _ = program(a, b)
-    assert_canonical(found, a * b, dtype, strength)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
-    """Or the test above would say nothing."""
+    """Or the tests above would say nothing."""
     a, b, c = (draw(dtype, seed=seed) for seed in range(3))
     joined, rounded = jax.jit(lambda a, b, c: a * b - c)(a, b, c), a * b - c
     with pytest.raises(AssertionError, match="differ"):
@@ -91,15 +149,7 @@ def test_inside_a_training_step(dtype: str) -> None:
     assert_canonical(centralized, grad, dtype)
 
 
-def in_a_scan(function: Callable[[Any], Any], stack: Any) -> Any:
-    return jax.lax.scan(lambda carry, grad: (carry, function(grad)), 0, stack)[1]
-
-
-def together(function: Callable[[Any], Any], stack: Any) -> Any:
-    return jax.vmap(function)(stack)
-
-
-@pytest.mark.parametrize("transform", [jax.lax.map, in_a_scan, together])
+@pytest.mark.parametrize("transform", [jax.lax.map, lambda f, stack: jax.vmap(f)(stack)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_several_in_one_program(transform: Callable[..., Any], dtype: str) -> None:
     stack = draw(dtype, (3, 33, 300))
@@ -127,8 +177,23 @@ def test_derivative_is_that_of_the_default() -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
-def test_program_for_a_gpu_is_refused() -> None:
+def test_without_jit() -> None:
+    grad = draw("float32", (5, 300))
+    with jax.disable_jit():
+        plain = centralize(grad)
+    assert_same_bits(np.asarray(plain), np.asarray(centralize(grad)))
+
+
+def test_is_refused_where_it_is_compiled_for_no_cpu() -> None:
     traced = jax.jit(centralize).trace(draw("float32"))
     traced.lower(lowering_platforms=("cpu",))
-    with pytest.raises(TypeError, match=r"reproducible=True is for JAX on a CPU.*cuda"):
-        traced.lower(lowering_platforms=("cuda",))
+    for platform in ("cuda", "tpu"):
+        with pytest.raises(TypeError, match=f"on a CPU, and this is compiled for {platform}"):
+            traced.lower(lowering_platforms=(platform,))
+
+
+def test_is_refused_for_an_array_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad = draw("float32")
+    monkeypatch.setattr(type(grad), "devices", lambda _: [SimpleNamespace(platform="gpu")])
+    with pytest.raises(TypeError, match="on a CPU, and this array is on gpu"):
+        centralize(grad)

@@ -27,13 +27,8 @@ def test_what_gcx_centralized_passes(xp: ArrayLibrary, options: dict[str, Any]) 
     for dtype in WIDE_DTYPES if not options else ["float64"]:
         grad = xp.asarray(values(3, 4, 5), dtype)
         assert_centralized(gcx.centralize(grad, **options), **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"layout": "...o"}, {"axis": 1}])
-def test_what_nobody_centralized_fails(xp: ArrayLibrary, options: dict[str, Any]) -> None:
-    for dtype in WIDE_DTYPES if not options else ["float64"]:
         with pytest.raises(AssertionError, match="not centralized: a mean over axes"):
-            assert_centralized(xp.asarray(values(3, 4, 5), dtype), **options)
+            assert_centralized(grad, **options)
 
 
 def test_low_precision_needs_a_tolerance(xp: ArrayLibrary) -> None:
@@ -48,29 +43,18 @@ def test_low_precision_needs_a_tolerance(xp: ArrayLibrary) -> None:
             assert_centralized(gcx.centralize(grad))
 
 
-def test_the_wrong_axis_fails(xp: ArrayLibrary) -> None:
+def test_what_is_not_hidden(xp: ArrayLibrary) -> None:
     result = gcx.centralize(xp.asarray(values(3, 4)), layout="...o")
     with pytest.raises(AssertionError, match=r"a mean over axes \(1,\) is 0\.\d+ of the largest"):
         assert_centralized(result, layout="o...")
-
-
-def test_one_unit_in_a_thousand_fails(xp: ArrayLibrary) -> None:
     numbers = values(1000, 8)
     numbers -= numbers.mean(1, keepdims=True)
     assert_centralized(xp.asarray(numbers))
     numbers[777] += 1e-9
     with pytest.raises(AssertionError):
         assert_centralized(xp.asarray(numbers))
-
-
-def test_a_small_unit_is_not_hidden_by_a_large_one(xp: ArrayLibrary) -> None:
-    numbers = np.array([[1e20, -1e20], [1e-20, 1e-20]])
     with pytest.raises(AssertionError, match="is 1 of the largest magnitude"):
-        assert_centralized(xp.asarray(numbers))
-
-
-def test_zeros_are_centralized(xp: ArrayLibrary) -> None:
-    assert_centralized(xp.asarray(np.zeros((3, 4))))
+        assert_centralized(xp.asarray([[1e20, -1e20], [1e-20, 1e-20]]))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -82,23 +66,21 @@ def test_what_is_not_finite_fails(xp: ArrayLibrary, value: float) -> None:
 
 
 def test_rtol(xp: ArrayLibrary) -> None:
+    assert_centralized(xp.asarray(np.zeros((3, 4))))
+    assert_centralized(xp.asarray([[1.0, -0.5]]), rtol=0.25)  # a mean as large as that
     x = xp.asarray([[1.0, -0.9]])
     assert_centralized(x, rtol=0.06)
     with pytest.raises(AssertionError, match=r"more than 0.04"):
         assert_centralized(x, rtol=0.04)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("dtype", WIDE_DTYPES)
 def test_the_default_is_64_roundings(xp: ArrayLibrary, dtype: str) -> None:
     epsilon = float(np.finfo(dtype).eps)
     for sign in (1, -1):
         assert_centralized(xp.asarray([[1.0, -1.0 + sign * 126 * epsilon]], dtype))
         with pytest.raises(AssertionError, match=f"more than {64 * epsilon:.3g}$"):
             assert_centralized(xp.asarray([[1.0, -1.0 + sign * 132 * epsilon]], dtype))
-
-
-def test_a_mean_as_large_as_rtol_passes(xp: ArrayLibrary) -> None:
-    assert_centralized(xp.asarray([[1.0, -0.5]]), rtol=0.25)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 1), (3, 0), (0, 3)])
@@ -136,15 +118,12 @@ def test_weights_after_real_training(xp: ArrayLibrary, dtype: str) -> None:
         assert_centralized(drifting, start=start)
 
 
-def test_weights_that_did_not_move_show_nothing(xp: ArrayLibrary) -> None:
+def test_start_is_of_other_weights_of_the_same_shape(xp: ArrayLibrary) -> None:
     weights = xp.asarray(values(3, 4))
     with pytest.raises(AssertionError, match="nothing was trained"):
         assert_centralized(weights, start=weights)
-
-
-def test_start_has_the_shape_of_the_weights(xp: ArrayLibrary) -> None:
     with pytest.raises(ValueError, match=r"start has shape \(4, 3\), the weight \(3, 4\)"):
-        assert_centralized(xp.asarray(values(3, 4)), start=xp.asarray(values(4, 3)))
+        assert_centralized(weights, start=xp.asarray(values(4, 3)))
 
 
 def test_the_change_of_a_torch_parameter() -> None:

@@ -21,11 +21,9 @@ from gcx.backends import _torch_cuda
 from gcx.backends._torch_cuda import Launches, centralize_many, takes
 
 from kernel_cases import CASES, DTYPES, assert_same_bits, expected, filled
+from torch_kernels import IS_ON_CUDA, on_gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = IS_ON_CUDA
 
 _FOLDER = Path(__file__).parent
 
@@ -60,15 +58,6 @@ def wanted_of(grads: list[Tensor]) -> list[Tensor]:
 def columns(count: int = 8) -> list[Tensor]:
     """Each column lies in several tiles."""
     return [torch.randn(3000, 520 + 32 * k, device="cuda") for k in range(count)]
-
-
-def kernels_of(call: Any) -> list[str]:
-    """Names of what runs on the device."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profile.events() if event.device_type == on_device]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,12 +106,12 @@ def test_two_launches_at_most_and_no_waiting(grads: list[Tensor]) -> None:
     launches = Launches()
     with torch.no_grad():
         launches.centralize_(grads, AXES)
-        found = kernels_of(lambda: launches.centralize_(grads, AXES))
-        assert found == ["multi_tensor"] * 2  # one for the rows whose length is odd
+        found = on_gpu(lambda: launches.centralize_(grads, AXES))
+        assert found == {"multi_tensor": 2}  # one for the rows whose length is odd
         fresh = [grad.clone() for grad in grads]
-        found = kernels_of(lambda: launches.centralize_(fresh, AXES))
-        assert sorted(found)[-2:] == ["multi_tensor"] * 2
-        assert len(found) == 3  # with the new addresses
+        found = on_gpu(lambda: launches.centralize_(fresh, AXES))
+        assert found["multi_tensor"] == 2
+        assert found.total() == 3  # with the new addresses
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(3):
@@ -135,8 +124,8 @@ def test_two_launches_at_most_and_no_waiting(grads: list[Tensor]) -> None:
 def test_the_public_functions_launch_the_kernel(grads: list[Tensor]) -> None:
     gcx.centralize_many(grads)
     gcx.centralize(grads[0])
-    assert kernels_of(lambda: gcx.centralize_many(grads)).count("multi_tensor") == 2
-    assert kernels_of(lambda: gcx.centralize(grads[0])).count("multi_tensor") == 1
+    assert on_gpu(lambda: gcx.centralize_many(grads))["multi_tensor"] == 2
+    assert on_gpu(lambda: gcx.centralize(grads[0]))["multi_tensor"] == 1
 
 
 def test_gradients_at_new_addresses_in_each_step(grads: list[Tensor]) -> None:

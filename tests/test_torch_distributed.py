@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -149,12 +150,18 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
+EXPECTED = {"gradient": centralized_gradients, "update": centralized_updates}
+
+
+def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("where", EXPECTED)
 @pytest.mark.parametrize(("spread", "world", "hidden", "cut"), SCHEMES)
-def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where: Any) -> None:
-    expected = (centralized_gradients if where == "gradient" else centralized_updates)(hidden)
+def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where: str) -> None:
     for weights, sent in processes.run(world, trained, spread, hidden, where):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+        assert_weights(weights, EXPECTED[where](hidden))
         assert sent == [("all_reduce", means) for means in cut]
 
 
@@ -173,14 +180,12 @@ def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
     return Outcome(whole_weights(model), sent)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
-def test_zero_redundancy_optimizer(where: Any) -> None:
-    expected = (centralized_gradients if where == "gradient" else centralized_updates)(EVEN)
+@pytest.mark.parametrize("where", EXPECTED)
+def test_zero_redundancy_optimizer(where: str) -> None:
     plain = processes.run(2, trained_with_zero, where, False)
-    for (weights, sent), (_, sent_without) in zip(
-        processes.run(2, trained_with_zero, where, True), plain, strict=True
-    ):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+    found = processes.run(2, trained_with_zero, where, True)
+    for (weights, sent), (_, sent_without) in zip(found, plain, strict=True):
+        assert_weights(weights, EXPECTED[where](EVEN))
         assert sent == sent_without  # the weights themselves: each process has updated some
 
 
@@ -188,24 +193,23 @@ def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(net(UNEVEN), mp_policy=policy)
     optimizer = sgd(model.parameters(), decay=0.0)
-    if not is_written_out:
-        gcx.torch.centralize(optimizer, model)
-        sent = train(model, optimizer, distributed.get_rank(), 2)
-        return Outcome(whole_weights(model), sent)
 
     def centralize_whole_gradients() -> None:
         for name, p in model.named_parameters():
             grad = project(name, whole(p.grad))
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
 
-    sent = train(model, optimizer, distributed.get_rank(), 2, centralize_whole_gradients)
+    if not is_written_out:
+        gcx.torch.centralize(optimizer, model)
+    before_step = [centralize_whole_gradients] if is_written_out else []
+    sent = train(model, optimizer, distributed.get_rank(), 2, *before_step)
     return Outcome(whole_weights(model), sent)
 
 
 def test_mixed_precision() -> None:
     expected = processes.run(2, trained_in_mixed_precision, True)[0].weights
     for weights, sent in processes.run(2, trained_in_mixed_precision, False):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        assert_weights(weights, expected, atol=1e-6)
         assert sent == [("all_reduce", UP)]
 
 
@@ -222,7 +226,7 @@ def trained_with_decay_outside(spread: Callable[[int], Spread]) -> Weights:
 def test_decay_outside(spread: Any) -> None:
     expected = trained_with_decay_outside(alone)
     for weights in processes.run(2, trained_with_decay_outside, spread):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+        assert_weights(weights, expected)
 
 
 # What would be found out
@@ -249,36 +253,30 @@ def test_plain_expression_gathers_the_gradient() -> None:
 # Momentum from before
 
 
-def attached_late(spread: Callable[[int], Spread], hidden: int) -> Weights:
-    model, part, parts = spread(hidden)
-    optimizer = sgd(model.parameters())
-    train(model, optimizer, part, parts)
-    with pytest.warns(UserWarning, match="momentum of 4 weights"):
-        gcx.torch.centralize(optimizer, model)
-    train(model, optimizer, part, parts)
-    return whole_weights(model)
-
-
-def resumed(spread: Callable[[int], Spread], hidden: int) -> Weights:
+def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> Weights:
+    """Train, and go on with Gradient Centralization, in the same optimizer or from its state."""
     model, part, parts = spread(hidden)
     first = sgd(model.parameters())
     train(model, first, part, parts)
-    optimizer = sgd(model.parameters())
-    gcx.torch.centralize(optimizer, model)
+    optimizer, go_on = first, partial(gcx.torch.centralize, first, model)
+    if is_loaded:
+        optimizer = sgd(model.parameters())
+        gcx.torch.centralize(optimizer, model)
+        go_on = partial(optimizer.load_state_dict, first.state_dict())
     with pytest.warns(UserWarning, match="momentum of 4 weights"):
-        optimizer.load_state_dict(first.state_dict())
+        go_on()
     train(model, optimizer, part, parts)
     return whole_weights(model)
 
 
-@pytest.mark.parametrize("training", [attached_late, resumed])
+@pytest.mark.parametrize("is_loaded", [False, True])
 @pytest.mark.parametrize(
     ("spread", "hidden"), [(fsdp2, UNEVEN), (fsdp2_along_fan_in, EVEN), (tensor_parallel, EVEN)]
 )
-def test_momentum_from_before(training: Any, spread: Any, hidden: int) -> None:
-    expected = training(alone, hidden)
-    for weights in processes.run(2, training, spread, hidden):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+def test_momentum_from_before(is_loaded: bool, spread: Any, hidden: int) -> None:
+    expected = resumed(alone, hidden, is_loaded)
+    for weights in processes.run(2, resumed, spread, hidden, is_loaded):
+        assert_weights(weights, expected)
 
 
 def attached_late_to_zero() -> tuple[Weights, list[str]]:
@@ -297,9 +295,9 @@ def attached_late_to_zero() -> tuple[Weights, list[str]]:
 def test_momentum_of_a_zero_redundancy_optimizer() -> None:
     """Each process has that of some weights."""
     outcomes = processes.run(2, attached_late_to_zero)
-    expected = attached_late(alone, EVEN)
+    expected = resumed(alone, EVEN, False)
     for weights, _ in outcomes:
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+        assert_weights(weights, expected)
     found = [re.search(r"momentum of (\d) weights", " ".join(said)) for _, said in outcomes]
     assert sum(int(match[1]) for match in found if match) == 4
 
@@ -400,10 +398,6 @@ def by_the_core() -> None:
         torch.testing.assert_close(grad.full_tensor(), expected)
 
 
-def test_public_functions() -> None:
-    processes.run(2, by_the_core)
-
-
 def reproducibly() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full = torch.randn(6, 5, 4, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -439,10 +433,6 @@ def reproducibly() -> None:
         _torch.check_reproducible_over(distribute_tensor(full, mesh, [Shard(0)]), grouped)
 
 
-def test_reproducible() -> None:
-    processes.run(2, reproducibly)
-
-
 def differentiated() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full, direction = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5)
@@ -450,10 +440,6 @@ def differentiated() -> None:
         x = distribute_tensor(full, mesh, [cut]).requires_grad_()
         (gcx.centralize(x) * distribute_tensor(direction, mesh, [cut])).sum().backward()
         torch.testing.assert_close(x.grad.full_tensor(), gcx.centralize(direction))
-
-
-def test_derivative() -> None:
-    processes.run(2, differentiated)
 
 
 def compiled() -> None:
@@ -466,5 +452,6 @@ def compiled() -> None:
         torch.testing.assert_close(found.full_tensor(), gcx.centralize(full))
 
 
-def test_compiles_to_one_graph() -> None:
-    processes.run(2, compiled)
+@pytest.mark.parametrize("task", [by_the_core, reproducibly, differentiated, compiled])
+def test_public_functions(task: Any) -> None:
+    processes.run(2, task)

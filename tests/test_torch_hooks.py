@@ -23,7 +23,16 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 import gcx.torch
 from gcx.testing import assert_centralized
 
-from torch_training import GRAD, RTOL, change_of, loss_of, new_layer, train
+from torch_training import (
+    GRAD,
+    RTOL,
+    assert_means_kept,
+    attached,
+    change_of,
+    loss_of,
+    new_layer,
+    train,
+)
 
 pytestmark = pytest.mark.one_framework
 
@@ -285,11 +294,6 @@ def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
     optimizer.load_state_dict(new)
     assert not is_centralized(model[0].weight, optimizer, model)
     assert "centralize" not in old["param_groups"][0]
-
-
-def test_checkpoint_of_other_groups_is_an_error_of_torch(layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    gcx.torch.centralize(optimizer, model)
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(SGD(model.parameters()).state_dict())
 
@@ -321,18 +325,9 @@ def test_group_that_is_switched_off_is_not_asked_for_anything(where: Any, layer:
 
 
 def test_group_without_weights_is_not_asked_for_its_decay(layer: nn.Linear) -> None:
-    groups = [{"params": [layer.bias], "weight_decay": 0.1}, {"params": [layer.weight]}]
-    optimizer = Own(groups)
+    optimizer = Own([{"params": [layer.bias], "weight_decay": 0.1}, {"params": [layer.weight]}])
     gcx.torch.centralize(optimizer, layer)
     assert is_centralized(layer.weight, optimizer, layer)
-
-
-def test_switch_is_a_bool(layer: nn.Linear) -> None:
-    optimizer = SGD([{"params": layer.parameters(), "centralize": "no"}])
-    with pytest.raises(
-        TypeError, match=r"'centralize' in a parameter group is True or False.*'no'"
-    ):
-        gcx.torch.centralize(optimizer, layer)
 
 
 # Momentum from before
@@ -430,9 +425,9 @@ def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.L
     handle = gcx.torch.centralize(optimizer, model, where=where)
     model.append(layer)
     optimizer.add_param_group({"params": layer.parameters(), "weight_decay": 0.1})
-    start = model[0].weight.detach().clone()
-    assert_centralized(change_of(layer, lambda: train(model, optimizer)), rtol=RTOL)
-    assert_centralized(model[0].weight.detach() - start, rtol=RTOL)
+    assert_means_kept(
+        model[0].weight, lambda: assert_means_kept(layer, lambda: train(model, optimizer))
+    )
     assert [row.name for row in handle.plan] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
@@ -449,8 +444,7 @@ def test_parameter_without_gradient_does_not_move(where: Any, layer: nn.Linear) 
 
 
 def test_expanded_gradient_is_replaced(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=1.0)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer, lr=1.0)
     row = torch.arange(5.0, dtype=torch.float64)
     layer.weight.grad = row.expand(3, 5)
     change = change_of(layer, optimizer.step)
@@ -460,11 +454,10 @@ def test_expanded_gradient_is_replaced(layer: nn.Linear) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_gradient_that_has_a_graph(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=0.01)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer)
     loss_of(layer).backward(create_graph=True)
     assert layer.weight.grad.requires_grad
-    assert_centralized(change_of(layer, optimizer.step), rtol=RTOL)
+    assert_means_kept(layer, optimizer.step)
 
 
 def test_gradient_of_bfloat16_weights(layer: nn.Linear) -> None:
@@ -486,30 +479,13 @@ def assert_one_rounding(found: Tensor, exact: Tensor) -> None:
 
 
 def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
-    optimizer = Own(layer.parameters())
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer, kind=Own)
     loss_of(layer).backward()
-    change = change_of(layer, lambda: optimizer.step(lambda: None))
-    assert_centralized(change, rtol=RTOL)
-
-
-def test_closure_that_adds_to_a_gradient(layer: nn.Linear) -> None:
-    """The part from before is centralized first, and again with the rest."""
-    twin = copy.deepcopy(layer)
-    optimizer, other = (SGD(m.parameters(), lr=0.01, weight_decay=0.1) for m in (layer, twin))
-    gcx.torch.centralize(optimizer, layer)
-    gcx.torch.centralize(other, twin)
-    loss_of(layer).backward()
-    optimizer.step(lambda: loss_of(layer).backward())
-    loss_of(twin).backward()
-    loss_of(twin).backward()
-    other.step()
-    torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-14)
+    assert_means_kept(layer, lambda: optimizer.step(lambda: None))
 
 
 def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=0.01)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer)
 
     def closure() -> float:
         assert torch.is_grad_enabled()
@@ -523,10 +499,8 @@ def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> 
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> None:
     twin = copy.deepcopy(layer)
-    nested = Inherited(layer.parameters(), weight_decay=0.1)
-    plain = Adam(twin.parameters(), weight_decay=0.1)
-    gcx.torch.centralize(nested, layer, where=where)
-    gcx.torch.centralize(plain, twin, where=where)
+    nested = attached(layer, where, Inherited, lr=1e-3, weight_decay=0.1)
+    plain = attached(twin, where, Adam, lr=1e-3, weight_decay=0.1)
     calls: list[object] = []
     nested.register_step_pre_hook(lambda *args: calls.append(args))
     train(layer, nested, steps=5)
@@ -536,8 +510,7 @@ def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> N
 
 
 def test_step_that_raises_leaves_the_next_ones_right(layer: nn.Linear) -> None:
-    optimizer = Own(layer.parameters())
-    gcx.torch.centralize(optimizer, layer, where="update")
+    optimizer = attached(layer, "update", Own)
     train(layer, optimizer)
     optimizer.fails = True
     for _ in range(5):
@@ -550,8 +523,7 @@ def test_step_that_raises_leaves_the_next_ones_right(layer: nn.Linear) -> None:
 
 
 def test_learning_rate_scheduler(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer, momentum=0.9, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=6)
 
     def training() -> None:
@@ -559,7 +531,7 @@ def test_learning_rate_scheduler(layer: nn.Linear) -> None:
             train(layer, optimizer, steps=1)
             scheduler.step()
 
-    assert_centralized(change_of(layer, training), rtol=RTOL)
+    assert_means_kept(layer, training)
 
 
 # Gradient scaling
@@ -584,31 +556,12 @@ def test_scaled_gradients_with_coupled_decay(
 ) -> None:
     """A fused optimizer gets the gradients scaled, and so must decay be that goes with them."""
     twin = copy.deepcopy(layer)
-    options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.125, "maximize": maximize}
-    optimizer = SGD(layer.parameters(), fused=fused, **options)
-    plain = SGD(twin.parameters(), **options)
-    gcx.torch.centralize(optimizer, layer)
-    gcx.torch.centralize(plain, twin)
+    options: Any = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.125, "maximize": maximize}
+    optimizer, plain = attached(layer, fused=fused, **options), attached(twin, **options)
     change = change_of(layer, lambda: train_scaled(layer, optimizer, unscale=unscale))
     assert_centralized(change, rtol=RTOL)
     train(twin, plain)
     torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"where": "update"}, {"where": "update", "decay": "outside"}]
-)
-@pytest.mark.parametrize("fused", [False, True])
-def test_step_skipped_for_infinity_moves_nothing(
-    fused: bool, options: Any, layer: nn.Linear
-) -> None:
-    optimizer = AdamW(layer.parameters(), weight_decay=0.1, fused=fused)
-    gcx.torch.centralize(optimizer, layer, **options)
-    before = layer.weight.detach().clone()
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.inf * loss_of(layer)).backward()
-    scaler.step(optimizer)
-    assert torch.equal(layer.weight, before)
 
 
 # Weight decay
@@ -705,12 +658,9 @@ def test_subclass_with_its_own_step_is_unknown(layer: nn.Linear) -> None:
         def step(self, closure: Any = None) -> Any:
             raise NotImplementedError
 
-    class Renamed(SGD):
-        pass
-
-    gcx.torch.centralize(Renamed(layer.parameters(), weight_decay=0.1), layer)
+    attached(layer, kind=type("Renamed", (SGD,), {}), weight_decay=0.1)
     with pytest.raises(ValueError, match="does Shrinking add"):
-        gcx.torch.centralize(Shrinking(layer.parameters(), weight_decay=0.1), layer)
+        attached(layer, kind=Shrinking, weight_decay=0.1)
 
 
 def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
@@ -719,13 +669,20 @@ def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
         gcx.torch.centralize(adamw, layer, decay="inside")
     with pytest.raises(ValueError, match=r"SGD adds weight_decay.*where='gradient'"):
         gcx.torch.centralize(sgd, layer, where="update", decay="outside")
+    adamw.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
+    with pytest.raises(ValueError, match="finds its learning rate by itself; leave decay inside"):
+        gcx.torch.centralize(adamw, layer, where="update", decay="outside")
 
 
 # Errors
 
 
 def test_choices(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters())
+    optimizer = SGD([{"params": layer.parameters(), "centralize": "no"}])
+    told = r"'centralize' in a parameter group is True or False.*'no'"
+    with pytest.raises(TypeError, match=told):
+        gcx.torch.centralize(optimizer, layer)
+    del optimizer.param_groups[0]["centralize"]
     with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weight'"):
         gcx.torch.centralize(optimizer, layer, where="weight")
     with pytest.raises(ValueError, match="decay is one of None, 'inside', 'outside', not True"):
@@ -743,8 +700,6 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a generator"):
         gcx.torch.centralize(wrapper.optimizer, layer.parameters())
 
-
-def test_optimizer_without_a_step(layer: nn.Linear) -> None:
     class InBackward(Optimizer):
         """Updates in backward, as LOMO does."""
 
@@ -753,16 +708,15 @@ def test_optimizer_without_a_step(layer: nn.Linear) -> None:
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
-def test_closure_that_accumulates_and_clips(where: Any, layer: nn.Linear) -> None:
+@pytest.mark.parametrize("limit", [0.5, float("inf")])
+def test_closure_that_accumulates_and_clips(limit: float, where: Any, layer: nn.Linear) -> None:
     """What is clipped is the whole gradient, as in a loop without a closure."""
     twin = copy.deepcopy(layer)
-    optimizer, other = (SGD(m.parameters(), lr=0.01, weight_decay=0.1) for m in (layer, twin))
-    gcx.torch.centralize(optimizer, layer, where=where)
-    gcx.torch.centralize(other, twin, where=where)
+    optimizer, other = (attached(one, where, weight_decay=0.1) for one in (layer, twin))
 
     def closure(model: nn.Linear) -> None:
         loss_of(model).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), limit)
 
     for _ in range(4):
         for model in (layer, twin):
@@ -841,16 +795,6 @@ def test_rules_that_change_count_once_the_plan_is_asked_for(layer: nn.Linear) ->
     assert str(handle.plan[0].layout) == "io"
     change = change_of(layer, lambda: train(layer, optimizer))
     assert_centralized(change, layout="io", rtol=RTOL)
-
-
-def test_sparse_gradient_of_a_weight(layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(5, 3).double(), layer)
-    optimizer = SGD(model.parameters())
-    gcx.torch.centralize(optimizer, model)
-    model[0].weight.grad, layer.weight.grad = GRAD.clone(), GRAD.to_sparse()
-    with pytest.raises(TypeError, match=r"1\.weight has a gradient of layout torch\.sparse_coo"):
-        optimizer.step()
-    assert torch.equal(model[0].weight.grad, GRAD)
 
 
 def test_sparse_gradient_of_an_embedding_is_nobodys_business(layer: nn.Linear) -> None:
@@ -943,21 +887,10 @@ def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None
     assert caught[0].filename == __file__
 
 
-def test_removed_handle_says_so(layer: nn.Linear) -> None:
-    handle = gcx.torch.centralize(SGD(layer.parameters()), layer)
-    handle.remove()
-    assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")
-
-
 def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> None:
     optimizer = SGD(layer.parameters())
     handle = gcx.torch.centralize(optimizer, layer)
     optimizer.add_param_group({"params": nn.Linear(2, 7).parameters()})
     assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
-
-
-def test_learning_rate_that_nobody_knows(layer: nn.Linear) -> None:
-    optimizer = AdamW(layer.parameters())
-    optimizer.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
-    with pytest.raises(ValueError, match="finds its learning rate by itself; leave decay inside"):
-        gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
+    handle.remove()
+    assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")

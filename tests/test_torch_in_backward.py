@@ -106,21 +106,17 @@ def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> No
 # On one process
 
 
-@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": True}, {"use_reentrant": False}])
+PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("checkpointing", [PLAIN, REENTRANT, NOT_REENTRANT])
 def test_as_at_the_step(checkpointing: Any, expected: Weights) -> None:
     model = built(**checkpointing)
     gcx.torch.centralize_in_backward(model)
     train(model, optimizer_of(model))
     assert_weights(whole_weights(model), expected)
-
-
-def test_hooks_do_not_pile_up() -> None:
-    model = built()
-    gcx.torch.centralize_in_backward(model)
-    train(model, optimizer_of(model))
-    assert [len(p._backward_hooks or ()) for p in model.block.parameters() if p.ndim == 2] == [
-        1
-    ] * 4
+    weights = [p for p in model.block.parameters() if p.ndim == 2]
+    assert [len(p._backward_hooks or ()) for p in weights] == [1] * 4  # they do not pile up
 
 
 def test_accumulated_gradients() -> None:
@@ -195,10 +191,7 @@ def test_remove() -> None:
     handle.remove()
     train(model, optimizer_of(model))
     train(plain, optimizer_of(plain))
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True)
-    )
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert_weights(whole_weights(model), whole_weights(plain), atol=0)
     gcx.torch.centralize_in_backward(model)  # which a second handle would refuse
 
 
@@ -224,25 +217,17 @@ def test_compiled_model() -> None:
 # Errors and warnings
 
 
-def test_twice_is_an_error() -> None:
+def test_models_that_are_refused() -> None:
     model = built()
     gcx.torch.centralize_in_backward(model)
     with pytest.raises(ValueError, match="this Model is centralized in backward already"):
         gcx.torch.centralize_in_backward(model)
-
-
-def test_nothing_to_centralize_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"nothing to centralize in this LayerNorm:\n.*\nweight "):
         gcx.torch.centralize_in_backward(nn.LayerNorm(3))
-
-
-def test_unknown_layers_alone_are_an_error_that_tells_what_to_do() -> None:
-    model = nn.Module()
-    model.mine = nn.Parameter(torch.zeros(3, 4))
-    with pytest.raises(
-        ValueError, match=r"Module\.mine\n.*\n.*register_layer or overrides can tell"
-    ):
-        gcx.torch.centralize_in_backward(model)
+    unknown = nn.ParameterDict({"mine": torch.zeros(3, 4)})
+    told = r"ParameterDict\.mine\n.*\n.*register_layer or overrides can tell"
+    with pytest.raises(ValueError, match=told):
+        gcx.torch.centralize_in_backward(unknown)
 
 
 def test_sparse_gradient_is_an_error() -> None:
@@ -252,9 +237,18 @@ def test_sparse_gradient_is_an_error() -> None:
         table(torch.tensor([1, 2])).sum().backward()
 
 
-def test_gradients_that_go_another_way_are_noticed() -> None:
+# Gradients that go another way
+
+
+@pytest.fixture
+def watched() -> tuple[nn.Sequential, Any]:
+    """Two layers, and the handle of both."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    handle = gcx.torch.centralize_in_backward(model)
+    return model, gcx.torch.centralize_in_backward(model)
+
+
+def test_gradients_that_go_another_way_are_noticed(watched: Any) -> None:
+    model, handle = watched
     idle = r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
     for passed in range(1, 10):
         with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
@@ -263,9 +257,8 @@ def test_gradients_that_go_another_way_are_noticed() -> None:
     handle.remove()
 
 
-def test_gradients_that_never_came_are_noticed_at_the_end() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    handle = gcx.torch.centralize_in_backward(model)
+def test_gradients_that_never_came_are_noticed_at_the_end(watched: Any) -> None:
+    model, handle = watched
     model(X.float())
     model[1](X.float()).sum().backward()
     with pytest.warns(UserWarning, match="no gradient of 1 weights"):
@@ -285,23 +278,23 @@ def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
     handle.remove()
 
 
-def test_evaluation_and_frozen_weights_are_no_reason_to_warn() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:
+    model, handle = watched
     model[0].requires_grad_(False)
-    handle = gcx.torch.centralize_in_backward(model)
     for _ in range(10):
-        model.eval()(X.float())
-    for _ in range(10):
-        model.train()(X.float()).sum().backward()
+        model(X.float()).sum().backward()
     handle.remove()
 
 
 @pytest.mark.parametrize(("is_training", "records"), [(False, True), (True, False)])
-def test_passes_without_training_are_no_reason_to_warn(is_training: bool, records: bool) -> None:
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_passes_without_training_are_no_reason_to_warn(
+    has_begun: bool, is_training: bool, records: bool, watched: Any
+) -> None:
     """A weight without a gradient so far may have one when training goes on."""
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    handle = gcx.torch.centralize_in_backward(model)
-    model[1](X.float()).sum().backward()
+    model, handle = watched
+    if has_begun:
+        model[1](X.float()).sum().backward()
     with torch.set_grad_enabled(records):
         for _ in range(10):
             model.train(is_training)(X.float())
@@ -312,15 +305,14 @@ def test_passes_without_training_are_no_reason_to_warn(is_training: bool, record
 # On several processes
 
 
+CPU = {"device_id": torch.device("cpu")}
+
+
 def under_fsdp1(
-    checkpointing: Any, is_nested: bool, use_orig_params: bool, strategy: Any, micro_steps: int = 1
+    checkpointing: Any, is_nested: bool, strategy: Any, use_orig_params: bool, micro_steps: int = 1
 ) -> Weights:
+    options = {"use_orig_params": use_orig_params, "sharding_strategy": strategy, **CPU}
     rank = distributed.get_rank()
-    options = {
-        "use_orig_params": use_orig_params,
-        "sharding_strategy": strategy,
-        "device_id": torch.device("cpu"),
-    }
     model = built(**checkpointing)
     gcx.torch.centralize_in_backward(model)
     if is_nested:
@@ -344,27 +336,18 @@ def under_fsdp1(
         return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named}
 
 
-PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
-
-
-@pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize(
-    ("checkpointing", "is_nested", "strategy"),
-    [
-        pytest.param(PLAIN, False, Strategy.FULL_SHARD, id="one"),
-        pytest.param(PLAIN, True, Strategy.FULL_SHARD, id="nested"),
-        pytest.param(PLAIN, True, Strategy.SHARD_GRAD_OP, id="grads"),
-        pytest.param(PLAIN, False, Strategy.NO_SHARD, id="no-shard"),
-        pytest.param(REENTRANT, True, Strategy.FULL_SHARD, id="reentrant"),
-        pytest.param(NOT_REENTRANT, True, Strategy.FULL_SHARD, id="not-reentrant"),
-    ],
-)
-def test_fsdp1(
-    checkpointing: Any, is_nested: bool, strategy: Any, use_orig_params: bool, expected: Weights
-) -> None:
-    arguments = (checkpointing, is_nested, use_orig_params, strategy)
-    for weights in processes.run(2, under_fsdp1, *arguments):
-        assert_weights(weights, expected)
+FSDP1 = {
+    "one": (PLAIN, False, Strategy.FULL_SHARD),
+    "nested": (PLAIN, True, Strategy.FULL_SHARD),
+    "grads": (PLAIN, True, Strategy.SHARD_GRAD_OP),
+    "no-shard": (PLAIN, False, Strategy.NO_SHARD),
+    "reentrant": (REENTRANT, True, Strategy.FULL_SHARD),
+    "not-reentrant": (NOT_REENTRANT, True, Strategy.FULL_SHARD),
+}
+OF_ONE_PROCESS: dict[str, tuple[Any, ...]] = {
+    **{f"{k}, {o}": (under_fsdp1, *case, o) for k, case in FSDP1.items() for o in (False, True)},
+    "accumulating": (under_fsdp1, *FSDP1["nested"], False, 2),
+}
 
 
 def step_under_fsdp1_that_came_too_late(kind: str) -> None:
@@ -373,7 +356,7 @@ def step_under_fsdp1_that_came_too_late(kind: str) -> None:
     model = nn.Sequential(layers[kind])
     optimizer = optimizer_of(model)
     gcx.torch.centralize(optimizer, model)
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, **CPU)
     wrapped(torch.rand(inputs[kind])).square().sum().backward()
     with pytest.raises(RuntimeError, match=r"0\.weight is of rank 1.*centralize_in_backward"):
         optimizer.step()
@@ -384,20 +367,12 @@ def test_fsdp1_after_centralizing_at_the_step_is_an_error(kind: str) -> None:
     processes.run(2, step_under_fsdp1_that_came_too_late, kind)
 
 
-def test_fsdp1_that_accumulates(expected: Weights) -> None:
-    arguments = (PLAIN, True, False, Strategy.FULL_SHARD)
-    for weights in processes.run(2, under_fsdp1, *arguments, 2):
-        assert_weights(weights, expected)
-
-
 def change_under_fsdp1_in_mixed_precision() -> Tensor:
     layer = nn.Linear(64, 4)
     start = layer.weight.detach().clone()
     gcx.torch.centralize_in_backward(layer)
     mixed = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = FullyShardedDataParallel(
-        layer, mixed_precision=mixed, device_id=torch.device("cpu"), use_orig_params=True
-    )
+    model = FullyShardedDataParallel(layer, mixed_precision=mixed, use_orig_params=True, **CPU)
     optimizer = optimizer_of(model)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -433,9 +408,13 @@ def under_fsdp2() -> Weights:
     return whole_weights(model)
 
 
-@pytest.mark.parametrize("training", [under_ddp, under_fsdp2])
-def test_what_keeps_the_shapes_is_right_too(training: Any, expected: Weights) -> None:
-    for weights in processes.run(2, training):
+@pytest.mark.parametrize(
+    "task",
+    [*OF_ONE_PROCESS.values(), (under_ddp,), (under_fsdp2,)],
+    ids=[*OF_ONE_PROCESS, "ddp", "fsdp2"],
+)
+def test_as_on_one_process(task: Any, expected: Weights) -> None:
+    for weights in processes.run(2, *task):
         assert_weights(weights, expected)
 
 

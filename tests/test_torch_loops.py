@@ -18,32 +18,27 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
 import gcx.torch
 from gcx.testing import assert_centralized
 
-from torch_training import GRAD, RTOL, X, change_of, loss_of, new_layer, train
+from torch_training import (
+    GRAD,
+    RTOL,
+    X,
+    assert_means_kept,
+    assert_same,
+    attached,
+    change_of,
+    loss_of,
+    new_layer,
+    train,
+)
 
 pytestmark = pytest.mark.one_framework
 
-# Two roundings apart: the same steps, summed in another order.
-ATOL = 1e-13
+DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
 
 
 @pytest.fixture
 def layer() -> nn.Linear:
     return new_layer()
-
-
-def sgd(model: nn.Module, **options: Any) -> SGD:
-    """SGD as the paper runs it."""
-    return SGD(model.parameters(), **{"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, **options})
-
-
-def assert_same(model: nn.Module, other: nn.Module) -> None:
-    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
-
-
-def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]) -> None:
-    """Corollary 4.1."""
-    assert_centralized(change_of(weight, training), rtol=RTOL)
 
 
 def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
@@ -60,9 +55,7 @@ def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
 def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
     """Four parts of a batch do what the batch does."""
     twin = copy.deepcopy(layer)
-    optimizer, whole = sgd(layer), sgd(twin)
-    gcx.torch.centralize(optimizer, layer, where=where)
-    gcx.torch.centralize(whole, twin, where=where)
+    optimizer, whole = (attached(one, where, **DECAYED) for one in (layer, twin))
 
     def training() -> None:
         for _ in range(5):
@@ -78,15 +71,13 @@ def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
 
 def test_steps_that_keep_the_gradient(layer: nn.Linear) -> None:
     """The second step centralizes what it has centralized before, and the decay of new weights."""
-    optimizer = sgd(layer, momentum=0)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer, weight_decay=0.1)
     loss_of(layer).backward()
     assert_means_kept(layer, lambda: [optimizer.step() for _ in range(3)])
 
 
 def test_clipping_in_the_loop_comes_first(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=0.1)
-    gcx.torch.centralize(optimizer, layer)
+    optimizer = attached(layer, lr=0.1)
     start = layer.weight.detach().clone()
     loss_of(layer).backward()
     grad = layer.weight.grad.clone()
@@ -98,12 +89,10 @@ def test_clipping_in_the_loop_comes_first(layer: nn.Linear) -> None:
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_centralize_grads_before_clipping(attached: bool, layer: nn.Linear) -> None:
+@pytest.mark.parametrize("make", [attached, lambda model, **o: SGD(model.parameters(), **o)])
+def test_centralize_grads_before_clipping(make: Any, layer: nn.Linear) -> None:
     """The norm is that of the centralized gradients, of which nothing is lost after it."""
-    optimizer = sgd(layer, weight_decay=0)
-    if attached:
-        gcx.torch.centralize(optimizer, layer)
+    optimizer = make(layer, lr=0.01, momentum=0.9)
 
     def training() -> None:
         for _ in range(5):
@@ -111,8 +100,7 @@ def test_centralize_grads_before_clipping(attached: bool, layer: nn.Linear) -> N
             gcx.torch.centralize_grads_(layer)
             assert clip_grad_norm_(layer.parameters(), 0.5) > 0.5
             optimizer.step()
-            grads = [p.grad for p in layer.parameters()]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
             torch.testing.assert_close(norm.item(), 0.5, rtol=1e-5, atol=0)
 
     assert_means_kept(layer, training)
@@ -142,11 +130,13 @@ def test_centralize_grads_with_nothing_to_do(layer: nn.Linear) -> None:
         gcx.torch.centralize_grads_(layer, layers="conv")
 
 
-def test_centralize_grads_of_a_sparse_gradient_changes_none(layer: nn.Linear) -> None:
+@pytest.mark.parametrize("by_step", [False, True])
+def test_sparse_gradient_of_a_weight_changes_none(by_step: bool, layer: nn.Linear) -> None:
     model = nn.Sequential(nn.Linear(5, 3).double(), layer)
+    optimizer = attached(model)
     model[0].weight.grad, layer.weight.grad = GRAD.clone(), GRAD.to_sparse()
     with pytest.raises(TypeError, match=r"1\.weight has a gradient of layout torch\.sparse_coo"):
-        gcx.torch.centralize_grads_(model)
+        optimizer.step() if by_step else gcx.torch.centralize_grads_(model)
     assert torch.equal(model[0].weight.grad, GRAD)
 
 
@@ -157,16 +147,14 @@ def test_centralize_grads_of_a_sparse_gradient_changes_none(layer: nn.Linear) ->
 @pytest.mark.parametrize("step_inside", [False, True])
 def test_autocast(step_inside: bool, where: Any) -> None:
     layer = new_layer().float()
-    optimizer = sgd(layer)
-    gcx.torch.centralize(optimizer, layer, where=where)
-    dtypes = set()
+    optimizer = attached(layer, where, **DECAYED)
 
     def training() -> None:
         for _ in range(5):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 out = layer(X.float())
-                dtypes.add(out.dtype)
+                assert out.dtype == torch.bfloat16
                 (out - 1).square().sum().backward()
                 if step_inside:
                     optimizer.step()
@@ -175,29 +163,40 @@ def test_autocast(step_inside: bool, where: Any) -> None:
 
     # float32 now: rounding of 1e-7 in weights that move by 1.
     assert_centralized(change_of(layer, training), rtol=1e-5)
-    assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", [SGD, AdamW])
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SGD, {}),
+        (SGD, {"where": "update"}),
+        (AdamW, {}),
+        (AdamW, {"where": "update"}),
+        (AdamW, {"where": "update", "decay": "outside"}),
+    ],
+)
 def test_training_goes_on_after_an_infinity(
-    where: Any, fused: bool, kind: Any, layer: nn.Linear
+    kind: Any, options: Any, fused: bool, layer: nn.Linear
 ) -> None:
     """A GradScaler skips that step, and the ones after it are what they would have been."""
     twin = copy.deepcopy(layer)
-    options = {"lr": 0.01, "weight_decay": 0.125}  # exact in float32, as the scale is
-    optimizer = kind(layer.parameters(), fused=fused, **options)
-    plain = kind(twin.parameters(), **options)
-    gcx.torch.centralize(optimizer, layer, where=where)
-    gcx.torch.centralize(plain, twin, where=where)
+    exact = {"lr": 2**-7, "weight_decay": 0.125}  # in float32, as their product and the scale are
+    optimizer, plain = (
+        kind(layer.parameters(), fused=fused, **exact),
+        kind(twin.parameters(), **exact),
+    )
+    gcx.torch.centralize(optimizer, layer, **options)
+    gcx.torch.centralize(plain, twin, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for factor in (1, 1, torch.inf, 1, 1, torch.inf, 1):
+    for factor in (torch.inf, 1, 1, torch.inf, 1, 1, torch.inf, 1):
+        before = layer.weight.detach().clone()
         optimizer.zero_grad()
         scaler.scale(factor * loss_of(layer)).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert scaler.get_scale() == 256.0
+        assert torch.equal(layer.weight, before) == (factor == torch.inf)
+    assert scaler.get_scale() == 128.0
     train(twin, plain, steps=5)
     assert_same(layer, twin)
 
@@ -238,31 +237,30 @@ class SAM(Optimizer):
         return loss
 
 
-def train_sam(layer: nn.Module, sam: SAM) -> None:
-    for _ in range(5):
-        sam.step(lambda: backward(layer, sam))
-
-
-def test_base_of_sam_takes_a_centralized_step(layer: nn.Linear) -> None:
-    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
+def sam_of(layer: nn.Linear) -> SAM:
+    sam = SAM(layer.parameters(), SGD, lr=0.01, **DECAYED)
     gcx.torch.centralize(sam.base, layer)
-    assert_means_kept(layer, lambda: train_sam(layer, sam))
+    return sam
 
 
-def test_base_of_sam_in_a_loop_that_calls_both_steps(layer: nn.Linear) -> None:
-    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
-    gcx.torch.centralize(sam.base, layer)
+@pytest.mark.parametrize("is_by_closure", [False, True])
+def test_base_of_sam_takes_a_centralized_step(is_by_closure: bool, layer: nn.Linear) -> None:
+    sam = sam_of(layer)
 
     def training() -> None:
         for step in (sam.climb, sam.descend) * 5:
             backward(layer, sam)
             step()
 
-    assert_means_kept(layer, training)
+    def training_by_closure() -> None:
+        for _ in range(5):
+            sam.step(lambda: backward(layer, sam))
+
+    assert_means_kept(layer, training_by_closure if is_by_closure else training)
 
 
 def test_sam_climbs_centralized_if_the_closure_centralizes(layer: nn.Linear) -> None:
-    sam = SAM(layer.parameters(), SGD, lr=0.01, momentum=0.9, weight_decay=0.1)
+    sam = SAM(layer.parameters(), SGD, lr=0.01, **DECAYED)
     handle = gcx.torch.centralize(sam.base, layer)
     climbed: list[Tensor] = []
 
@@ -288,8 +286,7 @@ def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
-    optimizer = sgd(layer)
-    gcx.torch.centralize(optimizer, layer, where=where)
+    optimizer = attached(layer, where, **DECAYED)
 
     def closure() -> None:
         loss_of(layer).backward()
@@ -321,10 +318,8 @@ def test_optimizers_applied_in_backward(layer: nn.Linear) -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     twin = copy.deepcopy(layer)
-    plain = sgd(twin)
-    gcx.torch.centralize(plain, twin)
-    options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}
-    _apply_optimizer_in_backward(SGD, layer.parameters(), options)
+    plain = attached(twin, **DECAYED)
+    _apply_optimizer_in_backward(SGD, layer.parameters(), {"lr": 0.01, **DECAYED})
     for optimizer in layer.weight._in_backward_optimizers:
         gcx.torch.centralize(optimizer, layer)
     for _ in range(5):
@@ -359,7 +354,7 @@ def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn
 def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
     """As of a generator and a discriminator; one may leave, and the other stays."""
     model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
-    first, second = sgd(model[0]), sgd(layer)
+    first, second = (SGD(one.parameters(), lr=0.01, **DECAYED) for one in (model[0], layer))
     handles = [gcx.torch.centralize(one, model, where=where) for one in (first, second)]
 
     def training() -> None:
@@ -380,8 +375,7 @@ def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
     model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
     model[0].requires_grad_(requires_grad=False)
     frozen = model[0].weight.detach().clone()
-    optimizer = sgd(model)
-    gcx.torch.centralize(optimizer, model, where=where)
+    optimizer = attached(model, where, **DECAYED)
     assert_means_kept(layer, lambda: train(model, optimizer))
     assert torch.equal(model[0].weight, frozen)
     model[0].requires_grad_()
@@ -389,31 +383,29 @@ def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(model[0].weight, lambda: train(model, optimizer))
 
 
-def assign(model: nn.Module) -> None:
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-
-
-def empty(model: nn.Module) -> None:
-    state = copy.deepcopy(model.state_dict())
-    model.to_empty(device="meta").to_empty(device="cpu").load_state_dict(state)
-
-
 REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
-    "load_state_dict(assign=True)": assign,
-    "to_empty": empty,
+    "assign": lambda model: model.load_state_dict(new_model().state_dict(), assign=True),
+    "to_empty": lambda model: (
+        model.to_empty(device="meta")
+        .to_empty(device="cpu")
+        .load_state_dict(new_model().state_dict())
+    ),
     "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
     "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
 }
 
 
+def new_model() -> nn.Sequential:
+    return nn.Sequential(nn.Tanh(), new_layer())
+
+
 @pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
 @pytest.mark.parametrize("where", ["gradient", "update"])
-def test_parameters_that_were_replaced(where: Any, replace: Any, layer: nn.Linear) -> None:
+def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
     """The step of the optimizer would be of no use, and says so each time, before it is made."""
-    model = nn.Sequential(nn.Tanh(), layer)
-    weight = layer.weight
-    optimizer = sgd(model)
-    gcx.torch.centralize(optimizer, model, where=where)
+    model = new_model()
+    weight = model[1].weight
+    optimizer = attached(model, where, **DECAYED)
     train(model, optimizer)
     replace(model)
     weight.grad, before = GRAD.clone(), weight.detach().clone()
@@ -422,7 +414,7 @@ def test_parameters_that_were_replaced(where: Any, replace: Any, layer: nn.Linea
             optimizer.step()
     assert torch.equal(weight.grad, GRAD)
     assert torch.equal(weight, before)
-    gcx.torch.centralize(new := sgd(model), model, where=where)
+    new = attached(model, where, **DECAYED)
     (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
     assert_means_kept(weight, lambda: train(model, new))
 
@@ -439,7 +431,7 @@ MOVING: dict[str, Callable[[nn.Linear], object]] = {
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn.Linear) -> None:
     model = nn.Sequential(layer)
-    optimizer = sgd(model)
+    optimizer = SGD(model.parameters(), lr=0.01, **DECAYED)
     weight = layer.weight
     handle = gcx.torch.centralize(optimizer, model, where=where)
     train(model, optimizer)
@@ -456,8 +448,10 @@ def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn
 def test_complex_weights(where: Any) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, dtype=torch.complex128)
-    optimizer = sgd(layer) if where == "gradient" else Adam(layer.parameters(), weight_decay=0.1)
-    gcx.torch.centralize(optimizer, layer, where=where)
+    if where == "gradient":
+        optimizer = attached(layer, **DECAYED)
+    else:
+        optimizer = attached(layer, where, Adam, lr=1e-3, weight_decay=0.1)
 
     def training() -> None:
         for _ in range(5):

@@ -56,16 +56,14 @@ def test_keys(key: str) -> None:
         assert found[name] == (AS_GIVEN if is_covered else without[name])
 
 
-def test_name_with_brackets_is_a_name() -> None:
-    model = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
-    found = plan(model, {"w[0]": "oi"})
-    assert found["w[0]"] == ("oi", "override")
-    assert found["w0"] == ("oi", "override")  # which it matches as a glob
-
-
-def test_model_that_is_one_layer() -> None:
+def test_names() -> None:
+    tensors = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
+    # The name with brackets matches the other as a glob.
+    assert plan(tensors, {"w[0]": "oi"}) == dict.fromkeys(("w0", "w[0]"), ("oi", "override"))
     layer = nn.Linear(3, 2)
     assert plan(layer, {layer: None}) == {"weight": AS_GIVEN, "bias": AS_GIVEN}
+    twice = nn.ModuleDict({"encoder": layer, "decoder": layer})
+    assert plan(twice, {"decoder.weight": "io"})["encoder.weight"] == ("io", "override")
 
 
 VALUES = {
@@ -100,50 +98,26 @@ def test_axis_0_is_what_is_averaged(value: int | str) -> None:
     assert grad.sum(1).abs().min() > 1e-3
 
 
-def test_weight_in_groups() -> None:
-    layer = nn.Conv1d(4, 6, 3, bias=False)  # which holds (6, 4, 3)
-    given = Layout("(bi)o...", b=3)
-    (row,) = gcx.torch.plan(layer, overrides={"weight": given})
-    assert (row.layout, row.reason) == (given, "override, b=3")
-
-
-@pytest.mark.parametrize("given", [Layout("(bi)o...", b=4), Layout("oi")])
-def test_groups_or_rank_that_do_not_fit(given: Layout) -> None:
-    message = r"weight of shape \(6, 4, 3\) does not fit Layout\('"
-    with pytest.raises(ValueError, match=message):
-        gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
-
-
-def test_reason_to_leave_alone() -> None:
+def test_answers() -> None:
     model = new_model()
     found = plan(model, {model[1]: LeaveAlone("frozen soon"), model[2]: LeaveAlone("norm of mine")})
     assert found["1.weight"] == found["1.bias"] == (None, "frozen soon")
     assert found["2.weight"] == (None, "norm of mine")
-
-
-def test_vector_with_an_axis_is_centralized() -> None:
-    assert plan(new_model(), {"1.bias": 0})["1.bias"] == ("i", "override")
-
-
-def test_fan_in_of_one_is_left_alone_nevertheless() -> None:
-    (reason,) = [reason for _, reason in plan(nn.Linear(1, 3, bias=False), {"weight": 1}).values()]
-    assert reason == "fan-in 1: subtracting its mean would freeze it"
+    found = plan(model, {model[1]: "io"})  # which is not for its vectors
+    assert (found["1.weight"], found["1.bias"]) == (("io", "override"), (None, "bias"))
+    assert plan(model, {"1.bias": 0})["1.bias"] == ("i", "override")
+    (row,) = gcx.torch.plan(nn.Linear(1, 3, bias=False), overrides={"weight": 1})
+    assert (row.layout, row.reason) == (None, "fan-in 1: subtracting its mean would freeze it")
+    given = Layout("(bi)o...", b=3)
+    (row,) = gcx.torch.plan(nn.Conv1d(4, 6, 3, bias=False), overrides={"weight": given})
+    assert (row.layout, row.reason) == (given, "override, 3 groups")
 
 
 def test_first_key_counts() -> None:
     model = new_model()
     found = plan(model, {"3.weight": "io", "*.weight": None, model[3]: "oi"})
-    assert found["3.weight"] == ("io", "override")
-    assert found["1.weight"] == AS_GIVEN
-    found = plan(model, {"*.weight": None, "3.weight": "io"})
-    assert found["3.weight"] == AS_GIVEN
-
-
-def test_layout_for_a_module_is_not_for_its_vectors() -> None:
-    model = new_model()
-    found = plan(model, {model[1]: "io"})
-    assert found["1.weight"] == ("io", "override")
-    assert found["1.bias"] == (None, "bias")
+    assert (found["3.weight"], found["1.weight"]) == (("io", "override"), AS_GIVEN)
+    assert plan(model, {"*.weight": None, "3.weight": "io"})["3.weight"] == AS_GIVEN
 
 
 @pytest.mark.parametrize("by", ["embedding", "head"])
@@ -155,12 +129,6 @@ def test_override_decides_a_tied_weight(by: str) -> None:
     assert plan(model, {model[by]: None}) == {"embedding.weight": AS_GIVEN}
 
 
-def test_both_names_of_a_layer_in_two_places() -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    model = nn.ModuleDict({"encoder": layer, "decoder": layer})
-    assert plan(model, {"decoder.weight": "io"}) == {"encoder.weight": ("io", "override")}
-
-
 class _Transposed(nn.Module):
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         return original.T
@@ -168,23 +136,16 @@ class _Transposed(nn.Module):
     right_inverse = forward
 
 
-def test_override_of_a_parametrized_weight() -> None:
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_that_are_made_of_others() -> None:
     layer = nn.Linear(4, 3, bias=False)
     nn.utils.parametrize.register_parametrization(layer, "weight", _Transposed())
     name = "parametrizations.weight.original"
     assert plan(layer, None)[name][1].startswith("unknown")
     assert plan(layer, {name: 0}) == {name: ("io", "override")}
     assert plan(layer, {layer: None}) == {name: AS_GIVEN}
-
-
-def test_override_of_weight_norm() -> None:
-    layer = parametrizations.weight_norm(nn.Linear(4, 3, bias=False))
-    found = plan(layer, {"*.original1": None})
+    found = plan(parametrizations.weight_norm(nn.Linear(4, 3, bias=False)), {"*.original1": None})
     assert list(found.values()) == [(None, "weight_norm g: the length of a weight"), AS_GIVEN]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_override_of_weights_by_hooks() -> None:
     layer = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
     assert plan(layer, {"weight_v": None})["weight_v"] == AS_GIVEN
     pruned = prune.random_unstructured(nn.Linear(4, 3, bias=False), "weight", 0.5)
@@ -199,68 +160,56 @@ def test_override_comes_before_layers() -> None:
     assert found["2.weight"] == (None, "not a convolution, and layers='conv'")
 
 
-NOTHING = {
-    "name": ("1.wieght", r"'1\.wieght' matches no parameter; there are: 0\.weight, 1"),
-    "glob": ("*.wieght", r"'\*\.wieght' matches no parameter"),
-    "unused glob": ("2.conv*", "matches no parameter"),
-    "parameter": (nn.Parameter(torch.zeros(3, 4)), r"a tensor of shape \(3, 4\) is no parameter"),
-    "module": (nn.Linear(4, 3), "a Linear holds no parameters of the model"),
-    "module without any": (nn.ReLU(), "a ReLU holds no parameters of the model"),
-}
+MODEL = new_model()
+NO_KEY = "a key is the name of a parameter, a glob, a parameter or"
+NO_VALUE = "the value for 1.weight is a layout, the axes of its fan-in, or None"
+NO_AXES = r"1\.weight has rank 2, and .* is not fan-in axes of it"
 
 
-@pytest.mark.parametrize("case", NOTHING)
-def test_key_that_covers_nothing(case: str) -> None:
-    key, message = NOTHING[case]
-    with pytest.raises(ValueError, match=message):
-        gcx.torch.plan(new_model(), overrides={"1.weight": None, key: None})
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"1.wieght": None}, ValueError, r"'1\.wieght' matches no .*: 0\.weight, 1"),
+        ({"*.wieght": None}, ValueError, r"'\*\.wieght' matches no parameter"),
+        ({"2.conv*": None}, ValueError, "matches no parameter"),
+        (
+            {nn.Parameter(torch.zeros(3, 4)): None},
+            ValueError,
+            r"tensor of shape .* is no parameter",
+        ),
+        ({nn.Linear(4, 3): None}, ValueError, "a Linear holds no parameters of the model"),
+        ({nn.ReLU(): None}, ValueError, "a ReLU holds no parameters of the model"),
+        *[
+            (key, TypeError, "overrides is a mapping from names to layouts, not ")
+            for key in ([], ["1.weight"], 0, 3, "1.weight")
+        ],
+        *[({key: None}, TypeError, NO_KEY) for key in (nn.Linear, 1, None, ("1.weight",))],
+        *[
+            ({"1.weight": v}, TypeError, NO_VALUE)
+            for v in (True, (True,), 1.0, {"0": 1}, [0.5], (None,))
+        ],
+        *[({"1.weight": v}, ValueError, NO_AXES) for v in (2, -3, (), (0, 2), [])],
+        ({"1.weight": "oio"}, ValueError, r"1.weight of shape .* does not fit Layout\('oio'\)"),
+        ({"1.bias": "o..."}, ValueError, r"1.bias of shape .* does not fit Layout\('o...'\)"),
+        ({"1.weight": "out"}, ValueError, "layout 'out' is not valid"),
+    ],
+)
+def test_errors(overrides: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gcx.torch.plan(MODEL, overrides=overrides)
 
 
-def test_layout_for_a_module_of_vectors() -> None:
+def test_errors_of_other_models() -> None:
+    for given in (Layout("(bi)o...", b=4), Layout("oi")):
+        with pytest.raises(ValueError, match=r"weight of shape \(6, 4, 3\) does not fit Layout\('"):
+            gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     with pytest.raises(ValueError, match=r"a LayerNorm holds no .* with two axes or"):
         gcx.torch.plan(model, overrides={model[1]: "oi"})
-
-
-def test_model_without_parameters() -> None:
     with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})
-
-
-@pytest.mark.parametrize("overrides", [[], ["1.weight"], 0, 3, "1.weight"])
-def test_overrides_of_another_kind(overrides: Any) -> None:
-    with pytest.raises(TypeError, match="overrides is a mapping from names to layouts, not "):
-        gcx.torch.plan(new_model(), overrides=overrides)
-
-
-@pytest.mark.parametrize("key", [nn.Linear, 1, None, ("1.weight",)])
-def test_key_of_another_kind(key: Any) -> None:
-    with pytest.raises(TypeError, match="a key is the name of a parameter, a glob, a parameter or"):
-        gcx.torch.plan(new_model(), overrides={key: None})
-
-
-@pytest.mark.parametrize("value", [True, (True,), 1.0, {"0": 1}, [0.5], (None,)])
-def test_value_of_another_kind(value: Any) -> None:
-    message = "the value for 1.weight is a layout, the axes of its fan-in, or None"
-    with pytest.raises(TypeError, match=message):
-        gcx.torch.plan(new_model(), overrides={"1.weight": value})
-
-
-@pytest.mark.parametrize("value", [2, -3, (), (0, 2), []])
-def test_axes_that_the_weight_does_not_have(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"1\.weight has rank 2, and .* is not fan-in axes of it"):
-        gcx.torch.plan(new_model(), overrides={"1.weight": value})
-
-
-@pytest.mark.parametrize(("name", "layout"), [("1.weight", "oio"), ("1.bias", "o...")])
-def test_layout_that_does_not_fit(name: str, layout: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} of shape .* does not fit Layout\('{layout}'\)"):
-        gcx.torch.plan(new_model(), overrides={name: layout})
-
-
-def test_layout_that_is_none() -> None:
-    with pytest.raises(ValueError, match="layout 'out' is not valid"):
-        gcx.torch.plan(new_model(), overrides={"1.weight": "out"})
+    with pytest.raises(RuntimeError, match="has no shape yet"):
+        gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": 0})
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])
@@ -270,11 +219,6 @@ def test_weight_without_gradient(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"weight is of dtype {dtype}, which has no gradient"):
         gcx.torch.plan(layer, overrides={"weight": "oi"})
     assert plan(layer, {"weight": None})["weight"][0] is None
-
-
-def test_lazy_layer_must_have_run_once_here_too() -> None:
-    with pytest.raises(RuntimeError, match="has no shape yet"):
-        gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": 0})
 
 
 def test_nothing_is_changed_by_an_error() -> None:

@@ -94,6 +94,10 @@ STRIDES: dict[str, Callable[[Model], Model]] = {
 # The gradients, by every way in
 
 
+def attached(model: nn.Module, **options: Any) -> Any:
+    return gcx.torch.centralize(SGD(model.parameters()), model, reproducible=True, **options)
+
+
 def by_hook(model: nn.Module) -> None:
     optimizer = SGD(model.parameters())
     gcx.torch.centralize(optimizer, model, reproducible=True)
@@ -101,8 +105,7 @@ def by_hook(model: nn.Module) -> None:
 
 
 def by_handle(model: nn.Module) -> None:
-    optimizer = SGD(model.parameters())
-    gcx.torch.centralize(optimizer, model, where="update", reproducible=True).centralize_grads_()
+    attached(model, where="update").centralize_grads_()
 
 
 def now(model: nn.Module) -> None:
@@ -231,20 +234,8 @@ def test_memory_format_does_not_matter(make: Any, where: Any) -> None:
 # Where it cannot be promised
 
 
-def attached(model: nn.Module) -> object:
-    return gcx.torch.centralize(SGD(model.parameters()), model, reproducible=True)
-
-
-def attached_in_update(model: nn.Module) -> object:
-    return gcx.torch.centralize(SGD(model.parameters()), model, where="update", reproducible=True)
-
-
-def attached_in_backward(model: nn.Module) -> object:
-    return gcx.torch.centralize_in_backward(model, reproducible=True)
-
-
 @pytest.mark.parametrize(
-    "attach", [attached, attached_in_update, attached_in_backward, now], ids=lambda f: f.__name__
+    "attach", [attached, by_handle, in_backward, now], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize(
     ("options", "match"),

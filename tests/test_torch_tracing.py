@@ -106,7 +106,7 @@ class TestCompile:
 
 
 def test_compiles_in_a_fresh_process() -> None:
-    """Where the backend is imported while the compiler looks on; a warning would be an error."""
+    """The backend is imported while the compiler looks on; a warning would be an error."""
     script = """
 import warnings, torch, gcx
 warnings.simplefilter("error")
@@ -120,16 +120,15 @@ assert torch.equal(compiled(grad), program(grad))
 
 
 class TestFunctions:
-    def test_vmap(self) -> None:
-        batch = weight(5, 3, 4)
-        result = torch.func.vmap(gcx.centralize)(batch)
-        expected = torch.stack([gcx.centralize(grad) for grad in batch])
-        torch.testing.assert_close(result, expected, rtol=0, atol=1e-15)
-
-    def test_vmap_over_a_later_axis_in_low_precision(self) -> None:
-        batch = weight(3, 4, 5).bfloat16()
-        result = torch.func.vmap(gcx.centralize, in_dims=2)(batch)
-        assert torch.equal(result, torch.stack([gcx.centralize(g) for g in batch.unbind(2)]))
+    @pytest.mark.parametrize("axis", [0, 2])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_vmap(self, dtype: Any, axis: int) -> None:
+        batch = weight(3, 4, 5).to(dtype)
+        found = torch.func.vmap(gcx.centralize, in_dims=axis)(batch)
+        expected = torch.stack([gcx.centralize(grad) for grad in batch.unbind(axis)])
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=0 if dtype is torch.bfloat16 else 1e-15
+        )
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     def test_derivative_is_the_projection_itself(self) -> None:
@@ -140,15 +139,16 @@ class TestFunctions:
         (cotangent,) = pull_back(direction)
         torch.testing.assert_close(cotangent, gcx.centralize(direction), rtol=0, atol=1e-15)
 
+    @pytest.mark.parametrize("reproducible", [False, True])
     @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
-    def test_differentiable_twice(self, layout: str) -> None:
+    def test_differentiable_twice(self, layout: str, reproducible: bool) -> None:
+        def cubed(x: Any) -> Any:
+            options = {"layout": layout, "reproducible": reproducible}
+            return gcx.centralize(x, strength=0.75, **options) ** 3
+
         grad = weight(3, 4, 2).requires_grad_()
-
-        def program(x: Any) -> Any:
-            return gcx.centralize(x, layout=layout, strength=0.75) ** 3
-
-        assert torch.autograd.gradcheck(program, grad)
-        assert torch.autograd.gradgradcheck(program, grad)
+        assert torch.autograd.gradcheck(cubed, grad)
+        assert torch.autograd.gradgradcheck(cubed, grad)
 
     def test_gradient_penalty(self) -> None:
         """Double backward, as it is written: the norm of a centralized gradient, minimised."""
@@ -197,15 +197,6 @@ class TestReproducible:
         batch = weight(6, 5, 3, 49).to(dtype)
         expected = torch.stack([self.program(grad) for grad in batch])
         assert torch.equal(torch.func.vmap(self.program)(batch), expected)
-
-    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
-    def test_differentiable_twice(self, layout: str) -> None:
-        def cubed(x: Any) -> Any:
-            return gcx.centralize(x, layout=layout, strength=0.75, reproducible=True) ** 3
-
-        grad = weight(3, 4, 2).requires_grad_()
-        assert torch.autograd.gradcheck(cubed, grad)
-        assert torch.autograd.gradgradcheck(cubed, grad)
 
     def test_number_of_threads(self) -> None:
         grad = weight(300, 40, 49).float()
@@ -263,40 +254,29 @@ class TestMemory:
         torch.testing.assert_close(result, gcx.centralize(plain, layout=layout))
 
     @pytest.mark.parametrize("layout", ["o...", "...o"])
-    @pytest.mark.parametrize(
-        "expand",
-        [
-            lambda x: x[:1].expand(3, 4),
-            lambda x: x[:, :1].expand(3, 4),
-            lambda x: x[0, 0].expand(3, 4),
-        ],
-        ids=["rows", "columns", "all"],
-    )
-    def test_expanded(self, layout: str, expand: Callable[[Any], Any]) -> None:
-        grad = expand(weight(3, 4))
-        result = gcx.centralize(grad, layout=layout)
+    @pytest.mark.parametrize("part", [(slice(1),), (slice(None), slice(1)), (0, 0)], ids=str)
+    def test_expanded(self, layout: str, part: Any) -> None:
+        grad = weight(3, 4)[part].expand(3, 4)
         axes = gcx.Layout(layout).fan_in_axes(2)
-        np.testing.assert_allclose(result.numpy(), centralized(grad.numpy(), axes), atol=1e-15)
+        found = gcx.centralize(grad, layout=layout).numpy()
+        np.testing.assert_allclose(found, centralized(grad.numpy(), axes), atol=1e-15)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_out_that_shares_its_elements_is_refused_before_anything_is_written(
-        self, dtype: Any
-    ) -> None:
-        good, shared = weight(3, 4).to(dtype), torch.zeros(3, 1, dtype=dtype).expand(3, 4)
+    @pytest.mark.parametrize(
+        "out",
+        [
+            torch.zeros(3, 1).expand(3, 4),
+            torch.zeros(3, 1).bfloat16().expand(3, 4),
+            torch.nn.Parameter(weight(3, 4)),
+        ],
+        ids=["shared", "shared, narrow", "watched"],
+    )
+    def test_out_is_refused_before_anything_is_written(self, out: Any) -> None:
+        good = weight(3, 4).to(out.dtype)
         before = good.clone()
         with pytest.raises(TypeError, match="out cannot be written to"):
-            gcx.centralize(good, out=shared)
+            gcx.centralize(good, out=out)
         with pytest.raises(TypeError, match=r"^1: out cannot be written to"):
-            gcx.centralize_many([good, good], out=[good, shared])
-        assert torch.equal(good, before)
-
-    def test_out_that_autograd_watches_is_refused_before_anything_is_written(self) -> None:
-        good, watched = weight(3, 4), torch.nn.Parameter(weight(3, 4))
-        before = good.clone()
-        with pytest.raises(TypeError, match="out cannot be written to"):
-            gcx.centralize(good, out=watched)
-        with pytest.raises(TypeError, match=r"^1: out cannot be written to"):
-            gcx.centralize_many([good, good], out=[good, watched])
+            gcx.centralize_many([good, good], out=[good, out])
         assert torch.equal(good, before)
 
 
@@ -305,7 +285,7 @@ class TestRefused:
     @pytest.mark.parametrize("form", ["sparse_coo", "sparse_csr"])
     def test_sparse(self, form: str) -> None:
         grad = torch.eye(3).to_sparse(layout=getattr(torch, form))
-        with pytest.raises(TypeError, match=rf"dense tensor.*{form}.*to_dense\(\).*embeddings"):
+        with pytest.raises(TypeError, match=rf"dense tensor.*{form}.*to_dense\(\).*an embedding"):
             gcx.centralize(grad)
         with pytest.raises(TypeError, match=f"^embedding: .*{form}"):
             gcx.centralize_many({"embedding": grad})

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+
+import gcx.torch
+from gcx.testing import assert_centralized
 
 # Weights of size 1 in float64 after some steps: means are kept to rounding.
 RTOL = 1e-9
@@ -38,3 +42,21 @@ def change_of(weight: nn.Linear | Tensor, training: Callable[[], object]) -> Ten
     change = weight.detach() - start
     assert change.abs().max() > 1e-5
     return change
+
+
+def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]) -> None:
+    """Corollary 4.1."""
+    assert_centralized(change_of(weight, training), rtol=RTOL)
+
+
+def attached(model: nn.Module, where: Any = "gradient", kind: Any = SGD, **options: Any) -> Any:
+    """An optimizer of a model, with Gradient Centralization."""
+    optimizer = kind(model.parameters(), **{"lr": 0.01, **options})
+    gcx.torch.centralize(optimizer, model, where=where)
+    return optimizer
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    """Two roundings apart: the same steps, summed in another order."""
+    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

@@ -55,15 +55,7 @@ _MATRIX = np.dtype(
 
 
 class Batch:
-    """Arrays of one dtype for one launch, and the tables that describe them to the kernel.
-
-    Parameters
-    ----------
-    dtype : numpy.dtype
-        One of `ELEMENTS`.
-    walks : sequence of `Walk`
-        One for each array and its result; at most `ARRAYS`.
-    """
+    """At most `ARRAYS` arrays of one dtype for one launch, and their tables for the kernel."""
 
     def __init__(self, dtype: Any, walks: Sequence[Walk]) -> None:
         entries = [_make_entry(k, matrix) for k, walk in enumerate(walks) for matrix in walk]

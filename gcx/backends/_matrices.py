@@ -50,22 +50,9 @@ def matrices(
 ) -> tuple[Matrix, ...] | None:
     """Describe an array without overlapping elements by as few matrices as possible.
 
-    Parameters
-    ----------
-    shape, steps : sequence of int
-        Sizes of the axes, none of them 0, and strides in elements.
-    axes : sequence of int
-        The fan-in axes.
-    any_order : bool, optional
-        True if the fan-in may be walked in the order of memory, False for the order of the axes.
+    `steps` are strides in elements. With `any_order` the fan-in may be walked in the order of
+    memory, else it is walked in the order of the axes. None if it does not consist of equal runs.
 
-    Returns
-    -------
-    tuple of Matrix or None
-        None if the fan-in does not consist of equal runs.
-
-    Examples
-    --------
     Weights (out, in) have one row for each output unit:
 
     >>> matrices((5, 8), (8, 1), (1,))

@@ -69,16 +69,7 @@ def make_tables(
 ) -> list[Tables]:
     """Split tensors into a vectorised launch and a scalar one; either may be missing.
 
-    Parameters
-    ----------
-    tensors : sequence of Tensor
-        Tensors that the kernel can walk through.
-    axes : sequence of tuple of int
-        The fan-in axes of each; none for a tensor that is not centralized.
-    vector : int
-        Number of elements in 16 bytes.
-    any_order : bool
-        True if a fan-in may be summed in the order of memory.
+    16 bytes hold `vector` elements. Tensors without axes are not centralized.
     """
     together: list[_Entry] = []
     one_by_one: list[_Entry] = []

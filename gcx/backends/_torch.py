@@ -30,7 +30,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.comple
 # Types whose tensors are always on one process.
 _PLAIN = (Tensor, Parameter)
 
-# A shape in which each letter of a layout has an axis, and the fan-in axes of that shape.
+# A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
 FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
@@ -82,7 +82,7 @@ def centralize(
 ) -> Tensor:
     """See `gcx.backends.Backend`."""
     if grad.is_cuda and not torch.compiler.is_compiling():
-        (launched,) = _launched([grad], [axes], strength, [out], reproducible)
+        (launched,) = _launch([grad], [axes], strength, [out], reproducible)
         if launched is not None:
             return launched
     if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
@@ -102,7 +102,7 @@ def centralize_many(
     """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
     if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
         return _one_by_one(grads, axes, strength, outs, reproducible)
-    launched = _launched(grads, axes, strength, outs, reproducible)
+    launched = _launch(grads, axes, strength, outs, reproducible)
     return [
         _centralize(grad, fan_in, strength, out, reproducible) if result is None else result
         for grad, fan_in, out, result in zip(grads, axes, outs, launched, strict=True)
@@ -149,9 +149,9 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
 
 
 def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
-    """Mean over a fan-in, in float32 at least, for arithmetic and `subtract_mean_`.
+    """Average over a fan-in, in float32 or wider.
 
-    The mean of a DTensor may consist of parts, which `subtract_mean_` adds up.
+    The mean of a DTensor may be a partial sum; `subtract_mean_` adds up the parts.
     """
     shape, axes = fan_in
     if len(shape) == x.ndim:
@@ -162,7 +162,7 @@ def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
 
 
 def subtract_mean_(x: Tensor, mean: Tensor, fan_in: FanIn) -> None:
-    """Subtract in place a mean that `mean_over` returned."""
+    """Subtract a mean from `mean_over` in place."""
     is_whole = len(fan_in[0]) == x.ndim or _is_split_dtensor(x, fan_in)
     seen = x if is_whole else x.view(fan_in[0])
     subtract(seen, mean, seen)
@@ -177,28 +177,14 @@ def subtract_means_(
     strength: float = 1.0,
     reproducible: bool = False,
 ) -> None:
-    """Centralize gradients in place, to which an optimizer adds `rate` times the weight.
+    """Centralize gradients in place, with the weight decay that an optimizer will add.
 
-    Subtract ``strength * mean(grad + rate * weight)`` from each: on CUDA in one launch for each
-    dtype, otherwise with torch's own operations.
-
-    Parameters
-    ----------
-    grads : sequence of Tensor
-        Dense gradients, on any devices; none is expanded.
-    fan_ins : sequence of (shape, axes)
-        The fan-in of each, as `gcx.Layout.split` returns it.
-    weights : sequence of Tensor
-        The weight of each, of the same shape. They count only if there is a rate.
-    rate : float or Tensor, optional
-        For example the weight decay of SGD.
-    strength : float, optional
-        The part of the mean to subtract.
-    reproducible : bool, optional
-        Whether to sum in the order of `_canonical`.
+    Subtract ``strength * mean(grad + rate * weight)`` from each gradient: on CUDA in one launch for
+    each dtype, otherwise with torch's own operations. No gradient is expanded; `weights` are of the
+    shapes of the gradients, and unused without a rate.
     """
     left: Sequence[int] = range(len(grads))
-    # Reading a rate from a tensor would wait for the device.
+    # The kernel needs a number, and reading it from a tensor would wait for the device.
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
         from gcx.backends import _torch_cuda
 
@@ -219,7 +205,7 @@ def subtract_means_(
             and grad.dtype not in _WIDE
             and (rate is None or (type(weight) in _PLAIN and weight.dtype not in _WIDE))
         )
-        if is_simple:  # without a call for each weight
+        if is_simple:  # the usual case, with as few calls as possible
             mean = grad.mean(axes, True)
             if rate is not None:
                 mean = mean + rate * weight.mean(axes, True)
@@ -232,7 +218,7 @@ def subtract_means_(
 
 
 def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
-    """See tensors in the shapes that their layouts split; DTensors as they are."""
+    """Reshape tensors as their layouts split them; leave DTensors as they are."""
     return [
         x if len(shape) == x.ndim or type(x) not in _PLAIN else x.view(shape)
         for x, (shape, _) in zip(tensors, fan_ins, strict=True)
@@ -240,7 +226,7 @@ def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
-    """Return ``x - strength * mean(x)`` over a fan-in; by a kernel if there is one."""
+    """Return ``x - strength * mean(x)`` over a fan-in; the kernel computes it if it can."""
     shape, axes = fan_in
     if not _is_split_dtensor(x, fan_in):
         seen = x if len(shape) == x.ndim else x.view(shape)
@@ -250,17 +236,17 @@ def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: boo
 
 
 def check_reproducible_over(x: Tensor, fan_in: FanIn) -> None:
-    """Raise a TypeError if the bits of a mean over a fan-in cannot be promised."""
+    """Raise a TypeError if a fan-in cannot be summed in the order of `_canonical`."""
     axes = fan_in[1]
-    # The rows of a group are on axis 0 of the DTensor itself.
+    # In the DTensor itself, groups and rows are one axis.
     own = tuple([axis - 1 for axis in axes]) if _is_split_dtensor(x, fan_in) else axes
     check_reproducible(x, own)
 
 
 def _is_split_dtensor(x: Tensor, fan_in: FanIn) -> bool:
-    """Return True for a DTensor whose axis 0 is split into groups of fan-in.
+    """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
 
-    Its shards need not end where a group ends, and then torch refuses to split the axis.
+    torch refuses to reshape it if a shard ends inside of a group.
     """
     shape, axes = fan_in
     if type(x) in _PLAIN or len(shape) == x.ndim or not _torch_dtensor.is_dtensor(x):
@@ -269,7 +255,7 @@ def _is_split_dtensor(x: Tensor, fan_in: FanIn) -> bool:
 
 
 def _mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool) -> Tensor:
-    """Mean over `axes` of a DTensor seen as (groups, rows, ...)."""
+    """Average a DTensor, split into (groups, rows, ...), over `axes`."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
     assert _torch_dtensor.is_dtensor(x)
@@ -304,7 +290,7 @@ def _centralize(
     return subtract(grad, mean, out)
 
 
-def _launched(
+def _launch(
     grads: Sequence[Tensor],
     axes: Sequence[tuple[int, ...]],
     strength: float,

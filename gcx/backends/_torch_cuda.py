@@ -118,27 +118,11 @@ class Launches:
         strength: float = 1.0,
         reproducible: bool = False,
     ) -> list[int]:
-        """Subtract `strength` times the mean of each gradient, and `rate` times that of its weight.
+        """Subtract from each gradient `strength` times its mean and `rate` times its weight's mean.
 
-        Parameters
-        ----------
-        grads : sequence of Tensor
-            Gradients, on any devices; no two of them may overlap in memory.
-        axes : sequence of tuple of int
-            The fan-in axes of each.
-        weights : sequence of Tensor, optional
-            The weight of each gradient, of the same shape.
-        rate : float, optional
-            For example the weight decay that an optimizer adds to the gradient, times `strength`.
-        strength : float, optional
-            The part of the mean of the gradient to subtract.
-        reproducible : bool, optional
-            True to sum in the order of the axes, whatever the order of memory.
-
-        Returns
-        -------
-        list of int
-            Positions of the gradients that the kernel does not take, and leaves as they are.
+        The gradients are on any devices, and do not overlap in memory. `rate` is for example the
+        weight decay that an optimizer adds to the gradient, times `strength`. Returns the positions
+        of the gradients that the kernel does not take, and leaves as they are.
         """
         if _is_traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)):
             return [*range(len(grads))]
@@ -218,7 +202,7 @@ def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -
 
 
 def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:
-    """Positions of tensors that begin where an earlier one does."""
+    """Find the positions of tensors that begin at the address of an earlier one."""
     addresses = [*map(Tensor.data_ptr, tensors)]
     if len(set(addresses)) == len(addresses):
         return set()

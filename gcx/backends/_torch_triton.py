@@ -44,29 +44,18 @@ class TritonFailsError(Exception):
 class MultiTensor:
     """Applies one rule to lists of tensors of fixed shapes and strides, in one launch or two.
 
-    Parameters
-    ----------
-    rule : {"centralize", "sgd", "adamw"}
-        The use of the centralized gradients.
+    - ``"centralize"`` stores the centralized gradients. Roles: gradients, weights (or the gradients
+      again), results. `rate` is the factor of the mean of weights, which is subtracted as well.
+    - ``"sgd"`` moves weights. Roles: gradients, weights, and momentum buffers if there are any.
+      `weight_decay` is inside the projection, and `first` is true if the buffers are still empty.
+    - ``"adamw"`` moves weights. Roles: gradients, weights, first moments, second moments.
+      `step_size` is the learning rate over the first bias correction, `decay` the learning rate
+      times weight decay, `bias2_root` the root of the second bias correction.
 
-        - ``"centralize"`` stores them. Roles: gradients, weights (or the gradients again), results.
-          Scalars: `strength`, and `rate`, the factor of the mean of weights, subtracted as well.
-        - ``"sgd"`` moves weights. Roles: gradients, weights, and momentum buffers if there are any.
-          Scalars: `lr`, `momentum`, `dampening`, `weight_decay` (inside the projection),
-          `nesterov`, `maximize`, and `first`, true if the buffers are still empty.
-        - ``"adamw"`` moves weights. Roles: gradients, weights, first moments, second moments.
-          Scalars: `step_size` (learning rate over the first bias correction), `beta1`, `beta2`,
-          `eps`, `decay` (learning rate times weight decay), `bias2_root` (root of the second bias
-          correction), `maximize`.
-
-    roles : sequence of sequence of Tensor
-        A list of tensors for each role. Tensors at the same position have one shape and strides;
-        tensors of one role have one dtype. All are on one CUDA device, and `_torch_cuda.takes`
-        takes them. The tensors of a role that is written to do not overlap.
-    axes : sequence of tuple of int
-        The fan-in axes at each position; none to leave the gradient as it is.
-    any_order : bool
-        True if a fan-in may be summed in the order of memory, False for the order of the axes.
+    Tensors at the same position have one shape and strides; tensors of one role have one dtype. All
+    are on one CUDA device, and `_torch_cuda.takes` takes them. Tensors that are written to do not
+    overlap. A gradient without axes is left as it is. With `any_order` a fan-in may be summed in
+    the order of memory, else it is summed in the order of the axes.
     """
 
     def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], *, any_order: bool) -> None:
@@ -83,14 +72,10 @@ class MultiTensor:
         self._spare: Tensor | None = None
 
     def run(self, roles: Roles, **scalars: float) -> bool:
-        """Launch, on the current stream.
+        """Launch on the current stream; return False if nothing was launched, which torch must do.
 
-        Returns
-        -------
-        bool
-            False if nothing was launched, so that torch must do the work. Either a CUDA graph is
-            being captured before an ordinary run has prepared it (see `_prepare_capture`), or
-            Triton fails on this device. The first failure gives a warning.
+        Either a CUDA graph is being captured before an ordinary run has prepared it (see
+        `_prepare_capture`), or Triton fails on this device. The first failure gives a warning.
         """
         if self._device in failures:
             return False

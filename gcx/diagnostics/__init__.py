@@ -1,11 +1,10 @@
-"""Measurements of the effect of Gradient Centralization on a model, before training.
+"""Measure how much of your model's gradient Gradient Centralization would remove.
 
-`energy_removed` takes gradients of any array library. The functions of the same name in
-``gcx.diagnostics.torch`` and ``gcx.diagnostics.jax`` compute the gradients of a model first; import
-these modules by name.
+`energy_removed` takes gradients of any array library. ``gcx.diagnostics.torch`` and
+``gcx.diagnostics.jax``, imported by these names, compute them for a model and its batches.
 """
 
-from gcx.diagnostics._arrays import energy_removed
+from gcx.diagnostics._energy import energy_removed
 from gcx.diagnostics._report import EnergyReport, EnergyRow, Share
 
 __all__ = ["EnergyReport", "EnergyRow", "Share", "energy_removed"]

@@ -1,4 +1,4 @@
-"""The effect of Gradient Centralization on a JAX model, before training."""
+"""Measure the gradients of a JAX model before you train it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 
 import gcx.optax
 from gcx.backends._jax import is_floating
-from gcx.diagnostics._energy import measure_energies
-from gcx.diagnostics._report import EnergyReport, make_report
+from gcx.diagnostics._energy import energy_of
+from gcx.diagnostics._report import EnergyReport, report_of
 from gcx.optax._layouts import Layouts
 from gcx.optax._names import is_none
 
@@ -27,21 +27,23 @@ def energy_removed(
     *,
     layouts: Layouts,
 ) -> EnergyReport:
-    """Measure the share of the gradient's energy that GC removes, for each weight of a model.
+    """Measure what share of the gradient's energy GC would remove, in each weight of a model.
+
+    The gradient is that of the loss, without an optimizer's weight decay. It is zero, and shown as
+    such, where the loss does not depend on a parameter.
 
     Parameters
     ----------
     params : pytree
-        The parameters: a dict, an ``nnx.State``, an Equinox module and so on. Other leaves than
-        floating arrays are not trained.
+        The parameters: a dict, an ``nnx.State``, an Equinox module and so on. Leaves that are not
+        arrays of floating dtype stay as they are.
     batches : iterable of pytrees of arrays
-        Batches for `loss`, read once. A handful is enough.
+        Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
         Function of the parameters and a batch that returns the loss, one number. `jax.jit` traces
-        it, so it must be pure; for random numbers, put a key into the batch.
-    layouts : model, mapping, callable or str
-        As in `gcx.optax.centralize`: an nnx or Equinox model, the result of `gcx.optax.layouts`, a
-        mapping, or a preset such as ``"flax"``.
+        it, so it must be pure: give it random keys in the batch.
+    layouts : model, Plan, mapping, callable or str
+        As in `gcx.optax.centralize`.
 
     Returns
     -------
@@ -51,18 +53,9 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but one number; or as in `gcx.optax.plan`.
+        If `loss` returns anything but one number; or as `gcx.optax.plan`.
     ValueError
-        If there are no batches, or no floating arrays in `params`; or as in `gcx.optax.plan`.
-
-    See Also
-    --------
-    gcx.diagnostics.energy_removed : the same for given gradients.
-
-    Notes
-    -----
-    The gradient of the loss is measured, without the weight decay that an optimizer may add. In JAX
-    a parameter that the loss does not depend on has a zero gradient.
+        If there are no batches, no floating arrays in `params`, or as `gcx.optax.plan`.
 
     Examples
     --------
@@ -80,7 +73,9 @@ def energy_removed(
     """
     plan = gcx.optax.plan(params, layouts)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
-    places = [k for k, leaf in enumerate(leaves) if _is_trained(leaf)]
+    places = [
+        k for k, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and is_floating(leaf.dtype)
+    ]
     if not places:
         msg = "there is no array of floating dtype in params, and so no gradient"
         raise ValueError(msg)
@@ -91,23 +86,20 @@ def energy_removed(
         whole = list(leaves)
         for place, leaf in zip(places, trained, strict=True):
             whole[place] = leaf
-        return _check_loss(loss(jax.tree.unflatten(structure, whole), batch))
+        return _one_number(loss(jax.tree.unflatten(structure, whole), batch))
 
     rows = [plan[place] for place in places]
     trained = [leaves[place] for place in places]
-    measured = [
-        measure_energies(zip(rows, gradients(trained, batch), strict=True)) for batch in batches
-    ]
-    return make_report(plan, measured)
+    measured = []
+    for batch in batches:
+        grads = zip(rows, gradients(trained, batch), strict=True)
+        measured.append({row.name: energy_of(grad, row) for row, grad in grads})
+    return report_of(plan, measured)
 
 
-def _is_trained(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
-
-
-def _check_loss(loss: Any) -> Any:
+def _one_number(loss: Any) -> Any:
     if getattr(loss, "shape", None) != ():
         what = f"an array of shape {loss.shape}" if hasattr(loss, "shape") else repr(loss)
-        msg = f"loss(params, batch) must return one number, without axes; not {what}"
+        msg = f"loss(params, batch) is to return one number, without axes; not {what}"
         raise TypeError(msg)
     return loss

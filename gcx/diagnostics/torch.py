@@ -1,10 +1,10 @@
-"""The effect of Gradient Centralization on a torch model, before training."""
+"""Measure the gradients of a torch model before you train it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcx._options import Layers, Options
 from gcx.backends._torch_dtensor import is_dtensor
-from gcx.diagnostics._energy import Energy, measure_energies
-from gcx.diagnostics._report import EnergyReport, make_report
+from gcx.diagnostics._energy import energy_of
+from gcx.diagnostics._report import Energy, EnergyReport, report_of
 from gcx.plan import PlanRow
 from gcx.torch._plan import Overrides, decide, plan_of
 
@@ -31,17 +31,21 @@ def energy_removed(
     layers: Layers = "all",
     overrides: Overrides | None = None,
 ) -> EnergyReport:
-    """Measure the share of the gradient's energy that GC removes, for each weight of a model.
+    """Measure what share of the gradient's energy GC would remove, in each weight of a model.
+
+    The gradient is autograd's, without an optimizer's weight decay. Nothing is trained: parameters,
+    their ``.grad``, buffers, modes and torch's random number generators are restored, even after an
+    exception.
 
     Parameters
     ----------
     model : torch.nn.Module
-        On any device, of any dtype, in the mode to measure (``train()`` or ``eval()``).
+        On any device, of any dtype, in the mode (``train()`` or ``eval()``) of interest.
     batches : iterable
-        Batches for `loss`, read once. A handful is enough.
+        Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of the model and a batch that returns the loss, a tensor of one number. It must
-        move the batch to the model's device, and use ``autocast`` if the training does.
+        Function of the model and a batch that returns the loss, a tensor of one number. It moves
+        the batch to the device of the model, and uses ``autocast`` if you train with that.
     layers, overrides
         As in `gcx.torch.plan`.
 
@@ -53,27 +57,13 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but a tensor of one number; if a weight to centralize has a
-        sparse gradient; or as in `gcx.torch.plan`.
+        If `loss` returns anything but a tensor of one number, a weight to centralize has a sparse
+        gradient, or as `gcx.torch.plan`.
     ValueError
-        If there are no batches, or the loss does not depend on the parameters; or as in
-        `gcx.torch.plan`.
+        If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
     RuntimeError
-        If FSDP or DistributedDataParallel wraps the model, since only ``backward()`` gives
-        gradients then; or as in `gcx.torch.plan`.
-
-    See Also
-    --------
-    gcx.diagnostics.energy_removed : the same for given gradients.
-
-    Notes
-    -----
-    Nothing is trained. The model is restored afterwards, also after an exception: its parameters,
-    gradients, buffers and modes, and torch's random number generators on the CPU and on CUDA.
-
-    The gradient of the loss is measured as autograd computes it, without the weight decay that an
-    optimizer may add. `gcx.torch.centralize_in_backward` leaves nothing to remove. Batches in which
-    a parameter has no gradient do not count for it.
+        If FSDP or DistributedDataParallel spreads the model over processes, since only
+        ``backward()`` gives its gradients; or as `gcx.torch.plan`.
 
     Examples
     --------
@@ -89,31 +79,41 @@ def energy_removed(
     ['0.weight', '2.weight']
     """
     decisions = decide(model, Options(layers=layers, overrides=overrides))
-    _check_not_spread(model)
+    if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
+        msg = (
+            "the model is spread over processes, where gradients come by backward() alone: give "
+            "the model as it is before (model.module of DistributedDataParallel), or call "
+            "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
+            "layouts=gcx.torch.plan(model)"
+        )
+        raise RuntimeError(msg)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
-    with _restore(model), torch.enable_grad():
-        measured = [_measure(trained, loss(model, batch)) for batch in batches]
+    with _unchanged(model), torch.enable_grad():
+        measured = [_energies(trained, loss(model, batch)) for batch in batches]
     frozen = "; requires_grad is False"
     rows = [row if row in trained else row._replace(reason=row.reason + frozen) for row in plan]
-    return make_report(rows, measured)
+    return report_of(rows, measured)
 
 
-def _measure(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
-    """Measure the gradients of a loss, for the parameters that it depends on."""
+def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
+    """Measure the gradients of a loss; parameters that it does not depend on are left out."""
     _check_loss(loss)
-    # backward() would add to .grad, and hooks after it might step an optimizer.
+    # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return measure_energies(
-        (row, grad if grad is None or row.layout is not None else grad.to_dense())
-        for row, grad in zip(trained, grads, strict=True)
-    )
+    energies = {}
+    for row, grad in zip(trained, grads, strict=True):
+        if grad is not None:
+            # A sparse gradient can count in the total alone; gcx centralizes none.
+            is_sparse = row.layout is None and grad.layout is not torch.strided
+            energies[row.name] = energy_of(grad.to_dense() if is_sparse else grad, row)
+    return energies
 
 
 def _check_loss(loss: object) -> None:
     if not isinstance(loss, Tensor) or loss.ndim:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        msg = f"loss(model, batch) must return a tensor of one number, without axes; not {shape}"
+        msg = f"loss(model, batch) is to return a tensor of one number, without axes; not {shape}"
         raise TypeError(msg)
     if not loss.requires_grad:
         msg = (
@@ -123,49 +123,30 @@ def _check_loss(loss: object) -> None:
         raise ValueError(msg)
 
 
-def _check_not_spread(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
-        msg = (
-            "the model is spread over processes, and only backward() gives its gradients: pass "
-            "the model without its wrapper (model.module of DistributedDataParallel), or call "
-            "backward() and pass [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
-            "layouts=gcx.torch.plan(model)"
-        )
-        raise RuntimeError(msg)
-
-
 @contextmanager
-def _restore(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers, modes and random number generators that a forward pass changes.
-
-    Gradients are restored too, since the loss may call ``backward()`` itself.
-    """
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo the changes of forward passes, and of a loss that calls ``backward()`` itself."""
+    parameters, modules = list(model.parameters()), list(model.modules())
     buffers = [
-        (module, key, buffer)
-        for module in model.modules()
-        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        (module, name, buffer)
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    # Forward passes write to a copy. Modules that share a buffer share the copy.
+    saved: list[tuple[Any, str, Any]] = [
+        *((parameter, "grad", parameter.grad) for parameter in parameters),
+        *((module, "training", module.training) for module in modules),
+        *buffers,
+    ]
+    # Forward passes write to copies; modules that share a buffer share its copy.
     copies = {buffer: buffer.detach().clone() for _, _, buffer in buffers}
-    with _fork_random_state(model):
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices, device_type="cuda"):
         try:
-            for parameter, _ in grads:
+            for parameter in parameters:
                 parameter.grad = None
-            for module, key, buffer in buffers:
-                setattr(module, key, copies[buffer])
+            for module, name, buffer in buffers:
+                setattr(module, name, copies[buffer])
             yield
         finally:
-            for parameter, grad in grads:
-                parameter.grad = grad
-            for module, key, buffer in buffers:
-                setattr(module, key, buffer)
-            for module, mode in modes:
-                module.training = mode
-
-
-def _fork_random_state(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep the random number generators of the CPU and of the model's CUDA devices."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices, device_type="cuda")
+            for owner, name, value in saved:
+                setattr(owner, name, value)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 
-from gcx._decisions import (
-    already_attached,
-    check_choice,
-    check_reproducible,
-    narrow_weight,
-    refuse_empty,
-)
-from gcx.keras._optimizer import GradientCentralization, attach
+from gcx._decisions import already_attached, check_reproducible, narrow_weight, refuse_empty
+from gcx._options import Decay, Layers, Options, Where
+from gcx.keras._optimizer import GradientCentralization, Projection, attach
 from gcx.keras._plan import Overrides, decide, plan
-from gcx.keras._projection import NARROW_DTYPES, Decay, Projection, Where
 from gcx.plan import Plan, PlanRow
 
-# Methods that a centralized optimizer overrides, and those of Keras that call them.
+# Methods that a centralized optimizer overrides, and Keras's methods that call them.
 _CHANGED = ("_apply_weight_decay", "_backend_update_step")
 _KERAS_OWN = ("apply", "_backend_apply_gradients")
 
@@ -30,15 +25,17 @@ def centralize(
     model: Any,
     *,
     where: Where = "gradient",
-    decay: Decay | None = None,
+    decay: Decay = None,
+    strength: float = 1.0,
+    layers: Layers = "all",
     overrides: Overrides | None = None,
     reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
-    With ``where="gradient"``, SGD without ``weight_decay`` keeps the mean of each weight where it
-    was (Corollary 4.1). Optimizers that divide the gradient element by element, such as Adam, do so
-    with ``where="update"`` only. See :doc:`/keras` for clipping, moving averages and saving.
+    SGD without ``weight_decay`` then keeps the mean of each weight (Corollary 4.1); other
+    optimizers, such as Adam, do so with ``where="update"``. See :doc:`/keras` for clipping, moving
+    averages and saving.
 
     Parameters
     ----------
@@ -53,17 +50,17 @@ def centralize(
     decay : {"inside", "outside"}, optional
         Project ``weight_decay`` too (inside) or not. ``where="gradient"`` allows outside only, as
         Keras applies the decay to the weights; the default of ``where="update"`` is inside.
-    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    layers, overrides
         As in `plan`.
     reproducible : bool, optional
         Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
-        Keras does the rest of the step.
 
     Returns
     -------
     GradientCentralization
-        A handle with the plan (``.plan``), which also ends it (``.remove()``). It is also
-        ``optimizer.gradient_centralization``.
+        A handle with ``.plan`` and ``.remove()``; also ``optimizer.gradient_centralization``.
 
     Raises
     ------
@@ -71,9 +68,9 @@ def centralize(
         If `optimizer` is not a Keras optimizer, or has its own kind of step, such as
         `MultiOptimizer`; if `model` is not a layer; if `reproducible` is not possible.
     ValueError
-        As `plan`; if the optimizer has Gradient Centralization already, there is nothing to
-        centralize, or `where` and `decay` contradict each other. When the optimizer is built: if
-        the model lacks one of its variables.
+        As `plan`; if an option has no such value, or `where` and `decay` contradict each other; if
+        the optimizer has Gradient Centralization already, or there is nothing to centralize. When
+        the optimizer is built: if the model lacks a variable.
     RuntimeError
         If the backend is not torch or JAX.
 
@@ -92,23 +89,41 @@ def centralize(
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     >>> model.compile(optimizer, loss="mse")
     """
-    _check_choices(where, decay)
+    options = Options(
+        where=where,
+        decay=decay,
+        strength=strength,
+        layers=layers,
+        overrides=overrides,
+        reproducible=reproducible,
+    )
+    if where == "gradient" and decay == "inside":
+        msg = (
+            "decay='inside' needs where='update': Keras applies weight_decay apart from the "
+            "gradient. A kernel_regularizer, which is part of it, is inside already"
+        )
+        raise ValueError(msg)
+    if decay is None:
+        options = replace(options, decay="inside" if where == "update" else "outside")
     optimizer = _innermost(optimizer)
     _check_optimizer(optimizer)
-    expected = plan(model, overrides=overrides)
+    expected = plan(model, layers=layers, overrides=overrides)
     refuse_empty(expected, model.name)
     if reproducible:
         check_reproducible(expected, [variable.value for variable in model.trainable_variables])
 
     def rows_of(variables: Sequence[Any]) -> list[PlanRow]:
-        decided = decide(model, overrides)
-        _check_all_known(variables, decided)
+        decided = decide(model, options)
+        for variable in variables:
+            if id(variable) not in decided:
+                msg = (
+                    f"the optimizer is to train {variable.path}, which is not in the model given "
+                    "to gcx.keras.centralize; give it the model that holds every variable"
+                )
+                raise ValueError(msg)
         return [decided[id(variable)] for variable in variables]
 
-    inherent: Decay = "inside" if where == "update" else "outside"
-    projection = Projection(
-        rows_of, expected, where=where, decay=decay or inherent, reproducible=reproducible
-    )
+    projection = Projection(rows_of, expected, options)
     handle = attach(optimizer, projection)
     if where == "update":
         _warn_of_low_precision(model, expected)
@@ -116,17 +131,6 @@ def centralize(
         _centralize_momentum(optimizer, projection)
     _renew_compiled_step(model, optimizer)
     return handle
-
-
-def _check_choices(where: object, decay: object) -> None:
-    check_choice("where", where, ("gradient", "update"))
-    check_choice("decay", decay, ("inside", "outside", None))
-    if where == "gradient" and decay == "inside":
-        msg = (
-            "decay='inside' needs where='update': Keras applies weight_decay apart from the "
-            "gradient. A kernel_regularizer, which is part of it, is inside already"
-        )
-        raise ValueError(msg)
 
 
 def _innermost(optimizer: Any) -> Any:
@@ -157,19 +161,9 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(msg)
 
 
-def _check_all_known(variables: Sequence[Any], decided: Mapping[int, PlanRow]) -> None:
-    unknown = [variable.path for variable in variables if id(variable) not in decided]
-    if unknown:
-        msg = (
-            f"the optimizer is to train {unknown[0]}, which is not in the model given to "
-            "gcx.keras.centralize; give it the model that holds every variable"
-        )
-        raise ValueError(msg)
-
-
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:
     for variable, row in zip(model.trainable_variables, expected, strict=True):
-        if row.layout and variable.dtype in NARROW_DTYPES:
+        if row.layout and variable.dtype in ("float16", "bfloat16"):
             message = narrow_weight(row.name, variable.dtype)
             warnings.warn(message, UserWarning, stacklevel=3)
             return
@@ -177,6 +171,8 @@ def _warn_of_low_precision(model: Any, expected: Plan) -> None:
 
 def _centralize_momentum(optimizer: Any, projection: Projection) -> None:
     """Subtract the fan-in mean from momentum that uncentralized gradients left."""
+    if projection.options.strength < 1:  # then momentum rightly has a mean
+        return
     if optimizer.built and isinstance(optimizer, keras.optimizers.SGD) and optimizer.momentum:
         variables = vars(optimizer)["_trainable_variables"]
         values = [buffer.value for buffer in optimizer.momentums]

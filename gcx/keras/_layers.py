@@ -43,6 +43,12 @@ _NORM: Answers = {"gamma": NORM, "scale": NORM, "beta": BIAS}
 _SCORE: Answers = {"scale": _SCALE, "concat_score_weight": _SCALE}
 
 _TRANSPOSED_LAYERS = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_DEPTHWISE_LAYERS = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_SEPARABLE_LAYERS = (layers.SeparableConv1D, layers.SeparableConv2D)
+_CONVOLUTIONS = (
+    *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
+    *(*_TRANSPOSED_LAYERS, *_DEPTHWISE_LAYERS, *_SEPARABLE_LAYERS),
+)
 _NORMS = (
     layers.BatchNormalization,
     layers.GroupNormalization,
@@ -55,8 +61,8 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.PReLU: {"alpha": LeaveAlone("slope of an activation")},
     **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _KERNEL),
     **dict.fromkeys(_TRANSPOSED_LAYERS, _TRANSPOSED),
-    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _DEPTHWISE),
-    **dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), _SEPARABLE),
+    **dict.fromkeys(_DEPTHWISE_LAYERS, _DEPTHWISE),
+    **dict.fromkeys(_SEPARABLE_LAYERS, _SEPARABLE),
     **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _RECURRENT),
     "keras.*.ConvLSTMCell": _RECURRENT,  # Keras does not export it
     layers.Embedding: {"*embeddings*": EMBEDDING},
@@ -65,6 +71,11 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
 }
 
 RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
+
+
+def is_convolution(layer: Any) -> bool:
+    """Return True for the layers of ``layers="conv"``."""
+    return isinstance(layer, _CONVOLUTIONS) or type(layer).__name__ == "ConvLSTMCell"
 
 
 def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
@@ -78,10 +89,9 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
-        of the layer's own variables (without its sublayers), or globs; the first that matches
-        counts. Its values are layouts (``"...o"``, ``"io"``), `gcx.plan.LeaveAlone`, or None. The
-        decorator also takes the mapping itself.
+        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
+        keys are names of the layer's own variables (without its sublayers), or globs; the first
+        that matches counts. Its values are layouts, `gcx.plan.LeaveAlone`, or None.
 
     Raises
     ------
@@ -90,11 +100,8 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package can provide rules without importing gcx, by entry points of the group
-    ``gcx.keras.layers``. The name of an entry point is the qualified name of the layer::
-
-        [project.entry-points."gcx.keras.layers"]
-        "mypackage.layers.OutputFirst" = "mypackage.gcx_rules:output_first"
+    An entry point of the group ``gcx.keras.layers`` declares a rule without an import of gcx. Its
+    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
 
     Examples
     --------
@@ -103,16 +110,12 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     >>> class OutputFirst(keras.layers.Layer):
     ...     def build(self, shape):
     ...         self.weight = self.add_weight(shape=(3, shape[-1]), name="weight")
-    ...     def call(self, inputs):
-    ...         return keras.ops.matmul(inputs, keras.ops.transpose(self.weight))
     >>> @gcx.keras.register_layer(OutputFirst)
     ... def output_first(layer):
     ...     return {"weight": "oi"}
     >>> layer = OutputFirst(name="head")
     >>> layer.build((None, 4))
-    >>> print(gcx.keras.plan(layer))
-    parameter    shape  layout  reason
-    head/weight  3x4    oi      OutputFirst
-    1 of 1 parameters centralized
+    >>> gcx.keras.plan(layer)["head/weight"].layout
+    Layout('oi')
     """
     return RULES.register(kind)

@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import keras
 
-from gcx.keras._projection import Projection
+import gcx
+from gcx._means import fan_in_mean, restore_mean
+from gcx._options import Options
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
+# From the variables of an optimizer to their rows.
+FindRows = Callable[[Sequence[Any]], list[PlanRow]]
+
+
+class Projection:
+    """Centralizes the gradients of an optimizer, or the displacement of its weights."""
+
+    def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
+        self.plan = plan  # until the variables of the optimizer are known
+        self.options = options
+        self._find_rows = find_rows
+        self._layouts: dict[int, Layout] = {}
+        self._held: dict[int, Any] = {}
+
+    def bind(self, variables: Sequence[Any]) -> None:
+        """Settle the layouts of the optimizer's variables."""
+        rows = self._find_rows(variables)
+        pairs = zip(variables, rows, strict=True)
+        self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
+        self.plan = Plan(rows)
+
+    def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """Centralize arrays that belong to variables."""
+        layouts = [self._layouts.get(id(variable)) for variable in variables]
+        return [
+            array if layout is None else gcx.centralize(array, layout=layout, **self._how)
+            for array, layout in zip(arrays, layouts, strict=True)
+        ]
+
+    def hold_means(self, variables: Sequence[Any]) -> None:
+        """Remember the present means of the weights."""
+        reproducible = self.options.reproducible
+        self._held = {
+            id(v): fan_in_mean(_value(v), self._layouts[id(v)], reproducible=reproducible)
+            for v in variables
+            if id(v) in self._layouts
+        }
+
+    def restore_means(self, variables: Sequence[Any]) -> None:
+        """Shift the weights back to the means that were remembered."""
+        for v in variables:
+            if id(v) in self._held:
+                mean = self._held.pop(id(v))
+                v.assign(restore_mean(_value(v), mean, self._layouts[id(v)], **self._how))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"strength": self.options.strength, "reproducible": self.options.reproducible}
+
+
+def _value(variable: Any) -> Any:
+    """Array of a variable, which autograd does not watch."""
+    return keras.ops.stop_gradient(variable.value)
+
+
+_SAVED = ("where", "decay", "strength", "reproducible")  # the plan holds the other options
 _register = keras.saving.register_keras_serializable("gcx", "Centralized")
 
 
 @_register
 class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """Class that `gcx.keras.centralize` adds to an optimizer, in front of its own.
+    """Class that `gcx.keras.centralize` puts in front of an optimizer's own.
 
     Keras saves a centralized optimizer under this name, and loads it with its plan. Import
     ``gcx.keras`` before that; without it, loading raises an error.
-
-    Attributes
-    ----------
-    gradient_centralization : GradientCentralization
-        The handle, also after loading.
 
     Examples
     --------
@@ -34,19 +87,16 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> optimizer = keras.optimizers.SGD(0.1)
     >>> handle = gcx.keras.centralize(optimizer, model)
-    >>> isinstance(optimizer, gcx.keras.Centralized), isinstance(optimizer, keras.optimizers.SGD)
-    (True, True)
     >>> config = keras.optimizers.serialize(optimizer)
     >>> keras.optimizers.deserialize(config).gradient_centralization
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     """
 
-    gradient_centralization: GradientCentralization
+    gradient_centralization: GradientCentralization  # also after loading
 
     def build(self, variables: Sequence[Any]) -> None:
         """Settle the layouts of the variables, and create the optimizer's own variables."""
-        # The legacy .h5 format builds the optimizer before the model's variables are known. Keras
-        # raises an error if such a model is trained.
+        # The legacy .h5 format knows no variables yet. Keras refuses to train such a model.
         if variables:
             self._projection.bind(variables)
         super().build(variables)
@@ -55,22 +105,21 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     # clipping of the gradients, before moving averages and constraints of the weights.
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        projection = self._projection
-        if projection.where == "update" and projection.decay == "inside":
-            projection.hold_means(variables)
+        options = self._projection.options
+        held = options.decay if options.where == "update" else None
+        if held == "inside":
+            self._projection.hold_means(variables)
         super()._apply_weight_decay(variables)
-        if projection.where == "update" and projection.decay == "outside":
-            projection.hold_means(variables)
+        if held == "outside":
+            self._projection.hold_means(variables)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        projection = self._projection
-        if projection.where == "gradient":
-            grads = projection.centralized(grads, trainable_variables)
+        if self._projection.options.where == "gradient":
+            grads = self._projection.centralized(grads, trainable_variables)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
-        if projection.where == "update":
-            projection.restore_means(trainable_variables)
+        self._projection.restore_means(trainable_variables)
 
     @property
     def _projection(self) -> Projection:
@@ -78,13 +127,19 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """Describe the optimizer and the plan of its variables."""
-        projection = self._projection
+        handle, options = self.gradient_centralization, self._projection.options
         return {
-            "optimizer": keras.optimizers.serialize(self.gradient_centralization.plain_optimizer()),
-            "plan": [[*row[:2], _plain_layout(row.layout), row.reason] for row in projection.plan],
-            "where": projection.where,
-            "decay": projection.decay,
-            "reproducible": projection.reproducible,
+            "optimizer": keras.optimizers.serialize(handle.plain_optimizer()),
+            "plan": [
+                [
+                    row.name,
+                    row.shape,
+                    row.layout and (str(row.layout), row.layout.sizes),
+                    row.reason,
+                ]
+                for row in handle.plan
+            ],
+            **{name: getattr(options, name) for name in _SAVED},
         }
 
     @classmethod
@@ -97,38 +152,34 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         ]
 
         def saved_rows(variables: Sequence[Any]) -> list[PlanRow]:
-            _check_same_shapes(rows, variables)
+            saved, found = [row.shape for row in rows], [tuple(v.shape) for v in variables]
+            if saved != found:
+                msg = (
+                    f"this centralized optimizer was saved for {len(saved)} variables of shapes "
+                    f"{saved}, but is to train {len(found)} of shapes {found}. For another model "
+                    "make a new optimizer and gcx.keras.centralize it"
+                )
+                raise ValueError(msg)
             return rows
 
-        projection = Projection(
-            saved_rows,
-            Plan(rows),
-            where=config["where"],
-            decay=config["decay"],
-            reproducible=config["reproducible"],
-        )
-        attach(optimizer, projection)
+        # Earlier configs have no strength.
+        options = Options(**{name: config[name] for name in _SAVED if name in config})
+        attach(optimizer, Projection(saved_rows, Plan(rows), options))
         return optimizer
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer.
-
-    `gcx.keras.centralize` returns it.
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`.
 
     Examples
     --------
     >>> import keras
     >>> import gcx.keras
-    >>> head = keras.layers.Dense(2, name="head")
-    >>> model = keras.Sequential([keras.Input((3,)), head], name="net")
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> optimizer = keras.optimizers.Adam()
     >>> handle = gcx.keras.centralize(optimizer, model, where="update")
-    >>> print(handle.plan)
-    parameter        shape  layout  reason
-    net/head/kernel  3x2    ...o    Dense
-    net/head/bias    2      -       bias
-    1 of 2 parameters centralized
+    >>> handle.plan
+    <gcx plan: 1 of 2 parameters centralized>
     >>> handle.remove()
     >>> isinstance(optimizer, gcx.keras.Centralized)
     False
@@ -162,7 +213,7 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
-        return f"<{name} of {kind}, where={self.projection.where!r}, {self.plan!r}>"
+        return f"<{name} of {kind}, where={self.projection.options.where!r}, {self.plan!r}>"
 
 
 def attach(optimizer: Any, projection: Projection) -> GradientCentralization:
@@ -183,18 +234,3 @@ def _centralized(kind: type) -> type:
     # share one registered name.
     mixed = type(f"Centralized{kind.__name__}", (Centralized, kind), {"__module__": __name__})
     return _register(mixed)  # type: ignore[no-any-return]
-
-
-def _plain_layout(layout: Layout | None) -> tuple[str, dict[str, int]] | None:
-    return None if layout is None else (str(layout), layout.sizes)
-
-
-def _check_same_shapes(rows: Sequence[PlanRow], variables: Sequence[Any]) -> None:
-    saved, found = [r.shape for r in rows], [tuple(v.shape) for v in variables]
-    if saved != found:
-        msg = (
-            f"this centralized optimizer was saved for {len(saved)} variables of shapes {saved}, "
-            f"but is to train {len(found)} of shapes {found}. For another model make a new "
-            "optimizer and gcx.keras.centralize it"
-        )
-        raise ValueError(msg)

@@ -9,27 +9,28 @@ import keras
 
 from gcx._decisions import decide as decide_row
 from gcx._decisions import find_overrides, merge
-from gcx._rules import Answer
-from gcx.keras._layers import RULES
-from gcx.plan import Plan, PlanRow
+from gcx._options import Layers, Options
+from gcx._rules import NOT_CONVOLUTION, Answer
+from gcx.keras._layers import RULES, is_convolution
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # By path of the variable or glob; None and LeaveAlone leave alone.
 Overrides = Mapping[str, Answer]
 
 
-def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
+def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show which variables of a model would be centralized, over which axes, and why.
 
     Parameters
     ----------
     model : keras.Model or keras.Layer
-        A built model. The layer that owns a variable decides about it, never its rank; a layer
-        without a rule is left alone.
+        A built model. The layer that owns a variable decides, never its rank.
+    layers : {"all", "conv"}, optional
+        ``"conv"`` is the paper's variant for convolutions alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Layouts that take precedence over the rules, by the path of a variable
         (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
-        counts; None or `gcx.plan.LeaveAlone` leaves alone. For your own layers, use
-        `register_layer` instead.
+        counts; None or `gcx.plan.LeaveAlone` leaves alone.
 
     Returns
     -------
@@ -41,36 +42,26 @@ def plan(model: Any, *, overrides: Overrides | None = None) -> Plan:
     TypeError
         If `model` is not a layer, or `overrides` holds a value of another type.
     ValueError
-        If the model is not built, a key of `overrides` matches no variable, or a layout does not
-        fit the rank of its variable.
+        If the model is not built, `layers` has no such value, or `overrides` does not fit: a key
+        matches no variable, or a layout has another rank.
 
     Examples
     --------
     >>> import keras
     >>> import gcx.keras
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((8, 8, 1)),
-    ...         keras.layers.SeparableConv2D(4, 3, name="conv"),
-    ...         keras.layers.Flatten(),
-    ...         keras.layers.Dense(10, name="head"),
-    ...     ],
-    ...     name="net",
-    ... )
-    >>> print(gcx.keras.plan(model))
+    >>> conv = keras.layers.SeparableConv2D(4, 3, name="conv")
+    >>> print(gcx.keras.plan(keras.Sequential([keras.Input((8, 8, 1)), conv], name="net")))
     parameter                  shape    layout  reason
     net/conv/depthwise_kernel  3x3x1x1  ...oo   SeparableConv2D
     net/conv/pointwise_kernel  1x1x1x4  -       fan-in 1: subtracting its mean would freeze it
     net/conv/bias              4        -       bias
-    net/head/kernel            144x10   ...o    Dense
-    net/head/bias              10       -       bias
-    2 of 5 parameters centralized
+    1 of 3 parameters centralized
     """
-    decided = decide(model, overrides)
+    decided = decide(model, Options(layers=layers, overrides=overrides))
     return Plan(decided[id(variable)] for variable in model.trainable_variables)
 
 
-def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]:
+def decide(model: Any, options: Options) -> dict[int, PlanRow]:
     """Make the row of each variable, by the `id` of the variable."""
     if not isinstance(model, keras.Layer):
         msg = f"model is a keras.Model or a keras.Layer, not a {type(model).__name__}"
@@ -82,15 +73,18 @@ def decide(model: Any, overrides: Overrides | None = None) -> dict[int, PlanRow]
         )
         raise ValueError(msg)
     owned = list(_owned_variables(model))
-    given = find_overrides(overrides or {}, [variable.path for _, variable in owned])
+    given = find_overrides(options.overrides or {}, [variable.path for _, variable in owned])
     decided: dict[int, PlanRow] = {}
     for layer, variable in owned:
-        answer = RULES.answer(layer, variable.name)
+        answer, rule = RULES.answer(layer, variable.name)
+        has_layout = not isinstance(answer, LeaveAlone | None)
+        if has_layout and options.layers == "conv" and not is_convolution(layer):
+            answer = NOT_CONVOLUTION
         if variable.path in given:
-            answer = given[variable.path], "override"
-        new = decide_row(variable.path, tuple(variable.shape), *answer)
+            answer, rule = given[variable.path], "override"
+        new = decide_row(variable.path, tuple(variable.shape), answer, rule)
         earlier = decided.get(id(variable))
-        decided[id(variable)] = new if earlier is None else merge(earlier, new)
+        decided[id(variable)] = new if earlier is None else merge([earlier, new])
     return decided
 
 

@@ -1,4 +1,4 @@
-"""Every form of `layouts`, read into one: a function of name and array."""
+"""Every form of `layouts`, read into one: a function of name and array. It makes the plan."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from functools import partial
 from types import NoneType
 from typing import Any
 
+import optax
+
+from gcx._decisions import decide as decide_row
 from gcx._decisions import no_fan_in
+from gcx._layouts import layouts_for
 from gcx._names import match_all
 from gcx._rules import Answer
+from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
-from gcx.optax._names import Names
-from gcx.plan import LeaveAlone, PlanRow
+from gcx.optax._names import Names, named_leaves, names_of
+from gcx.plan import LeaveAlone, Plan, PlanRow
 
-# A preset, a mapping, a function, or a model, whose framework need not be installed.
-Layouts = str | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
+# A preset, a plan, a mapping, a function, or a model, whose framework need not be installed.
+Layouts = str | Plan | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
 
 # From name and array to layout (or None) and reason.
 NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
@@ -84,9 +89,8 @@ def layouts(
 ) -> dict[str, Layout | LeaveAlone]:
     """Read the layout of each parameter off a model.
 
-    The type of the layer that owns a parameter decides, never a name or a rank. A subclass follows
-    its base class. The axes of a stack of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A
-    layer without a rule is left alone, with a reason that says so.
+    The type of the layer that owns a parameter decides, never a name or a rank. The axes of a stack
+    of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A layer without a rule is left alone.
 
     Parameters
     ----------
@@ -99,33 +103,90 @@ def layouts(
     Returns
     -------
     dict from str to Layout or LeaveAlone
-        For `centralize` and `plan`; change any entry that you know better. Names are paths in the
-        tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
-        ``equinox.filter(model, equinox.is_array)``, linen's ``variables["params"]`` (put
-        ``"params/"`` in front if you optimize all of `variables`), or Haiku's ``params``.
+        For `centralize` and `plan`. Names are paths in the tree that the optimizer gets:
+        ``nnx.state(model, nnx.Param)``, ``equinox.filter(model, equinox.is_array)``, linen's
+        ``variables["params"]``, or Haiku's ``params``.
 
     Raises
     ------
     TypeError
         If `model` is not a model, or has example inputs that it does not need.
 
-    See Also
-    --------
-    register_layer : declare a layer of your own.
-
     Examples
     --------
-    >>> import gcx.optax
-    >>> gcx.optax.layouts("flax")
-    Traceback (most recent call last):
-        ...
-    TypeError: model is an nnx, linen or Equinox module, or the result of haiku.transform, not str
-
-    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may give
+    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
     rows = decide(model, example_inputs, keyword_inputs)
     return {name: row.layout or LeaveAlone(row.reason) for name, row in rows.items()}
+
+
+def plan(params: optax.Params, layouts: Layouts) -> Plan:
+    """Show which parameters `centralize` would centralize, over which axes, and why.
+
+    Parameters
+    ----------
+    params : pytree
+        Parameters or gradients, or their `jax.ShapeDtypeStruct`.
+    layouts : model, Plan, mapping, callable or str
+        As in `centralize`.
+
+    Returns
+    -------
+    gcx.plan.Plan
+        One row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that are not
+        arrays of floating dtype, and a fan-in below 2, are always left alone.
+
+    Raises
+    ------
+    TypeError
+        If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
+    ValueError
+        If a key of a mapping matches no parameter, visible or hidden; if a plan lacks a parameter,
+        or has another shape for it; if a layout is not valid or does not fit the rank.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import gcx.optax
+    >>> params = {
+    ...     "Conv_0": {"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)},
+    ...     "token": jnp.zeros((1, 8)),
+    ... }
+    >>> print(gcx.optax.plan(params, "flax"))
+    parameter      shape    layout  reason
+    Conv_0/bias    8        -       bias
+    Conv_0/kernel  3x3x1x8  ...o    kernel
+    token          1x8      -       unknown: no rule for this name
+    1 of 3 parameters centralized
+    """
+    return plan_of(params, source_of(layouts), {})
+
+
+def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
+    """Make the plan of a tree; `axes` holds the mesh axes of the fan-ins that are split."""
+    named = named_leaves(params)
+    rule = source(names_of(params))
+    return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
+
+
+def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
+    if not hasattr(leaf, "dtype"):
+        return PlanRow(name, (), None, "not an array")
+    shape = tuple(leaf.shape)
+    if not is_floating(leaf.dtype):
+        return PlanRow(name, shape, None, "not of floating dtype")
+    chosen, reason = rule(name, leaf)
+    if chosen is None:
+        return PlanRow(name, shape, None, reason)
+    try:
+        row = decide_row(name, shape, chosen, reason)
+    except ValueError as error:
+        msg = f"{error} (shape {shape})"
+        raise ValueError(msg) from None
+    if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
+        return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
+    return row
 
 
 def source_of(layouts: Layouts) -> Source:
@@ -138,6 +199,8 @@ def source_of(layouts: Layouts) -> Source:
             )
             raise ValueError(msg)
         return _for_any_names(partial(_from_preset, layouts))
+    if isinstance(layouts, Plan):
+        return _for_any_names(partial(_from_plan, layouts))
     # Before the other forms: a model may be callable, or a mapping.
     framework = framework_of(layouts)
     if framework is not None:
@@ -156,10 +219,10 @@ def source_of(layouts: Layouts) -> Source:
         _check_answers(layouts)
         return partial(_mapping_rule, dict(layouts))
     if callable(layouts):
-        return _for_any_names(partial(_from_function, layouts))
+        return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
     msg = (
         f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
-        f"of path and array, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
+        f"of path and array, a plan, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
 
@@ -176,18 +239,17 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
     return None, _no_rule(leaf)
 
 
+def _from_plan(plan: Plan, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+    (layout,) = layouts_for([(name, leaf)], plan, like=None)
+    return layout, plan[name].reason
+
+
 def _from_model(
     decisions: Mapping[str, PlanRow], name: str, leaf: Any
 ) -> tuple[LayoutLike | None, str]:
     if name in decisions:
         return decisions[name].layout, decisions[name].reason
     return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
-
-
-def _from_function(
-    function: Callable[[str, Any], Answer], name: str, leaf: Any
-) -> tuple[LayoutLike | None, str]:
-    return _as_given(function(name, leaf))
 
 
 def _check_answers(layouts: Mapping[str, Answer]) -> None:

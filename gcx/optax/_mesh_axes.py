@@ -18,7 +18,7 @@ AxisName = _Names | Mapping[str, _Names | None] | None
 
 
 def check_axis_name(axis_name: object) -> None:
-    """Raise a TypeError unless `axis_name` has one of its forms."""
+    """Raise a TypeError if `axis_name` has no such form."""
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
@@ -30,12 +30,9 @@ def check_axis_name(axis_name: object) -> None:
 
 
 def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
-    """Mesh axes by parameter path: ``()`` if the fan-in is whole.
+    """Mesh axes of the paths that `axis_name` mentions: ``()`` if the fan-in is whole.
 
-    Paths that `axis_name` does not mention are absent.
-
-    >>> names = Names(["a/kernel", "head/w", "b"], hidden=[])
-    >>> axes_by_path({"*/kernel": "x", "head/*": None}, names)
+    >>> axes_by_path({"*/kernel": "x", "head/*": None}, Names(["a/kernel", "head/w", "b"], []))
     {'a/kernel': ('x',), 'head/w': ()}
     """
     if axis_name is None:
@@ -55,11 +52,7 @@ def centralize_split(
     strength: float,
     reproducible: bool,
 ) -> Any:
-    """Centralize a gradient whose fan-in is split over these mesh axes (None: not known).
-
-    Raises a ValueError that names the path if the axes are needed and not known, or not bound. A
-    TypeError says that `reproducible` is not possible.
-    """
+    """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
     if axes is None:
         _check_not_split(grad, path)
     if not axes:
@@ -82,7 +75,7 @@ def centralize_split(
 
 
 def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
-    """Raise a TypeError if a fan-in is split, since its elements then have no known order."""
+    """Raise a TypeError if a fan-in is split, whose elements then have no known order."""
     if axes:
         msg = (
             f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "

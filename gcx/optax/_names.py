@@ -33,18 +33,10 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
 
 
 class Names(NamedTuple):
-    """Names of the parameters in a tree.
-
-    Attributes
-    ----------
-    visible : list of str
-        Names of the leaves.
-    hidden : list of str
-        Paths at or below which there may be further leaves.
-    """
+    """Names of the parameters in a tree."""
 
     visible: list[str]
-    hidden: list[str]
+    hidden: list[str]  # paths at or below which there may be further leaves
 
 
 def names_of(tree: Any) -> Names:

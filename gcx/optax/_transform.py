@@ -13,7 +13,7 @@ from jax.tree_util import PyTreeDef
 from gcx._centralize import check_strength, see_fan_in
 from gcx._names import naming
 from gcx.backends import _canonical
-from gcx.optax._layouts import Layouts, Source, source_of
+from gcx.optax._layouts import Layouts, Source, plan_of, source_of
 from gcx.optax._mesh_axes import (
     AxisName,
     axes_by_path,
@@ -22,24 +22,20 @@ from gcx.optax._mesh_axes import (
     check_whole,
 )
 from gcx.optax._names import is_none, named_leaves, names_of
-from gcx.optax._plan import plan_of
 from gcx.plan import Plan
 
 _PLANS_KEPT = 8  # one transformation may serve several trees of gradients
 
 
 class _Planned(NamedTuple):
-    """The plan of one tree, and the mesh axes over which its fan-ins are split."""
+    """The plan of a tree, and the mesh axes over which its fan-ins are split."""
 
     rows: Plan
     mesh_axes: Mapping[str, tuple[str, ...]]
 
 
 class _Planner:
-    """Plans the trees that pass a transformation, those of one form only once.
-
-    A form is the structure of a tree with the shapes and dtypes of its leaves.
-    """
+    """Plans the trees that pass a transformation, and remembers their plans."""
 
     def __init__(self, source: Source, axis_name: AxisName) -> None:
         self._source, self._axis_name = source, axis_name
@@ -51,11 +47,12 @@ class _Planner:
         return _Planned(plan_of(tree, self._source, axes), axes)
 
     def recall(self, tree: Any, leaves: Sequence[Any], structure: PyTreeDef) -> _Planned:
-        """Plan a tree, or return the plan of an earlier one of its form."""
+        """Plan a tree, or return the plan of an earlier tree like it."""
         form = structure, tuple(map(_shape_and_dtype, leaves))
-        if not _is_hashable(structure):
+        try:
+            planned = self._known.get(form)
+        except TypeError:  # a static part of a module is not hashable
             return self.plan(tree)
-        planned = self._known.get(form)
         if planned is None:
             planned = self.plan(tree)
             if len(self._known) == _PLANS_KEPT:
@@ -73,18 +70,18 @@ def centralize(
 ) -> optax.GradientTransformation:
     """Centralize updates: subtract their mean over the fan-in.
 
-    The position in the chain decides what is centralized: the gradient in ``chain(centralize,
-    sgd)``, the update in ``chain(adamw, centralize)``. :doc:`/optax` lists the chains, and which of
-    them keep the means of the weights (Corollary 4.1).
+    It centralizes the gradient in ``chain(centralize, sgd)``, and the update in ``chain(adamw,
+    centralize)``. :doc:`/optax` says which chains keep the means of the weights (Corollary 4.1).
 
     Parameters
     ----------
-    layouts : model, mapping, callable or str
+    layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
         - an nnx or Equinox module, whose layers give the layouts;
+        - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
-          `layouts` makes from any model; the first key that matches counts;
+          `layouts` returns; the first key that matches counts;
         - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend
           on the path, shape and dtype alone: it is called once for each of these;
         - a preset that goes by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
@@ -102,9 +99,8 @@ def centralize(
     -------
     optax.GradientTransformation
         Has no state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
-        centralize, and a TypeError if `reproducible` is not possible for a parameter. Its
-        ``update`` raises a ValueError if `axis_name` names an axis that is not bound, or leaves
-        open whether a mesh axis splits a fan-in.
+        centralize, and a TypeError if `reproducible` is not possible. Its ``update`` raises a
+        ValueError if an axis of `axis_name` is not bound, or an axis may split a fan-in.
 
     Raises
     ------
@@ -128,7 +124,12 @@ def centralize(
     ([[1.0, -0.0], [-1.0, -0.0]], [-1.0, -1.0])
     """
     planner = _Planner(source_of(layouts), axis_name)
-    _check_not_array(strength)
+    if isinstance(strength, jax.Array):
+        msg = (
+            f"strength is the fraction of the mean, a Python number and not {strength!r}: "
+            'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
+        )
+        raise TypeError(msg)
     check_strength(strength)
     check_axis_name(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
@@ -159,23 +160,6 @@ def centralize(
 
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
     return (tuple(leaf.shape), leaf.dtype) if hasattr(leaf, "dtype") else None
-
-
-def _is_hashable(structure: PyTreeDef) -> bool:
-    try:
-        hash(structure)
-    except TypeError:  # a static part of a module is not hashable
-        return False
-    return True
-
-
-def _check_not_array(strength: object) -> None:
-    if isinstance(strength, jax.Array):
-        msg = (
-            f"strength is the fraction of the mean, a Python number and not {strength!r}: "
-            'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
-        )
-        raise TypeError(msg)
 
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:

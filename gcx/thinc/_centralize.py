@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from thinc.api import Model, Optimizer
 from thinc.backends import get_array_ops
 
 import gcx
-from gcx._decisions import already_attached, check_choice, check_reproducible, refuse_empty
-from gcx.backends import _canonical
+from gcx._decisions import already_attached, check_reproducible, refuse_empty
+from gcx._means import fan_in_mean, restore_mean, subtract_mean
+from gcx._options import Options, Where
 from gcx.layout import Layout
-from gcx.plan import Plan, PlanRow
-from gcx.thinc._plan import Key, Models, decide, plan, walk
-
-Where = Literal["gradient", "update"]
+from gcx.plan import Plan
+from gcx.thinc._plan import Key, Models, Overrides, decide, walk
 
 
 def centralize(
     optimizer: Optimizer,
     *models: Model[Any, Any],
     where: Where = "gradient",
+    strength: float = 1.0,
+    overrides: Overrides | None = None,
     reproducible: bool = False,
 ) -> GradientCentralization:
     r"""Let an optimizer use Gradient Centralization from its next step on.
 
-    With ``where="gradient"``, SGD without weight decay keeps the mean of each weight where it was
-    (Corollary 4.1); Adam and RAdam do not, since they divide the gradient element by element.
-    :doc:`/thinc` says what happens to L2, clipping and moving averages.
+    SGD without weight decay then keeps the mean of each weight (Corollary 4.1); Adam and RAdam do
+    so with ``where="update"``. See :doc:`/thinc` for L2, clipping and moving averages.
 
     Parameters
     ----------
@@ -42,23 +41,25 @@ def centralize(
         ``"gradient"`` centralizes the gradient that the optimizer uses, in place. ``"update"``
         centralizes the displacement of the weights by the step, which keeps the mean of each
         weight over its fan-in with any of the optimizers.
+    strength : float, optional
+        The part of the mean to subtract, from 0 to 1.
+    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
+        As in `plan`.
     reproducible : bool, optional
-        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`), on
-        NumPy and on CuPy.
+        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
 
     Returns
     -------
     GradientCentralization
-        A handle with the plan (``.plan``), which also ends it (``.remove()``).
+        A handle with ``.plan`` and ``.remove()``.
 
     Raises
     ------
     TypeError
-        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible for the dtype of
-        a weight, or as `plan`.
+        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible, or as `plan`.
     ValueError
-        If the optimizer has Gradient Centralization already, there is nothing to centralize, or a
-        model is not initialized.
+        If an option has no such value, the optimizer has Gradient Centralization already, there is
+        nothing to centralize, or as `plan`.
     RuntimeError
         In a step: if the parameter is in none of the models.
 
@@ -69,33 +70,25 @@ def centralize(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from thinc.api import SGD, Linear
     >>> import gcx.thinc
-    >>> model = Linear(nO=2, nI=3).initialize()
-    >>> optimizer = SGD(0.1)
-    >>> handle = gcx.thinc.centralize(optimizer, model)
-    >>> start = model.get_param("W").mean(1)
-    >>> y, backprop = model.begin_update(np.ones((4, 3), dtype="float32"))
-    >>> _ = backprop(y - 1)
-    >>> model.finish_update(optimizer)
-    >>> np.allclose(model.get_param("W").mean(1), start)
-    True
+    >>> optimizer, model = SGD(0.1), Linear(nO=2, nI=3).initialize()
+    >>> gcx.thinc.centralize(optimizer, model).plan
+    <gcx plan: 1 of 2 parameters centralized>
     """
-    check_choice("where", where, ("gradient", "update"))
+    options = Options(
+        where=where, strength=strength, overrides=overrides, reproducible=reproducible
+    )
     if not isinstance(optimizer, Optimizer):
         msg = f"optimizer is a thinc.api.Optimizer, not a {type(optimizer).__name__}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
         raise ValueError(already_attached("optimizer"))
-    refuse_empty(plan(*models), "these models")
-    return GradientCentralization(optimizer, *models, where=where, reproducible=reproducible)
+    return GradientCentralization(optimizer, models, options)
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer.
-
-    `gcx.thinc.centralize` returns it.
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`.
 
     Examples
     --------
@@ -103,27 +96,27 @@ class GradientCentralization:
     >>> import gcx.thinc
     >>> optimizer = Adam()
     >>> handle = gcx.thinc.centralize(optimizer, Linear(nO=2, nI=3).initialize(), where="update")
-    >>> print(handle.plan)
-    parameter  shape  layout  reason
-    linear.W   2x3    oi      linear
-    linear.b   2      -       bias
-    1 of 2 parameters centralized
+    >>> handle.plan
+    <gcx plan: 1 of 2 parameters centralized>
     >>> handle.remove()
     """
 
-    def __init__(
-        self, optimizer: Any, *models: Model[Any, Any], where: Where, reproducible: bool
-    ) -> None:
+    def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
         self._models = models
         self._optimizer = optimizer
+        self._options = options
         self._kind = kind = type(optimizer)
-        self._rows = decide(models)
-        self._reproducible = reproducible
-        if reproducible:
-            _check_reproducible(models, self._rows)
+        self._rows = decide(models, options.overrides)
+        refuse_empty(self.plan, "these models")
+        if options.reproducible:
+            weights = {
+                (layer.id, name): layer.get_param(name)
+                for _, layer in walk(models)
+                for name in layer.param_names
+            }
+            check_reproducible([self._rows[key] for key in weights], weights.values())
         self._foreign: set[Key] = set()  # parameters of shims
-        self._step = self._update_step if where == "update" else self._gradient_step
-        self._where = where
+        self._step = self._update_step if options.where == "update" else self._gradient_step
 
         def call(optimizer: Any, key: Key, *args: Any, **options: Any) -> Any:
             layout = self._layout_of(key)
@@ -131,7 +124,7 @@ class GradientCentralization:
                 return kind.__call__(optimizer, key, *args, **options)
             return self._step(layout, optimizer, key, *args, **options)
 
-        # Python looks __call__ up in the class, so each optimizer gets a class of its own. An
+        # Python looks for __call__ in the class, so each optimizer gets its own class. An
         # object takes a new class only if that has the same memory layout, hence the slots.
         own = {
             "__slots__": (),
@@ -153,30 +146,36 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
-        return f"<{name} of {kind}, where={self._where!r}, {self.plan!r}>"
+        return f"<{name} of {kind}, where={self._options.where!r}, {self.plan!r}>"
 
     def _gradient_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
+        strength, reproducible = self._options.strength, self._options.reproducible
         gradient = gcx.centralize(
-            gradient, layout=layout, out=gradient, reproducible=self._reproducible
+            gradient, layout=layout, out=gradient, strength=strength, reproducible=reproducible
         )
         if not optimizer.L2_is_weight_decay:
             # The optimizer adds L2 * weights, whose mean is subtracted here in advance.
-            gradient -= _l2(optimizer, key) * self._mean(weights, layout)
+            mean = fan_in_mean(weights, layout, reproducible=reproducible)
+            rate = strength * _l2(optimizer, key)
+            gradient[...] = subtract_mean(gradient, rate * mean, layout)
         return self._kind.__call__(optimizer, key, weights, gradient, **options)
 
     def _update_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        mean = self._mean(weights, layout)
+        strength, reproducible = self._options.strength, self._options.reproducible
+        mean = fan_in_mean(weights, layout, reproducible=reproducible)
         # Moving averages are taken below, after the means are restored.
         averages, optimizer.averages = optimizer.averages, None
         try:
             weights, gradient = self._kind.__call__(optimizer, key, weights, gradient, **options)
         finally:
             optimizer.averages = averages
-        weights -= self._mean(weights, layout) - mean
+        weights[...] = restore_mean(
+            weights, mean, layout, strength=strength, reproducible=reproducible
+        )
         if averages is not None:
             ops = get_array_ops(weights)  # type: ignore[no-untyped-call]
             if key not in averages:
@@ -184,21 +183,13 @@ class GradientCentralization:
             ops.update_averages(averages[key], weights, optimizer.nr_update[key])
         return weights, gradient
 
-    def _mean(self, x: Any, layout: Layout) -> Any:
-        xp = get_array_ops(x).xp  # type: ignore[no-untyped-call]
-        view, axes = layout.split(x.shape)
-        seen = x.reshape(view)
-        if self._reproducible:
-            mean = _canonical.fan_in_mean(seen, axes, xp)
-        else:
-            mean = seen.mean(axis=axes, keepdims=True)
-        return xp.broadcast_to(mean, view).reshape(x.shape) if layout.is_split else mean
-
     def _layout_of(self, key: Key) -> Layout | None:
         if key in self._foreign:
             return None
         if key not in self._rows:
-            self._rows = decide(self._models)  # layers may have been added or replaced
+            self._rows = decide(
+                self._models, self._options.overrides
+            )  # layers may have been added or replaced
         if key in self._rows:
             return self._rows[key].layout
         # Checked last: layers and shims are counted apart, so a new layer may have a shim's id.
@@ -229,15 +220,6 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
         optimizer.__class__ = centralized
     # A reducer returns a function and its arguments, so a copy of the plain optimizer is made.
     return copy.copy, (plain,)
-
-
-def _check_reproducible(models: Models, rows: Mapping[Key, PlanRow]) -> None:
-    weights = {
-        (layer.id, name): layer.get_param(name)
-        for _, layer in walk(models)
-        for name in layer.param_names
-    }
-    check_reproducible([rows[key] for key in weights], weights.values())
 
 
 def _l2(optimizer: Any, key: Key) -> float:

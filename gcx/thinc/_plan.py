@@ -9,7 +9,9 @@ from typing import Any
 from thinc.api import Model
 
 from gcx._decisions import decide as decide_row
+from gcx._decisions import find_overrides
 from gcx._names import match
+from gcx._options import Options
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
@@ -17,23 +19,19 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 Key = tuple[int, str]
 Models = tuple[Model[Any, Any], ...]
 
+# By name in the plan or glob; None and LeaveAlone leave alone.
+Overrides = Mapping[str, Answer]
+
 _FLAT = LeaveAlone("flat: one vector holds all weights, so the fan-in is not visible")
+_DENSE_KINDS = (
+    *("clipped_linear", "dish", "gelu", "hard_swish", "hard_swish_mobilenet", "linear", "mish"),
+    *("multisoftmax", "relu", "sigmoid", "softmax", "swish"),
+)
 _DENSE: Mapping[str, Answer] = {"W": "oi", "b": BIAS}
 
 # All layers have one type, and their names are free text: the forward function tells the kind.
 _LAYERS: Mapping[str, Mapping[str, Answer]] = {
-    "thinc.layers.clipped_linear.forward": _DENSE,
-    "thinc.layers.dish.forward": _DENSE,
-    "thinc.layers.gelu.forward": _DENSE,
-    "thinc.layers.hard_swish.forward": _DENSE,
-    "thinc.layers.hard_swish_mobilenet.forward": _DENSE,
-    "thinc.layers.linear.forward": _DENSE,
-    "thinc.layers.mish.forward": _DENSE,
-    "thinc.layers.multisoftmax.forward": _DENSE,
-    "thinc.layers.relu.forward": _DENSE,
-    "thinc.layers.sigmoid.forward": _DENSE,
-    "thinc.layers.softmax.forward": _DENSE,
-    "thinc.layers.swish.forward": _DENSE,
+    **{f"thinc.layers.{kind}.forward": _DENSE for kind in _DENSE_KINDS},
     # (nO, nP, nI): each of the nP pieces is a unit, and the layer takes the largest.
     "thinc.layers.maxout.forward": {"W": "ooi", "b": BIAS},
     # One unit, which gives each input vector a score.
@@ -57,8 +55,6 @@ _LAYERS: Mapping[str, Mapping[str, Answer]] = {
 
 _registered: dict[Callable[..., Any], Rule[Answer]] = {}
 
-_forward_of = attrgetter("_func")
-
 
 def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     """Declare the parameters of a kind of layer, for `plan` and `centralize`.
@@ -71,9 +67,9 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
-        of the layer's own parameters, or globs; the first that matches counts. Its values are
-        layouts (``"oi"``), `gcx.plan.LeaveAlone`, or None. It also takes the mapping itself.
+        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
+        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
+        values are layouts, `gcx.plan.LeaveAlone`, or None.
 
     Raises
     ------
@@ -90,10 +86,8 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     ...     return {"kernel": "io"}
     >>> layer = Model("mine", forward, params={"kernel": None})
     >>> layer.set_param("kernel", layer.ops.alloc2f(4, 3))
-    >>> print(gcx.thinc.plan(layer))
-    parameter    shape  layout  reason
-    mine.kernel  4x3    io      mine
-    1 of 1 parameters centralized
+    >>> gcx.thinc.plan(layer)["mine.kernel"].layout
+    Layout('io')
     """
     if isinstance(forward, Model):  # which is callable
         msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
@@ -112,14 +106,18 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     return decorator
 
 
-def plan(*models: Model[Any, Any]) -> Plan:
+def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     """Show which parameters of models would be centralized, over which axes, and why.
 
     Parameters
     ----------
     *models : thinc.model.Model
-        Initialized models. The layer that owns a parameter decides about it, never its rank; a
-        layer without a rule is left alone.
+        Initialized models. The layer that owns a parameter decides, never its rank; a layer without
+        a rule is left alone.
+    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
+        Layouts that take precedence over the rules, by the name of a parameter in the plan
+        (``"0.maxout.W"``) or a glob (``"*.softmax.*"``). The first key that matches counts; None
+        or `gcx.plan.LeaveAlone` leaves alone.
 
     Returns
     -------
@@ -129,9 +127,10 @@ def plan(*models: Model[Any, Any]) -> Plan:
     Raises
     ------
     TypeError
-        If there is no model, or an argument is not a model.
+        If there is no model, or an argument or a value of `overrides` has a wrong type.
     ValueError
-        If a model is not initialized.
+        If a model is not initialized, or `overrides` does not fit: a key matches no parameter, or a
+        layout has another rank.
 
     Examples
     --------
@@ -146,25 +145,29 @@ def plan(*models: Model[Any, Any]) -> Plan:
     1.softmax.b  2      -       bias
     2 of 4 parameters centralized
     """
-    return Plan(decide(models).values())
+    return Plan(decide(models, Options(overrides=overrides).overrides).values())
 
 
-def decide(models: Models) -> dict[Key, PlanRow]:
+def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
     """Make the row of each parameter."""
     if not models or not all(isinstance(model, Model) for model in models):
-        given = ", ".join(type(model).__name__ for model in models) or "none"
-        msg = f"give one or more thinc models; given: {given}"
+        kinds = ", ".join(type(model).__name__ for model in models) or "none"
+        msg = f"give one or more thinc models; given: {kinds}"
         raise TypeError(msg)
+    layers = list(walk(models))
+    names = [f"{path}.{name}" for path, layer in layers for name in layer.param_names]
+    given = find_overrides(overrides or {}, names)
     decided: dict[Key, PlanRow] = {}
-    for path, layer in walk(models):
+    for path, layer in layers:
         for name in layer.param_names:
+            whole = f"{path}.{name}"
             if not layer.has_param(name):
-                msg = f"{path}.{name} has no value yet: call model.initialize(X, Y) first"
+                msg = f"{whole} has no value yet: call model.initialize(X, Y) first"
                 raise ValueError(msg)
-            shape = layer.get_param(name).shape
-            decided[layer.id, name] = decide_row(
-                f"{path}.{name}", shape, _answer(layer, name), layer.name
-            )
+            answer, rule = _answer(layer, name), layer.name
+            if whole in given:
+                answer, rule = given[whole], "override"
+            decided[layer.id, name] = decide_row(whole, layer.get_param(name).shape, answer, rule)
         for shim in layer.shims:
             kind = type(shim).__name__
             reason = "a model of another framework, whose layers thinc cannot see"
@@ -189,16 +192,12 @@ def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
 
 def _answer(layer: Model[Any, Any], name: str) -> Answer:
     """Ask the rule of a layer about its parameter `name`."""
-    answers = _answers(layer)
+    forward = attrgetter("_func")(layer)
+    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
+    answers = ask(rule, layer, layer.name)
     key = match(answers, [name]).get(name)
     unknown = LeaveAlone(f"unknown: nobody declared {layer.name}.{name}")
     return unknown if key is None else answers[key]
-
-
-def _answers(layer: Model[Any, Any]) -> Mapping[str, Answer]:
-    forward = _forward_of(layer)
-    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
-    return ask(rule, layer, layer.name)
 
 
 def _qualified(function: Callable[..., Any]) -> str:

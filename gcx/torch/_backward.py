@@ -42,18 +42,13 @@ def centralize_in_backward(
     ----------
     model : torch.nn.Module
         The model, before it is wrapped: while its weights have the shapes of their layers.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
-    layers, overrides
-        As in `plan`, which shows what is centralized.
-    reproducible : bool, optional
-        Whether means have equal bits on every device, whatever the strides: see
-        :doc:`/reproducible`.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
 
     Returns
     -------
     CentralizationInBackward
-        A handle: ``.plan`` shows what is centralized and why, ``.remove()`` ends it.
+        A handle: ``.plan`` shows the decision on each parameter, ``.remove()`` ends it.
 
     Raises
     ------
@@ -69,13 +64,8 @@ def centralize_in_backward(
     Warns
     -----
     UserWarning
-        If a weight got no gradient in 8 training-mode forward passes after the first backward, or
-        until the handle is removed, while other weights got theirs.
-
-    See Also
-    --------
-    centralize : at the step of an optimizer.
-    centralize_grads_ : one explicit call.
+        If a weight got no gradient while others did: after 8 training-mode forward passes, counted
+        from the first backward, or when the handle is removed.
 
     Notes
     -----
@@ -104,6 +94,11 @@ def centralize_in_backward(
 
 class CentralizationInBackward:
     """Gradient Centralization at work in backward; `centralize_in_backward` returns it.
+
+    Parameters
+    ----------
+    model, options
+        As in `gcx.torch.centralize_in_backward`.
 
     Examples
     --------

@@ -40,7 +40,7 @@ def centralize(
         Any optimizer; use it as before. A parameter group with ``"centralize": False`` is left
         alone.
     model : torch.nn.Module
-        The model, which must hold every parameter of the optimizer. Its layers declare the fan-in.
+        The model that holds every parameter of the optimizer. Its layers declare the fan-in.
     where : {"gradient", "update"}, optional
         ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``.
         ``"update"`` centralizes the displacement of the weights by the step. It keeps the mean of
@@ -48,47 +48,29 @@ def centralize(
     decay : {"inside", "outside"}, optional
         Whether weight decay is projected too. With ``where="gradient"`` the default is inside for
         decay that the optimizer adds to the gradient (SGD, Adam), and outside for decoupled decay
-        (AdamW, Muon); optimizers from other packages need a choice. With ``where="update"`` the
-        default is inside; outside, decoupled decay goes on shrinking the mean.
+        (AdamW, Muon); with ``where="update"`` it is inside. Optimizers of other packages need it.
     strength : float, optional
         The part of the mean to subtract, from 0 to 1.
-    layers : {"all", "conv"}, optional
-        ``"conv"`` is the paper's variant for convolutions alone, of any rank.
-    overrides : mapping, optional
-        Answers that take precedence over the layers, as in `plan`.
+    layers, overrides
+        As in `plan`.
     reproducible : bool, optional
-        Whether means have equal bits on every device, whatever the strides: see
-        :doc:`/reproducible`.
+        Whether means have :doc:`equal bits </reproducible>` on every device.
 
     Returns
     -------
     GradientCentralization
-        A handle: ``.plan`` shows what is centralized and why, ``.remove()`` ends it.
+        A handle: ``.plan`` shows the decision on each parameter, ``.remove()`` ends it.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        If optimizer, model and options do not fit each other, if nothing would be centralized, or
-        if the optimizer already has Gradient Centralization. A step raises the same errors for
-        parameters that were added or replaced. :doc:`/torch` lists them.
+        If optimizer, model and options do not fit, or nothing would be centralized; in a step, for
+        parameters that were added or replaced. :doc:`/torch` lists all cases.
 
     Warns
     -----
     UserWarning
-        If momentum from before carries a mean, if weights below 32 bits are centralized in the
-        update, if a checkpoint switches everything off, or if the optimizer is copied: hooks are
-        not.
-
-    See Also
-    --------
-    plan : show what would be centralized.
-    centralize_grads_ : centralize gradients now, for example before clipping.
-    gcx.centralize : the operator, for one gradient.
-
-    Notes
-    -----
-    :doc:`/torch` describes closures, momentum from before, copies, `torch.compile`, and wrappers
-    such as SAM, DDP, FSDP and DeepSpeed.
+        If momentum from before has a mean, or a copy loses its hooks; :doc:`/torch` lists all.
 
     Examples
     --------
@@ -99,10 +81,8 @@ def centralize(
     >>> gcx.torch.centralize(optimizer, model)
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     >>> start = model.weight.mean().item()
-    >>> for _ in range(10):
-    ...     optimizer.zero_grad()
-    ...     model(torch.rand(8, 3)).square().mean().backward()
-    ...     optimizer.step()
+    >>> model(torch.rand(8, 3)).square().mean().backward()
+    >>> optimizer.step()
     >>> abs(model.weight.mean().item() - start) < 1e-6
     True
     """
@@ -119,6 +99,11 @@ def centralize(
 
 class GradientCentralization:
     """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it.
+
+    Parameters
+    ----------
+    optimizer, model, options
+        As in `gcx.torch.centralize`.
 
     Examples
     --------
@@ -160,15 +145,7 @@ class GradientCentralization:
     @not_compiled
     @torch.no_grad()
     def centralize_grads_(self) -> None:
-        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan.
-
-        Raises
-        ------
-        TypeError, RuntimeError
-            As a step would.
-        ValueError
-            If there is no gradient to centralize.
-        """
+        """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
         _centralize_gradients(self._targets.weights(), self._options.strength)
 
     def remove(self) -> None:
@@ -262,13 +239,8 @@ def centralize_grads_(
     ----------
     model : torch.nn.Module
         The model, after ``backward()``. Parameters without a gradient are passed over.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
-    layers, overrides
-        As in `plan`, which shows what is centralized.
-    reproducible : bool, optional
-        Whether means have equal bits on every device, whatever the strides: see
-        :doc:`/reproducible`.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
 
     Raises
     ------

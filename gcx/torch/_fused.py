@@ -55,13 +55,6 @@ class FusedOptimizer(Optimizer):
 
         It works as `gcx.torch.centralize_grads_`, by the plan of this optimizer. The step does it
         again, which changes nothing at full strength.
-
-        Raises
-        ------
-        TypeError, RuntimeError
-            As a step would.
-        ValueError
-            If there is no gradient to centralize.
         """
         self._centralization.centralize_grads_()
 
@@ -95,10 +88,10 @@ class FusedOptimizer(Optimizer):
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
-    r"""AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    It is used as `torch.optim.AdamW`, does what that does with `centralize`, and shares its
-    checkpoints. Copies centralize too.
+    It is `torch.optim.AdamW` with the centralized gradient in place of the gradient; weight decay
+    is not centralized. Checkpoints are the same. See :doc:`/fused`.
 
     Parameters
     ----------
@@ -112,56 +105,22 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     strength, layers, overrides, reproducible
         As in `centralize`.
 
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter.
-    fallbacks : list of str
-        For each parameter group, why torch makes the next step of some of its parameters; empty if
-        it makes none. `repr` shows it too.
-
     Raises
     ------
-    TypeError
-        If parameters are given without a model; else as `centralize` and `torch.optim.AdamW`.
-    ValueError, RuntimeError
-        As `centralize` and `torch.optim.AdamW`.
-
-    Notes
-    -----
-    With P the projection of `gcx.centralize`, weights w, gradient g of the loss and learning rate
-    :math:`\eta`, a step is
-
-    .. math::
-        m &\leftarrow \beta_1 m + (1 - \beta_1) P g, \qquad
-        v \leftarrow \beta_2 v + (1 - \beta_2) (P g)^2, \\
-        w &\leftarrow w - \eta \lambda w - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)
-
-    with squares by element, and hats for the bias correction. Decay is outside of P.
-
-    On CUDA, one launch for each parameter group and dtype makes the step and leaves ``.grad`` as it
-    was. Otherwise torch makes it, with the hook of `centralize`, which writes to ``.grad``:
-    :doc:`/fused` says when.
+    TypeError, ValueError, RuntimeError
+        As `centralize` and `torch.optim.AdamW`; if parameters are given without a model.
 
     Examples
     --------
+    Parameter groups need the model beside them. On a CPU, torch makes the step:
+
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = gcx.torch.AdamW(model, lr=1e-3)
-    >>> optimizer.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> model(torch.rand(8, 3)).square().mean().backward()
-    >>> optimizer.step()
-    >>> torch.optim.AdamW(model.parameters()).load_state_dict(optimizer.state_dict())
-
-    Parameter groups need the model beside them:
-
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
     >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
-
-    On a CPU, torch makes the step:
-
+    >>> optimizer.plan
+    <gcx plan: 1 of 2 parameters centralized>
     >>> [bool(reason) for reason in optimizer.fallbacks]
     [True, True]
     """
@@ -210,48 +169,22 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
-    r"""SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
 
-    It is used as `torch.optim.SGD`, does what that does with `centralize`, and shares its
-    checkpoints. Copies centralize too.
+    It is `torch.optim.SGD` with the centralized sum of gradient and weight decay in place of this
+    sum. So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
 
     Parameters
     ----------
-    params : torch.nn.Module or iterable
-        A model; or, together with `model`, parameters or parameter groups as torch takes them. A
-        group with ``"centralize": False`` is left alone.
+    params, model, strength, layers, overrides, reproducible
+        As in `AdamW`.
     lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
         As in `torch.optim.SGD`.
-    model : torch.nn.Module, optional
-        The model that holds every parameter; needed if `params` is not a model.
-    strength, layers, overrides, reproducible
-        As in `centralize`.
-
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter.
-    fallbacks : list of str
-        For each parameter group, why torch makes the next step of some of its parameters; empty if
-        it makes none. `repr` shows it too.
 
     Raises
     ------
-    TypeError
-        If parameters are given without a model; else as `centralize` and `torch.optim.SGD`.
-    ValueError, RuntimeError
-        As `centralize` and `torch.optim.SGD`.
-
-    Notes
-    -----
-    With P the projection of `gcx.centralize`, weights w, gradient g of the loss, momentum
-    :math:`\mu`, dampening :math:`\tau` and learning rate :math:`\eta`, a step is
-
-    .. math::
-        u &\leftarrow P (g + \lambda w), \qquad b \leftarrow \mu b + (1 - \tau) u, \\
-        w &\leftarrow w - \eta b \quad \text{or, with Nesterov,} \quad w - \eta (u + \mu b)
-
-    So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
+    TypeError, ValueError, RuntimeError
+        As in `AdamW`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The step of AdamW or SGD by the kernels, with the gradient centralized on the way."""
+"""The step of AdamW or SGD by the kernels, which centralize the gradient too."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from gcx._decisions import left_alone_by
 from gcx._names import is_glob
 from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask
 from gcx.layout import Layout, as_layout
@@ -53,7 +54,7 @@ TORCH_NN: Mapping[type[nn.Module], Rule[OfRank | Answer]] = {
     nn.Bilinear: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
     nn.MultiheadAttention: _ATTENTION,
     nn.PReLU: {"weight": LeaveAlone("slope of an activation")},
-    # (out, in / groups, kernel...): the fan-in of a grouped convolution is that of its group.
+    # (out, in / groups, kernel...): an output of a group sees its inputs alone.
     nn.Conv1d: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
     nn.Conv2d: {"weight": OfRank(_OUTPUT_FIRST, 4), "bias": BIAS},
     nn.Conv3d: {"weight": OfRank(_OUTPUT_FIRST, 5), "bias": BIAS},
@@ -167,7 +168,7 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
         return None
     found, rule = known
     if found is None:
-        return LeaveAlone(f"left alone by the rule of {rule}"), rule
+        return left_alone_by(rule), rule
     if isinstance(found, (LeaveAlone, OfRank)):
         return found, rule
     try:

@@ -31,18 +31,18 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "transformers.pytorch_utils.Conv1D": {"weight": "io"},
     "transformers.models.*Router": {"weight": "oi"},
     # Stacks of experts, codebooks or heads.
-    "transformers.models.llama4.*Experts": {"*_proj": "oio"},
-    "transformers.models.inkling.*SharedExperts": {"*_proj": "ooi"},
-    "transformers.models.longcat_flash.*Experts": {"*_proj": "ooi"},
-    "transformers.models.step3p7.*Experts": {"*_proj": "ooi"},
-    "transformers.models.jetmoe.*ParallelExperts": {"weight": "ooi"},
-    "transformers.models.*FlexibleLinear": {"weight": "ooi"},
-    "transformers.models.csm.*CodebooksHead": {"weight": "oio"},
-    "transformers.models.convbert.*GroupedLinearLayer": {"weight": "oio"},
-    "transformers.models.recurrent_gemma.*Rglru": {"*_gate_weight": "oio"},
-    "transformers.models.zamba.*MambaMixer": {"*_proj_weight": "ooi"},
-    "transformers.models.esmfold2.*ConfidenceHead": {"*_weight": "oio"},
-    "timm.layers.ml_decoder.MLDecoder": {"duplicate_pooling": "oio"},
+    "transformers.models.llama4.*Experts": {"*_proj": "bio"},
+    "transformers.models.inkling.*SharedExperts": {"*_proj": "boi"},
+    "transformers.models.longcat_flash.*Experts": {"*_proj": "boi"},
+    "transformers.models.step3p7.*Experts": {"*_proj": "boi"},
+    "transformers.models.jetmoe.*ParallelExperts": {"weight": "boi"},
+    "transformers.models.*FlexibleLinear": {"weight": "boi"},
+    "transformers.models.csm.*CodebooksHead": {"weight": "bio"},
+    "transformers.models.convbert.*GroupedLinearLayer": {"weight": "bio"},
+    "transformers.models.recurrent_gemma.*Rglru": {"*_gate_weight": "bio"},
+    "transformers.models.zamba.*MambaMixer": {"*_proj_weight": "boi"},
+    "transformers.models.esmfold2.*ConfidenceHead": {"*_weight": "bio"},
+    "timm.layers.ml_decoder.MLDecoder": {"duplicate_pooling": "bio"},
     # Attention: (in, heads, size of a head), and back.
     "transformers.models.xlnet.*RelativeAttention": {"[qkvr]": "ioo", "o": "oii"},
     "transformers.models.funnel.*RelMultiheadAttention": {"r_kernel": "ioo"},
@@ -148,7 +148,7 @@ _BY_NAME: Mapping[LeaveAlone, tuple[str, ...]] = {
 def _experts(layer: Any) -> Mapping[str, Answer]:
     """Stacks (experts, out, in), or (experts, in, out): which of the two, the layer must say."""
     is_transposed = getattr(layer, "is_transposed", None)
-    return {} if is_transposed is None else {"*_proj": "oio" if is_transposed else "ooi"}
+    return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
 
 
 def _dbrx_experts(layer: Any) -> Mapping[str, Answer]:

@@ -121,7 +121,7 @@ def check_has_shape(owned: Owned) -> None:
 
 
 def flattened(name: str, what: str) -> str:
-    """Say that a parameter has lost the shape of its layer, and what to do about it."""
+    """Say that a parameter has lost the shape of its layer, and name the remedy."""
     return (
         f"{name} is {what}: the shapes of the layers are gone, as FSDP1 and DeepSpeed do it, so "
         "there is no fan-in to average over. Shard with torch.distributed.fsdp.fully_shard, which "

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gcx._decisions import LEFT_ALONE, no_fan_in
+from gcx import _decisions
+from gcx._decisions import LEFT_ALONE, merge, no_fan_in
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
-from gcx._rules import unknown
+from gcx._rules import NOT_CONVOLUTION, unknown
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, OfRank, answer
@@ -22,8 +22,6 @@ Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
 Overrides = Mapping[Key, Value]
-
-_NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
 class Decision(NamedTuple):
@@ -45,7 +43,7 @@ class Decision(NamedTuple):
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
-    """Show what would be centralized in a model, over which axes, and what is left alone and why.
+    """Show which parameters of a model would be centralized over which axes, and which not and why.
 
     Parameters
     ----------
@@ -80,8 +78,8 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     -----
     Unknown parameters are left alone until `register_layer` or `overrides` declares their fan-in.
 
-    A weight that several layers share, such as an embedding that is also the head of a language
-    model, is left alone unless all of them average over the same axes; `overrides` can decide.
+    A weight of several layers, such as an embedding that is also the head of a language model, is
+    left alone unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------
@@ -109,13 +107,9 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 
 
 def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Say that there is nothing to centralize, and what to do about unknown parameters."""
-    message = f"there is nothing to centralize in this {kind}:\n{plan}"
-    if any(row.reason.startswith("unknown") for row in plan):
-        message += (
-            "\ngcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
-        )
-    return message
+    """Write the error for an idle optimizer or model."""
+    hint = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
+    return _decisions.nothing_to_centralize(plan, f"this {kind}", hint=hint)
 
 
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
@@ -137,7 +131,10 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
             found, rule = _ask(owned, options.layers)
         row = _row(owned, found, rule)
         decisions.setdefault(owned.parameter, []).append(Decision(row, owned.holder, owned.key))
-    return {parameter: _merge(each) for parameter, each in decisions.items()}
+    return {
+        parameter: each[0]._replace(row=merge([decision.row for decision in each]))
+        for parameter, each in decisions.items()
+    }
 
 
 def weights_of(
@@ -163,7 +160,7 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
         vector = no_fan_in(tuple(owned.parameter.shape))
         return (LeaveAlone(vector) if vector else unknown(*owned.users[-1])), ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
-        return _NOT_CONVOLUTION, ""
+        return NOT_CONVOLUTION, ""
     return known
 
 
@@ -172,18 +169,16 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
     if not _is_trainable(parameter):
         reason = f"dtype {parameter.dtype}".replace("torch.", "")
         return PlanRow(owned.name, shape, None, reason)
-    if isinstance(found, LeaveAlone):
-        return PlanRow(owned.name, shape, None, found.reason)
     layout, rank = found if isinstance(found, OfRank) else (found, len(shape))
-    fan_in = _split(layout, shape) if rank == len(shape) else None
-    if fan_in is None:
+    fits = isinstance(layout, LeaveAlone) or (
+        rank == len(shape) and _split(layout, shape) is not None
+    )
+    if not fits:
         raise RuntimeError(_misfit(owned, layout, rank, rule))
-    size = prod([fan_in[0][axis] for axis in fan_in[1]])
-    if size < 2:
-        reason = f"fan-in {size}: subtracting its mean would freeze it"
-        return PlanRow(owned.name, shape, None, reason)
-    sizes = "".join(f", {letter}={size}" for letter, size in layout.sizes.items())
-    return PlanRow(owned.name, shape, layout, rule + sizes)
+    row = _decisions.decide(owned.name, shape, layout, rule)
+    sizes = row.layout.sizes.items() if row.layout is not None else ()
+    parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
+    return row._replace(reason=", ".join([row.reason, *parts]))
 
 
 def _split(
@@ -203,7 +198,7 @@ def _is_trainable(weight: Tensor) -> bool:
     return is_number and weight.dtype.itemsize > 1
 
 
-def _misfit(owned: Owned, layout: Layout, rank: int, rule: str) -> str:
+def _misfit(owned: Owned, layout: object, rank: int, rule: str) -> str:
     shape = tuple(owned.parameter.shape)
     expected = f"rank {rank}" if rank != len(shape) else f"{layout!r}"
     what = f"of rank {len(shape)}, where a {rule} has {expected}"
@@ -215,26 +210,13 @@ def _misfit(owned: Owned, layout: Layout, rank: int, rule: str) -> str:
     )
 
 
-def _merge(decisions: list[Decision]) -> Decision:
-    """Make one decision for a parameter that may have several owners."""
-    first, *others = decisions
-    rows = [decision.row for decision in decisions]
-    if len({row.layout and row.layout.split(row.shape) for row in rows}) == 1:
-        return first
-    reasons = {first.row.reason: first.row.reason}
-    for row in (other.row for other in others):
-        reasons.setdefault(row.reason, f"{row.name}: {row.reason}")
-    reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
-    return first._replace(row=first.row._replace(layout=None, reason=reason))
-
-
 def _find_overrides(
     overrides: Overrides, named: Sequence[tuple[str, Tensor]]
 ) -> dict[Tensor, Layout | LeaveAlone]:
     """Give each parameter the answer of the first key that covers it.
 
-    Raises a TypeError for a key or a value of the wrong type, and a ValueError for a key that
-    covers nothing, or a value that does not fit the weight.
+    Raises a TypeError for a key or value of a wrong type, and a ValueError if a key covers nothing
+    or a value does not fit its weight.
     """
     found: dict[Tensor, Layout | LeaveAlone] = {}
     for key, value in overrides.items():

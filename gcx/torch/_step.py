@@ -37,8 +37,8 @@ _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 def not_compiled(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
     """Keep a function out of torch.compile.
 
-    A compiled program would take for constant what has to be checked at each step, such as the
-    parameters of a model.
+    A compiled program would treat the parameters of a model as constants, which each step has to
+    check.
     """
 
     @wraps(function)
@@ -226,5 +226,5 @@ def _warn_of_low_precision(weights: list[Weight]) -> None:
 
 
 def _count_steps(kind: type[Optimizer]) -> int:
-    """Count the steps that can run within one another: those of a class and its bases."""
+    """Count the steps that can run within one another: a class and its bases may have one each."""
     return sum("step" in vars(base) for base in kind.__mro__)

@@ -23,17 +23,7 @@ IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is 
 
 
 class Targets:
-    """The weights of an optimizer that are centralized.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Its groups and their parameters may change later.
-    decide : callable
-        Returns the decision on each parameter of the model as it is now.
-    reproducible : bool
-        Whether means have equal bits on every device.
-    """
+    """The weights of an optimizer that are centralized; `decide` looks at the model as it is."""
 
     def __init__(
         self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]], reproducible: bool
@@ -106,7 +96,7 @@ class Targets:
 
 
 class _Settled:
-    """The weights of a parameter group, and what must be unchanged for them to count still."""
+    """The weights of a parameter group, until a parameter of the group changes."""
 
     def __init__(
         self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool

@@ -16,19 +16,7 @@ Rate = float | Tensor | None
 
 
 class Weight(NamedTuple):
-    """A parameter to centralize.
-
-    Attributes
-    ----------
-    name : str
-        Its name in the model.
-    parameter : Tensor
-        The weight.
-    fan_in : (shape, axes)
-        The fan-in, as `gcx.Layout.split` returns it.
-    reproducible : bool
-        Whether its means have equal bits on every device.
-    """
+    """A parameter to centralize, with its name in the model."""
 
     name: str
     parameter: Tensor

@@ -305,6 +305,18 @@ def test_decay_is_outside_the_gradient() -> None:
     np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_half_the_strength_removes_half_of_the_motion(where: Any) -> None:
+    model = kernel_model()
+    (start,) = kernels(model).values()
+    optimizer = SGD(0.5)
+    gcx.keras.centralize(optimizer, model, where=where, strength=0.5)
+    step(optimizer, model)
+    grad = GRAD.astype("float64")
+    expected = start - 0.5 * (grad - 0.5 * reference.fan_in_means(grad, (0,)))
+    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
+
+
 def test_a_regularizer_is_inside_the_gradient() -> None:
     model = kernel_model(kernel_regularizer=keras.regularizers.L2(0.1))
     start = kernels(model)
@@ -451,6 +463,19 @@ def test_overrides_and_registered_rules_reach_the_step() -> None:
     np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
 
 
+def test_convolutions_alone() -> None:
+    model, optimizer = small_model(), SGD(0.01)
+    handle = gcx.keras.centralize(optimizer, model, layers="conv")
+    assert handle.plan == gcx.keras.plan(model, layers="conv")
+    assert handle.plan["net/conv/kernel"].layout is not None
+    assert handle.plan["net/head/kernel"].reason == "not a convolution, and layers='conv'"
+    assert handle.plan["net/head/bias"].reason == "bias"
+    overridden = gcx.keras.plan(model, layers="conv", overrides={"*head/kernel": "io"})
+    assert overridden["net/head/kernel"].reason == "override"
+    recurrent = keras.Sequential([keras.Input((3, 8, 8, 1)), keras.layers.ConvLSTM2D(2, 3)])
+    assert gcx.keras.plan(recurrent, layers="conv") == gcx.keras.plan(recurrent)
+
+
 def test_momentum_from_before_is_centralized() -> None:
     model = kernel_model()
     optimizer = SGD(0.1, momentum=0.9)
@@ -495,9 +520,13 @@ def test_reproducible_gradients_have_the_canonical_bits() -> None:
 
 def test_reproducible_updates_have_the_canonical_bits() -> None:
     start, grad, end = stepped(reproducible=True, where="update")
-    displacement = (start - np.float32(2**-4) * grad) - start
-    expected = start + canonical_order.centralized(displacement, (0,), "float32")
-    assert_same_bits(end, expected)
+    moved = start - np.float32(2**-4) * grad
+    change = canonical_means(moved) - canonical_means(start)
+    assert_same_bits(end, moved - change)
+
+
+def canonical_means(kernel: Any) -> Any:
+    return np.array([canonical_order.scaled_mean(column, 1.0) for column in kernel.T])
 
 
 @pytest.mark.parametrize(
@@ -517,7 +546,7 @@ def test_a_loaded_optimizer_is_as_reproducible(reproducible: bool) -> None:
     optimizer = SGD(0.1)
     gcx.keras.centralize(optimizer, wide_model(), reproducible=reproducible)
     loaded = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-    assert loaded.gradient_centralization.projection.reproducible is reproducible
+    assert loaded.gradient_centralization.projection.options.reproducible is reproducible
 
 
 def test_bits_that_cannot_be_promised_are_an_error() -> None:
@@ -606,6 +635,16 @@ def test_the_legacy_format_loads_to_predict_and_not_to_train(tmp_path: Path) -> 
     assert_means_kept(loaded, start)
 
 
+def test_strength_is_saved_and_configs_without_it_load() -> None:
+    optimizer = SGD(0.1)
+    gcx.keras.centralize(optimizer, kernel_model(), strength=0.5)
+    config = optimizer.get_config()
+    load = gcx.keras.Centralized.from_config
+    assert load(config).gradient_centralization.projection.options.strength == 0.5
+    earlier = {name: value for name, value in config.items() if name != "strength"}
+    assert load(earlier).gradient_centralization.projection.options.strength == 1.0
+
+
 def test_the_config_of_the_plain_optimizer_is_one_level_down() -> None:
     model, optimizer = kernel_model(), SGD(0.25)
     gcx.keras.centralize(optimizer, model)
@@ -661,8 +700,14 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
         centralize("sgd", model)
     with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weights'"):
         centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decay is one of 'inside', 'outside', None, not"):
+    with pytest.raises(ValueError, match="decay is one of None, 'inside', 'outside', not 'in'"):
         centralize(optimizer, model, decay="in")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers is one of 'all', 'conv', not 'dense'"):
+        centralize(optimizer, model, layers="dense")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength is the part of the mean to subtract, from"):
+        centralize(optimizer, model, strength=2)
+    with pytest.raises(ValueError, match="nothing to centralize in net:\nparameter"):
+        centralize(optimizer, model, layers="conv")
     with pytest.raises(ValueError, match="decay='inside' needs where='update'"):
         centralize(optimizer, model, decay="inside")
     with pytest.raises(ValueError, match="net has no variables yet"):

@@ -126,33 +126,21 @@ def built(layer: Any, *shapes: tuple[int, ...]) -> Any:
     return layer
 
 
-def test_attention_is_made_of_its_projections() -> None:
+def test_layers_made_of_others() -> None:
     layer = built(layers.MultiHeadAttention(2, 3), (2, 4, 6), (2, 4, 6))
     heads = {f"{name}/kernel": "ioo" for name in ("query", "key", "value")}
     biases = {f"{n}/bias": "bias" for n in ("query", "key", "value", "attention_output")}
     assert decisions(layer) == {**heads, **biases, "attention_output/kernel": "iio"}
-
-
-def test_grouped_attention_too() -> None:
     layer = built(layers.GroupQueryAttention(4, 4, 2), (2, 4, 6), (2, 4, 6))
     kernels = {r.name.split("/")[-2]: str(r.layout) for r in gcx.keras.plan(layer) if r.layout}
     assert kernels == {"query": "ioo", "key": "ioo", "value": "ioo", "attention_output": "iio"}
-
-
-def test_both_directions_of_a_recurrent_layer() -> None:
     layer = built(layers.Bidirectional(layers.GRU(4, name="gru")), (2, 3, 5))
     cells = [f"{way}_gru/gru_cell" for way in ("forward", "backward")]
     kernels = {f"{c}/{n}": "...o" for c in cells for n in ("kernel", "recurrent_kernel")}
     assert decisions(layer) == {**kernels, **{f"{cell}/bias": "bias" for cell in cells}}
-
-
-def test_separable_convolution_has_two_kernels() -> None:
     layer = built(layers.SeparableConv2D(4, 3), (2, 7, 7, 5))
-    assert decisions(layer) == {
-        "depthwise_kernel": "...oo",
-        "pointwise_kernel": "...o",
-        "bias": "bias",
-    }
+    kernels = {"depthwise_kernel": "...oo", "pointwise_kernel": "...o"}
+    assert decisions(layer) == {**kernels, "bias": "bias"}
 
 
 @pytest.mark.parametrize(
@@ -176,22 +164,25 @@ def test_what_has_no_fan_in_is_left_alone(make: Any, shape: Any, names: Any) -> 
     assert all(r.layout is None and not r.reason.startswith("unknown") for r in found.values())
 
 
-def test_attention_scores_are_left_alone() -> None:
+def test_attention_scores_and_products_by_element_are_left_alone() -> None:
     layer = layers.AdditiveAttention()
     layer([random(2, 3, 4), random(2, 3, 4)])
     assert decisions(layer) == {"scale": "scale of attention scores"}
+    layer = built(layers.EinsumDense("ab,b->ab", 5), (2, 5))
+    assert decisions(layer)["kernel"].startswith("product element by element")
 
 
-def test_lora_factors_are_layers_of_their_own() -> None:
-    layer = built(layers.Dense(4, use_bias=False), (2, 5))
-    layer.enable_lora(2)
-    assert decisions(layer) == {"lora_kernel_a": "...o", "lora_kernel_b": "io"}
-    layer = built(layers.EinsumDense("abc,cde->abde", (3, 2, 4)), (2, 3, 5))
-    layer.enable_lora(2)
-    assert decisions(layer) == {"lora_kernel_a": "ioo", "lora_kernel_b": "io"}
-    layer = built(layers.EinsumDense("ab,cb->ac", 4), (2, 5))
-    layer.enable_lora(2)
-    assert decisions(layer) == {"lora_kernel_a": "oi", "lora_kernel_b": "oi"}
+@pytest.mark.parametrize(
+    ("layer", "shape", "a", "b"),
+    [
+        (layers.Dense(4, use_bias=False), (2, 5), "...o", "io"),
+        (layers.EinsumDense("abc,cde->abde", (3, 2, 4)), (2, 3, 5), "ioo", "io"),
+        (layers.EinsumDense("ab,cb->ac", 4), (2, 5), "oi", "oi"),
+    ],
+)
+def test_lora_factors_are_layers_of_their_own(layer: Any, shape: Any, a: str, b: str) -> None:
+    built(layer, shape).enable_lora(2)
+    assert decisions(layer) == {"lora_kernel_a": a, "lora_kernel_b": b}
 
 
 def test_lora_of_rank_one_is_not_frozen() -> None:
@@ -200,28 +191,16 @@ def test_lora_of_rank_one_is_not_frozen() -> None:
     assert decisions(layer)["lora_kernel_b"].startswith("fan-in 1")
 
 
-def test_quantized_kernel_is_not_trained() -> None:
+def test_variables_that_are_listed() -> None:
     layer = built(layers.Dense(4), (2, 5))
     layer.quantize("int8")
     assert decisions(layer) == {"bias": "bias"}
-
-
-def test_product_element_by_element_has_no_fan_in() -> None:
-    layer = built(layers.EinsumDense("ab,b->ab", 5), (2, 5))
-    assert decisions(layer)["kernel"].startswith("product element by element")
-
-
-def test_frozen_layers_are_not_listed() -> None:
     head = layers.Dense(3, name="head")
     model = keras.Sequential([keras.Input((5,)), layers.Dense(4, trainable=False), head])
     assert list(decisions(model)) == ["head/kernel", "head/bias"]
-
-
-def test_a_layer_used_twice_is_listed_once() -> None:
     x = keras.Input((4,))
-    shared = layers.Dense(4, name="shared")
-    model = keras.Model(x, shared(shared(x)))
-    assert list(decisions(model)) == ["kernel", "bias"]
+    twice = layers.Dense(4, name="twice")
+    assert list(decisions(keras.Model(x, twice(twice(x))))) == ["kernel", "bias"]
 
 
 class Transposed(layers.Layer):
@@ -233,17 +212,6 @@ class Transposed(layers.Layer):
 
     def call(self, x: Any) -> Any:
         return keras.ops.matmul(x, keras.ops.transpose(self.weight))
-
-
-def test_tied_weights_need_one_answer() -> None:
-    dense = built(layers.Dense(3, use_bias=False, name="encoder"), (2, 4))
-    model = keras.Sequential([dense, Transposed(dense)])
-    model.build((None, 4))
-    (row,) = gcx.keras.plan(model)
-    assert row.layout is None
-    assert row.reason == (
-        "tied, and the rules differ: Dense; unknown: nobody declared Transposed.kernel"
-    )
 
 
 class Sharing(layers.Dense):
@@ -260,11 +228,21 @@ class Sharing(layers.Dense):
         return keras.ops.matmul(x, self.twin)
 
 
-def test_tied_weights_may_agree() -> None:
+@pytest.mark.parametrize(
+    ("other", "decision"),
+    [
+        (
+            Transposed,
+            "tied, and the rules differ: Dense; unknown: nobody declared Transposed.kernel",
+        ),
+        (Sharing, "...o"),
+    ],
+)
+def test_tied_weights_need_one_answer(other: Any, decision: str) -> None:
     dense = built(layers.Dense(3, use_bias=False), (2, 3))
-    model = keras.Sequential([dense, Sharing(dense)])
+    model = keras.Sequential([dense, other(dense)])
     model.build((None, 3))
-    assert [str(row.layout) for row in gcx.keras.plan(model)] == ["...o"]
+    assert [str(row.layout or row.reason) for row in gcx.keras.plan(model)] == [decision]
 
 
 # Layers that nobody declared
@@ -279,32 +257,19 @@ class Bilinear(layers.Layer):
         return keras.ops.einsum("oij,bi,bj->bo", self.w, x, x) + self.offset
 
 
-def test_unknown_layers_are_listed_and_left_alone() -> None:
-    layer = built(Bilinear(), (2, 4))
-    assert decisions(layer)["w"] == "unknown: nobody declared Bilinear.w"
-
-
-def test_registered_layers_answer_for_themselves() -> None:
+def test_who_answers_for_a_layer() -> None:
     class Registered(Bilinear):
         pass
 
-    @gcx.keras.register_layer(Registered)
-    def rule(layer: Any) -> Any:
-        return {"w": "oii", "offset": LeaveAlone("an offset")}
-
+    assert decisions(built(Bilinear(), (2, 4)))["w"] == "unknown: nobody declared Bilinear.w"
+    gcx.keras.register_layer(Registered)(
+        lambda layer: {"w": "oii", "offset": LeaveAlone("an offset")}
+    )
     assert decisions(built(Registered(), (2, 4))) == {"w": "oii", "offset": "an offset"}
-
-
-def test_overrides_come_first() -> None:
     layer = built(Bilinear(name="pair"), (2, 4))
-    overrides = {"pair/w": "oii", "*": None}
-    first, second = gcx.keras.plan(layer, overrides=overrides)
+    first, second = gcx.keras.plan(layer, overrides={"pair/w": "oii", "*": None})
     assert (str(first.layout), first.reason) == ("oii", "override")
     assert (second.layout, second.reason) == (None, "left alone by an override")
-
-
-def test_an_override_may_say_why_it_leaves_alone() -> None:
-    layer = built(Bilinear(name="pair"), (2, 4))
     overrides = {"pair/w": LeaveAlone("frozen by hand"), "*": "..."}
     assert gcx.keras.plan(layer, overrides=overrides)[0][2:4] == (None, "frozen by hand")
 

@@ -188,6 +188,21 @@ def test_weight_decay_outside_and_inside_the_gradient(coupled: bool) -> None:
     np.testing.assert_allclose(model.get_param("W"), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_half_the_strength_removes_half_of_the_motion(where: Any) -> None:
+    layer = api.Linear(nO=2, nI=3).initialize()
+    # Coupled decay, which is a part of the gradient.
+    optimizer = api.SGD(0.5, L2=0.1, L2_is_weight_decay=False, grad_clip=0.0)
+    gcx.thinc.centralize(optimizer, layer, where=where, strength=0.5)
+    start = layer.get_param("W").astype("float64")
+    grad = np.random.default_rng(0).standard_normal((2, 3))
+    layer.set_grad("W", grad.astype("float32"))
+    layer.finish_update(optimizer)
+    decayed = grad + 0.1 * start
+    expected = start - 0.5 * (decayed - 0.5 * reference.fan_in_means(decayed, (1,)))
+    np.testing.assert_allclose(layer.get_param("W"), expected, rtol=0, atol=1e-6)
+
+
 def test_averages_are_those_of_the_weights() -> None:
     model = api.Linear(nO=3, nI=5).initialize()
     optimizer = api.Adam(0.01)
@@ -494,6 +509,32 @@ def test_a_layout_may_split_an_axis(where: Any, reproducible: bool) -> None:
     assert not np.array_equal(layer.get_param("W"), np.arange(24).reshape(6, 4))
 
 
+def test_overrides_take_precedence() -> None:
+    model, optimizer = network(), api.SGD(0.1)
+    overrides = {"0.maxout.W": None, "*.softmax.W": "oi", "*.G": LeaveAlone("mine")}
+    handle = gcx.thinc.centralize(optimizer, model, overrides=overrides)
+    assert handle.plan == gcx.thinc.plan(model, overrides=overrides)
+    assert handle.plan["0.maxout.W"].reason == "left alone by an override"
+    assert handle.plan["2.softmax.W"].reason == "override"
+    assert handle.plan["1.layernorm.G"].reason == "mine"
+    start = weights(model)
+    train(model, optimizer)
+    assert means_moved(model, {"maxout": start["maxout"]}) > 1e-5
+    assert_centralized(weights(model)["softmax"], start=start["softmax"], axis=-1)
+
+
+def test_overrides_that_do_not_fit_are_an_error() -> None:
+    model = network()
+    with pytest.raises(
+        ValueError, match=r"overrides: 'head\.W' matches no parameter; there are: 0"
+    ):
+        gcx.thinc.plan(model, overrides={"head.W": None})
+    with pytest.raises(ValueError, match=r"2\.softmax\.W: layout 'ooi' "):
+        gcx.thinc.plan(model, overrides={"*softmax.W": "ooi"})
+    with pytest.raises(TypeError, match="overrides is a mapping"):
+        gcx.thinc.plan(model, overrides="o...")  # type: ignore[arg-type]
+
+
 def test_rules_that_are_none_are_an_error() -> None:
     with pytest.raises(
         TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
@@ -569,11 +610,11 @@ def test_models_of_other_frameworks_are_looked_for_once(monkeypatch: pytest.Monk
     model.finish_update(optimizer)
     asked: list[str] = []
 
-    def rule(layer: Any) -> Any:
+    def ask(_rule: Any, layer: Any, _kind: str) -> Any:
         asked.append(layer.name)
         return {"*": "oi"}
 
-    monkeypatch.setattr(gcx.thinc._plan, "_answers", rule)
+    monkeypatch.setattr(gcx.thinc._plan, "ask", ask)
     model.finish_update(optimizer)
     assert asked == []
 
@@ -609,6 +650,8 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
         centralize(optimizer, [model])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weights'"):
         centralize(optimizer, model, where="weights")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength is the part of the mean to subtract"):
+        centralize(optimizer, model, strength=-1)
     with pytest.raises(ValueError, match=r"linear.W has no value yet: call model.initialize"):
         centralize(optimizer, api.Linear(nO=2, nI=3))
     with pytest.raises(ValueError, match="nothing to centralize in these models:\nparameter"):

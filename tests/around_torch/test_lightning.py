@@ -318,6 +318,23 @@ def test_errors_come_before_the_training(
     torch.testing.assert_close(net.weights(), start, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"where": "grad"}, ValueError, "where is one of"),
+        ({"decay": "in"}, ValueError, "decay is one of"),
+        ({"layers": "convolutions"}, ValueError, "layers is one of"),
+        ({"strength": 2.0}, ValueError, "strength is the part of the mean"),
+        ({"overrides": "head.weight"}, TypeError, "overrides is a mapping"),
+    ],
+)
+def test_options_are_checked_at_once(
+    option: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        GradientCentralization(**option)
+
+
 # Beginning, ending, and beginning again
 
 

@@ -232,7 +232,7 @@ def test_experts_that_do_not_say_their_order_are_unknown() -> None:
 
 
 def _experts_and_router(
-    name: str, layout: str = "ooi", router: str = "TopKRouter"
+    name: str, layout: str = "boi", router: str = "TopKRouter"
 ) -> dict[str, str]:
     return {
         f"{name}{router}.weight": "oi",
@@ -273,13 +273,13 @@ MODELS: dict[str, dict[str, str]] = {
     "gemma3": {"Gemma3MultiModalProjector.mm_input_projection_weight": "io"},
     "gpt2": {"Conv1D.weight": "io"},
     "gpt_neox": {},
-    "gpt_oss": _experts_and_router("GptOss", "oio"),
+    "gpt_oss": _experts_and_router("GptOss", "bio"),
     "ibert": {"QuantLinear.weight": "oi"},
     "levit": {},
     "llama": {},
     "llama4_text": {
-        "Llama4TextExperts.gate_up_proj": "oio",
-        "Llama4TextExperts.down_proj": "oio",
+        "Llama4TextExperts.gate_up_proj": "bio",
+        "Llama4TextExperts.down_proj": "bio",
     },
     "mamba": {},
     "mamba2": {},
@@ -308,7 +308,7 @@ MODELS: dict[str, dict[str, str]] = {
     "whisper": {},
     "xlnet": {f"XLNetRelativeAttention.{name}": "ioo" for name in "qkvr"}
     | {"XLNetRelativeAttention.o": "oii"},
-    "zamba": {"ZambaMambaMixer.x_proj_weight": "ooi", "ZambaMambaMixer.dt_proj_weight": "ooi"},
+    "zamba": {"ZambaMambaMixer.x_proj_weight": "boi", "ZambaMambaMixer.dt_proj_weight": "boi"},
 }
 
 

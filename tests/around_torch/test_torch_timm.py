@@ -99,4 +99,4 @@ def test_decoder_of_timm() -> None:
     decoder = import_module("timm.layers.ml_decoder").MLDecoder(
         num_classes=6, num_of_groups=3, decoder_embedding=8, initial_num_features=4
     )
-    assert declared_layout(decoder, "duplicate_pooling") == Layout("oio")
+    assert declared_layout(decoder, "duplicate_pooling") == Layout("bio")

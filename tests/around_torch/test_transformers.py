@@ -299,9 +299,21 @@ def test_a_checkpoint_that_knows_no_switches_leaves_them(tmp_path: Path) -> None
     assert off == ["transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"]
 
 
-def test_options_are_checked_at_once() -> None:
-    with pytest.raises(ValueError, match="where is one of"):
-        GradientCentralization(where="grad")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"where": "grad"}, ValueError, "where is one of"),
+        ({"decay": "in"}, ValueError, "decay is one of"),
+        ({"layers": "convolutions"}, ValueError, "layers is one of"),
+        ({"strength": 2.0}, ValueError, "strength is the part of the mean"),
+        ({"overrides": "head.weight"}, TypeError, "overrides is a mapping"),
+    ],
+)
+def test_options_are_checked_at_once(
+    option: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        GradientCentralization(**option)
 
 
 def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:

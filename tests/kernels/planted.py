@@ -1,8 +1,9 @@
-"""A copy of gcx with a fault in it, to see that a test notices."""
+"""Faults in sources and in copies of gcx, to see that a test notices."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gcx
@@ -24,6 +25,15 @@ def copy_with_fault(folder: Path, file: str, text: str, fault: str) -> None:
     shutil.copytree(
         Path(gcx.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
     )
-    source = (package / file).read_text()
-    assert source.count(text) == 1, f"there are {source.count(text)} in {file}: {text}"
-    (package / file).write_text(source.replace(text, fault))
+    edited = replaced(text, fault)((package / file).read_text())
+    (package / file).write_text(edited)
+
+
+def replaced(text: str, fault: str) -> Callable[[str], str]:
+    """Make a function that puts `fault` where `text` is, of which there is one in a source."""
+
+    def edit(source: str) -> str:
+        assert source.count(text) == 1, f"there are {source.count(text)} in the source: {text}"
+        return source.replace(text, fault)
+
+    return edit

@@ -18,6 +18,8 @@ from cupy_backends.cuda.libs import nvrtc
 from gcx.backends import _cupy_kernels
 from gcx.backends._cupy_kernels import PER_THREAD
 
+from planted import replaced
+
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"  # headers of CUDA, and tools
 
 OF_CUPY = ("-ftz=true", "--device-as-default-execution-space")  # it adds these to our options
@@ -41,14 +43,6 @@ def with_operators_of_c(source: str) -> str:
     changed, count = asm.subn("return a sign b;", source)
     assert count == 1
     return changed
-
-
-def replaced(text: str, by: str) -> Callable[[str], str]:
-    def edit(source: str) -> str:
-        assert source.count(text) == 1, text
-        return source.replace(text, by)
-
-    return edit
 
 
 @pytest.mark.parametrize(

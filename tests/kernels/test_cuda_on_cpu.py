@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from cupy_cases import (
     numbers,
 )
 from cupy_stand_in import Array
+from planted import replaced
 from same_bits import assert_same_bits
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -213,14 +215,6 @@ def test_sanitizers_have_nothing_to_report(
     check_few("float32")
 
 
-def replaced(text: str, by: str) -> cuda_on_cpu.Edit:
-    def edit(source: str) -> str:
-        assert source.count(text) == 1, text
-        return source.replace(text, by)
-
-    return edit
-
-
 WRONG_BITS = {
     "another tree": replaced(
         "numbers[n] = add(numbers[n], numbers[n + half]);",
@@ -233,15 +227,6 @@ WRONG_BITS = {
     ),
     "counters that stay": replaced("atomicInc(counter, blocks - 1)", "atomicInc(counter, ~0u)"),
 }
-
-
-@pytest.mark.parametrize("fault", WRONG_BITS.values(), ids=WRONG_BITS)
-def test_a_fault_changes_bits(
-    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    cuda_on_cpu.install(monkeypatch, folder, edit=fault)
-    with pytest.raises(AssertionError, match="elements differ"):
-        check_few("float32")
 
 
 RACES = {
@@ -264,15 +249,6 @@ RACES = {
 }
 
 
-@pytest.mark.parametrize("fault", RACES.values(), ids=RACES)
-def test_a_race_is_reported(
-    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    cuda_on_cpu.install(monkeypatch, folder, cuda_on_cpu.SANITIZERS["thread"], fault)
-    with pytest.raises(cuda_on_cpu.LaunchError, match="data race"):
-        check_few("float32")
-
-
 WILD_ACCESSES = {
     "rows that are not there": replaced("unit < matrix.units ? matrix.fan_in : 0", "matrix.fan_in"),
     "packs that are not aligned": replaced(
@@ -281,12 +257,28 @@ WILD_ACCESSES = {
 }
 
 
-@pytest.mark.parametrize("fault", WILD_ACCESSES.values(), ids=WILD_ACCESSES)
-def test_a_wild_access_is_reported(
-    fault: cuda_on_cpu.Edit, monkeypatch: pytest.MonkeyPatch, folder: Path
+FOUND = [
+    (WRONG_BITS, (), AssertionError, "elements differ"),
+    (RACES, cuda_on_cpu.SANITIZERS["thread"], cuda_on_cpu.LaunchError, "data race"),
+    (
+        WILD_ACCESSES,
+        cuda_on_cpu.SANITIZERS["memory"],
+        cuda_on_cpu.LaunchError,
+        r"heap-buffer-overflow|misaligned address",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [pytest.param(fault, f, id=name) for faults, *f in FOUND for name, fault in faults.items()],
+)
+def test_a_fault_is_found(
+    fault: cuda_on_cpu.Edit, found: Any, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    cuda_on_cpu.install(monkeypatch, folder, cuda_on_cpu.SANITIZERS["memory"], fault)
-    with pytest.raises(cuda_on_cpu.LaunchError, match=r"heap-buffer-overflow|misaligned address"):
+    flags, error, match = found
+    cuda_on_cpu.install(monkeypatch, folder, flags, fault)
+    with pytest.raises(error, match=match):
         check_few("float32")
 
 

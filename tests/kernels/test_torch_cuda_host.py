@@ -20,30 +20,15 @@ import gcx
 from gcx.backends import _torch, _torch_cuda, _torch_triton, _triton_kernels
 from gcx.backends._torch_cuda import Launches, MultiTensor, centralize_many, takes
 
+from torch_kernels import record
+
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-class Recorded:
-    """In the place of the kernel: launches it, and keeps the arguments."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self.launches: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **options: Any) -> None:
-            named = dict(zip(self._kernel.arg_names, arguments, strict=True))
-            self.launches.append({**named, **options})
-            self._kernel[grid](*arguments, **options)
-
-        return launch
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    kernel = Recorded(_triton_kernels.multi_tensor)
-    monkeypatch.setattr(_triton_kernels, "multi_tensor", kernel)
-    return kernel.launches
+    """The arguments of each launch."""
+    return record(monkeypatch)
 
 
 @pytest.fixture
@@ -99,16 +84,14 @@ def test_addresses_decide_whether_16_bytes_are_read_at_once(recorded: list[Any])
         assert recorded.pop()["VECTOR"] == vector
 
 
-def test_a_second_launch_finds_counters_at_zero() -> None:
+def test_a_second_launch_finds_counters_at_zero(recorded: list[Any]) -> None:
     grad = torch.randn(500, 40)
     kernel = in_place([grad])
     for _ in range(3):
         before = grad.normal_().add_(1).clone()
         run(kernel, [grad])
         assert_centralized(grad, before, 0)
-    ((*_, arrivals),) = kernel._ready.memory
-    assert len(arrivals) > 1
-    assert not arrivals.any()
+    assert len(recorded[0]["arrivals"]) > 1
 
 
 def test_addresses_are_sent_when_they_change(device: Any) -> None:
@@ -124,20 +107,18 @@ def test_addresses_are_sent_when_they_change(device: Any) -> None:
     assert_centralized(second, before, 0)
 
 
-def test_streams_share_nothing_that_changes(device: Any) -> None:
+def test_streams_share_nothing_that_changes(device: Any, recorded: list[Any]) -> None:
     grad = torch.randn(500, 40)
     kernel = in_place([grad])
-    kept = []
     for device.stream in (1, 2, 2):
         run(kernel, [grad.normal_()])
-        kept.append(kernel._ready)
-    assert kept[1] is kept[2]
-    assert kept[0].table is not kept[1].table
-    ((matrices, tiles, *one),), ((*_, sums, arrivals),) = kept[0].memory, kept[1].memory
-    assert not {each.data_ptr() for each in one} & {sums.data_ptr(), arrivals.data_ptr()}
+    first, *others = recorded
+    for name in ("addresses", "partials", "arrivals"):
+        assert others[0][name] is others[1][name]
+        assert others[0][name].data_ptr() != first[name].data_ptr()
+    tables = [first["matrices"], first["tiles"]]
     assert [(id(table), stream) for table, stream in device.shared] == [
-        (id(matrices), 2),
-        (id(tiles), 2),
+        (id(table), 2) for table in tables
     ]
 
 
@@ -247,20 +228,6 @@ def test_public_functions_in_a_graph(device: Any, reproducible: bool) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_versions_of_what_is_written_go_up() -> None:
-    roles = [[torch.rand(4, 8)] for _ in range(4)]
-    scalars = {"step_size": 0.1, "beta1": 0.5, "beta2": 0.5, "eps": 0.1, "decay": 0.0}
-    kernel = MultiTensor("adamw", roles, [(1,)], any_order=True)
-    before = [tensor._version for (tensor,) in roles]
-    kernel.run(roles, **scalars, bias2_root=1.0, maximize=False)
-    assert [tensor._version - old for (tensor,), old in zip(roles, before, strict=True)] == [
-        0,
-        1,
-        1,
-        1,
-    ]
-
-
 def test_lists_may_change_from_call_to_call() -> None:
     launches = Launches()
     grads = [torch.randn(4, 8), torch.randn(5, 7), torch.randn(3, 3)]
@@ -277,12 +244,16 @@ def test_lists_may_change_from_call_to_call() -> None:
 
 
 def test_schedules_are_kept_up_to_a_number(on_cpu: pytest.MonkeyPatch) -> None:
+    made = []
+    make = _torch_cuda.MultiTensor
+    on_cpu.setattr(_torch_cuda, "MultiTensor", lambda *a, **k: made.append(a) or make(*a, **k))
     on_cpu.setattr(_torch_cuda, "_MOST_SCHEDULES", 3)
     launches = Launches()
     with torch.no_grad():
-        for size in (2, 3, 4, 5, 2):
-            launches.centralize_([torch.randn(2, size)], [(1,)])
-    assert len(launches._schedules) == 3
+        for sizes, count in (((2, 3, 4, 5), 4), ((3, 4, 5), 4), ((2,), 5), ((4, 5, 2), 5)):
+            for size in sizes:
+                launches.centralize_([torch.randn(2, size)], [(1,)])
+            assert len(made) == count
 
 
 def test_positions_that_are_left() -> None:

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from gcx.backends._torch_cuda import MultiTensor
 
-ADAMW = {
-    "step_size": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "decay": 0.01,
-    "bias2_root": 0.1,
-    "maximize": False,
-}
+from compile_triton import RULES
 
 
 class Traffic:
@@ -79,7 +71,7 @@ def test_adamw_reads_a_gradient_again_only_where_no_tile_holds_its_fan_in(
     traffic = Traffic(tensors)
     traffic.watch(interpreter.interpreter_builder, on_cpu)
     roles = [[tensor] for tensor in tensors]
-    MultiTensor("adamw", roles, [axes], any_order=False).run(roles, **ADAMW)
+    MultiTensor("adamw", roles, [axes], any_order=False).run(roles, **RULES["adamw"][2])
     size = tensors[0].numel()
     grad, _, *moments = (traffic.loads / size).tolist()  # the compiler drops reads of the weight
     assert [grad, *moments] == [1 + sums, 1, 1]

@@ -52,7 +52,7 @@ def distance(of: Grid, arm: str) -> float:
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize(
     ("norm", "optimizer"),  # each norm and each optimizer, as a program takes long to compile
-    [("batch norm", "Adam"), ("group norm", "SGDM"), ("group norm", "Adam"), ("no norm", "SGDM")],
+    [("batch norm", "Adam"), ("group norm", "SGDM"), ("no norm", "SGDM")],
 )
 def test_losses_agree_step_by_step(norm, optimizer, arm):
     assert distance(grid(norm, optimizer), arm) < TOLERANCE

@@ -64,6 +64,7 @@ from benchmarks.__main__ import main
 from benchmarks.agreement import numbers
 from gcx.__main__ import exit_after
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 numbers.run = lambda _: os.kill(os.getpid(), signal.SIGINT)
 exit_after(partial(main, ["agreement"]))
 """

@@ -51,13 +51,7 @@ def framework_of(model: object) -> Framework | None:
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, PlanRow]:
-    """Decide on each parameter of a model by the layer that owns it.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a model, or has example inputs that it does not need.
-    """
+    """Decide on each parameter of a model by the layer that owns it."""
     framework = framework_of(model)
     if framework is None:
         msg = (
@@ -84,11 +78,10 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a function that takes such a layer and returns a mapping. Its keys are names
-        of the layer's own parameters, or globs; the first that matches counts. Its values are
-        layouts, `LeaveAlone`, or None. Write the layout for a single layer: a stack has more axes
-        in front, which gcx adds. In linen and Haiku the function runs while the layer is called.
-        The decorator also takes the mapping itself.
+        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
+        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
+        values are layouts of a single layer, `LeaveAlone`, or None. gcx adds the axes of a stack.
+        In linen and Haiku the function runs while the layer is called.
 
     Raises
     ------
@@ -97,18 +90,16 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A package can provide rules without importing gcx, by entry points of the group
-    ``gcx.optax.layers``. The name of an entry point is the qualified name of the class
-    (``my_package.layers.Experts``), its object is the rule.
+    An entry point of the group ``gcx.optax.layers`` declares a rule without an import of gcx. Its
+    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
 
     Examples
     --------
     >>> import gcx.optax
-    >>> from gcx.plan import LeaveAlone, PlanRow
-    >>> class Experts:  # of nnx.Module, say
+    >>> class Experts:  # a subclass of nnx.Module, for example
     ...     pass
     >>> @gcx.optax.register_layer(Experts)
     ... def experts(layer):
-    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": LeaveAlone("bias")}
+    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
     """
     return RULES.register(kind)

@@ -21,14 +21,9 @@ LENGTH = LeaveAlone("weight norm: the length of a weight")
 
 
 class SingleLayer(NamedTuple):
-    """Answer of a rule that also knows the shape of the weight.
+    """Answer of a rule that also knows the shape of the weight in a single layer.
 
-    Attributes
-    ----------
-    layout : str
-        Layout of the weight in a single layer.
-    shape : tuple of int
-        Shape of the weight in a single layer. It tells the axes of a stack from the others.
+    The shape tells the axes of a stack from the others.
     """
 
     layout: str
@@ -42,20 +37,9 @@ Answers = Mapping[str, LayerAnswer]
 def decide_in_stack(
     name: str, shape: Shape, answer: LayerAnswer, rule: str, own_shape: Shape | None = None
 ) -> PlanRow:
-    """Make the row of a parameter whose layer may be one of a stack.
+    """Make the row of a parameter whose layer may be in a stack.
 
-    Parameters
-    ----------
-    name : str
-        Name of the parameter.
-    shape : tuple of int
-        Shape for the optimizer, with the axes of the stack.
-    answer : Layout, str, SingleLayer, LeaveAlone or None
-        Answer of the layer's rule.
-    rule : str
-        Name of the rule.
-    own_shape : tuple of int, optional
-        Shape for the layer itself, if known.
+    `shape` has the axes of the stack; the layer itself sees `own_shape`, if that is known.
     """
     if isinstance(answer, SingleLayer):
         answer, own_shape = answer
@@ -101,25 +85,17 @@ def _around(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
 
 
 class Seen(NamedTuple):
-    """A parameter in the call of its layer.
-
-    Attributes
-    ----------
-    answer, rule
-        Answer and name of the layer's rule.
-    shape : tuple of int
-        Shape for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``.
-    """
+    """A parameter in the call of its layer."""
 
     answer: LayerAnswer
     rule: str
-    shape: Shape
+    shape: Shape  # for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``
 
 
 def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
-    """Join the parameters of two calls; one on which they differ is unknown.
+    """Join the parameters of two calls; where they differ, a parameter is unknown.
 
-    They differ if a layer runs the ``init`` of another model, since names start anew at its root.
+    A layer that runs the ``init`` of another model starts its names anew.
     """
     both = {name: _agree(earlier[name], later[name]) for name in earlier.keys() & later.keys()}
     return {**earlier, **later, **both}
@@ -150,13 +126,11 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
     they are.
     """
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays = [x if hasattr(x, "shape") and hasattr(x, "dtype") else None for x in leaves]
 
-    def of_arrays(*arrays: Any) -> Any:
-        traced = iter(arrays)
-        mixed = [next(traced) if k else leaf for k, leaf in zip(is_array, leaves, strict=True)]
+    def of_arrays(traced: list[Any]) -> Any:
+        mixed = [x if t is None else t for t, x in zip(traced, leaves, strict=True)]
         inputs, keyword_inputs = jax.tree.unflatten(structure, mixed)
         return function(*inputs, **keyword_inputs)
 
-    arrays = [leaf for k, leaf in zip(is_array, leaves, strict=True) if k]
-    return jax.eval_shape(of_arrays, *arrays)
+    return jax.eval_shape(of_arrays, arrays)

@@ -39,7 +39,7 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
         for path, leaf in _arrays(layers):
             if id(leaf) in names:
                 name, decision = names[id(leaf)], _of(rules, layers, path, leaf)
-                found[name] = merge(found.get(name, decision), decision)
+                found[name] = merge([found.get(name, decision), decision])
         decisions |= found
     return decisions
 

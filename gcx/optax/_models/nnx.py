@@ -38,7 +38,7 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
         for key, param in vars(layer).items():
             first = paths.get(id(param))
             if first is not None and first != (*owner, key):  # tied: this layer holds it too
-                decisions[first] = merge(decisions[first], of(param, owner, (key,)))
+                decisions[first] = merge([decisions[first], of(param, owner, (key,))])
     return {_joined(path): decision for path, decision in decisions.items()}
 
 

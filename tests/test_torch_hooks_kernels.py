@@ -1,0 +1,492 @@
+"""The hooks of gcx.torch with kernels: one launch, no waiting, and right results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import gcx.torch
+from gcx.backends import _torch
+from gcx.testing import assert_centralized
+
+from torch_kernels import (
+    INTERPRETER,
+    STAND_IN,
+    Device,
+    assert_equal,
+    by_kernel,
+    everywhere,
+    give_gradients,
+    on_cpu,
+    on_cuda,
+    on_gpu,
+)
+
+pytestmark = pytest.mark.one_framework
+
+# The interpreter takes the rate of decay in float32, which holds this one as it is.
+DECAY = 0.125
+LAYOUTS = {"conv": "o...", "up": "io...", "linear": "oi", "odd": "o...", "groups": "oio..."}
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device on which the hooks find kernels."""
+    device = Device(getattr(request, "param", STAND_IN), monkeypatch)
+    if device.type == "cpu":
+        monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
+    return device
+
+
+class Net(nn.Module):
+    """Fan-ins that are rows and columns in whole pieces of 16 bytes, beside biases and a norm.
+
+    With `odd` also some in groups and some of other lengths, which makes another launch.
+    """
+
+    def __init__(self, device: Device, *, odd: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        is_large = device.type == "cuda"
+        conv, up, linear = ((8, 8, 2), (8, 16), (64, 8))
+        if is_large:
+            conv, up, linear = ((64, 32, 3), (768, 96), (4096, 24))
+        self.conv = nn.Conv2d(*conv)
+        self.norm = nn.BatchNorm2d(conv[1])
+        self.up = nn.ConvTranspose2d(*up, 1)
+        self.linear = nn.Linear(*linear)
+        if odd:
+            self.odd = nn.Conv2d(3, 64, 7) if is_large else nn.Conv2d(7, 3, 1)
+            groups = (32, 48, 3) if is_large else (8, 16, 2)
+            self.groups = nn.ConvTranspose2d(*groups, groups=2)
+        self.to(device.type)
+
+
+def launches_of(*, odd: bool, device: Device) -> int:
+    """Count the launches of a list; the stand-in knows no pieces of 16 bytes."""
+    return 2 if odd and device.name != STAND_IN else 1
+
+
+def sgd(model: nn.Module, **options: Any) -> SGD:
+    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=DECAY, **options)
+
+
+def centralized(weight: Tensor) -> Tensor:
+    return weight - weight.mean(1, keepdim=True)
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, **options: Any) -> None:
+    handle = gcx.torch.centralize(optimizer, model, **options)
+    for seed in range(steps):
+        give_gradients(seed, model)
+        optimizer.step()
+    handle.remove()
+
+
+def ordinarily(monkeypatch: pytest.MonkeyPatch, call: Callable[..., None], *args: Any) -> None:
+    """Call without kernels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_torch, "is_for_kernels", lambda _: False)
+        call(*args)
+
+
+def assert_close(found: nn.Module, expected: nn.Module) -> None:
+    """Compare up to rounding. Momentum adds up the rounding of several steps."""
+    for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        tolerance = 4 * torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=name)
+
+
+# Launches
+
+
+def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **options: Any) -> int:
+    """The launches of each step, which are all that hooks add: addresses are there already."""
+    give_gradients(0, model)
+    optimizer.step()
+    plain = on_gpu(optimizer.step) if device.type == "cuda" else None
+    with pytest.warns(UserWarning, match="momentum"):  # of the steps before
+        gcx.torch.centralize(optimizer, model, **options)
+    optimizer.step()
+    if plain is not None:
+        added = on_gpu(optimizer.step) - plain
+        assert [*added] == ["multi_tensor"]
+        return added["multi_tensor"]
+    first = device.launches
+    optimizer.step()
+    assert device.launches == 2 * first
+    return first
+
+
+@everywhere
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("odd", [False, True])
+def test_launches_of_a_step(odd: bool, reproducible: bool, device: Device) -> None:
+    model = Net(device, odd=odd)
+    found = added_by_hooks(device, model, sgd(model), reproducible=reproducible)
+    assert found == launches_of(odd=odd, device=device)
+
+
+@everywhere
+def test_one_launch_for_each_dtype_and_rate_of_decay(device: Device) -> None:
+    model = nn.ModuleList([Net(device), Net(device).bfloat16(), Net(device)])
+    groups = [{"params": part.parameters()} for part in model]
+    groups[2]["weight_decay"] = 0.2
+    optimizer = SGD(groups, lr=1e-3, momentum=0.9, weight_decay=0.1)
+    assert added_by_hooks(device, model, optimizer) == 3
+
+
+@on_cpu
+def test_groups_of_one_rate_are_launched_together(device: Device) -> None:
+    model = Net(device)
+    groups = [{"params": [p], "lr": 0.01 * k} for k, p in enumerate(model.parameters())]
+    train(model, SGD(groups, lr=0.1, weight_decay=0.1))
+    assert device.launches == 3
+
+
+@on_cpu
+def test_rate_in_a_tensor_is_not_waited_for(device: Device) -> None:
+    """As a GradScaler sets it, while the gradients are still scaled."""
+
+    class Still(Optimizer):
+        def step(self) -> None: ...
+
+    model = Net(device)
+    optimizer = Still(model.parameters(), {"weight_decay": 0.5})
+    gcx.torch.centralize(optimizer, model, decay="inside")
+    give_gradients(0, model)
+    grad, weight = model.linear.weight.grad.clone(), model.linear.weight.detach()
+    optimizer.grad_scale = torch.tensor(8.0)
+    optimizer.step()
+    assert device.launches == 0
+    expected = grad - (grad + 4 * weight).mean(1, keepdim=True)
+    torch.testing.assert_close(model.linear.weight.grad, expected)
+
+
+@on_cpu
+def test_what_the_kernel_does_not_take_goes_the_ordinary_way(device: Device) -> None:
+    class Marked(Tensor):
+        """A type of tensor that may do anything."""
+
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(4)])
+    model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+    rows = torch.rand(4, 4)
+    grads = [rows, rows * (1 + 2j), rows[0].expand(4, 4), (rows + 1).as_subclass(Marked)]
+    expected = [centralized(grad).as_subclass(Tensor) for grad in grads]
+    for layer, grad in zip(model, grads, strict=True):
+        layer.weight.grad = grad.clone() if grad.stride(0) else grad
+    gcx.torch.centralize_grads_(model)
+    assert device.launches == 1
+    for layer, grad in zip(model, expected, strict=True):
+        torch.testing.assert_close(layer.weight.grad.as_subclass(Tensor), grad)
+
+
+@on_cpu
+@pytest.mark.parametrize("where", ["gradient", "update"])
+def test_gradients_now(where: Any, device: Device) -> None:
+    model = Net(device)
+    handle = gcx.torch.centralize(AdamW(model.parameters()), model, where=where)
+    for centralize in (handle.centralize_grads_, lambda: gcx.torch.centralize_grads_(model)):
+        before = device.launches
+        give_gradients(0, model)
+        expected = centralized(model.linear.weight.grad)
+        centralize()
+        assert device.launches == before + 1
+        torch.testing.assert_close(model.linear.weight.grad, expected)
+
+
+def sparse(model: Net) -> None:
+    model.linear.weight.grad = model.linear.weight.grad.to_sparse()
+
+
+def replaced(model: Net) -> None:
+    model.linear.weight = nn.Parameter(model.linear.weight.detach().clone())
+
+
+@on_cpu
+@pytest.mark.parametrize(("spoil", "error"), [(sparse, TypeError), (replaced, RuntimeError)])
+def test_errors_come_before_the_launch(
+    spoil: Callable[[Net], None], error: type[Exception], device: Device
+) -> None:
+    model = Net(device)
+    optimizer = sgd(model)
+    gcx.torch.centralize(optimizer, model)
+    for is_spoiled in (False, True):  # in the first step, and in one like the last
+        give_gradients(0, model)
+        before = model.conv.weight.grad.clone()
+        if is_spoiled:
+            spoil(model)
+            with pytest.raises(error, match=r"linear\.weight"):
+                optimizer.step()
+            assert torch.equal(model.conv.weight.grad, before)
+        else:
+            optimizer.step()
+    assert device.launches == 1
+
+
+@on_cpu
+def test_copies_launch_for_themselves(device: Device) -> None:
+    model = Net(device)
+    model.optimizer = sgd(model)
+    model.handle = gcx.torch.centralize(model.optimizer, model)
+    give_gradients(0, model)
+    model.optimizer.step()
+    with pytest.warns(UserWarning, match="does not centralize"):
+        twin = copy.deepcopy(model)
+    give_gradients(1, twin)
+    grad, expected = model.linear.weight.grad.clone(), centralized(twin.linear.weight.grad)
+    twin.handle.centralize_grads_()
+    assert device.launches == 2
+    torch.testing.assert_close(twin.linear.weight.grad, expected)
+    assert torch.equal(model.linear.weight.grad, grad)
+
+
+# Results
+
+
+@on_cpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_training_is_that_of_the_ordinary_way(
+    dtype: torch.dtype, memory_format: Any, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, model, twin = (Net(device).to(dtype, memory_format=memory_format) for _ in range(3))
+    ordinarily(monkeypatch, train, twin, sgd(twin))
+    assert device.launches == 0
+    train(model, sgd(model))
+    assert device.launches == 3
+    assert_close(model, twin)
+    with pytest.raises(AssertionError):
+        assert_close(start, twin)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}]
+)
+def test_gradients_are_those_of_the_ordinary_way(
+    options: Any, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin = Net(device, odd=True), Net(device, odd=True)
+    ordinarily(monkeypatch, train, twin, SGD(twin.parameters(), lr=0.0, **options), 1)
+    train(model, SGD(model.parameters(), lr=0.0, **options), steps=1)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
+    assert device.launches == launches_of(odd=True, device=device)
+
+
+@on_cpu
+def test_not_all_gradients_are_there_in_each_step(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(model: nn.Module) -> None:
+        optimizer = sgd(model)
+        gcx.torch.centralize(optimizer, model)
+        for seed in range(6):
+            give_gradients(seed, model)
+            if seed % 2:
+                model.conv.weight.grad = None
+            if seed == 4:
+                model.zero_grad()
+            optimizer.step()
+
+    model, twin = Net(device), Net(device)
+    some(model)
+    assert device.launches == 5
+    ordinarily(monkeypatch, some, twin)
+    assert_close(model, twin)
+
+
+@by_kernel
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_reproducible_gradients(
+    dtype: torch.dtype, memory_format: Any, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the bits of torch's own operations on a CPU, whatever the strides."""
+    model = Net(device, odd=True).to(dtype, memory_format=memory_format)
+    on_cpu = Net(device, odd=True).to("cpu", dtype)
+    give_gradients(0, model, on_cpu)
+
+    decay = 0.1 if device.type == "cuda" else DECAY
+
+    def step(model: nn.Module) -> None:
+        optimizer = SGD(model.parameters(), lr=0.0, weight_decay=decay)
+        gcx.torch.centralize(optimizer, model, reproducible=True)
+        optimizer.step()
+
+    step(model)
+    ordinarily(monkeypatch, step, on_cpu)
+    for found, expected in zip(model.parameters(), on_cpu.parameters(), strict=True):
+        assert torch.equal(found.grad.cpu(), expected.grad)
+    if device.name == INTERPRETER:
+        assert device.launches == 2
+
+
+def assert_means_kept(model: nn.Module, start: nn.Module) -> None:
+    for name, layer in model.named_children():
+        if name not in LAYOUTS:
+            continue
+        weight, before = layer.weight.detach(), start.get_submodule(name).weight.detach()
+        if name == "groups":
+            weight, before = (x.unflatten(0, (2, -1)) for x in (weight, before))
+        assert_centralized(weight, start=before, layout=LAYOUTS[name])
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_corollary_4_1(dtype: torch.dtype, device: Device) -> None:
+    """SGD with momentum and decay keeps the mean of each fan-in."""
+    model = Net(device, odd=True).to(dtype)
+    start = copy.deepcopy(model)
+    train(model, sgd(model, nesterov=True), steps=10)
+    assert device.launches == 10 * launches_of(odd=True, device=device)
+    assert_means_kept(model, start)
+    for name in LAYOUTS:
+        weights = (net.get_submodule(name).weight.detach() for net in (model, start))
+        assert torch.sub(*weights).abs().max() > 0.1
+
+
+@on_cuda
+def test_corollary_4_1_on_gradients_of_a_loss(device: Device) -> None:
+    model = Net(device)
+    start = copy.deepcopy(model)
+    optimizer = slow_sgd(model, nesterov=True)
+    gcx.torch.centralize(optimizer, model)
+    image = torch.rand(8, 64, 8, 8, device="cuda")
+    deep, flat = torch.rand(8, 768, 4, 4, device="cuda"), torch.rand(8, 4096, device="cuda")
+    for _ in range(20):
+        optimizer.zero_grad()
+        outputs = model.norm(model.conv(image)), model.up(deep), model.linear(flat)
+        sum((output - 1).square().mean() for output in outputs).backward()
+        optimizer.step()
+    assert_means_kept(model, start)
+
+
+@everywhere
+def test_closure(device: Device) -> None:
+    (model, optimizer), (twin, reference) = two_hooked(device, sgd, odd=True)
+    for k in range(3):
+        optimizer.step(lambda k=k: give_gradients(k, model))
+        give_gradients(k, twin)
+        reference.step()
+    assert_equal(model, twin)
+
+
+# A GPU alone
+
+
+def slow_sgd(model: nn.Module, **options: Any) -> SGD:
+    return SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1, **options)
+
+
+def two_hooked(device: Device, kind: Any, *, odd: bool, **options: Any) -> list[Any]:
+    """Two alike, each with its optimizer."""
+    pairs = []
+    for _ in range(2):
+        model = Net(device, odd=odd)
+        optimizer = kind(model, **options)
+        gcx.torch.centralize(optimizer, model)
+        pairs.append((model, optimizer))
+    return pairs
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[], None]]:
+    """Let every call that waits for the device raise an error, from the call of this on."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[[], None]) -> None:
+    """Neither with the addresses of the step before nor with others."""
+    model = Net(device, odd=True)
+    optimizer = slow_sgd(model, fused=fused)
+    gcx.torch.centralize(optimizer, model)
+    x = torch.rand(8, 4096, device="cuda")
+    grads = []
+    for k in range(6):
+        give_gradients(k, model)
+        grads.append([parameter.grad for parameter in model.parameters()])
+    kept = []
+    for k, of_step in enumerate(grads):
+        optimizer.zero_grad()
+        for parameter, grad in zip(model.parameters(), of_step, strict=True):
+            parameter.grad = grad.clone()
+        model.linear(x).square().mean().backward()
+        if k == 2:
+            no_waiting()
+        if k > 3:  # so that the next ones are elsewhere
+            kept += [parameter.grad for parameter in model.parameters()]
+        optimizer.step()
+
+
+@on_cuda
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_graph_of_a_step(kind: Any, device: Device) -> None:
+    """Replayed with other gradients in the same places, after the handle took other steps too."""
+    options = {"momentum": 0.9} if kind is SGD else {"capturable": True}
+    (model, optimizer), (twin, reference) = two_hooked(
+        device, lambda net: kind(net.parameters(), lr=1e-3, **options), odd=True
+    )
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for k in range(3):
+            give_gradients(k, model, twin)
+            optimizer.step()
+            reference.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    places = [parameter.grad for parameter in model.parameters()]
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for k in range(3, 9):
+        give_gradients(k, model, twin)
+        if k % 2:
+            for place, parameter in zip(places, model.parameters(), strict=True):
+                place.copy_(parameter.grad)
+            graph.replay()
+        else:
+            optimizer.step()
+        reference.step()
+    assert_equal(model, twin)
+
+
+@on_cuda
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients(fused: bool, device: Device) -> None:
+    """Steps as without a scaler, whose factors are powers of two; that with infinity is skipped."""
+    (model, optimizer), (twin, reference) = two_hooked(device, slow_sgd, odd=False, fused=fused)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    x = torch.rand(8, 4096, device="cuda")
+
+    def loss_of(net: Net) -> Tensor:
+        return (net.linear(x) - 1).square().mean()
+
+    start = twin.linear.weight.detach().clone()
+    for k in range(6):
+        is_finite = k != 2
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model) if is_finite else torch.inf * loss_of(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if is_finite:
+            reference.zero_grad()
+            loss_of(twin).backward()
+            reference.step()
+    torch.testing.assert_close(model.linear.weight, twin.linear.weight, rtol=1e-5, atol=1e-7)
+    assert (start - twin.linear.weight).abs().max() > 1e-4

@@ -51,9 +51,10 @@ class Adapter(ABC):
     rate: ClassVar[float] = RATE
     momentum: ClassVar[float] = MOMENTUM
     warns_of_momentum: ClassVar[bool] = False
-    # Of which numbers a step takes the means under where="update": the update itself, the
-    # displacement of the rounded weights, or these weights before and after.
-    centralizes: ClassVar[Literal["update", "displacement", "weights"]] = "weights"
+    # Whether the warning of a copy names the line that copies.
+    warns_at_the_line: ClassVar[bool] = True
+    # Under where="update" a step projects its update, or restores the means of the new weights.
+    projects_the_update: ClassVar[bool] = False
     # Facts that do not hold for this adapter, by the name of the test or of one of its parameters;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}

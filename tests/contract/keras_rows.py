@@ -18,12 +18,8 @@ from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays,
 class Keras(Adapter):
     name = f"keras-{keras.backend.backend()}"
     dtype = "float32"
-    centralizes = "displacement"
     names: ClassVar = {name: f"net/{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
-        "strength": "not an option yet",
-        "layers": "not an option yet",
-        "overrides": "taken for names",
         "test_copies_go_on_alike": "a model is saved, not copied",
         "test_copies_are_plain_and_warn": "a model is saved, not copied",
     }

@@ -10,7 +10,7 @@ import torch
 
 from gcx.lightning import GradientCentralization
 
-from adapters import STEPS, Arrays, Kind
+from adapters import STEPS, Kind
 from torch_rows import OfTorch
 
 

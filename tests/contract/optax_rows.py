@@ -24,7 +24,7 @@ def loss(p: Any) -> Any:
 
 class Optax(Adapter):
     name = "optax"
-    centralizes = "update"
+    projects_the_update = True
     names: ClassVar = {name: f"{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
         "where": "the place in the chain says it",

@@ -16,7 +16,7 @@ from adapters import start as start_of
 
 class Optim(Adapter):
     name = "optim"
-    centralizes = "update"
+    projects_the_update = True
     names: ClassVar = {"hidden": "hidden", "output": "output"}
     lacks: ClassVar = {
         "decay": "its own: coupled in SGD and Adam, apart from the gradient in AdamW",

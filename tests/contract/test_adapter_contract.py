@@ -117,13 +117,10 @@ def test_reproducible_steps_have_the_canonical_bits(new: New, where: Any) -> Non
     other.step(gradients)
     for name, weight in row.weights().items():
         w, step = before[name].astype(row.dtype), (row.rate * gradients[name]).astype(row.dtype)
-        if where == "gradient" or row.centralizes == "update":
+        if where == "gradient" or row.projects_the_update:
             expected = w - canonical_order.centralized(step, (1,), row.dtype)
-        elif row.centralizes == "displacement":
-            expected = w + canonical_order.centralized((w - step) - w, (1,), row.dtype)
         else:
-            means = [canonical_means(x) for x in (w - step, w)]
-            expected = (w - step) - (means[0] - means[1])
+            expected = (w - step) - (canonical_means(w - step) - canonical_means(w))
         assert_same_bits(weight.astype(row.dtype), expected)
         assert not np.array_equal(other.weights()[name], weight)
 
@@ -221,7 +218,8 @@ def test_copies_are_plain_and_warn(new: New, how: str) -> None:
     row.train(4)
     with pytest.warns(UserWarning, match=r"copy of this \w+ does not centralize") as caught:
         twin = COPIES[how](row)
-    assert {warning.filename for warning in caught} == {__file__}
+    if row.warns_at_the_line:
+        assert {warning.filename for warning in caught} == {__file__}
     assert_same(twin, row)
     before = twin.weights()
     twin.train()
@@ -284,20 +282,24 @@ def test_options_are_checked_where_they_are_given(new: New, option: str) -> None
         new("sgd").attach(**{option: WRONG[option]})
 
 
+def attach_and_train(row: Adapter, **options: Any) -> None:
+    """A trainer attaches when training begins."""
+    row.attach(**options)
+    row.train(1)
+
+
 def test_attaching_twice(new: New) -> None:
     row = new("sgd")
     row.attach()
     with pytest.raises(ValueError, match="has Gradient Centralization already"):
-        row.attach(where="update")
-        row.train(1)
+        attach_and_train(row, where="update")
     assert_same(row, start(row.dtype))
 
 
 def test_nothing_to_centralize(new: New) -> None:
     row = new("sgd")
-    with pytest.raises(ValueError, match="nothing to centralize|centralizes no parameter"):
-        row.attach(overrides={"*": None})
-        row.train(1)
+    with pytest.raises(ValueError, match=r"nothing to centralize|centralizes no parameter"):
+        attach_and_train(row, overrides={"*": None})
     assert_same(row, start(row.dtype))
 
 
@@ -306,9 +308,8 @@ def test_narrow_weights_warn(new: New, dtype: str) -> None:
     """In the update alone, whose rounding is that of the weights."""
     new("sgd", dtype).attach()
     row = new("sgd", dtype)
-    with pytest.warns(UserWarning, match=rf"weight|kernel is (torch\.)?{dtype}"):
-        row.attach(where="update")
-        row.train(1)
+    with pytest.warns(UserWarning, match=rf"(weight|kernel) is (torch\.)?{dtype}"):
+        attach_and_train(row, where="update")
 
 
 def test_a_row_lacks_nothing_but_facts(adapter: type[Adapter]) -> None:

@@ -20,12 +20,10 @@ class Thinc(Adapter):
     dtype = "float32"
     momentum = 0.0
     rate = 2.0
+    warns_at_the_line = False
     names: ClassVar = {"hidden": "0.relu.W", "output": "1.linear.W"}
     lacks: ClassVar = {
-        "strength": "not an option yet",
-        "layers": "not an option yet",
-        "test_overrides": "not an option yet",
-        "test_nothing": "overrides are not an option yet",
+        "layers": "thinc has no convolutions",
         "decay": "the optimizer says it: L2_is_weight_decay",
         "test_narrow_weights_warn": "its weights are of 32 bits",
         "test_a_checkpoint_goes_on": "it does not save optimizers",

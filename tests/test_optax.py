@@ -26,7 +26,6 @@ import optax
 from jax import lax
 
 import gcx.optax
-from gcx.optax._names import name_of
 
 from optax_training import train
 
@@ -749,11 +748,21 @@ jax.tree_util.register_pytree_with_keys(
     lambda _, leaves: NamedByItself(*leaves),
 )
 
+
+class Unnamed(NamedByItself):
+    """A node without keys."""
+
+
+jax.tree_util.register_pytree_node(
+    Unnamed, lambda node: ([node.weight], None), lambda _, leaves: Unnamed(*leaves)
+)
+
 NODES = {
     "DictKey": ({"weight": struct(3, 2)}, "weight"),
     "SequenceKey": ([struct(3, 2)], "0"),
     "GetAttrKey": (Linear(struct(3, 2), None), "weight"),
     "any other": (NamedByItself(struct(3, 2)), "weight"),
+    "FlattenedIndexKey": (Unnamed(struct(3, 2)), "0"),
     "no key": (struct(3, 2), ""),
 }
 
@@ -761,11 +770,6 @@ NODES = {
 @pytest.mark.parametrize(("node", "name"), NODES.values(), ids=NODES)
 def test_every_kind_of_key_makes_a_name(node: Any, name: str) -> None:
     assert gcx.optax.plan(node, {name: "o..."})[0][:3] == (name, (3, 2), Layout("o..."))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_key_of_a_flattened_index() -> None:
-    assert name_of((jax.tree_util.FlattenedIndexKey(3),)) == "3"
 
 
 # --- presets --------------------------------------------------------------------------------------

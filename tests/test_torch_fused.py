@@ -20,9 +20,9 @@ from torch.optim import Optimizer, lr_scheduler
 
 import gcx.torch
 from gcx.testing import assert_centralized
-from gcx.torch._fused import SGD, AdamW
+from gcx.torch import SGD, AdamW
 
-from adapters import COPIES
+from copies import COPIES
 from torch_training import GRAD
 
 pytestmark = pytest.mark.one_framework

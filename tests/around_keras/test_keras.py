@@ -246,18 +246,6 @@ def test_decay_is_outside_the_gradient() -> None:
     np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
-def test_half_the_strength_removes_half_of_the_motion(where: Any) -> None:
-    model = kernel_model()
-    (start,) = kernels(model).values()
-    optimizer = SGD(0.5)
-    gcx.keras.centralize(optimizer, model, where=where, strength=0.5)
-    step(optimizer, model)
-    grad = GRAD.astype("float64")
-    expected = start - 0.5 * (grad - 0.5 * reference.fan_in_means(grad, (0,)))
-    np.testing.assert_allclose(*kernels(model).values(), expected, rtol=0, atol=1e-6)
-
-
 def test_a_regularizer_is_inside_the_gradient() -> None:
     model = kernel_model(kernel_regularizer=keras.regularizers.L2(0.1))
     start = kernels(model)

@@ -331,16 +331,6 @@ def test_the_optimizer_is_left_as_it_was_after_an_exception(tmp_path: Path) -> N
     assert_left_as_it_was(trainer, net)
 
 
-def test_one_callback_serves_one_fit_after_another(tmp_path: Path) -> None:
-    callback = GradientCentralization()
-    trainer = trainer_of(tmp_path, callback)
-    for net in (Net(), Net()):
-        start = fit(trainer, net)
-        assert_means_stay(net, start)
-        trainer.fit_loop.max_epochs += 2
-    assert len(callback.plans) == 1
-
-
 def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, GradientCentralization())
     trainer.test(Net(), BATCHES, verbose=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters import chosen
+from adapter import chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

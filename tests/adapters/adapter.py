@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
@@ -19,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import reference
 
-# The modules of tests/contract with the rows, by the package that a run asks for.
+# The modules of tests/adapters with the rows, by the package that a run asks for.
 MODULES = {
     "numpy": "optim_rows",
     "torch": "torch_rows",
@@ -153,22 +150,3 @@ def trained_by_hand(rate: float, momentum: float, strength: float) -> Arrays:
 def accuracy(p: Arrays) -> float:
     active = np.maximum(X @ p["hidden"].T + p["hidden_bias"], 0)
     return float(((active @ p["output"].T + p["output_bias"]).argmax(1) == DIGITS).mean())
-
-
-def saved_by_torch(value: Any) -> Any:
-    import torch
-
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
-    "twice": lambda value: copy.deepcopy(pickle.loads(pickle.dumps(value))),
-}
-if find_spec("torch") is not None:
-    COPIES["torch.save"] = saved_by_torch

@@ -10,7 +10,7 @@ from thinc import api
 
 import gcx.thinc
 
-from adapters import ADAM_RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
 
 MODELS: dict[int, Any] = {}
 

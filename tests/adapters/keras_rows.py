@@ -12,7 +12,7 @@ import keras
 
 import gcx.keras
 
-from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
 
 
 class Keras(Adapter):

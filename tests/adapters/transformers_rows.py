@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from gcx.transformers import GradientCentralization
 
-from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, Kind
-from torch_rows import Net, OfTorch
+from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, Kind
+from torch_rows import Net, OfTrainer
 
 OPTIMIZERS: dict[Kind, dict[str, Any]] = {
     "sgd": {"optim": "sgd", "optim_args": f"momentum={MOMENTUM}", "learning_rate": RATE},
@@ -31,26 +31,15 @@ class Model(nn.Module):
         return {"loss": self.net.loss()}
 
 
-class Transformers(OfTorch):
+class Transformers(OfTrainer):
     name = "transformers"
-    names: ClassVar = {name: f"net.{in_net}" for name, in_net in OfTorch.names.items()}
-    lacks: ClassVar = {"test_copies_are_plain_and_warn": "a callback attaches itself again"}
+    callback = GradientCentralization
 
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
         super().__init__(kind, folder, dtype)
         self.model = Model(self.net)
-        self.callbacks: list[Any] = []
-        self.done = 0
-
-    def attach(self, **options: Any) -> None:
-        self.callbacks.append(GradientCentralization(**options))
-
-    def remove(self) -> None:
-        self.callbacks.clear()
 
     def train(self, steps: int = STEPS) -> None:
-        """As in one run after another, each from the checkpoint of the one before."""
-        checkpoint = f"{self.folder}/checkpoint-{self.done}" if self.done else None
         self.done += steps
         arguments = TrainingArguments(
             output_dir=str(self.folder),
@@ -66,15 +55,10 @@ class Transformers(OfTorch):
             use_cpu=True,
         )
         dataset = [{"sample": torch.zeros(1)}]
-        trainer = Trainer(
-            self.model, arguments, train_dataset=dataset, callbacks=list(self.callbacks)
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-    def resumed(self) -> Transformers:
-        other = type(self)(self.kind, self.folder)
-        other.callbacks, other.done = self.callbacks, self.done
-        return other
+        callbacks = list(self.callbacks)
+        trainer = Trainer(self.model, arguments, train_dataset=dataset, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.checkpoint = f"{self.folder}/checkpoint-{self.done}"
 
     def plan(self) -> Any:
         return self.callbacks[0].plan

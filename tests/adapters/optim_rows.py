@@ -11,8 +11,8 @@ import numpy as np
 
 from gcx.optim import SGD, Adam
 
-from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, Adapter, Arrays, Kind, gradients_of
-from adapters import start as start_of
+from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, Adapter, Arrays, Kind, gradients_of
+from adapter import start as start_of
 
 
 class Optim(Adapter):

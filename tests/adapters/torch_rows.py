@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gcx.torch
 
-from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
 
 
 class Net(nn.Module):
@@ -125,6 +125,31 @@ class Fused(OfTorch):
 
     def plan(self) -> Any:
         return self.optimizer.plan
+
+
+class OfTrainer(OfTorch):
+    """A trainer with a callback: one run after another, each from the checkpoint before."""
+
+    callback: ClassVar[Any]
+    names: ClassVar = {name: f"net.{in_net}" for name, in_net in OfTorch.names.items()}
+    lacks: ClassVar = {"test_copies_are_plain_and_warn": "a callback attaches itself again"}
+
+    def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
+        super().__init__(kind, folder, dtype)
+        self.callbacks: list[Any] = []
+        self.done, self.checkpoint = 0, None
+
+    def attach(self, **options: Any) -> None:
+        self.callbacks.append(self.callback(**options))
+
+    def remove(self) -> None:
+        self.callbacks.clear()
+
+    def resumed(self) -> OfTrainer:
+        other = type(self)(self.kind, self.folder / "resumed")
+        other.callbacks = self.callbacks
+        other.done, other.checkpoint = self.done, self.checkpoint
+        return other
 
 
 ROWS = [Hooks, Fused]

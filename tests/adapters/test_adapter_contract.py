@@ -15,9 +15,9 @@ import pytest
 
 from gcx.testing import assert_centralized
 
-import adapters
 import canonical_order
-from adapters import COPIES, WEIGHTS, Adapter, Arrays, Kind, accuracy, start, trained_by_hand
+import copies
+from adapter import WEIGHTS, Adapter, Arrays, Kind, accuracy, start, trained_by_hand
 from same_bits import assert_same_bits
 
 pytestmark = pytest.mark.one_framework
@@ -190,15 +190,15 @@ def test_a_checkpoint_goes_on(new: New, where: Any, kind: Kind) -> None:
 # Copies
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", copies.COPIES)
 def test_copies_are_plain_and_warn(new: New, how: str) -> None:
     row = new("sgd")
     row.attach()
     row.train(4)
     with pytest.warns(UserWarning, match=r"copy of this \w+ does not centralize") as caught:
-        twin = COPIES[how](row)
+        twin = copies.COPIES[how](row)
     if row.warns_at_the_line:
-        assert {warning.filename for warning in caught} <= {__file__, adapters.__file__}
+        assert {warning.filename for warning in caught} <= {__file__, copies.__file__}
     assert_same(twin, row)
     before = twin.weights()
     twin.train()
@@ -211,12 +211,12 @@ def test_copies_are_plain_and_warn(new: New, how: str) -> None:
         assert_means_kept(one, before)
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", copies.COPIES)
 def test_copies_go_on_alike(new: New, how: str) -> None:
     row = new("sgd")
     row.attach()
     row.train(4)
-    twin, before = COPIES[how](row), row.weights()
+    twin, before = copies.COPIES[how](row), row.weights()
     for one in (row, twin):
         one.train(4)
         assert_means_kept(one, before)

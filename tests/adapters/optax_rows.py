@@ -12,7 +12,7 @@ import optax
 
 import gcx.optax
 
-from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
 
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 

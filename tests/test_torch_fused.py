@@ -521,7 +521,6 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
         typical(model, lr=-1.0)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_centralize_refuses_ours(where: Any, typical: Any) -> None:
     model, optimizer = ours(typical.func, **typical.keywords)
     with pytest.raises(ValueError, match="has Gradient Centralization already"):

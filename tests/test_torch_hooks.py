@@ -418,7 +418,6 @@ def test_momentum_of_another_shape_is_an_error(layer: nn.Linear) -> None:
 # Parameters that come, go, or have no gradient
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.Linear) -> None:
     model = nn.Sequential(nn.Linear(5, 5).double())
     optimizer = SGD(model.parameters(), lr=0.01, weight_decay=0.3)
@@ -431,7 +430,6 @@ def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.L
     assert [row.name for row in handle.plan] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_parameter_without_gradient_does_not_move(where: Any, layer: nn.Linear) -> None:
     idle = nn.Linear(5, 3).double()
     model = nn.ModuleList([layer, idle])
@@ -496,7 +494,6 @@ def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> 
     assert optimizer.step(None) is None
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> None:
     twin = copy.deepcopy(layer)
     nested = attached(layer, where, Inherited, lr=1e-3, weight_decay=0.1)
@@ -707,7 +704,6 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
         gcx.torch.centralize(InBackward(layer.parameters(), {}), layer)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize("limit", [0.5, float("inf")])
 def test_closure_that_accumulates_and_clips(limit: float, where: Any, layer: nn.Linear) -> None:
     """What is clipped is the whole gradient, as in a loop without a closure."""
@@ -756,7 +752,6 @@ def test_parameter_that_is_not_in_the_model(layer: nn.Linear) -> None:
 FLATTENED = r"weight is of rank 1, .*centralize_in_backward\(model\)"
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [

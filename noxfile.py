@@ -108,7 +108,7 @@ def integrations(session: nox.Session, around: str) -> None:
     install(session, "-e.", group, "core-test")
     if around == "torch":
         session.install("--no-deps", *TIMM)
-    arguments = ["tests/test_canary.py", f"tests/around_{around}"]
+    arguments = ["tests/test_canary.py", "tests/contract", f"tests/around_{around}"]
     if examples:
         arguments += ["tests/examples", *examples]
     arguments += [f"--packages={packages}", "--backends=numpy"]

@@ -1,0 +1,76 @@
+"""gcx.optim in the contract, on NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gcx.optim import SGD, Adam
+
+from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, Adapter, Arrays, Kind, gradients_of
+from adapters import start as start_of
+
+
+class Optim(Adapter):
+    name = "optim"
+    projects_the_update = True
+    names: ClassVar = {"hidden": "hidden", "output": "output"}
+    lacks: ClassVar = {
+        "decay": "its own: coupled in SGD and Adam, apart from the gradient in AdamW",
+        "layers": "it knows arrays, and no layers",
+        "overrides": "layouts= says it all",
+        "test_attaching_twice": "where= is an option, and nothing is attached",
+        "test_momentum_from_before[gradient]": "the caller holds the state",
+        "test_narrow_weights_warn": "the caller chose the dtype",
+        "test_copies_are_plain_and_warn": "a copy centralizes",
+        "test_the_plan_names_the_weights": "layouts= is the plan",
+    }
+
+    def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
+        plain = SGD(RATE, momentum=MOMENTUM) if kind == "sgd" else Adam(ADAM_RATE)
+        self.optimizer = replace(plain, where=None)
+        self.params: Arrays = start_of(dtype or self.dtype)
+        self.state = self.optimizer.init(self.params)
+
+    __reduce_ex__ = object.__reduce_ex__
+
+    def attach(self, overrides: Any = None, **options: Any) -> None:
+        layouts: Any = "o..."
+        if overrides:
+            layouts = {**overrides, "*_bias": None}
+            layouts.setdefault("*", "o...")
+        options = {"where": "gradient", "layouts": layouts, **options}
+        self.optimizer = replace(self.optimizer, **options)
+        self.optimizer.init(self.params)
+
+    def remove(self) -> None:
+        self.optimizer = replace(self.optimizer, where=None)
+
+    def train(self, steps: int = STEPS) -> None:
+        for _ in range(steps):
+            self.step(gradients_of(self.params))
+
+    def step(self, gradients: Arrays) -> None:
+        gradients = {n: gradients.get(n, np.zeros_like(p)) for n, p in self.params.items()}
+        self.params, self.state = self.optimizer.update(self.params, gradients, self.state)
+
+    def parameters(self) -> Arrays:
+        return {name: array.copy() for name, array in self.params.items()}
+
+    def resumed(self) -> Optim:
+        other = type(self)("sgd", Path())
+        other.optimizer, other.params = self.optimizer, self.params
+        other.state = {
+            name: {key: np.asarray(array) for key, array in tree.items()}
+            for name, tree in self.state.items()
+        }
+        return other
+
+    def plan(self) -> Any:
+        raise NotImplementedError
+
+
+ROWS = [Optim]

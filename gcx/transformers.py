@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import gcx.torch
-from gcx._options import Decay, Layers, Options, Where
+from gcx._options import TakesOptions
 from gcx.plan import Plan
 from gcx.torch._targets import keep_switches
 
@@ -18,7 +17,7 @@ __all__ = ["GradientCentralization"]
 _LOG = logging.getLogger(__name__)
 
 
-class GradientCentralization(TrainerCallback):
+class GradientCentralization(TakesOptions, TrainerCallback):
     """Callback of a Trainer: its optimizer uses Gradient Centralization while it trains.
 
     `gcx.torch.centralize` is called for the optimizer when training begins, and undone when it
@@ -59,25 +58,7 @@ class GradientCentralization(TrainerCallback):
     <gcx plan: 4 of 16 parameters centralized>
     """
 
-    def __init__(
-        self,
-        *,
-        where: Where = "gradient",
-        decay: Decay = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Mapping[Any, Any] | None = None,
-        reproducible: bool = False,
-    ) -> None:
-        self._options = Options(
-            where=where,
-            decay=decay,
-            strength=strength,
-            layers=layers,
-            overrides=overrides,
-            reproducible=reproducible,
-        )
-        self._handle: gcx.torch.GradientCentralization | None = None
+    _handle: gcx.torch.GradientCentralization | None = None
 
     @property
     def plan(self) -> Plan | None:

@@ -194,10 +194,11 @@ class Launches:
         grads = [parameter.grad for parameter in parameters]
         memory = self._rule.memory(group, states, grads)
         roles = [grads, parameters, *memory]
-        done = self._tables(roles, weights).run(roles, weights, self._rule.scalars(group, stage))
+        left = self._tables(roles, weights).run(roles, self._rule.scalars(group, stage))
+        done = sorted({*range(len(parameters))}.difference(left))
         if done:
             self._rule.remember(_at(done, states), [_at(done, kept) for kept in memory])
-        return sorted({*range(len(parameters))}.difference(done))
+        return left
 
     def _tables(self, roles: Roles, weights: Weights) -> _Tables:
         key = (len(roles), *map(id, roles[1]))
@@ -211,15 +212,27 @@ class Launches:
 
 
 class _Tables:
-    """One kernel for each dtype and device in a list of parameters."""
+    """The launches for a list of parameters."""
 
     def __init__(self, rule: str, roles: Roles, weights: Weights) -> None:
         # Holding the parameters keeps their ids from being used again.
         self._parameters, self._memory, self._weights = roles[1], roles[2:], weights
         self._forms = [forms(tensors) for tensors in roles[:2]]
-        places = _positions(list(map(_kind, zip(*roles, strict=True), weights)))
-        self._left = places.pop(None, [])
-        self._kernels = [(each, _kernel(rule, each, roles, weights)) for each in places.values()]
+        reasons = enumerate(map(_why_not, zip(*roles, strict=True), weights))
+        self._left = {k for k, reason in reasons if reason}
+        centralized = [(k, weight) for k, weight in enumerate(weights) if weight is not None]
+        self._split = [
+            (k, weight.fan_in[0])
+            for k, weight in centralized
+            if k not in self._left and len(weight.fan_in[0]) != weight.parameter.ndim
+        ]
+        self._schedule = _torch_cuda.Schedule(
+            rule,
+            self._view(roles),
+            [() if weight is None else weight.fan_in[1] for weight in weights],
+            any_order=not any(weight.reproducible for _, weight in centralized),
+            left=self._left,
+        )
 
     def are_for(self, roles: Roles, weights: Weights) -> bool:
         """Return True for the same parameters, with gradients in the same form.
@@ -233,35 +246,19 @@ class _Tables:
             and all(_why_not([each[k] for each in roles], weights[k]) for k in self._left)
         )
 
-    def run(self, roles: Roles, weights: Weights, scalars: Scalars) -> list[int]:
-        """Centralize and update; return the positions of the parameters that are done."""
-        done: list[int] = []
-        for places, kernel in self._kernels:
-            if kernel.run(_select(places, roles, weights), **scalars):
-                done += places
-        return sorted(done)
+    def run(self, roles: Roles, scalars: Scalars) -> list[int]:
+        """Centralize and update; return the positions of the parameters that are left."""
+        return self._schedule.run(self._view(roles), **scalars)
 
-
-def _kernel(
-    rule: str, places: list[int], roles: Roles, weights: Weights
-) -> _torch_cuda.MultiTensor:
-    found = [weights[k] for k in places]
-    return _torch_cuda.MultiTensor(
-        rule,
-        _select(places, roles, weights),
-        [() if weight is None else weight.fan_in[1] for weight in found],
-        any_order=not any(weight is not None and weight.reproducible for weight in found),
-    )
-
-
-def _select(places: list[int], roles: Roles, weights: Weights) -> list[list[Tensor]]:
-    """Pick the tensors of some parameters, in the shape that the layout splits."""
-    selected = [list(_at(places, tensors)) for tensors in roles]
-    for n, weight in enumerate(_at(places, weights)):
-        if weight is not None and len(weight.fan_in[0]) != weight.parameter.ndim:
-            for tensors in selected:
-                tensors[n] = tensors[n].view(weight.fan_in[0])
-    return selected
+    def _view(self, roles: Roles) -> Roles:
+        """Give each tensor the shape that its layout splits."""
+        if not self._split:
+            return roles
+        seen = [[*tensors] for tensors in roles]
+        for tensors in seen:
+            for k, shape in self._split:
+                tensors[k] = tensors[k].view(shape)
+        return seen
 
 
 def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
@@ -284,12 +281,6 @@ def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
         kind = f"{type(grad).__name__} of shape {tuple(grad.shape)}"
         return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
     return ""
-
-
-def _kind(tensors: Sequence[Tensor], weight: Weight | None) -> Hashable:
-    """Device and dtype, which one launch shares; None for a parameter that is left to torch."""
-    parameter = tensors[1]
-    return None if _why_not(tensors, weight) else (parameter.device, parameter.dtype)
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:

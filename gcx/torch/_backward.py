@@ -36,7 +36,8 @@ def centralize_in_backward(
 
     Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
     ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
-    decay and momentum.
+    decay and momentum. ``torch.autograd.grad`` returns centralized gradients too. Layers that are
+    added later are not covered. A copy of the model centralizes as well, and has no handle.
 
     Parameters
     ----------
@@ -66,14 +67,6 @@ def centralize_in_backward(
     UserWarning
         If a weight got no gradient while others did: after 8 training-mode forward passes, counted
         from the first backward, or when the handle is removed.
-
-    Notes
-    -----
-    A tensor hook projects each gradient before workers average it, which gives the same result
-    without communication. Weight decay that an optimizer adds to the gradient comes later, so its
-    mean remains: prefer decoupled decay (AdamW), or none. ``torch.autograd.grad`` returns
-    centralized gradients too. Layers added later are not covered. A copy of the model centralizes
-    as well, and has no handle. :doc:`/torch` has the details for each wrapper.
 
     Examples
     --------

@@ -56,7 +56,7 @@ class StepHooks(GradientHooks):
 
     def __init__(self, targets: Targets, options: Options, rule: Rule) -> None:
         self._rule = rule
-        self._launches = Launches(rule)
+        self._kept: dict[Hashable, _Tables] = {}
         self._marked: dict[int, dict[Tensor, Weight]] = {}  # by the id of the group
         super().__init__(targets, options)
 
@@ -66,8 +66,8 @@ class StepHooks(GradientHooks):
         `remember` makes the state of parameters that have none yet. Returns the other parameters,
         their gradients centralized, for torch to update.
         """
-        weights = self._marked.pop(id(group), None)
-        if weights is None:  # the hooks have centralized it, or there are none in this step
+        marked = self._marked.pop(id(group), None)
+        if marked is None:  # the hooks have centralized it, or there are none in this step
             return cast("list[Tensor]", group["params"])
         optimizer = self._targets.optimizer
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -75,11 +75,17 @@ class StepHooks(GradientHooks):
         if not all(states):
             remember([p for p, state in zip(parameters, states, strict=True) if not state])
             states = [optimizer.state.get(p, {}) for p in parameters]
-        places = self._launches.step(group, parameters, states, [*map(weights.get, parameters)])
-        if not places:
+        weights = [*map(marked.get, parameters)]
+        left: list[Tensor] = []
+        for stage, members in _positions(self._rule.stages(group, states)).items():
+            here, their_weights = _at(members, parameters), _at(members, weights)
+            places: Sequence[int] = range(len(here))
+            if stage is not None:
+                places = self._step_of_stage(group, stage, here, their_weights)
+            left += [here[k] for k in places]
+        if not left:
             return []
-        left = [parameters[k] for k in places]
-        gradients = with_gradient([weights[p] for p in left if p in weights])
+        gradients = with_gradient([marked[p] for p in left if p in marked])
         centralize_(gradients, coupled_rate(optimizer, group, None))
         return left
 
@@ -98,11 +104,15 @@ class StepHooks(GradientHooks):
         except RuntimeError as error:  # a step would raise it
             return str(error)
         reasons = (
-            self._launches.why_not(group, p, state.get(p, {}), weights.get(p))
+            self._why_not_parameter(group, p, state.get(p, {}), weights.get(p))
             for p in group["params"]
             if p.requires_grad
         )
         return next(filter(None, reasons), "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are on a device and hold addresses, so a copy of an optimizer makes its own.
+        return {**vars(self), "_kept": {}}
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         weights = {id(group): found for group, found in super()._by_group()}
@@ -142,35 +152,9 @@ class StepHooks(GradientHooks):
         device = next((p.device for p in group["params"] if is_for_kernels(p)), None)
         return "no parameter on a CUDA device" if device is None else _torch_cuda.why_not(device)
 
-
-class Launches:
-    """Steps by the kernels, with the tables that they keep from step to step."""
-
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self._kept: dict[Hashable, _Tables] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tables are on a device and hold addresses, so a copy of an optimizer makes its own.
-        return {"_rule": self._rule, "_kept": {}}
-
-    def step(
-        self, group: Group, parameters: Sequence[Tensor], states: Sequence[State], weights: Weights
-    ) -> list[int]:
-        """Update parameters, all of which have a gradient; gradients keep their values.
-
-        Returns the positions of the parameters that are left to torch.
-        """
-        left: list[int] = []
-        for stage, members in _positions(self._rule.stages(group, states)).items():
-            if stage is None:
-                left += members
-                continue
-            chosen: list[Sequence[Any]] = [_at(members, p) for p in (parameters, states, weights)]
-            left += [members[k] for k in self._step_of_stage(group, stage, *chosen)]
-        return left
-
-    def why_not(self, group: Group, parameter: Tensor, state: State, weight: Weight | None) -> str:
+    def _why_not_parameter(
+        self, group: Group, parameter: Tensor, state: State, weight: Weight | None
+    ) -> str:
         """Say why a parameter would be left to torch; empty if the kernels would take it.
 
         A gradient or state that is still missing is assumed to be like the parameter.
@@ -184,13 +168,10 @@ class Launches:
         return _why_not([grad, parameter, *(tensor for (tensor,) in memory)], weight)
 
     def _step_of_stage(
-        self,
-        group: Group,
-        stage: Hashable,
-        parameters: Sequence[Any],
-        states: Sequence[Any],
-        weights: Sequence[Any],
+        self, group: Group, stage: Hashable, parameters: Sequence[Any], weights: Weights
     ) -> list[int]:
+        """Make the step of parameters that are equally far; return the positions that are left."""
+        states = [self._targets.optimizer.state.get(p, {}) for p in parameters]
         grads = [parameter.grad for parameter in parameters]
         memory = self._rule.memory(group, states, grads)
         roles = [grads, parameters, *memory]

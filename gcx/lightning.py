@@ -92,13 +92,10 @@ class GradientCentralization(TakesOptions, pl.Callback):
 
     def on_exception(self, *_: Any) -> None:
         """Leave the optimizers as they were before."""
-        self._remove()
+        self.teardown()
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Leave the optimizers as they were before."""
-        self._remove()
-
-    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 

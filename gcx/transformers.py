@@ -78,7 +78,7 @@ class GradientCentralization(TakesOptions, TrainerCallback):
     ) -> None:
         """Attach to the optimizer; its checkpoint is already loaded."""
         del args, control
-        self._remove()  # no callback runs after a training that raised
+        self.on_train_end()  # no callback runs after a training that raised
         self._handle = gcx.torch.GradientCentralization(
             kwargs["optimizer"], kwargs["model"], self._options
         )
@@ -87,8 +87,5 @@ class GradientCentralization(TakesOptions, TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer as it was before."""
-        self._remove()
-
-    def _remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gcx._decisions import refuse_empty
 from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.plan import Plan
-from gcx.torch._plan import Decision, Overrides, decide, nothing_to_centralize, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
 from gcx.torch._weights import Weight
 
@@ -114,8 +115,7 @@ class CentralizationInBackward:
             _Place(weight, decisions[weight.parameter], options.strength)
             for weight in weights_of(decisions.items(), reproducible=options.reproducible)
         ]
-        if not self._places:
-            raise ValueError(nothing_to_centralize(self._kind, self._plan))
+        refuse_empty(self._plan, f"this {self._kind}", hint=HINT)
         _check_has_no_other(model)
         self._passes = 0
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()

@@ -20,6 +20,8 @@ from gcx.torch._weights import Weight
 
 Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
+# The remedy for unknown parameters.
+HINT = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
 Overrides = Mapping[Key, Value]
 
@@ -104,16 +106,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
 def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
     """Show decisions as a table."""
     return Plan(decision.row for decision in decisions.values())
-
-
-def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Say that there is nothing to centralize, and name the remedy for unknown parameters."""
-    message = f"there is nothing to centralize in this {kind}:\n{plan}"
-    if any(row.reason.startswith("unknown") for row in plan):
-        message += (
-            "\ngcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
-        )
-    return message
 
 
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:

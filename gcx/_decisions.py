@@ -96,10 +96,10 @@ def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
         return as_layout(value)
 
 
-def refuse_empty(plan: Plan, owner: str) -> None:
+def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
     """Raise a ValueError that shows the plan of a model if it centralizes nothing."""
     if all(row.layout is None for row in plan):
-        raise ValueError(nothing_to_centralize(plan, owner))
+        raise ValueError(nothing_to_centralize(plan, owner, hint=hint))
 
 
 def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:

@@ -12,21 +12,6 @@ from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
-__all__ = [
-    "LEFT_ALONE",
-    "already_attached",
-    "check_choice",
-    "check_reproducible",
-    "decide",
-    "find_overrides",
-    "left_alone_by",
-    "merge",
-    "narrow_weight",
-    "no_fan_in",
-    "nothing_to_centralize",
-    "refuse_empty",
-]
-
 LEFT_ALONE = LeaveAlone("left alone by an override")
 
 

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-__all__ = ["flatten", "is_glob", "leaves_like", "match", "match_all"]
-__all__ += ["naming", "no_match", "rebuild"]
-
 TreeT = TypeVar("TreeT")
 
 _GLOB = frozenset("*?[")

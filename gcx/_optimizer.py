@@ -16,8 +16,6 @@ from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.layout import Layout
 
-__all__ = ["Optimizer", "as_float"]
-
 TreeT = TypeVar("TreeT")
 Where = Literal["gradient", "update"] | None
 

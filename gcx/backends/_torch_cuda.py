@@ -29,8 +29,6 @@ from gcx.backends._torch_triton import (
     forms,
 )
 
-__all__ = ["Launches", "MultiTensor", "Schedule", "centralize_many", "launches", "takes", "why_not"]
-
 _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
@@ -55,6 +58,8 @@ class Adapter(ABC):
     warns_at_the_line: ClassVar[bool] = True
     # Under where="update" a step projects its update, or restores the means of the new weights.
     projects_the_update: ClassVar[bool] = False
+    # A layout by which the fan-in of a weight is its outputs.
+    turned: ClassVar[str] = "io"
     # Facts that do not hold for this adapter, by the name of the test or of one of its parameters;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}
@@ -148,3 +153,22 @@ def trained_by_hand(rate: float, momentum: float, strength: float) -> Arrays:
 def accuracy(p: Arrays) -> float:
     active = np.maximum(X @ p["hidden"].T + p["hidden_bias"], 0)
     return float(((active @ p["output"].T + p["output_bias"]).argmax(1) == DIGITS).mean())
+
+
+def saved_by_torch(value: Any) -> Any:
+    import torch
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
+    "twice": lambda value: copy.deepcopy(pickle.loads(pickle.dumps(value))),
+}
+if find_spec("torch") is not None:
+    COPIES["torch.save"] = saved_by_torch

@@ -286,14 +286,6 @@ def test_trajectory_is_that_of_numpy(step: Any, make: Any) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
 
 
-def test_strength_is_the_part_of_the_mean() -> None:
-    grads = {"kernel": normal(1, 3, 2)}
-    half = gcx.optax.centralize("flax", strength=0.5)
-    updates, _ = half.update(grads, half.init(grads))
-    mean = fan_in_means(grads["kernel"], (0,))
-    np.testing.assert_allclose(updates["kernel"], grads["kernel"] - mean / 2, atol=1e-15)
-
-
 # --- the transformation of optax itself, as a documented fact -------------------------------------
 
 

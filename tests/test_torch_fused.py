@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import pickle
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -23,6 +22,7 @@ import gcx.torch
 from gcx.testing import assert_centralized
 from gcx.torch._fused import SGD, AdamW
 
+from adapters import COPIES
 from torch_training import GRAD
 
 pytestmark = pytest.mark.one_framework
@@ -263,21 +263,6 @@ def test_layers_and_overrides(typical: Any) -> None:
         assert_centralized(model[6].weight, start=before, layout="io", rtol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
-def test_corollary(options: dict[str, float]) -> None:
-    """4.1: the means of the weights stay where they were."""
-    model, optimizer = ours(SGD, lr=0.1, **options)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, optimizer, steps=30)
-    for name, weight in model.named_parameters():
-        change = weight.detach() - start[name]
-        assert change.abs().max() > 1e-4
-        if name == "3.weight":
-            assert_centralized(change.unflatten(0, (2, 2)), layout="oio...", rtol=1e-9)
-        elif weight.ndim > 1:
-            assert_centralized(change, rtol=1e-9)
-
-
 def test_group_added_later_and_layer_unfrozen(typical: Any) -> None:
     pairs = []
     for is_ours in (True, False):
@@ -349,16 +334,6 @@ def resumed(pair: Pair, make: Callable[[nn.Module], Optimizer]) -> Pair:
     return model, optimizer
 
 
-def test_checkpoint_of_ours_resumes_in_ours(typical: Any, recwarn: pytest.WarningsRecorder) -> None:
-    pair = ours(typical.func, **typical.keywords)
-    train(*pair)
-    other = resumed(pair, typical)
-    train(*pair)
-    train(*other)
-    assert_same(other, pair)
-    assert not recwarn.list
-
-
 def test_checkpoint_of_ours_resumes_in_torch(typical: Any) -> None:
     """And goes on as it would have done where it comes from, but for the centralization."""
     base = BASES[typical.func]
@@ -407,47 +382,6 @@ def test_switches_survive_checkpoints_that_do_not_know_them(typical: Any) -> Non
 # Copies
 
 
-def torch_saved(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPY: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
-    "torch.save": torch_saved,
-    "twice": lambda value: copy.deepcopy(pickle.loads(pickle.dumps(value))),
-}
-
-
-@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
-def test_copies_go_on_alike(
-    copied: Callable[[Any], Any], typical: Any, recwarn: pytest.WarningsRecorder
-) -> None:
-    pair = ours(typical.func, **typical.keywords)
-    train(*pair)
-    twin = copied(pair)
-    assert type(twin[1]) is type(pair[1])
-    assert repr(twin[1]) == repr(pair[1])
-    for each in (pair, twin):
-        train(*each)
-    assert_same(twin, pair)
-    assert not torch.equal(twin[0][6].weight.grad, torch.zeros(3, 150))
-    twin[1].load_state_dict(pair[1].state_dict())
-    assert not recwarn.list
-
-
-def test_copy_of_the_optimizer_alone_has_its_own_model(typical: Any) -> None:
-    model, optimizer = ours(typical.func, **typical.keywords)
-    twin = copy.deepcopy(optimizer)
-    assert str(twin.plan) == str(optimizer.plan)
-    held = {p for group in twin.param_groups for p in group["params"]}
-    assert not held & set(model.parameters())
-
-
 class Module(nn.Module):
     """Holds its optimizer, so that to copy the one is to copy the other."""
 
@@ -460,15 +394,13 @@ class Module(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("first", ["model", "optimizer"])
-def test_copies_of_a_model_that_holds_its_optimizer(
-    first: str, copied: Callable[[Any], Any], typical: Any
-) -> None:
+def test_copies_of_a_model_that_holds_its_optimizer(first: str, how: str, typical: Any) -> None:
     model = Module(typical)
     train(model, model.optimizer)
     pair = (model, model.optimizer) if first == "model" else (model.optimizer, model)
-    twin = next(each for each in copied(pair) if isinstance(each, nn.Module))
+    twin = next(each for each in COPIES[how](pair) if isinstance(each, nn.Module))
     for each in (model, twin):
         train(each, each.optimizer)
     assert_same((twin, twin.optimizer), (model, model.optimizer))
@@ -521,12 +453,15 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
         typical(model, lr=-1.0)
 
 
+<<<<<<< HEAD
 def test_centralize_refuses_ours(where: Any, typical: Any) -> None:
     model, optimizer = ours(typical.func, **typical.keywords)
     with pytest.raises(ValueError, match="has Gradient Centralization already"):
         gcx.torch.centralize(optimizer, model, where=where)
 
 
+=======
+>>>>>>> contract
 def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3).double(), nn.Linear(5, 3).double())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -78,22 +76,6 @@ def test_handle_shows_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:
         "<GradientCentralization of SGD, where='gradient', "
         "<gcx plan: 1 of 2 parameters centralized>>"
     )
-
-
-@pytest.mark.parametrize("where", ["gradient", "update"])
-def test_remove_gives_plain_training_back_bit_for_bit(where: Any, layer: nn.Linear) -> None:
-    twin = copy.deepcopy(layer)
-    plain = Adam(twin.parameters(), weight_decay=0.1)
-    optimizer = Adam(layer.parameters(), weight_decay=0.1)
-    handle = gcx.torch.centralize(optimizer, layer, where=where)
-    handle.remove()
-    handle.remove()
-    train(layer, optimizer)
-    train(twin, plain)
-    assert torch.equal(layer.weight, twin.weight)
-    assert torch.equal(layer.bias, twin.bias)
-    with pytest.warns(UserWarning, match="momentum"):
-        gcx.torch.centralize(optimizer, layer)  # which a second handle would refuse
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
@@ -183,37 +165,6 @@ def test_wrapped_optimizer(layer: nn.Linear) -> None:
 # Copies
 
 
-def torch_saved(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPY = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "pickle in Python": lambda value: pickle.loads(pickle._dumps(value)),
-    "torch.save": torch_saved,
-}
-
-
-@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
-@pytest.mark.parametrize("where", ["gradient", "update"])
-def test_copy_of_the_optimizer_warns_and_works(where: Any, copied: Any, layer: nn.Linear) -> None:
-    optimizer = Adam(layer.parameters(), lr=0.01)
-    handle = gcx.torch.centralize(optimizer, layer, where=where)
-    train(layer, optimizer)
-    with pytest.warns(UserWarning, match="copy of this Adam does not centralize") as caught:
-        twin = copied(optimizer)
-    assert [warning.filename for warning in caught] == [__file__]
-    assert type(twin) is Adam
-    copied(optimizer.state_dict())  # which loses nothing
-    handle.remove()
-    assert vars(twin).keys() == vars(copied(optimizer)).keys()
-    assert str(twin.state_dict()) == str(optimizer.state_dict())
-
-
 class Module(nn.Module):
     """Holds its optimizer and the handle, as modules of Lightning do."""
 
@@ -222,20 +173,6 @@ class Module(nn.Module):
         self.layer = new_layer()
         self.optimizer = SGD(self.layer.parameters(), lr=0.01, momentum=0.9)
         self.handle = gcx.torch.centralize(self.optimizer, self)
-
-
-@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
-def test_copy_of_a_model_that_holds_optimizer_and_handle(copied: Any) -> None:
-    model = Module()
-    with pytest.warns(UserWarning, match="copy of this SGD does not centralize") as caught:
-        twin = copied(model)
-    assert {warning.filename for warning in caught} == {__file__}
-    assert twin.handle.plan[0].name == "layer.weight"
-    twin.handle.remove()
-    gcx.torch.centralize(twin.optimizer, twin)
-    for one in (model, twin):
-        change = change_of(one.layer, lambda one=one: train(one.layer, one.optimizer))
-        assert_centralized(change, rtol=RTOL)
 
 
 def test_copy_of_a_handle_looks_at_the_copy_of_the_model() -> None:
@@ -674,18 +611,6 @@ def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
 # Errors
 
 
-def test_choices(layer: nn.Linear) -> None:
-    optimizer = SGD([{"params": layer.parameters(), "centralize": "no"}])
-    told = r"'centralize' in a parameter group is True or False.*'no'"
-    with pytest.raises(TypeError, match=told):
-        gcx.torch.centralize(optimizer, layer)
-    del optimizer.param_groups[0]["centralize"]
-    with pytest.raises(ValueError, match="where is one of 'gradient', 'update', not 'weight'"):
-        gcx.torch.centralize(optimizer, layer, where="weight")
-    with pytest.raises(ValueError, match="decay is one of None, 'inside', 'outside', not True"):
-        gcx.torch.centralize(optimizer, layer, decay=True)
-
-
 def test_not_an_optimizer(layer: nn.Linear) -> None:
     wrapper = Wrapper(SGD(layer.parameters()))
     scheduler = torch.optim.lr_scheduler.ConstantLR(wrapper.optimizer)
@@ -722,13 +647,6 @@ def test_closure_that_accumulates_and_clips(limit: float, where: Any, layer: nn.
         closure(twin)
         other.step()
     torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-14)
-
-
-def test_attaching_twice(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters())
-    gcx.torch.centralize(optimizer, layer)
-    with pytest.raises(ValueError, match=r"this SGD has Gradient Centralization already"):
-        gcx.torch.centralize(optimizer, layer, where="update")
 
 
 def test_nothing_to_centralize(layer: nn.Linear) -> None:
@@ -799,36 +717,6 @@ def test_sparse_gradient_of_an_embedding_is_nobodys_business(layer: nn.Linear) -
     gcx.torch.centralize(optimizer, model)
     model(torch.tensor([1, 2])).square().sum().backward()
     assert_means_kept(layer, optimizer.step)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_update_of_low_precision_weights_warns(dtype: torch.dtype, layer: nn.Linear) -> None:
-    layer = layer.to(dtype)
-    with pytest.warns(UserWarning, match=f"weight is {dtype}.*where='gradient'") as caught:
-        gcx.torch.centralize(SGD(layer.parameters()), layer, where="update")
-    assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("decay", [None, "outside"])
-@pytest.mark.parametrize("where", ["gradient", "update"])
-@pytest.mark.parametrize("kind", [SGD, AdamW])
-def test_resumed_training_is_the_same(
-    kind: Any, where: Any, decay: Any, layer: nn.Linear, recwarn: pytest.WarningsRecorder
-) -> None:
-    if kind is SGD and where == "update":
-        decay = None  # the other is an error
-    options: Any = {"momentum": 0.9} if kind is SGD else {}
-    optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.1, **options)
-    gcx.torch.centralize(optimizer, layer, where=where, decay=decay)
-    train(layer, optimizer)
-    twin = copy.deepcopy(layer)
-    resumed = kind(twin.parameters(), lr=0.01, weight_decay=0.1, **options)
-    gcx.torch.centralize(resumed, twin, where=where, decay=decay)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(layer, optimizer)
-    train(twin, resumed)
-    assert torch.equal(layer.weight, twin.weight)
-    assert not recwarn.list
 
 
 def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linear) -> None:

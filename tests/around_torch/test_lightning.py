@@ -27,9 +27,6 @@ import gcx.torch
 from gcx.lightning import GradientCentralization
 from gcx.testing import assert_centralized
 
-import canonical_order
-from same_bits import assert_same_bits
-
 # Lightning asks torch for what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning")
 
@@ -273,17 +270,6 @@ def test_options_are_those_of_gcx_torch(tmp_path: Path) -> None:
     assert plan.to_dict() == expected.to_dict()
 
 
-def test_bits_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    class Recording(Net):
-        def on_before_optimizer_step(self, _: Any) -> None:
-            self.grad = self.head.weight.grad.clone()
-
-    net = Recording(torch.optim.SGD, lr=0.01)
-    trainer_of(tmp_path, GradientCentralization(reproducible=True)).fit(net, BATCHES)
-    expected = canonical_order.centralized(net.grad, (1,), "float32")
-    assert_same_bits(net.head.weight.grad.numpy(), expected)
-
-
 def test_it_says_once_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(trainer_of(tmp_path, GradientCentralization()), Net())
@@ -302,7 +288,6 @@ class WithoutOptimizers(Adversaries):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Net, {"overrides": {"*": None}}, "nothing to centralize in this SGD"),
         (Net, {"overrides": {"tail.*": None}}, "matches no parameter"),
         (Net, {"where": "update", "decay": "outside"}, "decay='outside'"),
         (WithoutOptimizers, {}, "no optimizer"),
@@ -316,23 +301,6 @@ def test_errors_come_before_the_training(
     with pytest.raises(ValueError, match=message):
         fit(trainer_of(tmp_path, GradientCentralization(**options)), net)
     torch.testing.assert_close(net.weights(), start, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "message"),
-    [
-        ({"where": "grad"}, ValueError, "where is one of"),
-        ({"decay": "in"}, ValueError, "decay is one of"),
-        ({"layers": "convolutions"}, ValueError, "layers is one of"),
-        ({"strength": 2.0}, ValueError, "strength is the part of the mean"),
-        ({"overrides": "head.weight"}, TypeError, "overrides is a mapping"),
-    ],
-)
-def test_options_are_checked_at_once(
-    option: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        GradientCentralization(**option)
 
 
 # Beginning, ending, and beginning again
@@ -380,33 +348,6 @@ def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
 
 
 # Checkpoints
-
-
-def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:
-    whole, half, other_half = Net(), Net(), Net()
-    nn.init.zeros_(other_half.head.weight)  # so that it can be right by the checkpoint alone
-    fit(trainer_of(tmp_path, GradientCentralization(), max_epochs=4), whole)
-    trainer = trainer_of(tmp_path, GradientCentralization())
-    fit(trainer, half)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = trainer_of(tmp_path, GradientCentralization(), max_epochs=4)
-    fit(resumed, other_half, ckpt_path=tmp_path / "half.ckpt")  # a warning would be an error here
-    torch.testing.assert_close(other_half.weights(), whole.weights(), rtol=0, atol=0)
-
-
-def test_momentum_of_a_run_without_centralization_is_centralized(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
-    fit(trainer, Net())
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    net = Net()
-    net.load_state_dict(torch.load(tmp_path / "plain.ckpt")["state_dict"])
-    with pytest.warns(UserWarning, match="momentum of 2 weights"):
-        start = fit(
-            trainer_of(tmp_path, GradientCentralization(), max_epochs=4),
-            net,
-            ckpt_path=tmp_path / "plain.ckpt",
-        )
-    assert_means_stay(net, start)
 
 
 # The same package by its older name

@@ -33,9 +33,6 @@ import gcx.torch
 from gcx.testing import assert_centralized
 from gcx.transformers import GradientCentralization
 
-import canonical_order
-from same_bits import assert_same_bits
-
 TOKENS = torch.randint(32, (32, 8), generator=torch.Generator().manual_seed(1))
 
 Weights = dict[str, Tensor]
@@ -169,26 +166,6 @@ def test_adam_is_given_centralized_gradients(
             assert_centralized(momentum, layout=row.layout)
 
 
-def test_bits_are_those_that_were_asked_for(tmp_path: Path) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 1000}))
-    weight = model.model.layers[0].mlp.down_proj.weight
-    grads = []
-
-    class Recording(TrainerCallback):
-        """Before and after each step."""
-
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            grads.append(weight.grad.clone())
-
-        on_optimizer_step = on_pre_optimizer_step
-
-    callbacks = GradientCentralization(reproducible=True), Recording()
-    train(trainer_of(tmp_path, model, *callbacks, weight_decay=0.0, max_steps=1))
-    before, after = grads
-    expected = canonical_order.centralized(before, (1,), "float32")
-    assert_same_bits(after.numpy(), expected)
-
-
 def test_decay_of_an_optimizer_of_transformers_must_be_told(tmp_path: Path) -> None:
     def trainer(model: nn.Module, **options: Any) -> Trainer:
         callback = GradientCentralization(**options)
@@ -297,44 +274,6 @@ def test_a_checkpoint_that_knows_no_switches_leaves_them(tmp_path: Path) -> None
     assert callback.plan is not None
     off = [row.name for row in callback.plan if row.reason.startswith("switched off")]
     assert off == ["transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"]
-
-
-@pytest.mark.parametrize(
-    ("option", "error", "message"),
-    [
-        ({"where": "grad"}, ValueError, "where is one of"),
-        ({"decay": "in"}, ValueError, "decay is one of"),
-        ({"layers": "convolutions"}, ValueError, "layers is one of"),
-        ({"strength": 2.0}, ValueError, "strength is the part of the mean"),
-        ({"overrides": "head.weight"}, TypeError, "overrides is a mapping"),
-    ],
-)
-def test_options_are_checked_at_once(
-    option: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        GradientCentralization(**option)
-
-
-def test_a_resumed_training_is_the_same_as_one_without_a_break(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
-    whole, resumed = gpt2(), gpt2(seed=1)
-    train(trainer_of(tmp_path, whole, GradientCentralization(), **saving))
-    trainer = trainer_of(tmp_path, resumed, GradientCentralization(), **saving)
-    train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # without a warning
-    torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
-
-
-def test_momentum_of_a_run_without_centralization_is_centralized(
-    callback: GradientCentralization, tmp_path: Path
-) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 3, "optim_args": "momentum=0.9"}
-    plain, model = gpt2(), gpt2()
-    train(trainer_of(tmp_path, plain, max_steps=3, **saving))
-    trainer = trainer_of(tmp_path, model, callback, **saving)
-    with pytest.warns(UserWarning, match="momentum of 4 weights"):
-        train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert_means_stay(model, weights_of(plain))
 
 
 # Accelerate, without a Trainer

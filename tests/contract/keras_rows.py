@@ -18,6 +18,7 @@ from adapters import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays,
 class Keras(Adapter):
     name = f"keras-{keras.backend.backend()}"
     dtype = "float32"
+    turned = "oi"
     names: ClassVar = {name: f"net/{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
         "test_copies_go_on_alike": "a model is saved, not copied",

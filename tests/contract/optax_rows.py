@@ -25,6 +25,7 @@ def loss(p: Any) -> Any:
 class Optax(Adapter):
     name = "optax"
     projects_the_update = True
+    turned = "oi"
     names: ClassVar = {name: f"{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
         "where": "the place in the chain says it",

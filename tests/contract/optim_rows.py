@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ class Optim(Adapter):
     }
 
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
+        self.kind = kind
         plain = SGD(RATE, momentum=MOMENTUM) if kind == "sgd" else Adam(ADAM_RATE)
         self.optimizer = replace(plain, where=None)
         self.params: Arrays = start_of(dtype or self.dtype)
@@ -61,12 +63,9 @@ class Optim(Adapter):
         return {name: array.copy() for name, array in self.params.items()}
 
     def resumed(self) -> Optim:
-        other = type(self)("sgd", Path())
+        other = type(self)(self.kind, Path())
         other.optimizer, other.params = self.optimizer, self.params
-        other.state = {
-            name: {key: np.asarray(array) for key, array in tree.items()}
-            for name, tree in self.state.items()
-        }
+        other.state = deepcopy(self.state)
         return other
 
     def plan(self) -> Any:

@@ -453,15 +453,6 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
         typical(model, lr=-1.0)
 
 
-<<<<<<< HEAD
-def test_centralize_refuses_ours(where: Any, typical: Any) -> None:
-    model, optimizer = ours(typical.func, **typical.keywords)
-    with pytest.raises(ValueError, match="has Gradient Centralization already"):
-        gcx.torch.centralize(optimizer, model, where=where)
-
-
-=======
->>>>>>> contract
 def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3).double(), nn.Linear(5, 3).double())

@@ -15,8 +15,6 @@ import gcx
 from gcx._table import aligned
 from gcx.backends import LIBRARIES, load
 
-__all__ = ["INSTALL", "LibraryInfo", "attempt", "exit_after", "look_up", "main", "run_quietly"]
-
 T = TypeVar("T")
 
 _DESCRIPTION = """\
@@ -124,7 +122,6 @@ def _torch_on_cuda() -> str:
 
 
 def _first_line(doc: str | None) -> str:
-    """Return the line of a backend's documentation that says how it does its work."""
     return (doc or "").partition("\n")[0].removesuffix(".")
 
 
@@ -219,11 +216,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def run_quietly(command: Callable[[], int]) -> int:
-    """Run a command; Ctrl-C, or an output that cannot be written, ends it without a traceback.
-
-    The exit code is 130 after Ctrl-C and 141 after the reader of a pipe has gone, as in other
-    programs. If the disk is full, it is 1, with one line on stderr.
-    """
+    """Run a command; Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly."""
     try:
         try:
             return command()

@@ -13,8 +13,6 @@ from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
 
-__all__ = ["centralize", "centralize_many"]
-
 OUTPUT_FIRST = Layout("o...")
 
 ArrayT = TypeVar("ArrayT")

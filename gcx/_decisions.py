@@ -12,21 +12,6 @@ from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
-__all__ = [
-    "LEFT_ALONE",
-    "already_attached",
-    "check_choice",
-    "check_reproducible",
-    "decide",
-    "find_overrides",
-    "left_alone_by",
-    "merge",
-    "narrow_weight",
-    "no_fan_in",
-    "nothing_to_centralize",
-    "refuse_empty",
-]
-
 LEFT_ALONE = LeaveAlone("left alone by an override")
 
 
@@ -96,10 +81,10 @@ def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
         return as_layout(value)
 
 
-def refuse_empty(plan: Plan, owner: str) -> None:
+def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
     """Raise a ValueError that shows the plan of a model if it centralizes nothing."""
     if all(row.layout is None for row in plan):
-        raise ValueError(nothing_to_centralize(plan, owner))
+        raise ValueError(nothing_to_centralize(plan, owner, hint=hint))
 
 
 def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:

@@ -7,8 +7,6 @@ from typing import Any
 
 from gcx.backends import Backend
 
-__all__ = ["backend_for"]
-
 # A cache: `_find` would find the same backends again.
 _by_type: dict[type, Backend] = {}
 

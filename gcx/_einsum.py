@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["kernel_letters"]
-
 
 def kernel_letters(equation: str) -> str:
     """Find the layout of the kernel, the second operand: ``i`` for the axes that are summed.

@@ -9,8 +9,6 @@ from gcx._names import leaves_like, match_all, naming
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import Plan
 
-__all__ = ["Layouts", "layouts_for", "match_layouts"]
-
 Layouts = LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] | Plan
 
 

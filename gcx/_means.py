@@ -9,8 +9,6 @@ from gcx._centralize import see_fan_in
 from gcx._dispatch import backend_for
 from gcx.layout import LayoutLike
 
-__all__ = ["fan_in_mean", "restore_mean", "subtract_mean"]
-
 
 def fan_in_mean(x: Any, layout: LayoutLike, *, reproducible: bool = False) -> Any:
     """Average over the fan-in, in float32 or wider; the fan-in axes stay, with size 1.

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-__all__ = ["flatten", "is_glob", "leaves_like", "match", "match_all"]
-__all__ += ["naming", "no_match", "rebuild"]
-
 TreeT = TypeVar("TreeT")
 
 _GLOB = frozenset("*?[")
@@ -134,10 +131,7 @@ def leaves_like(
 ) -> list[Any]:
     """List the leaves of `other`, which must be built like `tree`, in the order of `tree`.
 
-    Raises
-    ------
-    ValueError
-        If it is not. The message calls the trees `what` and `like`, and shows the first difference.
+    The ValueError if it is not calls the trees `what` and `like`, and shows the first difference.
     """
     mine, theirs = _children(tree), _children(other)
     if mine is None and theirs is None:

@@ -16,8 +16,6 @@ from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx.layout import Layout
 
-__all__ = ["Optimizer", "as_float"]
-
 TreeT = TypeVar("TreeT")
 Where = Literal["gradient", "update"] | None
 
@@ -47,18 +45,10 @@ class Optimizer:
         object.__setattr__(self, "strength", check_strength(self.strength))
 
     def init(self, params: Any) -> dict[str, Any]:
-        """Make the initial state.
+        """Make the initial state of weights in a list, tuple or dict, which may be nested.
 
-        Parameters
-        ----------
-        params : list, tuple or dict of arrays
-            The weights, of real or complex floating dtype; may be nested.
-
-        Returns
-        -------
-        dict
-            Trees built like `params`: ``"step"`` with ints, and one for each buffer of the
-            optimizer, with arrays of the weights' shapes and dtypes.
+        It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer of
+        the optimizer, with arrays of the weights' shapes and dtypes.
 
         Raises
         ------
@@ -86,24 +76,11 @@ class Optimizer:
     def update(
         self, params: TreeT, grads: Any, state: Mapping[str, Any]
     ) -> tuple[TreeT, dict[str, Any]]:
-        """Take one step.
+        """Take one step: return the new weights, of the same dtypes, and the new state.
 
-        Parameters
-        ----------
-        params : list, tuple or dict of arrays
-            The weights.
-        grads : list, tuple or dict of arrays
-            The gradients, built like `params`, of the same libraries, shapes and dtypes. None
-            leaves a parameter and its state unchanged.
-        state : dict
-            The state from `init` or the previous `update`.
-
-        Returns
-        -------
-        params : list, tuple or dict of arrays
-            The new weights, built like `params` and of the same dtypes.
-        state : dict
-            The new state.
+        `grads` are built like `params`, of the same libraries, shapes and dtypes. A gradient of
+        None leaves a parameter and its state unchanged. `state` comes from `init` or the previous
+        `update`.
 
         Raises
         ------

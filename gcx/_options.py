@@ -37,3 +37,26 @@ class Options:
         if not isinstance(self.overrides, Mapping | None):
             msg = f"overrides is a mapping from names to layouts, not {self.overrides!r}"
             raise TypeError(msg)
+
+
+class TakesOptions:
+    """Mixin for the callback of a trainer, whose arguments are the options."""
+
+    def __init__(
+        self,
+        *,
+        where: Where = "gradient",
+        decay: Decay = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Mapping[Any, Any] | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        self._options = Options(
+            where=where,
+            decay=decay,
+            strength=strength,
+            layers=layers,
+            overrides=overrides,
+            reproducible=reproducible,
+        )

@@ -96,23 +96,9 @@ class Layout:
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
         """Find the axes to average over in an array of rank `ndim`.
 
-        Scalars have none. Vectors have none if the layout has an ``o`` or ``b``: a bias holds one
-        number per output unit.
-
-        Parameters
-        ----------
-        ndim : int
-            Rank of the gradient.
-
-        Returns
-        -------
-        tuple of int
-            Non-negative, in increasing order; empty if there is nothing to average over.
-
-        Raises
-        ------
-        ValueError
-            If the layout does not fit the rank, or splits an axis (then use `split`).
+        They are in increasing order. Scalars have none. Vectors have none if the layout has an
+        ``o`` or ``b``: a bias holds one number per output unit. Raises a ValueError if the layout
+        does not fit the rank, or splits an axis (then use `split`).
 
         Examples
         --------
@@ -131,22 +117,8 @@ class Layout:
     def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
         """Return the shape with one axis for each letter, and the fan-in axes of that shape.
 
-        Parameters
-        ----------
-        shape : tuple of int
-            Shape of the gradient.
-
-        Returns
-        -------
-        shape : tuple of int
-            The shape to give to the gradient; unchanged if the layout has no parentheses.
-        axes : tuple of int
-            The fan-in axes in the new shape, like `fan_in_axes`.
-
-        Raises
-        ------
-        ValueError
-            If the layout does not fit the shape.
+        The shape is unchanged if the layout has no parentheses. The axes are as in `fan_in_axes`.
+        Raises a ValueError if the layout does not fit the shape.
 
         Examples
         --------
@@ -171,20 +143,8 @@ class Layout:
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
 
-        Parameters
-        ----------
-        ndim : int
-            Rank of the array.
-
-        Returns
-        -------
-        str
-            One letter for each axis of the shape that `split` returns.
-
-        Raises
-        ------
-        ValueError
-            If the layout does not fit the rank.
+        There is one letter for each axis of the shape that `split` returns. Raises a ValueError if
+        the layout does not fit the rank.
 
         Examples
         --------

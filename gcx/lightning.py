@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gcx.torch
-from gcx._options import Decay, Layers, Options, Where
+from gcx._options import TakesOptions
 from gcx.plan import Plan
-from gcx.torch._plan import Overrides
 
 if not TYPE_CHECKING and find_spec("lightning") is None:
     import pytorch_lightning as pl  # the same package by its older name
@@ -21,7 +21,7 @@ else:
 __all__ = ["GradientCentralization"]
 
 
-class GradientCentralization(pl.Callback):
+class GradientCentralization(TakesOptions, pl.Callback):
     """Callback of a Lightning trainer: its optimizers use Gradient Centralization while it fits.
 
     `gcx.torch.centralize` is called for each optimizer when fitting starts, and undone when it
@@ -66,25 +66,7 @@ class GradientCentralization(pl.Callback):
     True
     """
 
-    def __init__(
-        self,
-        *,
-        where: Where = "gradient",
-        decay: Decay = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Overrides | None = None,
-        reproducible: bool = False,
-    ) -> None:
-        self._options = Options(
-            where=where,
-            decay=decay,
-            strength=strength,
-            layers=layers,
-            overrides=overrides,
-            reproducible=reproducible,
-        )
-        self._handles: list[gcx.torch.GradientCentralization] = []
+    _handles: Sequence[gcx.torch.GradientCentralization] = ()
 
     @property
     def plans(self) -> list[Plan]:
@@ -102,21 +84,18 @@ class GradientCentralization(pl.Callback):
         rows = [row for row in plan if row.layout is not None]
         weights: set[Tensor] = {pl_module.get_parameter(row.name) for row in rows}
         concerned = [opt for opt in trainer.optimizers if _has_some_of(weights, opt)]
-        self._handles = []
+        handles = self._handles = []
         for optimizer in concerned or trainer.optimizers:  # an error says why, if none is concerned
             handle = gcx.torch.GradientCentralization(optimizer, pl_module, self._options)
-            self._handles.append(handle)
+            handles.append(handle)
             pl.utilities.rank_zero_info(f"{handle}")
 
     def on_exception(self, *_: Any) -> None:
         """Leave the optimizers as they were before."""
-        self._remove()
+        self.teardown()
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Leave the optimizers as they were before."""
-        self._remove()
-
-    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 

@@ -129,24 +129,15 @@ class Plan(Sequence[PlanRow]):
         return {row.name: _make_plain(row) for row in self}
 
     def table(self) -> str:
-        """Show every row.
-
-        Returns
-        -------
-        str
-            One line per parameter, and a line with their number.
-        """
+        """Show every row, one line per parameter, and their number."""
         return "\n".join([*aligned([_HEADER, *map(_cells, self)]), self._counts()])
 
     def summary(self) -> str:
         """Show the parameters by kind: one line for each reason and layout.
 
-        Returns
-        -------
-        str
-            For each kind, the number of parameters and elements, the layout, the reason, and some
-            names. A star stands for the numbers in which names differ, so that such a name can be
-            a key of ``overrides`` and `layouts`. Unknown parameters are all named.
+        A line has the number of parameters and elements, the layout, the reason, and some names. A
+        star stands for the numbers in which names differ, so that such a name can be a key of
+        ``overrides`` and `layouts`. Unknown parameters are all named.
 
         Examples
         --------

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import gcx.torch
-from gcx._options import Decay, Layers, Options, Where
+from gcx._options import TakesOptions
 from gcx.plan import Plan
 from gcx.torch._targets import keep_switches
 
@@ -18,7 +17,7 @@ __all__ = ["GradientCentralization"]
 _LOG = logging.getLogger(__name__)
 
 
-class GradientCentralization(TrainerCallback):
+class GradientCentralization(TakesOptions, TrainerCallback):
     """Callback of a Trainer: its optimizer uses Gradient Centralization while it trains.
 
     `gcx.torch.centralize` is called for the optimizer when training begins, and undone when it
@@ -59,25 +58,7 @@ class GradientCentralization(TrainerCallback):
     <gcx plan: 4 of 16 parameters centralized>
     """
 
-    def __init__(
-        self,
-        *,
-        where: Where = "gradient",
-        decay: Decay = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Mapping[Any, Any] | None = None,
-        reproducible: bool = False,
-    ) -> None:
-        self._options = Options(
-            where=where,
-            decay=decay,
-            strength=strength,
-            layers=layers,
-            overrides=overrides,
-            reproducible=reproducible,
-        )
-        self._handle: gcx.torch.GradientCentralization | None = None
+    _handle: gcx.torch.GradientCentralization | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -97,7 +78,7 @@ class GradientCentralization(TrainerCallback):
     ) -> None:
         """Attach to the optimizer; its checkpoint is already loaded."""
         del args, control
-        self._remove()  # no callback runs after a training that raised
+        self.on_train_end()  # no callback runs after a training that raised
         self._handle = gcx.torch.GradientCentralization(
             kwargs["optimizer"], kwargs["model"], self._options
         )
@@ -106,8 +87,5 @@ class GradientCentralization(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the optimizer as it was before."""
-        self._remove()
-
-    def _remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()

@@ -60,6 +60,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize("pair", [_param(*two) for two in combinations(found, 2)])
 
 
+@pytest.fixture(params=["gradient", "update"])
+def where(request: pytest.FixtureRequest) -> Any:
+    """Run the test on gradients and on updates, unless it chooses for itself."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """Programs that run once, and whose last bits nobody looks at: XLA takes longer than they."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import canonical_order
+import same_bits
 
 Axes = tuple[int, ...]
 
@@ -108,8 +109,5 @@ def name_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def assert_same_bits(found: Tensor, wanted: Any, what: object = None) -> None:
-    result = numpy(found)
-    bits = np.uint64 if wanted.dtype == np.float64 else np.uint32
-    same = (result.view(bits) == wanted.view(bits)) | (np.isnan(result) & np.isnan(wanted))
-    assert same.all(), f"{what}: {(~same).sum()} of {same.size} differ"
+def assert_same_bits(found: Tensor, wanted: Any) -> None:
+    same_bits.assert_same_bits(numpy(found), wanted)

@@ -1,11 +1,58 @@
-"""A jitted training loop around an optax optimizer."""
+"""Small trees of parameters, and a jitted training loop around an optax optimizer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+
+jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
+
+
+def normal(seed: int, *shape: int, dtype: str = "float64") -> Any:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def normal_like(seed: int, tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    new = [normal(seed + k, *leaf.shape, dtype=leaf.dtype) for k, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, new)
+
+
+def struct(*shape: int, dtype: str = "float64") -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Linear:
+    weight: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Net:
+    """Modules as attributes and in lists, and None for what a layer does without: Equinox."""
+
+    embedding: Any
+    norm: Any
+    layers: list[Any]
+
+
+KERNELS = {
+    "Dense_0": {"kernel": normal(1, 4, 3), "bias": normal(2, 3)},
+    "Dense_1": {"kernel": normal(3, 3, 2), "bias": normal(4, 2)},
+}
+FIRST_ONLY = {
+    "Dense_0": {"kernel": True, "bias": True},
+    "Dense_1": {"kernel": False, "bias": False},
+}
+SGD = optax.sgd(0.1)
 
 
 def train(optimizer: Any, loss: Any, params: Any, *, steps: int = 10) -> Any:

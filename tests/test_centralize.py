@@ -238,7 +238,7 @@ def assert_same_kind(result: Any, grad: Any) -> None:
 class TestStrength:
     @pytest.mark.parametrize(
         "strength",
-        [0, 0.0, 0.25, 1, 1.0, np.float64(0.5), np.float32(0.5), Fraction(1, 2)],
+        [0, 0.0, 0.25, 0.3, 1, 1.0, np.float64(0.5), np.float32(0.5), Fraction(1, 2)],
         ids=repr,
     )
     @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])

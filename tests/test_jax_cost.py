@@ -28,11 +28,13 @@ def weights(*shapes: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize(
     "layouts",
-    [{"w0": "...o", "w1": "ioo"}, {"w*": "o..."}, lambda path, leaf: "...o"],
-    ids=["names", "glob", "function"],
+    [{"w0": "...o", "w1": "ioo"}, {"w*": "o..."}, lambda path, leaf: "...o", "flax"],
+    ids=["names", "glob", "function", "preset"],
 )
 def test_compiles_once(layouts: Any) -> None:
     params = weights((6, 5), (4, 3, 2))
+    if layouts == "flax":
+        params = {f"{name}/kernel": weight for name, weight in params.items()}
     optimizer = optax.chain(gcx.optax.centralize(layouts), optax.adamw(1e-3))
     state = optimizer.init(params)
     traced = []

@@ -27,6 +27,10 @@ def weight(*shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), "float32")
 
 
+def pairs(one: Any, other: Any) -> Any:
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+
+
 PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "default": gcx.centralize,
     "layout": partial(gcx.centralize, layout="...o"),
@@ -42,27 +46,21 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
 class TestPrograms:
     def test_jit(self, program: Callable[[Any], Any]) -> None:
         grad = weight(4, 3, 2)
-        for jitted, plain in zip(
-            jax.tree.leaves(jax.jit(program)(grad)), jax.tree.leaves(program(grad)), strict=True
-        ):
+        for jitted, plain in pairs(jax.jit(program)(grad), program(grad)):
             assert jitted.dtype == plain.dtype
             np.testing.assert_array_equal(jitted, plain)
 
     def test_vmap(self, program: Callable[[Any], Any]) -> None:
         batch = weight(5, 4, 3, 2)
         one_by_one = jax.tree.map(lambda *x: jnp.stack(x), *[program(grad) for grad in batch])
-        for mapped, expected in zip(
-            jax.tree.leaves(jax.vmap(program)(batch)), jax.tree.leaves(one_by_one), strict=True
-        ):
+        for mapped, expected in pairs(jax.vmap(program)(batch), one_by_one):
             np.testing.assert_allclose(
                 mapped.astype("float32"), expected.astype("float32"), atol=1e-6
             )
 
     def test_abstract(self, program: Callable[[Any], Any]) -> None:
         abstract = jax.eval_shape(program, jax.ShapeDtypeStruct((4, 3, 2), jnp.float32))
-        for shape, result in zip(
-            jax.tree.leaves(abstract), jax.tree.leaves(program(weight(4, 3, 2))), strict=True
-        ):
+        for shape, result in pairs(abstract, program(weight(4, 3, 2))):
             assert (shape.shape, shape.dtype) == (result.shape, result.dtype)
 
     def test_strict_promotion(self, program: Callable[[Any], Any]) -> None:

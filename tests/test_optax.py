@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,27 +25,9 @@ from jax import lax
 
 import gcx.optax
 
-from optax_training import train
+from optax_training import FIRST_ONLY, KERNELS, SGD, Linear, Net, normal, normal_like, struct, train
 
 pytestmark = pytest.mark.one_framework
-
-jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
-
-PRESETS = ("flax", "haiku", "equinox", "keras")
-
-
-def normal(seed: int, *shape: int, dtype: str = "float64") -> Any:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def normal_like(seed: int, tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    new = [normal(seed + k, *leaf.shape, dtype=leaf.dtype) for k, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, new)
-
-
-def struct(*shape: int, dtype: str = "float64") -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def conv(x: Any, w: Any, spec: str, **options: Any) -> Any:
@@ -58,23 +38,6 @@ def conv(x: Any, w: Any, spec: str, **options: Any) -> Any:
 
 
 # --- whole models: which weights keep their means, and which move freely --------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Linear:
-    weight: Any
-    bias: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Net:
-    """Modules as attributes and in lists, and None for what a layer does without: Equinox."""
-
-    embedding: Any
-    norm: Any
-    layers: list[Any]
 
 
 class WithList:
@@ -95,28 +58,27 @@ class Model(NamedTuple):
     preset: str
     params: Any
     apply: Any  # of params and 5 token numbers
-    axes: dict[str, tuple[int, ...] | None]  # fan-in axes, None where it is to be left alone
+    axes: dict[str, tuple[int, ...] | None]  # fan-in
 
 
 TOKENS = jnp.array([0, 3, 1, 6, 3])
 
 
 def flax_model(p: Any) -> Any:
-    x = p["Embed_0"]["embedding"][TOKENS]
-    query = jnp.einsum("nd,dhk->nhk", x, p["Attention_0"]["query"]["kernel"])
-    heads = jnp.tanh(query + p["Attention_0"]["query"]["bias"])
-    x = x + jnp.einsum("nhk,hkd->nd", heads, p["Attention_0"]["out"]["kernel"])
-    x = jnp.tanh(x * p["LayerNorm_0"]["scale"] + p["LayerNorm_0"]["bias"])
-    return x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    x = p["Embed_0/embedding"][TOKENS]
+    heads = jnp.einsum("nd,dhk->nhk", x, p["attention/query/kernel"]) + p["attention/query/bias"]
+    x = x + jnp.einsum("nhk,hkd->nd", jnp.tanh(heads), p["attention/out/kernel"])
+    x = jnp.tanh(x * p["norm/scale"] + p["norm/bias"])
+    return x @ p["Dense_0/kernel"] + p["Dense_0/bias"]
 
 
 def haiku_model(p: Any) -> Any:
-    x = conv(p["embed"]["embeddings"][TOKENS][None], p["conv1_d"]["w"], "WIO", padding="SAME")[0]
-    x = x * p["batch_norm"]["scale"] + p["batch_norm"]["offset"]
+    x = conv(p["embed/embeddings"][TOKENS][None], p["conv1_d/w"], "WIO", padding="SAME")[0]
+    x = x * p["batch_norm/scale"] + p["batch_norm/offset"]
     state = jnp.zeros((1, 3))
     for row in x[:2]:
-        state = jnp.tanh(row @ p["gru"]["w_i"] + state @ p["gru"]["w_h"] + p["gru"]["b"])
-    return state @ p["mlp/~/linear_0"]["w"] + p["mlp/~/linear_0"]["b"]
+        state = jnp.tanh(row @ p["gru/w_i"] + state @ p["gru/w_h"] + p["gru/b"])
+    return state @ p["mlp/~/linear_0/w"] + p["mlp/~/linear_0/b"]
 
 
 def equinox_model(p: Any) -> Any:
@@ -127,52 +89,38 @@ def equinox_model(p: Any) -> Any:
     return x.reshape(1, 18) @ linear.weight.T
 
 
+# Shape and fan-in axes of each parameter, None where it is to be left alone.
+FLAX = {
+    "Dense_0/bias": ((1,), None),
+    "Dense_0/kernel": ((4, 1), (0,)),
+    "Embed_0/embedding": ((7, 4), None),
+    "attention/out/kernel": ((2, 3, 4), (0, 1)),
+    "attention/query/bias": ((2, 3), None),
+    "attention/query/kernel": ((4, 2, 3), (0,)),
+    "norm/bias": ((4,), None),
+    "norm/scale": ((4,), None),
+}
+HAIKU = {
+    "batch_norm/offset": ((1, 4), None),
+    "batch_norm/scale": ((1, 4), None),
+    "conv1_d/w": ((3, 2, 4), (0, 1)),
+    "embed/embeddings": ((7, 2), None),
+    "gru/b": ((3,), None),
+    "gru/w_h": ((3, 3), (0,)),
+    "gru/w_i": ((4, 3), (0,)),
+    "mlp/~/linear_0/b": ((1,), None),
+    "mlp/~/linear_0/w": ((3, 1), (0,)),
+}
+
+
+def from_table(preset: str, apply: Any, table: dict[str, tuple[Any, Any]]) -> Model:
+    params = {path: normal(k, *shape) for k, (path, (shape, _)) in enumerate(table.items())}
+    return Model(preset, params, apply, {path: axes for path, (_, axes) in table.items()})
+
+
 MODELS = {
-    "flax": Model(
-        "flax",
-        {
-            "Attention_0": {
-                "out": {"kernel": normal(1, 2, 3, 4)},
-                "query": {"bias": normal(2, 2, 3), "kernel": normal(3, 4, 2, 3)},
-            },
-            "Dense_0": {"bias": normal(4, 1), "kernel": normal(5, 4, 1)},
-            "Embed_0": {"embedding": normal(6, 7, 4)},
-            "LayerNorm_0": {"bias": normal(7, 4), "scale": normal(8, 4)},
-        },
-        flax_model,
-        {
-            "Attention_0/out/kernel": (0, 1),
-            "Attention_0/query/bias": None,
-            "Attention_0/query/kernel": (0,),
-            "Dense_0/bias": None,
-            "Dense_0/kernel": (0,),
-            "Embed_0/embedding": None,
-            "LayerNorm_0/bias": None,
-            "LayerNorm_0/scale": None,
-        },
-    ),
-    "haiku": Model(
-        "haiku",
-        {
-            "batch_norm": {"offset": normal(1, 1, 4), "scale": normal(2, 1, 4)},
-            "conv1_d": {"w": normal(3, 3, 2, 4)},
-            "embed": {"embeddings": normal(4, 7, 2)},
-            "gru": {"b": normal(5, 3), "w_h": normal(6, 3, 3), "w_i": normal(7, 4, 3)},
-            "mlp/~/linear_0": {"b": normal(8, 1), "w": normal(9, 3, 1)},
-        },
-        haiku_model,
-        {
-            "batch_norm/offset": None,
-            "batch_norm/scale": None,
-            "conv1_d/w": (0, 1),
-            "embed/embeddings": None,
-            "gru/b": None,
-            "gru/w_h": (0,),
-            "gru/w_i": (0,),
-            "mlp/~/linear_0/b": None,
-            "mlp/~/linear_0/w": (0,),
-        },
-    ),
+    "flax": from_table("flax", flax_model, FLAX),
+    "haiku": from_table("haiku", haiku_model, HAIKU),
     "equinox": Model(
         "equinox",
         Net(
@@ -279,53 +227,41 @@ def project(array: Any) -> Any:
     return centralized(array, (0,)) if array.ndim == 2 else array
 
 
-def numpy_sgd(t: int, w: Any, g: Any, m: Any, v: Any) -> Any:
-    return w - LEARNING_RATE * project(g), m, v
-
-
-def numpy_sgd_of_the_paper(t: int, w: Any, g: Any, m: Any, v: Any) -> Any:
-    m = 0.9 * m + project(g + DECAY * w)
-    return w - LEARNING_RATE * m, m, v
-
-
 def adam_direction(t: int, g: Any, m: Any, v: Any) -> Any:
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
     return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
 
 
-def numpy_adam_on_gradient(t: int, w: Any, g: Any, m: Any, v: Any) -> Any:
-    direction, m, v = adam_direction(t, project(g), m, v)
-    return w - LEARNING_RATE * direction, m, v
+def after(change: Any, direction: Any, m: Any, v: Any) -> Any:
+    return change(direction), m, v
 
 
-def numpy_adamw_on_update(t: int, w: Any, g: Any, m: Any, v: Any) -> Any:
-    direction, m, v = adam_direction(t, g, m, v)
-    return w - LEARNING_RATE * project(direction + DECAY * w), m, v
+def with_momentum(g: Any, m: Any, v: Any) -> Any:
+    return 0.9 * m + g, 0.9 * m + g, v
 
 
-def numpy_adamw_decay_outside(t: int, w: Any, g: Any, m: Any, v: Any) -> Any:
-    direction, m, v = adam_direction(t, g, m, v)
-    return w - LEARNING_RATE * (project(direction) + DECAY * w), m, v
-
-
-TRAJECTORIES = {
-    "sgd": (numpy_sgd, lambda c: optax.chain(c, optax.sgd(LEARNING_RATE))),
+# The step before the learning rate with the new moments, as NumPy has it and as optax makes it.
+TRAJECTORIES: dict[str, tuple[Any, Any]] = {
+    "sgd": (
+        lambda t, w, g, m, v: (project(g), m, v),
+        lambda c: optax.chain(c, optax.sgd(LEARNING_RATE)),
+    ),
     "sgd of the paper": (
-        numpy_sgd_of_the_paper,
+        lambda t, w, g, m, v: with_momentum(project(g + DECAY * w), m, v),
         lambda c: optax.chain(
             optax.add_decayed_weights(DECAY), c, optax.sgd(LEARNING_RATE, momentum=0.9)
         ),
     ),
     "adam, gradient": (
-        numpy_adam_on_gradient,
+        lambda t, w, g, m, v: adam_direction(t, project(g), m, v),
         lambda c: optax.chain(c, optax.adam(LEARNING_RATE)),
     ),
     "adamw, update": (
-        numpy_adamw_on_update,
+        lambda t, w, g, m, v: after(lambda d: project(d + DECAY * w), *adam_direction(t, g, m, v)),
         lambda c: optax.chain(optax.adamw(LEARNING_RATE, weight_decay=DECAY), c),
     ),
     "adamw, update, decay outside": (
-        numpy_adamw_decay_outside,
+        lambda t, w, g, m, v: after(lambda d: project(d) + DECAY * w, *adam_direction(t, g, m, v)),
         lambda c: optax.chain(
             optax.scale_by_adam(),
             c,
@@ -341,10 +277,11 @@ def test_trajectory_is_that_of_numpy(step: Any, make: Any) -> None:
     expected: Any = START
     m = v = jax.tree.map(np.zeros_like, START)
     for t in range(1, 16):
-        stepped = jax.tree.map(partial(step, t), expected, backpropagated(expected), m, v)
-        expected, m, v = jax.tree.transpose(
-            jax.tree.structure(START), jax.tree.structure((0, 0, 0)), stepped
+        steps = jax.tree.map(partial(step, t), expected, backpropagated(expected), m, v)
+        change, m, v = jax.tree.transpose(
+            jax.tree.structure(START), jax.tree.structure((0, 0, 0)), steps
         )
+        expected = jax.tree.map(lambda w, d: w - LEARNING_RATE * d, expected, change)
     found = train(make(gcx.optax.centralize("flax")), two_layers, START, steps=15)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
 
@@ -379,16 +316,7 @@ def test_optax_centralize_freezes_a_single_output() -> None:
 
 # --- inside the other transformations -------------------------------------------------------------
 
-KERNELS = {
-    "Dense_0": {"kernel": normal(1, 4, 3), "bias": normal(2, 3)},
-    "Dense_1": {"kernel": normal(3, 3, 2), "bias": normal(4, 2)},
-}
-FIRST_ONLY = {
-    "Dense_0": {"kernel": True, "bias": True},
-    "Dense_1": {"kernel": False, "bias": False},
-}
 LABELS = jax.tree.map(lambda first: "gc" if first else "plain", FIRST_ONLY)
-SGD = optax.sgd(0.1)
 
 # What wraps the transformation, and the kernels that it centralizes.
 WRAPPERS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -620,21 +548,6 @@ def test_optax_may_ask_for_a_state_without_params() -> None:
     assert jax.tree.structure(halved) == jax.tree.structure(state)
 
 
-def test_second_step_does_not_compile() -> None:
-    optimizer = optax.chain(gcx.optax.centralize("flax"), SGD)
-    traced = []
-
-    @jax.jit
-    def step(grads: Any, state: Any) -> Any:
-        traced.append(1)
-        return optimizer.update(grads, state)
-
-    state = optimizer.init(KERNELS)
-    for seed in (30, 60):
-        _, state = step(normal_like(seed, KERNELS), state)
-    assert len(traced) == 1
-
-
 def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
     seen = []
 
@@ -721,354 +634,3 @@ def test_dtype_stays(dtype: str) -> None:
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(grads))
     assert updates["kernel"].dtype == dtype
     assert updates["kernel"].tolist() == [[-1.0, -3.0], [1.0, 3.0]]
-
-
-class Attention(NamedTuple):
-    query: Any
-    key: Any
-    value: Any
-
-
-def test_a_field_may_be_called_value() -> None:
-    params = {"attention": Attention(*[struct(3, 2)] * 3), "value": {"value": struct(3, 2)}}
-    names = [f"attention/{field}" for field in Attention._fields] + ["value/value"]
-    assert [row.name for row in gcx.optax.plan(params, dict.fromkeys(names, "io"))] == names
-
-
-class NamedByItself:
-    """A node whose keys are not of the four types of JAX."""
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
-
-
-jax.tree_util.register_pytree_with_keys(
-    NamedByItself,
-    lambda node: ([("weight", node.weight)], None),
-    lambda _, leaves: NamedByItself(*leaves),
-)
-
-
-class Unnamed(NamedByItself):
-    """A node without keys."""
-
-
-jax.tree_util.register_pytree_node(
-    Unnamed, lambda node: ([node.weight], None), lambda _, leaves: Unnamed(*leaves)
-)
-
-NODES = {
-    "DictKey": ({"weight": struct(3, 2)}, "weight"),
-    "SequenceKey": ([struct(3, 2)], "0"),
-    "GetAttrKey": (Linear(struct(3, 2), None), "weight"),
-    "any other": (NamedByItself(struct(3, 2)), "weight"),
-    "FlattenedIndexKey": (Unnamed(struct(3, 2)), "0"),
-    "no key": (struct(3, 2), ""),
-}
-
-
-@pytest.mark.parametrize(("node", "name"), NODES.values(), ids=NODES)
-def test_every_kind_of_key_makes_a_name(node: Any, name: str) -> None:
-    assert gcx.optax.plan(node, {name: "o..."})[0][:3] == (name, (3, 2), Layout("o..."))
-
-
-# --- presets --------------------------------------------------------------------------------------
-
-# Path and shape as the packages make them, and the true fan-in axes (None: to be left alone).
-PARAMETERS: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]] = {
-    "flax": [
-        ("kernel", (8, 3), (0,)),
-        ("params/Dense_0/kernel", (8, 3), (0,)),
-        ("Conv_0/kernel", (3, 3, 4, 6), (0, 1, 2)),
-        ("ConvTranspose_0/kernel", (3, 3, 4, 6), (0, 1, 2)),
-        ("MultiHeadDotProductAttention_0/query/kernel", (8, 2, 4), (0,)),
-        ("MultiHeadDotProductAttention_0/key/kernel", (8, 2, 4), (0,)),
-        ("MultiHeadDotProductAttention_0/value/kernel", (8, 2, 4), (0,)),
-        ("MultiHeadDotProductAttention_0/out/kernel", (2, 4, 8), (0, 1)),
-        ("MultiHeadDotProductAttention_0/query/bias", (2, 4), None),
-        ("bert/self/query/kernel", (8, 8), (0,)),
-        ("RNN_0/cell/hf/kernel", (3, 3), (0,)),
-        ("cell/dense_h/kernel", (3, 12), (0,)),
-        ("ConvLSTMCell_0/hh/kernel", (3, 3, 3, 12), (0, 1, 2)),
-        ("layer_instance/kernel", (8, 3), (0,)),
-        ("layer_instance/kernel/scale", (3,), None),
-        ("Embed_0/embedding", (7, 4), None),
-        ("embedding/kernel", (16, 16, 3, 8), (0, 1, 2)),
-        ("LayerNorm_0/scale", (8,), None),
-        ("PReLU_0/negative_slope", (), None),
-        ("pos_embedding", (1, 5, 8), None),
-        ("lora/lora_a", (8, 2), None),
-        # What neither name nor rank can tell is not guessed.
-        ("DenseGeneral_0/kernel", (8, 3), (0,)),
-        ("DenseGeneral_0/kernel", (6, 2, 4), None),
-        ("Einsum_0/kernel", (8, 2, 4), None),
-        ("ConvLocal_0/kernel", (3, 3, 18, 4), None),
-        ("ScanDense_0/kernel", (5, 8, 3), None),
-        ("VmapBlock_0/Dense_0/kernel", (5, 8, 3), None),
-        ("Scanner_0/Dense_0/kernel", (8, 3), (0,)),
-    ],
-    "haiku": [
-        ("w", (8, 3), (0,)),
-        ("mlp/~/linear_0/w", (8, 3), (0,)),
-        ("conv1_d/w", (3, 4, 6), (0, 1)),
-        ("conv2_d/w", (3, 3, 4, 6), (0, 1, 2)),
-        ("conv1_d_transpose/w", (3, 6, 4), (0, 2)),
-        ("conv2_d_transpose_1/w", (3, 3, 6, 4), (0, 1, 3)),
-        ("conv3_d_transpose/w", (3, 3, 3, 6, 2), (0, 1, 2, 4)),
-        ("conv_nd_transpose/w", (3, 3, 6, 4), (0, 1, 3)),
-        ("conv_transpose_block/conv2_d/w", (3, 3, 4, 6), (0, 1, 2)),
-        ("depthwise_conv2_d/w", (3, 3, 1, 8), (0, 1, 2)),
-        ("multi_head_attention/query/w", (8, 8), (0,)),
-        ("lstm/linear/w", (11, 12), (0,)),
-        ("gru/w_h", (3, 9), (0,)),
-        ("gru/w_i", (8, 9), (0,)),
-        ("conv2_dlstm/hidden_to_hidden/w", (3, 3, 3, 12), (0, 1, 2)),
-        ("__layer_stack_no_per_layer/linear/w", (5, 8, 3), (1,)),
-        ("__layer_stack_with_per_layer_1/block/gru/w_h", (5, 3, 9), (1,)),
-        ("__layer_stack_no_per_layer/conv2_d_transpose/w", (5, 3, 3, 6, 4), (1, 2, 4)),
-        ("__layer_stack_no_per_layer/linear/b", (5, 3), None),
-        ("embed/embeddings", (7, 4), None),
-        ("bias/b", (8, 8, 4), None),
-        ("batch_norm/scale", (1, 8), None),
-        ("batch_norm/offset", (1, 8), None),
-        ("vq/pos_table", (7, 4), None),
-    ],
-    "equinox": [
-        ("weight", (3, 8), (1,)),
-        ("layers/0/weight", (4, 8), (1,)),
-        ("conv/weight", (6, 4, 3, 3), (1, 2, 3)),
-        ("conv_transpose/weight", (6, 2, 3, 3), (1, 2, 3)),
-        ("conv/bias", (6, 1, 1), None),
-        ("attention/query_proj/weight", (8, 8), (1,)),
-        ("cell/weight_ih", (12, 8), (1,)),
-        ("cell/weight_hh", (12, 3), (1,)),
-        ("cell/bias_n", (3,), None),
-        ("token_embedder/weight", (7, 4), None),
-        ("patch_embedding/linear/weight", (8, 4), (1,)),
-        ("norm1/weight", (5, 8), None),
-        ("normalized_mlp/layers/0/weight", (4, 8), (1,)),
-        ("layernorm/bias", (5, 8), None),
-        ("dense/g", (3, 1), None),
-        ("cls_token", (1, 8), None),
-    ],
-    "keras": [
-        ("kernel", (8, 3), (0,)),
-        ("sequential/dense/kernel", (8, 3), (0,)),
-        ("conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
-        ("conv1d_transpose/kernel", (3, 6, 4), (0, 2)),
-        ("conv2d_transpose_1/kernel", (3, 3, 6, 4), (0, 1, 3)),
-        ("conv3d_transpose/kernel", (3, 3, 3, 6, 4), (0, 1, 2, 4)),
-        ("conv_transpose_block/conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
-        ("depthwise_conv1d/kernel", (3, 4, 2), (0,)),
-        ("depthwise_conv2d/kernel", (3, 3, 4, 2), (0, 1)),
-        ("expanded_conv_depthwise/kernel", (3, 3, 32, 1), (0, 1)),
-        ("conv_dw_1/kernel", (3, 3, 32, 1), (0, 1)),
-        ("block1a_dwconv2/kernel", (3, 3, 32, 1), (0, 1)),
-        ("stage_0_depthwise_conv/kernel", (7, 7, 1, 96), (0, 1)),
-        ("depthwise_block/conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
-        ("depthwise_head/kernel", (8, 3), (0,)),
-        ("separable_conv2d/depthwise_kernel", (3, 3, 4, 1), (0, 1)),
-        ("separable_conv2d/pointwise_kernel", (1, 1, 4, 6), (0, 1, 2)),
-        ("multi_head_attention/query/kernel", (8, 2, 4), (0,)),
-        ("grouped_query_attention/key/kernel", (8, 2, 4), (0,)),
-        ("grouped_query_attention/value/kernel", (8, 2, 4), (0,)),
-        ("multi_head_attention/attention_output/kernel", (2, 4, 8), (0, 1)),
-        ("multi_head_attention/query/bias", (2, 4), None),
-        ("lstm/lstm_cell/kernel", (8, 12), (0,)),
-        ("lstm/lstm_cell/recurrent_kernel", (3, 12), (0,)),
-        ("gru/gru_cell/bias", (2, 9), None),
-        ("conv_lstm2d/conv_lstm_cell/recurrent_kernel", (3, 3, 3, 12), (0, 1, 2)),
-        ("embedding/embeddings", (7, 4), None),
-        ("reversible_embedding/reverse_embeddings", (4, 7), None),
-        ("layer_normalization/gamma", (5, 8), None),
-        ("layer_normalization/beta", (5, 8), None),
-        ("rms_normalization/scale", (8,), None),
-        ("p_re_lu/alpha", (5, 8), None),
-        ("einsum_dense/kernel", (8, 3), (0,)),
-        ("einsum_dense_1/kernel", (8, 2, 4), None),
-        ("dense/lora_kernel_a", (8, 2), None),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("preset", "name", "shape", "axes"),
-    [(preset, *parameter) for preset in PRESETS for parameter in PARAMETERS[preset]],
-)
-def test_preset_knows_the_fan_in(preset: str, name: str, shape: Any, axes: Any) -> None:
-    (row,) = gcx.optax.plan({name: struct(*shape)}, preset)
-    found = None if row.layout is None else row.layout.fan_in_axes(len(shape))
-    assert (row.name, row.shape, found) == (name, shape, axes)
-
-
-def test_plan_prints_what_happens_and_why() -> None:
-    params = {
-        "Conv_0": {"bias": struct(8), "kernel": struct(3, 3, 1, 8)},
-        "Dense_0": {"kernel": struct(1, 5)},
-        "attention": {"query": {"kernel": struct(6, 2, 3)}},
-        "gate": None,
-        "kernel": struct(5),
-        "slope": struct(),
-        "steps": struct(2, 3, dtype="int32"),
-        "token": struct(1, 8),
-    }
-    expected = """\
-parameter               shape    layout  reason
-Conv_0/bias             8        -       bias
-Conv_0/kernel           3x3x1x8  ...o    kernel
-Dense_0/kernel          1x5      -       fan-in 1: subtracting its mean would freeze it
-attention/query/kernel  6x2x3    ioo     attention projection
-gate                    scalar   -       not an array
-kernel                  5        -       a vector has no fan-in
-slope                   scalar   -       a scalar has no fan-in
-steps                   2x3      -       not of floating dtype
-token                   1x8      -       unknown: no rule for this name
-2 of 9 parameters centralized"""
-    assert str(gcx.optax.plan(params, "flax")) == expected
-
-
-def test_plan_of_a_mapping() -> None:
-    params = {"a": struct(2, 3), "b": struct(2, 3), "c": struct(2, 3), "d": struct(3)}
-    expected = """\
-parameter  shape  layout  reason
-a          2x3    o...    as given
-b          2x3    -       as given
-c          2x3    -       unknown: no rule for this name
-d          3      -       a vector has no fan-in
-1 of 4 parameters centralized"""
-    assert str(gcx.optax.plan(params, {"a": "o...", "b": None, "d": "...o"})) == expected
-
-
-def test_layout_without_output_axis_takes_a_vector() -> None:
-    grads = {"w": jnp.array([1.0, 3.0])}
-    optimizer = gcx.optax.centralize({"w": "i"})
-    updates, _ = optimizer.update(grads, optimizer.init(grads))
-    assert updates["w"].tolist() == [-1.0, 1.0]
-
-
-def test_function_gets_path_and_array() -> None:
-    seen = []
-    gcx.optax.plan({"a": [struct(2, 3)], "n": None}, lambda *args: seen.append(args))
-    assert seen == [("a/0", struct(2, 3))]
-
-
-# --- errors come before training ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layouts", [None, 3, ["...o"], Layout("...o"), {"kernel"}])
-def test_what_layouts_may_be(layouts: Any) -> None:
-    message = (
-        "layouts is an nnx or Equinox module, a mapping from path to layout or None, a function of "
-        "path and array, a plan, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
-        f"{type(layouts).__name__}"
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.centralize(layouts)
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.plan({}, layouts)
-
-
-@pytest.mark.parametrize("name", ["torch", "Flax", "...o", ""])
-def test_unknown_preset(name: str) -> None:
-    message = f"no preset '{name}'; there are 'flax', 'haiku', 'equinox', 'keras'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        gcx.optax.centralize(name)
-
-
-@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), "1"])
-def test_strength_outside_its_range(strength: Any) -> None:
-    with pytest.raises(ValueError, match="strength is the part of the mean to subtract"):
-        gcx.optax.centralize("flax", strength=strength)
-
-
-def test_layouts_are_required() -> None:
-    with pytest.raises(TypeError, match="layouts"):
-        gcx.optax.centralize()
-
-
-def test_key_that_matches_nothing() -> None:
-    optimizer = gcx.optax.centralize({"Dense_0/kernel": "...o", "Dense_7/*": "...o"})
-    message = "'Dense_7/*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        optimizer.init(KERNELS)
-
-
-MISFITS = {
-    "mapping": ({"*/kernel": "ioo"}, "rank 3, not 2"),
-    "function": (lambda path, array: "ioo", "rank 3, not 2"),
-    "no layout": ({"*/kernel": "channels_last"}, "layout 'channels_last' is not valid"),
-}
-
-
-@pytest.mark.parametrize(("layouts", "message"), MISFITS.values(), ids=MISFITS)
-def test_layout_that_does_not_fit(layouts: Any, message: str) -> None:
-    params = {"Dense_0": {"kernel": normal(1, 4, 3)}}
-    with pytest.raises(ValueError, match=message) as error:
-        gcx.optax.centralize(layouts).init(params)
-    if "rank" in message:
-        assert re.search(r"^Dense_0/kernel: layout 'ioo' .*\(shape \(4, 3\)\)$", str(error.value))
-
-
-def test_function_that_gives_no_layout() -> None:
-    optimizer = gcx.optax.centralize(lambda path, array: (0,))
-    with pytest.raises(TypeError, match=r"^Dense_0/kernel: a layout is a string .* not tuple"):
-        optimizer.init({"Dense_0": {"kernel": normal(1, 4, 3)}})
-
-
-NOTHING = {
-    "another library's names": ("haiku", KERNELS, "'Dense_0/kernel'"),
-    "flattened": ("flax", normal(1, 12), "a vector has no fan-in"),
-    "left alone": ({"*": None}, KERNELS, "as given"),
-}
-
-
-@pytest.mark.parametrize(("layouts", "params", "shown"), NOTHING.values(), ids=NOTHING)
-def test_nothing_to_centralize(layouts: Any, params: Any, shown: str) -> None:
-    with pytest.raises(ValueError, match="there is nothing to centralize") as error:
-        gcx.optax.centralize(layouts).init(params)
-    assert shown in str(error.value)
-
-
-def test_flatten_before_it_is_an_error() -> None:
-    optimizer = optax.flatten(optax.chain(gcx.optax.centralize("flax"), SGD))
-    with pytest.raises(ValueError, match=r"optax\.flatten"):
-        optimizer.init(KERNELS)
-
-
-def test_hidden_leaves_may_match_the_key() -> None:
-    layouts = {"Dense_1/kernel": "...o", "[EF]*": "...o", "Dense_0/kernel": None}
-    masked = optax.masked(gcx.optax.centralize(layouts), FIRST_ONLY)
-    grads = normal_like(30, KERNELS)
-    updates, _ = masked.update(grads, masked.init(KERNELS))
-    np.testing.assert_array_equal(updates["Dense_0"]["kernel"], grads["Dense_0"]["kernel"])
-
-
-@pytest.mark.parametrize("mask", [FIRST_ONLY, {"Dense_0": True, "Dense_1": False}])
-@pytest.mark.parametrize("key", ["Dense_0/kernal", "Dense_10/kernel"])
-def test_key_that_matches_nothing_though_leaves_are_hidden(mask: Any, key: str) -> None:
-    masked = optax.masked(gcx.optax.centralize({"Dense_0/kernel": "...o", key: "...o"}), mask)
-    with pytest.raises(ValueError, match=f"'{key}' matches no parameter"):
-        masked.init(KERNELS)
-
-
-def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
-    masked = optax.masked(gcx.optax.centralize({"Dense_1/kernel": "...o"}), FIRST_ONLY)
-    with pytest.raises(ValueError, match=r"nothing to centralize .* 'Dense_0/kernel'.*unknown"):
-        masked.init(KERNELS)
-
-
-def test_parameters_in_place_of_layouts() -> None:
-    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
-    with pytest.raises(TypeError, match=message):
-        gcx.optax.centralize(KERNELS)
-
-
-def test_class_in_place_of_a_model() -> None:
-    with pytest.raises(TypeError, match=r"layouts is the class Net, .* give a model.* Net\("):
-        gcx.optax.centralize(Net)
-
-
-def test_a_dtype_without_sign_is_left_alone() -> None:
-    scales = jax.ShapeDtypeStruct((4, 2), "float8_e8m0fnu")
-    (row,) = gcx.optax.plan({"kernel": scales}, "flax")
-    assert (row.layout, row.reason) == (None, "not of floating dtype")

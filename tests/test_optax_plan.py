@@ -1,12 +1,14 @@
-"""A plan as the layouts of gcx.optax."""
+"""gcx.optax before training: names, presets, the plan that it prints, and errors."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -15,78 +17,360 @@ import optax
 
 import gcx.optax
 from gcx import Layout
-from gcx.plan import LeaveAlone, Plan, PlanRow
 
-from reference import centralized
+from optax_training import FIRST_ONLY, KERNELS, SGD, Linear, Net, normal, normal_like, struct
 
-PARAMS = {
-    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
-    "head": {"kernel": jnp.ones((6, 2))},
-    "heads": {"kernel": jnp.ones((2, 3, 4))},
-    "steps": jnp.ones((2, 2), int),
-    "absent": None,
-}
-LAYOUTS = {
-    "conv/kernel": "...o",
-    "head/kernel": LeaveAlone("learned alone"),
-    "heads/kernel": Layout("(bo)i...", b=1),
-}
-PLAN = gcx.optax.plan(PARAMS, LAYOUTS)
-GRADS = jax.tree.map(
-    lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape), x.dtype), PARAMS
+pytestmark = pytest.mark.one_framework
+
+PRESETS = ("flax", "haiku", "equinox", "keras")
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_field_may_be_called_value() -> None:
+    params = {"attention": Attention(*[struct(3, 2)] * 3), "value": {"value": struct(3, 2)}}
+    names = [f"attention/{field}" for field in Attention._fields] + ["value/value"]
+    assert [row.name for row in gcx.optax.plan(params, dict.fromkeys(names, "io"))] == names
+
+
+class NamedByItself:
+    """A node whose keys are not of the four types of JAX."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+
+jax.tree_util.register_pytree_with_keys(
+    NamedByItself,
+    lambda node: ([("weight", node.weight)], None),
+    lambda _, leaves: NamedByItself(*leaves),
 )
 
 
-def test_plan_of_a_plan_is_equal() -> None:
-    assert {row.name for row in PLAN if row.layout is not None} == {"conv/kernel", "heads/kernel"}
-    assert PLAN["head/kernel"].reason == "learned alone"
-    assert gcx.optax.plan(PARAMS, PLAN) == PLAN
+class Unnamed(NamedByItself):
+    """A node without keys."""
 
 
-@pytest.mark.parametrize("run", [lambda update: update, jax.jit], ids=["eager", "jit"])
-def test_updates_follow_the_plan(run: Any) -> None:
-    transformation = gcx.optax.centralize(PLAN)
-    update = run(transformation.update)
-    updates, _ = update(GRADS, transformation.init(PARAMS))
-    kernel = GRADS["conv"]["kernel"]
-    np.testing.assert_allclose(
-        updates["conv"]["kernel"], centralized(kernel, (0, 1, 2)), rtol=0, atol=1e-6
+jax.tree_util.register_pytree_node(
+    Unnamed, lambda node: ([node.weight], None), lambda _, leaves: Unnamed(*leaves)
+)
+
+NODES = {
+    "DictKey": ({"weight": struct(3, 2)}, "weight"),
+    "SequenceKey": ([struct(3, 2)], "0"),
+    "GetAttrKey": (Linear(struct(3, 2), None), "weight"),
+    "any other": (NamedByItself(struct(3, 2)), "weight"),
+    "FlattenedIndexKey": (Unnamed(struct(3, 2)), "0"),
+    "no key": (struct(3, 2), ""),
+}
+
+
+@pytest.mark.parametrize(("node", "name"), NODES.values(), ids=NODES)
+def test_every_kind_of_key_makes_a_name(node: Any, name: str) -> None:
+    assert gcx.optax.plan(node, {name: "o..."})[0][:3] == (name, (3, 2), Layout("o..."))
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+# Path and shape as the packages make them, and the true fan-in axes (None: to be left alone).
+PARAMETERS: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]] = {
+    "flax": [
+        ("kernel", (8, 3), (0,)),
+        ("params/Dense_0/kernel", (8, 3), (0,)),
+        ("Conv_0/kernel", (3, 3, 4, 6), (0, 1, 2)),
+        ("ConvTranspose_0/kernel", (3, 3, 4, 6), (0, 1, 2)),
+        ("MultiHeadDotProductAttention_0/query/kernel", (8, 2, 4), (0,)),
+        ("MultiHeadDotProductAttention_0/key/kernel", (8, 2, 4), (0,)),
+        ("MultiHeadDotProductAttention_0/value/kernel", (8, 2, 4), (0,)),
+        ("MultiHeadDotProductAttention_0/out/kernel", (2, 4, 8), (0, 1)),
+        ("MultiHeadDotProductAttention_0/query/bias", (2, 4), None),
+        ("bert/self/query/kernel", (8, 8), (0,)),
+        ("RNN_0/cell/hf/kernel", (3, 3), (0,)),
+        ("cell/dense_h/kernel", (3, 12), (0,)),
+        ("ConvLSTMCell_0/hh/kernel", (3, 3, 3, 12), (0, 1, 2)),
+        ("layer_instance/kernel", (8, 3), (0,)),
+        ("layer_instance/kernel/scale", (3,), None),
+        ("Embed_0/embedding", (7, 4), None),
+        ("embedding/kernel", (16, 16, 3, 8), (0, 1, 2)),
+        ("LayerNorm_0/scale", (8,), None),
+        ("PReLU_0/negative_slope", (), None),
+        ("pos_embedding", (1, 5, 8), None),
+        ("lora/lora_a", (8, 2), None),
+        # What neither name nor rank can tell is not guessed.
+        ("DenseGeneral_0/kernel", (8, 3), (0,)),
+        ("DenseGeneral_0/kernel", (6, 2, 4), None),
+        ("Einsum_0/kernel", (8, 2, 4), None),
+        ("ConvLocal_0/kernel", (3, 3, 18, 4), None),
+        ("ScanDense_0/kernel", (5, 8, 3), None),
+        ("VmapBlock_0/Dense_0/kernel", (5, 8, 3), None),
+        ("Scanner_0/Dense_0/kernel", (8, 3), (0,)),
+    ],
+    "haiku": [
+        ("w", (8, 3), (0,)),
+        ("mlp/~/linear_0/w", (8, 3), (0,)),
+        ("conv1_d/w", (3, 4, 6), (0, 1)),
+        ("conv2_d/w", (3, 3, 4, 6), (0, 1, 2)),
+        ("conv1_d_transpose/w", (3, 6, 4), (0, 2)),
+        ("conv2_d_transpose_1/w", (3, 3, 6, 4), (0, 1, 3)),
+        ("conv3_d_transpose/w", (3, 3, 3, 6, 2), (0, 1, 2, 4)),
+        ("conv_nd_transpose/w", (3, 3, 6, 4), (0, 1, 3)),
+        ("conv_transpose_block/conv2_d/w", (3, 3, 4, 6), (0, 1, 2)),
+        ("depthwise_conv2_d/w", (3, 3, 1, 8), (0, 1, 2)),
+        ("multi_head_attention/query/w", (8, 8), (0,)),
+        ("lstm/linear/w", (11, 12), (0,)),
+        ("gru/w_h", (3, 9), (0,)),
+        ("gru/w_i", (8, 9), (0,)),
+        ("conv2_dlstm/hidden_to_hidden/w", (3, 3, 3, 12), (0, 1, 2)),
+        ("__layer_stack_no_per_layer/linear/w", (5, 8, 3), (1,)),
+        ("__layer_stack_with_per_layer_1/block/gru/w_h", (5, 3, 9), (1,)),
+        ("__layer_stack_no_per_layer/conv2_d_transpose/w", (5, 3, 3, 6, 4), (1, 2, 4)),
+        ("__layer_stack_no_per_layer/linear/b", (5, 3), None),
+        ("embed/embeddings", (7, 4), None),
+        ("bias/b", (8, 8, 4), None),
+        ("batch_norm/scale", (1, 8), None),
+        ("batch_norm/offset", (1, 8), None),
+        ("vq/pos_table", (7, 4), None),
+    ],
+    "equinox": [
+        ("weight", (3, 8), (1,)),
+        ("layers/0/weight", (4, 8), (1,)),
+        ("conv/weight", (6, 4, 3, 3), (1, 2, 3)),
+        ("conv_transpose/weight", (6, 2, 3, 3), (1, 2, 3)),
+        ("conv/bias", (6, 1, 1), None),
+        ("attention/query_proj/weight", (8, 8), (1,)),
+        ("cell/weight_ih", (12, 8), (1,)),
+        ("cell/weight_hh", (12, 3), (1,)),
+        ("cell/bias_n", (3,), None),
+        ("token_embedder/weight", (7, 4), None),
+        ("patch_embedding/linear/weight", (8, 4), (1,)),
+        ("norm1/weight", (5, 8), None),
+        ("normalized_mlp/layers/0/weight", (4, 8), (1,)),
+        ("layernorm/bias", (5, 8), None),
+        ("dense/g", (3, 1), None),
+        ("cls_token", (1, 8), None),
+    ],
+    "keras": [
+        ("kernel", (8, 3), (0,)),
+        ("sequential/dense/kernel", (8, 3), (0,)),
+        ("conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
+        ("conv1d_transpose/kernel", (3, 6, 4), (0, 2)),
+        ("conv2d_transpose_1/kernel", (3, 3, 6, 4), (0, 1, 3)),
+        ("conv3d_transpose/kernel", (3, 3, 3, 6, 4), (0, 1, 2, 4)),
+        ("conv_transpose_block/conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
+        ("depthwise_conv1d/kernel", (3, 4, 2), (0,)),
+        ("depthwise_conv2d/kernel", (3, 3, 4, 2), (0, 1)),
+        ("expanded_conv_depthwise/kernel", (3, 3, 32, 1), (0, 1)),
+        ("conv_dw_1/kernel", (3, 3, 32, 1), (0, 1)),
+        ("block1a_dwconv2/kernel", (3, 3, 32, 1), (0, 1)),
+        ("stage_0_depthwise_conv/kernel", (7, 7, 1, 96), (0, 1)),
+        ("depthwise_block/conv2d/kernel", (3, 3, 4, 6), (0, 1, 2)),
+        ("depthwise_head/kernel", (8, 3), (0,)),
+        ("separable_conv2d/depthwise_kernel", (3, 3, 4, 1), (0, 1)),
+        ("separable_conv2d/pointwise_kernel", (1, 1, 4, 6), (0, 1, 2)),
+        ("multi_head_attention/query/kernel", (8, 2, 4), (0,)),
+        ("grouped_query_attention/key/kernel", (8, 2, 4), (0,)),
+        ("grouped_query_attention/value/kernel", (8, 2, 4), (0,)),
+        ("multi_head_attention/attention_output/kernel", (2, 4, 8), (0, 1)),
+        ("multi_head_attention/query/bias", (2, 4), None),
+        ("lstm/lstm_cell/kernel", (8, 12), (0,)),
+        ("lstm/lstm_cell/recurrent_kernel", (3, 12), (0,)),
+        ("gru/gru_cell/bias", (2, 9), None),
+        ("conv_lstm2d/conv_lstm_cell/recurrent_kernel", (3, 3, 3, 12), (0, 1, 2)),
+        ("embedding/embeddings", (7, 4), None),
+        ("reversible_embedding/reverse_embeddings", (4, 7), None),
+        ("layer_normalization/gamma", (5, 8), None),
+        ("layer_normalization/beta", (5, 8), None),
+        ("rms_normalization/scale", (8,), None),
+        ("p_re_lu/alpha", (5, 8), None),
+        ("einsum_dense/kernel", (8, 3), (0,)),
+        ("einsum_dense_1/kernel", (8, 2, 4), None),
+        ("dense/lora_kernel_a", (8, 2), None),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "shape", "axes"),
+    [(preset, *parameter) for preset in PRESETS for parameter in PARAMETERS[preset]],
+)
+def test_preset_knows_the_fan_in(preset: str, name: str, shape: Any, axes: Any) -> None:
+    (row,) = gcx.optax.plan({name: struct(*shape)}, preset)
+    found = None if row.layout is None else row.layout.fan_in_axes(len(shape))
+    assert (row.name, row.shape, found) == (name, shape, axes)
+
+
+def test_plan_prints_what_happens_and_why() -> None:
+    params = {
+        "Conv_0": {"bias": struct(8), "kernel": struct(3, 3, 1, 8)},
+        "Dense_0": {"kernel": struct(1, 5)},
+        "attention": {"query": {"kernel": struct(6, 2, 3)}},
+        "gate": None,
+        "kernel": struct(5),
+        "slope": struct(),
+        "steps": struct(2, 3, dtype="int32"),
+        "token": struct(1, 8),
+    }
+    expected = """\
+parameter               shape    layout  reason
+Conv_0/bias             8        -       bias
+Conv_0/kernel           3x3x1x8  ...o    kernel
+Dense_0/kernel          1x5      -       fan-in 1: subtracting its mean would freeze it
+attention/query/kernel  6x2x3    ioo     attention projection
+gate                    scalar   -       not an array
+kernel                  5        -       a vector has no fan-in
+slope                   scalar   -       a scalar has no fan-in
+steps                   2x3      -       not of floating dtype
+token                   1x8      -       unknown: no rule for this name
+2 of 9 parameters centralized"""
+    assert str(gcx.optax.plan(params, "flax")) == expected
+
+
+def test_plan_of_a_mapping() -> None:
+    params = {"a": struct(2, 3), "b": struct(2, 3), "c": struct(2, 3), "d": struct(3)}
+    expected = """\
+parameter  shape  layout  reason
+a          2x3    o...    as given
+b          2x3    -       as given
+c          2x3    -       unknown: no rule for this name
+d          3      -       a vector has no fan-in
+1 of 4 parameters centralized"""
+    assert str(gcx.optax.plan(params, {"a": "o...", "b": None, "d": "...o"})) == expected
+
+
+def test_layout_without_output_axis_takes_a_vector() -> None:
+    grads = {"w": jnp.array([1.0, 3.0])}
+    optimizer = gcx.optax.centralize({"w": "i"})
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    assert updates["w"].tolist() == [-1.0, 1.0]
+
+
+def test_function_gets_path_and_array() -> None:
+    seen = []
+    gcx.optax.plan({"a": [struct(2, 3)], "n": None}, lambda *args: seen.append(args))
+    assert seen == [("a/0", struct(2, 3))]
+
+
+# --- errors come before training ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layouts", [None, 3, ["...o"], Layout("...o"), {"kernel"}])
+def test_what_layouts_may_be(layouts: Any) -> None:
+    message = (
+        "layouts is an nnx or Equinox module, a mapping from path to layout or None, a function of "
+        "path and array, a plan, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
+        f"{type(layouts).__name__}"
     )
-    np.testing.assert_allclose(
-        updates["heads"]["kernel"], centralized(GRADS["heads"]["kernel"], (1, 2)), rtol=0, atol=1e-6
-    )
-    np.testing.assert_array_equal(updates["head"]["kernel"], GRADS["head"]["kernel"])
-    np.testing.assert_array_equal(updates["conv"]["bias"], GRADS["conv"]["bias"])
-    np.testing.assert_array_equal(updates["steps"], GRADS["steps"])
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gcx.optax.centralize(layouts)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        gcx.optax.plan({}, layouts)
 
 
-@pytest.mark.parametrize("run", [lambda update: update, jax.jit], ids=["eager", "jit"])
-def test_masked_leaves_are_not_asked_for(run: Any) -> None:
-    mask = jax.tree.map(lambda _: False, PARAMS) | {"conv": {"kernel": True, "bias": True}}
-    masked = optax.masked(gcx.optax.centralize(PLAN), mask)
-    updates, _ = run(masked.update)(GRADS, masked.init(PARAMS))
-    assert not np.array_equal(updates["conv"]["kernel"], GRADS["conv"]["kernel"])
-    np.testing.assert_array_equal(updates["heads"]["kernel"], GRADS["heads"]["kernel"])
-    # A plan of the leaves that are visible is enough.
-    visible = Plan(row for row in PLAN if row.name.startswith("conv/"))
-    again = optax.masked(gcx.optax.centralize(visible), mask)
-    np.testing.assert_array_equal(
-        again.update(GRADS, again.init(PARAMS))[0]["conv"]["kernel"], updates["conv"]["kernel"]
-    )
+@pytest.mark.parametrize("name", ["torch", "Flax", "...o", ""])
+def test_unknown_preset(name: str) -> None:
+    message = f"no preset '{name}'; there are 'flax', 'haiku', 'equinox', 'keras'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gcx.optax.centralize(name)
 
 
-def test_parameter_that_the_plan_lacks() -> None:
-    shorter = Plan(row for row in PLAN if row.name != "conv/bias")
-    with pytest.raises(
-        ValueError, match=r"layouts: the plan has no row 'conv/bias'; it has 'steps'"
-    ):
-        gcx.optax.centralize(shorter).init(PARAMS)
-    with pytest.raises(ValueError, match="the plan has no row 'conv/bias'"):
-        gcx.optax.plan(PARAMS, shorter)
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), "1"])
+def test_strength_outside_its_range(strength: Any) -> None:
+    with pytest.raises(ValueError, match="strength is the part of the mean to subtract"):
+        gcx.optax.centralize("flax", strength=strength)
 
 
-def test_parameter_of_another_shape() -> None:
-    other = Plan([PlanRow("kernel", (3, 4), Layout("io"), "Linear")])
-    message = r"kernel: the plan is for shape \(3, 4\), this array has shape \(4, 3\)"
-    with pytest.raises(ValueError, match=message):
-        gcx.optax.centralize(other).init({"kernel": jnp.ones((4, 3))})
+def test_layouts_are_required() -> None:
+    with pytest.raises(TypeError, match="layouts"):
+        gcx.optax.centralize()
+
+
+def test_key_that_matches_nothing() -> None:
+    optimizer = gcx.optax.centralize({"Dense_0/kernel": "...o", "Dense_7/*": "...o"})
+    message = "'Dense_7/*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.init(KERNELS)
+
+
+MISFITS = {
+    "mapping": ({"*/kernel": "ioo"}, "rank 3, not 2"),
+    "function": (lambda path, array: "ioo", "rank 3, not 2"),
+    "no layout": ({"*/kernel": "channels_last"}, "layout 'channels_last' is not valid"),
+}
+
+
+@pytest.mark.parametrize(("layouts", "message"), MISFITS.values(), ids=MISFITS)
+def test_layout_that_does_not_fit(layouts: Any, message: str) -> None:
+    params = {"Dense_0": {"kernel": normal(1, 4, 3)}}
+    with pytest.raises(ValueError, match=message) as error:
+        gcx.optax.centralize(layouts).init(params)
+    if "rank" in message:
+        assert re.search(r"^Dense_0/kernel: layout 'ioo' .*\(shape \(4, 3\)\)$", str(error.value))
+
+
+def test_function_that_gives_no_layout() -> None:
+    optimizer = gcx.optax.centralize(lambda path, array: (0,))
+    with pytest.raises(TypeError, match=r"^Dense_0/kernel: a layout is a string .* not tuple"):
+        optimizer.init({"Dense_0": {"kernel": normal(1, 4, 3)}})
+
+
+NOTHING = {
+    "another library's names": ("haiku", KERNELS, "'Dense_0/kernel'"),
+    "flattened": ("flax", normal(1, 12), "a vector has no fan-in"),
+    "left alone": ({"*": None}, KERNELS, "as given"),
+}
+
+
+@pytest.mark.parametrize(("layouts", "params", "shown"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_centralize(layouts: Any, params: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match="there is nothing to centralize") as error:
+        gcx.optax.centralize(layouts).init(params)
+    assert shown in str(error.value)
+
+
+def test_flatten_before_it_is_an_error() -> None:
+    optimizer = optax.flatten(optax.chain(gcx.optax.centralize("flax"), SGD))
+    with pytest.raises(ValueError, match=r"optax\.flatten"):
+        optimizer.init(KERNELS)
+
+
+def test_hidden_leaves_may_match_the_key() -> None:
+    layouts = {"Dense_1/kernel": "...o", "[EF]*": "...o", "Dense_0/kernel": None}
+    masked = optax.masked(gcx.optax.centralize(layouts), FIRST_ONLY)
+    grads = normal_like(30, KERNELS)
+    updates, _ = masked.update(grads, masked.init(KERNELS))
+    np.testing.assert_array_equal(updates["Dense_0"]["kernel"], grads["Dense_0"]["kernel"])
+
+
+@pytest.mark.parametrize("mask", [FIRST_ONLY, {"Dense_0": True, "Dense_1": False}])
+@pytest.mark.parametrize("key", ["Dense_0/kernal", "Dense_10/kernel"])
+def test_key_that_matches_nothing_though_leaves_are_hidden(mask: Any, key: str) -> None:
+    masked = optax.masked(gcx.optax.centralize({"Dense_0/kernel": "...o", key: "...o"}), mask)
+    with pytest.raises(ValueError, match=f"'{key}' matches no parameter"):
+        masked.init(KERNELS)
+
+
+def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
+    masked = optax.masked(gcx.optax.centralize({"Dense_1/kernel": "...o"}), FIRST_ONLY)
+    with pytest.raises(ValueError, match=r"nothing to centralize .* 'Dense_0/kernel'.*unknown"):
+        masked.init(KERNELS)
+
+
+def test_parameters_in_place_of_layouts() -> None:
+    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
+    with pytest.raises(TypeError, match=message):
+        gcx.optax.centralize(KERNELS)
+
+
+def test_class_in_place_of_a_model() -> None:
+    with pytest.raises(TypeError, match=r"layouts is the class Net, .* give a model.* Net\("):
+        gcx.optax.centralize(Net)
+
+
+def test_a_dtype_without_sign_is_left_alone() -> None:
+    scales = jax.ShapeDtypeStruct((4, 2), "float8_e8m0fnu")
+    (row,) = gcx.optax.plan({"kernel": scales}, "flax")
+    assert (row.layout, row.reason) == (None, "not of floating dtype")

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 import gcx
-from gcx.backends._jax import double_precision
 
 import canonical_order
 from canonical_order import DTYPES, SEGMENT
@@ -33,7 +32,9 @@ centralize = partial(gcx.centralize, reproducible=True)
 
 @pytest.fixture(autouse=True)
 def all_dtypes() -> Any:
-    with double_precision():
+    # Releases before 0.8 have it among the experiments.
+    on = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+    with on:
         yield
 
 
@@ -158,7 +159,6 @@ def test_several_in_one_program(transform: Callable[..., Any], dtype: str) -> No
 
 
 def test_without_double_precision() -> None:
-    # Releases before 0.8 have it among the experiments.
     off = jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64()
     with off:
         assert jnp.ones(1, int).dtype == "int32"

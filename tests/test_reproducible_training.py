@@ -1,4 +1,4 @@
-"""gcx.optim with reproducible=True: 200 steps on the same gradients end in the same bits."""
+"""Training with reproducible=True: 200 steps on the same gradients end in the same bits."""
 
 from __future__ import annotations
 
@@ -61,3 +61,64 @@ def test_every_optimizer_refuses_what_it_cannot_promise(
     params = [xp.asarray(np.ones((3, 4)), "complex64")]
     with pytest.raises(TypeError, match="0: reproducible=True"):
         optimizer.update(params, params, optimizer.init(params))
+
+
+# Optimizers of torch and optax, where they round as NumPy does.
+
+# With a power of two the product with the rate is exact. Otherwise torch joins it with the sum that
+# follows, in one rounding, on processors that can.
+LR, MOMENTUM = 2**-4, 0.9
+
+
+def assert_trained(found: Arrays, dtype: str) -> None:
+    expected = trained(dtype, LR, momentum=MOMENTUM)
+    for name, weight in found.items():
+        assert_same_bits(np.array(weight), expected[name])
+        assert np.abs(weight - start()[name]).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("implementation", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_sgd_of_torch(implementation: dict[str, bool], dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    import gcx.torch
+
+    layers = torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)
+    model = torch.nn.Sequential(*layers).to(getattr(torch, dtype))
+    weights = {
+        "hidden": layers[0].weight,
+        "hidden_bias": layers[0].bias,
+        "output": layers[1].weight,
+        "output_bias": layers[1].bias,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, **implementation)
+    gcx.torch.centralize(optimizer, model, reproducible=True)
+
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.from_numpy(start()[name].T if name == "output" else start()[name]))
+    for grads in gradients():
+        for name, weight in weights.items():
+            grad = torch.tensor(grads[name], dtype=weight.dtype)
+            weight.grad = grad.T if name == "output" else grad
+        optimizer.step()
+    found = {name: weight.detach().numpy() for name, weight in weights.items()}
+    assert_trained({**found, "output": found["output"].T}, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sgd_of_optax(dtype: str) -> None:
+    optax = pytest.importorskip("optax")
+    import gcx.optax
+
+    jax = next(library for library in libraries.MAKERS["jax"]() if library.device == "cpu")
+    optimizer = optax.chain(
+        gcx.optax.centralize(LAYOUTS, reproducible=True), optax.sgd(LR, momentum=MOMENTUM)
+    )
+    params = {name: jax.asarray(weight, dtype) for name, weight in start().items()}
+    state = optimizer.init(params)
+    for grads in gradients():
+        of_jax = {name: jax.asarray(grad, dtype) for name, grad in grads.items()}
+        updates, state = optimizer.update(of_jax, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_trained({name: jax.numpy(param) for name, param in params.items()}, dtype)

@@ -180,7 +180,6 @@ def test_centralize_grads() -> None:
     assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_hooks_that_come_and_go(where: Any) -> None:
     """What has been compiled without them is not what runs with them, and the reverse."""
     model = new_model()
@@ -201,7 +200,6 @@ def test_hooks_that_come_and_go(where: Any) -> None:
     assert mean_moves()
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_layer_added_and_weights_replaced_after_compiling(where: Any) -> None:
     model = new_model()
     optimizer = SGD(model.parameters(), lr=0.01, weight_decay=0.1)

@@ -248,6 +248,7 @@ def test_parameters_named_and_given_beside_the_model(typical: Any) -> None:
     part = typical(twin[6], model=twin)
     assert named.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     assert [row.name for row in part.plan] == ["6.weight", "6.bias"]
+    assert str(named.plan) == str(typical(model).plan) == str(gcx.torch.plan(model))
 
 
 def test_layers_and_overrides(typical: Any) -> None:
@@ -433,17 +434,13 @@ def test_repr_shows_options_plan_and_who_steps() -> None:
 # Errors
 
 
-def test_parameters_without_a_model(typical: Any) -> None:
+def test_models_and_options_that_are_refused(typical: Any) -> None:
     model = new_model()
     for params in (model.parameters(), list(model.parameters()), groups_of(model)):
         with pytest.raises(TypeError, match=r"do not say where their fan-in is.*model="):
             typical(params)
     with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a list"):
         typical(model.parameters(), model=[model])
-
-
-def test_what_centralize_refuses(typical: Any) -> None:
-    model = new_model()
     with pytest.raises(ValueError, match="nothing to centralize in this"):
         typical(model[2])
     with pytest.raises(RuntimeError, match="that is not in the model"):
@@ -471,10 +468,6 @@ def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
         optimizer.step()
     assert torch.equal(model[0].weight.grad, GRAD)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_parameters_that_were_replaced(typical: Any) -> None:
-    model, optimizer = ours(typical.func, **typical.keywords)
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model.load_state_dict(before, assign=True)
     with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
         optimizer.step()

@@ -440,7 +440,6 @@ def test_layout_of_a_grouped_transposed_convolution_splits_its_inputs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize(
     "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(4))]
 )

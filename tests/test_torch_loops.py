@@ -51,7 +51,6 @@ def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
 # Accumulation and clipping
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
     """Four parts of a batch do what the batch does."""
     twin = copy.deepcopy(layer)
@@ -143,7 +142,6 @@ def test_sparse_gradient_of_a_weight_changes_none(by_step: bool, layer: nn.Linea
 # Mixed precision
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize("step_inside", [False, True])
 def test_autocast(step_inside: bool, where: Any) -> None:
     layer = new_layer().float()
@@ -275,7 +273,6 @@ def test_sam_climbs_centralized_if_the_closure_centralizes(layer: nn.Linear) -> 
         assert_centralized(after - before, rtol=RTOL)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
     """A loop may call its parts, and never its step."""
     sam = SAM(layer.parameters(), SGD, lr=0.01)
@@ -284,7 +281,6 @@ def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
     gcx.torch.centralize(sam.base, layer, where=where)  # nothing has been attached
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
     optimizer = attached(layer, where, **DECAYED)
 
@@ -297,7 +293,6 @@ def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(layer, lambda: train(layer, optimizer))
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_lbfgs_in_two_parts_of_a_training(where: Any, layer: nn.Linear) -> None:
     """Its state is that of all parameters in a row, and a checkpoint of it is taken as it is."""
     model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
@@ -328,7 +323,6 @@ def test_optimizers_applied_in_backward(layer: nn.Linear) -> None:
     assert_same(layer, twin)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn.Linear) -> None:
     optimizers = {p: SGD([p], lr=0.01, weight_decay=0.1) for p in layer.parameters()}
     with pytest.raises(ValueError, match="nothing to centralize"):
@@ -350,7 +344,6 @@ def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn
 # Models that change
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
     """As of a generator and a discriminator; one may leave, and the other stays."""
     model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
@@ -370,7 +363,6 @@ def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
     assert change.mean(1).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
     model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
     model[0].requires_grad_(requires_grad=False)
@@ -400,7 +392,6 @@ def new_model() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
     """The step of the optimizer would be of no use, and says so each time, before it is made."""
     model = new_model()
@@ -428,7 +419,6 @@ MOVING: dict[str, Callable[[nn.Linear], object]] = {
 
 
 @pytest.mark.parametrize("move", MOVING.values(), ids=MOVING)
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn.Linear) -> None:
     model = nn.Sequential(layer)
     optimizer = SGD(model.parameters(), lr=0.01, **DECAYED)
@@ -444,7 +434,6 @@ def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn
 # Gradients and weights of other kinds
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_complex_weights(where: Any) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, dtype=torch.complex128)

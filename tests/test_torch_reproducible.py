@@ -257,7 +257,6 @@ def test_attaching_names_the_weight(attach: Any, options: Any, match: str) -> No
     gcx.torch.centralize(SGD(model.parameters()), model)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_weight_that_comes_later(where: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.complex64))
     optimizer = SGD(model[0].parameters(), lr=0.1)
@@ -295,7 +294,6 @@ def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_shards_of_whole_fan_ins(placement: Placement, where: str) -> None:
     for whole, cut in processes.run(2, sharded_step, placement, where):

@@ -46,6 +46,10 @@ def double_precision(libraries: Collection[str]) -> AbstractContextManager[Any]:
     """
     if "jax" not in libraries:
         return nullcontext()
-    from gcx.backends import _jax
+    import jax
+    import jax.experimental
 
-    return _jax.double_precision()
+    # Before 0.8 it is in jax.experimental.
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental
+    context: AbstractContextManager[Any] = home.enable_x64(True)
+    return context

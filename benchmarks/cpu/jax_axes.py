@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 import gcx.optax
-from gcx.backends._jax import double_precision
+from benchmarks.command.libraries import double_precision
 from gcx.optax._names import named_leaves
 
 STEPS = 30
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     ArgumentParser(prog="python -m benchmarks jax-axes", description=__doc__).parse_args(arguments)
-    with double_precision():
+    with double_precision(["jax"]):
         print("\n".join(report()))
     return 0
 

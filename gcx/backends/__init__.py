@@ -101,11 +101,5 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def load(library: str) -> Library:
-    """Import the backend of a library in `LIBRARIES`, and with it the library.
-
-    Raises
-    ------
-    ImportError
-        If the library is not installed.
-    """
+    """Import the backend of a library in `LIBRARIES`; an ImportError if that is not installed."""
     return cast("Library", import_module(f"gcx.backends._{library}"))

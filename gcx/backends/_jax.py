@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from typing import Any
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
@@ -120,14 +118,6 @@ def asarray(values: Any, dtype: str, device: str, /) -> jax.Array:
 def to_numpy(array: jax.Array, /) -> Any:
     """See `gcx.backends.Backend`."""
     return np.asarray(array).astype(_working_dtype(array.dtype))
-
-
-def double_precision() -> AbstractContextManager[Any]:
-    """Let JAX make 64-bit arrays inside the ``with`` block, whatever the process has set."""
-    # Before 0.8 it is in jax.experimental.
-    home = jax if hasattr(jax, "enable_x64") else jax.experimental
-    context: AbstractContextManager[Any] = home.enable_x64(True)
-    return context
 
 
 def _run(

@@ -20,8 +20,6 @@ from jax.interpreters import batching, mlir
 
 from gcx.backends._canonical import SEGMENT, halve
 
-__all__ = ["centralize", "fan_in_mean"]
-
 
 def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
     """Compute ``grad - strength * mean(grad, axes)``; compiling it for a GPU is a TypeError."""

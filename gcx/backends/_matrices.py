@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
-__all__ = ["Matrix", "matrices"]
-
 # Size and step of an axis. A step is a stride in elements.
 _Axis = tuple[int, int]
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from gcx.backends._matrices import matrices
 
-__all__ = ["divide_up", "extent", "has_overlap", "is_dense", "power_of_two", "writes_conflict"]
-
 # Addresses of the first byte of an array and of the first byte behind it.
 Span = tuple[float, float]
 

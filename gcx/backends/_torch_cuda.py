@@ -29,8 +29,6 @@ from gcx.backends._torch_triton import (
     forms,
 )
 
-__all__ = ["Launches", "MultiTensor", "centralize_many", "launches", "takes", "why_not"]
-
 _OLDEST_TRITON = (3, 5)
 _OLDEST_DEVICE = (8, 0)  # that Triton supports
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -92,9 +90,9 @@ def centralize_many(
     ]
     fan_ins = [axes[k] for k in places]
     roles = (chosen, chosen, targets)
-    make = partial(_Schedule, roles, fan_ins, any_order=not reproducible)
+    make = partial(Schedule, "centralize", roles, fan_ins, any_order=not reproducible)
     schedule = _recall(_schedules, (*forms(chosen), *fan_ins, reproducible), make)
-    left = schedule.run(roles, strength, 0.0)
+    left = schedule.run(roles, strength=strength, rate=0.0)
     for n, k in enumerate(places):
         results[k] = None if n in left else targets[n]
     return results
@@ -104,9 +102,12 @@ class Launches:
     """Centralizes lists of gradients in place; keeps the tables of lists that it has seen."""
 
     def __init__(self) -> None:
-        self._schedules: dict[Hashable, _Schedule] = {}
+        self._schedules: dict[Hashable, Schedule] = {}
         # The last list: comparing it is faster than hashing. One value, since threads share it.
-        self._last: tuple[object, _Schedule] = None, _Schedule(((), (), ()), (), any_order=True)
+        self._last: tuple[object, Schedule] = (
+            None,
+            Schedule("centralize", ((), (), ()), (), any_order=True),
+        )
 
     def centralize_(
         self,
@@ -136,16 +137,25 @@ class Launches:
             make = partial(_schedule_in_place, roles, axes, reproducible)
             schedule = _recall(self._schedules, tuple(key), make)
             self._last = key, schedule
-        return sorted((*schedule.left, *schedule.run(roles, strength, rate)))
+        return schedule.run(roles, strength=strength, rate=rate)
 
 
-class _Schedule:
-    """The launches for a list of gradients: one `MultiTensor` for each device and dtype."""
+class Schedule:
+    """The launches of a rule for lists of tensors: one `MultiTensor` for each device and dtype.
+
+    The positions in `left` are left out of all launches.
+    """
 
     def __init__(
-        self, roles: Roles, axes: Sequence[Axes], *, any_order: bool, left: Collection[int] = ()
+        self,
+        rule: str,
+        roles: Roles,
+        axes: Sequence[Axes],
+        *,
+        any_order: bool,
+        left: Collection[int] = (),
     ) -> None:
-        self.left = left
+        self._left = left
         places: dict[Hashable, list[int]] = {}
         for k in sorted({*range(len(axes))} - {*left}):
             kind = (roles[0][k].device, *(tensors[k].dtype for tensors in roles))
@@ -153,25 +163,25 @@ class _Schedule:
         self._parts = []
         for chosen in places.values():
             here, fan_ins = _select(chosen, roles), [axes[k] for k in chosen]
-            kernel = MultiTensor("centralize", here, fan_ins, any_order=any_order)
+            kernel = MultiTensor(rule, here, fan_ins, any_order=any_order)
             self._parts.append((chosen, kernel))
 
-    def run(self, roles: Roles, strength: float, rate: float) -> list[int]:
-        """Launch, and return the positions of the gradients that could not be launched."""
-        left: list[int] = []
+    def run(self, roles: Roles, **scalars: float) -> list[int]:
+        """Launch, and return the positions that are left: none of their tensors has changed."""
+        left = [*self._left]
         for places, multi_tensor in self._parts:
-            if not multi_tensor.run(_select(places, roles), strength=strength, rate=rate):
+            if not multi_tensor.run(_select(places, roles), **scalars):
                 left += places
-        return left
+        return sorted(left)
 
 
 launches = Launches()  # for all optimizers; a cache, as the schedules are
-_schedules: dict[Hashable, _Schedule] = {}  # a cache
+_schedules: dict[Hashable, Schedule] = {}  # a cache
 
 
 def _recall(
-    schedules: dict[Hashable, _Schedule], key: Hashable, make: Callable[[], _Schedule]
-) -> _Schedule:
+    schedules: dict[Hashable, Schedule], key: Hashable, make: Callable[[], Schedule]
+) -> Schedule:
     """Find a schedule among the latest ones, or make it."""
     schedule = schedules.pop(key, None) or make()
     schedules[key] = schedule  # at the end: the first is the one that was used least recently
@@ -188,7 +198,7 @@ def _select(places: list[int], roles: Roles) -> Roles:
     return [chosen[id(tensors)] for tensors in roles]
 
 
-def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> _Schedule:
+def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> Schedule:
     """Exclude gradients that the kernel cannot take, and repetitions of an earlier gradient."""
     grads, weights, _ = roles
     taken = [
@@ -198,7 +208,7 @@ def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -
     ]
     repeats = _find_repeats([grads[k] for k in taken])
     left = {*range(len(axes))} - {k for n, k in enumerate(taken) if n not in repeats}
-    return _Schedule(roles, axes, any_order=not reproducible, left=left)
+    return Schedule("centralize", roles, axes, any_order=not reproducible, left=left)
 
 
 def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:

@@ -40,18 +40,8 @@ ROW_LENGTHS = tl.constexpr(_tiles.ROW_LENGTHS)
 
 # Fields of a row of the table of matrices: the kind, the first tile, the fields of
 # `_matrices.Matrix`, the number of tiles in a segment of a column, and the first slot for sums.
-KIND = tl.constexpr(0)
-FIRST_TILE = tl.constexpr(1)
-OFFSET = tl.constexpr(2)
-UNITS = tl.constexpr(3)
-UNIT_STEP = tl.constexpr(4)
-FAN_IN = tl.constexpr(5)
-INNER = tl.constexpr(6)
-INNER_STEP = tl.constexpr(7)
-OUTER_STEP = tl.constexpr(8)
-SPLITS = tl.constexpr(9)
-SLOT = tl.constexpr(10)
-FIELDS = tl.constexpr(11)
+KIND, FIRST_TILE, OFFSET, UNITS, UNIT_STEP, FAN_IN = map(tl.constexpr, range(6))
+INNER, INNER_STEP, OUTER_STEP, SPLITS, SLOT, FIELDS = map(tl.constexpr, range(6, 12))
 
 
 @triton.jit(do_not_specialize=["tensors"])

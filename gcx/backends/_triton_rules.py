@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["RULES", "KernelRule", "Numbers"]
-
 # The factor of the mean of gradients, the factor of the mean of weights, and further scalars.
 Numbers = tuple[float, float, tuple[float, ...]]
 

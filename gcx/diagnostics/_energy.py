@@ -17,8 +17,6 @@ from gcx.diagnostics._report import Energy, EnergyReport, fan_in_size, report_of
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, PlanRow
 
-__all__ = ["energy_of", "energy_removed"]
-
 _ABSENT = "no gradient"
 _LEFT_ALONE = LeaveAlone("left alone by layouts")
 

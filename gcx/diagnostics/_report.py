@@ -15,8 +15,6 @@ from gcx.plan import Plan, PlanRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Energy", "EnergyReport", "EnergyRow", "Share", "fan_in_size", "report_of"]
-
 _HEADER = ("parameter", "shape", "layout", "removed", "in batches", "by chance", "reason")
 _NUMBERS = (3, 4, 5)  # columns of numbers
 

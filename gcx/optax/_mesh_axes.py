@@ -11,8 +11,6 @@ from gcx.backends import _jax
 from gcx.layout import Layout
 from gcx.optax._names import Names
 
-__all__ = ["AxisName", "axes_by_path", "centralize_split", "check_axis_name", "check_whole"]
-
 _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gcx._decisions import refuse_empty
 from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.plan import Plan
-from gcx.torch._plan import Decision, Overrides, decide, nothing_to_centralize, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
 from gcx.torch._weights import Weight
 
@@ -36,7 +37,8 @@ def centralize_in_backward(
 
     Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
     ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
-    decay and momentum.
+    decay and momentum. ``torch.autograd.grad`` returns centralized gradients too. Layers that are
+    added later are not covered. A copy of the model centralizes as well, and has no handle.
 
     Parameters
     ----------
@@ -66,14 +68,6 @@ def centralize_in_backward(
     UserWarning
         If a weight got no gradient while others did: after 8 training-mode forward passes, counted
         from the first backward, or when the handle is removed.
-
-    Notes
-    -----
-    A tensor hook projects each gradient before workers average it, which gives the same result
-    without communication. Weight decay that an optimizer adds to the gradient comes later, so its
-    mean remains: prefer decoupled decay (AdamW), or none. ``torch.autograd.grad`` returns
-    centralized gradients too. Layers added later are not covered. A copy of the model centralizes
-    as well, and has no handle. :doc:`/torch` has the details for each wrapper.
 
     Examples
     --------
@@ -121,8 +115,7 @@ class CentralizationInBackward:
             _Place(weight, decisions[weight.parameter], options.strength)
             for weight in weights_of(decisions.items(), reproducible=options.reproducible)
         ]
-        if not self._places:
-            raise ValueError(nothing_to_centralize(self._kind, self._plan))
+        refuse_empty(self._plan, f"this {self._kind}", hint=HINT)
         _check_has_no_other(model)
         self._passes = 0
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gcx._decisions import already_attached
+from gcx._decisions import already_attached, nothing_to_centralize
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide, nothing_to_centralize, weights_of
+from gcx.torch._plan import HINT, Overrides, decide, weights_of
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
 from gcx.torch._weights import Weight, centralize_, with_gradient
@@ -128,7 +128,8 @@ class GradientCentralization:
         self._options = options
         self._targets = Targets(optimizer, partial(decide, model, options), options.reproducible)
         if not any(self._targets.weights()):
-            raise ValueError(nothing_to_centralize(type(optimizer).__name__, self.plan))
+            kind = type(optimizer).__name__
+            raise ValueError(nothing_to_centralize(self.plan, f"this {kind}", hint=HINT))
         self._handles = self._make_hooks().handles
         self._handles += [
             optimizer.register_load_state_dict_pre_hook(keep_switches),

@@ -56,7 +56,7 @@ class StepHooks(GradientHooks):
 
     def __init__(self, targets: Targets, options: Options, rule: Rule) -> None:
         self._rule = rule
-        self._launches = Launches(rule)
+        self._kept: dict[Hashable, _Tables] = {}
         self._marked: dict[int, dict[Tensor, Weight]] = {}  # by the id of the group
         super().__init__(targets, options)
 
@@ -66,8 +66,8 @@ class StepHooks(GradientHooks):
         `remember` makes the state of parameters that have none yet. Returns the other parameters,
         their gradients centralized, for torch to update.
         """
-        weights = self._marked.pop(id(group), None)
-        if weights is None:  # the hooks have centralized it, or there are none in this step
+        marked = self._marked.pop(id(group), None)
+        if marked is None:  # the hooks have centralized it, or there are none in this step
             return cast("list[Tensor]", group["params"])
         optimizer = self._targets.optimizer
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -75,11 +75,17 @@ class StepHooks(GradientHooks):
         if not all(states):
             remember([p for p, state in zip(parameters, states, strict=True) if not state])
             states = [optimizer.state.get(p, {}) for p in parameters]
-        places = self._launches.step(group, parameters, states, [*map(weights.get, parameters)])
-        if not places:
+        weights = [*map(marked.get, parameters)]
+        left: list[Tensor] = []
+        for stage, members in _positions(self._rule.stages(group, states)).items():
+            here, their_weights = _at(members, parameters), _at(members, weights)
+            places: Sequence[int] = range(len(here))
+            if stage is not None:
+                places = self._step_of_stage(group, stage, here, their_weights)
+            left += [here[k] for k in places]
+        if not left:
             return []
-        left = [parameters[k] for k in places]
-        gradients = with_gradient([weights[p] for p in left if p in weights])
+        gradients = with_gradient([marked[p] for p in left if p in marked])
         centralize_(gradients, coupled_rate(optimizer, group, None))
         return left
 
@@ -98,11 +104,15 @@ class StepHooks(GradientHooks):
         except RuntimeError as error:  # a step would raise it
             return str(error)
         reasons = (
-            self._launches.why_not(group, p, state.get(p, {}), weights.get(p))
+            self._why_not_parameter(group, p, state.get(p, {}), weights.get(p))
             for p in group["params"]
             if p.requires_grad
         )
         return next(filter(None, reasons), "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are on a device and hold addresses, so a copy of an optimizer makes its own.
+        return {**vars(self), "_kept": {}}
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         weights = {id(group): found for group, found in super()._by_group()}
@@ -142,35 +152,9 @@ class StepHooks(GradientHooks):
         device = next((p.device for p in group["params"] if is_for_kernels(p)), None)
         return "no parameter on a CUDA device" if device is None else _torch_cuda.why_not(device)
 
-
-class Launches:
-    """Steps by the kernels, with the tables that they keep from step to step."""
-
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self._kept: dict[Hashable, _Tables] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tables are on a device and hold addresses, so a copy of an optimizer makes its own.
-        return {"_rule": self._rule, "_kept": {}}
-
-    def step(
-        self, group: Group, parameters: Sequence[Tensor], states: Sequence[State], weights: Weights
-    ) -> list[int]:
-        """Update parameters, all of which have a gradient; gradients keep their values.
-
-        Returns the positions of the parameters that are left to torch.
-        """
-        left: list[int] = []
-        for stage, members in _positions(self._rule.stages(group, states)).items():
-            if stage is None:
-                left += members
-                continue
-            chosen: list[Sequence[Any]] = [_at(members, p) for p in (parameters, states, weights)]
-            left += [members[k] for k in self._step_of_stage(group, stage, *chosen)]
-        return left
-
-    def why_not(self, group: Group, parameter: Tensor, state: State, weight: Weight | None) -> str:
+    def _why_not_parameter(
+        self, group: Group, parameter: Tensor, state: State, weight: Weight | None
+    ) -> str:
         """Say why a parameter would be left to torch; empty if the kernels would take it.
 
         A gradient or state that is still missing is assumed to be like the parameter.
@@ -184,20 +168,18 @@ class Launches:
         return _why_not([grad, parameter, *(tensor for (tensor,) in memory)], weight)
 
     def _step_of_stage(
-        self,
-        group: Group,
-        stage: Hashable,
-        parameters: Sequence[Any],
-        states: Sequence[Any],
-        weights: Sequence[Any],
+        self, group: Group, stage: Hashable, parameters: Sequence[Any], weights: Weights
     ) -> list[int]:
+        """Make the step of parameters that are equally far; return the positions that are left."""
+        states = [self._targets.optimizer.state.get(p, {}) for p in parameters]
         grads = [parameter.grad for parameter in parameters]
         memory = self._rule.memory(group, states, grads)
         roles = [grads, parameters, *memory]
-        done = self._tables(roles, weights).run(roles, weights, self._rule.scalars(group, stage))
+        left = self._tables(roles, weights).run(roles, self._rule.scalars(group, stage))
+        done = sorted({*range(len(parameters))}.difference(left))
         if done:
             self._rule.remember(_at(done, states), [_at(done, kept) for kept in memory])
-        return sorted({*range(len(parameters))}.difference(done))
+        return left
 
     def _tables(self, roles: Roles, weights: Weights) -> _Tables:
         key = (len(roles), *map(id, roles[1]))
@@ -211,15 +193,27 @@ class Launches:
 
 
 class _Tables:
-    """One kernel for each dtype and device in a list of parameters."""
+    """The launches for a list of parameters."""
 
     def __init__(self, rule: str, roles: Roles, weights: Weights) -> None:
         # Holding the parameters keeps their ids from being used again.
         self._parameters, self._memory, self._weights = roles[1], roles[2:], weights
         self._forms = [forms(tensors) for tensors in roles[:2]]
-        places = _positions(list(map(_kind, zip(*roles, strict=True), weights)))
-        self._left = places.pop(None, [])
-        self._kernels = [(each, _kernel(rule, each, roles, weights)) for each in places.values()]
+        reasons = enumerate(map(_why_not, zip(*roles, strict=True), weights))
+        self._left = {k for k, reason in reasons if reason}
+        centralized = [(k, weight) for k, weight in enumerate(weights) if weight is not None]
+        self._split = [
+            (k, weight.fan_in[0])
+            for k, weight in centralized
+            if k not in self._left and len(weight.fan_in[0]) != weight.parameter.ndim
+        ]
+        self._schedule = _torch_cuda.Schedule(
+            rule,
+            self._view(roles),
+            [() if weight is None else weight.fan_in[1] for weight in weights],
+            any_order=not any(weight.reproducible for _, weight in centralized),
+            left=self._left,
+        )
 
     def are_for(self, roles: Roles, weights: Weights) -> bool:
         """Return True for the same parameters, with gradients in the same form.
@@ -233,35 +227,19 @@ class _Tables:
             and all(_why_not([each[k] for each in roles], weights[k]) for k in self._left)
         )
 
-    def run(self, roles: Roles, weights: Weights, scalars: Scalars) -> list[int]:
-        """Centralize and update; return the positions of the parameters that are done."""
-        done: list[int] = []
-        for places, kernel in self._kernels:
-            if kernel.run(_select(places, roles, weights), **scalars):
-                done += places
-        return sorted(done)
+    def run(self, roles: Roles, scalars: Scalars) -> list[int]:
+        """Centralize and update; return the positions of the parameters that are left."""
+        return self._schedule.run(self._view(roles), **scalars)
 
-
-def _kernel(
-    rule: str, places: list[int], roles: Roles, weights: Weights
-) -> _torch_cuda.MultiTensor:
-    found = [weights[k] for k in places]
-    return _torch_cuda.MultiTensor(
-        rule,
-        _select(places, roles, weights),
-        [() if weight is None else weight.fan_in[1] for weight in found],
-        any_order=not any(weight is not None and weight.reproducible for weight in found),
-    )
-
-
-def _select(places: list[int], roles: Roles, weights: Weights) -> list[list[Tensor]]:
-    """Pick the tensors of some parameters, in the shape that the layout splits."""
-    selected = [list(_at(places, tensors)) for tensors in roles]
-    for n, weight in enumerate(_at(places, weights)):
-        if weight is not None and len(weight.fan_in[0]) != weight.parameter.ndim:
-            for tensors in selected:
-                tensors[n] = tensors[n].view(weight.fan_in[0])
-    return selected
+    def _view(self, roles: Roles) -> Roles:
+        """Give each tensor the shape that its layout splits."""
+        if not self._split:
+            return roles
+        seen = [[*tensors] for tensors in roles]
+        for tensors in seen:
+            for k, shape in self._split:
+                tensors[k] = tensors[k].view(shape)
+        return seen
 
 
 def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
@@ -284,12 +262,6 @@ def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
         kind = f"{type(grad).__name__} of shape {tuple(grad.shape)}"
         return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
     return ""
-
-
-def _kind(tensors: Sequence[Tensor], weight: Weight | None) -> Hashable:
-    """Device and dtype, which one launch shares; None for a parameter that is left to torch."""
-    parameter = tensors[1]
-    return None if _why_not(tensors, weight) else (parameter.device, parameter.dtype)
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:

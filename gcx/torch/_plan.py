@@ -20,6 +20,8 @@ from gcx.torch._weights import Weight
 
 Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
+# The remedy for unknown parameters.
+HINT = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
 Overrides = Mapping[Key, Value]
 
@@ -104,12 +106,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
 def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
     """Show decisions as a table."""
     return Plan(decision.row for decision in decisions.values())
-
-
-def nothing_to_centralize(kind: str, plan: Plan) -> str:
-    """Write the error for an idle optimizer or model."""
-    hint = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
-    return _decisions.nothing_to_centralize(plan, f"this {kind}", hint=hint)
 
 
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:

@@ -175,7 +175,10 @@ class UpdateHooks:
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
-        _warn_of_low_precision([weight for weight in targets.weights() if _may_move(weight)])
+        moving = (weight for weight in targets.weights() if _may_move(weight))
+        narrow = [w for w in moving if torch.finfo(w.parameter.dtype).bits < 32]
+        if narrow:
+            warn(narrow_weight(narrow[0].name, narrow[0].parameter.dtype))
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         self._baselines: deque[list[_Baseline]] = deque(maxlen=_count_steps(type(optimizer)))
@@ -217,12 +220,6 @@ class _Baseline(NamedTuple):
 def _may_move(weight: Weight) -> bool:
     """Return True if the parameter is trainable or still has a gradient."""
     return weight.parameter.requires_grad or weight.parameter.grad is not None
-
-
-def _warn_of_low_precision(weights: list[Weight]) -> None:
-    narrow = [w for w in weights if torch.finfo(w.parameter.dtype).bits < 32]
-    if narrow:
-        warn(narrow_weight(narrow[0].name, narrow[0].parameter.dtype))
 
 
 def _count_steps(kind: type[Optimizer]) -> int:

@@ -57,7 +57,7 @@ class Adapter(ABC):
     projects_the_update: ClassVar[bool] = False
     # A layout by which the fan-in of a weight is its outputs.
     turned: ClassVar[str] = "io"
-    # Facts that do not hold for this adapter, by the name of the test or of one of its parameters;
+    # Facts that do not hold for this adapter, by the name of a test or of one of its cases;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}
     # How the plan names the weights.
@@ -85,7 +85,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def plan(self) -> Any:
-        """Find the plan of what was attached, after a step."""
+        """Show the plan, after a step."""
 
     def remove(self) -> None:
         """Go on without Gradient Centralization."""

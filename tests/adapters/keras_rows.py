@@ -1,4 +1,4 @@
-"""gcx.keras in the contract, on the backend that KERAS_BACKEND asks for."""
+"""gcx.keras under the contract, on the backend that KERAS_BACKEND asks for."""
 
 from __future__ import annotations
 

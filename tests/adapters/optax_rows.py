@@ -1,4 +1,4 @@
-"""gcx.optax in the contract: its place in the chain is what others call `where`."""
+"""gcx.optax under the contract: its place in the chain stands for `where`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gcx.optim in the contract, on NumPy."""
+"""gcx.optim under the contract, on NumPy."""
 
 from __future__ import annotations
 

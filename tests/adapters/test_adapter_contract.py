@@ -288,7 +288,7 @@ def test_nothing_to_centralize(new: New) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_warn(new: New, dtype: str) -> None:
-    """In the update alone, whose rounding is that of the weights."""
+    """Rounding of the weights moves the means, and `where="update"` restores these."""
     new("sgd", dtype).attach()
     row = new("sgd", dtype)
     with pytest.warns(UserWarning, match=rf"(weight|kernel) is (torch\.)?{dtype}"):

@@ -1,4 +1,4 @@
-"""gcx.thinc in the contract."""
+"""gcx.thinc under the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gcx.torch in the contract: the hooks, and the optimizers that centralize by themselves."""
+"""gcx.torch under the contract: the hooks, and the optimizers that centralize by themselves."""
 
 from __future__ import annotations
 

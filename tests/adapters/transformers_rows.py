@@ -1,4 +1,4 @@
-"""gcx.transformers in the contract."""
+"""gcx.transformers under the contract."""
 
 from __future__ import annotations
 

@@ -48,22 +48,32 @@ from torch_fan_in import (
 WIDTH, EXPERTS = 4, 2
 
 
-def _fill(layer: nn.Module) -> None:
+Output = tuple[nn.Module, Tensor, str]
+
+
+def _filled(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
+    return layer
 
 
-def _mix_nothing_after(name: str, last: Tensor) -> None:
+def _only(name: str, layer: nn.Module) -> nn.Module:
+    """Experts that mix nothing after the weight of this name."""
+    _filled(layer)
     if name != "down_proj":
-        last.data.copy_(torch.eye(WIDTH))
+        layer.down_proj.data.copy_(torch.eye(WIDTH))
+    return layer
 
 
-def _experts(layer: nn.Module, name: str = "down_proj") -> tuple[nn.Module, Tensor, str]:
+def _experts(layer: nn.Module, name: str = "down_proj") -> Output:
     """One output for each expert and feature, of experts that are given a token each."""
-    _fill(layer)
-    _mix_nothing_after(name, layer.down_proj)
     chosen, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    return layer, layer(torch.rand(EXPERTS, WIDTH), chosen, weights).flatten(), name
+    return layer, _only(name, layer)(torch.rand(EXPERTS, WIDTH), chosen, weights).flatten(), name
+
+
+def _all_experts(layer: nn.Module, name: str, *weights: Tensor) -> Output:
+    """The same, of experts that are all in use."""
+    return layer, _only(name, layer)(torch.rand(EXPERTS, WIDTH), *weights).flatten(), name
 
 
 def _config(*experts: str, **more: Any) -> SimpleNamespace:
@@ -82,112 +92,80 @@ def _mixtral() -> nn.Module:
     return MixtralExperts(_config("num_local_experts"))
 
 
-def _gpt_oss() -> nn.Module:
-    return GptOssExperts(_config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0))
-
-
-def _aria() -> nn.Module:
-    return AriaExperts(_config("moe_num_experts"))
-
-
-def _longcat() -> nn.Module:
-    config = _config("n_routed_experts", zero_expert_num=0, expert_ffn_hidden_size=WIDTH)
-    return LongcatFlashExperts(config)
-
-
-def _step() -> nn.Module:
-    return Step3p7Experts(_config("num_local_experts"))
-
-
 def _nemotron() -> nn.Module:
     config = _config("n_routed_experts", moe_latent_size=None, mlp_hidden_act="tanh")
     return NemotronHExperts(config)
 
 
-def _llama4(name: str) -> tuple[nn.Module, Tensor, str]:
-    layer = Llama4TextExperts(_config("num_local_experts"))
-    _fill(layer)
-    _mix_nothing_after(name, layer.down_proj)
-    return layer, layer(torch.rand(EXPERTS, WIDTH)).flatten(), name
-
-
-def _inkling(name: str) -> tuple[nn.Module, Tensor, str]:
-    layer = InklingSharedExperts(_config("n_shared_experts"))
-    _fill(layer)
-    _mix_nothing_after(name, layer.down_proj)
-    return layer, layer(torch.rand(EXPERTS, WIDTH), torch.eye(EXPERTS)).flatten(), name
-
-
-def _dbrx(name: str) -> tuple[nn.Module, Tensor, str]:
+def _dbrx(name: str) -> Output:
     config = _config("moe_num_experts", ffn_hidden_size=WIDTH, ffn_act_fn={"name": "tanh"})
-    layer = DbrxExpertGLU(config)
-    _fill(layer)
+    layer = _filled(DbrxExpertGLU(config))
     stacks = [w.view(EXPERTS, WIDTH, WIDTH) for w in (layer.w1, layer.v1, layer.w2)]
     if name != "w2":
-        _mix_nothing_after(name, stacks[-1])
+        stacks[-1].data.copy_(torch.eye(WIDTH))
     outputs = [layer(torch.rand(1, WIDTH), *matrices) for matrices in zip(*stacks, strict=True)]
     return layer, torch.cat(outputs).flatten(), name
 
 
-def _jetmoe() -> tuple[nn.Module, Tensor, str]:
-    layer = JetMoeParallelExperts(EXPERTS, 5, 3)
-    _fill(layer)
-    return layer, layer(torch.rand(EXPERTS, 5), [1] * EXPERTS).flatten(), "weight"
-
-
-def _router() -> tuple[nn.Module, Tensor, str]:
-    layer = MixtralTopKRouter(
-        SimpleNamespace(num_experts_per_tok=1, num_local_experts=3, hidden_size=5)
-    )
-    _fill(layer)
+def _router() -> Output:
+    sizes = SimpleNamespace(num_experts_per_tok=1, num_local_experts=3, hidden_size=5)
+    layer = _filled(MixtralTopKRouter(sizes))
     return layer, features(layer(torch.rand(2, 5))[0]), "weight"
 
 
-def _conv1d() -> tuple[nn.Module, Tensor, str]:
-    layer = Conv1D(3, 5)
-    return layer, features(layer(torch.rand(2, 5))), "weight"
+def _each(layer: nn.Module, *inputs: Any) -> Output:
+    """One output for each place and feature."""
+    return layer, _filled(layer)(*inputs).flatten(), "weight"
 
 
-def _codebooks(layer: nn.Module, width: int) -> tuple[nn.Module, Tensor, str]:
-    _fill(layer)
-    return layer, layer(torch.rand(1, 2, width)).flatten(), "weight"
+def _features(layer: nn.Module, *shape: int) -> Output:
+    return layer, features(_filled(layer)(torch.rand(shape))), "weight"
 
 
-def _csm() -> tuple[nn.Module, Tensor, str]:
-    layer = CsmCodebooksHead(5, 3, 4)
-    _fill(layer)
-    return layer, layer(torch.rand(1, 2, 5), torch.arange(1, 3)).flatten(), "weight"
+GPT_OSS = _config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0)
+LONGCAT = _config("n_routed_experts", zero_expert_num=0, expert_ffn_hidden_size=WIDTH)
+LOCAL = _config("num_local_experts")
+INKLING = _config("n_shared_experts")
+ARIA = _config("moe_num_experts")
 
-
-def _grouped() -> tuple[nn.Module, Tensor, str]:
-    layer = GroupedLinearLayer(6, 4, 2)
-    _fill(layer)
-    return layer, features(layer(torch.rand(1, 3, 6))), "weight"
-
-
-SUPPORT: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, str]], int]] = {
-    "Conv1D": (_conv1d, 1),
+SUPPORT: dict[str, tuple[Callable[[], Output], int]] = {
+    "Conv1D": (lambda: _features(Conv1D(3, 5), 2, 5), 1),
     "router": (_router, 1),
     "experts (E, out, in)": (lambda: _experts(_mixtral()), 1),
     "experts (E, 2 out, in)": (lambda: _experts(_mixtral(), "gate_up_proj"), 2),
     "experts without gate": (lambda: _experts(_nemotron()), 1),
     "experts without gate, up": (lambda: _experts(_nemotron(), "up_proj"), 1),
-    "experts (E, in, out)": (lambda: _experts(_gpt_oss()), 1),
-    "experts (E, in, 2 out)": (lambda: _experts(_gpt_oss(), "gate_up_proj"), 2),
-    "experts (E, in, out), Aria": (lambda: _experts(_aria()), 1),
-    "experts of LongcatFlash": (lambda: _experts(_longcat()), 1),
-    "experts of LongcatFlash, up": (lambda: _experts(_longcat(), "gate_up_proj"), 2),
-    "experts of Step": (lambda: _experts(_step()), 1),
-    "experts of Llama 4": (lambda: _llama4("down_proj"), 1),
-    "experts of Llama 4, up": (lambda: _llama4("gate_up_proj"), 2),
-    "shared experts of Inkling": (lambda: _inkling("down_proj"), 1),
-    "shared experts of Inkling, up": (lambda: _inkling("up_proj"), 1),
+    "experts (E, in, out)": (lambda: _experts(GptOssExperts(GPT_OSS)), 1),
+    "experts (E, in, 2 out)": (lambda: _experts(GptOssExperts(GPT_OSS), "gate_up_proj"), 2),
+    "experts (E, in, out), Aria": (lambda: _experts(AriaExperts(ARIA)), 1),
+    "experts of LongcatFlash": (lambda: _experts(LongcatFlashExperts(LONGCAT)), 1),
+    "experts of LongcatFlash, up": (
+        lambda: _experts(LongcatFlashExperts(LONGCAT), "gate_up_proj"),
+        2,
+    ),
+    "experts of Step": (lambda: _experts(Step3p7Experts(LOCAL)), 1),
+    "experts of Llama 4": (lambda: _all_experts(Llama4TextExperts(LOCAL), "down_proj"), 1),
+    "experts of Llama 4, up": (lambda: _all_experts(Llama4TextExperts(LOCAL), "gate_up_proj"), 2),
+    "shared experts of Inkling": (
+        lambda: _all_experts(InklingSharedExperts(INKLING), "down_proj", torch.eye(2)),
+        1,
+    ),
+    "shared experts of Inkling, up": (
+        lambda: _all_experts(InklingSharedExperts(INKLING), "up_proj", torch.eye(2)),
+        1,
+    ),
     "experts of DBRX": (lambda: _dbrx("w2"), 1),
     "experts of DBRX, up": (lambda: _dbrx("v1"), 1),
-    "experts of JetMoe": (_jetmoe, 1),
-    "codebooks (N, out, in)": (lambda: _codebooks(MoshiFlexibleLinear(5, 4, 2), 5), 1),
-    "codebooks (N, in, out)": (_csm, 1),
-    "groups": (_grouped, 1),
+    "experts of JetMoe": (
+        lambda: _each(JetMoeParallelExperts(EXPERTS, 5, 3), torch.rand(2, 5), [1, 1]),
+        1,
+    ),
+    "codebooks (N, out, in)": (lambda: _each(MoshiFlexibleLinear(5, 4, 2), torch.rand(1, 2, 5)), 1),
+    "codebooks (N, in, out)": (
+        lambda: _each(CsmCodebooksHead(5, 3, 4), torch.rand(1, 2, 5), torch.arange(1, 3)),
+        1,
+    ),
+    "groups": (lambda: _features(GroupedLinearLayer(6, 4, 2), 1, 3, 6), 1),
 }
 
 
@@ -202,8 +180,7 @@ def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
     """An input of mean zero does not see a constant that is added to a weight over its fan-in."""
     torch.manual_seed(0)
     config = SimpleNamespace(num_attention_heads=2, lru_width=8)
-    layer = RecurrentGemmaRglru(config)
-    _fill(layer)
+    layer = _filled(RecurrentGemmaRglru(config))
     x = torch.randn(1, 3, 2, 4)
     x = (x - x.mean(-1, keepdim=True)).flatten(2)
     positions = torch.arange(3)[None]

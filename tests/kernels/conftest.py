@@ -43,5 +43,5 @@ def interpreter(device: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def on_cpu(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What else to replace there."""
+    """Further patches beside those of `interpreter`."""
     return monkeypatch

@@ -471,3 +471,17 @@ def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
     model.load_state_dict(before, assign=True)
     with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_corollary(options: dict[str, float]) -> None:
+    """4.1: the means of the weights stay where they were."""
+    model, optimizer = ours(SGD, lr=0.1, **options)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, steps=30)
+    for name, weight in model.named_parameters():
+        change = weight.detach() - start[name]
+        assert change.abs().max() > 1e-4
+        if weight.ndim > 1:
+            assert_centralized(change, layout=optimizer.plan[name].layout, rtol=1e-9)
+    assert str(optimizer.plan["3.weight"].layout) == "(bi)o..."

@@ -778,3 +778,33 @@ def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> No
     assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
     handle.remove()
     assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_update_of_low_precision_weights_warns(dtype: torch.dtype, layer: nn.Linear) -> None:
+    layer = layer.to(dtype)
+    with pytest.warns(UserWarning, match=f"weight is {dtype}.*where='gradient'") as caught:
+        gcx.torch.centralize(SGD(layer.parameters()), layer, where="update")
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("decay", [None, "outside"])
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_resumed_training_is_the_same(
+    kind: Any, where: Any, decay: Any, layer: nn.Linear, recwarn: pytest.WarningsRecorder
+) -> None:
+    if kind is SGD and where == "update":
+        decay = None  # the other is an error
+    options: Any = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.1, **options)
+    gcx.torch.centralize(optimizer, layer, where=where, decay=decay)
+    train(layer, optimizer)
+    twin = copy.deepcopy(layer)
+    resumed = kind(twin.parameters(), lr=0.01, weight_decay=0.1, **options)
+    gcx.torch.centralize(resumed, twin, where=where, decay=decay)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(layer, optimizer)
+    train(twin, resumed)
+    assert torch.equal(layer.weight, twin.weight)
+    assert not recwarn.list

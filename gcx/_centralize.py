@@ -268,7 +268,10 @@ def _find_fan_in(
             else:
                 axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
-            msg = f"{error} (gradient of shape {tuple(shape)})"
+            where = (
+                "" if str(tuple(shape)) in str(error) else f" (gradient of shape {tuple(shape)})"
+            )
+            msg = f"{error}{where}"
             raise ValueError(msg) from None
     size = 1
     try:

@@ -45,7 +45,7 @@ def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
         msg = f"layouts: {error.args[0]}"
         raise ValueError(msg) from None
     shape = row.shape if array is None else tuple(array.shape)
-    if row.layout is not None and shape != row.shape:
+    if shape != tuple(row.shape):
         with naming(name):
             msg = f"the plan is for shape {row.shape}, this array has shape {shape}"
             raise ValueError(msg)

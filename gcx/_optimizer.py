@@ -14,7 +14,7 @@ from gcx._decisions import check_choice
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
-from gcx.layout import Layout
+from gcx.layout import Layout, as_layout
 
 TreeT = TypeVar("TreeT")
 Where = Literal["gradient", "update"] | None
@@ -42,6 +42,9 @@ class Optimizer:
         self._set_float("lr")
         self._set_float("weight_decay")
         check_choice("where", self.where, ("gradient", "update", None))
+        check_choice("reproducible", self.reproducible, (True, False))
+        if isinstance(self.layouts, str):
+            as_layout(self.layouts)
         object.__setattr__(self, "strength", check_strength(self.strength))
 
     def init(self, params: Any) -> dict[str, Any]:

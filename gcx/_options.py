@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from gcx._centralize import check_strength
 from gcx._decisions import check_choice
+from gcx._names import naming
+from gcx.layout import as_layout
 
 Where = Literal["gradient", "update"]
 Decay = Literal["inside", "outside"] | None
@@ -33,10 +35,15 @@ class Options:
         check_choice("where", self.where, ("gradient", "update"))
         check_choice("decay", self.decay, (None, "inside", "outside"))
         check_choice("layers", self.layers, ("all", "conv"))
+        check_choice("reproducible", self.reproducible, (True, False))
         object.__setattr__(self, "strength", check_strength(self.strength))
         if not isinstance(self.overrides, Mapping | None):
             msg = f"overrides is a mapping from names to layouts, not {self.overrides!r}"
             raise TypeError(msg)
+        for key, value in (self.overrides or {}).items():
+            if isinstance(value, str):
+                with naming(f"overrides: {key}"):
+                    as_layout(value)
 
 
 class TakesOptions:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
+from operator import index
 from typing import Any
 
 __all__ = ["Layout", "LayoutLike"]
@@ -83,7 +84,8 @@ class Layout:
         self.is_split = "(" in text
         self._is_variadic = _ELLIPSIS in axes
         place = axes.index(_ELLIPSIS) if self._is_variadic else len(axes)
-        self._head, self._tail = axes[:place], axes[place + 1 :]
+        parts = [*map(_list_parts, axes)]
+        self._head, self._tail = parts[:place], parts[place + 1 :]
         # Computed once for the usual ranks, since each call of `centralize` needs it.
         ranks = () if self.is_split else range(_USUAL_RANKS)
         self._by_rank = tuple([self._find_axes(ndim) for ndim in ranks])
@@ -131,14 +133,16 @@ class Layout:
             return shape, self.fan_in_axes(len(shape))
         axes = self._list_axes(len(shape))
         if axes is None:
+            if len(shape) < 2:  # as in `fan_in_axes`, a bias
+                return shape, ()
             raise self._make_rank_error(len(shape))
         sizes = [
             part
             for axis, size in zip(axes, shape, strict=True)
             for part in self._split_axis(axis, size, shape)
         ]
-        letters = enumerate(self.letters(len(shape)))
-        return tuple(sizes), tuple([k for k, letter in letters if letter == "i"])
+        letters = [part for axis in axes for part in axis]
+        return tuple(sizes), tuple([k for k, letter in enumerate(letters) if letter == "i"])
 
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
@@ -155,19 +159,19 @@ class Layout:
         axes = self._list_axes(ndim)
         if axes is None:
             raise self._make_rank_error(ndim)
-        return "".join(part for axis in axes for part in _list_parts(axis))
+        return "".join(part for axis in axes for part in axis)
 
     def _find_axes(self, ndim: int) -> tuple[int, ...] | None:
         if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
             return ()
         axes = self._list_axes(ndim)
-        return None if axes is None else tuple([k for k, a in enumerate(axes) if a == "i"])
+        return None if axes is None else tuple([k for k, a in enumerate(axes) if a == ["i"]])
 
-    def _list_axes(self, ndim: int) -> list[str] | None:
+    def _list_axes(self, ndim: int) -> list[list[str]] | None:
         unnamed = ndim - len(self._head) - len(self._tail)
         if unnamed < 0 or (unnamed > 0 and not self._is_variadic):
             return None
-        return [*self._head, *"i" * unnamed, *self._tail]
+        return [*self._head, *[["i"]] * unnamed, *self._tail]
 
     def _make_rank_error(self, ndim: int) -> ValueError:
         named = len(self._head) + len(self._tail)
@@ -175,14 +179,15 @@ class Layout:
         msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
         return ValueError(msg)
 
-    def _split_axis(self, axis: str, size: int, shape: Shape) -> list[int]:
+    def _split_axis(self, axis: list[str], size: int, shape: Shape) -> list[int]:
         """Return the sizes of the parts of one axis."""
         if len(axis) == 1:
             return [size]
-        sizes = [self._sizes.get(part, 0) for part in _list_parts(axis)]
-        known = prod(filter(None, sizes))
+        sizes = [self._sizes.get(part, 0) for part in axis]
+        known = prod([given for given in sizes if given])
         if size % known or (0 not in sizes and size != known):
-            msg = f"{self!r} does not fit shape {shape}: {size} is not {axis}"
+            wrong = "divisible by" if 0 in sizes else "equal to"
+            msg = f"{self!r} does not fit shape {shape}: {size} is not {wrong} {known}"
             raise ValueError(msg)
         return [given or size // known for given in sizes]
 
@@ -230,7 +235,7 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
         if letter not in split:
             msg = f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
             raise ValueError(msg)
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not hasattr(size, "__index__") or isinstance(size, bool):
             msg = f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}"
             raise TypeError(msg)
         if size < 1 or split.count(letter) > 1:
@@ -245,7 +250,7 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
                 f"such as Layout({text!r}, {unknown[0]}=2)"
             )
             raise ValueError(msg)
-    return dict(sorted(sizes.items()))
+    return {letter: index(size) for letter, size in sorted(sizes.items())}
 
 
 # Each text is parsed once; a program has a handful.

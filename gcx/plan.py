@@ -187,7 +187,7 @@ class Plan(Sequence[PlanRow]):
             from difflib import get_close_matches
 
             near = get_close_matches(name, self._by_name, n=3) or [*self._by_name][:3]
-            msg = f"the plan has no row {name!r}; it has {', '.join(map(repr, near))}"
+            msg = f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
             raise KeyError(msg) from None
 
     def _is_long(self) -> bool:

@@ -396,7 +396,8 @@ def test_tied_parameters_of_nnx() -> None:
     layouts = gcx.optax.layouts(table)
     assert set(layouts) == {"first/bias", "first/kernel"}
     assert layouts["first/kernel"] == LeaveAlone(
-        "tied, and the rules differ: Linear; embedding: a row is an input, not an output unit"
+        "tied, and the rules differ: Linear; "
+        "second/embedding: embedding: a row is an input, not an output unit"
     )
 
 

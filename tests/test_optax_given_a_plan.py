@@ -78,7 +78,7 @@ def test_masked_leaves_are_not_asked_for(run: Any) -> None:
 def test_parameter_that_the_plan_lacks() -> None:
     shorter = Plan(row for row in PLAN if row.name != "conv/bias")
     with pytest.raises(
-        ValueError, match=r"layouts: the plan has no row 'conv/bias'; it has 'steps'"
+        ValueError, match=r"layouts: the plan has no row 'conv/bias'; the nearest are 'steps'"
     ):
         gcx.optax.centralize(shorter).init(PARAMS)
     with pytest.raises(ValueError, match="the plan has no row 'conv/bias'"):

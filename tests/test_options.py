@@ -25,6 +25,9 @@ def test_defaults() -> None:
         ({"strength": 2}, ValueError, "strength is the part of the mean to subtract, from 0 to 1"),
         ({"strength": "1"}, ValueError, "strength is the part of the mean to subtract"),
         ({"overrides": "conv"}, TypeError, "overrides is a mapping from names to layouts"),
+        ({"overrides": {"a.*": "ox"}}, ValueError, r"overrides: a\.\*: layout 'ox' is not valid"),
+        ({"overrides": {"a": "(bi)o"}}, ValueError, "overrides: a: .*give the size of all parts"),
+        ({"reproducible": "no"}, ValueError, "reproducible is one of True, False, not 'no'"),
         ({"wher": "update"}, TypeError, "wher"),
     ],
 )

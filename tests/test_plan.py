@@ -164,7 +164,7 @@ def test_as_a_dict_it_is_json() -> None:
 def test_rows_are_found_by_name() -> None:
     assert PLAN["conv.weight"] is PLAN[0]
     assert Plan([*PLAN, PLAN[0]._replace(reason="again")])["conv.weight"] is PLAN[0]
-    with pytest.raises(KeyError, match=r"the plan has no row 'conv.wieght'; it has 'conv.weight'"):
+    with pytest.raises(KeyError, match=r"no row 'conv.wieght'; the nearest are 'conv.weight'"):
         PLAN["conv.wieght"]
 
 

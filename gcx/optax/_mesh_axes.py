@@ -53,23 +53,25 @@ def centralize_split(
     """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
     if axes is None:
         _check_not_split(grad, path)
+    elif layout.is_split and (axes or _jax.varying_axes(grad)):
+        msg = (
+            f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
+            "reshape the weight so that each axis has one letter, or shard it by jit alone"
+        )
+        raise ValueError(msg)
     if not axes:
         with naming(path):
             return centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
     if reproducible:
         check_whole(axes, path)
-    with naming(path):
-        view, fan_in = layout.split(grad.shape)
     try:
-        seen = grad.reshape(view) if layout.is_split else grad
-        centralized = _jax.centralize_over_mesh(seen, fan_in, strength, axes)
+        return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
         msg = (
             f"{path}: axis_name {axes} is not bound here. It is for code inside shard_map and "
             "pmap; under jit alone leave it out, since XLA adds the communication"
         )
         raise ValueError(msg) from error
-    return centralized.reshape(grad.shape) if layout.is_split else centralized
 
 
 def check_whole(axes: tuple[str, ...] | None, path: str) -> None:

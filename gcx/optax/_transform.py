@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from gcx._centralize import check_strength, see_fan_in
+from gcx._decisions import check_choice
 from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, Source, plan_of, source_of
@@ -131,6 +132,7 @@ def centralize(
         )
         raise TypeError(msg)
     check_strength(strength)
+    check_choice("reproducible", reproducible, (True, False))
     check_axis_name(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 

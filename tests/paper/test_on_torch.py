@@ -170,6 +170,10 @@ def test_a_fault_would_show(fault, optimizer, monkeypatch):
 # Corollary 4.1
 
 
+# Two roundings of a float32 weight near 1: how a mean comes out depends on the processor.
+ROUNDING = 2 * np.finfo(np.float32).eps
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_fan_in_means_stay_with_centralization_alone(norm):
     of = grid(norm, "SGDM")
@@ -183,9 +187,9 @@ def test_fan_in_means_stay_with_centralization_alone(norm):
         for arm, model in ((arm, in_torch(of, arm).model) for arm in ARMS)
     }
     for arm in ("gradient", "update"):
-        assert max(moved[arm]) < 1e-7
+        assert max(moved[arm]) < ROUNDING
     *convolutions, head = moved["conv only"]
-    assert max(convolutions) < 1e-7
+    assert max(convolutions) < ROUNDING
     assert min(head, *moved[BASE]) > 1e-4
 
 

@@ -53,13 +53,8 @@ class Optimizer:
         It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer of
         the optimizer, with arrays of the weights' shapes and dtypes.
 
-        Raises
-        ------
-        TypeError
-            If `params` is not a list, tuple or dict of floating arrays; or if `reproducible` does
-            not support one of them.
-        ValueError
-            If `layouts` does not fit `params`, or centralizes none of them.
+        Raises a TypeError if `params` has anything but floating arrays, or `reproducible` does not
+        support one of them; a ValueError if `layouts` does not fit, or centralizes none of them.
         """
         named = _named_params(params)
         if self.where is not None and not any(self._find_layouts(params)):
@@ -85,16 +80,9 @@ class Optimizer:
         None leaves a parameter and its state unchanged. `state` comes from `init` or the previous
         `update`.
 
-        Raises
-        ------
-        TypeError
-            If a gradient or a buffer has another library than its parameter, or if `reproducible`
-            does not support a parameter.
-        ValueError
-            If `grads` or `state` do not fit `params`. Errors come before any computation.
+        Raises a TypeError or ValueError, before any computation, if `grads` or `state` do not fit
+        `params`, or `reproducible` does not support one of them.
 
-        Notes
-        -----
         A lazy library such as dask adds each step to its graph, so compute the weights and the
         state from time to time. PyTorch records the step for autograd unless it runs under
         ``torch.no_grad()``.

@@ -53,15 +53,9 @@ class Rules(Generic[AnswerT]):
     The first class whose rule has a parameter's name decides. So a subclass inherits the rules of
     its bases, and its own rule holds only the differences.
 
-    Parameters
-    ----------
-    table : mapping from type or str to rule
-        A string is the qualified name of a class (``"transformers.pytorch_utils.Conv1D"``) or a
-        glob of such names, so a package need not be imported to have rules. If several names
-        match a class, the first one whose rule has the parameter decides.
-    group : str
-        Group of the entry points with which other packages add rules. The name of an entry point
-        is the qualified name of a class, or a glob. Its rule is loaded when a layer needs it.
+    A string in `table` is the qualified name of a class, or a glob of such names, so a package need
+    not be imported to have rules; the first match counts. `group` names the entry points with which
+    other packages add rules. Their names are of the same kind.
     """
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:

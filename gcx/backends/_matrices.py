@@ -55,11 +55,6 @@ def matrices(
 
     >>> matrices((5, 8), (8, 1), (1,))
     (Matrix(offset=0, units=5, unit_step=8, fan_in=8, inner=8, inner_step=1, outer_step=0),)
-
-    Experts (expert, in, out) have a matrix each, whose columns are the units:
-
-    >>> [matrix.offset for matrix in matrices((3, 8, 5), (40, 5, 1), (1,))]
-    [0, 40, 80]
     """
     fan_in = [(shape[a], steps[a]) for a in axes]
     if any_order:

@@ -22,8 +22,8 @@ class Projection:
     """Centralizes the gradients of an optimizer, or the displacement of its weights."""
 
     def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
-        self.plan = plan  # until the variables of the optimizer are known
-        self.options = options
+        self.plan: Plan = plan  # until the variables of the optimizer are known
+        self.options: Options = options
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}

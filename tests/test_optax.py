@@ -582,6 +582,16 @@ def test_a_layout_may_split_an_axis(reproducible: bool) -> None:
     np.testing.assert_allclose(updates["weight"], groups.reshape(8, 3, 2), atol=1e-6)
 
 
+def test_a_layout_that_splits_an_axis_is_not_for_shards() -> None:
+    layouts = {"weight": Layout("(bi)o...", b=2)}
+    grads = {"weight": normal(1, 8, 3)}
+    update = gcx.optax.centralize(layouts, axis_name="d").update
+    with pytest.raises(ValueError, match=r"^weight: Layout\(.* splits an axis of the whole weight"):
+        jax.vmap(lambda g: update(g, optax.EmptyState())[0], axis_name="d")(
+            {"weight": grads["weight"][None]}
+        )
+
+
 def test_many_forms_of_gradients() -> None:
     update = gcx.optax.centralize({"*": "o..."}).update
     for size in [*range(2, 14)] * 2:

@@ -118,7 +118,7 @@ def _torch_on_cuda() -> str:
     why_not, error = attempt(_torch_cuda.why_not)
     if why_not or error:
         return f"on CUDA, too: {why_not or error}"
-    return "on CUDA one launch of a Triton kernel for each dtype"
+    return "on CUDA few launches of CUDA kernels for a list"
 
 
 def _first_line(doc: str | None) -> str:

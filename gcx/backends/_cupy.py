@@ -1,22 +1,24 @@
-"""CuPy: lists of arrays, centralized in one launch of a CUDA kernel for each dtype.
+"""CuPy: lists of arrays, centralized in few launches of CUDA kernels, one for most models.
 
-CuPy's own mean and subtraction serve other dtypes, ROCm, and streams that are captured for a CUDA
-graph. Everything runs on the array's device, on the current stream.
+CuPy's own mean and subtraction serve other dtypes, ROCm, and fan-ins that are not a matrix in
+memory. Everything runs on the array's device, on the current stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import prod
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from functools import cache, lru_cache
+from typing import Any
 
 import cupy as cp
 
-from gcx.backends import _canonical, _cupy_kernels, _numpy
-from gcx.backends._cupy_kernels import ARRAYS, MOST, Axes, Batch, Walk, launch
-from gcx.backends._matrices import matrices
-from gcx.backends._memory import extent, is_dense, writes_conflict
+from gcx.backends import _canonical, _numpy
+from gcx.backends.cuda.drivers import Cupy
+from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
+from gcx.backends.cuda.memory import extent, writes_conflict
+from gcx.backends.cuda.tables import ELEMENTS
+from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
@@ -30,9 +32,7 @@ def is_writable(array: Any, /) -> bool:
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
-    with grad.device:
-        why_not = _why_not(grad.shape, grad.dtype, tuple(axes)) or _why_not_now()
-    if why_not:
+    if why_not := _why_not(grad):
         msg = f"reproducible=True on CuPy is not for {why_not}"
         raise TypeError(msg)
 
@@ -73,18 +73,22 @@ def centralize_many(
             do(grad, fan_in, strength, out, reproducible)
             for grad, fan_in, out in zip(grads, axes, outs, strict=True)
         ]
-    schedule = _schedule(tuple(map(_describe, grads, axes, outs)), reproducible)
-    results = list(outs)
-    left = [*schedule.left]
-    for places, batch in schedule.batches:
-        with grads[places[0]].device:
-            if _why_not_now():
-                left += places
-                continue
-            for k in places:
-                if outs[k] is None:
-                    results[k] = cp.empty_like(grads[k])
-            launch(batch, [grads[k] for k in places], [results[k] for k in places], strength)
+    traits = tuple([
+        _see(grad, fan_in, out, reproducible)
+        for grad, fan_in, out in zip(grads, axes, outs, strict=True)
+    ])
+    results = [*outs]
+    for k, grad in enumerate(grads):
+        if traits[k] and outs[k] is None:
+            with grad.device:
+                results[k] = cp.empty_like(grad)
+    left: Sequence[int] = range(len(grads))
+    if any(traits):
+        addresses = [
+            [array.data.ptr if seen else 0 for array, seen in zip(arrays, traits, strict=True)]
+            for arrays in (grads, results)
+        ]
+        left = _schedule(traits).run(addresses, (strength, 0.0))
     for k in left:
         results[k] = _by_itself(grads[k], axes[k], strength, outs[k], reproducible)
     return results
@@ -109,101 +113,92 @@ def to_numpy(array: Any, /) -> Any:
 
 
 def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
-    """Centralize an array if its strides, or the strides of `out`, do not suit the kernel."""
+    """Centralize an array whose strides, or those of `out`, do not suit the kernels."""
     with grad.device:
-        if grad.size == 0 or _why_not(grad.shape, grad.dtype, axes) or _why_not_now():
-            return _with_own_operations(grad, axes, strength, out)
-        last = tuple(range(grad.ndim - len(axes), grad.ndim))
-        rows = cp.moveaxis(grad, axes, last).copy()
-        centralize(rows, last, strength, rows, reproducible)
+        if grad.size == 0 or _why_not(grad):
+            return _with_own_operations(grad, axes, strength, out, reproducible)
+        rows: Axes = tuple(range(grad.ndim - len(axes), grad.ndim))
+        copy = cp.moveaxis(grad, axes, rows).copy()
+        traits = _see(copy, rows, copy, reproducible)
+        if traits is None or _schedule((traits,)).run([[copy.data.ptr]] * 2, (strength, 0.0)):
+            _with_own_operations(copy, rows, strength, copy, reproducible)
         if out is None:
             out = cp.empty_like(grad)
-        out[...] = cp.moveaxis(rows, last, axes)
+        out[...] = cp.moveaxis(copy, rows, axes)
         return out
 
 
-def _with_own_operations(grad: Any, axes: Axes, strength: float, out: Any | None) -> Any:
-    is_narrow = grad.dtype.itemsize < 4
-    wide = grad.astype(cp.float32) if is_narrow else grad
-    mean = cp.mean(wide, axis=axes, keepdims=True) * strength
-    if not is_narrow:
-        return cp.subtract(wide, mean, out=out)
+def _with_own_operations(
+    grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool
+) -> Any:
+    mean = fan_in_mean(grad, axes, reproducible) * strength
+    if grad.dtype.itemsize >= 4:
+        return cp.subtract(grad, mean, out=out)
     if out is None:
         out = cp.empty_like(grad)
-    out[...] = cp.subtract(wide, mean, out=wide)
+    out[...] = cp.subtract(grad, mean)
     return out
 
 
-def _why_not(shape: Axes, dtype: Any, axes: Axes) -> str:
-    """Name the property of an array that the kernel does not support; empty if it takes it."""
-    if dtype.name not in _cupy_kernels.ELEMENTS or not dtype.isnative:
-        return f"{dtype}"
+def _why_not(grad: Any) -> str:
+    """Name the property of an array that the kernels do not support; empty if they take it."""
+    if grad.dtype.name not in ELEMENTS or not grad.dtype.isnative:
+        return f"{grad.dtype}"
     if cp.cuda.runtime.is_hip:
         return "ROCm"
-    fan_in, size = prod(shape[axis] for axis in axes), prod(shape)
-    return f"an array of shape {shape}" if max(fan_in, size // fan_in) > MOST else ""
+    device = grad.device.id
+    if _Host().capability(device) < _OLDEST_DEVICE:
+        return "a GPU older than compute capability 8.0"
+    return _launcher().failures.get(device, "")
 
 
-def _why_not_now() -> str:
-    """Say why the kernel cannot run on the current stream; empty if it can."""
-    # A replayed graph would read tables that have been freed since.
-    is_captured = cp.cuda.get_current_stream().is_capturing()
-    return "a stream that is captured for a CUDA graph" if is_captured else ""
+_OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 
 
-class _Traits(NamedTuple):
-    """Everything that decides how an array is centralized."""
+class _Host:
+    """See `gcx.backends.cuda.launcher.Host`."""
 
-    shape: Axes
-    strides: Axes
-    dtype: Any
-    device: int
-    axes: Axes
-    out_strides: Axes | None
+    out_of_memory = cp.cuda.memory.OutOfMemoryError
+
+    def current(self, device: int) -> AbstractContextManager[object]:
+        return cp.cuda.Device(device)  # type: ignore[no-any-return]
+
+    def capability(self, device: int) -> tuple[int, int]:
+        digits = cp.cuda.Device(device).compute_capability
+        return int(digits[:-1]), int(digits[-1])
+
+    def stream(self, _device: int) -> int:
+        return cp.cuda.get_current_stream().ptr  # type: ignore[no-any-return]
+
+    def is_capturing(self) -> bool:
+        return bool(cp.cuda.get_current_stream().is_capturing())
+
+    def allocate(self, _device: int, size: int) -> tuple[int, object]:
+        memory = cp.cuda.alloc(size)
+        return memory.ptr, memory
 
 
-class _Schedule(NamedTuple):
-    """Batches for the kernel and the arrays left to CuPy, by position in a list of arrays."""
-
-    batches: list[tuple[list[int], Batch]]
-    left: list[int]
-
-
-def _describe(grad: Any, axes: Axes, out: Any | None) -> _Traits:
-    out_strides = None if out is None else out.strides
-    return _Traits(grad.shape, grad.strides, grad.dtype, grad.device.id, axes, out_strides)
+@cache
+def _launcher() -> Launcher:
+    return Launcher(Cupy(), _Host())
 
 
 @lru_cache(maxsize=1 << 8)
-def _schedule(arrays: tuple[_Traits, ...], reproducible: bool) -> _Schedule:
-    left = []
-    alike: dict[object, list[tuple[int, Walk]]] = {}
-    for k, traits in enumerate(arrays):
-        found = _find_walk(traits, reproducible)
-        if found is None:
-            left.append(k)
-        else:
-            alike.setdefault((traits.device, traits.dtype), []).append((k, found))
-    batches = []
-    for walks in alike.values():
-        for start in range(0, len(walks), ARRAYS):
-            places, some = zip(*walks[start : start + ARRAYS], strict=True)
-            batches.append(([*places], Batch(arrays[places[0]].dtype, some)))
-    return _Schedule(batches, left)
+def _schedule(arrays: tuple[Traits | None, ...]) -> Schedule:
+    return Schedule(_launcher(), "Store", arrays)
 
 
-def _find_walk(traits: _Traits, reproducible: bool) -> Walk | None:
-    """Find the matrices of an array and its result; None if the kernel cannot walk through them."""
-    shape, strides, dtype, _, axes, out_strides = traits
-    if 0 in shape or _why_not(shape, dtype, axes):
+def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits | None:
+    """See an array as the kernels do; None if they do not take it, or its `out`."""
+    shape, strides, itemsize = grad.shape, grad.strides, grad.dtype.itemsize
+    if _why_not(grad) or any(stride % itemsize for stride in strides):
         return None
-    if any(stride % dtype.itemsize for stride in strides):
+    steps = tuple([stride // itemsize for stride in strides])
+    # A new result has the strides of the array only if the array is dense.
+    if not (is_dense(shape, steps) if out is None else out.strides == strides):
         return None
-    steps = [stride // dtype.itemsize for stride in strides]
-    # A new result gets the strides of the array only if the array is dense.
-    if out_strides != strides and not (out_strides is None and is_dense(shape, steps)):
-        return None
-    return matrices(shape, steps, axes, any_order=not reproducible)
+    walk = find_walk(shape, steps, axes, any_order=not reproducible)
+    return walk and (grad.device.id, grad.dtype.name, walk)
 
 
 def _find_span(array: Any) -> tuple[int, int]:

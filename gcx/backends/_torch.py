@@ -188,14 +188,17 @@ def subtract_means_(
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
         from gcx.backends import _torch_cuda
 
-        left = _torch_cuda.launches.centralize_(
-            _split(grads, fan_ins),
+        parts = [_split(tensors, fan_ins) for tensors in ((grads,) if rate is None else (grads, weights))]
+        done = _torch_cuda.centralize_many(
+            parts[0],
             [axes for _, axes in fan_ins],
-            None if rate is None else _split(weights, fan_ins),
-            0.0 if rate is None else strength * rate,
-            strength=strength,
-            reproducible=reproducible,
+            strength,
+            parts[0],
+            reproducible,
+            parts[-1],
+            rate or 0.0,
         )
+        left = [k for k, result in enumerate(done) if result is None]
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
         is_simple = (

@@ -1,69 +1,88 @@
-"""PyTorch on CUDA: a list of gradients is centralized in one launch of a Triton kernel per dtype.
+"""PyTorch on CUDA: a list of gradients is centralized in few launches, one for most models.
 
-PyTorch's own operations handle the tensors that the kernel does not take. Triton is imported with
+PyTorch's own operations handle the tensors that the kernels do not take. The driver is loaded with
 the first tensor on a CUDA device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
-from functools import cache, partial
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from operator import add, attrgetter, gt, is_
 from math import inf
+from typing import Any, TypeVar
+from warnings import warn
 
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from gcx.backends import _tiles
-from gcx.backends._memory import extent, is_dense, writes_conflict
-from gcx.backends._tiles import Axes
-from gcx.backends._torch_triton import (
-    MultiTensor,
-    Roles,
-    TritonFailsError,
-    allow_sync,
-    failures,
-    forms,
-)
+from gcx.backends.cuda.drivers import Bindings
+from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
+from gcx.backends.cuda.memory import Span, extent, writes_conflict
+from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
-_OLDEST_TRITON = (3, 5)
-_OLDEST_DEVICE = (8, 0)  # that Triton supports
-_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+T = TypeVar("T")
+
+_OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
+_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _PLAIN = (Tensor, Parameter)
-_MOST_SCHEDULES = 16
+_MOST_LISTS = 16
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 def why_not(device: torch.device | None = None) -> str:
-    """Say why the kernel does not run on a CUDA device, by default the current one.
-
-    The answer is empty if it does. The first call for a device tries the kernel.
-    """
+    """Say why the kernels do not run on a CUDA device, by default the current one; empty if so."""
     if device is None:
         if not torch.cuda.is_available():
             return "no CUDA device"
         device = torch.device("cuda", torch.cuda.current_device())
-    reason = _find_lack(device) or failures.get(device, "")
-    if reason or torch.cuda.is_current_stream_capturing():  # a capture allows no trial
+    if torch.version.hip is not None:
+        return "ROCm: the kernels are for CUDA"
+    if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
+        return f"{torch.cuda.get_device_name(device)} is too old for the kernels"
+    launcher = find_launcher()
+    return launcher if isinstance(launcher, str) else launcher.failures.get(device.index, "")
+
+
+@cache
+def find_launcher() -> Launcher | str:
+    """Load the driver; the reason if it is not there, which is the text of a warning too."""
+    try:
+        return Launcher(Bindings(), _Host())
+    except Exception as error:  # noqa: BLE001  # whatever a loader raises
+        reason = f"{type(error).__name__}: {error} (pip install cuda-bindings)"
+        msg = f"gcx uses torch's own, slower operations on CUDA, as its kernels need a driver: {reason}"
+        warn(msg, RuntimeWarning, stacklevel=2)
         return reason
-    return _try_kernel(device)
 
 
-def takes(grad: Tensor, axes: Axes, out: Tensor | None = None) -> bool:
-    """Return True if the kernel can process a tensor with these fan-in axes, or with none.
+class _Host:
+    """See `gcx.backends.cuda.launcher.Host`."""
 
-    It takes ordinary tensors on a CUDA device, of the dtypes and strides that it supports. It takes
-    none while autograd or a compiler records operations. `out` is `grad`, or has the same strides
-    and shares no memory with it.
-    """
-    return (
-        _is_on_cuda(grad)
-        and not _is_traced()
-        and _fits(grad, axes, out)
-        and not why_not(grad.device)
-    )
+    out_of_memory = torch.OutOfMemoryError
+
+    def current(self, device: int) -> AbstractContextManager[object]:
+        is_current = torch.cuda.current_device() == device
+        return nullcontext() if is_current else torch.cuda.device(device)
+
+    def capability(self, device: int) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+    def stream(self, device: int) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def allocate(self, device: int, size: int) -> tuple[int, object]:
+        memory = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+        return memory.data_ptr(), memory
 
 
 def centralize_many(
@@ -72,174 +91,150 @@ def centralize_many(
     strength: float,
     outs: Sequence[Tensor | None],
     reproducible: bool = False,
+    weights: Sequence[Tensor] = (),
+    rate: float = 0.0,
 ) -> list[Tensor | None]:
-    """Centralize the gradients that the kernel takes; see `gcx.backends.Backend`.
+    """Centralize the gradients that the kernels take; see `gcx.backends.Backend`.
 
     The result is None for each gradient that is left to PyTorch. All are left if a result would
-    overwrite another array of the list.
+    overwrite another array of the list. With a rate, the means are of ``grad + rate * weight``.
     """
-    results: list[Tensor | None] = [None] * len(grads)
-    places = _find_taken(grads, axes, outs)
-    if not places or (len(grads) > 1 and writes_conflict(grads, outs, _find_span)):
-        return results
-    chosen = [grads[k] for k in places]
-    wanted = [outs[k] for k in places]
-    targets = [
-        torch.empty_like(grad) if out is None else out
-        for grad, out in zip(chosen, wanted, strict=True)
-    ]
-    fan_ins = [axes[k] for k in places]
-    roles = (chosen, chosen, targets)
-    make = partial(Schedule, "centralize", roles, fan_ins, any_order=not reproducible)
-    schedule = _recall(_schedules, (*forms(chosen), *fan_ins, reproducible), make)
-    left = schedule.run(roles, strength=strength, rate=0.0)
-    for n, k in enumerate(places):
-        results[k] = None if n in left else targets[n]
-    return results
+    if _is_traced():
+        return [None] * len(grads)
+    weights = weights if rate else ()
+    in_place = all(map(is_, outs, grads))
+    others = () if in_place else [grad if out is None else out for grad, out in zip(grads, outs)]
+    is_new = () if in_place else [out is None for out in outs]
+    key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
+    found = _recent.pop(key, None)
+    if found is None:
+        found = Centralization(grads, axes, outs, weights, reproducible=reproducible)
+    _recent[key] = found  # at the end: the first is the one that was used least recently
+    for oldest in [*_recent][:-_MOST_LISTS]:
+        _recent.pop(oldest, None)  # another thread may have removed it
+    return found.run(grads, strength, outs, weights, rate)
 
 
-class Launches:
-    """Centralizes lists of gradients in place; keeps the tables of lists that it has seen."""
+class Centralization:
+    """The launches for a list of gradients in one form: types, devices, dtypes, shapes, strides.
 
-    def __init__(self) -> None:
-        self._schedules: dict[Hashable, Schedule] = {}
-        # The last list: comparing it is faster than hashing. One value, since threads share it.
-        self._last: tuple[object, Schedule] = (
-            None,
-            Schedule("centralize", ((), (), ()), (), any_order=True),
-        )
-
-    def centralize_(
-        self,
-        grads: Sequence[Tensor],
-        axes: Sequence[Axes],
-        weights: Sequence[Tensor] | None = None,
-        rate: float = 0.0,
-        *,
-        strength: float = 1.0,
-        reproducible: bool = False,
-    ) -> list[int]:
-        """Subtract from each gradient `strength` times its mean and `rate` times its weight's mean.
-
-        The gradients are on any devices, and do not overlap in memory. `rate` is for example the
-        weight decay that an optimizer adds to the gradient, times `strength`. Returns the positions
-        of the gradients that the kernel does not take, and leaves as they are.
-        """
-        if _is_traced() or (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads)):
-            return [*range(len(grads))]
-        if weights is None or rate == 0:
-            weights, rate = grads, 0.0
-        roles = (grads, weights, grads)
-        of_weights = [] if weights is grads else forms(weights)
-        key = [*forms(grads), *of_weights, *axes, reproducible]
-        last, schedule = self._last
-        if key != last:
-            make = partial(_schedule_in_place, roles, axes, reproducible)
-            schedule = _recall(self._schedules, tuple(key), make)
-            self._last = key, schedule
-        return schedule.run(roles, strength=strength, rate=rate)
-
-
-class Schedule:
-    """The launches of a rule for lists of tensors: one `MultiTensor` for each device and dtype.
-
-    The positions in `left` are left out of all launches.
+    Gradients that the kernels do not take are left out.
     """
 
     def __init__(
         self,
-        rule: str,
-        roles: Roles,
+        grads: Sequence[Tensor],
         axes: Sequence[Axes],
+        outs: Sequence[Tensor | None],
+        weights: Sequence[Tensor] = (),
         *,
-        any_order: bool,
-        left: Collection[int] = (),
+        reproducible: bool = False,
     ) -> None:
-        self._left = left
-        places: dict[Hashable, list[int]] = {}
-        for k in sorted({*range(len(axes))} - {*left}):
-            kind = (roles[0][k].device, *(tensors[k].dtype for tensors in roles))
-            places.setdefault(kind, []).append(k)
-        self._parts = []
-        for chosen in places.values():
-            here, fan_ins = _select(chosen, roles), [axes[k] for k in chosen]
-            kernel = MultiTensor(rule, here, fan_ins, any_order=any_order)
-            self._parts.append((chosen, kernel))
+        self._places, arrays = [], []
+        for k, (grad, out) in enumerate(zip(grads, outs, strict=True)):
+            beside = [*([] if out is None or out is grad else [out]), *weights[k : k + 1]]
+            traits = see(grad, axes[k], *beside, reproducible=reproducible)
+            # A new result has the strides of the gradient only if that is dense.
+            if traits and (out is not None or is_dense(grad.shape, grad.stride())):
+                self._places.append(k)
+                arrays.append(traits)
+        self._in_place = all(map(is_, outs, grads))
+        self._is_whole = len(arrays) == len(grads)
+        self._sizes = [_count_bytes(grads[k]) for k in self._places]
+        if arrays:
+            rule = "StoreRate" if weights else "Store"
+            self._schedule = Schedule(_launcher(), rule, arrays)
 
-    def run(self, roles: Roles, **scalars: float) -> list[int]:
-        """Launch, and return the positions that are left: none of their tensors has changed."""
-        left = [*self._left]
-        for places, multi_tensor in self._parts:
-            if not multi_tensor.run(_select(places, roles), **scalars):
-                left += places
-        return sorted(left)
+    def run(
+        self,
+        grads: Sequence[Tensor],
+        strength: float,
+        outs: Sequence[Tensor | None],
+        weights: Sequence[Tensor] = (),
+        rate: float = 0.0,
+    ) -> list[Tensor | None]:
+        """See `centralize_many`."""
+        results: list[Tensor | None] = [None] * len(grads)
+        chosen = _at(self._places, grads)
+        if not self._places or _has_state(chosen):
+            return results
+        starts = [*map(Tensor.data_ptr, chosen)]
+        if self._in_place and self._is_whole:
+            conflicts = _overlap(starts, self._sizes)
+        else:
+            conflicts = writes_conflict(grads, outs, _find_span)
+        if conflicts or 0 in starts:  # 0: FSDP has freed the memory, or it was never there
+            return results
+        targets, written = chosen, starts
+        if not self._in_place:
+            wanted = _at(self._places, outs)
+            pairs = zip(chosen, wanted, strict=True)
+            targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
+            written = [*map(Tensor.data_ptr, targets)]
+        roles = [starts, written]
+        if weights:
+            roles.append([*map(Tensor.data_ptr, _at(self._places, weights))])
+        left = self._schedule.run(roles, (strength, rate))
+        for k, target in zip(self._places, targets, strict=True):
+            results[k] = target
+        for n in left:
+            results[self._places[n]] = None
+        increment_version([target for target in results if target is not None])
+        return results
 
 
-launches = Launches()  # for all optimizers; a cache, as the schedules are
-_schedules: dict[Hashable, Schedule] = {}  # a cache
+_recent: dict[Hashable, Centralization] = {}  # a cache
 
 
-def _recall(
-    schedules: dict[Hashable, Schedule], key: Hashable, make: Callable[[], Schedule]
-) -> Schedule:
-    """Find a schedule among the latest ones, or make it."""
-    schedule = schedules.pop(key, None) or make()
-    schedules[key] = schedule  # at the end: the first is the one that was used least recently
-    for oldest in list(schedules)[:-_MOST_SCHEDULES]:
-        schedules.pop(oldest, None)  # another thread may have removed it
-    return schedule
+def forms(tensors: Sequence[Tensor]) -> list[Any]:
+    """List the types, devices, dtypes, shapes and strides of tensors.
 
-
-def _select(places: list[int], roles: Roles) -> Roles:
-    if len(places) == len(roles[0]):
-        return roles
-    # A list in two roles stays one list.
-    chosen = {id(tensors): [tensors[k] for k in places] for tensors in roles}
-    return [chosen[id(tensors)] for tensors in roles]
-
-
-def _schedule_in_place(roles: Roles, axes: Sequence[Axes], reproducible: bool) -> Schedule:
-    """Exclude gradients that the kernel cannot take, and repetitions of an earlier gradient."""
-    grads, weights, _ = roles
-    taken = [
-        k
-        for k, (grad, weight, fan_in) in enumerate(zip(grads, weights, axes, strict=True))
-        if takes(grad, fan_in, grad) and (weight is grad or _is_parallel(weight, grad))
+    Every training step does this. Going attribute by attribute is fastest. A sparse tensor has
+    strides of 0.
+    """
+    return [
+        *map(type, tensors),
+        *map(Tensor.get_device, tensors),
+        *map(_DTYPE, tensors),
+        *map(_SHAPE, tensors),
+        *map(Tensor.stride, tensors),
     ]
-    repeats = _find_repeats([grads[k] for k in taken])
-    left = {*range(len(axes))} - {k for n, k in enumerate(taken) if n not in repeats}
-    return Schedule("centralize", roles, axes, any_order=not reproducible, left=left)
 
 
-def _find_repeats(tensors: Sequence[Tensor]) -> set[int]:
-    """Find the positions of tensors that begin at the address of an earlier one."""
-    addresses = [*map(Tensor.data_ptr, tensors)]
-    if len(set(addresses)) == len(addresses):
-        return set()
-    return {k for k, address in enumerate(addresses) if address in addresses[:k]}
+def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
+    """See a tensor as the kernels do; None if they do not take it.
+
+    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know. Tensors
+    `beside` it, such as its weight, must have the same form. A tensor without axes is not
+    centralized, but a part of an optimizer's step.
+    """
+    ordinary = all(
+        type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg() for x in (grad, *beside)
+    )
+    name = _NAMES.get(grad.dtype)
+    if not ordinary or name is None or not _is_on_cuda(grad) or why_not(grad.device):
+        return None
+    first, *others = (forms([x])[1:] for x in (grad, *beside))
+    walk = find_walk(grad.shape, grad.stride(), axes, any_order=not reproducible)
+    if walk is None or any(other != first for other in others):
+        return None
+    return grad.get_device(), name, walk
 
 
-def _find_taken(
-    grads: Sequence[Tensor], axes: Sequence[Axes], outs: Sequence[Tensor | None]
-) -> list[int]:
-    """Find the positions of the gradients that `takes` takes; each device is checked once."""
-    if _is_traced():
-        return []
-    jobs = enumerate(zip(grads, axes, outs, strict=True))
-    fitting = [k for k, job in jobs if _is_on_cuda(job[0]) and _fits(*job)]
-    reasons = {device: why_not(device) for device in {grads[k].device for k in fitting}}
-    return [k for k in fitting if not reasons[grads[k].device]]
+def _launcher() -> Launcher:
+    found = find_launcher()
+    assert isinstance(found, Launcher)  # `see` has asked
+    return found
 
 
-def _fits(grad: Tensor, axes: Axes, out: Tensor | None) -> bool:
-    """Return True if the kernel supports a tensor, and autograd does not record it."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, out)):
-        return False
-    if not _is_ordinary(grad) or _tiles.find_walk(grad, axes, any_order=False) is None:
-        return False
-    if out is None:  # the result will have the strides of the gradient only if that is dense
-        return is_dense(grad.shape, grad.stride())
-    return out is grad or _is_beside(grad, out)
+def _at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
+    return values if len(places) == len(values) else [values[k] for k in places]
+
+
+def _has_state(tensors: Sequence[Tensor]) -> bool:
+    """Return True if tensors have more than their form shows: autograd records, or a negative bit."""
+    records = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    return records or any(map(Tensor.is_neg, tensors))
 
 
 def _is_traced() -> bool:
@@ -253,76 +248,23 @@ def _is_traced() -> bool:
     )
 
 
-def _find_span(tensor: Tensor) -> tuple[float, float]:
-    """Find the addresses of a tensor on the device; all of them if they are unknown."""
-    if type(tensor) not in _PLAIN:
-        return -inf, inf
-    if not _is_on_cuda(tensor):
+def _overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Return True if two runs of memory overlap."""
+    ends = sorted(map(add, starts, sizes))
+    return any(map(gt, ends, sorted(starts)[1:]))
+
+
+def _count_bytes(tensor: Tensor) -> int:
+    """Count the bytes from the first element of a tensor to the end of its last."""
+    return extent(tensor.shape, tensor.stride(), 1)[1] * tensor.itemsize
+
+
+def _find_span(tensor: Tensor) -> Span:
+    """Find the addresses of an ordinary tensor on a CUDA device."""
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
         return inf, inf
-    start, itemsize = tensor.data_ptr(), tensor.itemsize
-    strides = tuple([step * itemsize for step in tensor.stride()])
-    return start, start + extent(tensor.shape, strides, itemsize)[1]
+    start = tensor.data_ptr()
+    return start, start + _count_bytes(tensor)
 
 
-def _is_on_cuda(tensor: Tensor) -> bool:
-    return tensor.is_cuda
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in _PLAIN
-        and tensor.layout is torch.strided
-        and tensor.dtype in _DTYPES
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0  # as in a tensor of zeros that are not stored
-    )
-
-
-def _is_beside(grad: Tensor, out: Tensor) -> bool:
-    apart = grad.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
-    same_place = grad.data_ptr() == out.data_ptr()
-    return _is_parallel(out, grad) and out.dtype is grad.dtype and (apart or same_place)
-
-
-def _is_parallel(tensor: Tensor, grad: Tensor) -> bool:
-    """Return True if the kernel can read a tensor at the same offsets as a gradient."""
-    return (
-        _is_ordinary(tensor)
-        and tensor.device == grad.device
-        and tensor.shape == grad.shape
-        and tensor.stride() == grad.stride()
-        and (tensor.dtype is torch.float64) == (grad.dtype is torch.float64)
-    )
-
-
-@cache
-def _find_lack(device: torch.device) -> str:
-    """Name a missing requirement of the kernel; empty if there is none."""
-    if torch.version.hip is not None:
-        return "ROCm: the kernels are for CUDA"
-    if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
-        return f"{torch.cuda.get_device_name(device)} is too old for Triton"
-    try:
-        import triton
-    except ImportError:
-        return "Triton is not installed (pip install triton)"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"Triton {triton.__version__} is too old (pip install 'triton>={oldest}')"
-    return "Triton interprets (TRITON_INTERPRET is set)" if triton.knobs.runtime.interpret else ""
-
-
-@cache
-def _try_kernel(device: torch.device) -> str:
-    """Try the kernel, and say how it fails: it may lack a C compiler, for example."""
-    try:
-        with allow_sync():
-            grad = torch.tensor([[1.0, 3.0]], device=device)
-            kernel = MultiTensor("centralize", [[grad]] * 3, [(1,)], any_order=False)
-            kernel.launch([[grad]] * 3, strength=1.0, rate=0.0)
-            found = grad.tolist()
-    except torch.OutOfMemoryError:  # the next try may find memory
-        raise
-    except (TritonFailsError, ImportError, OSError, RuntimeError, ValueError) as error:
-        return f"Triton fails: {str(error).strip().rpartition(chr(10))[2]}"
-    return "" if found == [[-1.0, 1.0]] else "Triton computes something else here"
+_is_on_cuda = attrgetter("is_cuda")

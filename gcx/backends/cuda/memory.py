@@ -1,4 +1,4 @@
-"""Dense arrays, and arrays that overlap in memory."""
+"""Arrays that overlap in memory."""
 
 from __future__ import annotations
 
@@ -7,27 +7,8 @@ from functools import lru_cache
 from math import inf
 from typing import Any
 
-from gcx.backends._matrices import matrices
-
 # Addresses of the first byte of an array and of the first byte behind it.
 Span = tuple[float, float]
-
-
-def is_dense(shape: Sequence[int], steps: Sequence[int]) -> bool:
-    """Return True if the elements fill one run of memory; `steps` are strides in elements."""
-    found = matrices(shape, steps, range(len(shape)), any_order=True)
-    return found is not None and (found[0].is_rows or found[0].fan_in == 1)
-
-
-def has_overlap(shape: Sequence[int], steps: Sequence[int]) -> bool:
-    """Return True if two elements of one array may have the same address; steps are positive."""
-    reach = 0  # from the first element to the last, along the axes seen so far
-    for step, size in sorted(zip(steps, shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
-    return False
 
 
 @lru_cache(maxsize=1 << 12)
@@ -67,13 +48,3 @@ def _uses(
         for span, is_written in ((read, False), (written, True)):
             if span is not None and span[0] < span[1] and (is_written or span != written):
                 yield *span, is_written
-
-
-def divide_up(number: int, divisor: int) -> int:
-    """Divide and round up to an integer."""
-    return -(-number // divisor)
-
-
-def power_of_two(number: int) -> int:
-    """Round up to a power of two."""
-    return 1 << (number - 1).bit_length()

@@ -1,0 +1,145 @@
+"""Launches of the CUDA kernels, for lists of arrays whose shapes and strides are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from ctypes import addressof, c_char
+from typing import Any, Protocol
+from warnings import warn
+
+from gcx.backends.cuda.compiler import load_kernel, make_options
+from gcx.backends.cuda.drivers import Driver
+from gcx.backends.cuda.tables import Launch, is_small_enough, make_launches
+from gcx.backends.cuda.walks import Walk
+
+_FIRST_LARGE = 12010  # versions of NVRTC and the driver that take more than 4 KB of parameters
+
+# Device, dtype and walk of an array; None for an array that the kernels do not take.
+Traits = tuple[int, str, Walk]
+
+
+class Host(Protocol):
+    """The arrays' library, asked about its devices."""
+
+    @property
+    def out_of_memory(self) -> type[Exception]:
+        """The library's error for a lack of memory."""
+
+    def current(self, device: int, /) -> AbstractContextManager[object]:
+        """Make a device current."""
+
+    def capability(self, device: int, /) -> tuple[int, int]:
+        """Return the compute capability of a device, such as (9, 0)."""
+
+    def stream(self, device: int, /) -> int:
+        """Return the handle of the current stream."""
+
+    def is_capturing(self) -> bool:
+        """Return True if a CUDA graph is captured on the current stream."""
+
+    def allocate(self, device: int, size: int, /) -> tuple[int, object]:
+        """Return the address of new memory for the current stream, and its owner."""
+
+
+class Launcher:
+    """Compiles and launches kernels.
+
+    An error is not raised, except for a lack of memory: it is kept in `failures`, under the number
+    of its device, and a warning gives the reason. Nothing is launched on this device afterwards, so
+    the library's own operations do the work.
+    """
+
+    def __init__(self, driver: Driver, host: Host) -> None:
+        self._driver, self.host = driver, host
+        self._kernels: dict[tuple[object, ...], Any] = {}
+        self.failures: dict[int, str] = {}
+        self.takes_large = min(driver.versions()) >= _FIRST_LARGE
+
+    def find(self, device: int, launch: Launch, name: str) -> Any:
+        """Find a kernel for a launch; compile it if necessary. None while a graph is captured."""
+        key = (device, name, launch.rule, launch.dtype, launch.matrices)
+        found = self._kernels.get(key)
+        if found is None and not self.host.is_capturing():  # a capture allows no loading
+            target = self.host.capability(device)
+            options = make_options(name, launch.rule, launch.dtype, launch.matrices, target)
+            found = load_kernel(self._driver, options, lambda code: self._driver.load(device, code))
+            self._kernels[key] = found
+        return found
+
+    def launch(
+        self, device: int, launch: Launch, addresses: Sequence[Sequence[int]], numbers: Sequence[float]
+    ) -> bool:
+        """Launch on the current stream of the current device; return False if it is impossible."""
+        host = self.host
+        try:
+            kernels = [self.find(device, launch, name) for name in launch.kernels]
+            if None in kernels:
+                warn(_TOO_EARLY, RuntimeWarning, stacklevel=2)
+                return False
+            stream = host.stream(device)
+            # The owner keeps the memory until the launch is in the stream.
+            partials, _owner = host.allocate(device, launch.partials) if launch.partials else (0, 0)
+            work = launch.fill(addresses, numbers, partials)
+            parameters = addressof(c_char.from_buffer(work))
+            for kernel in kernels:
+                self._driver.launch(
+                    device, kernel, launch.blocks, launch.threads, stream, parameters
+                )
+        except (MemoryError, host.out_of_memory):
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises
+            self.fail(device, error)
+            return False
+        return True
+
+    def fail(self, device: int, reason: object) -> None:
+        """Launch nothing on a device from now on, and warn of the reason."""
+        line = str(reason).strip().partition("\n")[0]
+        self.failures[device] = line
+        warn(_FAILED.format(device, line), RuntimeWarning, stacklevel=2)
+
+
+_FAILED = (
+    "the CUDA kernels of gcx cannot run on cuda:{}, so the array library's own, slower operations "
+    "do their work: {}"
+)
+_TOO_EARLY = (
+    "a CUDA graph is captured before the CUDA kernels of gcx have run once, so it gets the array "
+    "library's own, slower operations; make one step before the capture"
+)
+
+
+class Schedule:
+    """Launches of one rule for a list of arrays. Arrays without traits are left out."""
+
+    def __init__(self, launcher: Launcher, rule: str, arrays: Sequence[Traits | None]) -> None:
+        self._launcher = launcher
+        large = launcher.takes_large
+        groups: dict[tuple[int, str], list[Walk | None]] = {}
+        for place, traits in enumerate(arrays):
+            if traits is not None and is_small_enough(traits[2], rule, traits[1], large=large):
+                walks = groups.setdefault(traits[:2], [None] * len(arrays))
+                walks[place] = traits[2]
+        self._launches = [
+            (device, make_launches(rule, dtype, walks, large=large))
+            for (device, dtype), walks in groups.items()
+        ]
+        launched = {k for _, launches in self._launches for each in launches for k in each.places}
+        self._left = [k for k in range(len(arrays)) if k not in launched]
+
+    def run(self, addresses: Sequence[Sequence[int]], numbers: Sequence[float]) -> list[int]:
+        """Launch on the current streams, given addresses by role; return the positions left out.
+
+        `numbers` are the strength, the rate, and the numbers of the rule: see kernels.cu.
+        """
+        left = [*self._left]
+        launcher = self._launcher
+        for device, launches in self._launches:
+            with launcher.host.current(device):
+                for launch in launches:
+                    if device in launcher.failures or not launcher.launch(
+                        device, launch, addresses, numbers
+                    ):
+                        left += launch.places
+        return sorted(left)

@@ -1,0 +1,169 @@
+"""Arrays cut into tiles: what each launch has to do, in the form in which kernels.cu reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from struct import Struct, pack_into
+from typing import NamedTuple
+
+from gcx.backends._canonical import SEGMENT
+from gcx.backends.cuda.walks import Matrix, Walk
+
+# Rules of kernels.cu, and the arrays that each takes: the gradients, then the others.
+ROLES = {
+    "Store": 2,
+    "StoreRate": 3,
+    "AdamW": 4,
+    "Sgd": 2,
+    "SgdRate": 2,
+    "SgdMomentum": 3,
+    "SgdMomentumRate": 3,
+}
+# Types of elements in kernels.cu.
+ELEMENTS = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# Bytes of parameters: on every driver, and on newer ones.
+SMALL, LARGE = 4096, 32764
+
+_THREADS = 256
+_PACKS_OF_ROW = 8  # of a thread
+_PACKS_OF_FLAT = 4
+_MOST_TILES = (1 << 31) // _THREADS  # of an array: the kernels number their threads in 32 bits
+
+
+class Tiles(NamedTuple):
+    """A matrix cut into tiles: the kernels to launch, in order, and their blocks and threads."""
+
+    kernels: tuple[str, ...]
+    count: int
+    shares: int  # threads of a row, or tiles in a segment of a panel; see kernels.cu
+    threads: int = _THREADS
+    partials: int = 0  # sums that a tile leaves
+
+
+def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
+    """Cut a matrix into tiles."""
+    units, fan_in = matrix.units, matrix.fan_in
+    pack = 16 // itemsize
+    if kind == "flat":
+        return Tiles(("flat",), _divide_up(fan_in, _THREADS * _PACKS_OF_FLAT * pack), 1)
+    if kind == "rows":
+        held = _PACKS_OF_ROW * pack
+        shares = max(2, _power_of_two(_divide_up(fan_in, held)))
+        if shares <= _THREADS:
+            return Tiles(("rows",), _divide_up(units * shares, _THREADS), shares)
+        return Tiles(("long_rows",), units, 1, threads=SEGMENT // held)
+    width, rows = 8 * pack, _THREADS // 8 * (4 if pack > 4 else 8)
+    splits = _power_of_two(_divide_up(min(fan_in, SEGMENT), rows))
+    tiles = splits * _divide_up(fan_in, SEGMENT)
+    count = _divide_up(units, width) * tiles
+    if tiles == 1:
+        return Tiles(("columns",), count, splits)
+    return Tiles(("column_sums", "split_columns"), count, splits, partials=width)
+
+
+class Launch:
+    """Arrays for one launch, or two if their columns are split; the structure Work of kernels.cu.
+
+    `places` are the positions of the arrays in their list.
+    """
+
+    def __init__(
+        self, rule: str, dtype: str, jobs: Sequence[tuple[int, Matrix, Tiles]], size: int
+    ) -> None:
+        itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
+        tiles = jobs[0][2]
+        self.rule, self.dtype = rule, dtype
+        self.kernels, self.threads = tiles.kernels, tiles.threads
+        self.matrices = count_matrices(rule, size)
+        self.places = list(dict.fromkeys(place for place, _, _ in jobs))
+        self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
+        self._is_simple = self._jobs == [(place, 0) for place in self.places]
+        # float64 for SGD as well: so torch computes there.
+        number = "d" if itemsize == 8 or rule.startswith("Sgd") else "f"
+        self._addresses = Struct(f"{len(jobs)}Q")
+        self._rows = [(16 + 8 * role) * self.matrices for role in range(roles)]
+        first_tile = (16 + 8 * roles) * self.matrices
+        self._numbers = Struct(f"9{number}")
+        numbers = first_tile + 4 * self.matrices
+        self._numbers_at = numbers
+        self._partials_at = -(-(numbers + self._numbers.size) // 8) * 8
+        self._template = bytearray(-(-(self._partials_at + 12) // 16) * 16)
+        self.blocks = 0
+        for k, (_, matrix, tiles) in enumerate(jobs):
+            fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
+            pack_into("4i", self._template, 16 * k, *fields)
+            pack_into("i", self._template, first_tile + 4 * k, self.blocks)
+            self.blocks += tiles.count
+        pack_into("i", self._template, self._partials_at + 8, len(jobs))
+        self.partials = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
+
+    def fill(
+        self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int
+    ) -> bytearray:
+        """Make the parameters of a launch: addresses by role, strength, rate, the rule's numbers."""
+        work = self._template.copy()
+        for row, of_role in zip(self._rows, addresses, strict=True):
+            if self._is_simple and len(of_role) == len(self._jobs):
+                self._addresses.pack_into(work, row, *of_role)
+            else:
+                shifted = [of_role[place] + offset for place, offset in self._jobs]
+                self._addresses.pack_into(work, row, *shifted)
+        self._numbers.pack_into(work, self._numbers_at, *numbers, *[0.0] * (9 - len(numbers)))
+        pack_into("Q", work, self._partials_at, partials)
+        return work
+
+
+def make_launches(
+    rule: str, dtype: str, walks: Sequence[Walk | None], *, large: bool
+) -> list[Launch]:
+    """Distribute arrays of one dtype to launches; a walk of None leaves an array out.
+
+    All matrices of an array are in one launch. `large` allows parameters of 32 KB.
+    """
+    by_kernel: dict[object, list[list[tuple[int, Matrix, Tiles]]]] = {}
+    for place, walk in enumerate(walks):
+        if walk is not None:
+            tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
+            jobs = [(place, matrix, tiles) for matrix in walk.matrices]
+            by_kernel.setdefault(tiles.kernels, []).append(jobs)
+    sizes = (SMALL, LARGE) if large else (SMALL,)
+    return [
+        Launch(rule, dtype, jobs, next(s for s in sizes if len(jobs) <= count_matrices(rule, s)))
+        for arrays in by_kernel.values()
+        for jobs in _join(arrays, count_matrices(rule, sizes[-1]))
+    ]
+
+
+def is_small_enough(walk: Walk, rule: str, dtype: str, *, large: bool) -> bool:
+    """Return True if the matrices of an array fit in one launch, and the kernels can count them."""
+    most = count_matrices(rule, LARGE if large else SMALL)
+    tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
+    return len(walk.matrices) <= most and len(walk.matrices) * tiles.count < _MOST_TILES
+
+
+def count_matrices(rule: str, size: int) -> int:
+    """Count the matrices for which parameters of this size have space: a multiple of four."""
+    return (size - 96) // (8 * ROLES[rule] + 20) // 4 * 4
+
+
+def _join(
+    arrays: Sequence[list[tuple[int, Matrix, Tiles]]], most: int
+) -> Iterator[list[tuple[int, Matrix, Tiles]]]:
+    joined: list[tuple[int, Matrix, Tiles]] = []
+    for jobs in arrays:
+        if len(joined) + len(jobs) > most:
+            yield joined
+            joined = []
+        joined = joined + jobs
+    yield joined
+
+
+def _divide_up(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _power_of_two(number: int) -> int:
+    """Round up to a power of two."""
+    return 1 << (number - 1).bit_length()

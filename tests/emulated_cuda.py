@@ -1,6 +1,6 @@
-"""A driver of CUDA that runs kernels.cu on the CPU, on the memory of NumPy or of torch's CPU tensors.
+"""A CUDA driver that runs kernels.cu on the CPU, in the memory of NumPy's arrays or CPU tensors.
 
-It compiles by g++, for which `kernels/cuda_on_cpu.h` stands for CUDA, and keeps what it compiled.
+g++ compiles the source with `kernels/cuda_on_cpu.h` in the place of CUDA. The results are kept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import ctypes
 import getpass
 import hashlib
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ _running = Lock()  # the fibers are the only ones of the process
 
 
 class Launch(NamedTuple):
-    """A launch, and the number of its accesses to arrays: 16 bytes at a time, and fewer."""
+    """A launch, and the number of its accesses to arrays: of 16 bytes, and of fewer."""
 
     kernel: str
     rule: str
@@ -48,11 +47,11 @@ class Function(NamedTuple):
     kernel: str
     rule: str
     element: str
-    matrices: int  # as many as its parameters have room for
+    matrices: int  # the most that its parameters can hold
 
 
 class EmulatedDriver:
-    """Compile, load and launch as a driver of CUDA does, and keep a list of the launches.
+    """Compile, load and launch as a CUDA driver does, and keep a list of the launches.
 
     Parameters
     ----------
@@ -86,20 +85,14 @@ class EmulatedDriver:
         _loaded(function.library)
         return function
 
-    def launch(
-        self,
-        device: int,
-        function: Function,
-        blocks: int,
-        threads: int,
-        stream: int,
-        parameters: int,
+    def launch(  # noqa: PLR0917  # the parameters of the protocol
+        self, device: int, function: Function, blocks: int, threads: int, stream: int, work: int, /
     ) -> None:
-        """Run a kernel at once; `parameters` is the address of its `Work`."""
+        """Run a kernel at once; `work` is the address of its parameters."""
         name, counts = function.kernel.encode(), (ctypes.c_longlong * 2)()
         with _running:
             fault = _loaded(function.library).emulate(
-                name, function.matrices, blocks, threads, self.falling, parameters, counts
+                name, function.matrices, blocks, threads, self.falling, work, counts
             )
         if fault:
             raise RuntimeError(fault.decode())
@@ -121,7 +114,7 @@ def _library(source: str, flags: tuple[str, ...]) -> Path:
             kernels.write_text(source)
             included = ("-Wno-unknown-pragmas", f'-DSOURCE="{kernels}"', HERE / "cuda_on_cpu.cpp")
             subprocess.run([*COMPILER, *flags, *included, "-o", result], check=True)
-            os.replace(result, library)
+            result.replace(library)
     return library
 
 

@@ -1,4 +1,4 @@
-"""One launch of kernels.cu on matrices in memory that is watched: tables, parameters and arrays."""
+"""Launches of kernels.cu on matrices, with a look at all memory around them."""
 
 from __future__ import annotations
 
@@ -40,41 +40,49 @@ class Matrix(NamedTuple):
     shift: int = 0
 
 
-def options(
-    kernel: str, rule: str, dtype: str, matrices: int = 64, architecture: int = 90
-) -> list[str]:
-    """List the options of the compiler."""
-    constants = {"ELEMENT": ELEMENTS[dtype], "KERNEL": kernel, "RULE": rule, "MATRICES": matrices}
-    definitions = [f"-D{name}={value}" for name, value in constants.items()]
-    return [f"--gpu-architecture=sm_{architecture}", "-std=c++17", "--fmad=false", *definitions]
+class Variant(NamedTuple):
+    """A kernel with a rule, for a dtype."""
+
+    kernel: str
+    rule: str
+    dtype: str
+
+    @property
+    def pack(self) -> int:
+        """Number of elements in 16 bytes."""
+        return 8 if "16" in self.dtype else 4 if self.dtype == "float32" else 2
+
+    @property
+    def threads(self) -> int:
+        """Number of threads in a block."""
+        return SEGMENT // 8 // self.pack if self.kernel == "long_rows" else 256
+
+    def options(self, matrices: int = 64, architecture: int = 90) -> list[str]:
+        """List the options of the compiler."""
+        kind = {"ELEMENT": ELEMENTS[self.dtype], "KERNEL": self.kernel, "RULE": self.rule}
+        constants = [f"-D{name}={value}" for name, value in {**kind, "MATRICES": matrices}.items()]
+        return [f"--gpu-architecture=sm_{architecture}", "-std=c++17", "--fmad=false", *constants]
+
+    def cut(self, units: int, fan_in: int) -> tuple[int, int]:
+        """Count the tiles of a matrix, and its `shares`."""
+        if self.kernel == "rows":
+            shares = max(2, _power_of_two(-(-fan_in // (8 * self.pack))))
+            return -(-units * shares // 256), shares
+        if self.kernel == "long_rows":
+            return units, 1
+        if self.kernel == "flat":
+            return -(-fan_in // (256 * 4 * self.pack)), 1
+        splits = _power_of_two(-(-min(fan_in, SEGMENT) // (32 * (4 if self.pack > 4 else 8))))
+        return -(-units // (8 * self.pack)) * -(-fan_in // SEGMENT) * splits, splits
 
 
-def itemsize(dtype: str) -> int:
-    return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
-
-
-def tiles(kernel: str, units: int, fan_in: int, pack: int) -> tuple[int, int]:
-    """Count the tiles of a matrix, and its `shares`."""
-    if kernel == "rows":
-        shares = max(2, _power_of_two(-(-fan_in // (8 * pack))))
-        return -(-units * shares // 256), shares
-    if kernel == "long_rows":
-        return units, 1
-    if kernel == "flat":
-        return -(-fan_in // (256 * 4 * pack)), 1
-    splits = _power_of_two(-(-min(fan_in, SEGMENT) // (32 * (4 if pack > 4 else 8))))
-    return -(-units // (8 * pack)) * -(-fan_in // SEGMENT) * splits, splits
-
-
-def threads_of(kernel: str, pack: int) -> int:
-    return SEGMENT // 8 // pack if kernel == "long_rows" else 256
-
-
-def work_type(rule: str, number: Any, matrices: int) -> type[ctypes.Structure]:
+def _work_type(variant: Variant, matrices: int) -> type[ctypes.Structure]:
     """Make the structure Work of kernels.cu."""
+    is_double = variant.dtype == "float64" or variant.rule.startswith("Sgd")
+    number = ctypes.c_double if is_double else ctypes.c_float
     fields = [
         ("matrix", ctypes.c_int * 4 * matrices),
-        ("arrays", ctypes.c_void_p * matrices * len(ROLES[rule])),
+        ("arrays", ctypes.c_void_p * matrices * len(ROLES[variant.rule])),
         ("first_tile", ctypes.c_int * matrices),
         ("numbers", number * 9),
         ("partials", ctypes.c_void_p),
@@ -84,10 +92,8 @@ def work_type(rule: str, number: Any, matrices: int) -> type[ctypes.Structure]:
 
 
 def check(
-    driver: EmulatedDriver,
-    kernel: str,
-    rule: str,
-    dtype: str,
+    drivers: Sequence[EmulatedDriver],
+    variant: Variant,
     matrices: Sequence[Matrix],
     *,
     numbers: tuple[float, ...] | None = None,
@@ -95,69 +101,96 @@ def check(
     source: str = SOURCE,
     margin: int = 40,
 ) -> None:
-    """Launch a kernel, and compare all memory around the matrices, bit by bit."""
+    """Launch a kernel by each driver, and compare all memory around the matrices, bit by bit."""
+    kernel, rule, dtype = variant
     fill = fill or random_numbers
     numbers = numbers or NUMBERS[rule]
-    is_columns = "columns" in kernel
     random = np.random.default_rng(0)
-    arrays, expected = [], []
+    wide = np.float64 if dtype == "float64" else np.float32
+    lists, old, expected = [], [], []
     for matrix in matrices:
-        wholes = {role: _memory(matrix, role, dtype, margin, is_columns) for role in ROLES[rule]}
-        for role, whole in wholes.items():
-            whole[...] = fill(random, whole.size, dtype, role)
-        wanted = {role: whole.copy() for role, whole in wholes.items()}
-        views = {role: _view(wanted[role], matrix, role, margin, is_columns) for role in wanted}
-        wide = np.float64 if dtype == "float64" else np.float32
+        arrays = {role: Array(matrix, role, variant, margin) for role in ROLES[rule]}
+        for role, array in arrays.items():
+            array.whole[...] = fill(random, array.whole.size, dtype, role)
+        wanted = {role: array.whole.copy() for role, array in arrays.items()}
         with np.errstate(all="ignore"):
-            before = {role: view.astype(wide) for role, view in views.items()}
+            before = {role: array.view(wanted[role]).astype(wide) for role, array in arrays.items()}
             result = rules_in_numpy.apply(rule, before, numbers, centralized=kernel != "flat")
             for role, values in result.items():
-                views[role][...] = values
-        arrays.append(wholes)
-        expected.append(wanted)
-    _launch(driver, source, kernel, rule, dtype, matrices, arrays, numbers, margin)
-    for matrix, wholes, wanted in zip(matrices, arrays, expected, strict=True):
-        for role in wholes:
+                arrays[role].view(wanted[role])[...] = values
+        lists.append(arrays)
+        old += [array.whole.copy() for array in arrays.values()]
+        expected += wanted.values()
+    every = [
+        (m, role, array) for m, a in zip(matrices, lists, strict=True) for role, array in a.items()
+    ]
+    for driver in drivers:
+        for (_, _, array), numbers_before in zip(every, old, strict=True):
+            array.whole[...] = numbers_before
+        _launch(driver, source, variant, matrices, lists, numbers)
+        for (matrix, role, array), wanted_bits in zip(every, expected, strict=True):
             try:
-                assert_same_bits(wholes[role], wanted[role])
+                assert_same_bits(array.whole, wanted_bits)
             except AssertionError as error:
-                raise AssertionError(f"{kernel}, {matrix}, {role}: {error}") from error
+                error.add_note(f"{kernel}, {matrix}, {role}")
+                raise
+
+
+class Array:
+    """Memory of a matrix, whose first element is `shift` elements behind a multiple of 16 bytes."""
+
+    def __init__(self, matrix: Matrix, role: str, variant: Variant, margin: int) -> None:
+        self._units, self._fan_in, self._pad, shift = matrix
+        self._is_columns = "columns" in variant.kernel
+        self._start = margin + shift * (3 if role in {"out", "weight"} else 1)
+        line, lines = self._units, self._fan_in
+        if not self._is_columns:
+            line, lines = lines, line
+        self.step = line + self._pad
+        size = self._start + lines * self.step - self._pad + margin
+        kind = np.dtype(getattr(ml_dtypes, variant.dtype, variant.dtype))
+        whole = np.empty(size + variant.pack, kind)
+        start = -(whole.ctypes.data // kind.itemsize + margin) % variant.pack
+        # Without a margin, memory ends behind the last element: a sanitizer watches it.
+        self.whole = whole[start : start + size]
+        self.address = self.whole.ctypes.data + self._start * kind.itemsize
+
+    def view(self, whole: Any) -> Any:
+        """See the matrix in a copy of its memory, with units first."""
+        width = whole.itemsize
+        strides = (width, width * self.step) if self._is_columns else (width * self.step, width)
+        shape = (self._units, self._fan_in)
+        return np.lib.stride_tricks.as_strided(whole[self._start :], shape, strides)
 
 
 def _launch(
     driver: EmulatedDriver,
     source: str,
-    kernel: str,
-    rule: str,
-    dtype: str,
+    variant: Variant,
     matrices: Sequence[Matrix],
-    arrays: Sequence[dict[str, Any]],
-    numbers: tuple[float, ...],
-    margin: int,
+    *arguments: Any,
 ) -> None:
-    pack = 16 // itemsize(dtype)
-    is_double = dtype == "float64" or rule.startswith("Sgd")
-    number = ctypes.c_double if is_double else ctypes.c_float
-    room = len(matrices) + 3
-    work = work_type(rule, number, room)()
+    lists, numbers = arguments
+    most = len(matrices) + 3
+    work = _work_type(variant, most)()
     blocks = 0
-    for m, (matrix, wholes) in enumerate(zip(matrices, arrays, strict=True)):
-        count, shares = tiles(kernel, matrix.units, matrix.fan_in, pack)
-        line = matrix.units if "columns" in kernel else matrix.fan_in
-        work.matrix[m][:] = matrix.units, matrix.fan_in, line + matrix.pad, shares
-        for r, (role, whole) in enumerate(wholes.items()):
-            start = margin + _shift(matrix, role)
-            work.arrays[r][m] = whole.ctypes.data + start * whole.itemsize
+    for m, (matrix, arrays) in enumerate(zip(matrices, lists, strict=True)):
+        count, shares = variant.cut(matrix.units, matrix.fan_in)
+        work.matrix[m][:] = matrix.units, matrix.fan_in, arrays["grad"].step, shares
+        for r, array in enumerate(arrays.values()):
+            work.arrays[r][m] = array.address
         work.first_tile[m] = blocks
         blocks += count
     work.numbers[: len(numbers)] = numbers
     work.matrices = len(matrices)
-    partials = np.full(blocks * 8 * pack, np.nan, number if dtype == "float64" else np.float32)
+    wide = np.float64 if variant.dtype == "float64" else np.float32
+    partials = np.full(blocks * 8 * variant.pack, np.nan, wide)
     work.partials = partials.ctypes.data
-    for name in ("column_sums", "split_columns") if kernel == "split columns" else (kernel,):
-        code = driver.compile(source, options(name, rule, dtype, room))
+    is_split = variant.kernel == "split columns"
+    for name in ("column_sums", "split_columns") if is_split else (variant.kernel,):
+        code = driver.compile(source, variant._replace(kernel=name).options(most))
         function = driver.load(0, code)
-        driver.launch(0, function, blocks, threads_of(name, pack), 0, ctypes.addressof(work))
+        driver.launch(0, function, blocks, variant.threads, 0, ctypes.addressof(work))
 
 
 def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:
@@ -169,31 +202,6 @@ def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:
     smallest = {"float16": 6e-8, "float64": 5e-324}.get(dtype, 1e-41)
     x[kind > 0.97] = smallest * random.integers(1, 9)
     return np.abs(x) if role == "exp_avg_sq" else x
-
-
-def _memory(matrix: Matrix, role: str, dtype: str, margin: int, is_columns: bool) -> Any:
-    """Make memory for a matrix, with a start that is `shift` elements behind 16 bytes."""
-    line, lines = matrix.units, matrix.fan_in
-    if not is_columns:
-        line, lines = lines, line
-    size = lines * (line + matrix.pad) - matrix.pad + 2 * margin + _shift(matrix, role)
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    whole = np.empty(size + 16 // kind.itemsize, kind)
-    start = -(whole.ctypes.data // kind.itemsize + margin) % (16 // kind.itemsize)
-    return whole[start : start + size]
-
-
-def _view(whole: Any, matrix: Matrix, role: str, margin: int, is_columns: bool) -> Any:
-    """See the matrix in its memory, with units first."""
-    start, width = margin + _shift(matrix, role), whole.itemsize
-    along, apart = width, width * ((matrix.units if is_columns else matrix.fan_in) + matrix.pad)
-    strides = (along, apart) if is_columns else (apart, along)
-    return np.lib.stride_tricks.as_strided(whole[start:], (matrix.units, matrix.fan_in), strides)
-
-
-def _shift(matrix: Matrix, role: str) -> int:
-    """Misalign roles differently."""
-    return matrix.shift * (3 if role in ("out", "weight") else 1)
 
 
 def _power_of_two(number: int) -> int:

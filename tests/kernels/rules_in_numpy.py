@@ -1,4 +1,4 @@
-"""The rules of kernels.cu in NumPy, from the documents of torch; independent of the kernels.
+"""The rules of kernels.cu in NumPy, written from torch's own kernels.
 
 Arrays have the precision of sums: float64 for float64, else float32. The fan-in is the last axis.
 """
@@ -51,15 +51,15 @@ def _library() -> Any:
     with TemporaryDirectory() as folder:
         source, result = Path(folder, "fma.cpp"), Path(folder, "fma.so")
         source.write_text(f"#include <cmath>\n{_FMA}")
-        flags = ("-O2", "-march=native", "-fPIC", "-shared")
-        subprocess.run(["g++", *flags, source, "-o", result], check=True)
+        command = ("g++", "-O2", "-march=native", "-fPIC", "-shared")
+        subprocess.run([*command, source, "-o", result], check=True)
         return ctypes.CDLL(str(result))
 
 
 def apply(
     rule: str, arrays: dict[str, Any], numbers: tuple[float, ...], *, centralized: bool
 ) -> dict[str, Any]:
-    """Make the new contents of arrays; `numbers` are the strength, the rate, and those of the rule."""
+    """Compute new contents; `numbers` are the strength, the rate, and the numbers of the rule."""
     grad, weight = arrays["grad"], arrays.get("weight")
     wide = grad.dtype.type
     strength, rate = map(wide, numbers[:2])

@@ -64,14 +64,14 @@ def apply(
     wide = grad.dtype.type
     strength, rate = map(wide, numbers[:2])
     summed = fma(rate, weight, grad) if rule.endswith("Rate") else grad
-    if rule.startswith("Sgd"):
-        grad = summed
     if centralized:
         means = [canonical_order.scaled_mean(unit, strength) for unit in summed]
         grad = grad - np.array(means, wide)[:, None]
     if rule.startswith("Store"):
         return {"out": grad}
-    return (step_adamw if rule == "AdamW" else step_sgd)(grad, arrays, numbers[2:])
+    if rule == "AdamW":
+        return step_adamw(grad, arrays, numbers[2:])
+    return step_sgd(grad, arrays, numbers[2:], numbers[1] if rule.endswith("Rate") else 0.0)
 
 
 def step_adamw(grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...]) -> dict[str, Any]:
@@ -87,11 +87,15 @@ def step_adamw(grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...]) ->
     return {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
-def step_sgd(grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...]) -> dict[str, Any]:
+def step_sgd(
+    grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...], decay: float
+) -> dict[str, Any]:
     """The step of torch on CUDA, FusedSgdKernel.cu, whose numbers are in float64."""
     wide = grad.dtype.type
     sign, minus_lr, momentum, undamped, is_first, is_nesterov = map(np.float64, numbers)
-    x = {role: array.astype(np.float64) for role, array in arrays.items()}
+    x = {role: array.astype(np.float64) for role, array in {**arrays, "grad": grad}.items()}
+    if decay:
+        grad = fma(np.float64(decay), x["weight"], x["grad"]).astype(wide)
     grad = (sign * grad.astype(np.float64)).astype(wide)
     result = {}
     if "buffer" in x:

@@ -142,7 +142,7 @@ class Array:
     def __init__(self, matrix: Matrix, role: str, variant: Variant, margin: int) -> None:
         self._units, self._fan_in, self._pad, shift = matrix
         self._is_columns = "columns" in variant.kernel
-        self._start = margin + shift * (3 if role in {"out", "weight"} else 1)
+        self._start = margin + shift * (2 if role in {"out", "weight"} else 1)
         line, lines = self._units, self._fan_in
         if not self._is_columns:
             line, lines = lines, line
@@ -202,6 +202,10 @@ def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:
     smallest = {"float16": 6e-8, "float64": 5e-324}.get(dtype, 1e-41)
     x[kind > 0.97] = smallest * random.integers(1, 9)
     return np.abs(x) if role == "exp_avg_sq" else x
+
+
+def negative_zeros(random: Any, size: int, dtype: str, role: str) -> Any:
+    return np.full(size, -0.0)
 
 
 def _power_of_two(number: int) -> int:

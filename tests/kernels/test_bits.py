@@ -12,7 +12,16 @@ pytest.importorskip("ml_dtypes")
 
 from canonical_order import DTYPES
 from emulated_cuda import EmulatedDriver, Launch
-from launched import KERNELS, NUMBERS, SEGMENT, Matrix, Variant, check, random_numbers
+from launched import (
+    KERNELS,
+    NUMBERS,
+    SEGMENT,
+    Matrix,
+    Variant,
+    check,
+    negative_zeros,
+    random_numbers,
+)
 from rules_in_numpy import RULES
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -133,10 +142,6 @@ def test_options_of_sgd(dtype: str, rule: str, is_nesterov: float, is_first: flo
 
 def zeros(random: Any, size: int, dtype: str, role: str) -> Any:
     return np.copysign(0.0, random.standard_normal(size) - 0.8)
-
-
-def negative_zeros(random: Any, size: int, dtype: str, role: str) -> Any:
-    return np.full(size, -0.0)
 
 
 def subnormals(random: Any, size: int, dtype: str, role: str) -> Any:

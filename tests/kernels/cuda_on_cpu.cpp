@@ -1,88 +1,61 @@
-// One launch of the kernel in SOURCE. Standard input holds the memory that it may use, as regions
-// (address, size, bytes), and its parameters; standard output gets the regions as they are then.
+// All kernels of SOURCE with one RULE for one ELEMENT, as a library; emulated_cuda.py calls it.
 #include "cuda_on_cpu.h"
 
-#include <cstdio>
-#include <cstdlib>
+#define MATRICES 1024  // more than any launch has
+#include SOURCE
+#undef reinterpret_cast
 
-#define gcx_centralize centralize_here
-namespace here {
-#include SOURCE
-}
-#undef gcx_centralize
-#define gcx_centralize centralize_there
-namespace there {
-#include SOURCE
-}
+#include <string>
 
 namespace {
 
-// A region is as far from a multiple of 16 as it was, and ends where its allocation ends.
-struct Region {
-  std::uint64_t address, size;
-  std::vector<char> allocation;
+using Wanted = Work<RULE>;
+Wanted work;
 
-  char* memory() { return allocation.data() + address % 16; }
+// Reads the parameters of a kernel that was compiled for fewer matrices, as a compiler lays them out.
+struct Reader {
+  const char* start;
+  size_t offset;
+
+  template <typename T> size_t take(T* to, size_t count) {
+    offset = (offset + alignof(T) - 1) / alignof(T) * alignof(T);
+    const size_t here = offset;
+    if (start) std::memcpy(to, start + here, count * sizeof(T));
+    offset += count * sizeof(T);
+    return here;
+  }
 };
 
-template <typename Value>
-Value read() {
-  Value value;
-  if (std::fread(&value, sizeof value, 1, stdin) != 1) std::abort();
-  return value;
+void read_work(const void* parameters, size_t matrices) {
+  Reader reader{static_cast<const char*>(parameters), 0};
+  reader.take(work.matrix, matrices);
+  for (auto& arrays : work.arrays) reader.take(arrays, matrices);
+  reader.take(work.first_tile, matrices);
+  reader.take(&work.strength, 1);
+  reader.take(&work.rate, 1);
+  reader.take(work.numbers, 7);
+  reader.take(&work.partials, 1);
+  reader.take(&work.matrices, 1);
 }
 
-Region read_region() {
-  Region region{read<std::uint64_t>(), read<std::uint64_t>(), {}};
-  region.allocation.resize(region.size + region.address % 16);
-  if (std::fread(region.memory(), 1, region.size, stdin) != region.size) std::abort();
-  return region;
-}
-
-template <typename Pointer>
-Pointer found(std::vector<Region>& regions, std::uint64_t address) {
-  for (auto& region : regions)
-    if (region.address <= address && address < region.address + region.size)
-      return reinterpret_cast<Pointer>(region.memory() + (address - region.address));
-  return nullptr;
-}
-
-template <typename Arrays, typename Element>
-Arrays moved(std::vector<Region>& regions, Arrays arrays) {
-  for (auto& grad : arrays.grads)
-    grad = found<const Element*>(regions, reinterpret_cast<std::uint64_t>(grad));
-  for (auto& out : arrays.outs)
-    out = found<Element*>(regions, reinterpret_cast<std::uint64_t>(out));
-  return arrays;
+template <typename Kernel> const char* launch(unsigned blocks, unsigned threads, bool falling) {
+  if (threads != Kernel::THREADS) return "this kernel has another number of threads";
+  const auto run = [](const void* parameters) {
+    Kernel::run(*static_cast<const Wanted*>(parameters));
+  };
+  return emulated::launch(blocks, threads, falling, run, &work);
 }
 
 }  // namespace
 
-int main() {
-  std::vector<Region> regions(read<std::uint64_t>());
-  for (auto& region : regions) region = read_region();
-  const auto blocks = read<std::uint64_t>();
-  const auto addresses = read<here::Arrays>();
-  const auto matrix_of_tile = found<const int*>(regions, read<std::uint64_t>());
-  const auto matrices = read<std::uint64_t>();
-  const auto partials = found<here::Wide*>(regions, read<std::uint64_t>());
-  const auto counters = found<unsigned*>(regions, read<std::uint64_t>());
-  const auto strength = read<here::Wide>();
-
-  const auto arrays_here = moved<here::Arrays, here::Element>(regions, addresses);
-  there::Arrays arrays_there;
-  std::memcpy(&arrays_there, &arrays_here, sizeof arrays_there);
-  launch(
-      blocks, THREADS,
-      [&] {
-        here::centralize_here(arrays_here, matrix_of_tile,
-                              found<const here::Matrix*>(regions, matrices), partials, counters,
-                              strength);
-      },
-      [&] {
-        there::centralize_there(arrays_there, matrix_of_tile,
-                                found<const there::Matrix*>(regions, matrices), partials, counters,
-                                strength);
-      });
-  for (auto& region : regions) std::fwrite(region.memory(), 1, region.size, stdout);
+extern "C" const char* emulate(const char* kernel, int matrices, unsigned blocks, unsigned threads,
+                               bool falling, const void* parameters, emulated::Counts* counts) {
+  read_work(parameters, matrices);
+  if (work.matrices > matrices) return "more matrices than the kernel was compiled for";
+  const char* fault = "there is no such kernel";
+#define CASE(name) \
+  if (std::string(kernel) == #name) fault = launch<name<RULE>>(blocks, threads, falling);
+  CASE(rows) CASE(long_rows) CASE(columns) CASE(column_sums) CASE(split_columns) CASE(flat)
+  *counts = emulated::counts;
+  return fault;
 }

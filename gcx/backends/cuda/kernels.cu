@@ -175,8 +175,8 @@ template <typename Walk> DEVICE void store(const Pack& p, E* to, const Walk& wal
 // ---- rules -----------------------------------------------------------------------------------------
 // Role 0 is the gradient. `apply` gets the centralized gradient, and the elements of the other roles
 // in x. Roles below READ are read; roles from 1 to LAST are written. With RATE, the mean is over
-// grad + rate * weight; a COUPLED rule continues with this sum. A rule that HOLDs keeps the gradients
-// in registers; the others read them again from a cache. BLOCKS should fit on a multiprocessor.
+// grad + rate * weight. A rule that HOLDs keeps the gradients in registers; the others read them again
+// from a cache. BLOCKS should fit on a multiprocessor.
 // The numbers of a rule are in its own type, so that it reads them from the constant bank as they are.
 
 DEVICE Wide coupled(Wide grad, Wide weight, Wide rate) { return fma(rate, weight, grad); }
@@ -184,9 +184,9 @@ DEVICE Wide coupled(Wide grad, Wide weight, Wide rate) { return fma(rate, weight
 template <bool HAS_RATE> struct StoreRule {  // roles: grad, out, and weight if there is a rate
   static constexpr int ROLES = 2 + HAS_RATE, WEIGHT = 2, READ = 1, LAST = 1;
   static constexpr int BLOCKS = HAS_RATE ? (sizeof(E) > 2 ? 3 : 2) : 4;
-  static constexpr bool HOLD = !HAS_RATE, RATE = HAS_RATE, COUPLED = false;
+  static constexpr bool HOLD = !HAS_RATE, RATE = HAS_RATE;
   typedef Wide Number;
-  DEVICE static void apply(Wide g, Wide (&x)[4], const Number (&)[7]) { x[1] = g; }
+  DEVICE static void apply(Wide g, Wide (&x)[4], Number, const Number (&)[7]) { x[1] = g; }
 };
 typedef StoreRule<false> Store;
 typedef StoreRule<true> StoreRate;
@@ -196,9 +196,9 @@ typedef StoreRule<true> StoreRate;
 // step_size, sqrt(bias_correction2), eps.
 struct AdamW {
   static constexpr int ROLES = 4, WEIGHT = 1, READ = 4, LAST = 3, BLOCKS = 3;
-  static constexpr bool HOLD = false, RATE = false, COUPLED = false;
+  static constexpr bool HOLD = false, RATE = false;
   typedef Wide Number;
-  DEVICE static void apply(Wide g, Wide (&x)[4], const Number (&n)[7]) {
+  DEVICE static void apply(Wide g, Wide (&x)[4], Number, const Number (&n)[7]) {
     g = n[0] * g;
     const Wide square = g * g;
     x[1] = fma(-n[1], x[1], x[1]);
@@ -209,15 +209,16 @@ struct AdamW {
 };
 
 // Torch's fused SGD, which computes in float64 and rounds each result once. Weight decay is the
-// rate, so it is centralized together with the gradient.
+// rate; it is added after the mean, as torch adds it to a gradient that is centralized already.
 // Roles: grad, weight, and buffer if there is momentum. Numbers: sign, -lr, momentum, 1 - dampening,
 // 1 in the first step, 1 for Nesterov momentum.
 template <bool HAS_RATE, bool HAS_MOMENTUM> struct SgdRule {
   static constexpr int ROLES = 2 + HAS_MOMENTUM, WEIGHT = 1, READ = ROLES, LAST = ROLES - 1;
   static constexpr int BLOCKS = HAS_RATE && sizeof(E) == 2 ? 2 : 3;
-  static constexpr bool HOLD = false, RATE = HAS_RATE, COUPLED = HAS_RATE;
+  static constexpr bool HOLD = false, RATE = HAS_RATE;
   typedef double Number;
-  DEVICE static void apply(Wide g, Wide (&x)[4], const Number (&n)[7]) {
+  DEVICE static void apply(Wide g, Wide (&x)[4], Number rate, const Number (&n)[7]) {
+    if (HAS_RATE) g = fma(rate, double(x[1]), double(g));
     g = n[0] * g;
     if (HAS_MOMENTUM) {
       const double buffer = n[4] != 0 ? double(g) : fma(n[2], double(x[2]), n[3] * g);
@@ -311,10 +312,9 @@ DEVICE void apply_to(Pack (&held)[K], const Wide (&means)[V], const Arrays<Rule>
     FROM(r, HELD, Rule::READ) load(x[r], arrays.at[r], walk, k);
     Wide results[4][V];
     EACH(v, V) {
-      Wide y[4], g = wide(x[0][0], v);
+      Wide y[4];
       FROM(r, 1, Rule::READ) y[r] = wide(x[r][0], v);
-      if (Rule::COUPLED) g = coupled(g, y[Rule::WEIGHT], work.rate);
-      Rule::apply(g - means[v], y, work.numbers);
+      Rule::apply(wide(x[0][0], v) - means[v], y, work.rate, work.numbers);
       FROM(r, 1, Rule::LAST + 1) results[r][v] = y[r];
     }
     FROM(r, 1, Rule::LAST + 1) store(narrowed(results[r]), arrays.at[r], walk, k);

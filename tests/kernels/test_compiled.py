@@ -1,0 +1,100 @@
+"""All kernels, compiled for GPUs that are not here: registers, wide accesses, exact arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("cuda.bindings")
+pytest.importorskip("ml_dtypes")
+
+from canonical_order import DTYPES
+from compiled import Compiled, compile_kernel
+from launched import SOURCE, Variant
+from rules_in_numpy import ROLES, RULES
+
+KERNELS = ("rows", "long_rows", "columns", "column_sums", "split_columns", "flat")
+LARGE = ("rows", "columns")  # those with the most registers, on each architecture
+
+# Arrays that a rule reads, arrays that it writes, and its fused operations on an element.
+TRAFFIC = {
+    "Store": (1, 1, 0),
+    "StoreRate": (1, 1, 0),
+    "AdamW": (4, 3, 5),
+    "Sgd": (2, 1, 1),
+    "SgdRate": (2, 1, 2),
+    "SgdMomentum": (3, 2, 3),
+    "SgdMomentumRate": (3, 2, 4),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [(90, dtype) for dtype in DTYPES]
+    + [(a, d) for a in (80, 100) for d in ("bfloat16", "float32")],
+)
+def test_nothing_to_find(architecture: int, dtype: str, rule: str) -> None:
+    for kernel in KERNELS if architecture == 90 else LARGE:
+        variant = Variant(kernel, rule, dtype)
+        found = findings(variant, compile_kernel(SOURCE, variant.options(64, architecture)))
+        assert list(found) == [], (variant, architecture)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rule", RULES)
+def test_parameters_of_two_sizes(rule: str, dtype: str) -> None:
+    numbers = 9 * (8 if dtype == "float64" or rule.startswith("Sgd") else 4) + 12
+    of_matrix = 20 + 8 * len(ROLES[rule])
+    for size in (4096, 32764):
+        variant = Variant("flat", rule, dtype)
+        most = (size - numbers - 12) // of_matrix // 4 * 4
+        compile_kernel(SOURCE, variant.options(most))
+    with pytest.raises(AssertionError, match="parameter"):
+        compile_kernel(SOURCE, variant.options(most + 16))
+
+
+def findings(variant: Variant, compiled: Compiled) -> Iterator[str]:
+    """Name the checks that a compiled kernel fails."""
+    if compiled.registers > most_registers(variant):
+        yield "registers"
+    if compiled.stack or compiled.spilled:
+        yield "spills"
+    loads, stores, fused = expected_counts(variant)
+    if compiled.count(r"ld\.global(\.nc)?\.v4\.\w+") != loads:
+        yield "16-byte loads"
+    if compiled.count(r"st\.global\.v4\.\w+") != stores:
+        yield "16-byte stores"
+    if compiled.count(r"fma\.rn\.f(32|64)") < fused:  # more, if the compiler doubles a branch
+        yield "fused operations"
+    # Without a rounding mode, the assembler may fuse a product and a sum.
+    if compiled.count(r"(add|sub|mul|fma|mad)(\.ftz)?\.f(32|64)"):
+        yield "contraction"
+    if compiled.count(r"(div|sqrt|rcp|rsqrt)\.(full|approx).*"):
+        yield "approximations"
+    if compiled.count(r".*\.ftz\b.*"):
+        yield "flushed subnormal numbers"
+
+
+def most_registers(variant: Variant) -> int:
+    """Give the limit for as many blocks on a multiprocessor as there should be."""
+    if variant.rule.endswith("Rate"):
+        return 128 if variant.pack == 8 else 80
+    return 64 if variant.rule == "Store" and "rows" in variant.kernel else 80
+
+
+def expected_counts(variant: Variant) -> tuple[int, int, int]:
+    """Count loads and stores of 16 bytes, and fused operations, in the source."""
+    kernel, rule, pack = variant.kernel, variant.rule, variant.pack
+    reads, writes, fused = TRAFFIC[rule]
+    has_rate = rule.endswith("Rate")
+    packs = 4 if pack == 8 and "column" in kernel else 8  # that a thread holds
+    is_summed = kernel not in {"flat", "split_columns"}
+    is_held = rule == "Store" and kernel in {"rows", "columns", "split_columns"}
+    loads = packs * (1 + has_rate) if is_summed else packs * is_held
+    sums = packs * pack * has_rate * is_summed
+    if kernel == "column_sums":
+        return loads, 0, sums
+    loads += 0 if is_held else reads
+    return loads, writes * (packs if is_held else 1), sums + pack * fused

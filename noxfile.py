@@ -93,6 +93,13 @@ def tests(session: nox.Session, backend: str) -> None:
     run_pytest(session, f"--backends={BACKENDS[backend]}", *IN_PARALLEL)
 
 
+@nox.session(python=RUNNING)
+def lowest(session: nox.Session) -> None:
+    """Run NumPy's tests with the oldest NumPy that gcx takes."""
+    install(session, "-e.", "numpy==2.0.*", "numpy", "test")
+    run_pytest(session, "--backends=numpy,readonly", *IN_PARALLEL)
+
+
 @nox.session(python=PYTHONS)
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers; run the examples of the docs."""

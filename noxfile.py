@@ -38,7 +38,7 @@ BACKENDS = {
 ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
-# A worker for each core, up to eight; a file stays with one, for its fixtures and compiled programs.
+# A worker for each core, up to eight. A file stays with one: its fixtures are made once.
 IN_PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist", "loadfile")
 
 # What is built around the frameworks: a dependency group, the modules that must be there, and the

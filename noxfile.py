@@ -38,6 +38,8 @@ BACKENDS = {
 ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
+# A worker for each core, up to eight. A file stays with one: its fixtures are made once.
+IN_PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist", "loadfile")
 
 # What is built around the frameworks: a dependency group, the modules that must be there, and the
 # examples of the documentation that need them.
@@ -87,7 +89,15 @@ def tests(session: nox.Session, backend: str) -> None:
         return
     if backend == "cupy":
         run_pytest(session, "tests/examples", "--examples=cupy", "--backends=cupy")
-    run_pytest(session, f"--backends={BACKENDS[backend]}")
+    session.env.setdefault("OMP_NUM_THREADS", "1")
+    run_pytest(session, f"--backends={BACKENDS[backend]}", *IN_PARALLEL)
+
+
+@nox.session(python=RUNNING)
+def lowest(session: nox.Session) -> None:
+    """Run NumPy's tests with the oldest NumPy that gcx takes."""
+    install(session, "-e.", "numpy==2.0.*", "numpy", "test")
+    run_pytest(session, "--backends=numpy,readonly", *IN_PARALLEL)
 
 
 @nox.session(python=PYTHONS)

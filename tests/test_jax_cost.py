@@ -73,19 +73,26 @@ def test_a_call_by_itself_compiles_once_for_a_shape(
 
 @pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])
 def test_no_more_work_than_the_peer(shape: tuple[int, ...]) -> None:
-    """Where both take the same axes for the fan-in; as XLA counts memory accesses and additions."""
+    """Where both take the same axes for the fan-in; as XLA counts memory accesses and additions.
+
+    Since jax 0.11, a kernel of its own divides our sums: it reads them and writes the means.
+    """
     params = weights(shape)
-    work = {}
+    ours = gcx.optax.centralize({"w0": "o..."})
+    memory, additions = {}, {}
     for name, gc in (
         ("plain", optax.identity()),
-        ("gcx", gcx.optax.centralize({"w0": "o..."})),
+        ("gcx", ours),
         ("peer", optax.centralize()),
+        ("twice", optax.chain(ours, ours)),
     ):
         optimizer = optax.chain(gc, optax.adamw(1e-3))
         program = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile()
         counted = program.cost_analysis()
-        work[name] = counted["bytes accessed"], counted["flops"]
-    assert work["plain"] < work["gcx"] <= work["peer"]
+        memory[name], additions[name] = counted["bytes accessed"], counted["flops"]
+    limit = memory["peer"] + 2 * 4 * shape[0]  # float32 sums, read; float32 means, written
+    assert memory["plain"] < memory["gcx"] <= limit < memory["twice"]
+    assert additions["plain"] < additions["gcx"] <= additions["peer"] < additions["twice"]
 
 
 def barriers(function: Any, *arguments: Any) -> int:

@@ -51,7 +51,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "shape", "expected"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "shape", "expected"), CASES, ids=[repr(layout) for layout, *_ in CASES]
+)
 def test_every_unit_of_every_entry_is_centralized(
     xp: ArrayLibrary, layout: gcx.Layout, shape: tuple[int, ...], expected: Any
 ) -> None:

@@ -39,7 +39,7 @@ def scaled_mean(unit: Any, strength: float) -> Any:
 
 
 def canonical_sum(values: Any) -> Any:
-    """Sum of a fan-in: its segments from left to right."""
+    """Sum of a fan-in, the first axis: its segments from left to right."""
     first, *others = (
         halved(values[start : start + SEGMENT]) for start in range(0, len(values), SEGMENT)
     )
@@ -54,7 +54,7 @@ def halved(segment: Any) -> Any:
     length = 1
     while length < len(segment):
         length *= 2
-    padded = np.full(length, -0.0, segment.dtype)
+    padded = np.full((length, *segment.shape[1:]), -0.0, segment.dtype)
     padded[: len(segment)] = segment
     while len(padded) > 1:
         middle = len(padded) // 2

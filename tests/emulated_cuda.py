@@ -1,6 +1,6 @@
 """A CUDA driver that runs kernels.cu on the CPU, in the memory of NumPy's arrays or CPU tensors.
 
-g++ compiles the source with `kernels/cuda_on_cpu.h` in the place of CUDA. The results are kept.
+g++ compiles the source; `kernels/cuda_on_cpu.h` replaces CUDA. The libraries are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT = Path(tempfile.gettempdir()) / f"emulated-cuda-{getpass.getuser()}"
 COMPILER = ("g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
 SANITIZED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-_running = Lock()  # the fibers are the only ones of the process
+_running = Lock()  # all launches share the fibers of a library
 
 
 class Launch(NamedTuple):

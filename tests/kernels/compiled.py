@@ -1,4 +1,4 @@
-"""What NVRTC makes of a kernel, for GPUs that are not here."""
+"""Kernels compiled by NVRTC for GPUs that are not here."""
 
 from __future__ import annotations
 

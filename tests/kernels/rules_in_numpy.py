@@ -65,8 +65,8 @@ def apply(
     strength, rate = map(wide, numbers[:2])
     summed = fma(rate, weight, grad) if rule.endswith("Rate") else grad
     if centralized:
-        means = [canonical_order.scaled_mean(unit, strength) for unit in summed]
-        grad = grad - np.array(means, wide)[:, None]
+        sums = canonical_order.canonical_sum(np.ascontiguousarray(summed.T))
+        grad = grad - (sums / wide(summed.shape[1]) * strength)[:, None]
     if rule.startswith("Store"):
         return {"out": grad}
     if rule == "AdamW":
@@ -75,7 +75,7 @@ def apply(
 
 
 def step_adamw(grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...]) -> dict[str, Any]:
-    """The step of torch 2.11 and later on CUDA, adam_math in fused_adam_utils.cuh."""
+    """Do as adam_math in fused_adam_utils.cuh, which torch has since 2.11."""
     wide = grad.dtype.type
     sign, decay, beta1, beta2, step_size, root_of_correction, eps = map(wide, numbers)
     grad = sign * grad
@@ -90,7 +90,7 @@ def step_adamw(grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...]) ->
 def step_sgd(
     grad: Any, arrays: dict[str, Any], numbers: tuple[float, ...], decay: float
 ) -> dict[str, Any]:
-    """The step of torch on CUDA, FusedSgdKernel.cu, whose numbers are in float64."""
+    """Do as sgd_math in torch's FusedSgdKernel.cu, which takes numbers in float64."""
     wide = grad.dtype.type
     sign, minus_lr, momentum, undamped, is_first, is_nesterov = map(np.float64, numbers)
     x = {role: array.astype(np.float64) for role, array in {**arrays, "grad": grad}.items()}

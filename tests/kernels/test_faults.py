@@ -153,14 +153,14 @@ IN_PROGRAMS: dict[str, tuple[str, str, Variant, str]] = {
     "no bounds": (
         "__launch_bounds__(KERNEL<RULE>::THREADS, KERNEL<RULE>::BLOCKS)",
         "",
-        Variant("rows", "SgdMomentumRate", "bfloat16"),
+        Variant("long_rows", "AdamW", "bfloat16"),
         "registers",
     ),
     "widened numbers are held": (
         "EACH(w, 4) OPAQUE(pack.words[w]);",
         "",
-        Variant("rows", "Store", "bfloat16"),
-        "registers",
+        Variant("columns", "Store", "bfloat16"),
+        "spills",
     ),
     "packs without alignment": (
         "struct alignas(16) Pack",

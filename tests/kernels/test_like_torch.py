@@ -2,7 +2,7 @@
 
 Both are in NumPy here: test_bits.py holds the kernels to `rules_in_numpy`, and torch's steps are
 written from fused_adam_utils.cuh (2.11 and later) and FusedSgdKernel.cu, with products and sums
-fused as nvcc fuses them. The shapes are those of `python -m benchmarks gpu --check`.
+fused as nvcc fuses them. `python -m benchmarks gpu --check` has the same shapes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def sgd_of_kernels(*, is_centralized: bool) -> Any:
 
 
 def powf(base: Any, exponent: int) -> Any:
-    """Rounded correctly; CUDA's own may be off by more, which no CPU can tell."""
+    """Round correctly, as CUDA's powf does for these bases up to 100, or in ``1 - powf``.
+
+    (This can be computed from its PTX, whatever the error of its reciprocal.)
+    """
     return f32(float(base) ** exponent)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -38,6 +40,11 @@ is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.
 _BLOCK = 1 << 19
+
+# Elements of a block in a dtype narrower than 32 bits, which is copied to float32 in the cache; and
+# the neighbours in memory that stay together.
+_NARROW_BLOCK = 1 << 17
+_NARROW_RUN = 1 << 9
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -196,25 +203,37 @@ def subtract_means_(
             strength=strength,
             reproducible=reproducible,
         )
+    if rate is None:
+        weights = grads
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
-        is_simple = (
-            type(grad) in _PLAIN
-            and len(shape) == grad.ndim
-            and not reproducible
-            and grad.dtype not in _WIDE
-            and (rate is None or (type(weight) in _PLAIN and weight.dtype not in _WIDE))
-        )
-        if is_simple:  # the usual case, with as few calls as possible
-            mean = grad.mean(axes, True)
+        if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
+            mean = mean_over(grad, fan_ins[k], reproducible)
             if rate is not None:
-                mean = mean + rate * weight.mean(axes, True)
-            grad.sub_(mean if strength == 1.0 else mean * strength)
+                mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
+            subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
             continue
-        mean = mean_over(grad, fan_ins[k], reproducible)
-        if rate is not None:
-            mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
-        subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
+        if len(shape) != grad.ndim:
+            grad, weight = grad.view(shape), weight.view(shape)
+        if grad.dtype in _WIDE:
+            _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
+            continue
+        # No function of gcx is called here, which would take as long as the arithmetic does.
+        # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
+        total = grad.sum(axes, True)
+        if isinstance(rate, float):
+            total.add_(weight.sum(axes, True, dtype=grad.dtype), alpha=rate)
+        elif rate is not None:
+            total.add_(rate * weight.sum(axes, True, dtype=grad.dtype))
+        mean = total.div_(_count(shape, axes, grad.dtype))
+        grad.sub_(mean if strength == 1.0 else mean.mul_(strength))
+
+
+@lru_cache(maxsize=1 << 12)
+def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Make a tensor of the number of elements in a fan-in."""
+    with torch.inference_mode(False):
+        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype, device="cpu")
 
 
 def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
@@ -284,10 +303,45 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
+    is_eager = type(grad) in _PLAIN and not torch.compiler.is_compiling()
+    if grad.dtype in _WIDE and is_eager and not reproducible:
+        return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
         mean = mean * strength
     return subtract(grad, mean, out)
+
+
+def _centralize_narrow(
+    grad: Tensor,
+    axes: tuple[int, ...],
+    strength: float,
+    out: Tensor | None,
+    *,
+    rate: float | Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Centralize a copy in float32, in blocks that stay in the cache; see `subtract_means_`."""
+    weight = grad if weight is None else weight
+    is_large = grad.numel() > 2 * _NARROW_BLOCK and grad.device.type == "cpu"
+    if not is_large or len(axes) == grad.ndim or (out is not None and out is not grad):
+        wide = grad.to(_WIDE[grad.dtype])
+        subtract_means_([wide], [(wide.shape, axes)], [weight], rate, strength=strength)
+        return wide.to(grad.dtype) if out is None else out.copy_(wide)
+    shape, steps = grad.shape, grad.stride()
+    kept = [axis for axis in range(grad.ndim) if axis not in axes]
+    cut = max(kept, key=lambda axis: steps[axis] if shape[axis] > 1 else 0)
+    fitting = _NARROW_BLOCK * shape[cut] // grad.numel()
+    size = max(fitting, _NARROW_RUN // (steps[cut] or 1), 1)
+    result = torch.empty_like(grad) if out is None else out
+    wide = grad.new_empty(0)
+    parts = [torch.split(x, size, cut) for x in (grad, weight, result)]
+    for part, decaying, target in zip(*parts, strict=True):
+        # The memory of the last block is in the cache, and new memory is not.
+        wide = wide.copy_(part) if wide.shape == part.shape else part.to(_WIDE[grad.dtype])
+        subtract_means_([wide], [(wide.shape, axes)], [decaying], rate, strength=strength)
+        target.copy_(wide)
+    return result
 
 
 def _launch(

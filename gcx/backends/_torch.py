@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gcx.backends import _canonical, _torch_dtensor, one_by_one
+from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
 
 _DENSE = torch.strided
 
@@ -40,11 +40,6 @@ is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.
 _BLOCK = 1 << 19
-
-# Elements of a block in a dtype narrower than 32 bits, which is copied to float32 in the cache; and
-# the neighbours in memory that stay together.
-_NARROW_BLOCK = 1 << 17
-_NARROW_RUN = 1 << 9
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -163,14 +158,14 @@ def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
     shape, axes = fan_in
     if len(shape) == x.ndim:
         return fan_in_mean(x, axes, reproducible)
-    if _is_split_dtensor(x, fan_in):
+    if _torch_dtensor.is_split(x, fan_in):
         return _mean_of_groups(x, shape[0], axes, reproducible)
     return fan_in_mean(x.view(shape), axes, reproducible)
 
 
 def subtract_mean_(x: Tensor, mean: Tensor, fan_in: FanIn) -> None:
     """Subtract a mean from `mean_over` in place."""
-    is_whole = len(fan_in[0]) == x.ndim or _is_split_dtensor(x, fan_in)
+    is_whole = len(fan_in[0]) == x.ndim or _torch_dtensor.is_split(x, fan_in)
     seen = x if is_whole else x.view(fan_in[0])
     subtract(seen, mean, seen)
 
@@ -247,7 +242,7 @@ def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
     """Return ``x - strength * mean(x)`` over a fan-in; the kernel computes it if it can."""
     shape, axes = fan_in
-    if not _is_split_dtensor(x, fan_in):
+    if not _torch_dtensor.is_split(x, fan_in):
         seen = x if len(shape) == x.ndim else x.view(shape)
         return centralize(seen, axes, strength, None, reproducible).view(x.shape)
     mean = mean_over(x, fan_in, reproducible)
@@ -258,19 +253,8 @@ def check_reproducible_over(x: Tensor, fan_in: FanIn) -> None:
     """Raise a TypeError if a fan-in cannot be summed in the order of `_canonical`."""
     axes = fan_in[1]
     # In the DTensor itself, groups and rows are one axis.
-    own = tuple([axis - 1 for axis in axes]) if _is_split_dtensor(x, fan_in) else axes
+    own = tuple([axis - 1 for axis in axes]) if _torch_dtensor.is_split(x, fan_in) else axes
     check_reproducible(x, own)
-
-
-def _is_split_dtensor(x: Tensor, fan_in: FanIn) -> bool:
-    """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
-
-    torch refuses to reshape it if a shard ends inside of a group.
-    """
-    shape, axes = fan_in
-    if type(x) in _PLAIN or len(shape) == x.ndim or not _torch_dtensor.is_dtensor(x):
-        return False
-    return shape[2:] == x.shape[1:] and 1 in axes and 0 not in axes
 
 
 def _mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool) -> Tensor:
@@ -323,20 +307,13 @@ def _centralize_narrow(
 ) -> Tensor:
     """Centralize a copy in float32, in blocks that stay in the cache; see `subtract_means_`."""
     weight = grad if weight is None else weight
-    is_large = grad.numel() > 2 * _NARROW_BLOCK and grad.device.type == "cpu"
-    if not is_large or len(axes) == grad.ndim or (out is not None and out is not grad):
+    if not _torch_blocks.is_large(grad, axes) or (out is not None and out is not grad):
         wide = grad.to(_WIDE[grad.dtype])
         subtract_means_([wide], [(wide.shape, axes)], [weight], rate, strength=strength)
         return wide.to(grad.dtype) if out is None else out.copy_(wide)
-    shape, steps = grad.shape, grad.stride()
-    kept = [axis for axis in range(grad.ndim) if axis not in axes]
-    cut = max(kept, key=lambda axis: steps[axis] if shape[axis] > 1 else 0)
-    fitting = _NARROW_BLOCK * shape[cut] // grad.numel()
-    size = max(fitting, _NARROW_RUN // (steps[cut] or 1), 1)
     result = torch.empty_like(grad) if out is None else out
     wide = grad.new_empty(0)
-    parts = [torch.split(x, size, cut) for x in (grad, weight, result)]
-    for part, decaying, target in zip(*parts, strict=True):
+    for part, decaying, target in _torch_blocks.split((grad, weight, result), axes):
         # The memory of the last block is in the cache, and new memory is not.
         wide = wide.copy_(part) if wide.shape == part.shape else part.to(_WIDE[grad.dtype])
         subtract_means_([wide], [(wide.shape, axes)], [decaying], rate, strength=strength)

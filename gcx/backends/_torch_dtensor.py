@@ -48,6 +48,17 @@ def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
     )
 
 
+def is_split(x: Tensor, fan_in: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
+
+    torch refuses to reshape it if a shard ends inside of a group.
+    """
+    shape, axes = fan_in
+    if len(shape) == x.ndim or not is_dtensor(x):
+        return False
+    return shape[2:] == x.shape[1:] and 1 in axes and 0 not in axes
+
+
 def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
     """Average over `axes`, which stay with size 1; a sharded fan-in gives a partial sum.
 

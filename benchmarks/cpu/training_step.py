@@ -120,13 +120,12 @@ def _pytorch_optimizer(_: Optimizer, model: nn.Module) -> Callable[[], object]:
 
 
 def _loop(_: Optimizer, model: nn.Module) -> Callable[[], object]:
-    weights = [weight for weight in model.parameters() if weight.ndim > 1]
+    weights = [(w, tuple(range(1, w.ndim))) for w in model.parameters() if w.ndim > 1]
 
     @torch.no_grad()
     def centralize_all() -> None:
-        for weight in weights:
+        for weight, axes in weights:
             assert weight.grad is not None
-            axes = tuple(range(1, weight.ndim))
             weight.grad.sub_(weight.grad.mean(axes, keepdim=True))
 
     return centralize_all

@@ -85,10 +85,11 @@ class EmulatedDriver:
         _loaded(function.library)
         return function
 
-    def launch(  # noqa: PLR0917  # the parameters of the protocol
-        self, device: int, function: Function, blocks: int, threads: int, stream: int, work: int, /
+    def launch(
+        self, device: int, function: Function, size: tuple[int, int], stream: int, work: int, /
     ) -> None:
         """Run a kernel at once; `work` is the address of its parameters."""
+        blocks, threads = size
         name, counts = function.kernel.encode(), (ctypes.c_longlong * 2)()
         with _running:
             fault = _loaded(function.library).emulate(

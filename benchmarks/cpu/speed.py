@@ -19,6 +19,7 @@ SIZES = (
     ("16 KB", (64, 64), 1.0, 100),
     ("1 MB", (512, 512), 1.5, 5),
     ("1 MB", (64, 4096), 1.5, 5),
+    ("9 MB", (512, 512 * 3 * 3), 1.5, 2),
     ("64 MB", (4096, 4096), 3.0, 1),
     ("64 MB", (16384, 1024), 3.0, 1),
 )
@@ -84,6 +85,7 @@ def _torch(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidat
     in_place: Candidates = {
         "gcx": lambda: gcx.centralize(grad, layout=layout, out=grad),
         "expression": lambda: grad.sub_(grad.mean(axis, keepdim=True)),
+        "add_(-mean)": lambda: grad.add_(-grad.mean(axis, keepdim=True)),
     }
     if fan_in == "trailing":  # the only axes that peer knows
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
@@ -95,7 +97,28 @@ def _torch(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidat
             "gcx": lambda: gcx.centralize(grad, layout=layout),
             "expression": lambda: grad - grad.mean(axis, keepdim=True),
         },
+        **_narrow_torch(grad, layout, axis),
     }
+
+
+def _narrow_torch(wide: Any, layout: gcx.Layout, axis: int) -> dict[str, Candidates]:
+    """Compare in bfloat16 and float16, lists included; the expression rounds the mean too."""
+    import torch
+
+    def compared(dtype: torch.dtype) -> dict[str, Candidates]:
+        grad, name = wide.to(dtype), str(dtype).removeprefix("torch.")
+        return {
+            f"in place, {name}": {
+                "gcx": lambda: gcx.centralize(grad, layout=layout, out=grad),
+                "expression": lambda: grad.sub_(grad.mean(axis, keepdim=True)),
+            },
+            f"list of 2 new arrays, {name}": {
+                "gcx": lambda: gcx.centralize_many([grad, grad], layouts=layout),
+                "expression": lambda: [g - g.mean(axis, keepdim=True) for g in (grad, grad)],
+            },
+        }
+
+    return {**compared(torch.bfloat16), **compared(torch.float16)}
 
 
 def _jax(shape: tuple[int, int], fan_in: str, axis: int) -> dict[str, Candidates]:

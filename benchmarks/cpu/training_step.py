@@ -17,9 +17,11 @@ __all__ = ["NONE", "TrainingStep", "training_steps"]
 
 BATCH = 32
 NONE = "none"
+LOOP = "loop of g.sub_(g.mean())"
 
 # The rate is small, since thousands of steps see the same batch.
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "plain SGD": lambda weights: SGD(weights, lr=1e-6),
     "SGD": lambda weights: SGD(weights, lr=1e-6, momentum=0.9, weight_decay=1e-4),
     "AdamW": lambda weights: AdamW(weights, lr=1e-6, weight_decay=1e-2),
 }
@@ -41,6 +43,10 @@ class TrainingStep(NamedTuple):
         """Seconds that centralization adds to the step of the optimizer."""
         return self.last[name] - self.last[NONE]
 
+    def added_over_loop(self, name: str) -> float:
+        """Return what centralization adds over what the loop adds, below 1 where it adds less."""
+        return self.added(name) / self.added(LOOP)
+
 
 def training_steps(*, brief: bool = False) -> Iterator[TrainingStep]:
     """Measure both models with both optimizers, or a small one with one of them."""
@@ -48,8 +54,9 @@ def training_steps(*, brief: bool = False) -> Iterator[TrainingStep]:
     if brief:
         yield _measured(lambda: images(blocks=1), "SGD", seconds=1)
         return
+    yield _measured(linear, "plain SGD", seconds=20)
     for make in (images, text):
-        for optimizer in OPTIMIZERS:
+        for optimizer in ("SGD", "AdamW"):
             yield _measured(make, optimizer, seconds=20)
 
 
@@ -112,8 +119,21 @@ def _pytorch_optimizer(_: Optimizer, model: nn.Module) -> Callable[[], object]:
     return centralize_all
 
 
+def _loop(_: Optimizer, model: nn.Module) -> Callable[[], object]:
+    weights = [(w, tuple(range(1, w.ndim))) for w in model.parameters() if w.ndim > 1]
+
+    @torch.no_grad()
+    def centralize_all() -> None:
+        for weight, axes in weights:
+            assert weight.grad is not None
+            weight.grad.sub_(weight.grad.mean(axes, keepdim=True))
+
+    return centralize_all
+
+
 CENTRALIZATIONS: dict[str, _Attach] = {
     NONE: _none,
+    LOOP: _loop,
     'gcx, where="gradient"': _gcx("gradient"),
     'gcx, where="update"': _gcx("update"),
     "pytorch_optimizer": _pytorch_optimizer,
@@ -127,6 +147,13 @@ class Task(NamedTuple):
     model: nn.Module
     inputs: Tensor
     labels: Tensor
+
+
+def linear() -> Task:
+    """Prepare 53 linear layers of width 64, as many weights as a ResNet-50 has convolutions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(53)])
+    return Task("53 linear layers", model, torch.rand(BATCH, 64), torch.randint(64, (BATCH,)))
 
 
 def images(blocks: int = 3) -> Task:

@@ -29,7 +29,7 @@ def is_writable(array: Any, /) -> bool:
     return not any(size > 1 and stride == 0 for size, stride in axes)
 
 
-def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
+def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
     if why_not := _why_not(grad):
@@ -73,10 +73,12 @@ def centralize_many(
             do(grad, fan_in, strength, out, reproducible)
             for grad, fan_in, out in zip(grads, axes, outs, strict=True)
         ]
-    traits = tuple([
-        _see(grad, fan_in, out, reproducible)
-        for grad, fan_in, out in zip(grads, axes, outs, strict=True)
-    ])
+    traits = tuple(
+        [
+            _see(grad, fan_in, out, reproducible)
+            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
+        ]
+    )
     results = [*outs]
     for k, grad in enumerate(grads):
         if traits[k] and outs[k] is None:

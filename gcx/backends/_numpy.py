@@ -14,9 +14,9 @@ from gcx.backends import _canonical, one_by_one
 
 NDArray = npt.NDArray[Any]
 
-# Elements of a block: half a MiB of float32. It stays in the second-level cache between the sum and
+# Elements of a block: one MiB of float32. It stays in the second-level cache between the sum and
 # the subtraction, so memory is read once.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 
 # Elements of NumPy's buffers. NumPy copies rows shorter than half a buffer, to add many at once. If
 # the rows are in the cache already, this is slower than adding row by row.

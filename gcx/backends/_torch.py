@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gcx.backends import _canonical, _torch_dtensor, one_by_one
+from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
 
 _DENSE = torch.strided
 
@@ -82,7 +84,12 @@ def centralize(
 ) -> Tensor:
     """See `gcx.backends.Backend`."""
     if grad.is_cuda and not torch.compiler.is_compiling():
-        (launched,) = _launch([grad], [axes], strength, [out], reproducible)
+        from gcx.backends import _torch_cuda
+
+        fan_ins = [(grad.shape, axes)]
+        (launched,) = _torch_cuda.launch(
+            [grad], fan_ins, strength, [out], reproducible=reproducible
+        )
         if launched is not None:
             return launched
     if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
@@ -102,7 +109,10 @@ def centralize_many(
     """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
     if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
         return _one_by_one(grads, axes, strength, outs, reproducible)
-    launched = _launch(grads, axes, strength, outs, reproducible)
+    fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
+    from gcx.backends import _torch_cuda
+
+    launched = _torch_cuda.launch(grads, fan_ins, strength, outs, reproducible=reproducible)
     return [
         _centralize(grad, fan_in, strength, out, reproducible) if result is None else result
         for grad, fan_in, out, result in zip(grads, axes, outs, launched, strict=True)
@@ -156,14 +166,14 @@ def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
     shape, axes = fan_in
     if len(shape) == x.ndim:
         return fan_in_mean(x, axes, reproducible)
-    if _is_split_dtensor(x, fan_in):
+    if _torch_dtensor.is_split(x, fan_in):
         return _mean_of_groups(x, shape[0], axes, reproducible)
     return fan_in_mean(x.view(shape), axes, reproducible)
 
 
 def subtract_mean_(x: Tensor, mean: Tensor, fan_in: FanIn) -> None:
     """Subtract a mean from `mean_over` in place."""
-    is_whole = len(fan_in[0]) == x.ndim or _is_split_dtensor(x, fan_in)
+    is_whole = len(fan_in[0]) == x.ndim or _torch_dtensor.is_split(x, fan_in)
     seen = x if is_whole else x.view(fan_in[0])
     subtract(seen, mean, seen)
 
@@ -179,8 +189,8 @@ def subtract_means_(
 ) -> None:
     """Centralize gradients in place, with the weight decay that an optimizer will add.
 
-    Subtract ``strength * mean(grad + rate * weight)`` from each gradient: on CUDA in one launch for
-    each dtype, otherwise with torch's own operations. No gradient is expanded; `weights` are of the
+    Subtract ``strength * mean(grad + rate * weight)`` from each gradient: on CUDA in few launches,
+    otherwise with torch's own operations. No gradient is expanded; `weights` are of the
     shapes of the gradients, and unused without a rate.
     """
     left: Sequence[int] = range(len(grads))
@@ -188,50 +198,48 @@ def subtract_means_(
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
         from gcx.backends import _torch_cuda
 
-        parts = [_split(tensors, fan_ins) for tensors in ((grads,) if rate is None else (grads, weights))]
-        done = _torch_cuda.centralize_many(
-            parts[0],
-            [axes for _, axes in fan_ins],
-            strength,
-            parts[0],
-            reproducible,
-            parts[-1],
-            rate or 0.0,
+        decay = (weights, rate) if rate else None
+        done = _torch_cuda.launch(
+            grads, fan_ins, strength, grads, reproducible=reproducible, decay=decay
         )
         left = [k for k, result in enumerate(done) if result is None]
+    if rate is None:
+        weights = grads
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
-        is_simple = (
-            type(grad) in _PLAIN
-            and len(shape) == grad.ndim
-            and not reproducible
-            and grad.dtype not in _WIDE
-            and (rate is None or (type(weight) in _PLAIN and weight.dtype not in _WIDE))
-        )
-        if is_simple:  # the usual case, with as few calls as possible
-            mean = grad.mean(axes, True)
+        if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
+            mean = mean_over(grad, fan_ins[k], reproducible)
             if rate is not None:
-                mean = mean + rate * weight.mean(axes, True)
-            grad.sub_(mean if strength == 1.0 else mean * strength)
+                mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
+            subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
             continue
-        mean = mean_over(grad, fan_ins[k], reproducible)
-        if rate is not None:
-            mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
-        subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
+        if len(shape) != grad.ndim:
+            grad, weight = grad.view(shape), weight.view(shape)
+        if grad.dtype in _WIDE:
+            _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
+            continue
+        # No function of gcx is called here, which would take as long as the arithmetic does.
+        # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
+        total = grad.sum(axes, True)
+        if isinstance(rate, float):
+            total.add_(weight.sum(axes, True, dtype=grad.dtype), alpha=rate)
+        elif rate is not None:
+            total.add_(rate * weight.sum(axes, True, dtype=grad.dtype))
+        mean = total.div_(_count(shape, axes, grad.dtype))
+        grad.sub_(mean if strength == 1.0 else mean.mul_(strength))
 
 
-def _split(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
-    """Reshape tensors as their layouts split them; leave DTensors as they are."""
-    return [
-        x if len(shape) == x.ndim or type(x) not in _PLAIN else x.view(shape)
-        for x, (shape, _) in zip(tensors, fan_ins, strict=True)
-    ]
+@lru_cache(maxsize=1 << 12)
+def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Make a tensor of the number of elements in a fan-in."""
+    with torch.inference_mode(False):
+        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype, device="cpu")
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
     """Return ``x - strength * mean(x)`` over a fan-in; the kernel computes it if it can."""
     shape, axes = fan_in
-    if not _is_split_dtensor(x, fan_in):
+    if not _torch_dtensor.is_split(x, fan_in):
         seen = x if len(shape) == x.ndim else x.view(shape)
         return centralize(seen, axes, strength, None, reproducible).view(x.shape)
     mean = mean_over(x, fan_in, reproducible)
@@ -242,19 +250,8 @@ def check_reproducible_over(x: Tensor, fan_in: FanIn) -> None:
     """Raise a TypeError if a fan-in cannot be summed in the order of `_canonical`."""
     axes = fan_in[1]
     # In the DTensor itself, groups and rows are one axis.
-    own = tuple([axis - 1 for axis in axes]) if _is_split_dtensor(x, fan_in) else axes
+    own = tuple([axis - 1 for axis in axes]) if _torch_dtensor.is_split(x, fan_in) else axes
     check_reproducible(x, own)
-
-
-def _is_split_dtensor(x: Tensor, fan_in: FanIn) -> bool:
-    """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
-
-    torch refuses to reshape it if a shard ends inside of a group.
-    """
-    shape, axes = fan_in
-    if type(x) in _PLAIN or len(shape) == x.ndim or not _torch_dtensor.is_dtensor(x):
-        return False
-    return shape[2:] == x.shape[1:] and 1 in axes and 0 not in axes
 
 
 def _mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool) -> Tensor:
@@ -287,24 +284,38 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
+    is_eager = type(grad) in _PLAIN and not torch.compiler.is_compiling()
+    if grad.dtype in _WIDE and is_eager and not reproducible:
+        return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
         mean = mean * strength
     return subtract(grad, mean, out)
 
 
-def _launch(
-    grads: Sequence[Tensor],
-    axes: Sequence[tuple[int, ...]],
+def _centralize_narrow(
+    grad: Tensor,
+    axes: tuple[int, ...],
     strength: float,
-    outs: Sequence[Tensor | None],
-    reproducible: bool,
-) -> list[Tensor | None]:
-    """Centralize the tensors that the kernels take; None for the others."""
-    # Imported with the first CUDA tensor, since it is not needed before.
-    from gcx.backends import _torch_cuda
-
-    return _torch_cuda.centralize_many(grads, axes, strength, outs, reproducible)
+    out: Tensor | None,
+    *,
+    rate: float | Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Centralize a copy in float32, in blocks that stay in the cache; see `subtract_means_`."""
+    weight = grad if weight is None else weight
+    if not _torch_blocks.is_large(grad, axes) or (out is not None and out is not grad):
+        wide = grad.to(_WIDE[grad.dtype])
+        subtract_means_([wide], [(wide.shape, axes)], [weight], rate, strength=strength)
+        return wide.to(grad.dtype) if out is None else out.copy_(wide)
+    result = torch.empty_like(grad) if out is None else out
+    wide = grad.new_empty(0)
+    for part, decaying, target in _torch_blocks.split((grad, weight, result), axes):
+        # The memory of the last block is in the cache, and new memory is not.
+        wide = wide.copy_(part) if wide.shape == part.shape else part.to(_WIDE[grad.dtype])
+        subtract_means_([wide], [(wide.shape, axes)], [decaying], rate, strength=strength)
+        target.copy_(wide)
+    return result
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from operator import add, attrgetter, gt, is_
 from math import inf
+from operator import add, attrgetter, gt, is_
 from typing import Any, TypeVar
 from warnings import warn
 
@@ -22,12 +22,15 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from gcx.backends import _torch_dtensor
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import Span, extent, writes_conflict
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 T = TypeVar("T")
+# A shape with one axis for each letter of a layout, and its fan-in axes.
+FanIn = tuple[Sequence[int], Axes]
 
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
@@ -57,7 +60,7 @@ def find_launcher() -> Launcher | str:
         return Launcher(Bindings(), _Host())
     except Exception as error:  # noqa: BLE001  # whatever a loader raises
         reason = f"{type(error).__name__}: {error} (pip install cuda-bindings)"
-        msg = f"gcx uses torch's own, slower operations on CUDA, as its kernels need a driver: {reason}"
+        msg = f"the CUDA kernels of gcx cannot run, so torch's slower operations do: {reason}"
         warn(msg, RuntimeWarning, stacklevel=2)
         return reason
 
@@ -85,26 +88,69 @@ class _Host:
         return memory.data_ptr(), memory
 
 
-def centralize_many(
+def launch(
     grads: Sequence[Tensor],
-    axes: Sequence[Axes],
+    fan_ins: Sequence[FanIn],
     strength: float,
     outs: Sequence[Tensor | None],
-    reproducible: bool = False,
-    weights: Sequence[Tensor] = (),
-    rate: float = 0.0,
+    *,
+    reproducible: bool,
+    decay: tuple[Sequence[Tensor], float] | None = None,
 ) -> list[Tensor | None]:
-    """Centralize the gradients that the kernels take; see `gcx.backends.Backend`.
+    """Centralize the tensors that the kernels take, or their parts on this process.
 
-    The result is None for each gradient that is left to PyTorch. All are left if a result would
-    overwrite another array of the list. With a rate, the means are of ``grad + rate * weight``.
+    A fan-in is a shape, which may split axes of the tensor, and its axes. With weights and the rate
+    of their decay, the means are of ``grad + rate * weight``. The result is None for each tensor
+    that is left to PyTorch. All are left if a result would overwrite another array of the list.
     """
     if _is_traced():
         return [None] * len(grads)
-    weights = weights if rate else ()
-    in_place = all(map(is_, outs, grads))
-    others = () if in_place else [grad if out is None else out for grad, out in zip(grads, outs)]
-    is_new = () if in_place else [out is None for out in outs]
+    seen = [*map(_see_here, grads, fan_ins)]
+    parts = [
+        part if out is grad else None if out is None else _see_here(out, fan_in)
+        for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
+    ]
+    weights, rate = decay or ((), 0.0)
+    weights = [*map(_see_here, weights, fan_ins)] if weights else []
+    found = _recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
+    done = found.run(seen, strength, parts, weights, rate)
+    for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
+        if result is not None and seen[k] is not grad:
+            done[k] = out if out is not None else _restore(result, grad)
+    return done
+
+
+def _see_here(x: Tensor, fan_in: FanIn) -> Tensor:
+    """Split a tensor as its layout does; take the part of a DTensor here, if fan-ins are whole."""
+    shape, axes = fan_in
+    if type(x) in _PLAIN:
+        return x if len(shape) == x.ndim else x.view(shape)
+    if len(shape) != x.ndim or not _torch_dtensor.is_dtensor(x):
+        return x
+    return x if _torch_dtensor.cuts_fan_in(x, axes) else x.to_local()
+
+
+def _restore(result: Tensor, grad: Tensor) -> Tensor:
+    """Return the tensor whose part is `result`."""
+    if type(grad) in _PLAIN:
+        return result.view(grad.shape)
+    return _torch_dtensor.spread_like(grad, result)
+
+
+def _recall(
+    grads: Sequence[Tensor],
+    axes: Sequence[Axes],
+    outs: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    reproducible: bool,
+) -> Centralization:
+    """Find the launches for tensors in these forms among the latest ones, or make them."""
+    others: list[Tensor] = []
+    is_new: list[bool] = []
+    if not all(map(is_, outs, grads)):
+        pairs = zip(grads, outs, strict=True)
+        others = [grad if out is None else out for grad, out in pairs]
+        is_new = [out is None for out in outs]
     key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
     found = _recent.pop(key, None)
     if found is None:
@@ -112,7 +158,7 @@ def centralize_many(
     _recent[key] = found  # at the end: the first is the one that was used least recently
     for oldest in [*_recent][:-_MOST_LISTS]:
         _recent.pop(oldest, None)  # another thread may have removed it
-    return found.run(grads, strength, outs, weights, rate)
+    return found
 
 
 class Centralization:
@@ -153,7 +199,7 @@ class Centralization:
         weights: Sequence[Tensor] = (),
         rate: float = 0.0,
     ) -> list[Tensor | None]:
-        """See `centralize_many`."""
+        """Launch; see `launch`. All tensors are in the forms for which this was made."""
         results: list[Tensor | None] = [None] * len(grads)
         chosen = _at(self._places, grads)
         if not self._places or _has_state(chosen):
@@ -232,8 +278,8 @@ def _at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
 
 
 def _has_state(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors have more than their form shows: autograd records, or a negative bit."""
-    records = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    """Return True if tensors have more than a form: autograd, or a negative bit."""
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return records or any(map(Tensor.is_neg, tensors))
 
 

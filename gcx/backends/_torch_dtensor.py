@@ -25,13 +25,26 @@ def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
 
 def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
     """Raise a TypeError if a fan-in is spread over processes, in an unknown order."""
-    for placement in x.placements:
-        if placement.is_partial() or _cut_axis(placement) in axes:
-            msg = (
-                f"reproducible=True needs each fan-in whole on one process, but over axes "
-                f"{tuple(axes)} this DTensor is spread as {tuple(x.placements)}; shard another axis"
-            )
-            raise TypeError(msg)
+    if cuts_fan_in(x, axes):
+        msg = (
+            f"reproducible=True needs each fan-in whole on one process, but over axes "
+            f"{tuple(axes)} this DTensor is spread as {tuple(x.placements)}; shard another axis"
+        )
+        raise TypeError(msg)
+
+
+def cuts_fan_in(x: Tensor, axes: Sequence[int]) -> bool:
+    """Return True if no process has a whole fan-in of a DTensor."""
+    assert is_dtensor(x)
+    return any(each.is_partial() or _cut_axis(each) in axes for each in x.placements)
+
+
+def spread_like(x: Tensor, here: Tensor) -> Tensor:
+    """Make a DTensor like `x` from the part on this process."""
+    from torch.distributed.tensor import DTensor
+
+    assert is_dtensor(x)
+    return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
 
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
@@ -46,6 +59,17 @@ def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
     return DTensor.from_local(
         mean, x.device_mesh, x.placements, shape=whole.shape, stride=whole.stride()
     )
+
+
+def is_split(x: Tensor, fan_in: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
+
+    torch refuses to reshape it if a shard ends inside of a group.
+    """
+    shape, axes = fan_in
+    if len(shape) == x.ndim or not is_dtensor(x):
+        return False
+    return shape[2:] == x.shape[1:] and 1 in axes and 0 not in axes
 
 
 def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
@@ -84,8 +108,6 @@ def subtract(
     x: DTensor, mean: Tensor, out: Tensor | None, subtract_here: Callable[..., Tensor]
 ) -> Tensor:
     """Compute ``x - mean``; each process subtracts from its own shard of `x`."""
-    from torch.distributed.tensor import DTensor
-
     assert is_dtensor(mean)
     x_here = x.to_local()
     # FSDP may keep gradients on the CPU, while from_local uses the device of the mesh.
@@ -93,13 +115,7 @@ def subtract(
     if out is x:
         subtract_here(x_here, mean_here, x_here)
         return x
-    difference = DTensor.from_local(
-        subtract_here(x_here, mean_here, None),
-        x.device_mesh,
-        x.placements,
-        shape=x.shape,
-        stride=x.stride(),
-    )
+    difference = spread_like(x, subtract_here(x_here, mean_here, None))
     return difference.to(x_here.device) if out is None else out.copy_(difference)
 
 

@@ -66,7 +66,7 @@ def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) 
     weights = [weight for weight, _ in gradients]
     grads = [grad for _, grad in gradients]
     for k, grad in enumerate(grads):
-        if 0 in grad.stride():  # expanded: several elements share memory
+        if not grad.is_contiguous() and 0 in grad.stride():  # elements share memory
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(
         grads,

@@ -190,7 +190,7 @@ def _launch(
     for name in ("column_sums", "split_columns") if is_split else (variant.kernel,):
         code = driver.compile(source, variant._replace(kernel=name).options(most))
         function = driver.load(0, code)
-        driver.launch(0, function, blocks, variant.threads, 0, ctypes.addressof(work))
+        driver.launch(0, function, (blocks, variant.threads), 0, ctypes.addressof(work))
 
 
 def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:

@@ -40,7 +40,9 @@ def load_kernel(driver: Driver, options: list[str], load: Callable[[bytes], T]) 
     source = read_source()
     text = "\n".join([str(driver.versions()[0]), *options, source])
     name = f"{sha256(text.encode()).hexdigest()}.cubin"
-    unusable = suppress(OSError, RuntimeError)  # a RuntimeError: there is no home, or it fails to load
+    unusable = suppress(
+        OSError, RuntimeError
+    )  # a RuntimeError: there is no home, or it fails to load
     with unusable:
         return load((_find_cache() / name).read_bytes())
     code = driver.compile(source, options)

@@ -25,9 +25,12 @@ class Driver(Protocol):
         """Load a compiled kernel on the current device."""
 
     def launch(
-        self, device: int, kernel: Any, blocks: int, threads: int, stream: int, parameters: int, /
+        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
     ) -> None:
-        """Launch a kernel on the current device; `parameters` is the address of its structure."""
+        """Launch a kernel on the current device, in a number of blocks and threads.
+
+        `parameters` is the address of its structure.
+        """
 
 
 class Bindings:
@@ -67,14 +70,15 @@ class Bindings:
         return self._ask(self._driver.cuModuleGetFunction, module, _NAME.encode())
 
     def launch(
-        self, device: int, kernel: Any, blocks: int, threads: int, stream: int, parameters: int, /
+        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
     ) -> None:
         """See `Driver`."""
         pointer = c_void_p(parameters)
-        grid = (blocks, 1, 1, threads, 1, 1)
-        (status,) = self._launch(kernel, *grid, 0, stream, addressof(pointer), 0)
-        if status:
-            self._ask_in_context(device, self._launch, kernel, *grid, 0, stream, addressof(pointer), 0)
+        blocks, threads = size
+        arguments = (kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0)
+        (status,) = self._launch(*arguments)
+        if int(status):
+            self._ask_in_context(device, self._launch, *arguments)
 
     def _ask_in_context(self, device: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function; a thread that has not used CUDA yet gets the context of the device."""
@@ -121,7 +125,8 @@ class Cupy:
             nvrtc.compileProgram(program, tuple(options))
             code: bytes = nvrtc.getCUBIN(program)
         except nvrtc.NVRTCError as error:
-            raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from error
+            msg = f"{error}: {nvrtc.getProgramLog(program)}"
+            raise RuntimeError(msg) from error
         finally:
             nvrtc.destroyProgram(program)
         return code
@@ -137,11 +142,12 @@ class Cupy:
         return self._driver.moduleGetFunction(module.ptr, _NAME)
 
     def launch(
-        self, device: int, kernel: Any, blocks: int, threads: int, stream: int, parameters: int, /
+        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
     ) -> None:
         """See `Driver`."""
         self._runtime.setDevice(device)  # makes its context current in this thread
         pointer = c_void_p(parameters)
+        blocks, threads = size
         self._driver.launchKernel(
             kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0
         )

@@ -68,7 +68,11 @@ class Launcher:
         return found
 
     def launch(
-        self, device: int, launch: Launch, addresses: Sequence[Sequence[int]], numbers: Sequence[float]
+        self,
+        device: int,
+        launch: Launch,
+        addresses: Sequence[Sequence[int]],
+        numbers: Sequence[float],
     ) -> bool:
         """Launch on the current stream of the current device; return False if it is impossible."""
         host = self.host
@@ -83,9 +87,8 @@ class Launcher:
             work = launch.fill(addresses, numbers, partials)
             parameters = addressof(c_char.from_buffer(work))
             for kernel in kernels:
-                self._driver.launch(
-                    device, kernel, launch.blocks, launch.threads, stream, parameters
-                )
+                size = (launch.blocks, launch.threads)
+                self._driver.launch(device, kernel, size, stream, parameters)
         except (MemoryError, host.out_of_memory):
             raise
         except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises

@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
     """A matrix cut into tiles: the kernels to launch, in order, and their blocks and threads."""
 
     kernels: tuple[str, ...]
-    count: int
+    blocks: int
     shares: int  # threads of a row, or tiles in a segment of a panel; see kernels.cu
     threads: int = _THREADS
     partials: int = 0  # sums that a tile leaves
@@ -95,14 +95,14 @@ class Launch:
             fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
             pack_into("4i", self._template, 16 * k, *fields)
             pack_into("i", self._template, first_tile + 4 * k, self.blocks)
-            self.blocks += tiles.count
+            self.blocks += tiles.blocks
         pack_into("i", self._template, self._partials_at + 8, len(jobs))
         self.partials = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
 
     def fill(
         self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int
     ) -> bytearray:
-        """Make the parameters of a launch: addresses by role, strength, rate, the rule's numbers."""
+        """Make the parameters: addresses by role, then strength, rate, the rule's numbers."""
         work = self._template.copy()
         for row, of_role in zip(self._rows, addresses, strict=True):
             if self._is_simple and len(of_role) == len(self._jobs):
@@ -140,7 +140,7 @@ def is_small_enough(walk: Walk, rule: str, dtype: str, *, large: bool) -> bool:
     """Return True if the matrices of an array fit in one launch, and the kernels can count them."""
     most = count_matrices(rule, LARGE if large else SMALL)
     tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
-    return len(walk.matrices) <= most and len(walk.matrices) * tiles.count < _MOST_TILES
+    return len(walk.matrices) <= most and len(walk.matrices) * tiles.blocks < _MOST_TILES
 
 
 def count_matrices(rule: str, size: int) -> int:

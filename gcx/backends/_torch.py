@@ -107,7 +107,7 @@ def centralize_many(
     /,
 ) -> list[Tensor]:
     """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
-    if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
+    if torch.compiler.is_compiling() or not any(map(is_for_kernels, grads)):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
     from gcx.backends import _torch_cuda

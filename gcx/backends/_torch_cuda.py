@@ -36,7 +36,7 @@ _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _PLAIN = (Tensor, Parameter)
 _MOST_LISTS = 16
-_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -103,21 +103,33 @@ def launch(
     of their decay, the means are of ``grad + rate * weight``. The result is None for each tensor
     that is left to PyTorch. All are left if a result would overwrite another array of the list.
     """
-    if _is_traced():
+    if is_traced():
         return [None] * len(grads)
-    seen = [*map(_see_here, grads, fan_ins)]
-    parts = [
-        part if out is grad else None if out is None else _see_here(out, fan_in)
-        for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
-    ]
+    seen = _see_all(grads, fan_ins)
+    in_place = all(map(is_, outs, grads))
+    parts: Sequence[Tensor | None] = seen
+    if not in_place:
+        parts = [
+            part if out is grad else None if out is None else _see_here(out, fan_in)
+            for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
+        ]
     weights, rate = decay or ((), 0.0)
-    weights = [*map(_see_here, weights, fan_ins)] if weights else []
-    found = _recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
+    weights = _see_all(weights, fan_ins) if weights else []
+    found = recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
+    if in_place and all(map(is_, seen, grads)):
+        return done
     for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
         if result is not None and seen[k] is not grad:
             done[k] = out if out is not None else _restore(result, grad)
     return done
+
+
+def _see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
+    return [
+        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else _see_here(x, fan_in)
+        for x, fan_in in zip(tensors, fan_ins, strict=True)
+    ]
 
 
 def _see_here(x: Tensor, fan_in: FanIn) -> Tensor:
@@ -137,7 +149,7 @@ def _restore(result: Tensor, grad: Tensor) -> Tensor:
     return _torch_dtensor.spread_like(grad, result)
 
 
-def _recall(
+def recall(
     grads: Sequence[Tensor],
     axes: Sequence[Axes],
     outs: Sequence[Tensor | None],
@@ -147,7 +159,7 @@ def _recall(
     """Find the launches for tensors in these forms among the latest ones, or make them."""
     others: list[Tensor] = []
     is_new: list[bool] = []
-    if not all(map(is_, outs, grads)):
+    if outs is not grads:
         pairs = zip(grads, outs, strict=True)
         others = [grad if out is None else out for grad, out in pairs]
         is_new = [out is None for out in outs]
@@ -187,6 +199,9 @@ class Centralization:
         self._in_place = all(map(is_, outs, grads))
         self._is_whole = len(arrays) == len(grads)
         self._sizes = [_count_bytes(grads[k]) for k in self._places]
+        # torch negates some views when they are read, such as the imaginary part of a conjugate.
+        self._are_dense = all(is_dense(x.shape, x.stride()) for x in at(self._places, grads))
+        self._apart: list[int] = []  # the last addresses, which did not overlap
         if arrays:
             rule = "StoreRate" if weights else "Store"
             self._schedule = Schedule(_launcher(), rule, arrays)
@@ -200,33 +215,50 @@ class Centralization:
         rate: float = 0.0,
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        results: list[Tensor | None] = [None] * len(grads)
-        chosen = _at(self._places, grads)
-        if not self._places or _has_state(chosen):
-            return results
+        chosen = at(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
-        if self._in_place and self._is_whole:
-            conflicts = _overlap(starts, self._sizes)
-        else:
-            conflicts = writes_conflict(grads, outs, _find_span)
-        if conflicts or 0 in starts:  # 0: FSDP has freed the memory, or it was never there
-            return results
+        if self._has_obstacle(chosen, starts) or not self._is_apart(grads, outs, starts):
+            return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
-            wanted = _at(self._places, outs)
+            wanted = at(self._places, outs)
             pairs = zip(chosen, wanted, strict=True)
             targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
             written = [*map(Tensor.data_ptr, targets)]
         roles = [starts, written]
         if weights:
-            roles.append([*map(Tensor.data_ptr, _at(self._places, weights))])
+            roles.append([*map(Tensor.data_ptr, at(self._places, weights))])
         left = self._schedule.run(roles, (strength, rate))
-        for k, target in zip(self._places, targets, strict=True):
-            results[k] = target
-        for n in left:
-            results[self._places[n]] = None
+        if self._is_whole and not left:
+            increment_version(targets)
+            return [*targets]
+        results: list[Tensor | None] = [None] * len(grads)
+        for n, k in enumerate(self._places):
+            results[k] = None if n in left else targets[n]
         increment_version([target for target in results if target is not None])
         return results
+
+    def _has_obstacle(self, grads: Sequence[Tensor], starts: list[int]) -> bool:
+        """Return True if there is no gradient to launch, or more to one than its form shows."""
+        return (
+            not starts
+            or 0 in starts  # FSDP has freed the memory, or it was never there
+            or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, grads))
+            or not (self._are_dense or not any(map(Tensor.is_neg, grads)))
+        )
+
+    def _is_apart(
+        self, grads: Sequence[Tensor], outs: Sequence[Tensor | None], starts: list[int]
+    ) -> bool:
+        """Return True if no result overwrites another array of the list."""
+        if not (self._in_place and self._is_whole):
+            return not writes_conflict(grads, outs, _find_span)
+        if starts != self._apart:
+            ends = sorted(map(add, starts, self._sizes))
+            if any(map(gt, ends, sorted(starts)[1:])):
+                return False
+            self._apart = starts
+        return True
 
 
 _recent: dict[Hashable, Centralization] = {}  # a cache
@@ -273,17 +305,11 @@ def _launcher() -> Launcher:
     return found
 
 
-def _at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
+def at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
     return values if len(places) == len(values) else [values[k] for k in places]
 
 
-def _has_state(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors have more than a form: autograd, or a negative bit."""
-    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return records or any(map(Tensor.is_neg, tensors))
-
-
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Return True if a compiler or a transformation records operations."""
     return (
         torch.compiler.is_compiling()
@@ -292,12 +318,6 @@ def _is_traced() -> bool:
         or _len_torch_dispatch_stack() > 0
         or vars(forward_ad)["_current_level"] >= 0
     )
-
-
-def _overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Return True if two runs of memory overlap."""
-    ends = sorted(map(add, starts, sizes))
-    return any(map(gt, ends, sorted(starts)[1:]))
 
 
 def _count_bytes(tensor: Tensor) -> int:

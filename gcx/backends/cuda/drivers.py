@@ -96,7 +96,7 @@ class Bindings:
 
     def _check(self, answer: tuple[Any, ...]) -> Any:
         status, *values = answer
-        if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        if int(status) and status.name.endswith("OUT_OF_MEMORY"):
             raise MemoryError(status.name)
         if int(status):
             raise RuntimeError(status.name)

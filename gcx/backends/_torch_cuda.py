@@ -6,9 +6,9 @@ the first tensor on a CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from math import inf
 from operator import add, attrgetter, gt, is_
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ FanIn = tuple[Sequence[int], Axes]
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _PLAIN = (Tensor, Parameter)
-_MOST_LISTS = 16
+_MOST_LISTS = 128  # an optimizer has one for each parameter group
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
@@ -103,15 +103,15 @@ def launch(
     of their decay, the means are of ``grad + rate * weight``. The result is None for each tensor
     that is left to PyTorch. All are left if a result would overwrite another array of the list.
     """
-    if _is_traced():
+    if is_traced():
         return [None] * len(grads)
-    seen = [*map(_see_here, grads, fan_ins)]
+    seen = [*map(see_here, grads, fan_ins)]
     parts = [
-        part if out is grad else None if out is None else _see_here(out, fan_in)
+        part if out is grad else None if out is None else see_here(out, fan_in)
         for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
     ]
     weights, rate = decay or ((), 0.0)
-    weights = [*map(_see_here, weights, fan_ins)] if weights else []
+    weights = [*map(see_here, weights, fan_ins)] if weights else []
     found = _recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
     for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
@@ -120,7 +120,7 @@ def launch(
     return done
 
 
-def _see_here(x: Tensor, fan_in: FanIn) -> Tensor:
+def see_here(x: Tensor, fan_in: FanIn) -> Tensor:
     """Split a tensor as its layout does; take the part of a DTensor here, if fan-ins are whole."""
     shape, axes = fan_in
     if type(x) in _PLAIN:
@@ -152,9 +152,15 @@ def _recall(
         others = [grad if out is None else out for grad, out in pairs]
         is_new = [out is None for out in outs]
     key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
-    found = _recent.pop(key, None)
+    make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
+    return recall(key, make)
+
+
+def recall(key: Hashable, make: Callable[[], T]) -> T:
+    """Find what was made for a key among the latest ones, or make it."""
+    found: T | None = _recent.pop(key, None)
     if found is None:
-        found = Centralization(grads, axes, outs, weights, reproducible=reproducible)
+        found = make()
     _recent[key] = found  # at the end: the first is the one that was used least recently
     for oldest in [*_recent][:-_MOST_LISTS]:
         _recent.pop(oldest, None)  # another thread may have removed it
@@ -186,10 +192,10 @@ class Centralization:
                 arrays.append(traits)
         self._in_place = all(map(is_, outs, grads))
         self._is_whole = len(arrays) == len(grads)
-        self._sizes = [_count_bytes(grads[k]) for k in self._places]
+        self._sizes = [count_bytes(grads[k]) for k in self._places]
         if arrays:
             rule = "StoreRate" if weights else "Store"
-            self._schedule = Schedule(_launcher(), rule, arrays)
+            self._schedule = Schedule(get_launcher(), rule, arrays)
 
     def run(
         self,
@@ -201,25 +207,25 @@ class Centralization:
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
         results: list[Tensor | None] = [None] * len(grads)
-        chosen = _at(self._places, grads)
-        if not self._places or _has_state(chosen):
+        chosen = pick(self._places, grads)
+        if not self._places or has_state(chosen):
             return results
         starts = [*map(Tensor.data_ptr, chosen)]
         if self._in_place and self._is_whole:
-            conflicts = _overlap(starts, self._sizes)
+            conflicts = overlap(starts, self._sizes)
         else:
             conflicts = writes_conflict(grads, outs, _find_span)
         if conflicts or 0 in starts:  # 0: FSDP has freed the memory, or it was never there
             return results
         targets, written = chosen, starts
         if not self._in_place:
-            wanted = _at(self._places, outs)
+            wanted = pick(self._places, outs)
             pairs = zip(chosen, wanted, strict=True)
             targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
             written = [*map(Tensor.data_ptr, targets)]
         roles = [starts, written]
         if weights:
-            roles.append([*map(Tensor.data_ptr, _at(self._places, weights))])
+            roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
         left = self._schedule.run(roles, (strength, rate))
         for k, target in zip(self._places, targets, strict=True):
             results[k] = target
@@ -229,7 +235,7 @@ class Centralization:
         return results
 
 
-_recent: dict[Hashable, Centralization] = {}  # a cache
+_recent: dict[Hashable, Any] = {}  # a cache
 
 
 def forms(tensors: Sequence[Tensor]) -> list[Any]:
@@ -267,23 +273,23 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     return grad.get_device(), name, walk
 
 
-def _launcher() -> Launcher:
+def get_launcher() -> Launcher:
     found = find_launcher()
     assert isinstance(found, Launcher)  # `see` has asked
     return found
 
 
-def _at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
+def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
     return values if len(places) == len(values) else [values[k] for k in places]
 
 
-def _has_state(tensors: Sequence[Tensor]) -> bool:
+def has_state(tensors: Sequence[Tensor]) -> bool:
     """Return True if tensors have more than a form: autograd, or a negative bit."""
     records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return records or any(map(Tensor.is_neg, tensors))
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Return True if a compiler or a transformation records operations."""
     return (
         torch.compiler.is_compiling()
@@ -294,13 +300,13 @@ def _is_traced() -> bool:
     )
 
 
-def _overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
+def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
     """Return True if two runs of memory overlap."""
     ends = sorted(map(add, starts, sizes))
     return any(map(gt, ends, sorted(starts)[1:]))
 
 
-def _count_bytes(tensor: Tensor) -> int:
+def count_bytes(tensor: Tensor) -> int:
     """Count the bytes from the first element of a tensor to the end of its last."""
     return extent(tensor.shape, tensor.stride(), 1)[1] * tensor.itemsize
 
@@ -310,7 +316,7 @@ def _find_span(tensor: Tensor) -> Span:
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
         return inf, inf
     start = tensor.data_ptr()
-    return start, start + _count_bytes(tensor)
+    return start, start + count_bytes(tensor)
 
 
 _is_on_cuda = attrgetter("is_cuda")

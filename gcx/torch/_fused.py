@@ -13,8 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from gcx._options import Layers, Options
 from gcx.plan import Plan
-from gcx.torch._fused_step import CentralizationInStep
-from gcx.torch._optimizer import AdamWRule, Rule, SGDRule
+from gcx.torch._fused_step import ADAMW_RULE, SGD_RULE, CentralizationInStep, Rule
 from gcx.torch._plan import Overrides
 from gcx.torch._step import not_compiled
 
@@ -165,7 +164,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._centralize(model, options, AdamWRule())
+        self._centralize(model, options, ADAMW_RULE)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -238,7 +237,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._centralize(model, options, SGDRule())
+        self._centralize(model, options, SGD_RULE)
 
 
 def _parameters_of(params: ParamsT | nn.Module) -> ParamsT:

@@ -2,104 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from ctypes import c_float
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from inspect import unwrap
 from itertools import chain
-from math import sqrt
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from gcx._options import Options
 from gcx.backends import _torch_cuda
 from gcx.backends._torch import is_for_kernels
-from gcx.backends._torch_cuda import FanIn, forms, pick, see_here
+from gcx.backends._torch_cuda import (
+    FanIn,
+    count_bytes,
+    forms,
+    get_launcher,
+    has_state,
+    overlap,
+    pick,
+    see_here,
+)
 from gcx.backends.cuda.launcher import Schedule
+from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
-from gcx.torch._optimizer import Group, State, coupled_rate
+from gcx.torch._optimizer import Group, Rule, State, coupled_rate
 from gcx.torch._step import GradientHooks
 from gcx.torch._targets import Targets
 from gcx.torch._weights import Weight, centralize_, with_gradient
 
 Lists = Sequence[Sequence[Tensor]]
-# The name of a rule in kernels.cu; the strength, the rate and the numbers of this rule.
-Numbers = tuple[str, Sequence[float]]
-
-# If the user asks for foreach, fused or differentiable, torch makes the step.
-_OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
-_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
-
-
-class Rule(NamedTuple):
-    """An optimizer, described for the kernels."""
-
-    kind: type[Optimizer]
-    fixed: Mapping[str, object]  # options that must have these values
-    scalars: tuple[str, ...]  # options that must not be tensors
-    memory: tuple[str, ...]  # keys of the state that the kernels update
-    # How far a parameter is: one stage, one launch. None: left to torch.
-    find_stage: Callable[[Group, State], Hashable]
-    find_numbers: Callable[[Group, Any], Numbers]
-
-
-def _find_stage_of_adamw(_: Group, state: State) -> tuple[float, bool] | None:
-    # Reading steps from a GPU would wait for it.
-    if not (state.keys() >= _ADAMW_STATE and state["step"].is_cpu):
-        return None
-    return state["step"].item(), state["exp_avg"].dtype is torch.float64
-
-
-def _find_numbers_of_adamw(group: Group, stage: tuple[float, bool]) -> Numbers:
-    steps, is_double = stage
-    rounded = float if is_double else _round  # as in torch's fused step on CUDA
-    lr, decay = rounded(group["lr"]), rounded(group["weight_decay"])
-    beta1, beta2 = map(rounded, group["betas"])
-    correction1, correction2 = (rounded(1 - rounded(b ** (steps + 1))) for b in (beta1, beta2))
-    moments = beta1, beta2, rounded(lr / correction1), rounded(sqrt(correction2))
-    return "AdamW", (1.0, 0.0, _sign(group), rounded(lr * decay), *moments, group["eps"])
-
-
-def _find_stage_of_sgd(group: Group, state: State) -> bool:
-    return group["momentum"] != 0 and state.get("momentum_buffer") is None
-
-
-def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
-    lr, momentum, dampening, decay = (group[name] for name in SGD_RULE.scalars)
-    sign = _sign(group)
-    name = "Sgd" + "Momentum" * (momentum != 0) + "Rate" * (decay != 0)
-    of_momentum = momentum, 1 - dampening, is_first, group["nesterov"]
-    return name, (1.0, sign * decay, sign, -lr, *of_momentum)
-
-
-def _sign(group: Group) -> float:
-    return -1.0 if group["maximize"] else 1.0
-
-
-def _round(number: float) -> float:
-    return c_float(number).value
-
-
-ADAMW_RULE = Rule(
-    torch.optim.AdamW,
-    {"amsgrad": False, "capturable": False, **_OF_TORCH},
-    ("lr", "betas", "weight_decay", "eps"),
-    ("exp_avg", "exp_avg_sq"),
-    _find_stage_of_adamw,
-    _find_numbers_of_adamw,
-)
-SGD_RULE = Rule(
-    torch.optim.SGD,
-    _OF_TORCH,
-    ("lr", "momentum", "dampening", "weight_decay"),
-    ("momentum_buffer",),
-    _find_stage_of_sgd,
-    _find_numbers_of_sgd,
-)
 
 
 class CentralizationInStep(GradientCentralization):
@@ -118,10 +53,7 @@ class CentralizationInStep(GradientCentralization):
 
 
 class StepHooks(GradientHooks):
-    """Hooks that skip the parameter groups that the kernels centralize in `step`.
-
-    The optimizer calls `step` when torch comes to a group.
-    """
+    """Hooks that skip the parameter groups that the kernels centralize in `step`."""
 
     def __init__(self, targets: Targets, options: Options, rule: Rule) -> None:
         self._rule = rule
@@ -131,8 +63,8 @@ class StepHooks(GradientHooks):
     def step(self, group: Group, remember: Callable[[list[Tensor]], object]) -> list[Tensor]:
         """Centralize and update the parameters of a group that the kernels take.
 
-        `remember` makes the state of parameters that have none yet. Returns the other parameters,
-        their gradients centralized, for torch to update.
+        `remember` makes missing states. Returns the other parameters, for torch to update; their
+        gradients are centralized.
         """
         marked = self._marked.pop(id(group), None)
         if marked is None:  # the hooks have centralized it, or there are none in this step
@@ -149,10 +81,9 @@ class StepHooks(GradientHooks):
         left = by_stage.pop(None, [])
         for stage, members in by_stage.items():
             left += self._step_of_stage(group, stage, members, marked)
-        if not left:
-            return []
-        gradients = with_gradient([marked[p] for p in left if p in marked])
-        centralize_(gradients, coupled_rate(optimizer, group, None))
+        if left:
+            gradients = with_gradient([marked[p] for p in left if p in marked])
+            centralize_(gradients, coupled_rate(optimizer, group, None))
         return left
 
     @torch.no_grad()
@@ -161,8 +92,7 @@ class StepHooks(GradientHooks):
 
         Empty if the kernels will make all of it.
         """
-        reason = self._why_not() or self._why_not_group(group)
-        if reason:
+        if reason := self._why_not() or self._why_not_group(group):
             return reason
         state = self._targets.optimizer.state
         try:
@@ -217,10 +147,7 @@ class StepHooks(GradientHooks):
     def _why_not_parameter(
         self, group: Group, parameter: Tensor, state: State, weight: Weight | None
     ) -> str:
-        """Say why a parameter would be left to torch; empty if the kernels would take it.
-
-        A gradient or state that is still missing is assumed to be like the parameter.
-        """
+        """See `fallback`; a gradient or state that is missing is taken to be like the parameter."""
         grad = parameter if parameter.grad is None else parameter.grad
         tensors = [grad, parameter]
         if state:
@@ -252,20 +179,14 @@ class StepHooks(GradientHooks):
         if done and "exp_avg" in memory:
             one = torch.tensor(1.0, device="cpu")  # torch would make a tensor of a number for each
             torch._foreach_add_([states[k]["step"] for k in done], one, alpha=1.0)
-        left = sorted({*range(len(parameters))}.difference(done))
-        return [parameters[k] for k in left]
+        return [parameters[k] for k in sorted({*range(len(parameters))}.difference(done))]
 
-    def _memory(
-        self, group: Group, states: list[State], grads: list[Tensor]
-    ) -> dict[str, list[Tensor]]:
+    def _memory(self, group: Group, states: list[State], grads: list[Tensor]) -> dict[str, Any]:
         """List the state tensors under each key; missing ones are made."""
-        keys = () if group.get("momentum") == 0 else self._rule.memory
+        pairs = [*zip(states, grads, strict=True)]
         return {
-            key: [
-                torch.zeros_like(grad) if state.get(key) is None else state[key]
-                for state, grad in zip(states, grads, strict=True)
-            ]
-            for key in keys
+            key: [zeros_like(g) if s.get(key) is None else s[key] for s, g in pairs]
+            for key in (() if group.get("momentum") == 0 else self._rule.memory)
         }
 
 
@@ -279,51 +200,39 @@ def _launch(
 ) -> list[int]:
     """Centralize and update what the kernels take; return its positions.
 
-    `roles` are gradients, parameters, and each kind of state.
+    `roles` are gradients, parameters, and each kind of state. All is left to torch if tensors share
+    memory, or if FSDP has freed it.
     """
     if _torch_cuda.is_traced():
         return []
     seen = [[*map(see_here, tensors, fan_ins)] for tensors in roles]
     axes = [axes for _, axes in fan_ins]
     key = (rule, *chain(*map(forms, seen)), *axes, reproducible)
-    step = _torch_cuda.recall(key, lambda: _Step(rule, seen, axes, reproducible))
-    done = step.run(seen, numbers)
+    make = partial(_prepare, rule, seen, axes, reproducible)
+    places, sizes, schedule = _torch_cuda.recall(key, make)
+    chosen = [pick(places, tensors) for tensors in seen]
+    addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
+    every = [*chain(*addresses)]
+    conflicts = 0 in every or overlap(every, sizes)
+    if schedule is None or conflicts or has_state([*chain(*chosen)]):
+        return []
+    left = schedule.run(addresses, numbers)
+    done = [place for n, place in enumerate(places) if n not in left]
     increment_version([tensors[k] for tensors in roles[1:] for k in done])
     return done
 
 
-class _Step:
-    """The launches for lists of tensors in one form."""
-
-    def __init__(
-        self, rule: str, roles: Lists, axes: Sequence[tuple[int, ...]], reproducible: bool
-    ) -> None:
-        see = partial(_torch_cuda.see, reproducible=reproducible)
-        found = [
-            see(grad, of_grad, *rest) for of_grad, grad, *rest in zip(axes, *roles, strict=True)
-        ]
-        self._places = [k for k, traits in enumerate(found) if traits]
-        self._sizes = [_torch_cuda.count_bytes(roles[0][k]) for k in self._places] * len(roles)
-        if self._places:
-            self._schedule = Schedule(_torch_cuda.get_launcher(), rule, pick(self._places, found))
-
-    def run(self, roles: Lists, numbers: Sequence[float]) -> list[int]:
-        """Launch; return the positions of what the kernels have updated.
-
-        There are none if tensors share memory, or if FSDP has freed it.
-        """
-        chosen = [pick(self._places, tensors) for tensors in roles]
-        starts = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
-        every = [*chain(*starts)]
-        if (
-            not every
-            or 0 in every
-            or _torch_cuda.overlap(every, self._sizes)
-            or _torch_cuda.has_state([*chain(*chosen)])
-        ):
-            return []
-        left = self._schedule.run(starts, numbers)
-        return [place for n, place in enumerate(self._places) if n not in left]
+def _prepare(
+    rule: str, roles: Lists, axes: Sequence[Axes], reproducible: bool
+) -> tuple[list[int], list[int], Schedule | None]:
+    """Choose what the kernels take: positions, bytes of each tensor in each role, launches."""
+    see = partial(_torch_cuda.see, reproducible=reproducible)
+    found = [see(grad, of_grad, *rest) for of_grad, grad, *rest in zip(axes, *roles, strict=True)]
+    places = [k for k, traits in enumerate(found) if traits]
+    if not places:
+        return [], [], None
+    sizes = [count_bytes(roles[0][k]) for k in places] * len(roles)
+    return places, sizes, Schedule(get_launcher(), rule, pick(places, found))
 
 
 def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:

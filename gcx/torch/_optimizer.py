@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from ctypes import c_float
 from inspect import unwrap
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,3 +196,79 @@ def _has_mean(weight: Weight, buffer: Tensor) -> bool:
     shape, axes = weight.fan_in
     rounding = of_mean + of_elements / sqrt(prod([shape[axis] for axis in axes]))
     return bool(mean.abs().max() > 16 * rounding * buffer.abs().max())
+
+
+# If the user asks for foreach, fused or differentiable, torch makes the step.
+_OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
+_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
+
+
+# The name of a rule in kernels.cu; the strength, the rate and the numbers of this rule.
+Numbers = tuple[str, Sequence[float]]
+
+
+class Rule(NamedTuple):
+    """An optimizer, described for the kernels."""
+
+    kind: type[Optimizer]
+    fixed: Mapping[str, object]  # options that must have these values
+    scalars: tuple[str, ...]  # options that must not be tensors
+    memory: tuple[str, ...]  # keys of the state that the kernels update
+    # How far a parameter is: one stage, one launch. None: left to torch.
+    find_stage: Callable[[Group, State], Hashable]
+    find_numbers: Callable[[Group, Any], Numbers]
+
+
+def _find_stage_of_adamw(_: Group, state: State) -> tuple[float, bool] | None:
+    # Reading steps from a GPU would wait for it.
+    if not (state.keys() >= _ADAMW_STATE and state["step"].is_cpu):
+        return None
+    return state["step"].item(), state["exp_avg"].dtype is torch.float64
+
+
+def _find_numbers_of_adamw(group: Group, stage: tuple[float, bool]) -> Numbers:
+    steps, is_double = stage
+    rounded = float if is_double else _round  # as in torch's fused step on CUDA
+    lr, decay = rounded(group["lr"]), rounded(group["weight_decay"])
+    beta1, beta2 = map(rounded, group["betas"])
+    correction1, correction2 = (rounded(1 - rounded(b ** (steps + 1))) for b in (beta1, beta2))
+    moments = beta1, beta2, rounded(lr / correction1), rounded(sqrt(correction2))
+    return "AdamW", (1.0, 0.0, _sign(group), rounded(lr * decay), *moments, group["eps"])
+
+
+def _find_stage_of_sgd(group: Group, state: State) -> bool:
+    return group["momentum"] != 0 and state.get("momentum_buffer") is None
+
+
+def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
+    lr, momentum, dampening, decay = (group[name] for name in SGD_RULE.scalars)
+    sign = _sign(group)
+    name = "Sgd" + "Momentum" * (momentum != 0) + "Rate" * (decay != 0)
+    of_momentum = momentum, 1 - dampening, is_first, group["nesterov"]
+    return name, (1.0, sign * decay, sign, -lr, *of_momentum)
+
+
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _round(number: float) -> float:
+    return c_float(number).value
+
+
+ADAMW_RULE = Rule(
+    torch.optim.AdamW,
+    {"amsgrad": False, "capturable": False, **_OF_TORCH},
+    ("lr", "betas", "weight_decay", "eps"),
+    ("exp_avg", "exp_avg_sq"),
+    _find_stage_of_adamw,
+    _find_numbers_of_adamw,
+)
+SGD_RULE = Rule(
+    torch.optim.SGD,
+    _OF_TORCH,
+    ("lr", "momentum", "dampening", "weight_decay"),
+    ("momentum_buffer",),
+    _find_stage_of_sgd,
+    _find_numbers_of_sgd,
+)

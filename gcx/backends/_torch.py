@@ -137,6 +137,13 @@ def to_numpy(array: Tensor, /) -> Any:
     return array.detach().cpu().to(_WIDE.get(array.dtype, array.dtype)).numpy().copy()
 
 
+def why_no_kernels(grad: Tensor) -> str:
+    """Say why the kernels do not run on the CUDA device of a tensor; empty if they do."""
+    from gcx.backends import _torch_cuda
+
+    return _torch_cuda.why_not(grad.device)
+
+
 def _is_expanded(array: Tensor) -> bool:
     """Return True if several elements share one address."""
     strides = zip(array.stride(), array.shape, strict=True)

@@ -12,7 +12,6 @@ from functools import cache, partial
 from math import inf
 from operator import add, attrgetter, gt, is_
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from gcx.backends import _torch_dtensor
+from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import Span, extent, writes_conflict
@@ -49,20 +49,14 @@ def why_not(device: torch.device | None = None) -> str:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
         return f"{torch.cuda.get_device_name(device)} is too old for the kernels"
-    launcher = find_launcher()
-    return launcher if isinstance(launcher, str) else launcher.failures.get(device.index, "")
+    found = find_launcher()
+    return found if isinstance(found, str) else found.failures.get(device.index, "")
 
 
 @cache
 def find_launcher() -> Launcher | str:
-    """Load the driver; the reason if it is not there, which is the text of a warning too."""
-    try:
-        return Launcher(Bindings(), _Host())
-    except Exception as error:  # noqa: BLE001  # whatever a loader raises
-        reason = f"{type(error).__name__}: {error} (pip install cuda-bindings)"
-        msg = f"the CUDA kernels of gcx cannot run, so torch's slower operations do: {reason}"
-        warn(msg, RuntimeWarning, stacklevel=2)
-        return reason
+    """Load the driver; the reason if it is not there."""
+    return launcher.find_launcher(Bindings, _Host())
 
 
 class _Host:

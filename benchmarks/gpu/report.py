@@ -74,6 +74,7 @@ class GpuReport:
 
     ok: bool
     setting: Setting
+    gpu: dict[str, str]  # versions and clocks
     copy_gigabytes_per_second: float
     seconds: float
     rows: tuple[Row, ...]
@@ -88,6 +89,7 @@ def render(report: GpuReport) -> str:
     return "\n".join(
         [
             *setting_lines(report.setting),
+            ", ".join(f"{name}: {value}" for name, value in report.gpu.items()),
             f"A copy: {report.copy_gigabytes_per_second:.0f} GB/s, read and written.",
             "",
             *aligned([header, *map(_cells, report.rows)], to_the_right=(2, 3)),

@@ -1,4 +1,4 @@
-"""The table of all that is checked on a GPU, and how it is gone through."""
+"""The table of all checks on a GPU, and the function that makes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from math import nan
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from benchmarks.command.libraries import LeftOut
 from benchmarks.command.progress import track
 from benchmarks.command.requirements import CannotRunError
 from benchmarks.gpu.device import COPY, Gpu
-from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, failed, judged
+from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, judged
 from benchmarks.throughput.setting import setting, share_gpus
 from gcx.__main__ import attempt
 from gcx.backends import _torch_cuda
@@ -35,7 +36,7 @@ class Part(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is written."""
+        """File and function."""
         return f"{self.file}.{self.function}"
 
     def __call__(self, gpu: Gpu) -> Iterable[Measured]:
@@ -126,8 +127,8 @@ def name_file(report: GpuReport) -> str:
 def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[LeftOut, ...]]:
     """Go through the parts, for as long as there is time.
 
-    A part that raises is a miss, as is one that does not get done; what it gave before counts. So
-    is one in which kernels would have been replaced by torch's own operations.
+    A part that raises is a miss, as is one that does not get done; its earlier rows count.
+    So is one in which torch's own operations replace the kernels.
     """
     rows: list[Row] = []
     left_out: list[LeftOut] = []
@@ -138,7 +139,7 @@ def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[Lef
             why_not, error = attempt(partial(_collect, part, gpu, found))
         rows += [judged(part.name, measured) for measured in found]
         if error:
-            rows.append(failed(part.name, part.place, error))
+            rows.append(judged(part.name, Measured(part.place, nan, None), error))
         if why_not:
             left_out.append(LeftOut(True, f"{part.name}, {part.place}", why_not))
         attempt(gpu.release)  # raises what a part has broken, which that part has told
@@ -146,7 +147,7 @@ def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[Lef
 
 
 def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
-    """Put what a part gives into `found`; say why it gives nothing, if it need not."""
+    """Put what a part gives into `found`; return the reason if it is optional and gives none."""
     reason = _torch_cuda.why_not()
     if reason:
         msg = f"the kernels are not used: {reason}"

@@ -28,23 +28,10 @@ _REPEATS = 50
 _FEW = (9, 144, 4608)  # fan-ins
 
 
-def _into_new(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, reproducible=True)
-
-
-def _in_place(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, out=grads, reproducible=True)
-
-
-def _into_poisoned(grads: list[Any], layouts: list[str]) -> list[Any]:
-    out = [grad * float("nan") for grad in grads]
-    return gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
-
-
-_WAYS: dict[str, Callable[[list[Any], list[str]], list[Any]]] = {
-    "new arrays": _into_new,
-    "in place": _in_place,
-    "over NaN": _into_poisoned,
+_WAYS: dict[str, Callable[[list[Any]], list[Any] | None]] = {  # the results' arrays
+    "new arrays": lambda _: None,
+    "in place": lambda grads: grads,
+    "over NaN": lambda grads: [grad * float("nan") for grad in grads],
 }
 
 
@@ -99,7 +86,9 @@ def bits_of(
                 subject
             ]
         for way, (access, each) in product(ways, lists.items()):
-            results = _WAYS[way](_arrays(library, device, kind, each), _layouts(each))
+            grads, layouts = _arrays(library, device, kind, each), _layouts(each)
+            out = _WAYS[way](grads)
+            results = gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
             pairs = zip(results, each, strict=True)
             count = sum(count_differing(to_numpy(r), s.expected) for r, s in pairs)
             what = f"{library}, {kind.name}, {way}, {access}"

@@ -16,11 +16,11 @@ __all__ = ["FAN_INS", "Subject", "subjects"]
 
 # Two elements; odd and even ones; a row of several warps; a segment and one more; a large image.
 FAN_INS = (2, 9, 144, 147, 4608, 14_336, 16_384, 16_385, 150_528)
-_ELEMENTS = 60_000  # of a gradient, at most, but for those of three units
+_ELEMENTS = 60_000  # most of a gradient, if it has more than three units
 
 
 class Subject(NamedTuple):
-    """A gradient, and what it is centralized to: in canonical order, to the last bit."""
+    """A gradient, and the expected result: in canonical order, to the last bit."""
 
     case: Case
     sample: Sample

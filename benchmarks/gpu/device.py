@@ -33,7 +33,7 @@ class Gpu:
     is_brief : bool
         Whether to measure less of everything.
     until : float
-        When all is to be done, by `time.perf_counter`.
+        The end of all measurements, by `time.perf_counter`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Gpu:
         self._target = torch.empty_like(self._source)
 
     def seconds_left(self) -> float:
-        """Seconds until all is to be done; negative after that."""
+        """Seconds until the end of all measurements; negative after it."""
         return self.until - perf_counter()
 
     def rotation(
@@ -63,8 +63,8 @@ class Gpu:
     def times(self, candidates: Mapping[str, Sequence[Call]]) -> dict[str, float]:
         """Seconds of each candidate on the GPU alone: replays of graphs, which take turns.
 
-        A graph holds all calls of a candidate, one after the other; the time is that of one of
-        them. A copy takes turns, too: `COPY` is its time for each byte that it reads or writes.
+        A graph holds all calls of a candidate, one after the other; the time is for one call. A
+        copy takes turns, too: `COPY` is its time for each byte that it reads or writes.
         """
         copies = [lambda: self._target.copy_(self._source)]
         everything = {**candidates, COPY: copies}

@@ -50,7 +50,7 @@ def changing_addresses(gpu: Gpu) -> Iterator[Measured]:
     for dtype in _DTYPES:
         numbers = gradients(_WEIGHTS, dtype, gpu.device)
         expected = centralize(_WEIGHTS, [number.clone() for number in numbers])
-        kept: deque[Tensor] = deque(maxlen=_KEPT)  # in the way of what comes next
+        kept: deque[Tensor] = deque(maxlen=_KEPT)  # so that addresses do not come back
         count = 0
         for step in range(_STEPS):
             grads = [number.clone() for number in numbers]

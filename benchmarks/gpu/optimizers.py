@@ -1,4 +1,4 @@
-"""AdamW and SGD that centralize in their step, against those of torch."""
+"""AdamW and SGD that centralize in their step, against torch's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STEPS, _ULP = 100, 2.0
 
 
 class _Pair(NamedTuple):
-    """An optimizer of gcx, made from a model and overrides, and that of torch, from parameters."""
+    """Makers of an optimizer: in gcx, from a model and overrides; in torch, from parameters."""
 
     of_gcx: Callable[..., Optimizer]
     of_torch: Callable[[Any], Optimizer]
@@ -55,7 +55,7 @@ _BRIEF = 2  # of the models
 
 
 def times(gpu: Gpu) -> Iterator[Measured]:
-    """Time on the GPU of a step with GC, over that of torch's fused step without."""
+    """Time steps with GC on the GPU, and torch's fused steps without."""
     for name, pair in _OPTIMIZERS.items():
         for model in _MODELS[: _BRIEF if gpu.is_brief else None]:
             for dtype, limit in _OF_TORCH.items():
@@ -70,7 +70,7 @@ def times(gpu: Gpu) -> Iterator[Measured]:
 
 
 def against_peers(gpu: Gpu) -> Iterator[Measured]:
-    """Time on the GPU of AdamW with GC, over that of other ways to have both, in float32."""
+    """Time AdamW with GC on the GPU, and other ways to have both, in float32."""
     for model in _MODELS[:2]:
         modules = [module_of(model, "float32", gpu.device) for _ in range(1 + len(_PEERS))]
         mine = _make(_OPTIMIZERS["AdamW"], modules[0])
@@ -123,7 +123,7 @@ _PEERS = {
 def distances(gpu: Gpu) -> Iterator[Measured]:
     """Compare with torch's fused step on centralized gradients, after many steps.
 
-    In float32: a narrower gradient is rounded before that step, and not on the way in ours.
+    In float32, since torch's step would get a narrower gradient rounded, and ours does not.
     """
     for name, pair in _OPTIMIZERS.items():
         model = _small()
@@ -187,7 +187,7 @@ def _small() -> Model:
 
 
 def _make(pair: _Pair, module: nn.Module) -> Optimizer:
-    """Make the optimizer of gcx; an error if its kernels would not step."""
+    """Make gcx's optimizer; an error if its kernels would not step."""
     optimizer = pair.of_gcx(module, overrides=layouts_of(module))
     reasons = [*filter(None, cast("Any", optimizer).fallbacks)]
     if reasons:
@@ -203,7 +203,7 @@ def _draw_gradients(module: nn.Module, seed: int = 0) -> None:
 
 
 def _distance(model: Model, modules: Sequence[nn.Module]) -> float:
-    """Largest distance of two parameters, in ulp of the largest one of the output unit.
+    """Find the largest distance of two parameters, in ulp of the largest in their output unit.
 
     The parameters that are no weights count as one unit each.
     """

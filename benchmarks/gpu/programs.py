@@ -1,4 +1,4 @@
-"""Programs of their own, where a GPU that hangs or an error of memory ends nothing else."""
+"""Checks in processes of their own, so that a GPU that hangs ends nothing else."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def outputs(
     seconds: float,
     environment: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Run programs all at once; return what they print.
+    """Run programs all at once; return their output.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Times beside that of a copy in the same run, and of other implementations."""
+"""Times beside a copy in the same run, and beside other implementations."""
 
 from __future__ import annotations
 

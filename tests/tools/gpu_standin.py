@@ -1,4 +1,4 @@
-"""A CPU in the place of the GPU that `benchmarks.gpu` asks for."""
+"""A CPU that stands in for the GPU of `benchmarks.gpu`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -205,6 +203,8 @@ def subtract_means_(
         left = [k for k, result in enumerate(done) if result is None]
     if rate is None:
         weights = grads
+    batch: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
+    size = 0
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
         if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
@@ -218,22 +218,13 @@ def subtract_means_(
         if grad.dtype in _WIDE:
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
-        # No function of gcx is called here, which would take as long as the arithmetic does.
-        # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
-        total = grad.sum(axes, True)
-        if isinstance(rate, float):
-            total.add_(weight.sum(axes, True, dtype=grad.dtype), alpha=rate)
-        elif rate is not None:
-            total.add_(rate * weight.sum(axes, True, dtype=grad.dtype))
-        mean = total.div_(_count(shape, axes, grad.dtype))
-        grad.sub_(mean if strength == 1.0 else mean.mul_(strength))
-
-
-@lru_cache(maxsize=1 << 12)
-def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Make a tensor of the number of elements in a fan-in."""
-    with torch.inference_mode(False):
-        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype, device="cpu")
+        batch.append((grad, weight, axes))
+        size += grad.nbytes
+        if size >= _torch_blocks.BATCH:
+            _torch_blocks.subtract_means(batch, rate, strength)
+            batch, size = [], 0
+    if batch:
+        _torch_blocks.subtract_means(batch, rate, strength)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:

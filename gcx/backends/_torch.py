@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
@@ -33,11 +33,14 @@ _PLAIN = (Tensor, Parameter)
 # A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
 FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
-is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
-
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.
 _BLOCK = 1 << 19
+
+
+def is_for_kernels(grad: Tensor) -> bool:
+    """Return True for a tensor on CUDA."""
+    return grad.is_cuda
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -286,8 +289,8 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_eager = type(grad) in _PLAIN and not torch.compiler.is_compiling()
-    if grad.dtype in _WIDE and is_eager and not reproducible:
+    is_eager = not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+    if grad.dtype in _WIDE and type(grad) in _PLAIN and is_eager and not reproducible:
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:

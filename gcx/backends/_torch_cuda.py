@@ -157,7 +157,7 @@ def _recall(
 
 
 def recall(key: Hashable, make: Callable[[], T]) -> T:
-    """Find what was made for a key among the latest ones, or make it."""
+    """Return the latest object of a key, or make it."""
     found: T | None = _recent.pop(key, None)
     if found is None:
         found = make()

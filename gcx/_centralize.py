@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
+from gcx._repeats import Call
 from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
 
@@ -166,6 +167,9 @@ def centralize_many(
         )
         raise TypeError(msg)
     strength = check_strength(strength)
+    call = Call(grads, layouts, out, reproducible)
+    if (repeated := call.repeat(strength)) is not None:
+        return repeated  # type: ignore[no-any-return]
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
@@ -175,7 +179,10 @@ def centralize_many(
         _make_job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
-    return rebuild(grads, _run(jobs, strength, reproducible))
+    results = _run(jobs, strength, reproducible)
+    if all(job.seen is job.grad for job in jobs):
+        call.remember([job.axes for job in jobs])
+    return rebuild(grads, results)
 
 
 def see_fan_in(

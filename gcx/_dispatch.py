@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from gcx.backends import Backend
@@ -23,6 +24,17 @@ def backend_for(array: Any) -> Backend:
         backend: Backend = _find(array)
         _by_type[type(array)] = backend
         return backend
+
+
+def repeating_backend(arrays: Sequence[Any]) -> Any:
+    """Find the module that repeats a call for arrays of this type; None if there is none."""
+    backend = _by_type.get(type(arrays[0])) if arrays else None
+    is_for_kernels = getattr(backend, "is_for_kernels", None)
+    if is_for_kernels is None or not is_for_kernels(arrays[0]):
+        return None
+    from gcx.backends import _torch_repeats
+
+    return _torch_repeats
 
 
 def _find(array: Any) -> Any:

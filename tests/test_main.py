@@ -152,9 +152,9 @@ class TestLibraries:
     @pytest.mark.parametrize(
         ("devices", "reason", "said"),
         [
-            (["cpu", "cuda:0"], "", "on CUDA one launch of a Triton kernel for each dtype"),
-            (["cpu", "cuda:0"], "no Triton", "on CUDA, too: no Triton"),
-            (["cpu"], "no Triton", ""),
+            (["cpu", "cuda:0"], "", "on CUDA few launches of CUDA kernels for a list"),
+            (["cpu", "cuda:0"], "no driver", "on CUDA, too: no driver"),
+            (["cpu"], "no driver", ""),
         ],
     )
     def test_cuda_device_of_torch(

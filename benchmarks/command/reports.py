@@ -24,6 +24,8 @@ exit codes:
        asked for (the message says which)
   130  interrupted"""
 
+_RESULTS = Path(__file__).parents[1] / "results"
+
 # What `--json` without the name of a file stands for.
 _PRINTED = "-"
 
@@ -118,17 +120,21 @@ def throughput(arguments: Sequence[str]) -> int:
 def gpu(arguments: Sequence[str]) -> int:
     """Measure all that gcx promises on a CUDA device, and list the misses.
 
-    This takes minutes.
+    With --check: all of it, in up to eight minutes; the report is written to benchmarks/results/.
+    Without: less of everything.
     """
     parser = _parser("gpu", gpu.__doc__)
-    parser.add_argument("--brief", action="store_true", help="less of everything")
+    parser.add_argument("--check", action="store_true", help="all of it, and keep the report")
 
     def run(options: Namespace) -> _Outcome:
         require("numpy", "torch", install='pip install "gcx[numpy,torch]"')
-        from benchmarks.gpu.acceptance import run
+        from benchmarks.gpu.acceptance import name_file, run
         from benchmarks.gpu.report import render
 
-        return run(command=options.line, is_brief=options.brief), render
+        report = run(command=options.line, is_brief=not options.check)
+        if options.check and options.json is None:
+            options.json = str(_RESULTS / name_file(report))
+        return report, render
 
     return _reported(parser, arguments, run)
 

@@ -1,11 +1,14 @@
-"""The table of all that is checked on a GPU, and how it is gone through."""
+"""The table of all checks on a GPU, and the function that makes them."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from math import nan
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,13 +17,13 @@ import torch
 from benchmarks.command.libraries import LeftOut
 from benchmarks.command.progress import track
 from benchmarks.command.requirements import CannotRunError
-from benchmarks.gpu.device import Gpu
-from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, failed, judged
-from benchmarks.gpu.times import of_copies
+from benchmarks.gpu.device import COPY, Gpu
+from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, judged
 from benchmarks.throughput.setting import setting, share_gpus
 from gcx.__main__ import attempt
+from gcx.backends import _torch_cuda
 
-__all__ = ["PARTS", "Part", "measure", "run"]
+__all__ = ["PARTS", "Part", "measure", "name_file", "run"]
 
 
 class Part(NamedTuple):
@@ -33,7 +36,7 @@ class Part(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is written."""
+        """File and function."""
         return f"{self.file}.{self.function}"
 
     def __call__(self, gpu: Gpu) -> Iterable[Measured]:
@@ -48,24 +51,24 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("kernels", "launches", "used"),
-    Part("bits", "bits", "of_torch"),
-    Part("bits", "bits", "of_cupy", needs=("cupy",)),
-    Part("bits, repeated", "bits", "of_repeats"),
-    Part("launches", "launches", "counted"),
     Part("time on the GPU", "times", "of_models"),
     Part("time of all", "times", "against_loops"),
     Part("time of the host", "launches", "host"),
+    Part("launches", "launches", "counted"),
+    Part("fused step", "optimizers", "times"),
+    Part("fused step", "optimizers", "against_peers"),
+    Part("fused step", "optimizers", "distances"),
+    Part("bits", "bits", "of_torch"),
+    Part("bits", "bits", "of_cupy", needs=("cupy",)),
+    Part("bits, repeated", "bits", "of_repeats"),
     Part("graphs", "graphs", "replays"),
     Part("addresses", "graphs", "changing_addresses"),
-    Part("busy GPU", "concurrency", "two_streams"),
-    Part("busy GPU", "concurrency", "two_processes"),
-    Part("fused step", "optimizers", "times"),
-    Part("fused step", "optimizers", "distances"),
-    Part("CuPy", "on_cupy", "times", needs=("cupy",)),
+    Part("busy GPU", "programs", "two_streams"),
+    Part("busy GPU", "programs", "two_processes"),
+    Part("CuPy", "times", "of_cupy", needs=("cupy",)),
     Part("JAX", "on_jax", "times", needs=("jax", "optax")),
-    Part("sanitizer", "sanitizer", "memcheck"),
-    Part("sanitizer", "sanitizer", "racecheck"),
+    Part("sanitizer", "programs", "memcheck"),
+    Part("sanitizer", "programs", "racecheck"),
 )
 
 
@@ -97,31 +100,46 @@ def run(*, command: str, is_brief: bool) -> GpuReport:
     share_gpus()
     start = perf_counter()
     gpu = Gpu(is_brief=is_brief, until=start + _SECONDS)
-    speed = of_copies(gpu)
+    before = gpu.state()
     rows, left_out = measure(gpu, PARTS)
+    after = gpu.state()
     return GpuReport(
         ok=all(row.ok for row in rows),
         setting=setting(command, {gpu.device: torch.cuda.get_device_name(gpu.device)}),
-        copy_gigabytes_per_second=1e-9 * speed,
+        gpu={
+            "CUDA": str(torch.version.cuda),
+            **{f"{name} before": value for name, value in before.items()},
+            **{f"{name} after": value for name, value in after.items()},
+        },
+        copy_gigabytes_per_second=1e-9 / gpu.times({})[COPY],
         seconds=perf_counter() - start,
         rows=rows,
         left_out=left_out,
     )
 
 
+def name_file(report: GpuReport) -> str:
+    """Name the file of a report, such as nvidia-h200-check.json."""
+    (device,) = report.setting.devices.values()
+    return f"{'-'.join(re.findall('[a-z0-9]+', device.lower()))}-check.json"
+
+
 def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[LeftOut, ...]]:
     """Go through the parts, for as long as there is time.
 
-    A part that raises is a miss, as is one that does not get done; what it gave before counts.
+    A part that raises is a miss, as is one that does not get done; its earlier rows count.
+    So is one in which torch's own operations replace the kernels.
     """
     rows: list[Row] = []
     left_out: list[LeftOut] = []
     for part in track(parts, "checking"):
         found: list[Measured] = []
-        why_not, error = attempt(partial(_collect, part, gpu, found))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*CUDA kernels of gcx", RuntimeWarning)
+            why_not, error = attempt(partial(_collect, part, gpu, found))
         rows += [judged(part.name, measured) for measured in found]
         if error:
-            rows.append(failed(part.name, part.place, error))
+            rows.append(judged(part.name, Measured(part.place, nan, None), error))
         if why_not:
             left_out.append(LeftOut(True, f"{part.name}, {part.place}", why_not))
         attempt(gpu.release)  # raises what a part has broken, which that part has told
@@ -129,7 +147,11 @@ def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[Lef
 
 
 def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
-    """Put what a part gives into `found`; say why it gives nothing, if it need not."""
+    """Put what a part gives into `found`; return the reason if it is optional and gives none."""
+    reason = _torch_cuda.why_not()
+    if reason:
+        msg = f"the kernels are not used: {reason}"
+        raise RuntimeError(msg)
     try:
         _see_that_there_is_time(gpu)
         for measured in part(gpu):

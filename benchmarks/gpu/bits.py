@@ -1,8 +1,13 @@
-"""The same bits as in the canonical order, whatever the shape and the place in memory."""
+"""The same bits as in the canonical order, whatever the shape and the place in memory.
+
+``python -m benchmarks.gpu.bits DEVICE`` looks at a few gradients, for slow inspectors.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,39 +20,28 @@ from benchmarks.gpu.cases import FAN_INS, Subject, subjects
 from benchmarks.gpu.device import Gpu
 from benchmarks.gpu.report import Measured
 from gcx.backends import load
+from gcx.backends.cuda.walks import find_walk
 
-__all__ = ["bits_of", "differing", "of_cupy", "of_repeats", "of_torch"]
+__all__ = ["bits_of", "count_differing", "main", "of_cupy", "of_repeats", "of_torch"]
 
 _REPEATS = 50
+_FEW = (9, 144, 4608)  # fan-ins
 
 
-def _into_new(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, reproducible=True)
-
-
-def _in_place(grads: list[Any], layouts: list[str]) -> list[Any]:
-    return gcx.centralize_many(grads, layouts=layouts, out=grads, reproducible=True)
-
-
-def _into_poisoned(grads: list[Any], layouts: list[str]) -> list[Any]:
-    out = [grad * float("nan") for grad in grads]
-    return gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
-
-
-_WAYS: dict[str, Callable[[list[Any], list[str]], list[Any]]] = {
-    "new arrays": _into_new,
-    "in place": _in_place,
-    "over NaN": _into_poisoned,
+_WAYS: dict[str, Callable[[list[Any]], list[Any] | None]] = {  # the results' arrays
+    "new arrays": lambda _: None,
+    "in place": lambda grads: grads,
+    "over NaN": lambda grads: [grad * float("nan") for grad in grads],
 }
 
 
 def of_torch(gpu: Gpu) -> Iterator[Measured]:
-    """All gradients of a dtype in one call, in torch."""
+    """Centralize the gradients of a dtype in two calls, in torch."""
     return bits_of("torch", gpu.device, _fan_ins(gpu))
 
 
 def of_cupy(gpu: Gpu) -> Iterator[Measured]:
-    """All gradients of a dtype in one call, in CuPy."""
+    """Centralize the gradients of a dtype in two calls, in CuPy."""
     return bits_of("cupy", gpu.device, _fan_ins(gpu))
 
 
@@ -65,7 +59,7 @@ def of_repeats(gpu: Gpu) -> Iterator[Measured]:
         yield Measured(what, count, 0, "differ")
 
 
-def differing(found: Any, expected: Any) -> int:
+def count_differing(found: Any, expected: Any) -> int:
     """Count the elements that differ in a bit; one NaN is as good as another."""
     same = (found == expected) & (np.signbit(found) == np.signbit(expected))
     return int(np.sum(~(same | (np.isnan(found) & np.isnan(expected)))))
@@ -79,17 +73,41 @@ def bits_of(
     dtypes: Collection[str] = DTYPES,
     ways: Collection[str] = tuple(_WAYS),
 ) -> Iterator[Measured]:
-    """Gradients of these fan-ins, in every kind of numbers and place in memory."""
+    """Gradients of these fan-ins, in every kind of numbers and place in memory.
+
+    Those that the kernels read and write in 16 bytes at a time are in a list of their own.
+    """
+    to_numpy = load(library).to_numpy
     for kind in _formats(dtypes):
         found = [subject for fan_in in fan_ins for subject in subjects(kind, fan_in)]
-        for way in ways:
-            grads = _arrays(library, device, kind, found)
-            results = _WAYS[way](grads, _layouts(found))
-            to_numpy = load(library).to_numpy
-            pairs = zip(results, found, strict=True)
-            count = sum(differing(to_numpy(r), s.expected) for r, s in pairs)
-            what = f"{library}, {kind.name}, {way}: elements of {len(grads)} gradients"
-            yield Measured(what, count, 0, "differ")
+        lists: dict[str, list[Subject]] = {"16 bytes at a time": [], "elementwise": []}
+        for subject, array in zip(found, _arrays(library, device, kind, found), strict=True):
+            lists["16 bytes at a time" if _is_packed(array, subject) else "elementwise"] += [
+                subject
+            ]
+        for way, (access, each) in product(ways, lists.items()):
+            grads, layouts = _arrays(library, device, kind, each), _layouts(each)
+            out = _WAYS[way](grads)
+            results = gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
+            pairs = zip(results, each, strict=True)
+            count = sum(count_differing(to_numpy(r), s.expected) for r, s in pairs)
+            what = f"{library}, {kind.name}, {way}, {access}"
+            yield Measured(f"{what}: elements of {len(each)} gradients", count, 0, "differ")
+
+
+def _is_packed(array: Any, subject: Subject) -> bool:
+    """Return True if the kernels move 16 bytes of an array at a time."""
+    if isinstance(array, torch.Tensor):
+        start, steps = array.data_ptr(), array.stride()
+    else:
+        start, steps = array.data.ptr, tuple(s // array.itemsize for s in array.strides)
+    walk = find_walk(tuple(array.shape), steps, subject.case.fan_in, any_order=False)
+    if walk is None:
+        return False
+    lengths = [
+        (m.offset, m.step, m.fan_in if walk.kind == "rows" else m.units) for m in walk.matrices
+    ]
+    return start % 16 == 0 and all(n * array.itemsize % 16 == 0 for three in lengths for n in three)
 
 
 def _formats(dtypes: Collection[str] = DTYPES) -> list[Format]:
@@ -103,7 +121,7 @@ def _fan_ins(gpu: Gpu) -> Sequence[int]:
 def _arrays(library: str, device: str, kind: Format, found: Sequence[Subject]) -> list[Any]:
     backend = load(library)
 
-    def make(values: Any) -> Any:  # of a copy, with which torch may share its memory
+    def make(values: Any) -> Any:  # from a copy, as torch may share its memory
         return backend.asarray(values.copy(), kind.name, device)
 
     return [subject.sample.lay_out(subject.sample.values, make) for subject in found]
@@ -119,3 +137,13 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     kind = _INTEGERS[one.itemsize]
     return torch.equal(one.view(kind), other.view(kind))
+
+
+def main() -> int:
+    """Run as a program; the exit code is 0 if all bits are right."""
+    found = bits_of("torch", sys.argv[1], _FEW, dtypes=("float32", "bfloat16"), ways=("in place",))
+    return 0 if all(measured.ok for measured in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,13 +14,13 @@ from gcx import _compat
 
 __all__ = ["FAN_INS", "Subject", "subjects"]
 
-# Two elements; odd ones; a row of several tiles; a segment and one more; a large image.
-FAN_INS = (2, 9, 147, 4608, 14_336, 16_384, 16_385, 150_528)
-_ELEMENTS = 60_000  # of a gradient, at most, but for those of three units
+# Two elements; odd and even ones; a row of several warps; a segment and one more; a large image.
+FAN_INS = (2, 9, 144, 147, 4608, 14_336, 16_384, 16_385, 150_528)
+_ELEMENTS = 60_000  # most of a gradient, if it has more than three units
 
 
 class Subject(NamedTuple):
-    """A gradient, and what it is centralized to: in canonical order, to the last bit."""
+    """A gradient, and the expected result: in canonical order, to the last bit."""
 
     case: Case
     sample: Sample
@@ -40,6 +40,8 @@ def _cases(fan_in: int) -> Iterator[Case]:
     units = max(3, min(37, _ELEMENTS // fan_in))
     yield Case((units, fan_in), "o...", (1,))
     yield Case((fan_in, units), "...o", (0,))
+    if fan_in < 8 * _ELEMENTS // 3:
+        yield Case((fan_in, 8), "...o", (0,))  # 16 bytes, or a multiple, in each dtype
     inputs, rest = divmod(fan_in, 9)
     if not rest:
         yield Case((units, inputs, 3, 3), "o...", (1, 2, 3))

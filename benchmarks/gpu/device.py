@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil, inf
+from shutil import which
+from subprocess import PIPE, Popen
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
+import gcx
 from benchmarks.throughput import cuda
 from benchmarks.throughput.models import Weight
 from benchmarks.throughput.on_torch import gradients
 from benchmarks.throughput.timing import Call, Clock, host_clock, interleaved, waiting_clock
 from benchmarks.throughput.workload import CACHES, COPY
 
-__all__ = ["COPY", "Gpu", "Recording", "in_turn"]
+__all__ = ["COPY", "Gpu", "centralize", "in_turn"]
+
+_STATE = ("driver_version", "clocks.sm", "clocks.max.sm")  # fields of nvidia-smi
 
 
 class Gpu:
@@ -30,7 +33,7 @@ class Gpu:
     is_brief : bool
         Whether to measure less of everything.
     until : float
-        When all is to be done, by `time.perf_counter`.
+        The end of all measurements, by `time.perf_counter`.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Gpu:
         self._target = torch.empty_like(self._source)
 
     def seconds_left(self) -> float:
-        """Seconds until all is to be done; negative after that."""
+        """Seconds until the end of all measurements; negative after it."""
         return self.until - perf_counter()
 
     def rotation(
@@ -60,16 +63,20 @@ class Gpu:
     def times(self, candidates: Mapping[str, Sequence[Call]]) -> dict[str, float]:
         """Seconds of each candidate on the GPU alone: replays of graphs, which take turns.
 
-        A graph holds all calls of a candidate, one after the other; the time is that of one of
-        them. A copy takes turns, too: `COPY` is its time for each byte that it reads or writes.
+        A graph holds all calls of a candidate, one after the other; the time is for one call. A
+        copy takes turns, too: `COPY` is its time for each byte that it reads or writes.
         """
         copies = [lambda: self._target.copy_(self._source)]
         everything = {**candidates, COPY: copies}
-        graphs = {name: self.recorded(in_turn(calls)) for name, calls in everything.items()}
+        graphs = {name: self.record(in_turn(calls)) for name, calls in everything.items()}
         rounds = 20 if self.is_brief else 50
         found = interleaved(graphs, seconds=0, rounds=rounds, clock=self._clock)
         per_call = {name: found[name] / len(calls) for name, calls in everything.items()}
         return {**per_call, COPY: per_call[COPY] / (2 * self._source.nbytes)}
+
+    def step_times(self, steps: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of each step on the GPU alone: the host is ahead of it."""
+        return interleaved(steps, seconds=0, rounds=10, clock=self._clock)
 
     def end_to_end(self, candidates: Mapping[str, Call], steps: int = 20) -> dict[str, float]:
         """Seconds a call as people see it, who wait for the GPU after so many calls."""
@@ -86,14 +93,34 @@ class Gpu:
 
     # All that asks for a GPU:
 
-    def recorded(self, call: Call) -> Call:
-        """Record what a call launches, and give what launches it again."""
+    def record(self, call: Call) -> Call:
+        """Record the launches of a call in a graph; return a function that replays it.
+
+        The arrays of the call must live as long as the graph.
+        """
         call()  # compiled, allocated
         self.wait()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return Recording(graph, call)
+        return graph.replay
+
+    def state(self) -> dict[str, str]:
+        """Ask nvidia-smi for the driver and the SM clock, while the GPU is busy."""
+        command = which("nvidia-smi")
+        if command is None:
+            return {"SM clock": "unknown: nvidia-smi is not on the PATH"}
+        uuid = torch.cuda.get_device_properties(self.device).uuid
+        query = [command, "-i", f"GPU-{uuid}", f"--query-gpu={','.join(_STATE)}"]
+        with Popen([*query, "--format=csv,noheader"], stdout=PIPE, text=True) as asked:
+            while asked.poll() is None:
+                self._target.copy_(self._source)
+                self.wait()
+            answer = asked.stdout.read().strip() if asked.stdout else ""
+        if answer.count(",") != len(_STATE) - 1:
+            return {"SM clock": f"unknown: {answer}"}
+        driver, clock, fastest = answer.split(", ")
+        return {"driver": driver, "SM clock": f"{clock} of {fastest}"}
 
     def profile(self, call: Call) -> cuda.Profile:
         """See `benchmarks.throughput.cuda.profiled`."""
@@ -117,20 +144,15 @@ class Gpu:
         return cuda.clock(self.device)
 
 
-@dataclass(frozen=True)
-class Recording:
-    """Replays a graph, and keeps what was recorded: the graph reads tables that belong to it."""
-
-    graph: Any
-    call: Call
-
-    def __call__(self) -> None:
-        """Launch once more what was recorded."""
-        self.graph.replay()
-
-
 def _bound(call: Callable[[list[Tensor]], object], grads: list[Tensor]) -> Call:
     return lambda: call(grads)
+
+
+def centralize(weights: Sequence[Weight], grads: list[Tensor]) -> list[Tensor]:
+    """Centralize all gradients in place."""
+    layouts = [weight.layout for weight in weights]
+    is_one = len({*layouts}) == 1  # which gcx knows again in the next call
+    return gcx.centralize_many(grads, layouts=layouts[0] if is_one else layouts, out=grads)
 
 
 def in_turn(calls: Sequence[Call]) -> Call:

@@ -9,9 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import gcx
-from benchmarks.gpu.device import Gpu
-from benchmarks.gpu.hooks import launching
+from benchmarks.gpu.device import Gpu, centralize, in_turn
 from benchmarks.gpu.report import Measured
 from benchmarks.throughput.models import MODELS
 from benchmarks.throughput.on_torch import gradients
@@ -20,25 +18,30 @@ __all__ = ["changing_addresses", "replays"]
 
 # Convolutions, and rows and columns of a transformer.
 _WEIGHTS = (*MODELS["resnet50"].weights[:12], *MODELS["gpt2"].weights[1:6])
-_LAYOUTS = [weight.layout for weight in _WEIGHTS]
 _DTYPES = ("float32", "bfloat16")
 _REPLAYS, _STEPS, _KEPT = 5, 200, 7
 
 
 def replays(gpu: Gpu) -> Iterator[Measured]:
-    """Replay a recorded launch on other numbers, and compare with a plain call."""
+    """Replay two graphs on other numbers, and compare with plain calls.
+
+    One graph holds the launches for two lists of gradients, the other those for a third list.
+    """
     for dtype in _DTYPES:
-        grads = gradients(_WEIGHTS, dtype, gpu.device)
-        replay = gpu.recorded(partial(launching(_WEIGHTS), grads))
+        lists = [gradients(_WEIGHTS, dtype, gpu.device) for _ in range(3)]
+        calls = [partial(centralize, _WEIGHTS, grads) for grads in lists]
+        graphs = [gpu.record(in_turn(calls[:2])), gpu.record(calls[2])]
+        grads = [grad for each in lists for grad in each]
         count = 0
         for _ in range(_REPLAYS):
             for grad in grads:
                 grad.normal_()
-            expected = gcx.centralize_many(grads, layouts=_LAYOUTS)
-            replay()
+            copies = [[grad.clone() for grad in each] for each in lists]
+            expected = [grad for each in copies for grad in centralize(_WEIGHTS, each)]
+            in_turn(graphs)()
             gpu.wait()
-            count += _differing(grads, expected)
-        what = f"{dtype}: of {_REPLAYS} replays of {len(grads)} gradients"
+            count += _count_differing(grads, expected)
+        what = f"{dtype}: of {_REPLAYS} replays of {len(lists)} lists in {len(graphs)} graphs"
         yield Measured(what, count, 0, "differ")
 
 
@@ -46,18 +49,17 @@ def changing_addresses(gpu: Gpu) -> Iterator[Measured]:
     """Take steps with new gradients each, as after ``zero_grad(set_to_none=True)``."""
     for dtype in _DTYPES:
         numbers = gradients(_WEIGHTS, dtype, gpu.device)
-        expected = gcx.centralize_many(numbers, layouts=_LAYOUTS)
-        launch = launching(_WEIGHTS)
-        kept: deque[Tensor] = deque(maxlen=_KEPT)  # in the way of what comes next
+        expected = centralize(_WEIGHTS, [number.clone() for number in numbers])
+        kept: deque[Tensor] = deque(maxlen=_KEPT)  # so that addresses do not come back
         count = 0
         for step in range(_STEPS):
             grads = [number.clone() for number in numbers]
-            launch(grads)
-            count += _differing(grads, expected)
+            centralize(_WEIGHTS, grads)
+            count += _count_differing(grads, expected)
             kept.append(grads[step % len(grads)])
         what = f"{dtype}: of {_STEPS} steps with {len(numbers)} new gradients each"
         yield Measured(what, count, 0, "differ")
 
 
-def _differing(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
+def _count_differing(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
     return sum(not torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -28,13 +28,6 @@ def times(gpu: Gpu) -> Iterator[Measured]:
         msg = f"the first device of JAX is {device}"
         raise NotRunError(msg)
     model = MODELS["gpt2"]
-    found = _step_times(model, rounds=5 if gpu.is_brief else 15)
-    what = f"AdamW, {model.title}: GC over"
-    yield Measured(f"{what} no GC", found["gcx"] / found["none"], _OVER_NONE)
-    yield Measured(f"{what} optax.centralize", found["gcx"] / found["optax"], _OVER_OPTAX)
-
-
-def _step_times(model: Model, *, rounds: int) -> dict[str, float]:
     layouts = {f"w{k}": weight.layout for k, weight in enumerate(model.weights)}
     places = {
         "none": optax.identity(),
@@ -44,21 +37,20 @@ def _step_times(model: Model, *, rounds: int) -> dict[str, float]:
     candidates = {
         name: _steps(model, optax.chain(place, optax.adamw(1e-3))) for name, place in places.items()
     }
-    return interleaved(candidates, seconds=0, rounds=rounds)
+    found = interleaved(candidates, seconds=0, rounds=5 if gpu.is_brief else 15)
+    what = f"AdamW, {model.title}: GC over"
+    yield Measured(f"{what} no GC", found["gcx"] / found["none"], _OVER_NONE)
+    yield Measured(f"{what} optax.centralize", found["gcx"] / found["optax"], _OVER_OPTAX)
 
 
 def _steps(model: Model, optimizer: Any) -> Call:
     """Take some steps, in memory that the step before gave back."""
-    keys = jax.random.split(jax.random.key(0), len(model.weights))
+    shapes = {f"w{k}": weight.shape for k, weight in enumerate(model.weights)}
     grads = {
-        f"w{k}": jax.random.normal(key, weight.shape)
-        for k, (key, weight) in enumerate(zip(keys, model.weights, strict=True))
+        name: jax.random.normal(jax.random.key(k), shape)
+        for k, (name, shape) in enumerate(shapes.items())
     }
-
-    @jax.jit
-    def begin() -> Any:
-        params = jax.tree.map(jnp.zeros_like, grads)
-        return params, optimizer.init(params)
+    params = jax.tree.map(jnp.zeros_like, grads)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)
@@ -66,7 +58,7 @@ def _steps(model: Model, optimizer: Any) -> Call:
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
     wait: Any = jax.block_until_ready
-    now = begin()
+    now = params, jax.jit(optimizer.init)(params)
 
     def take() -> None:
         nonlocal now

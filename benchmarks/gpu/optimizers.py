@@ -1,10 +1,10 @@
-"""AdamW and SGD that centralize in their step, against those of torch."""
+"""AdamW and SGD that centralize in their step, against torch's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,19 +14,20 @@ from torch.optim import Optimizer
 import gcx.torch
 from benchmarks.agreement.formats import FORMATS
 from benchmarks.gpu.device import Gpu
-from benchmarks.gpu.report import Measured
+from benchmarks.gpu.report import Measured, NotRunError
 from benchmarks.throughput.models import MODELS, Model, Weight, llama3, output_first
-from benchmarks.throughput.timing import Call, interleaved
+from benchmarks.throughput.on_torch import expression, load_centralize_gradient
+from benchmarks.throughput.timing import Call
+from gcx.__main__ import attempt
 from gcx.torch._plan import Overrides
 
-__all__ = ["distances", "layouts_of", "module_of", "times"]
+__all__ = ["against_peers", "distances", "layouts_of", "module_of", "times"]
 
 _STEPS, _ULP = 100, 2.0
-_SAMPLES = 10
 
 
 class _Pair(NamedTuple):
-    """An optimizer of gcx, made from a model and overrides, and that of torch, from parameters."""
+    """Makers of an optimizer: in gcx, from a model and overrides; in torch, from parameters."""
 
     of_gcx: Callable[..., Optimizer]
     of_torch: Callable[[Any], Optimizer]
@@ -42,47 +43,92 @@ _OPTIMIZERS = {
     "SGD": _Pair(partial(gcx.torch.SGD, **_SGD), partial(torch.optim.SGD, fused=True, **_SGD)),
 }
 
-# Fan-ins that a tile holds, in float32; and what is allowed to take a little longer.
-_TIMED = (
-    (MODELS["resnet50"], "float32", 1.05),
-    (MODELS["vit-b16"], "float32", 1.05),
-    (output_first(MODELS["gpt2"]), "float32", 1.05),
-    (MODELS["gpt2"], "float32", 1.05),
-    (MODELS["vit-b16"], "bfloat16", 1.08),
-    (MODELS["gpt2"], "bfloat16", 1.08),
-    (llama3("A block of Llama-3-8B", blocks=1, has_embedding=False), "float32", 1.08),
-    (llama3("A block of Llama-3-8B", blocks=1, has_embedding=False), "bfloat16", 1.08),
+_MODELS = (
+    MODELS["resnet50"],
+    MODELS["vit-b16"],
+    output_first(MODELS["gpt2"]),
+    MODELS["gpt2"],
+    llama3("A block of Llama-3-8B", blocks=1, has_embedding=False),
 )
-_BRIEF = 2  # of them
+_OF_TORCH = {"float32": 1.05, "bfloat16": 1.08}
+_BRIEF = 2  # of the models
 
 
 def times(gpu: Gpu) -> Iterator[Measured]:
-    """Time on the GPU of a step with GC, over that of torch's fused step without."""
+    """Time steps with GC on the GPU, and torch's fused steps without."""
     for name, pair in _OPTIMIZERS.items():
-        for model, dtype, limit in _TIMED[: _BRIEF if gpu.is_brief else None]:
-            module = module_of(model, dtype, gpu.device)
-            _draw_gradients(module)
-            mine = pair.of_gcx(module, overrides=layouts_of(module))
-            theirs = pair.of_torch(module.parameters())
-            steps: dict[str, Call] = {"gcx": mine.step, "torch": theirs.step}
-            found = interleaved(
-                steps, seconds=0, rounds=_SAMPLES, clock=lambda step, _: gpu.profile(step).seconds
-            )
-            what = f"{name}, {model.title}, {dtype}: gcx over torch without GC"
-            yield Measured(what, found["gcx"] / found["torch"], limit)
-            del module, mine, theirs, steps
-            gpu.release()
+        for model in _MODELS[: _BRIEF if gpu.is_brief else None]:
+            for dtype, limit in _OF_TORCH.items():
+                module = module_of(model, dtype, gpu.device)
+                mine = _make(pair, module)
+                theirs = pair.of_torch(module.parameters())
+                found = gpu.step_times({"gcx": mine.step, "torch": theirs.step})
+                what = f"{name}, {model.title}, {dtype}: gcx over torch without GC"
+                yield Measured(what, found["gcx"] / found["torch"], limit)
+                del module, mine, theirs
+                gpu.release()
+
+
+def against_peers(gpu: Gpu) -> Iterator[Measured]:
+    """Time AdamW with GC on the GPU, and other ways to have both, in float32."""
+    for model in _MODELS[:2]:
+        modules = [module_of(model, "float32", gpu.device) for _ in range(1 + len(_PEERS))]
+        mine = _make(_OPTIMIZERS["AdamW"], modules[0])
+        steps: dict[str, Call] = {"gcx": mine.step}
+        lacking: list[str] = []
+        for module, (name, join) in zip(modules[1:], _PEERS.items(), strict=True):
+            step, error = attempt(partial(join, module, model))
+            if step:
+                steps[name] = step
+            else:
+                lacking.append(f"{name}: {error}")
+        found = gpu.step_times(steps)
+        for name in [*steps][1:]:
+            what = f"AdamW, {model.title}, float32: gcx over {name}"
+            yield Measured(what, found["gcx"] / found[name], None)
+    if lacking:
+        raise NotRunError("; ".join(lacking))
+
+
+def _join(
+    load: Callable[[Sequence[Any]], Callable[[list[Any]], object]],
+    fused: bool | None,
+    module: nn.Module,
+    model: Model,
+) -> Call:
+    """Join GC and AdamW to one step, compiled unless `fused`, and take it once."""
+    centralize = load([weight.axes for weight in model.weights])
+    optimizer = torch.optim.AdamW(module.parameters(), fused=fused, **_ADAMW)
+    parameters = [*module.parameters()][: len(model.weights)]
+
+    def step() -> None:
+        with torch.no_grad():
+            centralize([parameter.grad for parameter in parameters])
+        optimizer.step()
+
+    call: Call = step if fused else torch.compile(step)
+    call()
+    return call
+
+
+_PEERS = {
+    "GC and AdamW in torch.compile": partial(
+        _join, lambda axes: partial(expression, axes=axes), None
+    ),
+    "the loop, then torch": partial(_join, lambda axes: partial(expression, axes=axes), True),
+    "pytorch_optimizer, then torch": partial(_join, lambda _: load_centralize_gradient(), True),
+}
 
 
 def distances(gpu: Gpu) -> Iterator[Measured]:
     """Compare with torch's fused step on centralized gradients, after many steps.
 
-    In float32: a narrower gradient is rounded before that step, and not on the way in ours.
+    In float32, since torch's step would get a narrower gradient rounded, and ours does not.
     """
     for name, pair in _OPTIMIZERS.items():
         model = _small()
         modules = [module_of(model, "float32", gpu.device) for _ in range(2)]
-        mine = pair.of_gcx(modules[0], overrides=layouts_of(modules[0]))
+        mine = _make(pair, modules[0])
         theirs = pair.of_torch(modules[1].parameters())
         gcx.torch.centralize(theirs, modules[1], overrides=layouts_of(modules[1]))
         for step in range(_STEPS):
@@ -94,12 +140,14 @@ def distances(gpu: Gpu) -> Iterator[Measured]:
 
 
 def module_of(model: Model, dtype: str, device: str) -> nn.Module:
-    """Give a module with weights of these shapes, and norms for the other parameters."""
+    """Make a module with weights of these shapes, norms for the other parameters, and gradients."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
     layers = [_layer(weight, options) for weight in model.weights]
     norms = [nn.LayerNorm(shape, bias=False, **options) for shape in model.others]
-    return nn.Sequential(*layers, *norms)
+    module = nn.Sequential(*layers, *norms)
+    _draw_gradients(module)
+    return module
 
 
 def layouts_of(module: nn.Module) -> Overrides:
@@ -138,6 +186,16 @@ def _small() -> Model:
     return Model("small", (*rows, *columns), ((64,), (1000,)))
 
 
+def _make(pair: _Pair, module: nn.Module) -> Optimizer:
+    """Make gcx's optimizer; an error if its kernels would not step."""
+    optimizer = pair.of_gcx(module, overrides=layouts_of(module))
+    reasons = [*filter(None, cast("Any", optimizer).fallbacks)]
+    if reasons:
+        msg = f"torch makes the step: {reasons[0]}"
+        raise RuntimeError(msg)
+    return optimizer
+
+
 def _draw_gradients(module: nn.Module, seed: int = 0) -> None:
     torch.manual_seed(seed)
     for parameter in module.parameters():
@@ -145,7 +203,7 @@ def _draw_gradients(module: nn.Module, seed: int = 0) -> None:
 
 
 def _distance(model: Model, modules: Sequence[nn.Module]) -> float:
-    """Largest distance of two parameters, in ulp of the largest one of the output unit.
+    """Find the largest distance of two parameters, in ulp of the largest in their output unit.
 
     The parameters that are no weights count as one unit each.
     """

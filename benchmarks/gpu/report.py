@@ -1,4 +1,4 @@
-"""What was measured, as data and as text."""
+"""The measurements, as data and as text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.throughput.setting import Setting, setting_lines
 from gcx._table import aligned
 
-__all__ = ["GpuReport", "Measured", "NotRunError", "Row", "failed", "judged", "render"]
+__all__ = ["GpuReport", "Measured", "NotRunError", "Row", "judged", "render"]
 
 
 class Measured(NamedTuple):
-    """A number, and what gcx promises of it: to be at most `limit`, or at least; or nothing."""
+    """A number that is to be at most `limit`, or at least; gcx promises nothing if that is None."""
 
     what: str
     value: float
@@ -24,32 +24,32 @@ class Measured(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the promise is kept; not if there is no number."""
+        """True if the promise is kept; False if there is no number."""
         if self.limit is None:
             return isfinite(self.value)
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 class NotRunError(Exception):
-    """Something cannot be measured here, and need not be; the message says why."""
+    """A measurement is impossible here, and optional; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One promise, and what came of it."""
+    """One promise, and the number found."""
 
     ok: bool
     part: str
     what: str
-    measured: float | None  # None if there is no number, and `why` says what happened
+    measured: float | None  # None if there is no number; then `why` has the reason
     limit: float | None  # None if nothing is promised, or there is no number
     unit: str
     at_least: bool
     why: str
 
 
-def judged(part: str, found: Measured) -> Row:
-    """Give the verdict on a number."""
+def judged(part: str, found: Measured, why: str = "") -> Row:
+    """Give the verdict on a number, which is NaN if an error prevented it."""
     is_number = isfinite(found.value)
     return Row(
         ok=is_number and found.ok,
@@ -59,13 +59,8 @@ def judged(part: str, found: Measured) -> Row:
         limit=found.limit,
         unit=found.unit,
         at_least=found.at_least,
-        why="" if is_number else f"came out as {found.value}",
+        why="" if is_number else why or f"came out as {found.value}",
     )
-
-
-def failed(part: str, what: str, why: str) -> Row:
-    """Give the verdict on what could not be measured, and should have been."""
-    return Row(False, part, what, None, None, "", False, why)
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,7 @@ class GpuReport:
 
     ok: bool
     setting: Setting
+    gpu: dict[str, str]  # versions and clocks
     copy_gigabytes_per_second: float
     seconds: float
     rows: tuple[Row, ...]
@@ -88,6 +84,7 @@ def render(report: GpuReport) -> str:
     return "\n".join(
         [
             *setting_lines(report.setting),
+            ", ".join(f"{name}: {value}" for name, value in report.gpu.items()),
             f"A copy: {report.copy_gigabytes_per_second:.0f} GB/s, read and written.",
             "",
             *aligned([header, *map(_cells, report.rows)], to_the_right=(2, 3)),

@@ -1,89 +1,75 @@
-"""Times on the GPU, beside that of a copy in the same minute."""
+"""Times beside a copy in the same run, and beside other implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
 
-from torch import Tensor
-
-import gcx
-from benchmarks.gpu.device import COPY, Gpu
-from benchmarks.gpu.hooks import launching
-from benchmarks.gpu.report import Measured
-from benchmarks.throughput.models import DTYPES, MODELS, Model, output_first
+from benchmarks.gpu.device import COPY, Gpu, centralize
+from benchmarks.gpu.report import Measured, NotRunError
+from benchmarks.throughput.models import DTYPES, MODELS, output_first
 from benchmarks.throughput.on_torch import expression, gradients, peers
-from benchmarks.throughput.timing import Call
+from benchmarks.throughput.timing import Call, interleaved
+from benchmarks.throughput.workload import GCX, load
 
-__all__ = ["against_loops", "of_copies", "of_models"]
+__all__ = ["against_loops", "of_cupy", "of_models"]
 
-# Bytes a second that a copy reads and writes on the GPU for which the limits were set, an H200.
-_COPY_SPEED = 4.3e12
-_FASTER = 8.0
-
-
-class _Limit(NamedTuple):
-    """What a model may take, as a function of its bytes and of the time of a byte in a copy."""
-
-    model: Model
-    seconds: Callable[[str, float, float], float]
-
-
-def _of_the_copy(factor: float, more: float) -> Callable[[str, float, float], float]:
-    return lambda _dtype, size, per_byte: factor * size * per_byte + more
-
-
-def _resnet(dtype: str, _size: float, per_byte: float) -> float:
-    return {"float32": 60e-6, "bfloat16": 36e-6}[dtype] * _COPY_SPEED * per_byte
-
-
-_BRIEF = 3  # of them
-_LIMITS = (
-    _Limit(MODELS["resnet50"], _resnet),
-    _Limit(MODELS["vit-b16"], _of_the_copy(1.10, 4e-6)),
-    _Limit(MODELS["gpt2"], _of_the_copy(1.10, 4e-6)),
-    _Limit(output_first(MODELS["gpt2"]), _of_the_copy(1.10, 4e-6)),
-    _Limit(MODELS["gpt2-xl"], _of_the_copy(1.10, 4e-6)),
-    _Limit(MODELS["llama3-8b-slice"], _of_the_copy(1.08, 0.0)),
+_OF_A_COPY, _MORE = 1.10, 4e-6
+_OF_THE_LOOP = 1 / 8
+_MODELS = (
+    MODELS["vit-b16"],
+    MODELS["gpt2"],
+    output_first(MODELS["gpt2"]),
+    MODELS["gpt2-xl"],
+    output_first(MODELS["gpt2-xl"]),
 )
+_BRIEF = 3  # of them
 
 
 def of_models(gpu: Gpu) -> Iterator[Measured]:
     """All gradients of a model, in place."""
-    for model, limit in _LIMITS[: _BRIEF if gpu.is_brief else None]:
+    for model in _MODELS[: _BRIEF if gpu.is_brief else None]:
         for dtype, itemsize in DTYPES.items():
-            calls = gpu.rotation(model.weights, dtype, partial(_centralize, model))
+            calls = gpu.rotation(model.weights, dtype, partial(centralize, model.weights))
             found = gpu.times({"gcx": calls})
             del calls
             gpu.release()
-            allowed = limit(dtype, 2 * model.elements * itemsize, found[COPY])
-            yield Measured(f"{model.title}, {dtype}", 1e6 * found["gcx"], 1e6 * allowed, "us")
+            copy = 2 * model.elements * itemsize * found[COPY]
+            limit = _OF_A_COPY * copy + _MORE
+            what = f"{model.title}, {dtype} (a copy: {1e6 * copy:.4g} us)"
+            yield Measured(what, 1e6 * found["gcx"], 1e6 * limit, "us")
 
 
-def of_copies(gpu: Gpu) -> float:
-    """Bytes a second that a copy reads and writes."""
-    return 1 / gpu.times({})[COPY]
+def of_cupy(gpu: Gpu) -> Iterator[Measured]:
+    """Time the gradients of a model, by CuPy's own clock and copy."""
+    for model in (MODELS["vit-b16"], MODELS["gpt2"]):
+        for dtype in DTYPES:
+            workload = load("cupy").workload(model.weights, dtype, gpu.device)
+            calls = {name: workload.calls[name] for name in (COPY, GCX)}
+            found = interleaved(calls, seconds=0, rounds=20, clock=workload.clock)
+            limit = _OF_A_COPY * found[COPY] + _MORE
+            what = f"{model.title}, {dtype} (a copy: {1e6 * found[COPY]:.4g} us)"
+            yield Measured(what, 1e6 * found[GCX], 1e6 * limit, "us")
 
 
 def against_loops(gpu: Gpu) -> Iterator[Measured]:
-    """Time what the hooks of `gcx.torch` launch for ResNet-50, against loops, end to end."""
+    """Time the gradients of ResNet-50 end to end, beside loops and pytorch_optimizer."""
     model = MODELS["resnet50"]
+    others = peers([], model.weights)
     for dtype in DTYPES:
         grads = gradients(model.weights, dtype, gpu.device)
         axes = [weight.axes for weight in model.weights]
+        loop = "the loop"
         candidates: dict[str, Call] = {
-            "gcx": partial(launching(model.weights), grads),
-            "the expression": partial(expression, grads, axes),
+            "gcx": partial(centralize, model.weights, grads),
+            loop: partial(expression, grads, axes),
             **peers(grads, model.weights),
         }
         found = gpu.end_to_end(candidates)
         mine = found.pop("gcx")
         for name, seconds in found.items():
-            what = f"{model.title}, {dtype}: {name} over the hooks of gcx.torch"
-            yield Measured(what, seconds / mine, _FASTER, "times", at_least=True)
-
-
-def _centralize(model: Model, grads: list[Tensor]) -> Any:
-    layouts = [weight.layout for weight in model.weights]
-    return gcx.centralize_many(grads, layouts=layouts, out=grads)
+            limit = _OF_THE_LOOP if name == loop else None
+            yield Measured(f"{model.title}, {dtype}: gcx over {name}", mine / seconds, limit)
+    if not others:
+        msg = "not installed: pytorch_optimizer"
+        raise NotRunError(msg)

@@ -17,7 +17,16 @@ from benchmarks.throughput.timing import Call, host_clock, machine, waiting_cloc
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX, Workload
 from gcx.__main__ import attempt
 
-__all__ = ["device_name", "expression", "free_bytes", "gradients", "peers", "release", "workload"]
+__all__ = [
+    "device_name",
+    "expression",
+    "free_bytes",
+    "gradients",
+    "load_centralize_gradient",
+    "peers",
+    "release",
+    "workload",
+]
 
 
 def workload(weights: Sequence[Weight], dtype: str, device: str, /) -> Workload:
@@ -92,19 +101,19 @@ def peers(grads: Sequence[Tensor], weights: Sequence[Weight]) -> Mapping[str, Ca
     """Other implementations that are installed, if they average over the same axes."""
     if any(weight.layout != "o..." for weight in weights):  # they know no other
         return {}
-    centralize_gradient, _ = attempt(_centralize_gradient)
+    centralize_gradient, _ = attempt(load_centralize_gradient)
     if centralize_gradient is None:
         return {}
 
-    def loop() -> Sequence[Tensor]:  # as the optimizers of that package do
-        for grad in grads:
-            centralize_gradient(grad)
+    def centralize() -> Sequence[Tensor]:
+        centralize_gradient([*grads])
         return grads
 
-    return {"pytorch_optimizer": loop}
+    return {"pytorch_optimizer": centralize}
 
 
-def _centralize_gradient() -> Any:
+def load_centralize_gradient() -> Any:
+    """Import pytorch_optimizer's function for a list of gradients."""
     from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
 
     return centralize_gradient

@@ -26,7 +26,10 @@ _PACKAGES = (
     "numpy",
     "ml_dtypes",
     "torch",
-    "triton",
+    "triton",  # for torch.compile
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
     "pytorch_optimizer",
     "jax",
     "optax",

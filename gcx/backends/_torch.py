@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -107,7 +105,7 @@ def centralize_many(
     /,
 ) -> list[Tensor]:
     """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
-    if torch.compiler.is_compiling() or not any(grad.is_cuda for grad in grads):
+    if torch.compiler.is_compiling() or not any(map(is_for_kernels, grads)):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
     from gcx.backends import _torch_cuda
@@ -137,6 +135,13 @@ def asarray(values: Any, dtype: str, device: str, /) -> Tensor:
 def to_numpy(array: Tensor, /) -> Any:
     """See `gcx.backends.Backend`."""
     return array.detach().cpu().to(_WIDE.get(array.dtype, array.dtype)).numpy().copy()
+
+
+def why_no_kernels(grad: Tensor) -> str:
+    """Say why the kernels do not run on the CUDA device of a tensor; empty if they do."""
+    from gcx.backends import _torch_cuda
+
+    return _torch_cuda.why_not(grad.device)
 
 
 def _is_expanded(array: Tensor) -> bool:
@@ -205,12 +210,18 @@ def subtract_means_(
         left = [k for k, result in enumerate(done) if result is None]
     if rate is None:
         weights = grads
+    batch: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
+    size = 0
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
         if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
-            mean = mean_over(grad, fan_ins[k], reproducible)
-            if rate is not None:
-                mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
+            if reproducible and rate is not None:  # as the kernels do
+                wide = _WIDE.get(grad.dtype, grad.dtype)
+                mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_ins[k], True)
+            else:
+                mean = mean_over(grad, fan_ins[k], reproducible)
+                if rate is not None:
+                    mean = mean + rate * mean_over(weight, fan_ins[k])
             subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
             continue
         if len(shape) != grad.ndim:
@@ -218,22 +229,13 @@ def subtract_means_(
         if grad.dtype in _WIDE:
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
-        # No function of gcx is called here, which would take as long as the arithmetic does.
-        # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
-        total = grad.sum(axes, True)
-        if isinstance(rate, float):
-            total.add_(weight.sum(axes, True, dtype=grad.dtype), alpha=rate)
-        elif rate is not None:
-            total.add_(rate * weight.sum(axes, True, dtype=grad.dtype))
-        mean = total.div_(_count(shape, axes, grad.dtype))
-        grad.sub_(mean if strength == 1.0 else mean.mul_(strength))
-
-
-@lru_cache(maxsize=1 << 12)
-def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Make a tensor of the number of elements in a fan-in."""
-    with torch.inference_mode(False):
-        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype, device="cpu")
+        batch.append((grad, weight, axes))
+        size += grad.nbytes
+        if size >= _torch_blocks.BATCH:
+            _torch_blocks.subtract_means(batch, rate, strength)
+            batch, size = [], 0
+    if batch:
+        _torch_blocks.subtract_means(batch, rate, strength)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:

@@ -12,7 +12,6 @@ from functools import cache, partial
 from math import inf
 from operator import add, attrgetter, gt, is_
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from gcx.backends import _torch_dtensor
+from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import Span, extent, writes_conflict
@@ -36,7 +36,7 @@ _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _PLAIN = (Tensor, Parameter)
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
-_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -49,20 +49,14 @@ def why_not(device: torch.device | None = None) -> str:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
         return f"{torch.cuda.get_device_name(device)} is too old for the kernels"
-    launcher = find_launcher()
-    return launcher if isinstance(launcher, str) else launcher.failures.get(device.index, "")
+    found = find_launcher()
+    return found if isinstance(found, str) else found.failures.get(device.index, "")
 
 
 @cache
 def find_launcher() -> Launcher | str:
-    """Load the driver; the reason if it is not there, which is the text of a warning too."""
-    try:
-        return Launcher(Bindings(), _Host())
-    except Exception as error:  # noqa: BLE001  # whatever a loader raises
-        reason = f"{type(error).__name__}: {error} (pip install cuda-bindings)"
-        msg = f"the CUDA kernels of gcx cannot run, so torch's slower operations do: {reason}"
-        warn(msg, RuntimeWarning, stacklevel=2)
-        return reason
+    """Load the driver; the reason if it is not there."""
+    return launcher.find_launcher(Bindings, _Host())
 
 
 class _Host:
@@ -105,19 +99,31 @@ def launch(
     """
     if is_traced():
         return [None] * len(grads)
-    seen = [*map(see_here, grads, fan_ins)]
-    parts = [
-        part if out is grad else None if out is None else see_here(out, fan_in)
-        for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
-    ]
+    seen = _see_all(grads, fan_ins)
+    in_place = all(map(is_, outs, grads))
+    parts: Sequence[Tensor | None] = seen
+    if not in_place:
+        parts = [
+            part if out is grad else None if out is None else see_here(out, fan_in)
+            for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
+        ]
     weights, rate = decay or ((), 0.0)
-    weights = [*map(see_here, weights, fan_ins)] if weights else []
-    found = _recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
+    weights = _see_all(weights, fan_ins) if weights else []
+    found = find_launches(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
+    if in_place and all(map(is_, seen, grads)):
+        return done
     for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
         if result is not None and seen[k] is not grad:
             done[k] = out if out is not None else _restore(result, grad)
     return done
+
+
+def _see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
+    return [
+        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in)
+        for x, fan_in in zip(tensors, fan_ins, strict=True)
+    ]
 
 
 def see_here(x: Tensor, fan_in: FanIn) -> Tensor:
@@ -137,7 +143,7 @@ def _restore(result: Tensor, grad: Tensor) -> Tensor:
     return _torch_dtensor.spread_like(grad, result)
 
 
-def _recall(
+def find_launches(
     grads: Sequence[Tensor],
     axes: Sequence[Axes],
     outs: Sequence[Tensor | None],
@@ -147,13 +153,16 @@ def _recall(
     """Find the launches for tensors in these forms among the latest ones, or make them."""
     others: list[Tensor] = []
     is_new: list[bool] = []
-    if not all(map(is_, outs, grads)):
+    if outs is not grads:
         pairs = zip(grads, outs, strict=True)
         others = [grad if out is None else out for grad, out in pairs]
         is_new = [out is None for out in outs]
     key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
     make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
     return recall(key, make)
+
+
+_recent: dict[Hashable, Any] = {}  # a cache
 
 
 def recall(key: Hashable, make: Callable[[], T]) -> T:
@@ -193,6 +202,9 @@ class Centralization:
         self._in_place = all(map(is_, outs, grads))
         self._is_whole = len(arrays) == len(grads)
         self._sizes = [count_bytes(grads[k]) for k in self._places]
+        # torch negates some views when they are read, such as the imaginary part of a conjugate.
+        self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
+        self._apart: list[int] = []  # the last addresses, which did not overlap
         if arrays:
             rule = "StoreRate" if weights else "Store"
             self._schedule = Schedule(get_launcher(), rule, arrays)
@@ -206,17 +218,10 @@ class Centralization:
         rate: float = 0.0,
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        results: list[Tensor | None] = [None] * len(grads)
         chosen = pick(self._places, grads)
-        if not self._places or has_state(chosen):
-            return results
         starts = [*map(Tensor.data_ptr, chosen)]
-        if self._in_place and self._is_whole:
-            conflicts = overlap(starts, self._sizes)
-        else:
-            conflicts = writes_conflict(grads, outs, _find_span)
-        if conflicts or 0 in starts:  # 0: FSDP has freed the memory, or it was never there
-            return results
+        if self._has_obstacle(chosen, starts) or not self._is_apart(grads, outs, starts):
+            return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
             wanted = pick(self._places, outs)
@@ -227,15 +232,35 @@ class Centralization:
         if weights:
             roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
         left = self._schedule.run(roles, (strength, rate))
-        for k, target in zip(self._places, targets, strict=True):
-            results[k] = target
-        for n in left:
-            results[self._places[n]] = None
+        if self._is_whole and not left:
+            increment_version(targets)
+            return [*targets]
+        results: list[Tensor | None] = [None] * len(grads)
+        for n, k in enumerate(self._places):
+            results[k] = None if n in left else targets[n]
         increment_version([target for target in results if target is not None])
         return results
 
+    def _has_obstacle(self, grads: Sequence[Tensor], starts: list[int]) -> bool:
+        """Return True if there is no gradient to launch, or more to one than its form shows."""
+        return (
+            not starts
+            or 0 in starts  # FSDP has freed the memory, or it was never there
+            or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, grads))
+            or not (self._are_dense or not any(map(Tensor.is_neg, grads)))
+        )
 
-_recent: dict[Hashable, Any] = {}  # a cache
+    def _is_apart(
+        self, grads: Sequence[Tensor], outs: Sequence[Tensor | None], starts: list[int]
+    ) -> bool:
+        """Return True if no result overwrites another array of the list."""
+        if not (self._in_place and self._is_whole):
+            return not writes_conflict(grads, outs, _find_span)
+        if starts != self._apart:
+            if overlap(starts, self._sizes):
+                return False
+            self._apart = starts
+        return True
 
 
 def forms(tensors: Sequence[Tensor]) -> list[Any]:
@@ -283,12 +308,6 @@ def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
     return values if len(places) == len(values) else [values[k] for k in places]
 
 
-def has_state(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors have more than a form: autograd, or a negative bit."""
-    records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return records or any(map(Tensor.is_neg, tensors))
-
-
 def is_traced() -> bool:
     """Return True if a compiler or a transformation records operations."""
     return (
@@ -298,6 +317,12 @@ def is_traced() -> bool:
         or _len_torch_dispatch_stack() > 0
         or vars(forward_ad)["_current_level"] >= 0
     )
+
+
+def has_state(tensors: Sequence[Tensor]) -> bool:
+    """Return True if tensors have more than a form: autograd, or a negative bit."""
+    records = torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, tensors)
+    return records or any(map(Tensor.is_neg, tensors))
 
 
 def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:

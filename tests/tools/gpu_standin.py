@@ -1,12 +1,9 @@
-"""A CPU in the place of the GPU that `benchmarks.gpu` asks for."""
+"""A CPU that stands in for the GPU of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
-from typing import Any
 
-import gcx
 from benchmarks.gpu.device import Gpu
 from benchmarks.throughput.cuda import Profile
 from benchmarks.throughput.timing import Call, Clock, wall_clock
@@ -20,8 +17,11 @@ class StandIn(Gpu):
     def __init__(self, *, until: float = inf) -> None:
         super().__init__("cpu", is_brief=True, until=until)
 
-    def recorded(self, call: Call) -> Call:
+    def record(self, call: Call) -> Call:
         return call
+
+    def state(self) -> dict[str, str]:
+        return {"SM clock": "1980 MHz of 1980 MHz"}
 
     def profile(self, call: Call) -> Profile:
         call()
@@ -36,12 +36,3 @@ class StandIn(Gpu):
 
     def make_clock(self) -> Clock:
         return wall_clock
-
-
-class Launches:
-    """As that of `gcx.backends._torch_cuda`, one gradient after the other."""
-
-    def centralize_(self, grads: Sequence[Any], axes: Sequence[tuple[int, ...]]) -> list[int]:
-        for grad, fan_in in zip(grads, axes, strict=True):
-            gcx.centralize(grad, axis=fan_in, out=grad)
-        return []

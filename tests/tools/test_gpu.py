@@ -1,7 +1,6 @@
-"""``python -m benchmarks gpu``, with a CPU in the place of the GPU.
+"""``python -m benchmarks gpu`` on a CPU that emulates the kernels.
 
-What no CPU can tell is what the numbers will be. That every row is computed from what it says, and
-that a fault makes it a miss, is shown here.
+It cannot tell the numbers. Here each row is seen to measure its subject, and to find a fault.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import re
 import stat
 import sys
-import weakref
 from functools import partial
 from math import inf, nan
 from pathlib import Path
@@ -30,38 +28,37 @@ import gcx
 import gcx.torch
 from benchmarks.__main__ import main
 from benchmarks.agreement.formats import FORMATS
+from benchmarks.command import reports
 from benchmarks.command.libraries import LeftOut
 from benchmarks.gpu import (
     acceptance,
     bits,
     cases,
-    concurrency,
+    device,
     graphs,
-    hooks,
     launches,
     optimizers,
     programs,
-    sanitizer,
-    small,
     stress,
     times,
 )
 from benchmarks.gpu.acceptance import PARTS, Part, measure
-from benchmarks.gpu.device import Recording
 from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, judged, render
 from benchmarks.throughput import cuda
 from benchmarks.throughput.models import DTYPES, MODELS, Model, Weight
 from benchmarks.throughput.setting import setting
-from gcx.backends import _torch_cuda
+from gcx.backends import _torch, _torch_repeats
 
 import reference
-from gpu_standin import Launches, StandIn
+from gpu_standin import StandIn
 from libraries import installed
+from torch_kernels import EMULATED, Device
 
+PEER = "pytorch_optimizer.optimizer.gradient_centralization"
 SMALL = Model("small", (Weight((4, 3, 2, 2)), Weight((6, 5))), ((4,),))
 COLUMNS = Model("columns", (Weight((5, 6), "...o"), Weight((3, 4))), ())
 FORMAT = {kind.name: kind for kind in FORMATS}
-ALL_TIMED = optimizers._TIMED
+ALL_MODELS = optimizers._MODELS
 
 
 @pytest.fixture
@@ -70,16 +67,22 @@ def gpu() -> StandIn:
 
 
 @pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
+    monkeypatch.setattr(_torch_repeats, "_known", [])
+    return Device(EMULATED, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take small models and few steps, and do without kernels."""
+    """Take small models and few steps."""
     for name in MODELS:
         monkeypatch.setitem(MODELS, name, COLUMNS if name == "gpt2" else SMALL)
-    limits = tuple(limit._replace(model=SMALL) for limit in times._LIMITS)
-    monkeypatch.setattr(times, "_LIMITS", limits)
+    monkeypatch.setattr(times, "_MODELS", (SMALL, COLUMNS))
     monkeypatch.setattr(graphs, "_STEPS", 3)
-    monkeypatch.setattr(optimizers, "_TIMED", ((SMALL, "float32", 1.05), (SMALL, "bfloat16", 1.08)))
-    monkeypatch.setattr(bits, "FAN_INS", cases.FAN_INS[:3])
-    monkeypatch.setattr(_torch_cuda, "Launches", Launches)
+    monkeypatch.setattr(graphs, "_WEIGHTS", (*SMALL.weights, *COLUMNS.weights))
+    monkeypatch.setattr(optimizers, "_MODELS", (SMALL,))
+    monkeypatch.setattr(bits, "FAN_INS", (9, 144))
 
 
 def not_centralized(grads: Any, /, *, out: Any = None, **_: Any) -> Any:
@@ -97,17 +100,15 @@ class TestVerdict:
             (nan, 1.0, False, False),
             (-inf, 1.0, False, False),
             (inf, 8.0, True, False),
+            (1.0, None, False, True),
+            (nan, None, False, False),
         ],
     )
-    def test_of_a_number(self, value: float, limit: float, at_least: bool, ok: bool) -> None:
-        row = judged("part", Measured("what", value, limit, "us", at_least))
+    def test_of_a_number(self, value: float, limit: Any, at_least: bool, ok: bool) -> None:
+        measured = Measured("what", value, limit, "us", at_least)
+        row = judged("part", measured)
         assert row.ok is ok
         assert json.loads(json.dumps(row.measured), parse_constant=pytest.fail) in (value, None)
-
-    @pytest.mark.parametrize(("value", "ok"), [(1.0, True), (nan, False)])
-    def test_of_a_number_without_a_limit(self, value: float, ok: bool) -> None:
-        measured = Measured("what", value, None, "us")
-        assert measured.ok is judged("part", measured).ok is ok
 
 
 def gives_two(_: Any) -> Any:
@@ -127,22 +128,16 @@ def need_not_run(_: Any) -> Any:
 
 
 class TestParts:
-    @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.place)
-    def test_every_part_is_a_function(self, part: Part) -> None:
-        if part.file not in ("on_cupy", "on_jax"):
-            assert callable(getattr(sys.modules[f"benchmarks.gpu.{part.file}"], part.function))
-        assert (Path(acceptance.__file__).parent / f"{part.file}.py").exists()
-
-    def test_no_function_is_forgotten(self) -> None:
-        files = (bits, launches, times, graphs, concurrency, optimizers, sanitizer)
+    def test_every_part_is_a_function_and_no_function_is_forgotten(self) -> None:
+        files = (bits, launches, times, graphs, optimizers, programs)
         made = {
             f"{file.__name__.rpartition('.')[2]}.{name}" for file in files for name in file.__all__
         }
         no_part = {
-            *("bits.bits_of", "bits.differing", "times.of_copies"),
+            *("bits.bits_of", "bits.count_differing", "bits.main", "programs.outputs"),
             *("optimizers.layouts_of", "optimizers.module_of"),
         }
-        assert made - no_part <= {part.place for part in PARTS}
+        assert {part.place for part in PARTS} == {*made - no_part, "on_jax.times"}
 
     def test_error_is_a_miss_and_the_rest_goes_on(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -193,16 +188,15 @@ class TestParts:
     ) -> None:
         gpu.until = perf_counter() + 10
         gpu.is_brief = False
-        monkeypatch.setattr(sanitizer, "which", lambda _: "compute-sanitizer")
+        monkeypatch.setattr(programs, "which", lambda _: "compute-sanitizer")
         given: list[float] = []
 
         def outputs(commands: Any, *, seconds: float, **_: Any) -> list[str]:
             given.append(seconds)
             return ['{"launches": 0, "wrong": 0}'] * len(commands)
 
-        for file in (concurrency, sanitizer):
-            monkeypatch.setattr(file, "outputs", outputs)
-        places = ("concurrency", "two_processes"), ("sanitizer", "memcheck")
+        monkeypatch.setattr(programs, "outputs", outputs)
+        places = ("programs", "two_processes"), ("programs", "memcheck")
         measure(gpu, [Part("name", *place) for place in places])
         assert len(given) == 2
         assert all(0 < seconds <= 10 for seconds in given)
@@ -214,6 +208,21 @@ class TestParts:
         rows, _ = self.measured(gpu, monkeypatch, gives_two)
         assert len(rows) == 2
 
+    def test_kernels_that_fail_are_a_miss_in_every_part(
+        self, gpu: StandIn, kernels: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> Any:
+            msg = "no such image"
+            raise RuntimeError(msg)
+
+        monkeypatch.setattr(kernels.driver, "launch", fail)
+        parts = [Part("name", "launches", "counted"), Part("name", "graphs", "replays")]
+        first, second = measure(gpu, parts)[0]
+        assert not first.ok
+        assert re.search(r"CUDA kernels of gcx cannot run.*no such image", first.why)
+        assert not second.ok
+        assert second.why == "RuntimeError: the kernels are not used: no such image"
+
     def measured(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch, *functions: Any) -> Any:
         for k, function in enumerate(functions):
             monkeypatch.setattr(times, f"probe{k}", function, raising=False)
@@ -221,19 +230,28 @@ class TestParts:
 
 
 class TestBits:
-    def test_canonical_order_has_the_bits(self, gpu: StandIn) -> None:
-        rows = list(bits.of_torch(gpu))
-        assert [row for row in rows if not row.ok] == []
-        assert len(rows) == 4 * 3  # dtypes, ways
+    def test_canonical_order_has_the_bits(self, gpu: StandIn, kernels: Device) -> None:
+        seen: dict[str, list[bool]] = {"16 bytes at a time": [], "elementwise": []}
+        count = 0
+        for row in bits.of_torch(gpu):
+            assert row.ok, row
+            (access,) = (access for access in seen if access in row.what)
+            for launch in kernels.driver.launches[count:]:
+                seen[access].append(access == "elementwise" or not launch.elementwise)
+                assert bool(launch.packed) is (access != "elementwise"), row
+            count = len(kernels.driver.launches)
+        assert all(seen["16 bytes at a time"])
+        assert min(map(len, seen.values())) >= 4 * 3 * 2  # dtypes, ways, rows and columns
 
     @pytest.mark.parametrize("code", [0, 1])
     def test_few_of_them_for_slow_inspectors(
         self, code: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sys, "argv", ["small", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["bits", "cpu"])
+        monkeypatch.setattr(bits, "_FEW", (9, 144))
         if code:
             monkeypatch.setattr(bits, "gcx", SimpleNamespace(centralize_many=not_centralized))
-        assert small.main() == code
+        assert bits.main() == code
 
     def test_wrong_bits_are_counted(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         def one_bit_off(grads: Any, **options: Any) -> Any:
@@ -260,8 +278,8 @@ class TestBits:
             ([nan, inf], [1.0, -inf], 2),
         ],
     )
-    def test_differing(self, found: list[float], expected: list[float], count: int) -> None:
-        assert bits.differing(np.array(found), np.array(expected)) == count
+    def test_count_differing(self, found: list[float], expected: list[float], count: int) -> None:
+        assert bits.count_differing(np.array(found), np.array(expected)) == count
 
     def test_repeats(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bits, "_REPEATS", 2)
@@ -304,90 +322,61 @@ class TestCases:
 
 class TestLaunches:
     def test_counts_of_the_profiler(self, gpu: StandIn) -> None:
-        gpu.seen = cuda.Profile(kernels=3, copies=2, waits=1, seconds=1.0)
+        gpu.seen = cuda.Profile(kernels=4, copies=1, waits=1, seconds=1.0)
         rows = list(launches.counted(gpu))
         assert len(rows) == 3 * len(DTYPES) * 3
         assert not any(row.ok for row in rows)
-        gpu.seen = cuda.Profile(kernels=2, copies=1, waits=0, seconds=1.0)
+        gpu.seen = cuda.Profile(kernels=1, copies=0, waits=0, seconds=1.0)
         assert all(row.ok for row in launches.counted(gpu))
 
-    def test_host(self, gpu: StandIn) -> None:
-        of_hooks, elsewhere, of_function = launches.host(gpu)
-        assert [row.limit for row in (of_hooks, elsewhere, of_function)] == [30, 50, None]
-        assert of_hooks.what.startswith("hooks, ")
-        assert elsewhere.what.startswith("hooks, ")
-        assert of_function.what.startswith("gcx.centralize_many, ")
+    def test_limits_are_what_the_kernels_launch(self, gpu: StandIn, kernels: Device) -> None:
+        gpu.profile = partial(self.launch, kernels)  # type: ignore[method-assign]
+        assert all(row.ok for row in launches.counted(gpu))
 
-    def test_host_has_many_gradients_in_turn(
+    def launch(self, kernels: Device, call: Any) -> cuda.Profile:
+        before = len(kernels.driver.launches)
+        call()
+        return cuda.Profile(len(kernels.driver.launches) - before, 0, 0, 1.0)
+
+    def test_addresses_change_where_a_row_says_so(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         begins: list[int] = []
-
-        def centralize_(_: Launches, grads: Any, axes: Any) -> list[int]:
-            begins.append(grads[0].data_ptr())
-            return []
-
-        monkeypatch.setattr(Launches, "centralize_", centralize_)
-        list(launches.host(gpu))
+        monkeypatch.setattr(
+            launches, "centralize", lambda _, grads: begins.append(grads[0].data_ptr())
+        )
+        same, changing = launches.host(gpu)
         calls = len(begins) // 2
         assert len(set(begins[:calls])) == 1
         assert begins[calls : calls + 4] == 2 * [*dict.fromkeys(begins)]
-
-    def test_gradients_that_the_kernels_leave_are_an_error(
-        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(Launches, "centralize_", lambda *_: [1])
-        for function in (launches.host, times.against_loops, graphs.replays):
-            with pytest.raises(RuntimeError, match=r"do not take gradients \[1\]"):
-                list(function(gpu))
-
-    def test_without_kernels_there_is_a_reason(
-        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(_torch_cuda, "why_not", lambda: "Triton is not installed")
-        with pytest.raises(RuntimeError, match="Triton is not installed"):
-            list(launches.used(gpu))
-        monkeypatch.setattr(_torch_cuda, "why_not", lambda: "")
-        assert all(row.ok for row in launches.used(gpu))
+        assert [same.limit, changing.limit] == [60, 60]
+        begins.clear()
+        gpu.profile = lambda call: (call(), call(), gpu.seen)[-1]  # type: ignore[method-assign]
+        next(launches.counted(gpu))
+        assert len(set(begins)) == 2
 
 
-class Event(SimpleNamespace):
-    """As one of torch's profiler."""
-
-    def __init__(
-        self, name: str, device: str, start: float, end: float, *, named: bool = False
-    ) -> None:
-        time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        kind = SimpleNamespace(name=device)
-        super().__init__(
-            name=name, device_type=kind, time_range=time_range, is_user_annotation=named
-        )
-
-
-class TestProfile:
-    CALL = (
-        Event("call under test", "CPU", 10, 20, named=True),
-        Event("call under test", "CUDA", 12, 30, named=True),
+class TestState:
+    @pytest.mark.parametrize(
+        ("answer", "found"),
+        [
+            (
+                "580.95, 1755 MHz, 1980 MHz",
+                {"driver": "580.95", "SM clock": "1755 MHz of 1980 MHz"},
+            ),
+            ("No devices were found", {"SM clock": "unknown: No devices were found"}),
+        ],
     )
-
-    def test_kernels_and_copies(self) -> None:
-        events = (
-            *self.CALL,
-            Event("Memcpy HtoD (Pinned -> Device)", "CUDA", 11, 12),
-            Event("multi_tensor", "CUDA", 12, 15),
-            Event("multi_tensor", "CUDA", 15, 16),
-            Event("Optimizer.step#AdamW.step", "CPU", 10, 11, named=True),
-            Event("Optimizer.step#AdamW.step", "CUDA", 12, 16, named=True),
-            Event("cudaLaunchKernel", "CPU", 11, 12),
-        )
-        found = cuda.summarized(events)
-        assert found == cuda.Profile(kernels=2, copies=1, waits=0, seconds=pytest.approx(4e-6))
-
-    def test_only_waits_of_the_call_count(self) -> None:
-        after = Event("cudaDeviceSynchronize", "CPU", 20, 25)
-        assert cuda.summarized((*self.CALL, after)).waits == 0
-        during = Event("cudaStreamSynchronize", "CPU", 15, 16)
-        assert cuda.summarized((*self.CALL, after, during)).waits == 1
+    def test_of_a_busy_gpu(
+        self, answer: str, found: Any, gpu: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f'#!/bin/sh\ntest "$2" = GPU-1f && echo "{answer}"\n')
+        tool.chmod(0o755)
+        monkeypatch.setattr(device, "which", lambda _: str(tool))
+        properties = SimpleNamespace(uuid="1f")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        assert device.Gpu.state(gpu) == found
 
 
 class TestTimes:
@@ -396,19 +385,11 @@ class TestTimes:
     ) -> None:
         per_byte = 1 / 4.3e12
         monkeypatch.setattr(gpu, "times", lambda calls: {"gcx": 1e-6, "copy": per_byte})
-        gpu.is_brief = False
         found = [row.limit for row in times.of_models(gpu)]
-        assert found[:2] == [pytest.approx(60), pytest.approx(36)]  # ResNet-50, at that speed
         size = 2 * SMALL.elements
-        assert found[2] == pytest.approx(1.10e6 * 4 * size * per_byte + 4)
-        assert found[-1] == pytest.approx(1.08e6 * 2 * size * per_byte)
-        assert len(found) == len(DTYPES) * len(times._LIMITS)
-
-    def test_slower_memory_gives_more_time(
-        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(gpu, "times", lambda calls: {"gcx": 1e-6, "copy": 2 / 4.3e12})
-        assert next(times.of_models(gpu)).limit == pytest.approx(120)
+        assert found[0] == pytest.approx(1.10e6 * 4 * size * per_byte + 4)
+        assert found[1] == pytest.approx(1.10e6 * 2 * size * per_byte + 4)
+        assert len(found) == len(DTYPES) * len(times._MODELS)
 
     def test_all_gradients_of_a_rotation_are_centralized(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -428,29 +409,20 @@ class TestTimes:
         assert found["copy"] == 6.0 / (2 * 2 * 4 * gpu.cache_bytes())
 
     def test_speedup(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-        seconds = {"gcx": 1.0, "the expression": 7.0, "pytorch_optimizer": 9.0}
+        seconds = {"gcx": 1.0, "the loop": 7.0, "pytorch_optimizer": 0.5}
         monkeypatch.setattr(gpu, "end_to_end", lambda calls: {k: seconds[k] for k in calls})
-        verdicts = {row.what.partition(": ")[2]: row.ok for row in times.against_loops(gpu)}
-        assert verdicts.pop("the expression over the hooks of gcx.torch") is False
-        assert all(verdicts.values())
+        rows, left_out = measure(gpu, [Part("name", "times", "against_loops")])
+        verdicts = {row.what.partition(": ")[2]: row.ok for row in rows}
+        assert verdicts.pop("gcx over the loop") is False
+        assert bool(left_out) is not verdicts.get("gcx over pytorch_optimizer", False)
+        seconds["the loop"] = 8.0
+        assert all(row.ok for row in measure(gpu, [Part("name", "times", "against_loops")])[0])
 
-    def test_speedup_is_that_of_what_the_hooks_launch(
-        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        made: list[Any] = []
-
-        def launching(weights: Any) -> Any:
-            made.append(hooks.launching(weights))
-            return made[-1]
-
-        def end_to_end(candidates: Any) -> Any:
-            assert candidates["gcx"].func is made[-1]
-            return dict.fromkeys(candidates, 1.0)
-
-        monkeypatch.setattr(times, "launching", launching)
-        monkeypatch.setattr(gpu, "end_to_end", end_to_end)
-        list(times.against_loops(gpu))
-        assert len(made) == len(DTYPES)
+    def test_missing_peer_has_a_line(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, PEER, None)
+        rows, (item,) = measure(gpu, [Part("name", "times", "against_loops")])
+        assert len(rows) == len(DTYPES)
+        assert item.why == "not installed: pytorch_optimizer"
 
     def test_end_to_end_waits_after_the_last_step(
         self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -468,49 +440,34 @@ class TestGraphs:
         assert len(rows) == 2
         assert all(row.ok for row in rows)
 
-    @pytest.mark.parametrize("function", [graphs.replays, graphs.changing_addresses])
-    def test_gradients_that_stay_as_they_are(
-        self, function: Any, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(Launches, "centralize_", lambda *_: [])
-        assert not any(row.ok for row in function(gpu))
+    def test_graph_that_does_nothing(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "record", lambda _: int)
+        assert not any(row.ok for row in graphs.replays(gpu))
 
-    def test_what_is_recorded_lives_as_long_as_it_can_be_replayed(self) -> None:
-        happened: list[str] = []
-        call = partial(int)
-        alive = weakref.ref(call)
-        replay = Recording(SimpleNamespace(replay=lambda: happened.append("replay")), call)
-        del call
-        replay()
-        assert happened == ["replay"]
-        assert alive() is not None
+    def test_graph_with_one_list_of_two(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(graphs, "in_turn", lambda calls: device.in_turn(calls[:1]))
+        assert not any(row.ok for row in graphs.replays(gpu))
 
     def test_stale_addresses_are_found(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         first: list[Any] = []
 
-        def centralize_(self: Launches, grads: Any, axes: Any) -> list[int]:
+        def centralize(weights: Any, grads: Any) -> Any:
             first[:] = first or grads
-            for grad, fan_in in zip(first, axes, strict=True):
-                gcx.centralize(grad, axis=fan_in, out=grad)
-            return []
+            return device.centralize(weights, first)
 
-        monkeypatch.setattr(Launches, "centralize_", centralize_)
-        assert next(graphs.changing_addresses(gpu)).value == 2 * len(graphs._WEIGHTS)
+        monkeypatch.setattr(graphs, "centralize", centralize)
+        assert next(graphs.changing_addresses(gpu)).value == 3 * len(graphs._WEIGHTS)
 
 
 @pytest.mark.one_framework
 class TestConcurrency:
     def test_both(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(concurrency, "_LAUNCHES", 20)
-        (one, right), (two, also_right) = (
-            concurrency.two_streams(gpu),
-            concurrency.two_processes(gpu),
-        )
-        assert (one.value, two.value) == (2, 4)
-        assert one.ok
-        assert two.ok
-        assert right.ok
-        assert also_right.ok
+        monkeypatch.setattr(programs, "_LAUNCHES", 20)
+        rows = [*programs.two_streams(gpu), *programs.two_processes(gpu)]
+        assert [row.value for row in rows] == [2, 0, 4, 0]
+        assert all(row.ok for row in rows)
 
 
 class TestStress:
@@ -540,7 +497,7 @@ class TestSanitizer:
     def test_it_need_not_be_there(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.is_brief = False
         monkeypatch.setenv("PATH", "")
-        for function in (sanitizer.memcheck, sanitizer.racecheck):
+        for function in (programs.memcheck, programs.racecheck):
             with pytest.raises(NotRunError, match="compute-sanitizer is not on the PATH"):
                 list(function(gpu))
 
@@ -560,16 +517,27 @@ class TestSanitizer:
         )
         tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        (row,), _ = measure(gpu, [Part("sanitizer", "sanitizer", "memcheck")])
+        (row,), _ = measure(gpu, [Part("sanitizer", "programs", "memcheck")])
         assert row.ok is ok
         said = (tmp_path / "said").read_text(encoding="utf-8")
-        assert said.startswith("--tool memcheck --error-exitcode 9")
-        assert said.rstrip().endswith("-m benchmarks.gpu.small cpu")
+        assert said.startswith("--tool memcheck --report-api-errors no --error-exitcode 9")
+        assert said.rstrip().endswith("-m benchmarks.gpu.bits cpu")
         if not ok:
             assert row.why == "RuntimeError: exit code 9: ERROR SUMMARY"
 
 
+def is_of_gcx(step: Any) -> bool:
+    return type(getattr(step, "__self__", None)).__module__.startswith("gcx")
+
+
 class TestOptimizers:
+    @pytest.fixture(autouse=True)
+    def no_fallbacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Take torch's steps on this CPU for the kernels'."""
+        monkeypatch.setattr(_torch, "is_for_kernels", lambda _: False)
+        for optimizer in (gcx.torch.AdamW, gcx.torch.SGD):
+            monkeypatch.setattr(optimizer, "fallbacks", [])
+
     def test_modules_have_the_shapes(self) -> None:
         module = optimizers.module_of(SMALL, "bfloat16", "cpu")
         shapes = [tuple(parameter.shape) for parameter in module.parameters()]
@@ -593,23 +561,51 @@ class TestOptimizers:
             assert np.abs(moved).max() > 0.1
 
     def test_both_layouts_of_a_model_are_timed(self) -> None:
-        titles = {model.title: model for model, *_ in ALL_TIMED}
+        titles = {model.title: model for model in ALL_MODELS}
         layouts = {weight.layout for weight in titles["GPT-2 small"].weights}
         assert layouts == {"o...", "...o"}
         assert {w.layout for w in titles["GPT-2 small, output first"].weights} == {"o..."}
 
     def test_ratios(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-        def profile(step: Any) -> Any:
-            is_of_gcx = type(step.__self__).__module__.startswith("gcx")
-            return SimpleNamespace(seconds=1.06 if is_of_gcx else 1.0)
-
-        monkeypatch.setattr(gpu, "profile", profile)
+        monkeypatch.setattr(gpu, "_clock", lambda step, _: 1.06 if is_of_gcx(step) else 1.0)
         rows = list(optimizers.times(gpu))
         assert [row.value for row in rows] == [1.06] * 4
         assert [row.ok for row in rows] == [False, True, False, True]  # limits 1.05 and 1.08
 
+    def test_step_of_torch_is_no_step_of_gcx(
+        self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gcx.torch.AdamW, "fallbacks", ["", "no kernels"])
+        for function in (optimizers.times, optimizers.against_peers, optimizers.distances):
+            with pytest.raises(RuntimeError, match="torch makes the step: no kernels"):
+                list(function(gpu))
+
+    def test_peers(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiled: list[Any] = []
+        monkeypatch.setattr(torch, "compile", lambda step: compiled.append(step) or step)
+        monkeypatch.setattr(gpu, "_clock", lambda step, _: 1.0 if is_of_gcx(step) else 2.0)
+        monkeypatch.setitem(sys.modules, PEER, None)
+        part = Part("fused step", "optimizers", "against_peers")
+        rows, (item,) = measure(gpu, [part])
+        assert [row.measured for row in rows] == [0.5, 0.5]
+        assert len(compiled) == 1
+        assert item.why.startswith("pytorch_optimizer, then torch: ")
+
+    @pytest.mark.parametrize("name", optimizers._PEERS)
+    def test_peers_make_a_centralized_step(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if name.startswith("pytorch_optimizer"):
+            pytest.importorskip("pytorch_optimizer")
+        monkeypatch.setattr(torch, "compile", lambda step: step)
+        mine, module = (optimizers.module_of(SMALL, "float32", "cpu") for _ in range(2))
+        gcx.torch.AdamW(mine, **optimizers._ADAMW).step()
+        optimizers._PEERS[name](module, SMALL)
+        for found, wanted in zip(module.parameters(), mine.parameters(), strict=True):
+            torch.testing.assert_close(found, wanted)
+
     def test_same_parameters(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-        # On a CPU the optimizers of gcx take the fused step of torch if they are asked to.
+        # On a CPU, gcx takes torch's fused step if it is asked to.
         same = {
             name: pair._replace(of_gcx=partial(pair.of_gcx, fused=True))
             for name, pair in optimizers._OPTIMIZERS.items()
@@ -628,7 +624,9 @@ class TestOptimizers:
         assert not any(row.ok for row in optimizers.distances(gpu))
 
     def without_gc(self, of_torch: Any, module: Any, **_: Any) -> Any:
-        return of_torch(module.parameters())
+        optimizer = of_torch(module.parameters())
+        optimizer.fallbacks = []
+        return optimizer
 
 
 @pytest.mark.skipif(not installed("jax"), reason="needs JAX")
@@ -678,24 +676,18 @@ class TestReport:
     def text(self, *rows: Row) -> str:
         ok = all(row.ok for row in rows)
         found = setting("python -m benchmarks gpu", {"cuda:0": "Some GPU"})
-        return render(GpuReport(ok, found, 4300.0, 12.3, rows, ()))
+        return render(GpuReport(ok, found, {"SM clock before": "1 MHz"}, 4300.0, 12.3, rows, ()))
 
 
 class TestCommand:
-    def test_no_gpu(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("hip", [None, "6.4"])
+    def test_there_must_be_a_gpu(
+        self, hip: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert main(["gpu"]) == 2
-        assert "there is no CUDA device" in capsys.readouterr().err
-
-    def test_rocm(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert main(["gpu"]) == 2
-        assert "this is ROCm" in capsys.readouterr().err
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(hip))
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert main(["gpu", "--check"]) == 2
+        assert ("this is ROCm" if hip else "there is no CUDA device") in capsys.readouterr().err
 
     @pytest.mark.parametrize(("function", "code"), [("probe", 0), ("of_nothing", 1)])
     def test_report_is_written(
@@ -709,17 +701,20 @@ class TestCommand:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
         monkeypatch.setattr(acceptance, "Gpu", lambda *, is_brief, until: StandIn(until=until))
+        monkeypatch.setattr(reports, "_RESULTS", tmp_path)
         monkeypatch.setattr(acceptance, "PARTS", [Part("probe", "times", function)])
         monkeypatch.setattr(
             times, "probe", lambda _: [Measured("what", 1.0, 2.0, "us")], raising=False
         )
-        path = tmp_path / "gpu.json"
-        command = ["gpu", "--brief", "--json", str(path)]
+        path = tmp_path / "some-gpu-check.json"
+        command = ["gpu", "--check"]
         assert main(command) == code
         shown = json.loads(path.read_text(encoding="utf-8"))
         assert shown["ok"] is (code == 0)
         assert shown["setting"]["command"] == " ".join(["python -m benchmarks", *command])
         assert shown["setting"]["devices"] == {"cpu": "Some GPU"}
         assert shown["copy_gigabytes_per_second"] > 0
+        clock = "1980 MHz of 1980 MHz"
+        assert shown["gpu"]["SM clock before"] == shown["gpu"]["SM clock after"] == clock
         assert len(shown["rows"]) == 1
         assert ("MISSED" in capsys.readouterr().out) is (code == 1)

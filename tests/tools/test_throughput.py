@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -444,3 +445,44 @@ class TestTiming:
         waited: list[object] = []
         assert timing.waiting_clock(waited.append)(lambda: "result", 2) >= 0
         assert waited == ["result", "result"]
+
+
+class Event(SimpleNamespace):
+    """An event of torch's profiler."""
+
+    def __init__(
+        self, name: str, device: str, start: float, end: float, *, named: bool = False
+    ) -> None:
+        time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        kind = SimpleNamespace(name=device)
+        super().__init__(
+            name=name, device_type=kind, time_range=time_range, is_user_annotation=named
+        )
+
+
+class TestProfile:
+    CALL = (
+        Event("call under test", "CPU", 10, 20, named=True),
+        Event("call under test", "CUDA", 12, 30, named=True),
+    )
+
+    def test_kernels_and_copies(self) -> None:
+        events = (
+            *self.CALL,
+            Event("Memcpy HtoD (Pinned -> Device)", "CUDA", 11, 12),
+            Event("multi_tensor", "CUDA", 12, 15),
+            Event("multi_tensor", "CUDA", 15, 16),
+            Event("Optimizer.step#AdamW.step", "CPU", 10, 11, named=True),
+            Event("Optimizer.step#AdamW.step", "CUDA", 12, 16, named=True),
+            Event("cudaLaunchKernel", "CPU", 11, 12),
+        )
+        cuda = pytest.importorskip("benchmarks.throughput.cuda")
+        found = cuda.summarized(events)
+        assert found == cuda.Profile(kernels=2, copies=1, waits=0, seconds=pytest.approx(4e-6))
+
+    def test_only_waits_of_the_call_count(self) -> None:
+        cuda = pytest.importorskip("benchmarks.throughput.cuda")
+        after = Event("cudaDeviceSynchronize", "CPU", 20, 25)
+        assert cuda.summarized((*self.CALL, after)).waits == 0
+        during = Event("cudaStreamSynchronize", "CPU", 15, 16)
+        assert cuda.summarized((*self.CALL, after, during)).waits == 1

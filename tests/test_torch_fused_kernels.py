@@ -473,12 +473,13 @@ def test_numbers_of_adamw_are_those_of_float32(
     model = nn.Linear(3, 2, bias=False)
     optimizer = AdamW(model, lr=0.5, weight_decay=0.25)
     found = []
+    prepare = device.launcher.prepare
 
-    def launch(_device: int, _work: object, _addresses: object, numbers: Any) -> bool:
-        found.append(numbers)
-        return True
+    def remember(*arguments: Any) -> Any:
+        found.append(arguments[-1])
+        return prepare(*arguments)
 
-    monkeypatch.setattr(device.launcher, "launch", launch)
+    monkeypatch.setattr(device.launcher, "prepare", remember)
     step(0, model, optimizer)
     optimizer.state[model.weight]["step"].fill_(1e6)
     optimizer.step()

@@ -183,7 +183,7 @@ def _launch(
     if kernels.is_traced():
         return []
     rule, numbers = given
-    seen = [[*map(kernels.see_here, tensors, fan_ins)] for tensors in roles]
+    seen = [kernels.see_all(tensors, fan_ins) for tensors in roles]
     axes = [axes for _, axes in fan_ins]
     key = (rule, *chain(*map(kernels.forms, seen)), *axes, reproducible)
     make = partial(_prepare, rule, seen, axes, reproducible)

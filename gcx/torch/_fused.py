@@ -35,7 +35,8 @@ class FusedOptimizer(Optimizer):
         **switches: Any,
     ) -> None:
         if isinstance(params, nn.Module):
-            model, params = model or params, params.parameters()
+            model = params if model is None else model
+            params = params.parameters()
         if model is None:
             raise TypeError(_NO_MODEL)
         super().__init__(params, *of_torch, **switches)

@@ -66,7 +66,7 @@ OF_THE_PACKAGE = (
     "tests/test_public_api.py",
 )
 
-# Run by `kernels` once more: there, a driver emulates the kernels on the CPU.
+# Run by `kernels` once more. They emulate the kernels on the CPU, with g++.
 EMULATED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"

@@ -1,4 +1,4 @@
-"""gcx.torch.AdamW and SGD with kernels: they make the steps of torch's own fused optimizers.
+"""gcx.torch.AdamW and SGD with kernels make the steps of torch's fused optimizers.
 
 Options are powers of two and their like, which float32 holds as they are. On a CPU, torch's fused
 step takes ``1 - lr * weight_decay`` and the corrections of bias from float64; on CUDA it takes them
@@ -8,7 +8,6 @@ from float32, as the kernels do.
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +16,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
 import gcx.torch
@@ -27,12 +27,12 @@ from gcx.testing import assert_centralized
 from gcx.torch import _fused_step
 from gcx.torch._fused import SGD, AdamW
 
+from copies import COPIES
 from torch_kernels import (
     EMULATED,
     Device,
     assert_equal,
     distance,
-    emulated,
     everywhere,
     give_gradients,
     on_cuda,
@@ -85,7 +85,7 @@ class Net(nn.Module):
 
 
 class LargeNet(nn.Module):
-    """Fan-ins of many lengths, which would take an interpreter long."""
+    """Fan-ins of many lengths, which take long without a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,16 +192,21 @@ def small_net() -> nn.Module:
     return nn.ConvTranspose1d(5, 7, 1)
 
 
-def long_net() -> nn.Module:
-    """No tile holds a row, or a column."""
-    return nn.ModuleList([nn.Linear(5000, 2), nn.ConvTranspose1d(300, 40, 1)])
+def long_net(length: int = 5000) -> nn.Module:
+    """Rows of this length, and columns that no tile holds."""
+    return nn.ModuleList([nn.Linear(length, 2), nn.ConvTranspose1d(300, 40, 1)])
 
 
-@emulated
+def longer_net() -> nn.Module:
+    """No thread block holds a row."""
+    return long_net(9000)
+
+
 @pytest.mark.parametrize(
     ("case", "make", "steps"),
     [
         *((case, long_net, 5) for case in CASES),
+        *((case, longer_net, 5) for case in CASES if CASES[case][0] is SGD),
         *((case, lambda: Net(torch.float64), 5) for case in CASES),
         ("adamw", small_net, 100),
         ("nesterov", small_net, 100),
@@ -212,7 +217,6 @@ def test_steps_of_other_nets(case: str, make: Any, steps: int, device: Device) -
     assert_steps_of_torch(device, *both(case, make(), fused=True), steps)
 
 
-@emulated
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_that_are_not_there_in_each_step(case: str, device: Device) -> None:
     """In torch, the fused step of SGD fails if momentum begins at different times."""
@@ -235,25 +239,16 @@ def groups_of(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-@emulated
-@pytest.mark.parametrize("case", TYPICAL)
-def test_groups(case: str, device: Device) -> None:
-    assert_steps_of_torch(device, *both(case, Net(), groups_of, fused=True), steps=5)
-
-
-@emulated
 @pytest.mark.parametrize("case", TYPICAL)
 def test_one_launch_for_each_kind_of_kernel_in_a_group_and_dtype(case: str, device: Device) -> None:
-    ours, reference = both(case, Net(torch.bfloat16), groups_of)
-    train(range(3), ours, reference)
+    ours, reference = both(case, Net(torch.float64), groups_of, fused=True)
+    assert_steps_of_torch(device, ours, reference, steps=5)
     rule = "AdamW" if case == "adamw" else "SgdMomentumRate"
     of_vectors = rule.removesuffix("Rate")
-    vectors = [(of_vectors, 5), (of_vectors, 1)]  # in float32 and bfloat16
-    assert device.runs == [(rule, 1), *vectors, (rule, 2), (rule, 1)] * 3
-    assert_close(ours[0], reference[0])
+    vectors = [(of_vectors, 5), (of_vectors, 1)]  # in float32 and float64
+    assert device.runs == [(rule, 1), *vectors, (rule, 2), (rule, 1)] * 5
 
 
-@emulated
 @pytest.mark.parametrize("options", [{}, {"lr": 1e-5, "betas": (0.95, 0.9999), "maximize": True}])
 def test_numbers_of_float64_are_not_rounded(options: Any, device: Device) -> None:
     model = Net(torch.float64)
@@ -264,7 +259,6 @@ def test_numbers_of_float64_are_not_rounded(options: Any, device: Device) -> Non
     assert distance(model.head, twin.head) <= 8  # rounded to float32, millions
 
 
-@emulated
 @pytest.mark.parametrize("case", TYPICAL)
 def test_checkpoint_goes_on_anywhere(case: str, device: Device) -> None:
     """In torch, with hooks or without; in ours; and back, in the middle of it."""
@@ -296,7 +290,6 @@ def load(optimizer: Optimizer, saved: Optimizer, *, fused: bool | None) -> None:
     optimizer.load_state_dict(checkpoint)
 
 
-@emulated
 @pytest.mark.parametrize("case", TYPICAL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_rounded_once(dtype: torch.dtype, case: str, device: Device) -> None:
@@ -348,7 +341,6 @@ def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
 # Parameters for the kernels, and for torch
 
 
-@emulated
 @pytest.mark.parametrize("case", TYPICAL)
 def test_gradients_stay_what_they_are(case: str, device: Device) -> None:
     """They are read, and not written; autograd hears of all that is written."""
@@ -368,29 +360,21 @@ def test_gradients_stay_what_they_are(case: str, device: Device) -> None:
     assert all(tensor._version > version for tensor, version in written)
 
 
-@emulated
 @pytest.mark.parametrize("training", [step, step_by_closure])
-@pytest.mark.parametrize("case", TYPICAL)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("case", CASES)
 def test_what_the_kernels_do_not_take_is_centralized_for_torch(
-    case: str, training: Any, device: Device
+    case: str, alone: bool, training: Any, device: Device
 ) -> None:
-    ours, reference = both(case, Net(runs=3))
+    model = nn.ModuleDict({"down": nn.ConvTranspose1d(5, 7, 3, bias=False)})
+    ours, reference = both(case, model if alone else Net(runs=3))
     train(range(STEPS), ours, reference, training=training)
     assert torch.equal(ours[0].down.weight, reference[0].down.weight)
     assert_close(ours[0], reference[0])
-    assert sum(device.tensors.values()) == 9 * STEPS
+    assert_close_states(ours[1], reference[1])
+    assert sum(device.tensors.values()) == (0 if alone else 9 * STEPS)
     (reason,) = ours[1].fallbacks
     assert "do not take a Tensor of torch.float32 and shape (5, 7, 3)" in reason
-
-
-@emulated
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_that_the_kernels_take(case: str, device: Device) -> None:
-    ours, reference = both(case, nn.ConvTranspose1d(5, 7, 3, bias=False))
-    train(range(STEPS), ours, reference)
-    assert_equal(ours[0], reference[0])
-    assert_close_states(ours[1], reference[1])
-    assert not device.runs
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -426,7 +410,6 @@ def test_kernels_are_asked_for_on_the_device_of_the_parameters(
     assert kind(Net()).fallbacks == ["no kernels on cpu"]
 
 
-@emulated
 def test_steps_are_counted_whatever_the_default_device_is(device: Device) -> None:
     """Such as the GPU, which counts on a CPU would have to be fetched from."""
     model = Net()
@@ -457,7 +440,6 @@ def test_gradient_that_is_in_memory_in_another_way(case: str, device: Device) ->
     assert [bool(reason) for reason in reasons] == [True, True, False, False]
 
 
-@emulated
 def test_sparse_gradient_of_an_embedding(device: Device) -> None:
     def train_on_tokens(k: int, model: nn.Module, optimizer: Optimizer) -> None:
         optimizer.zero_grad()
@@ -471,7 +453,6 @@ def test_sparse_gradient_of_an_embedding(device: Device) -> None:
     assert device.tensors == {"Sgd": 2 * STEPS}
 
 
-@emulated
 def test_steps_that_are_counted_on_the_device_are_left_to_torch(device: Device) -> None:
     """As in a checkpoint of fused=True; to read them would be to wait for the device."""
     model = Net()
@@ -485,7 +466,6 @@ def test_steps_that_are_counted_on_the_device_are_left_to_torch(device: Device) 
     assert device.tensors == {"AdamW": 10 + 9}
 
 
-@emulated
 def test_numbers_of_adamw_are_those_of_float32(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,12 +473,13 @@ def test_numbers_of_adamw_are_those_of_float32(
     model = nn.Linear(3, 2, bias=False)
     optimizer = AdamW(model, lr=0.5, weight_decay=0.25)
     found = []
+    prepare = device.launcher.prepare
 
-    def launch(_device: int, _work: object, _addresses: object, numbers: Any) -> bool:
-        found.append(numbers)
-        return True
+    def remember(*arguments: Any) -> Any:
+        found.append(arguments[-1])
+        return prepare(*arguments)
 
-    monkeypatch.setattr(device.launcher, "launch", launch)
+    monkeypatch.setattr(device.launcher, "prepare", remember)
     step(0, model, optimizer)
     optimizer.state[model.weight]["step"].fill_(1e6)
     optimizer.step()
@@ -544,7 +525,6 @@ def test_options_of_torch_alone(
     assert torch.equal(model.head.weight, twin.head.weight)
 
 
-@emulated
 def test_other_hooks_find_centralized_gradients(device: Device) -> None:
     model = Net()
     optimizer = SGD(model)
@@ -560,7 +540,6 @@ def test_other_hooks_find_centralized_gradients(device: Device) -> None:
     assert device.tensors == {"Sgd": 10}
 
 
-@emulated
 def test_subclass_with_a_step_of_its_own(device: Device) -> None:
     class Printing(SGD):
         def step(self, closure: Any = None) -> Any:
@@ -598,7 +577,6 @@ def test_grad_scaler(case: str, device: Device) -> None:
     assert ours[1].fallbacks == ["grad_scale is set"]
 
 
-@emulated
 def test_fallbacks_of_a_model_with_replaced_parameters(device: Device) -> None:
     """They can be asked for, though a step is an error."""
     model = Net()
@@ -609,6 +587,41 @@ def test_fallbacks_of_a_model_with_replaced_parameters(device: Device) -> None:
     with pytest.raises(RuntimeError, match="was replaced in the model"):
         optimizer.step()
     assert not device.runs
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A mesh of one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_parts_of_dtensors_with_whole_fan_ins(case: str, device: Device, mesh: Any) -> None:
+    """FSDP has such parts. The fan-in of one weight is cut, and torch makes its step."""
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(8, 4), nn.Linear(8, 4, bias=False))
+    twin = copy.deepcopy(model)
+
+    for layer, axis in zip(model, (0, 0, 1), strict=True):
+        for name, p in [*layer.named_parameters()]:
+            part = distribute_tensor(p.detach(), mesh, [Shard(axis)])
+            layer.register_parameter(name, nn.Parameter(part))
+    kind, options = CASES[case]
+    optimizer, reference = kind(model, **options), hooked(twin, kind, **options)
+    for k in range(3):
+        give_gradients(k, twin)
+        for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = distribute_tensor(of_twin.grad, mesh, p.placements)
+        versions = [p._version for p in model.parameters()]
+        optimizer.step()
+        reference.step()
+        assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
+    for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), of_twin, rtol=4e-6, atol=1e-6)
+    assert sum(device.tensors.values()) == 3 * 4
+    (reason,) = optimizer.fallbacks
+    assert "do not take a DTensor of torch.float32 and shape (4, 8)" in reason
 
 
 # Changes between steps
@@ -631,7 +644,6 @@ def test_switch_turned_in_mid_training(case: str, device: Device) -> None:
     assert sum(device.tensors.values()) == 60
 
 
-@emulated
 def test_options_turned_in_mid_training(device: Device) -> None:
     ours, reference = both("sgd", Net())
     changes = ({}, {"momentum": 0.9}, {"foreach": True}, {"foreach": None, "lr": 0.02})
@@ -643,7 +655,6 @@ def test_options_turned_in_mid_training(device: Device) -> None:
     assert sum(device.tensors.values()) == 30
 
 
-@emulated
 def test_errors_come_before_anything_is_changed(device: Device) -> None:
     model = Net()
     groups = [{"params": layer.parameters()} for layer in (model.conv, model.head)]
@@ -657,7 +668,6 @@ def test_errors_come_before_anything_is_changed(device: Device) -> None:
     assert not device.runs
 
 
-@emulated
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -676,21 +686,17 @@ def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch
     assert device.tensors == {"Sgd": 80}
 
 
-@emulated
-def test_copies_step_by_kernels(device: Device) -> None:
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_step_by_kernels(copied: str, device: Device) -> None:
     model = Net()
     optimizer = SGD(model, momentum=0.9)
     step(0, model, optimizer)
-    for copied in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
-        twin_model, twin = copied((model, optimizer))
-        before = sum(device.tensors.values())
-        step(1, twin_model, twin)
-        assert sum(device.tensors.values()) == before + 10
-    step(1, model, optimizer)
-    assert_close(twin_model, model)
+    twin = COPIES[copied]((model, optimizer))
+    train([1], (model, optimizer), twin)
+    assert device.tensors == {"SgdMomentum": 30}
+    assert_equal(twin[0], model)
 
 
-@emulated
 @pytest.mark.parametrize("case", TYPICAL)
 def test_tensors_that_share_memory_are_left_to_torch(case: str, device: Device) -> None:
     """Kernels would not make the steps one after the other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -47,6 +48,8 @@ class Device:
             assert isinstance(found, Launcher)
             self.launcher = found
         else:
+            if which("g++") is None:
+                pytest.skip("there is no g++")
             self.driver, self.host = EmulatedDriver(), EmulatedHost()
             self.launcher = Launcher(self.driver, self.host)
             patch.setenv("XDG_CACHE_HOME", _CACHE.name)
@@ -81,7 +84,7 @@ class Device:
 
 
 class EmulatedHost:
-    """See `gcx.backends.cuda.launcher.Host`; a CPU in the place of a GPU."""
+    """See `gcx.backends.cuda.launcher.Host`; a CPU as the device."""
 
     out_of_memory = torch.OutOfMemoryError
 

@@ -99,7 +99,7 @@ def launch(
     """
     if is_traced():
         return [None] * len(grads)
-    seen = _see_all(grads, fan_ins)
+    seen = see_all(grads, fan_ins)
     in_place = all(map(is_, outs, grads))
     parts: Sequence[Tensor | None] = seen
     if not in_place:
@@ -108,7 +108,7 @@ def launch(
             for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
         ]
     weights, rate = decay or ((), 0.0)
-    weights = _see_all(weights, fan_ins) if weights else []
+    weights = see_all(weights, fan_ins) if weights else []
     found = find_launches(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
     if in_place and all(map(is_, seen, grads)):
@@ -119,7 +119,7 @@ def launch(
     return done
 
 
-def _see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
+def see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
     return [
         x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in)
         for x, fan_in in zip(tensors, fan_ins, strict=True)
@@ -166,7 +166,7 @@ _recent: dict[Hashable, Any] = {}  # a cache
 
 
 def recall(key: Hashable, make: Callable[[], T]) -> T:
-    """Find what was made for a key among the latest ones, or make it."""
+    """Return the latest object of a key, or make it."""
     found: T | None = _recent.pop(key, None)
     if found is None:
         found = make()

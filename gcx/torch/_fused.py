@@ -14,7 +14,6 @@ from torch.optim.optimizer import ParamsT
 from gcx._options import Layers, Options
 from gcx.plan import Plan
 from gcx.torch._fused_step import CentralizationInStep
-from gcx.torch._optimizer import ADAMW_RULE, SGD_RULE, Rule
 from gcx.torch._plan import Overrides
 from gcx.torch._step import not_compiled
 
@@ -27,8 +26,6 @@ _NO_MODEL = (
 class FusedOptimizer(Optimizer):
     """Mixin for a torch optimizer: kernels step first, and torch steps the rest."""
 
-    _rule: Rule
-
     def __init__(
         self,
         params: ParamsT | nn.Module,
@@ -38,11 +35,13 @@ class FusedOptimizer(Optimizer):
         **switches: Any,
     ) -> None:
         if isinstance(params, nn.Module):
-            model, params = model or params, params.parameters()
+            model = params if model is None else model
+            params = params.parameters()
         if model is None:
             raise TypeError(_NO_MODEL)
         super().__init__(params, *of_torch, **switches)
-        self._centralization = CentralizationInStep(self, model, options, self._rule)
+        self._centralization = CentralizationInStep(self, model, options)
+        del vars(self)["__reduce_ex__"]  # copies need no warning
         registries = [name for name in vars(self) if name.endswith("_hooks")]
         self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
 
@@ -135,7 +134,6 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     [True, True]
     """
 
-    _rule = ADAMW_RULE
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
 
@@ -202,7 +200,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
-    _rule = SGD_RULE
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
 
     def __init__(

@@ -9,27 +9,16 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn, zeros_like
+from torch import Tensor, zeros_like
 from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
 
 from gcx._options import Options
-from gcx.backends import _torch_cuda
+from gcx.backends import _torch_cuda as kernels
 from gcx.backends._torch import is_for_kernels
-from gcx.backends._torch_cuda import (
-    FanIn,
-    count_bytes,
-    forms,
-    get_launcher,
-    has_state,
-    overlap,
-    pick,
-    see_here,
-)
 from gcx.backends.cuda.launcher import Schedule
 from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
-from gcx.torch._optimizer import Group, Rule, State, coupled_rate
+from gcx.torch._optimizer import RULES, Group, Numbers, State, coupled_rate
 from gcx.torch._step import GradientHooks
 from gcx.torch._targets import Targets
 from gcx.torch._weights import Weight, centralize_, with_gradient
@@ -38,25 +27,18 @@ Lists = Sequence[Sequence[Tensor]]
 
 
 class CentralizationInStep(GradientCentralization):
-    """As `GradientCentralization` with ``where="gradient"``, for an optimizer with a `Rule`."""
-
-    def __init__(
-        self, optimizer: Optimizer, model: nn.Module, options: Options, rule: Rule
-    ) -> None:
-        self._rule = rule
-        super().__init__(optimizer, model, options)
-        del vars(optimizer)["__reduce_ex__"]  # its copies need no warning
+    """As `GradientCentralization` with ``where="gradient"``, for an optimizer with a rule."""
 
     def _make_hooks(self) -> StepHooks:
-        self.hooks = StepHooks(self._targets, self._options, self._rule)
+        self.hooks = StepHooks(self._targets, self._options)
         return self.hooks
 
 
 class StepHooks(GradientHooks):
     """Hooks that skip the parameter groups that the kernels centralize in `step`."""
 
-    def __init__(self, targets: Targets, options: Options, rule: Rule) -> None:
-        self._rule = rule
+    def __init__(self, targets: Targets, options: Options) -> None:
+        self._rule = next(rule for rule in RULES if isinstance(targets.optimizer, rule.kind))
         self._marked: dict[int, dict[Tensor, Weight]] = {}  # by the id of the group
         super().__init__(targets, options)
 
@@ -142,7 +124,7 @@ class StepHooks(GradientHooks):
                 return f"{option} is a tensor"
         # Asked only if there is a parameter on CUDA: the answer makes a CUDA context.
         device = next((p.device for p in group["params"] if is_for_kernels(p)), None)
-        return "no parameter on a CUDA device" if device is None else _torch_cuda.why_not(device)
+        return "no parameter on a CUDA device" if device is None else kernels.why_not(device)
 
     def _why_not_parameter(
         self, group: Group, parameter: Tensor, state: State, weight: Weight | None
@@ -154,10 +136,10 @@ class StepHooks(GradientHooks):
             if self._rule.find_stage(group, state) is None:
                 return "the state is from another optimizer, or the steps are counted on the GPU"
             tensors += chain(*self._memory(group, [state], [grad]).values())
-        if any(forms([tensor])[1:] != forms([parameter])[1:] for tensor in tensors):
+        if any(kernels.forms([tensor])[1:] != kernels.forms([parameter])[1:] for tensor in tensors):
             return "a gradient or state differs from its parameter in dtype, shape or strides"
         fan_in = _find_fan_in(parameter, weight)
-        if _torch_cuda.see(see_here(grad, fan_in), fan_in[1]):
+        if kernels.see(kernels.see_here(grad, fan_in), fan_in[1]):
             return ""
         kind = f"{type(grad).__name__} of {grad.dtype} and shape {tuple(grad.shape)}"
         return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
@@ -170,9 +152,9 @@ class StepHooks(GradientHooks):
         grads = [cast("Tensor", parameter.grad) for parameter in parameters]
         memory = self._memory(group, states, grads)
         fan_ins = [_find_fan_in(p, marked.get(p)) for p in parameters]
-        rule, numbers = self._rule.find_numbers(group, stage)
+        given = self._rule.find_numbers(group, stage)
         roles = [grads, parameters, *memory.values()]
-        done = _launch(rule, numbers, roles, fan_ins, reproducible=self._options.reproducible)
+        done = _launch(given, roles, fan_ins, self._options.reproducible)
         for key, tensors in memory.items():
             for k in done:
                 states[k][key] = tensors[k]
@@ -191,30 +173,26 @@ class StepHooks(GradientHooks):
 
 
 def _launch(
-    rule: str,
-    numbers: Sequence[float],
-    roles: Lists,
-    fan_ins: Sequence[FanIn],
-    *,
-    reproducible: bool,
+    given: Numbers, roles: Lists, fan_ins: Sequence[kernels.FanIn], reproducible: bool
 ) -> list[int]:
     """Centralize and update what the kernels take; return its positions.
 
     `roles` are gradients, parameters, and each kind of state. All is left to torch if tensors share
     memory, or if FSDP has freed it.
     """
-    if _torch_cuda.is_traced():
+    if kernels.is_traced():
         return []
-    seen = [[*map(see_here, tensors, fan_ins)] for tensors in roles]
+    rule, numbers = given
+    seen = [kernels.see_all(tensors, fan_ins) for tensors in roles]
     axes = [axes for _, axes in fan_ins]
-    key = (rule, *chain(*map(forms, seen)), *axes, reproducible)
+    key = (rule, *chain(*map(kernels.forms, seen)), *axes, reproducible)
     make = partial(_prepare, rule, seen, axes, reproducible)
-    places, sizes, schedule = _torch_cuda.recall(key, make)
-    chosen = [pick(places, tensors) for tensors in seen]
+    places, sizes, schedule = kernels.recall(key, make)
+    chosen = [kernels.pick(places, tensors) for tensors in seen]
     addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
     every = [*chain(*addresses)]
-    conflicts = 0 in every or overlap(every, sizes)
-    if schedule is None or conflicts or has_state([*chain(*chosen)]):
+    conflicts = 0 in every or kernels.overlap(every, sizes)
+    if schedule is None or conflicts or kernels.has_state([*chain(*chosen)]):
         return []
     left = schedule.run(addresses, numbers)
     done = [place for n, place in enumerate(places) if n not in left]
@@ -226,14 +204,14 @@ def _prepare(
     rule: str, roles: Lists, axes: Sequence[Axes], reproducible: bool
 ) -> tuple[list[int], list[int], Schedule | None]:
     """Choose what the kernels take: positions, bytes of each tensor in each role, launches."""
-    see = partial(_torch_cuda.see, reproducible=reproducible)
+    see = partial(kernels.see, reproducible=reproducible)
     found = [see(grad, of_grad, *rest) for of_grad, grad, *rest in zip(axes, *roles, strict=True)]
     places = [k for k, traits in enumerate(found) if traits]
     if not places:
         return [], [], None
-    sizes = [count_bytes(roles[0][k]) for k in places] * len(roles)
-    return places, sizes, Schedule(get_launcher(), rule, pick(places, found))
+    sizes = [kernels.count_bytes(roles[0][k]) for k in places] * len(roles)
+    return places, sizes, Schedule(kernels.get_launcher(), rule, kernels.pick(places, found))
 
 
-def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
+def _find_fan_in(parameter: Tensor, weight: Weight | None) -> kernels.FanIn:
     return (parameter.shape, ()) if weight is None else weight.fan_in

@@ -200,6 +200,7 @@ def _has_mean(weight: Weight, buffer: Tensor) -> bool:
 
 # If the user asks for foreach, fused or differentiable, torch makes the step.
 _OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
+_SCALARS_OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
 _ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
 
 
@@ -241,7 +242,7 @@ def _find_stage_of_sgd(group: Group, state: State) -> bool:
 
 
 def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
-    lr, momentum, dampening, decay = (group[name] for name in SGD_RULE.scalars)
+    lr, momentum, dampening, decay = (group[name] for name in _SCALARS_OF_SGD)
     sign = _sign(group)
     name = "Sgd" + "Momentum" * (momentum != 0) + "Rate" * (decay != 0)
     of_momentum = momentum, 1 - dampening, is_first, group["nesterov"]
@@ -256,19 +257,21 @@ def _round(number: float) -> float:
     return c_float(number).value
 
 
-ADAMW_RULE = Rule(
-    torch.optim.AdamW,
-    {"amsgrad": False, "capturable": False, **_OF_TORCH},
-    ("lr", "betas", "weight_decay", "eps"),
-    ("exp_avg", "exp_avg_sq"),
-    _find_stage_of_adamw,
-    _find_numbers_of_adamw,
-)
-SGD_RULE = Rule(
-    torch.optim.SGD,
-    _OF_TORCH,
-    ("lr", "momentum", "dampening", "weight_decay"),
-    ("momentum_buffer",),
-    _find_stage_of_sgd,
-    _find_numbers_of_sgd,
+RULES = (
+    Rule(
+        kind=torch.optim.AdamW,
+        fixed={"amsgrad": False, "capturable": False, **_OF_TORCH},
+        scalars=("lr", "betas", "weight_decay", "eps"),
+        memory=("exp_avg", "exp_avg_sq"),
+        find_stage=_find_stage_of_adamw,
+        find_numbers=_find_numbers_of_adamw,
+    ),
+    Rule(
+        kind=torch.optim.SGD,
+        fixed=_OF_TORCH,
+        scalars=_SCALARS_OF_SGD,
+        memory=("momentum_buffer",),
+        find_stage=_find_stage_of_sgd,
+        find_numbers=_find_numbers_of_sgd,
+    ),
 )

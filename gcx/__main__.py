@@ -10,6 +10,7 @@ from errno import EINVAL, ENOSPC, EPIPE
 from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple, Never, TypeVar
+from warnings import catch_warnings, simplefilter
 
 import gcx
 from gcx._table import aligned
@@ -106,19 +107,25 @@ def look_up(name: str) -> LibraryInfo:
     if not devices:
         return LibraryInfo(name, "no device", _version(name), (), "no device")
     how = _first_line(library.__doc__)
-    if name == "torch" and any(device.startswith("cuda") for device in devices):
-        how = f"{how}; {_torch_on_cuda()}"
+    on_cuda = [device for device in devices if device.startswith("cuda")]
+    if on_cuda and hasattr(library, "why_no_kernels"):
+        how += "; on CUDA few launches of CUDA kernels for a list"
+        reasons = ((device, _try_kernels(library, device)) for device in on_cuda)
+        how += "".join(f"; not on {device}: {why}" for device, why in reasons if why)
     return LibraryInfo(name, "ok", _version(name), tuple(devices), how)
 
 
-def _torch_on_cuda() -> str:
-    """Say whether the kernels run on CUDA devices; they are tried there."""
-    from gcx.backends import _torch_cuda
+def _try_kernels(library: Any, device: str) -> str:
+    """Launch a kernel on a CUDA device; return the reason if that fails."""
 
-    why_not, error = attempt(_torch_cuda.why_not)
-    if why_not or error:
-        return f"on CUDA, too: {why_not or error}"
-    return "on CUDA few launches of CUDA kernels for a list"
+    def launch() -> str:
+        grad = library.asarray([[1.0, 2.0]], "float32", device)
+        with catch_warnings():
+            simplefilter("ignore")  # of the reason
+            gcx.centralize(grad)
+        return str(library.why_no_kernels(grad))
+
+    return "; ".join(filter(None, attempt(launch)))
 
 
 def _first_line(doc: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The hooks of gcx.torch with kernels: one launch, no waiting, and right results."""
+"""The hooks of gcx.torch with kernels: few launches, no waiting, and right results."""
 
 from __future__ import annotations
 
@@ -11,73 +11,67 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 import gcx.torch
-from gcx.backends import _torch
 from gcx.testing import assert_centralized
 
+import processes
 from torch_kernels import (
-    INTERPRETER,
-    STAND_IN,
+    EMULATED,
     Device,
     assert_equal,
-    by_kernel,
+    emulated,
     everywhere,
     give_gradients,
-    on_cpu,
     on_cuda,
     on_gpu,
 )
 
 pytestmark = pytest.mark.one_framework
 
-# The interpreter takes the rate of decay in float32, which holds this one as it is.
-DECAY = 0.125
 LAYOUTS = {"conv": "o...", "up": "io...", "linear": "oi", "odd": "o...", "groups": "oio..."}
+# Launches of a step of `Net`, of rows and of columns; on a GPU, some columns take two kernels.
+LAUNCHES, KERNELS = 2, 4
+
+
+def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
+    """Make a device on which the hooks find kernels."""
+    if name == EMULATED:
+        patch.setattr(Tensor, "is_cuda", True)
+    return Device(name, patch)
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A device on which the hooks find kernels."""
-    device = Device(getattr(request, "param", STAND_IN), monkeypatch)
-    if device.type == "cpu":
-        monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
-    return device
+    return make_device(request.param, monkeypatch)
 
 
 class Net(nn.Module):
-    """Fan-ins that are rows and columns in whole pieces of 16 bytes, beside biases and a norm.
+    """Fan-ins in rows and columns, in groups and of odd length, beside biases and a norm."""
 
-    With `odd` also some in groups and some of other lengths, which makes another launch.
-    """
-
-    def __init__(self, device: Device, *, odd: bool = False) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
         torch.manual_seed(0)
-        is_large = device.type == "cuda"
-        conv, up, linear = ((8, 8, 2), (8, 16), (64, 8))
-        if is_large:
+        conv, up, linear, odd, groups = ((8, 8, 2), (8, 16), (64, 8), (7, 3, 1), (8, 16))
+        if device.type == "cuda":
             conv, up, linear = ((64, 32, 3), (768, 96), (4096, 24))
+            odd, groups = ((3, 64, 7), (32, 48))
         self.conv = nn.Conv2d(*conv)
         self.norm = nn.BatchNorm2d(conv[1])
         self.up = nn.ConvTranspose2d(*up, 1)
         self.linear = nn.Linear(*linear)
-        if odd:
-            self.odd = nn.Conv2d(3, 64, 7) if is_large else nn.Conv2d(7, 3, 1)
-            groups = (32, 48, 3) if is_large else (8, 16, 2)
-            self.groups = nn.ConvTranspose2d(*groups, groups=2)
+        self.odd = nn.Conv2d(*odd)
+        self.groups = nn.ConvTranspose2d(*groups, 1, groups=2)
         self.to(device.type)
 
 
-def launches_of(*, odd: bool, device: Device) -> int:
-    """Count the launches of a list; the stand-in knows no pieces of 16 bytes."""
-    return 2 if odd and device.name != STAND_IN else 1
-
-
 def sgd(model: nn.Module, **options: Any) -> SGD:
-    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=DECAY, **options)
+    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, **options)
 
 
 def centralized(weight: Tensor) -> Tensor:
@@ -95,7 +89,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, **options: Any
 def ordinarily(monkeypatch: pytest.MonkeyPatch, call: Callable[..., None], *args: Any) -> None:
     """Call without kernels."""
     with monkeypatch.context() as patch:
-        patch.setattr(_torch, "is_for_kernels", lambda _: False)
+        patch.setattr(Tensor, "is_cuda", False)
         call(*args)
 
 
@@ -110,7 +104,7 @@ def assert_close(found: nn.Module, expected: nn.Module) -> None:
 
 
 def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **options: Any) -> int:
-    """The launches of each step, which are all that hooks add: addresses are there already."""
+    """Count the launches of a step, or the kernels on a GPU; hooks may add no other work."""
     give_gradients(0, model)
     optimizer.step()
     plain = on_gpu(optimizer.step) if device.type == "cuda" else None
@@ -119,8 +113,8 @@ def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **opt
     optimizer.step()
     if plain is not None:
         added = on_gpu(optimizer.step) - plain
-        assert [*added] == ["multi_tensor"]
-        return added["multi_tensor"]
+        assert [*added] == ["gcx_kernel"]
+        return added["gcx_kernel"]
     first = device.launches
     optimizer.step()
     assert device.launches == 2 * first
@@ -129,31 +123,31 @@ def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **opt
 
 @everywhere
 @pytest.mark.parametrize("reproducible", [False, True])
-@pytest.mark.parametrize("odd", [False, True])
-def test_launches_of_a_step(odd: bool, reproducible: bool, device: Device) -> None:
-    model = Net(device, odd=odd)
+def test_launches_of_a_step(reproducible: bool, device: Device) -> None:
+    model = Net(device)
     found = added_by_hooks(device, model, sgd(model), reproducible=reproducible)
-    assert found == launches_of(odd=odd, device=device)
+    assert found == (KERNELS if device.type == "cuda" else LAUNCHES)
 
 
 @everywhere
-def test_one_launch_for_each_dtype_and_rate_of_decay(device: Device) -> None:
+def test_launches_for_each_dtype_and_rate_of_decay(device: Device) -> None:
     model = nn.ModuleList([Net(device), Net(device).bfloat16(), Net(device)])
     groups = [{"params": part.parameters()} for part in model]
     groups[2]["weight_decay"] = 0.2
     optimizer = SGD(groups, lr=1e-3, momentum=0.9, weight_decay=0.1)
-    assert added_by_hooks(device, model, optimizer) == 3
+    each = KERNELS if device.type == "cuda" else LAUNCHES
+    assert added_by_hooks(device, model, optimizer) == 3 * each
 
 
-@on_cpu
+@emulated
 def test_groups_of_one_rate_are_launched_together(device: Device) -> None:
     model = Net(device)
     groups = [{"params": [p], "lr": 0.01 * k} for k, p in enumerate(model.parameters())]
     train(model, SGD(groups, lr=0.1, weight_decay=0.1))
-    assert device.launches == 3
+    assert device.launches == 3 * LAUNCHES
 
 
-@on_cpu
+@emulated
 def test_rate_in_a_tensor_is_not_waited_for(device: Device) -> None:
     """As a GradScaler sets it, while the gradients are still scaled."""
 
@@ -172,25 +166,28 @@ def test_rate_in_a_tensor_is_not_waited_for(device: Device) -> None:
     torch.testing.assert_close(model.linear.weight.grad, expected)
 
 
-@on_cpu
-def test_what_the_kernel_does_not_take_goes_the_ordinary_way(device: Device) -> None:
+@emulated
+def test_torch_centralizes_what_the_kernels_do_not_take(device: Device) -> None:
     class Marked(Tensor):
         """A type of tensor that may do anything."""
 
     model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(4)])
+    model.append(up := nn.ConvTranspose2d(4, 4, 2, bias=False))  # with a fan-in in pieces
     model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
     rows = torch.rand(4, 4)
     grads = [rows, rows * (1 + 2j), rows[0].expand(4, 4), (rows + 1).as_subclass(Marked)]
     expected = [centralized(grad).as_subclass(Tensor) for grad in grads]
+    grads.append(torch.rand_like(up.weight))
+    expected.append(grads[-1] - grads[-1].mean((0, 2, 3), keepdim=True))
     for layer, grad in zip(model, grads, strict=True):
         layer.weight.grad = grad.clone() if grad.stride(0) else grad
     gcx.torch.centralize_grads_(model)
-    assert device.launches == 1
+    assert device.runs == [("Store", 2)]  # with a copy of the expanded gradient
     for layer, grad in zip(model, expected, strict=True):
         torch.testing.assert_close(layer.weight.grad.as_subclass(Tensor), grad)
 
 
-@on_cpu
+@emulated
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_gradients_now(where: Any, device: Device) -> None:
     model = Net(device)
@@ -200,7 +197,7 @@ def test_gradients_now(where: Any, device: Device) -> None:
         give_gradients(0, model)
         expected = centralized(model.linear.weight.grad)
         centralize()
-        assert device.launches == before + 1
+        assert device.launches == before + LAUNCHES
         torch.testing.assert_close(model.linear.weight.grad, expected)
 
 
@@ -212,7 +209,7 @@ def replaced(model: Net) -> None:
     model.linear.weight = nn.Parameter(model.linear.weight.detach().clone())
 
 
-@on_cpu
+@emulated
 @pytest.mark.parametrize(("spoil", "error"), [(sparse, TypeError), (replaced, RuntimeError)])
 def test_errors_come_before_the_launch(
     spoil: Callable[[Net], None], error: type[Exception], device: Device
@@ -230,10 +227,10 @@ def test_errors_come_before_the_launch(
             assert torch.equal(model.conv.weight.grad, before)
         else:
             optimizer.step()
-    assert device.launches == 1
+    assert device.launches == LAUNCHES
 
 
-@on_cpu
+@emulated
 def test_copies_launch_for_themselves(device: Device) -> None:
     model = Net(device)
     model.optimizer = sgd(model)
@@ -245,7 +242,7 @@ def test_copies_launch_for_themselves(device: Device) -> None:
     give_gradients(1, twin)
     grad, expected = model.linear.weight.grad.clone(), centralized(twin.linear.weight.grad)
     twin.handle.centralize_grads_()
-    assert device.launches == 2
+    assert device.launches == 2 * LAUNCHES
     torch.testing.assert_close(twin.linear.weight.grad, expected)
     assert torch.equal(model.linear.weight.grad, grad)
 
@@ -253,7 +250,7 @@ def test_copies_launch_for_themselves(device: Device) -> None:
 # Results
 
 
-@on_cpu
+@emulated
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_training_is_that_of_the_ordinary_way(
@@ -263,28 +260,28 @@ def test_training_is_that_of_the_ordinary_way(
     ordinarily(monkeypatch, train, twin, sgd(twin))
     assert device.launches == 0
     train(model, sgd(model))
-    assert device.launches == 3
+    assert device.launches == 3 * LAUNCHES
     assert_close(model, twin)
     with pytest.raises(AssertionError):
         assert_close(start, twin)
 
 
-@on_cpu
+@emulated
 @pytest.mark.parametrize(
     "options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}]
 )
 def test_gradients_are_those_of_the_ordinary_way(
     options: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, twin = Net(device, odd=True), Net(device, odd=True)
+    model, twin = Net(device), Net(device)
     ordinarily(monkeypatch, train, twin, SGD(twin.parameters(), lr=0.0, **options), 1)
     train(model, SGD(model.parameters(), lr=0.0, **options), steps=1)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
-    assert device.launches == launches_of(odd=True, device=device)
+    assert device.launches == LAUNCHES
 
 
-@on_cpu
+@emulated
 def test_not_all_gradients_are_there_in_each_step(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,12 +298,12 @@ def test_not_all_gradients_are_there_in_each_step(
 
     model, twin = Net(device), Net(device)
     some(model)
-    assert device.launches == 5
+    assert device.launches == 5 * LAUNCHES
     ordinarily(monkeypatch, some, twin)
     assert_close(model, twin)
 
 
-@by_kernel
+@everywhere
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
@@ -314,15 +311,13 @@ def test_not_all_gradients_are_there_in_each_step(
 def test_reproducible_gradients(
     dtype: torch.dtype, memory_format: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They have the bits of torch's own operations on a CPU, whatever the strides."""
-    model = Net(device, odd=True).to(dtype, memory_format=memory_format)
-    on_cpu = Net(device, odd=True).to("cpu", dtype)
+    """They have the bits of torch's own operations on a CPU in all strides."""
+    model = Net(device).to(dtype, memory_format=memory_format)
+    on_cpu = Net(device).to("cpu", dtype)
     give_gradients(0, model, on_cpu)
 
-    decay = 0.1 if device.type == "cuda" else DECAY
-
     def step(model: nn.Module) -> None:
-        optimizer = SGD(model.parameters(), lr=0.0, weight_decay=decay)
+        optimizer = SGD(model.parameters(), lr=0.0, weight_decay=0.1)
         gcx.torch.centralize(optimizer, model, reproducible=True)
         optimizer.step()
 
@@ -330,8 +325,7 @@ def test_reproducible_gradients(
     ordinarily(monkeypatch, step, on_cpu)
     for found, expected in zip(model.parameters(), on_cpu.parameters(), strict=True):
         assert torch.equal(found.grad.cpu(), expected.grad)
-    if device.name == INTERPRETER:
-        assert device.launches == 2
+    assert device.launches == LAUNCHES
 
 
 def assert_means_kept(model: nn.Module, start: nn.Module) -> None:
@@ -344,14 +338,14 @@ def assert_means_kept(model: nn.Module, start: nn.Module) -> None:
         assert_centralized(weight, start=before, layout=LAYOUTS[name])
 
 
-@on_cpu
+@emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_corollary_4_1(dtype: torch.dtype, device: Device) -> None:
     """SGD with momentum and decay keeps the mean of each fan-in."""
-    model = Net(device, odd=True).to(dtype)
+    model = Net(device).to(dtype)
     start = copy.deepcopy(model)
     train(model, sgd(model, nesterov=True), steps=10)
-    assert device.launches == 10 * launches_of(odd=True, device=device)
+    assert device.launches == 10 * LAUNCHES
     assert_means_kept(model, start)
     for name in LAYOUTS:
         weights = (net.get_submodule(name).weight.detach() for net in (model, start))
@@ -376,7 +370,7 @@ def test_corollary_4_1_on_gradients_of_a_loss(device: Device) -> None:
 
 @everywhere
 def test_closure(device: Device) -> None:
-    (model, optimizer), (twin, reference) = two_hooked(device, sgd, odd=True)
+    (model, optimizer), (twin, reference) = two_hooked(device, sgd)
     for k in range(3):
         optimizer.step(lambda k=k: give_gradients(k, model))
         give_gradients(k, twin)
@@ -391,11 +385,11 @@ def slow_sgd(model: nn.Module, **options: Any) -> SGD:
     return SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1, **options)
 
 
-def two_hooked(device: Device, kind: Any, *, odd: bool, **options: Any) -> list[Any]:
+def two_hooked(device: Device, kind: Any, **options: Any) -> list[Any]:
     """Two alike, each with its optimizer."""
     pairs = []
     for _ in range(2):
-        model = Net(device, odd=odd)
+        model = Net(device)
         optimizer = kind(model, **options)
         gcx.torch.centralize(optimizer, model)
         pairs.append((model, optimizer))
@@ -413,7 +407,7 @@ def no_waiting() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[[], None]) -> None:
     """Neither with the addresses of the step before nor with others."""
-    model = Net(device, odd=True)
+    model = Net(device)
     optimizer = slow_sgd(model, fused=fused)
     gcx.torch.centralize(optimizer, model)
     x = torch.rand(8, 4096, device="cuda")
@@ -440,7 +434,7 @@ def test_graph_of_a_step(kind: Any, device: Device) -> None:
     """Replayed with other gradients in the same places, after the handle took other steps too."""
     options = {"momentum": 0.9} if kind is SGD else {"capturable": True}
     (model, optimizer), (twin, reference) = two_hooked(
-        device, lambda net: kind(net.parameters(), lr=1e-3, **options), odd=True
+        device, lambda net: kind(net.parameters(), lr=1e-3, **options)
     )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -470,7 +464,7 @@ def test_graph_of_a_step(kind: Any, device: Device) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaled_gradients(fused: bool, device: Device) -> None:
     """Steps as without a scaler, whose factors are powers of two; that with infinity is skipped."""
-    (model, optimizer), (twin, reference) = two_hooked(device, slow_sgd, odd=False, fused=fused)
+    (model, optimizer), (twin, reference) = two_hooked(device, slow_sgd, fused=fused)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     x = torch.rand(8, 4096, device="cuda")
 
@@ -490,3 +484,52 @@ def test_scaled_gradients(fused: bool, device: Device) -> None:
             reference.step()
     torch.testing.assert_close(model.linear.weight, twin.linear.weight, rtol=1e-5, atol=1e-7)
     assert (start - twin.linear.weight).abs().max() > 1e-4
+
+
+# Parts of DTensors
+
+
+def launch_parts() -> None:
+    """Launch the parts of DTensors whose fan-ins are whole; torch centralizes the others."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    full = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)) + 1
+    for cut, launched in ((Shard(0), 1), (Replicate(), 1), (Shard(1), 0)):
+        grad = distribute_tensor(full.clone(), mesh, [cut])
+        with pytest.MonkeyPatch.context() as patch:
+            device = make_device(EMULATED, patch)
+            (result,) = gcx.centralize_many([grad])
+            assert device.runs == [("Store", 1)] * launched
+            gcx.centralize_many([grad], out=[grad])
+            assert device.runs == [("Store", 1)] * 2 * launched
+        for found in (result, grad):
+            assert found.placements == (cut,)
+            torch.testing.assert_close(found.full_tensor(), centralized(full))
+
+
+def train_parts() -> None:
+    """Launch the gradients of a model under FSDP2, which are cut along the output units."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = copy.deepcopy(twin)
+    fully_shard(model, mesh=mesh)
+    x = torch.rand(5, 6)
+    optimizers = [sgd(net, nesterov=True) for net in (model, twin)]
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        gcx.torch.centralize(optimizer, net)
+    for _ in range(3):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            net(x).square().sum().backward()
+            with pytest.MonkeyPatch.context() as patch:
+                device = make_device(EMULATED, patch) if net is model else None
+                optimizer.step()
+            assert device is None or device.runs == [("StoreRate", 2)]
+            optimizer.zero_grad()
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.full_tensor(), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("task", [launch_parts, train_parts])
+def test_dtensors(task: Any, world: int) -> None:
+    processes.run(world, task)

@@ -137,8 +137,8 @@ def test_gradients_have_the_canonical_bits(
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("maximize", [False, True])
-def test_decay_is_added_to_the_mean(maximize: bool, strides: str) -> None:
-    """The mean of the weights in canonical order too, times the rate in float32."""
+def test_decay_is_added_before_the_mean(maximize: bool, strides: str) -> None:
+    """The mean is that of ``grad + rate * weight`` in float32."""
     model = STRIDES[strides](new_model())
     random_gradients(model)
     rate = np.float32(-0.1 if maximize else 0.1)
@@ -147,8 +147,8 @@ def test_decay_is_added_to_the_mean(maximize: bool, strides: str) -> None:
         grad, weight = (numbers(x).reshape(view) for x in (parameter.grad, parameter))
         result = np.empty_like(grad)
         for unit in canonical_order.output_units(view, axes):
-            mean, of_weight = (canonical_order.scaled_mean(x[unit], 1.0) for x in (grad, weight))
-            result[unit] = grad[unit] - (mean + rate * of_weight)
+            mean = canonical_order.scaled_mean(grad[unit] + rate * weight[unit], 1.0)
+            result[unit] = grad[unit] - mean
         expected[name] = result.reshape(parameter.shape)
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, maximize=maximize)
     gcx.torch.centralize(optimizer, model, reproducible=True)

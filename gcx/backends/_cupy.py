@@ -14,6 +14,7 @@ from typing import Any
 import cupy as cp
 
 from gcx.backends import _canonical, _numpy
+from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import extent, writes_conflict
@@ -32,8 +33,8 @@ def is_writable(array: Any, /) -> bool:
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
-    if why_not := _why_not(grad):
-        msg = f"reproducible=True on CuPy is not for {why_not}"
+    if cp.cuda.runtime.is_hip:
+        msg = "reproducible=True on CuPy is not for ROCm"
         raise TypeError(msg)
 
 
@@ -117,7 +118,7 @@ def to_numpy(array: Any, /) -> Any:
 def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
     """Centralize an array whose strides, or those of `out`, do not suit the kernels."""
     with grad.device:
-        if grad.size == 0 or _why_not(grad):
+        if grad.size == 0 or why_no_kernels(grad):
             return _with_own_operations(grad, axes, strength, out, reproducible)
         rows: Axes = tuple(range(grad.ndim - len(axes), grad.ndim))
         copy = cp.moveaxis(grad, axes, rows).copy()
@@ -142,8 +143,8 @@ def _with_own_operations(
     return out
 
 
-def _why_not(grad: Any) -> str:
-    """Name the property of an array that the kernels do not support; empty if they take it."""
+def why_no_kernels(grad: Any) -> str:
+    """Say why the kernels do not take an array; empty if they do."""
     if grad.dtype.name not in ELEMENTS or not grad.dtype.isnative:
         return f"{grad.dtype}"
     if cp.cuda.runtime.is_hip:
@@ -151,7 +152,8 @@ def _why_not(grad: Any) -> str:
     device = grad.device.id
     if _Host().capability(device) < _OLDEST_DEVICE:
         return "a GPU older than compute capability 8.0"
-    return _launcher().failures.get(device, "")
+    found = _find_launcher()
+    return found if isinstance(found, str) else found.failures.get(device, "")
 
 
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
@@ -181,19 +183,21 @@ class _Host:
 
 
 @cache
-def _launcher() -> Launcher:
-    return Launcher(Cupy(), _Host())
+def _find_launcher() -> Launcher | str:
+    return launcher.find_launcher(Cupy, _Host())
 
 
 @lru_cache(maxsize=1 << 8)
 def _schedule(arrays: tuple[Traits | None, ...]) -> Schedule:
-    return Schedule(_launcher(), "Store", arrays)
+    found = _find_launcher()
+    assert isinstance(found, Launcher)  # `_see` has asked
+    return Schedule(found, "Store", arrays)
 
 
 def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits | None:
     """See an array as the kernels do; None if they do not take it, or its `out`."""
     shape, strides, itemsize = grad.shape, grad.strides, grad.dtype.itemsize
-    if _why_not(grad) or any(stride % itemsize for stride in strides):
+    if why_no_kernels(grad) or any(stride % itemsize for stride in strides):
         return None
     steps = tuple([stride // itemsize for stride in strides])
     # A new result has the strides of the array only if the array is dense.

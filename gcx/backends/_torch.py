@@ -137,6 +137,13 @@ def to_numpy(array: Tensor, /) -> Any:
     return array.detach().cpu().to(_WIDE.get(array.dtype, array.dtype)).numpy().copy()
 
 
+def why_no_kernels(grad: Tensor) -> str:
+    """Say why the kernels do not run on the CUDA device of a tensor; empty if they do."""
+    from gcx.backends import _torch_cuda
+
+    return _torch_cuda.why_not(grad.device)
+
+
 def _is_expanded(array: Tensor) -> bool:
     """Return True if several elements share one address."""
     strides = zip(array.stride(), array.shape, strict=True)
@@ -208,9 +215,13 @@ def subtract_means_(
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
         if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
-            mean = mean_over(grad, fan_ins[k], reproducible)
-            if rate is not None:
-                mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
+            if reproducible and rate is not None:  # as the kernels do
+                wide = _WIDE.get(grad.dtype, grad.dtype)
+                mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_ins[k], True)
+            else:
+                mean = mean_over(grad, fan_ins[k], reproducible)
+                if rate is not None:
+                    mean = mean + rate * mean_over(weight, fan_ins[k])
             subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
             continue
         if len(shape) != grad.ndim:

@@ -6,13 +6,12 @@ the first tensor on a CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from math import inf
 from operator import add, attrgetter, gt, is_
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from gcx.backends import _torch_dtensor
+from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import Span, extent, writes_conflict
@@ -35,7 +35,7 @@ FanIn = tuple[Sequence[int], Axes]
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _PLAIN = (Tensor, Parameter)
-_MOST_LISTS = 16
+_MOST_LISTS = 128  # an optimizer has one for each parameter group
 _SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
@@ -49,20 +49,14 @@ def why_not(device: torch.device | None = None) -> str:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
         return f"{torch.cuda.get_device_name(device)} is too old for the kernels"
-    launcher = find_launcher()
-    return launcher if isinstance(launcher, str) else launcher.failures.get(device.index, "")
+    found = find_launcher()
+    return found if isinstance(found, str) else found.failures.get(device.index, "")
 
 
 @cache
 def find_launcher() -> Launcher | str:
-    """Load the driver; the reason if it is not there, which is the text of a warning too."""
-    try:
-        return Launcher(Bindings(), _Host())
-    except Exception as error:  # noqa: BLE001  # whatever a loader raises
-        reason = f"{type(error).__name__}: {error} (pip install cuda-bindings)"
-        msg = f"the CUDA kernels of gcx cannot run, so torch's slower operations do: {reason}"
-        warn(msg, RuntimeWarning, stacklevel=2)
-        return reason
+    """Load the driver; the reason if it is not there."""
+    return launcher.find_launcher(Bindings, _Host())
 
 
 class _Host:
@@ -110,12 +104,12 @@ def launch(
     parts: Sequence[Tensor | None] = seen
     if not in_place:
         parts = [
-            part if out is grad else None if out is None else _see_here(out, fan_in)
+            part if out is grad else None if out is None else see_here(out, fan_in)
             for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
         ]
     weights, rate = decay or ((), 0.0)
     weights = _see_all(weights, fan_ins) if weights else []
-    found = recall(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
+    found = find_launches(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
     if in_place and all(map(is_, seen, grads)):
         return done
@@ -127,12 +121,12 @@ def launch(
 
 def _see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
     return [
-        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else _see_here(x, fan_in)
+        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in)
         for x, fan_in in zip(tensors, fan_ins, strict=True)
     ]
 
 
-def _see_here(x: Tensor, fan_in: FanIn) -> Tensor:
+def see_here(x: Tensor, fan_in: FanIn) -> Tensor:
     """Split a tensor as its layout does; take the part of a DTensor here, if fan-ins are whole."""
     shape, axes = fan_in
     if type(x) in _PLAIN:
@@ -149,7 +143,7 @@ def _restore(result: Tensor, grad: Tensor) -> Tensor:
     return _torch_dtensor.spread_like(grad, result)
 
 
-def recall(
+def find_launches(
     grads: Sequence[Tensor],
     axes: Sequence[Axes],
     outs: Sequence[Tensor | None],
@@ -164,9 +158,18 @@ def recall(
         others = [grad if out is None else out for grad, out in pairs]
         is_new = [out is None for out in outs]
     key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
-    found = _recent.pop(key, None)
+    make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
+    return recall(key, make)
+
+
+_recent: dict[Hashable, Any] = {}  # a cache
+
+
+def recall(key: Hashable, make: Callable[[], T]) -> T:
+    """Find what was made for a key among the latest ones, or make it."""
+    found: T | None = _recent.pop(key, None)
     if found is None:
-        found = Centralization(grads, axes, outs, weights, reproducible=reproducible)
+        found = make()
     _recent[key] = found  # at the end: the first is the one that was used least recently
     for oldest in [*_recent][:-_MOST_LISTS]:
         _recent.pop(oldest, None)  # another thread may have removed it
@@ -198,13 +201,13 @@ class Centralization:
                 arrays.append(traits)
         self._in_place = all(map(is_, outs, grads))
         self._is_whole = len(arrays) == len(grads)
-        self._sizes = [_count_bytes(grads[k]) for k in self._places]
+        self._sizes = [count_bytes(grads[k]) for k in self._places]
         # torch negates some views when they are read, such as the imaginary part of a conjugate.
-        self._are_dense = all(is_dense(x.shape, x.stride()) for x in at(self._places, grads))
+        self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
         self._apart: list[int] = []  # the last addresses, which did not overlap
         if arrays:
             rule = "StoreRate" if weights else "Store"
-            self._schedule = Schedule(_launcher(), rule, arrays)
+            self._schedule = Schedule(get_launcher(), rule, arrays)
 
     def run(
         self,
@@ -215,19 +218,19 @@ class Centralization:
         rate: float = 0.0,
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        chosen = at(self._places, grads)
+        chosen = pick(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
         if self._has_obstacle(chosen, starts) or not self._is_apart(grads, outs, starts):
             return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
-            wanted = at(self._places, outs)
+            wanted = pick(self._places, outs)
             pairs = zip(chosen, wanted, strict=True)
             targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
             written = [*map(Tensor.data_ptr, targets)]
         roles = [starts, written]
         if weights:
-            roles.append([*map(Tensor.data_ptr, at(self._places, weights))])
+            roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
         left = self._schedule.run(roles, (strength, rate))
         if self._is_whole and not left:
             increment_version(targets)
@@ -254,14 +257,10 @@ class Centralization:
         if not (self._in_place and self._is_whole):
             return not writes_conflict(grads, outs, _find_span)
         if starts != self._apart:
-            ends = sorted(map(add, starts, self._sizes))
-            if any(map(gt, ends, sorted(starts)[1:])):
+            if overlap(starts, self._sizes):
                 return False
             self._apart = starts
         return True
-
-
-_recent: dict[Hashable, Centralization] = {}  # a cache
 
 
 def forms(tensors: Sequence[Tensor]) -> list[Any]:
@@ -299,13 +298,13 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     return grad.get_device(), name, walk
 
 
-def _launcher() -> Launcher:
+def get_launcher() -> Launcher:
     found = find_launcher()
     assert isinstance(found, Launcher)  # `see` has asked
     return found
 
 
-def at(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
+def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
     return values if len(places) == len(values) else [values[k] for k in places]
 
 
@@ -320,7 +319,19 @@ def is_traced() -> bool:
     )
 
 
-def _count_bytes(tensor: Tensor) -> int:
+def has_state(tensors: Sequence[Tensor]) -> bool:
+    """Return True if tensors have more than a form: autograd, or a negative bit."""
+    records = torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, tensors)
+    return records or any(map(Tensor.is_neg, tensors))
+
+
+def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Return True if two runs of memory overlap."""
+    ends = sorted(map(add, starts, sizes))
+    return any(map(gt, ends, sorted(starts)[1:]))
+
+
+def count_bytes(tensor: Tensor) -> int:
     """Count the bytes from the first element of a tensor to the end of its last."""
     return extent(tensor.shape, tensor.stride(), 1)[1] * tensor.itemsize
 
@@ -330,7 +341,7 @@ def _find_span(tensor: Tensor) -> Span:
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
         return inf, inf
     start = tensor.data_ptr()
-    return start, start + _count_bytes(tensor)
+    return start, start + count_bytes(tensor)
 
 
 _is_on_cuda = attrgetter("is_cuda")

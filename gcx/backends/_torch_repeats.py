@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcx.backends import _torch
-from gcx.backends._torch_cuda import Centralization, at, forms, is_traced, recall
+from gcx.backends._torch_cuda import Centralization, find_launches, forms, is_traced, pick
 from gcx.backends.cuda.walks import Axes
 
 
@@ -33,9 +33,9 @@ def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[
     if torch.compiler.is_compiling() or not all(map(_torch.is_for_kernels, grads)):
         return
     places = [k for k, fan_in in enumerate(axes) if fan_in]
-    chosen, fan_ins = at(places, grads), at(places, axes)
+    chosen, fan_ins = pick(places, grads), pick(places, axes)
     outs = chosen if is_in_place else [None] * len(places)
-    launches = recall(chosen, fan_ins, outs, (), reproducible)
+    launches = find_launches(chosen, fan_ins, outs, (), reproducible)
     _known[:] = [_Known(layouts, question[1:], forms(grads), places, fan_ins, launches)]
 
 
@@ -47,7 +47,7 @@ def repeat(
     if known is None:
         return None
     _, reproducible, is_in_place, _ = question
-    chosen = at(known.places, grads)
+    chosen = pick(known.places, grads)
     outs = chosen if is_in_place else [None] * len(chosen)
     done = known.launches.run(chosen, strength, outs)
     left = [n for n, result in enumerate(done) if result is None]

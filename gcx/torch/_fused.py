@@ -1,4 +1,4 @@
-"""AdamW and SGD with Gradient Centralization in their step, in one launch where kernels run."""
+"""AdamW and SGD with Gradient Centralization in their step."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from torch.optim.optimizer import ParamsT
 from gcx._options import Layers, Options
 from gcx.plan import Plan
 from gcx.torch._fused_step import CentralizationInStep
-from gcx.torch._optimizer import AdamWRule, Rule, SGDRule
+from gcx.torch._optimizer import ADAMW_RULE, SGD_RULE, Rule
 from gcx.torch._plan import Overrides
 from gcx.torch._step import not_compiled
 
-# Registries in which `CentralizationInStep` has hooks.
-_REGISTRIES = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
+_NO_MODEL = (
+    "parameters do not say where their fan-in is, but the layers of a model do: give the model "
+    "instead of the parameters, or as model= beside the parameters or their groups"
 )
 
 
 class FusedOptimizer(Optimizer):
-    """Mixin for a torch optimizer: kernels update first, torch updates the remaining parameters.
+    """Mixin for a torch optimizer: kernels step first, and torch steps the rest."""
 
-    Torch collects the parameters of a group with `_init_group`. Here that call makes the step of
-    those that the kernels take, and collects the others.
-    """
+    _rule: Rule
 
-    def _centralize(self, model: nn.Module, options: Options, rule: Rule) -> None:
-        self._centralization = CentralizationInStep(self, model, options, rule)
-        self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in _REGISTRIES}
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        *of_torch: Any,
+        model: nn.Module | None,
+        options: Options,
+        **switches: Any,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            model, params = model or params, params.parameters()
+        if model is None:
+            raise TypeError(_NO_MODEL)
+        super().__init__(params, *of_torch, **switches)
+        self._centralization = CentralizationInStep(self, model, options, self._rule)
+        registries = [name for name in vars(self) if name.endswith("_hooks")]
+        self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
 
     @property
     def plan(self) -> Plan:
@@ -46,7 +55,7 @@ class FusedOptimizer(Optimizer):
     def fallbacks(self) -> list[str]:
         """For each parameter group, why torch makes the next step of some of its parameters.
 
-        Empty for a group that is centralized and updated in one launch for each dtype.
+        Empty for a group that the kernels centralize and update.
         """
         return [self._centralization.hooks.fallback(group) for group in self.param_groups]
 
@@ -62,7 +71,7 @@ class FusedOptimizer(Optimizer):
         options = super().__repr__().removesuffix(")")
         lines = ["Gradient Centralization", f"    plan: {self.plan!r}"]
         for k, reason in enumerate(self.fallbacks):
-            way = f"by torch ({reason})" if reason else "in one launch for each dtype"
+            way = f"by torch ({reason})" if reason else "in one launch for each kernel and dtype"
             lines.append(f"    step of group {k}: {way}")
         return options + "\n".join(lines) + "\n)"
 
@@ -73,7 +82,7 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), **own, **hooks}
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        """Make the kernels' step of a group, and collect the parameters that are left to torch.
+        """Step by kernels, and collect the parameters of a group that are left.
 
         Torch calls this with lists to fill, and makes the state of new parameters here.
         """
@@ -88,10 +97,11 @@ class FusedOptimizer(Optimizer):
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
-    """AdamW with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """AdamW with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
-    It is `torch.optim.AdamW` with the centralized gradient in place of the gradient; weight decay
-    is not centralized. Checkpoints are the same. See :doc:`/fused`.
+    Experimental until measured on a GPU. It is `torch.optim.AdamW` with the centralized gradient in
+    place of the gradient; weight decay is not centralized. Checkpoints are the same. See
+    :doc:`/fused`.
 
     Parameters
     ----------
@@ -125,6 +135,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     [True, True]
     """
 
+    _rule = ADAMW_RULE
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
 
@@ -148,31 +159,21 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         overrides: Overrides | None = None,
         reproducible: bool = False,
     ) -> None:
-        model = _model_of(params, model)
         options = Options(
             strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
         )
-        super().__init__(
-            _parameters_of(params),
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        self._centralize(model, options, AdamWRule())
+        switches = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
+        switches |= {"differentiable": differentiable, "fused": fused}
+        of_torch = lr, betas, eps, weight_decay, amsgrad
+        super().__init__(params, *of_torch, model=model, options=options, **switches)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
-    """SGD with Gradient Centralization: in one launch on CUDA, where it costs next to nothing.
+    """SGD with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
-    It is `torch.optim.SGD` with the centralized sum of gradient and weight decay in place of this
-    sum. So the mean of each weight over its fan-in stays at its initial value (corollary 4.1).
+    Experimental until measured on a GPU. It is `torch.optim.SGD` with the centralized sum of
+    gradient and weight decay in place of this sum. So the mean of each weight over its fan-in stays
+    at its initial value (corollary 4.1).
 
     Parameters
     ----------
@@ -201,6 +202,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
+    _rule = SGD_RULE
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
 
     def __init__(
@@ -222,38 +224,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         overrides: Overrides | None = None,
         reproducible: bool = False,
     ) -> None:
-        model = _model_of(params, model)
         options = Options(
             strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
         )
-        super().__init__(
-            _parameters_of(params),
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        self._centralize(model, options, SGDRule())
-
-
-def _parameters_of(params: ParamsT | nn.Module) -> ParamsT:
-    """Replace a model by its parameters."""
-    return params.parameters() if isinstance(params, nn.Module) else params
-
-
-def _model_of(params: ParamsT | nn.Module, model: nn.Module | None) -> nn.Module:
-    """Find the model whose layers declare the fan-in; a TypeError if there is none."""
-    if model is not None:
-        return model
-    if isinstance(params, nn.Module):
-        return params
-    msg = (
-        "parameters do not say where their fan-in is, but the layers of a model do: give the model "
-        "instead of the parameters, or as model= beside the parameters or their groups"
-    )
-    raise TypeError(msg)
+        switches = {"maximize": maximize, "foreach": foreach}
+        switches |= {"differentiable": differentiable, "fused": fused}
+        of_torch = lr, momentum, dampening, weight_decay, nesterov
+        super().__init__(params, *of_torch, model=model, options=options, **switches)

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from inspect import unwrap
-from operator import is_
-from typing import Any, TypeVar, cast
+from itertools import chain
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import Parameter
+from torch import Tensor, nn, zeros_like
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from gcx._options import Options
 from gcx.backends import _torch_cuda
 from gcx.backends._torch import is_for_kernels
-from gcx.backends._torch_triton import forms
+from gcx.backends._torch_cuda import (
+    FanIn,
+    count_bytes,
+    forms,
+    get_launcher,
+    has_state,
+    overlap,
+    pick,
+    see_here,
+)
+from gcx.backends.cuda.launcher import Schedule
+from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
-from gcx.torch._optimizer import Group, Rule, Scalars, State, coupled_rate
+from gcx.torch._optimizer import Group, Rule, State, coupled_rate
 from gcx.torch._step import GradientHooks
 from gcx.torch._targets import Targets
 from gcx.torch._weights import Weight, centralize_, with_gradient
 
-T = TypeVar("T")
-# One list for each role in a step: gradients, parameters, and each kind of state.
-Roles = Sequence[Sequence[Tensor]]
-Weights = Sequence[Weight | None]  # of all parameters; None for those not to centralize
-
-_PLAIN = (Tensor, Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Lists of parameters whose tables are kept, for steps in which not all have a gradient.
-_KEPT = 8
+Lists = Sequence[Sequence[Tensor]]
 
 
 class CentralizationInStep(GradientCentralization):
@@ -49,22 +53,18 @@ class CentralizationInStep(GradientCentralization):
 
 
 class StepHooks(GradientHooks):
-    """Hooks that skip the parameter groups that the kernels centralize in `step`.
-
-    The optimizer calls `step` when torch comes to a group.
-    """
+    """Hooks that skip the parameter groups that the kernels centralize in `step`."""
 
     def __init__(self, targets: Targets, options: Options, rule: Rule) -> None:
         self._rule = rule
-        self._kept: dict[Hashable, _Tables] = {}
         self._marked: dict[int, dict[Tensor, Weight]] = {}  # by the id of the group
         super().__init__(targets, options)
 
     def step(self, group: Group, remember: Callable[[list[Tensor]], object]) -> list[Tensor]:
         """Centralize and update the parameters of a group that the kernels take.
 
-        `remember` makes the state of parameters that have none yet. Returns the other parameters,
-        their gradients centralized, for torch to update.
+        `remember` makes missing states. Returns the other parameters, for torch to update; their
+        gradients are centralized.
         """
         marked = self._marked.pop(id(group), None)
         if marked is None:  # the hooks have centralized it, or there are none in this step
@@ -75,18 +75,15 @@ class StepHooks(GradientHooks):
         if not all(states):
             remember([p for p, state in zip(parameters, states, strict=True) if not state])
             states = [optimizer.state.get(p, {}) for p in parameters]
-        weights = [*map(marked.get, parameters)]
-        left: list[Tensor] = []
-        for stage, members in _positions(self._rule.stages(group, states)).items():
-            here, their_weights = _at(members, parameters), _at(members, weights)
-            places: Sequence[int] = range(len(here))
-            if stage is not None:
-                places = self._step_of_stage(group, stage, here, their_weights)
-            left += [here[k] for k in places]
-        if not left:
-            return []
-        gradients = with_gradient([marked[p] for p in left if p in marked])
-        centralize_(gradients, coupled_rate(optimizer, group, None))
+        by_stage: dict[Hashable, list[Tensor]] = {}
+        for parameter, state in zip(parameters, states, strict=True):
+            by_stage.setdefault(self._rule.find_stage(group, state), []).append(parameter)
+        left = by_stage.pop(None, [])
+        for stage, members in by_stage.items():
+            left += self._step_of_stage(group, stage, members, marked)
+        if left:
+            gradients = with_gradient([marked[p] for p in left if p in marked])
+            centralize_(gradients, coupled_rate(optimizer, group, None))
         return left
 
     @torch.no_grad()
@@ -95,8 +92,7 @@ class StepHooks(GradientHooks):
 
         Empty if the kernels will make all of it.
         """
-        reason = self._why_not() or self._why_not_group(group)
-        if reason:
+        if reason := self._why_not() or self._why_not_group(group):
             return reason
         state = self._targets.optimizer.state
         try:
@@ -109,10 +105,6 @@ class StepHooks(GradientHooks):
             if p.requires_grad
         )
         return next(filter(None, reasons), "")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tables are on a device and hold addresses, so a copy of an optimizer makes its own.
-        return {**vars(self), "_kept": {}}
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         weights = {id(group): found for group, found in super()._by_group()}
@@ -144,7 +136,7 @@ class StepHooks(GradientHooks):
         for option, value in self._rule.fixed.items():
             if group[option] != value:
                 return f"{option}={group[option]!r}"
-        for option in self._rule.numbers:
+        for option in self._rule.scalars:
             values = group[option] if isinstance(group[option], tuple) else (group[option],)
             if any(isinstance(value, Tensor) for value in values):
                 return f"{option} is a tensor"
@@ -155,130 +147,93 @@ class StepHooks(GradientHooks):
     def _why_not_parameter(
         self, group: Group, parameter: Tensor, state: State, weight: Weight | None
     ) -> str:
-        """Say why a parameter would be left to torch; empty if the kernels would take it.
-
-        A gradient or state that is still missing is assumed to be like the parameter.
-        """
+        """See `fallback`; a gradient or state that is missing is taken to be like the parameter."""
         grad = parameter if parameter.grad is None else parameter.grad
-        if not state:
-            return _why_not([grad, parameter], weight)
-        if None in self._rule.stages(group, [state]):
-            return "the state is from another optimizer, or the steps are counted on the GPU"
-        memory = self._rule.memory(group, [state], [grad])
-        return _why_not([grad, parameter, *(tensor for (tensor,) in memory)], weight)
+        tensors = [grad, parameter]
+        if state:
+            if self._rule.find_stage(group, state) is None:
+                return "the state is from another optimizer, or the steps are counted on the GPU"
+            tensors += chain(*self._memory(group, [state], [grad]).values())
+        if any(forms([tensor])[1:] != forms([parameter])[1:] for tensor in tensors):
+            return "a gradient or state differs from its parameter in dtype, shape or strides"
+        fan_in = _find_fan_in(parameter, weight)
+        if _torch_cuda.see(see_here(grad, fan_in), fan_in[1]):
+            return ""
+        kind = f"{type(grad).__name__} of {grad.dtype} and shape {tuple(grad.shape)}"
+        return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
 
     def _step_of_stage(
-        self, group: Group, stage: Hashable, parameters: Sequence[Any], weights: Weights
-    ) -> list[int]:
-        """Make the step of parameters that are equally far; return the positions that are left."""
+        self, group: Group, stage: Hashable, parameters: list[Tensor], marked: dict[Tensor, Weight]
+    ) -> list[Tensor]:
+        """Make the step of parameters that are equally far; return those that are left."""
         states = [self._targets.optimizer.state.get(p, {}) for p in parameters]
-        grads = [parameter.grad for parameter in parameters]
-        memory = self._rule.memory(group, states, grads)
-        roles = [grads, parameters, *memory]
-        left = self._tables(roles, weights).run(roles, self._rule.scalars(group, stage))
-        done = sorted({*range(len(parameters))}.difference(left))
-        if done:
-            self._rule.remember(_at(done, states), [_at(done, kept) for kept in memory])
-        return left
+        grads = [cast("Tensor", parameter.grad) for parameter in parameters]
+        memory = self._memory(group, states, grads)
+        fan_ins = [_find_fan_in(p, marked.get(p)) for p in parameters]
+        rule, numbers = self._rule.find_numbers(group, stage)
+        roles = [grads, parameters, *memory.values()]
+        done = _launch(rule, numbers, roles, fan_ins, reproducible=self._options.reproducible)
+        for key, tensors in memory.items():
+            for k in done:
+                states[k][key] = tensors[k]
+        if done and "exp_avg" in memory:
+            one = torch.tensor(1.0, device="cpu")  # torch would make a tensor of a number for each
+            torch._foreach_add_([states[k]["step"] for k in done], one, alpha=1.0)
+        return [parameters[k] for k in sorted({*range(len(parameters))}.difference(done))]
 
-    def _tables(self, roles: Roles, weights: Weights) -> _Tables:
-        key = (len(roles), *map(id, roles[1]))
-        tables = self._kept.pop(key, None)  # the last one used moves to the end
-        if tables is None or not tables.are_for(roles, weights):
-            tables = _Tables(self._rule.name, roles, weights)
-        self._kept[key] = tables
-        if len(self._kept) > _KEPT:
-            self._kept.pop(next(iter(self._kept)), None)  # unless another thread has done so
-        return tables
-
-
-class _Tables:
-    """The launches for a list of parameters."""
-
-    def __init__(self, rule: str, roles: Roles, weights: Weights) -> None:
-        # Holding the parameters keeps their ids from being used again.
-        self._parameters, self._memory, self._weights = roles[1], roles[2:], weights
-        self._forms = [forms(tensors) for tensors in roles[:2]]
-        reasons = enumerate(map(_why_not, zip(*roles, strict=True), weights))
-        self._left = {k for k, reason in reasons if reason}
-        centralized = [(k, weight) for k, weight in enumerate(weights) if weight is not None]
-        self._split = [
-            (k, weight.fan_in[0])
-            for k, weight in centralized
-            if k not in self._left and len(weight.fan_in[0]) != weight.parameter.ndim
-        ]
-        self._schedule = _torch_cuda.Schedule(
-            rule,
-            self._view(roles),
-            [() if weight is None else weight.fan_in[1] for weight in weights],
-            any_order=not any(weight.reproducible for _, weight in centralized),
-            left=self._left,
-        )
-
-    def are_for(self, roles: Roles, weights: Weights) -> bool:
-        """Return True for the same parameters, with gradients in the same form.
-
-        Gradients may change form between steps; state tensors do not, so identity is enough.
-        """
-        return (
-            all(map(is_, weights, self._weights))
-            and all(all(map(is_, *pair)) for pair in zip(roles[2:], self._memory, strict=True))
-            and [forms(tensors) for tensors in roles[:2]] == self._forms
-            and all(_why_not([each[k] for each in roles], weights[k]) for k in self._left)
-        )
-
-    def run(self, roles: Roles, scalars: Scalars) -> list[int]:
-        """Centralize and update; return the positions of the parameters that are left."""
-        return self._schedule.run(self._view(roles), **scalars)
-
-    def _view(self, roles: Roles) -> Roles:
-        """Give each tensor the shape that its layout splits."""
-        if not self._split:
-            return roles
-        seen = [[*tensors] for tensors in roles]
-        for tensors in seen:
-            for k, shape in self._split:
-                tensors[k] = tensors[k].view(shape)
-        return seen
+    def _memory(self, group: Group, states: list[State], grads: list[Tensor]) -> dict[str, Any]:
+        """List the state tensors under each key; missing ones are made."""
+        pairs = [*zip(states, grads, strict=True)]
+        return {
+            key: [zeros_like(g) if s.get(key) is None else s[key] for s, g in pairs]
+            for key in (() if group.get("momentum") == 0 else self._rule.memory)
+        }
 
 
-def _why_not(tensors: Sequence[Tensor], weight: Weight | None) -> str:
-    """Say why the kernels do not take a parameter; empty if they do.
+def _launch(
+    rule: str,
+    numbers: Sequence[float],
+    roles: Lists,
+    fan_ins: Sequence[FanIn],
+    *,
+    reproducible: bool,
+) -> list[int]:
+    """Centralize and update what the kernels take; return its positions.
 
-    `tensors` are the gradient, the parameter and its state.
+    `roles` are gradients, parameters, and each kind of state. All is left to torch if tensors share
+    memory, or if FSDP has freed it.
     """
-    grad, parameter, *_ = tensors
-    if any(type(tensor) not in _PLAIN for tensor in tensors):
-        return f"a parameter is a {type(parameter).__name__}, its gradient a {type(grad).__name__}"
-    if grad.layout is not torch.strided:
-        return f"a gradient is {grad.layout}"
-    if parameter.dtype not in _DTYPES:
-        return f"a parameter is {parameter.dtype}"
-    if any(_form(tensor) != _form(parameter) for tensor in tensors):
-        return "a gradient or state differs from its parameter in dtype, device, shape or strides"
-    shape, axes = (parameter.shape, ()) if weight is None else weight.fan_in
-    seen = [tensor.view(shape) if len(shape) != tensor.ndim else tensor for tensor in tensors]
-    if not all(_torch_cuda.takes(tensor, axes, tensor) for tensor in seen):
-        kind = f"{type(grad).__name__} of shape {tuple(grad.shape)}"
-        return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
-    return ""
+    if _torch_cuda.is_traced():
+        return []
+    seen = [[*map(see_here, tensors, fan_ins)] for tensors in roles]
+    axes = [axes for _, axes in fan_ins]
+    key = (rule, *chain(*map(forms, seen)), *axes, reproducible)
+    make = partial(_prepare, rule, seen, axes, reproducible)
+    places, sizes, schedule = _torch_cuda.recall(key, make)
+    chosen = [pick(places, tensors) for tensors in seen]
+    addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
+    every = [*chain(*addresses)]
+    conflicts = 0 in every or overlap(every, sizes)
+    if schedule is None or conflicts or has_state([*chain(*chosen)]):
+        return []
+    left = schedule.run(addresses, numbers)
+    done = [place for n, place in enumerate(places) if n not in left]
+    increment_version([tensors[k] for tensors in roles[1:] for k in done])
+    return done
 
 
-def _form(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+def _prepare(
+    rule: str, roles: Lists, axes: Sequence[Axes], reproducible: bool
+) -> tuple[list[int], list[int], Schedule | None]:
+    """Choose what the kernels take: positions, bytes of each tensor in each role, launches."""
+    see = partial(_torch_cuda.see, reproducible=reproducible)
+    found = [see(grad, of_grad, *rest) for of_grad, grad, *rest in zip(axes, *roles, strict=True)]
+    places = [k for k, traits in enumerate(found) if traits]
+    if not places:
+        return [], [], None
+    sizes = [count_bytes(roles[0][k]) for k in places] * len(roles)
+    return places, sizes, Schedule(get_launcher(), rule, pick(places, found))
 
 
-def _positions(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """List the positions of each value."""
-    everywhere = list(range(len(values)))
-    if values and values.count(values[0]) == len(values):  # as a rule
-        return {values[0]: everywhere}
-    found: dict[Hashable, list[int]] = {}
-    for k in everywhere:
-        found.setdefault(values[k], []).append(k)
-    return found
-
-
-def _at(places: list[int], values: Sequence[T]) -> Sequence[T]:
-    """Pick the values at some positions, which are in order."""
-    return values if len(places) == len(values) else [values[k] for k in places]
+def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
+    return (parameter.shape, ()) if weight is None else weight.fan_in

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from ctypes import c_float
 from inspect import unwrap
 from math import prod, sqrt
-from struct import pack, unpack
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,110 +203,72 @@ _OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fu
 _ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
 
 
-class Rule(Protocol):
-    """An optimizer, described for the kernels.
+# The name of a rule in kernels.cu; the strength, the rate and the numbers of this rule.
+Numbers = tuple[str, Sequence[float]]
 
-    `kind` is its torch class and `name` its name for the kernels. Options in `fixed` must have the
-    given value, and options in `numbers` must be numbers and not tensors.
-    """
+
+class Rule(NamedTuple):
+    """An optimizer, described for the kernels."""
 
     kind: type[Optimizer]
-    name: str
-    fixed: Mapping[str, object]
-    numbers: tuple[str, ...]
-
-    def stages(self, group: Group, states: Sequence[State], /) -> list[Hashable]:
-        """Return how far each parameter is: one stage, one launch. None: left to torch."""
-
-    def memory(
-        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
-    ) -> list[list[Tensor]]:
-        """List the state tensors, one list for each kind; missing ones are made."""
-
-    def scalars(self, group: Group, stage: Any, /) -> Scalars:
-        """Return the numbers that hold for all elements."""
-
-    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
-        """Update the parts of the optimizer state that the kernel did not write itself."""
+    fixed: Mapping[str, object]  # options that must have these values
+    scalars: tuple[str, ...]  # options that must not be tensors
+    memory: tuple[str, ...]  # keys of the state that the kernels update
+    # How far a parameter is: one stage, one launch. None: left to torch.
+    find_stage: Callable[[Group, State], Hashable]
+    find_numbers: Callable[[Group, Any], Numbers]
 
 
-class AdamWRule:
-    """`torch.optim.AdamW`; a stage is the number of steps so far."""
-
-    kind: type[Optimizer] = torch.optim.AdamW
-    name = "adamw"
-    fixed: Mapping[str, object] = {"amsgrad": False, "capturable": False, **_OF_TORCH}
-    numbers: tuple[str, ...] = ("lr", "betas", "weight_decay", "eps")
-
-    def stages(self, _: Group, states: Sequence[State], /) -> list[Hashable]:
-        """See `Rule`. Reading steps from a GPU would wait for it."""
-        return [
-            state["step"].item() if state.keys() >= _ADAMW_STATE and state["step"].is_cpu else None
-            for state in states
-        ]
-
-    def memory(
-        self, _: Group, states: Sequence[State], _grads: Sequence[Tensor], /
-    ) -> list[list[Tensor]]:
-        """See `Rule`."""
-        return [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
-
-    def scalars(self, group: Group, stage: float, /) -> Scalars:
-        """See `Rule`; all in float32, as in torch's fused step on CUDA."""
-        lr, decay = _float32(group["lr"]), _float32(group["weight_decay"])
-        beta1, beta2 = map(_float32, group["betas"])
-        correction1, correction2 = (1 - _float32(beta ** (stage + 1)) for beta in (beta1, beta2))
-        return {
-            "step_size": _float32(lr / _float32(correction1)),
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "decay": _float32(lr * decay),
-            "bias2_root": _float32(sqrt(_float32(correction2))),
-            "maximize": group["maximize"],
-        }
-
-    def remember(self, states: Sequence[State], _: Sequence[Sequence[Tensor]], /) -> None:
-        """See `Rule`."""
-        one = torch.tensor(1.0, device="cpu")  # torch would make a tensor of a number for each
-        torch._foreach_add_([state["step"] for state in states], one, alpha=1.0)
+def _find_stage_of_adamw(_: Group, state: State) -> tuple[float, bool] | None:
+    # Reading steps from a GPU would wait for it.
+    if not (state.keys() >= _ADAMW_STATE and state["step"].is_cpu):
+        return None
+    return state["step"].item(), state["exp_avg"].dtype is torch.float64
 
 
-class SGDRule:
-    """`torch.optim.SGD`; a stage is whether the momentum is still missing."""
-
-    kind: type[Optimizer] = torch.optim.SGD
-    name = "sgd"
-    fixed: Mapping[str, object] = _OF_TORCH
-    numbers: tuple[str, ...] = ("lr", "momentum", "dampening", "weight_decay")
-
-    def stages(self, group: Group, states: Sequence[State], /) -> list[Hashable]:
-        """See `Rule`."""
-        has_momentum = group["momentum"] != 0
-        return [has_momentum and state.get("momentum_buffer") is None for state in states]
-
-    def memory(
-        self, group: Group, states: Sequence[State], grads: Sequence[Tensor], /
-    ) -> list[list[Tensor]]:
-        """See `Rule`."""
-        if group["momentum"] == 0:
-            return []
-        buffers = [state.get("momentum_buffer") for state in states]
-        pairs = zip(buffers, grads, strict=True)
-        return [[torch.zeros_like(grad) if buffer is None else buffer for buffer, grad in pairs]]
-
-    def scalars(self, group: Group, stage: bool, /) -> Scalars:
-        """See `Rule`."""
-        names = (*self.numbers, "nesterov", "maximize")
-        return {"first": stage, **{name: group[name] for name in names}}
-
-    def remember(self, states: Sequence[State], memory: Sequence[Sequence[Tensor]], /) -> None:
-        """See `Rule`."""
-        for buffers in memory:
-            for state, buffer in zip(states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
+def _find_numbers_of_adamw(group: Group, stage: tuple[float, bool]) -> Numbers:
+    steps, is_double = stage
+    rounded = float if is_double else _round  # as in torch's fused step on CUDA
+    lr, decay = rounded(group["lr"]), rounded(group["weight_decay"])
+    beta1, beta2 = map(rounded, group["betas"])
+    correction1, correction2 = (rounded(1 - rounded(b ** (steps + 1))) for b in (beta1, beta2))
+    moments = beta1, beta2, rounded(lr / correction1), rounded(sqrt(correction2))
+    return "AdamW", (1.0, 0.0, _sign(group), rounded(lr * decay), *moments, group["eps"])
 
 
-def _float32(number: float) -> float:
-    (rounded,) = unpack("f", pack("f", number))
-    return float(rounded)
+def _find_stage_of_sgd(group: Group, state: State) -> bool:
+    return group["momentum"] != 0 and state.get("momentum_buffer") is None
+
+
+def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
+    lr, momentum, dampening, decay = (group[name] for name in SGD_RULE.scalars)
+    sign = _sign(group)
+    name = "Sgd" + "Momentum" * (momentum != 0) + "Rate" * (decay != 0)
+    of_momentum = momentum, 1 - dampening, is_first, group["nesterov"]
+    return name, (1.0, sign * decay, sign, -lr, *of_momentum)
+
+
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _round(number: float) -> float:
+    return c_float(number).value
+
+
+ADAMW_RULE = Rule(
+    torch.optim.AdamW,
+    {"amsgrad": False, "capturable": False, **_OF_TORCH},
+    ("lr", "betas", "weight_decay", "eps"),
+    ("exp_avg", "exp_avg_sq"),
+    _find_stage_of_adamw,
+    _find_numbers_of_adamw,
+)
+SGD_RULE = Rule(
+    torch.optim.SGD,
+    _OF_TORCH,
+    ("lr", "momentum", "dampening", "weight_decay"),
+    ("momentum_buffer",),
+    _find_stage_of_sgd,
+    _find_numbers_of_sgd,
+)

@@ -63,7 +63,7 @@ def apply(
     grad, weight = arrays["grad"], arrays.get("weight")
     wide = grad.dtype.type
     strength, rate = map(wide, numbers[:2])
-    summed = fma(rate, weight, grad) if rule.endswith("Rate") else grad
+    summed = grad + rate * weight if rule.endswith("Rate") else grad
     if centralized:
         sums = canonical_order.canonical_sum(np.ascontiguousarray(summed.T))
         grad = grad - (sums / wide(summed.shape[1]) * strength)[:, None]

@@ -93,8 +93,7 @@ def expected_counts(variant: Variant) -> tuple[int, int, int]:
     is_summed = kernel not in {"flat", "split_columns"}
     is_held = rule == "Store" and kernel in {"rows", "columns", "split_columns"}
     loads = packs * (1 + has_rate) if is_summed else packs * is_held
-    sums = packs * pack * has_rate * is_summed
     if kernel == "column_sums":
-        return loads, 0, sums
+        return loads, 0, 0
     loads += 0 if is_held else reads
-    return loads, writes * (packs if is_held else 1), sums + pack * fused
+    return loads, writes * (packs if is_held else 1), pack * fused

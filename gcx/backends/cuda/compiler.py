@@ -18,6 +18,8 @@ from gcx.backends.cuda.tables import ELEMENTS
 
 T = TypeVar("T")
 
+_DIGEST = sha256().digest_size
+
 
 @cache
 def read_source() -> str:
@@ -40,14 +42,15 @@ def load_kernel(driver: Driver, options: list[str], load: Callable[[bytes], T]) 
     source = read_source()
     text = "\n".join([str(driver.versions()[0]), *options, source])
     name = f"{sha256(text.encode()).hexdigest()}.cubin"
-    unusable = suppress(
-        OSError, RuntimeError
-    )  # a RuntimeError: there is no home, or it fails to load
+    unusable = suppress(OSError, RuntimeError)  # a RuntimeError: no home, or a failure to load
     with unusable:
-        return load((_find_cache() / name).read_bytes())
+        kept = (_find_cache() / name).read_bytes()
+        code = kept[_DIGEST:]
+        if sha256(code).digest() == kept[:_DIGEST]:  # a driver may crash on half of a kernel
+            return load(code)
     code = driver.compile(source, options)
     with unusable:
-        _write(_find_cache() / name, code)
+        _write(_find_cache() / name, sha256(code).digest() + code)
     return load(code)
 
 

@@ -5,7 +5,8 @@ Devices are used by their number. The caller has made a device current.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import addressof, c_void_p
 from typing import Any, Protocol
 
@@ -37,8 +38,11 @@ class Bindings:
     """The driver through cuda.bindings, on which torch's CUDA builds depend."""
 
     def __init__(self) -> None:
-        from cuda.bindings import driver, nvrtc
-
+        try:
+            from cuda.bindings import driver, nvrtc
+        except ImportError as error:
+            msg = f"{error} (pip install cuda-bindings)"
+            raise ImportError(msg) from error
         self._driver, self._nvrtc = driver, nvrtc
         self._launch = driver.cuLaunchKernel
 
@@ -137,9 +141,11 @@ class Cupy:
 
         self._runtime.setDevice(device)
         module = Module()
-        module.load(code)
+        with _tell_lack_of_memory():
+            module.load(code)
+            kernel = self._driver.moduleGetFunction(module.ptr, _NAME)
         self._modules.append(module)
-        return self._driver.moduleGetFunction(module.ptr, _NAME)
+        return kernel
 
     def launch(
         self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
@@ -148,6 +154,17 @@ class Cupy:
         self._runtime.setDevice(device)  # makes its context current in this thread
         pointer = c_void_p(parameters)
         blocks, threads = size
-        self._driver.launchKernel(
-            kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0
-        )
+        arguments = (kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0)
+        with _tell_lack_of_memory():
+            self._driver.launchKernel(*arguments)
+
+
+@contextmanager
+def _tell_lack_of_memory() -> Iterator[None]:
+    """Raise a MemoryError in place of CuPy's error for all that a driver reports."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise MemoryError(str(error)) from error
+        raise

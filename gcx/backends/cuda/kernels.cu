@@ -179,7 +179,8 @@ template <typename Walk> DEVICE void store(const Pack& p, E* to, const Walk& wal
 // from a cache. BLOCKS should fit on a multiprocessor.
 // The numbers of a rule are in its own type, so that it reads them from the constant bank as they are.
 
-DEVICE Wide coupled(Wide grad, Wide weight, Wide rate) { return fma(rate, weight, grad); }
+// Rounded twice, so that a library without fused operations finds the same bits.
+DEVICE Wide coupled(Wide grad, Wide weight, Wide rate) { return grad + rate * weight; }
 
 template <bool HAS_RATE> struct StoreRule {  // roles: grad, out, and weight if there is a rate
   static constexpr int ROLES = 2 + HAS_RATE, WEIGHT = 2, READ = 1, LAST = 1;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from ctypes import addressof, c_char
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ _FIRST_LARGE = 12010  # versions of NVRTC and the driver that take more than 4 K
 
 # Device, dtype and walk of an array; None for an array that the kernels do not take.
 Traits = tuple[int, str, Walk]
+# Kernels, stream, parameters, and the owner of memory that must live until the launch.
+Prepared = tuple[Sequence[Any], int, bytearray, object]
 
 
 class Host(Protocol):
@@ -54,6 +56,7 @@ class Launcher:
         self._driver, self.host = driver, host
         self._kernels: dict[tuple[object, ...], Any] = {}
         self.failures: dict[int, str] = {}
+        self._is_warned = False  # of a capture
         self.takes_large = min(driver.versions()) >= _FIRST_LARGE
 
     def find(self, device: int, launch: Launch, name: str) -> Any:
@@ -67,45 +70,75 @@ class Launcher:
             self._kernels[key] = found
         return found
 
-    def launch(
+    def prepare(
         self,
         device: int,
         launch: Launch,
         addresses: Sequence[Sequence[int]],
         numbers: Sequence[float],
-    ) -> bool:
-        """Launch on the current stream of the current device; return False if it is impossible."""
+    ) -> Prepared | None:
+        """Do all that takes memory, on the current stream; return None if it is impossible."""
         host = self.host
+        if device in self.failures:
+            return None
         try:
             kernels = [self.find(device, launch, name) for name in launch.kernels]
-            if None in kernels:
-                warn(_TOO_EARLY, RuntimeWarning, stacklevel=2)
-                return False
-            stream = host.stream(device)
-            # The owner keeps the memory until the launch is in the stream.
-            partials, _owner = host.allocate(device, launch.partials) if launch.partials else (0, 0)
-            work = launch.fill(addresses, numbers, partials)
-            parameters = addressof(c_char.from_buffer(work))
-            for kernel in kernels:
-                size = (launch.blocks, launch.threads)
-                self._driver.launch(device, kernel, size, stream, parameters)
-        except (MemoryError, host.out_of_memory):
-            raise
+            if None not in kernels:
+                partials, owner = (0, None)
+                if launch.partials:
+                    partials, owner = host.allocate(device, launch.partials)
+                work = launch.fill(addresses, numbers, partials)
+                return kernels, host.stream(device), work, owner
         except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises
-            self.fail(device, error)
+            self._fail(device, error)
+            return None
+        if not self._is_warned:
+            self._is_warned = True
+            warn(_TOO_EARLY, RuntimeWarning, stacklevel=2)
+        return None
+
+    def launch(self, device: int, launch: Launch, prepared: Prepared | None) -> bool:
+        """Launch on the current device; return False if it is impossible."""
+        if prepared is None or device in self.failures:
+            return False
+        kernels, stream, work, _ = prepared
+        parameters = addressof(c_char.from_buffer(work))
+        size = (launch.blocks, launch.threads)
+        try:
+            for kernel in kernels:
+                self._driver.launch(device, kernel, size, stream, parameters)
+        except Exception as error:  # noqa: BLE001  # whatever a driver raises
+            self._fail(device, error)
             return False
         return True
 
-    def fail(self, device: int, reason: object) -> None:
+    def _fail(self, device: int, error: Exception) -> None:
         """Launch nothing on a device from now on, and warn of the reason."""
-        line = str(reason).strip().partition("\n")[0]
-        self.failures[device] = line
-        warn(_FAILED.format(device, line), RuntimeWarning, stacklevel=2)
+        if isinstance(error, (MemoryError, self.host.out_of_memory)):
+            raise error
+        self.failures[device] = reason = _describe(error)
+        warn(_FAILED.format(f" on cuda:{device}", reason), RuntimeWarning, stacklevel=3)
+
+
+def find_launcher(make_driver: Callable[[], Driver], host: Host) -> Launcher | str:
+    """Load the driver; if it is not there, warn of the reason and return it."""
+    try:
+        return Launcher(make_driver(), host)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a loader raises
+        reason = _describe(error)
+        warn(_FAILED.format("", reason), RuntimeWarning, stacklevel=2)
+        return reason
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 _FAILED = (
-    "the CUDA kernels of gcx cannot run on cuda:{}, so the array library's own, slower operations "
-    "do their work: {}"
+    "the CUDA kernels of gcx cannot run{}, so the array library's own, slower operations do their "
+    "work: {}"
 )
 _TOO_EARLY = (
     "a CUDA graph is captured before the CUDA kernels of gcx have run once, so it gets the array "
@@ -138,11 +171,15 @@ class Schedule:
         """
         left = [*self._left]
         launcher = self._launcher
+        prepared = []
+        # All that takes memory comes before the first launch, so that no step is half done.
         for device, launches in self._launches:
             with launcher.host.current(device):
                 for launch in launches:
-                    if device in launcher.failures or not launcher.launch(
-                        device, launch, addresses, numbers
-                    ):
-                        left += launch.places
+                    ready = launcher.prepare(device, launch, addresses, numbers)
+                    prepared.append((device, launch, ready))
+        for device, launch, ready in prepared:
+            with launcher.host.current(device):
+                if not launcher.launch(device, launch, ready):
+                    left += launch.places
         return sorted(left)

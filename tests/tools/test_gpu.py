@@ -221,7 +221,7 @@ class TestParts:
         assert not first.ok
         assert re.search(r"CUDA kernels of gcx cannot run.*no such image", first.why)
         assert not second.ok
-        assert second.why == "RuntimeError: the kernels are not used: no such image"
+        assert second.why == "RuntimeError: the kernels are not used: RuntimeError: no such image"
 
     def measured(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch, *functions: Any) -> Any:
         for k, function in enumerate(functions):

@@ -89,7 +89,7 @@ def test_an_array_loads_its_own_backend_alone(backend_name: str) -> None:
         expected.add("numpy")
     loaded = {name.partition("gcx.backends._")[2] for name in after}
     assert loaded & {*LIBRARIES, "array_api"} == expected
-    assert not loaded & {"torch_cuda", "torch_triton", "triton_kernels"}  # there is no tensor there
+    assert "torch_cuda" not in loaded  # there is no tensor on CUDA
 
 
 @pytest.mark.parametrize("value", ["[1.0]", "None", "'text'", "1.0"])

@@ -1,4 +1,4 @@
-"""The Triton kernel on a GPU: bits, launches, streams, graphs; what cannot be seen without one."""
+"""The CUDA kernels on a GPU: bits, launches, streams, graphs; all that needs a real one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 import gcx
 from gcx.backends import _torch_cuda
-from gcx.backends._torch_cuda import Launches, centralize_many, takes
 
 from kernel_cases import CASES, DTYPES, assert_same_bits, expected, filled
 from torch_kernels import IS_ON_CUDA, on_gpu
@@ -34,10 +33,7 @@ SHAPES = [(64, 147), *[(256, 64), (64, 576), (512, 1152), (100, 4608)] * 13, (10
 @pytest.fixture(autouse=True)
 def kernels() -> None:
     """Without them, all of this would be tested on PyTorch's own operations."""
-    reason = _torch_cuda.why_not()
-    if "TRITON_INTERPRET" in reason:
-        pytest.skip(reason)
-    assert not reason
+    assert not _torch_cuda.why_not()
 
 
 @pytest.fixture
@@ -48,11 +44,17 @@ def grads() -> list[Tensor]:
 AXES = [(1,)] * len(SHAPES)
 
 
-def wanted_of(grads: list[Tensor]) -> list[Tensor]:
-    """By the kernel itself, alone on the device."""
-    results = centralize_many(grads, [(1,)] * len(grads), 1.0, [None] * len(grads))
-    torch.cuda.synchronize()
+def centralize_many(grads: list[Tensor], axes: Any, outs: Any = None) -> list[Tensor]:
+    """By the kernels alone: none is left to torch's operations."""
+    fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
+    outs = outs or [None] * len(grads)
+    results = _torch_cuda.launch(grads, fan_ins, 1.0, outs, reproducible=False)
+    assert all(result is not None for result in results)
     return results
+
+
+def centralize_(grads: list[Tensor], axes: Any) -> None:
+    centralize_many(grads, axes, grads)
 
 
 def columns(count: int = 8) -> list[Tensor]:
@@ -69,8 +71,12 @@ def test_bits(dtype: Any) -> None:
     for _ in range(50):
         with torch.device("cuda"):
             again = [make(dtype).copy_(x) for make, x in zip(makers, tensors, strict=True)]
-        assert all(map(takes, again, axes, again))
-        centralize_many(again, axes, 1.0, again, reproducible=True)
+        shapes = [grad.shape for grad in again]
+        fan_ins = [*zip(shapes, axes, strict=True)]
+        launched = _torch_cuda.launch(again, fan_ins, 1.0, again, reproducible=True)
+        for grad, fan_in, result in zip(again, axes, launched, strict=True):
+            if result is None:  # left to torch's operations
+                gcx.centralize(grad, axis=fan_in, out=grad, reproducible=True)
         for grad, each in zip(again, wanted, strict=True):
             assert_same_bits(grad, each)
 
@@ -91,127 +97,64 @@ def test_bits_of_long_fan_ins(dtype: Any, fan_in: int) -> None:
 def test_not_finite_stays_in_its_unit(axes: Any, bad: float) -> None:
     grad = torch.randn(3000, 4000, device="cuda")
     grad[7, 5] = bad
-    centralize_many([grad], [axes], 1.0, [grad])
+    centralize_([grad], [axes])
     unit = grad[7] if axes == (1,) else grad[:, 5]
     assert not unit.isfinite().any()
     assert (~grad.isfinite()).sum() == unit.numel()
 
 
-def test_two_launches_at_most_and_no_waiting(grads: list[Tensor]) -> None:
-    launches = Launches()
-    with torch.no_grad():
-        launches.centralize_(grads, AXES)
-        found = on_gpu(lambda: launches.centralize_(grads, AXES))
-        assert found == {"multi_tensor": 2}  # one for the rows whose length is odd
-        fresh = [grad.clone() for grad in grads]
-        found = on_gpu(lambda: launches.centralize_(fresh, AXES))
-        assert found["multi_tensor"] == 2
-        assert found.total() == 3  # with the new addresses
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                launches.centralize_(grads, AXES)
-                launches.centralize_(fresh, AXES)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_one_launch_and_no_waiting(grads: list[Tensor]) -> None:
+    centralize_(grads, AXES)
+    fresh = [grad.clone() for grad in grads]
+    for each in (grads, fresh):
+        assert on_gpu(lambda: centralize_(each, AXES)).total() == 1  # noqa: B023
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            centralize_(grads, AXES)
+            centralize_(fresh, AXES)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_public_functions_launch_the_kernel(grads: list[Tensor]) -> None:
     gcx.centralize_many(grads)
     gcx.centralize(grads[0])
-    assert on_gpu(lambda: gcx.centralize_many(grads))["multi_tensor"] == 2
-    assert on_gpu(lambda: gcx.centralize(grads[0]))["multi_tensor"] == 1
+    assert on_gpu(lambda: gcx.centralize_many(grads)).total() == 1
+    assert on_gpu(lambda: gcx.centralize(grads[0])).total() == 1
 
 
 def test_gradients_at_new_addresses_in_each_step(grads: list[Tensor]) -> None:
-    launches = Launches()
     kept = []
-    with torch.no_grad():
-        for step in range(200):
-            new = [grad * (step + 1) for grad in grads]
-            wanted = wanted_of(new)
-            launches.centralize_(new, AXES)
-            assert all(map(torch.equal, new, wanted))
-            kept.append(new[step % len(new)])  # so that addresses do not come back
+    for step in range(200):
+        new = [grad * (step + 1) for grad in grads]
+        wanted = centralize_many(new, AXES)
+        centralize_(new, AXES)
+        assert all(map(torch.equal, new, wanted))
+        kept.append(new[step % len(new)])  # so that addresses do not come back
 
 
 @pytest.mark.parametrize("make", [columns, lambda: [torch.randn(4000, 999, device="cuda")]])
-def test_graph_is_replayed_on_new_gradients(make: Any) -> None:
-    grads = make()
-    axes = [(0,)] * len(grads)
-    launches = Launches()
+def test_graph_of_two_lists_is_replayed_on_new_gradients(make: Any) -> None:
+    lists = [make(), make()]
+    axes = [(0,)] * len(lists[0])
     stream = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):
-        launches.centralize_(grads, axes)  # as one does before capturing
+    with torch.cuda.stream(stream):
+        centralize_(lists[0], axes)  # as one does before capturing
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            assert launches.centralize_(grads, axes) == []
+            for grads in lists:
+                centralize_(grads, axes)
         for _ in range(20):
-            new = [torch.randn_like(grad) for grad in grads]
-            for grad, values in zip(grads, new, strict=True):
-                grad.copy_(values)
+            new = [[torch.randn_like(grad) for grad in grads] for grads in lists]
+            for grads, values in zip(lists, new, strict=True):
+                for grad, value in zip(grads, values, strict=True):
+                    grad.copy_(value)
             graph.replay()
-            found = [grad.clone() for grad in grads]
-            launches.centralize_(new, axes)  # in between, on the same tables
-            assert all(map(torch.equal, found, new))
-        del launches
-        torch.cuda.empty_cache()
-        graph.replay()
-        torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("is_moved", [False, True])
-def test_graph_reads_tables_of_a_plan_that_is_gone(is_moved: bool) -> None:
-    """At the addresses of the launch before, or at others, which the graph has to send."""
-    grads = columns()
-    axes = [(0,)] * len(grads)
-    stream = torch.cuda.Stream()
-    launches = Launches()
-    with torch.no_grad(), torch.cuda.stream(stream):
-        launches.centralize_(grads, axes)
-        if is_moved:
-            grads = [grad.clone() for grad in grads]
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            assert launches.centralize_(grads, axes) == []
-        torch.cuda.synchronize()
-        del launches
-        torch.cuda.empty_cache()
-        others = [torch.full_like(grad, float("nan")) for grad in grads]  # where tables were
-        for _ in range(5):
-            new = [torch.randn_like(grad) for grad in grads]
-            for grad, values in zip(grads, new, strict=True):
-                grad.copy_(values)
-            graph.replay()
-            assert all(map(torch.equal, grads, centralize_many(new, axes, 1.0, new)))
-        assert all(other.isnan().all() for other in others)
-
-
-def test_plan_is_dropped_while_another_stream_is_busy() -> None:
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    grads = columns()
-    axes = [(0,)] * len(grads)
-    wanted = centralize_many(grads, axes, 1.0, [None] * len(grads))
-    busy = torch.randn(4096, 4096, device="cuda")
-    torch.cuda.synchronize()
-    for _ in range(20):
-        launches = Launches()
-        found = []
-        for stream in streams:
-            with torch.no_grad(), torch.cuda.stream(stream):
-                copies = [grad.clone() for grad in grads]
-                torch.tanh(busy @ busy)
-                launches.centralize_(copies, axes)
-                found.append(copies)
-        del launches  # and with it the tables, sent on the first stream and read on the second
-        with torch.cuda.stream(streams[0]):
-            for size in (1, 4, 16, 64):
-                torch.full((size * 128,), -1, device="cuda")
-        torch.cuda.synchronize()
-        for copies in found:
-            assert all(map(torch.equal, copies, wanted))
+            for grads, values in zip(lists, new, strict=True):
+                centralize_(values, axes)
+                assert all(map(torch.equal, grads, values))
 
 
 def test_graph_captured_without_a_first_launch() -> None:
@@ -228,20 +171,18 @@ def test_graph_captured_without_a_first_launch() -> None:
 
 
 def test_streams_at_the_same_time() -> None:
-    """The same tables on two streams, with columns, whose sums are left in memory."""
+    """The same launches on two streams, with columns, whose sums are left in memory."""
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     lists = [columns(), columns()]
-    wanted = [centralize_many(grads, [(0,)] * 8, 1.0, [None] * 8) for grads in lists]
+    wanted = [centralize_many(grads, [(0,)] * 8) for grads in lists]
     torch.cuda.synchronize()
-    launches = Launches()
     found = []
-    with torch.no_grad():
-        for _ in range(50):
-            for stream, grads in zip(streams, lists, strict=True):
-                with torch.cuda.stream(stream):
-                    copies = [grad.clone() for grad in grads]
-                    launches.centralize_(copies, [(0,)] * 8)
-                    found.append(copies)
+    for _ in range(50):
+        for stream, grads in zip(streams, lists, strict=True):
+            with torch.cuda.stream(stream):
+                copies = [grad.clone() for grad in grads]
+                centralize_(copies, [(0,)] * 8)
+                found.append(copies)
     torch.cuda.synchronize()
     for k, copies in enumerate(found):
         assert all(map(torch.equal, copies, wanted[k % 2]))
@@ -251,8 +192,7 @@ def test_streams_at_the_same_time() -> None:
 def test_devices() -> None:
     grads = [torch.randn(500, 64, device=f"cuda:{k % 2}") for k in range(6)]
     wanted = [grad - grad.mean(0, keepdim=True) for grad in grads]
-    with torch.no_grad():
-        assert Launches().centralize_(grads, [(0,)] * 6) == []
+    centralize_(grads, [(0,)] * 6)
     torch.testing.assert_close(grads, wanted)
     assert torch.cuda.current_device() == 0
 
@@ -267,11 +207,10 @@ def test_compiled_as_it_was() -> None:
 # device is full of other work, so that not all of them run at the same time.
 _BESIDE_OTHER_WORK = """
     import torch
-    from gcx.backends._torch_cuda import centralize_many
+    import gcx
     torch.manual_seed(0)
     grads = [torch.randn(16000, 640, device="cuda"), torch.randn(5000, 64, device="cuda")]
-    axes = [(0,), (0,)]
-    wanted = centralize_many(grads, axes, 1.0, [None, None])
+    wanted = gcx.centralize_many(grads, layouts="...o")
     torch.cuda.synchronize()
     other, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
     outs = [torch.empty_like(grad) for grad in grads]
@@ -281,7 +220,7 @@ _BESIDE_OTHER_WORK = """
             busy = torch.tanh(busy @ busy)
         for out in outs:
             out.fill_(float("nan"))
-        centralize_many(grads, axes, 1.0, outs)
+        gcx.centralize_many(grads, layouts="...o", out=outs)
         for out, each in zip(outs, wanted):
             differ += (out != each).sum()
     assert differ.item() == 0

@@ -27,7 +27,7 @@ _LAYERS = (
     ("_version", "_table", "_compat", "_names", "layout"),
     ("backends",),
     ("_dispatch",),
-    ("_centralize", "_decisions", "_layouts", "_means", "_options", "_rules", "plan"),
+    ("_centralize", "_decisions", "_layouts", "_means", "_options", "_repeats", "_rules", "plan"),
 )
 
 

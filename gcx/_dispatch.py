@@ -29,8 +29,8 @@ def backend_for(array: Any) -> Backend:
 def repeating_backend(arrays: Sequence[Any]) -> Any:
     """Find the module that repeats a call for arrays of this type; None if there is none."""
     backend = _by_type.get(type(arrays[0])) if arrays else None
-    is_for_kernels = getattr(backend, "is_for_kernels", None)
-    if is_for_kernels is None or not is_for_kernels(arrays[0]):
+    is_repeatable = getattr(backend, "is_repeatable", None)
+    if is_repeatable is None or not is_repeatable(arrays[0]):
         return None
     from gcx.backends import _torch_repeats
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 _BLOCK = 1 << 19
 
 
-def is_for_kernels(grad: Tensor) -> bool:
-    """Return True for a tensor on CUDA."""
-    return grad.is_cuda
+is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
+
+
+def is_repeatable(grad: Tensor) -> bool:
+    """Return True if `_torch_repeats` may know a list that begins with this tensor."""
+    return not torch.compiler.is_compiling() and is_for_kernels(grad)
 
 
 def check_dtype(grad: Tensor, /) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gcx.backends import _torch
@@ -30,7 +29,7 @@ _known: list[_Known] = []  # the last one: a cache
 def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[Axes]) -> None:
     """Keep the fan-in axes of a list; the question is that of `gcx._repeats.Call`."""
     layouts, reproducible, is_in_place, _ = question
-    if torch.compiler.is_compiling() or not all(map(_torch.is_for_kernels, grads)):
+    if not all(map(_torch.is_for_kernels, grads)):
         return
     places = [k for k, fan_in in enumerate(axes) if fan_in]
     chosen, fan_ins = pick(places, grads), pick(places, axes)
@@ -43,7 +42,7 @@ def repeat(
     grads: Sequence[Tensor], question: tuple[Any, ...], strength: float
 ) -> list[Tensor] | None:
     """Centralize a list if the last call of `remember` has the answers; else return None."""
-    known = None if torch.compiler.is_compiling() else _find(grads, question)
+    known = _find(grads, question)
     if known is None:
         return None
     _, reproducible, is_in_place, _ = question

@@ -82,7 +82,9 @@ def figures() -> dict[str, Any]:
         found["from an array to its backend, ns"] = round(dispatch_nanoseconds())
     if find_spec("torch"):
         from benchmarks.frames import frames_of_a_step
+        from benchmarks.gpu.host import launch_microseconds
 
+        found["centralize_many, 54 tensors, launch stood in, us"] = round(launch_microseconds(), 1)
         frames = frames_of_a_step()
         found["frames of a CPU step in gcx"] = len(frames.calls)
         found["frames above the backend"] = frames.above_the_backend

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -18,16 +17,11 @@ class Array(np.ndarray):
 
     @property
     def data(self) -> Any:
-        addressed[self.ctypes.data] = self
-        return SimpleNamespace(ptr=self.ctypes.data)
+        return SimpleNamespace(ptr=self.ctypes.data, owner=self)
 
     @property
     def device(self) -> Any:
         return Device(0)
-
-
-# Arrays whose address has been asked for.
-addressed: WeakValueDictionary[int, Array] = WeakValueDictionary()
 
 
 class Device(nullcontext[None]):
@@ -36,6 +30,7 @@ class Device(nullcontext[None]):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.id = number
+        self.compute_capability = "90"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id
@@ -44,17 +39,23 @@ class Device(nullcontext[None]):
         return self.id
 
 
+class OutOfMemoryError(MemoryError):
+    """Memory on the device is short."""
+
+
 class StandIn(ModuleType):
-    """What stands for the module `cupy`: NumPy, and what CuPy has besides."""
+    """NumPy, with what CuPy has besides."""
 
     def __init__(self, *, is_hip: bool = False) -> None:
         super().__init__("cupy")
         self.is_capturing = False
         self.cuda = SimpleNamespace(
             Device=Device,
-            runtime=SimpleNamespace(is_hip=is_hip, getDevice=lambda: 0),
+            alloc=lambda size: self.empty(size, np.uint8).data,
+            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            runtime=SimpleNamespace(is_hip=is_hip, getDeviceCount=lambda: 1),
             get_current_stream=lambda: SimpleNamespace(
-                ptr=0, is_capturing=lambda: self.is_capturing
+                ptr=7, is_capturing=lambda: self.is_capturing
             ),
         )
 
@@ -65,25 +66,30 @@ class StandIn(ModuleType):
         return np.array(values).view(Array)
 
     def empty(self, shape: Any, dtype: Any) -> Array:
-        return np.full(shape, np.nan, dtype).view(Array)  # as nobody may rely on what is there
+        # Nobody may rely on what is there.
+        return np.full(shape, np.nan if np.dtype(dtype).kind != "u" else 255, dtype).view(Array)
+
+    def is_available(self) -> bool:
+        return True
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
         return np.zeros(shape, dtype).view(Array)
 
 
-def install(patch: pytest.MonkeyPatch, cupy: StandIn) -> ModuleType:
-    """Let gcx take `cupy` for CuPy; returns its backend, loaded afresh."""
+def install(patch: pytest.MonkeyPatch, cupy: StandIn, make_driver: Any = None) -> Any:
+    """Let gcx take `cupy` for CuPy; return its backend, loaded afresh."""
     from gcx import _dispatch, backends
 
     patch.setitem(sys.modules, "cupy", cupy)
-    for name in ("_cupy_kernels", "_cupy"):  # in this order: the second imports the first
-        qualified = f"gcx.backends.{name}"
-        spec = find_spec(qualified)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        patch.setitem(sys.modules, qualified, module)
-        patch.setattr(backends, name, module, raising=False)
-        spec.loader.exec_module(module)
+    name = "gcx.backends._cupy"
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = module_from_spec(spec)
+    patch.setitem(sys.modules, name, module)
+    patch.setattr(backends, "_cupy", module, raising=False)
+    spec.loader.exec_module(module)
+    if make_driver is not None:
+        module.Cupy = make_driver
     patch.setattr(_dispatch, "_by_type", {Array: module})
     return module

@@ -2,112 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-import torch
-from torch import Tensor
+
+import gcx
 
 import canonical_order
-import same_bits
-
-Axes = tuple[int, ...]
-
-DTYPES = [getattr(torch, name) for name in canonical_order.DTYPES]
+from canonical_order import DTYPES
 
 
-def plain(*shape: int) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype)
+class Case(NamedTuple):
+    """A part of an array of this shape, to be centralized over these axes of the part."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    part: Callable[[Any], Any] = lambda whole: whole
 
 
-def behind(count: int, *shape: int) -> Callable[[torch.dtype], Tensor]:
-    """Some elements behind the start of other memory."""
-    size = int(np.prod(shape))
-    return lambda dtype: torch.empty(count + size, dtype=dtype)[count:].view(shape)
-
-
-def part(shape: tuple[int, ...], *index: Any) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype)[index]
-
-
-def turned(shape: tuple[int, ...], *order: int) -> Callable[[torch.dtype], Tensor]:
-    return lambda dtype: torch.empty(shape, dtype=dtype).permute(order)
-
-
-CHANNELS_LAST = turned((5, 3, 3, 40), 0, 3, 1, 2)
-
-# What a gradient is in memory, and its fan-in axes.
-CASES: dict[str, tuple[Callable[[torch.dtype], Tensor], Axes]] = {
-    "two": (plain(7, 2), (1,)),
-    "three": (plain(5, 3), (1,)),
-    "9": (plain(70, 9), (1,)),
-    "stem": (plain(64, 3, 7, 7), (1, 2, 3)),
-    "a power of two": (plain(5, 64), (1,)),
-    "576": (plain(30, 576), (1,)),
-    "1025": (plain(3, 1025), (1,)),
-    "a tile": (plain(2, 4096), (1,)),
-    "4608": (plain(3, 4608), (1,)),
-    "14336": (plain(2, 14336), (1,)),
-    "a segment": (plain(2, 16384), (1,)),
-    "a segment and one": (plain(2, 16385), (1,)),
-    "segments": (plain(2, 50000), (1,)),
-    "one row": (plain(1, 100), (1,)),
-    "all": (plain(8, 9), (0, 1)),
-    "rows in wider ones": (part((20, 300), slice(None), slice(256)), (1,)),
-    "rows of every second": (part((20, 300), slice(None), slice(None, None, 2)), (1,)),
-    "behind one": (behind(1, 30, 64), (1,)),
-    "behind three, columns": (behind(3, 64, 32), (0,)),
-    "few columns": (plain(27, 64), (0,)),
-    "9 columns": (plain(9, 7), (0,)),
-    "two of fan-in": (plain(2, 33), (0,)),
-    "HWIO": (plain(3, 3, 16, 40), (0, 1, 2)),
-    "columns in parts": (plain(768, 50), (0,)),
-    "columns in uneven parts": (plain(1500, 33), (0,)),
-    "columns in wider ones": (part((300, 100), slice(None), slice(8, 72)), (0,)),
-    "rows turned": (turned((40, 200), 1, 0), (0,)),
-    "columns turned": (turned((200, 40), 1, 0), (1,)),
-    "io": (plain(16, 8, 3, 3), (0, 2, 3)),
-    "io, wide": (plain(300, 3, 5), (0, 2)),
-    "io, long": (plain(700, 3, 7), (0, 2)),
-    "oio": (plain(4, 50, 24), (1,)),
-    "channels last": (CHANNELS_LAST, (1, 2, 3)),
-    "experts of rows": (part((3, 20, 64), slice(None), slice(0, 10)), (2,)),
+ROWS = [
+    Case((units, fan_in), (1,))
+    for units, fan_in in (
+        *((300, 2), (5, 3), (70, 9), (5, 64), (33, 147), (9, 255), (9, 257), (3, 576), (3, 1025)),
+        *((2, 4095), (2, 4096), (3, 4608), (2, 14336), (1, 16384), (2, 16385), (1, 50000)),
+        (1, 100),
+    )
+]
+COLUMNS = [
+    Case((fan_in, units), (0,))
+    for fan_in, units in (
+        *((2, 5), (9, 40), (27, 64), (128, 32), (147, 33), (257, 36), (1500, 33), (4608, 3)),
+        *((16384, 8), (16385, 2)),
+    )
+]
+OTHERS = {
+    "stem": Case((64, 3, 7, 7), (1, 2, 3)),
+    "all": Case((8, 9), (0, 1)),
+    "rows in wider ones": Case((20, 300), (1,), lambda x: x[:, :256]),
+    "every second element": Case((9, 300), (1,), lambda x: x[::3, ::2]),
+    "reversed": Case((3, 300), (1,), lambda x: x[::-1, ::-1]),
+    "reversed rows": Case((150, 40), (0,), lambda x: x[::-1, :33]),
+    "misaligned rows": Case((1921,), (1,), lambda x: x[1:].reshape(30, 64)),
+    "misaligned columns": Case((2051,), (0,), lambda x: x[3:].reshape(64, 32)),
+    "HWIO": Case((3, 3, 16, 40), (0, 1, 2)),
+    "columns in wider ones": Case((300, 100), (0,), lambda x: x[:, 8:72]),
+    "turned columns": Case((40, 200), (0,), lambda x: x.T),
+    "turned rows": Case((200, 40), (1,), lambda x: x.T),
+    "io, in pieces": Case((16, 8, 3, 3), (0, 2, 3)),
+    "fan-in of three pieces": Case((2, 3, 4, 2, 5), (0, 2, 4)),
+    "experts of columns": Case((4, 50, 24), (1,)),
+    "experts of rows": Case((3, 20, 64), (2,), lambda x: x[:, :10]),
+    "channels last": Case((5, 3, 3, 40), (1, 2, 3), lambda x: x.transpose(0, 3, 1, 2)),
+    "columns in runs": Case((6, 8, 64), (0, 1), lambda x: x[:, :5, :36]),
+    "one of three axes": Case((8, 1, 6), (1, 2)),
 }
+ALL = [*ROWS, *COLUMNS, *OTHERS.values()]
+SMALL = Case((6, 50), (1,))
 
 
-KINDS: list[Callable[[Any, Any, Any], Any]] = [
-    lambda x, random, dtype: x,
-    lambda x, random, dtype: x * 1e-3 + 1.7,
-    lambda x, random, dtype: x * np.exp(random.uniform(-12, 3, x.shape)),
-    lambda x, random, dtype: np.copysign(0, x),
-    lambda x, random, dtype: np.full_like(x, -0.0),
-    lambda x, random, dtype: x * 4 * torch.finfo(dtype).smallest_normal,
+def numbers(case: Case, dtype: str) -> Any:
+    """Make an array of a case, with numbers of another kind in each output unit."""
+    rng = np.random.default_rng(sum(case.shape))
+    whole = rng.normal(size=case.shape).astype(dtype_named(dtype))
+    part = case.part(whole)
+    for k, unit in enumerate(canonical_order.output_units(part.shape, case.axes)):
+        part[unit] = KINDS[k % len(KINDS)](rng.normal(size=part[unit].shape), dtype)
+    return whole
+
+
+def canonical(grad: Any, case: Case, strength: float = 1.0) -> Any:
+    """Find the result by a reference that knows no tiles."""
+    dtype = grad.dtype.name
+    with np.errstate(all="ignore"):
+        wide = np.asarray(grad).astype(canonical_order.working_dtype(dtype))
+        return canonical_order.centralized(wide, case.axes, dtype, strength).astype(grad.dtype)
+
+
+def centralize(
+    grads: Sequence[Any],
+    cases: Sequence[Case],
+    outs: Sequence[Any] | None = None,
+    strength: float = 1.0,
+) -> list[Any]:
+    """Centralize all at once, in the canonical order."""
+    layouts = [
+        "".join("i" if axis in case.axes else "o" for axis in range(grad.ndim))
+        for grad, case in zip(grads, cases, strict=True)
+    ]
+    out = None if outs is None else list(outs)
+    return gcx.centralize_many(
+        list(grads), layouts=layouts, out=out, strength=strength, reproducible=True
+    )
+
+
+def dtype_named(name: str) -> Any:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def of_all_sizes(x: Any, dtype: str) -> Any:
+    return x * np.exp(8 * np.sin(np.arange(x.size).reshape(x.shape)))
+
+
+def subnormal(x: Any, dtype: str) -> Any:
+    return x * float(ml_dtypes.finfo(dtype_named(dtype)).smallest_normal) / 8
+
+
+def with_one(number: float) -> Callable[[Any, str], Any]:
+    def kind(x: Any, dtype: str) -> Any:
+        x.flat[x.size // 2] = number
+        return x
+
+    return kind
+
+
+KINDS: list[Callable[[Any, str], Any]] = [
+    lambda x, dtype: x,
+    lambda x, dtype: 1.7 + x / 1000,
+    of_all_sizes,
+    lambda x, dtype: np.copysign(0.0, x),
+    lambda x, dtype: np.full_like(x, -0.0),
+    subnormal,
+    with_one(np.nan),
+    with_one(-np.inf),
 ]
 
-
-def filled(tensor: Tensor, axes: Axes, seed: int = 0) -> Tensor:
-    """Fill with random numbers, of another kind in each output unit."""
-    random = np.random.default_rng(seed)
-    numbers = random.standard_normal(tuple(tensor.shape))
-    for k, unit in enumerate(canonical_order.output_units(numbers.shape, axes), seed):
-        numbers[unit] = KINDS[k % len(KINDS)](numbers[unit], random, tensor.dtype)
-    return tensor.copy_(torch.from_numpy(numbers))
-
-
-def numpy(tensor: Tensor) -> Any:
-    name = str(tensor.dtype).removeprefix("torch.")
-    wide = torch.float64 if name == "float64" else torch.float32
-    return tensor.detach().cpu().to(wide).numpy().copy()
-
-
-def expected(grad: Tensor, axes: Axes, strength: float = 1.0) -> Any:
-    return canonical_order.centralized(numpy(grad), axes, name_of(grad), strength)
-
-
-def name_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def assert_same_bits(found: Tensor, wanted: Any) -> None:
-    same_bits.assert_same_bits(numpy(found), wanted)
+__all__ = ["ALL", "COLUMNS", "DTYPES", "OTHERS", "ROWS", "SMALL"]

@@ -10,11 +10,6 @@ pytest.importorskip("cupy")
 pytest.importorskip("ml_dtypes")
 
 import cupy as cp
-
-import gcx
-from gcx.backends import _cupy_kernels
-
-from canonical_order import DTYPES
 from cupy_cases import (
     COLUMNS,
     LONG_COLUMNS,
@@ -26,6 +21,11 @@ from cupy_cases import (
     centralize,
     numbers,
 )
+
+import gcx
+from gcx.backends import _cupy_kernels
+
+from canonical_order import DTYPES
 from same_bits import assert_same_bits
 
 pytestmark = [

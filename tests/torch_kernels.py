@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gcx.backends import _torch_cuda
+from gcx.backends import _torch_cuda, _torch_repeats
 from gcx.backends.cuda.launcher import Launcher
 from gcx.backends.cuda.tables import Launch
 
@@ -43,6 +43,7 @@ class Device:
         self.refused: set[str] = set()  # dtypes; as where a CUDA graph is captured too early
         self.host: Any = None
         patch.setattr(_torch_cuda, "_recent", {})
+        patch.setattr(_torch_repeats, "_known", [])
         if name == "cuda":
             found = _torch_cuda.find_launcher()
             assert isinstance(found, Launcher)
@@ -117,6 +118,27 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
     return Counter(event.name for event in found.events() if event.device_type == cuda)
+
+
+def flat_tensor(whole: Any) -> Tensor:
+    """See all of NumPy's memory as a tensor with one axis."""
+    width = whole.itemsize
+    return torch.from_numpy(whole.reshape(-1).view(f"i{width}")).view(
+        getattr(torch, whole.dtype.name)
+    )
+
+
+def part_of(flat: Tensor, whole: Any, part: Any) -> Tensor:
+    """See a part of memory as NumPy sees it."""
+    offset = (part.ctypes.data - whole.ctypes.data) // whole.itemsize
+    steps = [stride // whole.itemsize for stride in part.strides]
+    return flat.as_strided(part.shape, steps, offset)
+
+
+def to_numpy(tensor: Tensor) -> Any:
+    """Return the numbers of a tensor, with the precision of its sums."""
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return tensor.detach().cpu().to(wide).numpy().copy()
 
 
 # Models and gradients

@@ -76,7 +76,7 @@ class Variant(NamedTuple):
         return -(-units // (8 * self.pack)) * -(-fan_in // SEGMENT) * splits, splits
 
 
-def _work_type(variant: Variant, matrices: int) -> type[ctypes.Structure]:
+def work_type(variant: Variant, matrices: int) -> type[ctypes.Structure]:
     """Make the structure Work of kernels.cu."""
     is_double = variant.dtype == "float64" or variant.rule.startswith("Sgd")
     number = ctypes.c_double if is_double else ctypes.c_float
@@ -172,7 +172,7 @@ def _launch(
 ) -> None:
     lists, numbers = arguments
     most = len(matrices) + 3
-    work = _work_type(variant, most)()
+    work = work_type(variant, most)()
     blocks = 0
     for m, (matrix, arrays) in enumerate(zip(matrices, lists, strict=True)):
         count, shares = variant.cut(matrix.units, matrix.fan_in)

@@ -114,7 +114,6 @@ class Cupy:
         from cupy.cuda import driver, nvrtc, runtime
 
         self._driver, self._nvrtc, self._runtime = driver, nvrtc, runtime
-        self._modules: list[Any] = []  # a kernel lives as long as its module
 
     def versions(self) -> tuple[int, int]:
         """See `Driver`."""
@@ -137,15 +136,10 @@ class Cupy:
 
     def load(self, device: int, code: bytes, /) -> Any:
         """See `Driver`."""
-        from cupy.cuda.function import Module
-
         self._runtime.setDevice(device)
-        module = Module()
         with _tell_lack_of_memory():
-            module.load(code)
-            kernel = self._driver.moduleGetFunction(module.ptr, _NAME)
-        self._modules.append(module)
-        return kernel
+            module = self._driver.moduleLoadData(code)  # for as long as the process lives
+            return self._driver.moduleGetFunction(module, _NAME)
 
     def launch(
         self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /

@@ -1,0 +1,85 @@
+"""Torch, and a stand-in for CuPy, with kernels that the CPU emulates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupy_stand_in
+from emulated_cuda import EmulatedDriver
+from kernel_cases import Case, numbers
+
+
+class CupyOnCpu:
+    """NumPy's arrays in the place of CuPy's."""
+
+    name = "cupy"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.driver = EmulatedDriver()
+        self.cupy = cupy_stand_in.StandIn()
+        self.backend = cupy_stand_in.install(patch, self.cupy, lambda: self.driver)
+        self.out_of_memory = cupy_stand_in.OutOfMemoryError
+
+    def see(self, whole: Any, part: Any) -> Any:
+        """See memory of NumPy as an array of the library."""
+        return part.view(cupy_stand_in.Array)
+
+    def numpy(self, array: Any) -> Any:
+        return np.asarray(array)
+
+    def capture(self, *, on: bool) -> None:
+        """Begin or end to capture a CUDA graph."""
+        self.cupy.is_capturing = on
+
+    def lack_memory(self, patch: pytest.MonkeyPatch) -> None:
+        """Let every allocation for the kernels fail."""
+        patch.setattr(self.cupy.cuda, "alloc", self.fail_to_allocate)
+
+    def fail_to_allocate(self, *_: object) -> None:
+        raise self.out_of_memory
+
+
+class TorchOnCpu(CupyOnCpu):
+    """Torch's tensors on a CPU, which gcx takes for tensors on CUDA."""
+
+    name = "torch"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.torch = torch = pytest.importorskip("torch")
+        self._flat: dict[int, Any] = {}
+        from gcx.backends import _torch
+
+        from torch_kernels import EMULATED, Device
+
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        self.device = Device(EMULATED, patch)
+        self.driver, self.backend = self.device.driver, _torch
+        self.out_of_memory = torch.OutOfMemoryError
+
+    def see(self, whole: Any, part: Any) -> Any:
+        from torch_kernels import flat_tensor, part_of
+
+        if whole.size == 0 or whole.dtype.kind == "c":
+            return self.torch.from_numpy(part)
+        flat = self._flat.setdefault(whole.ctypes.data, flat_tensor(whole))  # torch sees overlaps
+        return part_of(flat, whole, part)
+
+    def numpy(self, array: Any) -> Any:
+        from torch_kernels import to_numpy
+
+        return to_numpy(array)
+
+    def capture(self, *, on: bool) -> None:
+        self.device.host.captures = on
+
+    def lack_memory(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(self.device.host, "allocate", self.fail_to_allocate)
+
+
+def make(library: CupyOnCpu, case: Case, dtype: str) -> tuple[Any, Any]:
+    """Make NumPy's memory of a case, and its part as an array of the library."""
+    whole = numbers(case, dtype)
+    return whole, library.see(whole, case.part(whole))

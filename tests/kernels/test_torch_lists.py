@@ -1,0 +1,168 @@
+"""Tensors that torch's kernels take, and those that they leave to torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import gcx
+from gcx.backends import _torch_cuda
+
+from torch_kernels import EMULATED, Device
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    return Device(EMULATED, monkeypatch)
+
+
+def launch(grad: Tensor, axes: tuple[int, ...], out: Tensor | None = None) -> Tensor | None:
+    fan_in = (grad.shape, axes)
+    (done,) = _torch_cuda.launch([grad], [fan_in], 1.0, [out], reproducible=False)
+    return done
+
+
+def centralized(grad: Tensor, *axes: int) -> Tensor:
+    wide = grad.detach().double()
+    return (wide - wide.mean(axes, keepdim=True)).to(grad.dtype)
+
+
+ORDINARY = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+LEFT = {
+    "integers": torch.ones(4, 8, dtype=torch.int32),
+    "complex": torch.ones(4, 8, dtype=torch.complex64),
+    "float8": torch.ones(4, 8).to(torch.float8_e5m2),
+    "sparse": torch.eye(4).to_sparse(),
+    "of a subclass": ORDINARY.as_subclass(type("Other", (Tensor,), {})),
+    "expanded": torch.ones(4, 1).expand(4, 8),
+    "overlapping": torch.ones(11).as_strided((4, 8), (1, 1)),
+    "to be negated": torch.ones(4, 8, dtype=torch.complex64).conj().imag,
+    "zeros that are not there": torch._efficientzerotensor((4, 8)),
+    "empty": torch.empty(0, 8),
+    "watched": torch.ones(4, 8, requires_grad=True),
+    "fan-in of three pieces": torch.ones(4, 2, 3, 2, 3, 2)[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_to_torch(name: str, device: Device) -> None:
+    grad = LEFT[name]
+    axes = (1,) if grad.ndim == 2 else (1, 2, 4)
+    for out in (grad, None):
+        assert launch(grad, axes, out) is None
+    assert not device.launches
+
+
+MEMORY = torch.zeros(5, 8)
+WIDE = torch.zeros(4, 16)[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("grad", "out"),
+    [
+        (ORDINARY, torch.zeros(8, 4).t()),
+        (MEMORY[:4], MEMORY[1:]),
+        (WIDE, None),  # a new result would not be as wide
+        (ORDINARY, torch.zeros(4, 8).half()),
+    ],
+    ids=["turned", "overlapping", "wide", "other dtype"],
+)
+def test_results_left_to_torch(grad: Tensor, out: Tensor | None) -> None:
+    assert launch(grad, (1,), out) is None
+
+
+def test_launched(device: Device) -> None:
+    taken = [
+        (ORDINARY, None),
+        (ORDINARY, torch.empty(4, 8)),
+        (torch.nn.Parameter(ORDINARY.clone(), requires_grad=False), None),
+        (WIDE, WIDE),
+        (copy := ORDINARY.clone(), copy),
+    ]
+    for grad, out in taken:
+        expected = centralized(grad, 1)
+        done = launch(grad, (1,), out)
+        assert done is not None
+        assert out is None or done is out
+        torch.testing.assert_close(done, expected)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        with mode:
+            done = launch(ORDINARY, (0,))
+        assert done is not None
+        torch.testing.assert_close(done, centralized(ORDINARY, 0))
+    with torch.no_grad():
+        assert launch(torch.ones(4, 8, requires_grad=True), (1,)) is not None
+    assert device.launches == 9
+
+
+def test_autograd_sees_the_write() -> None:
+    grad = ORDINARY.clone()
+    x = torch.ones(4, 8, requires_grad=True)
+    product = (x * grad).sum()
+    launch(grad, (1,), grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+def test_operations_that_are_recorded(device: Device) -> None:
+    seen = 0
+
+    def look(x: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        assert launch(x, (1,)) is None
+        return x * 2
+
+    make_fx(look)(ORDINARY)
+    torch.vmap(look)(torch.stack([ORDINARY, ORDINARY]))
+    torch.func.grad(lambda x: look(x).sum())(ORDINARY)
+    torch.jit.trace(look, (ORDINARY,), check_trace=False)
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(ORDINARY, ORDINARY))
+    assert seen >= 5
+    assert not device.launches
+
+
+def test_lists_may_change_from_call_to_call() -> None:
+    grads = [torch.randn(4, 8), torch.randn(5, 7), torch.randn(3, 3), torch.randn(4, 8).double()]
+    for chosen in ([0, 1, 2], [1], [2, 0], [3], [0, 1, 2], [2, 1, 0]):
+        tensors = [grads[k].normal_().add_(1) for k in chosen]
+        expected = [centralized(tensor, 1) for tensor in tensors]
+        gcx.centralize_many(tensors, out=tensors)
+        torch.testing.assert_close(tensors, expected)
+
+
+def test_current_stream(device: Device) -> None:
+    for stream in (3, 0, 9):
+        device.host.current_stream = stream
+        gcx.centralize_many([ORDINARY, torch.ones(300, 8)], layouts=["oi", "io"])
+        assert {each.stream for each in device.driver.launches[-3:]} == {stream}
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        ("6.0", (9, 0), "ROCm: the kernels are for CUDA"),
+        (None, (7, 5), "Old Card is too old for the kernels"),
+    ],
+)
+def test_devices_without_kernels(
+    hip: Any, capability: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_torch_cuda, "find_launcher", lambda: pytest.fail("the driver is loaded"))
+    assert _torch_cuda.why_not(torch.device("cuda", 0)) == reason

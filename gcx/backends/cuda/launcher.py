@@ -82,8 +82,9 @@ class Launcher:
         if device in self.failures:
             return None
         try:
-            kernels = [self.find(device, launch, name) for name in launch.kernels]
+            kernels = launch.loaded or [self.find(device, launch, k) for k in launch.kernels]
             if None not in kernels:
+                launch.loaded = kernels
                 partials, owner = (0, None)
                 if launch.partials:
                     partials, owner = host.allocate(device, launch.partials)

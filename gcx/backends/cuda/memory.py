@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
 from math import inf
+from operator import is_not
 from typing import Any
 
 # Addresses of the first byte of an array and of the first byte behind it.
@@ -27,7 +29,7 @@ def writes_conflict(
 
     An `out` of None is a new array, which shares no memory.
     """
-    if all(out is None for out in outs):
+    if not any(map(is_not, outs, repeat(None))):
         return False
     end = end_of_written = -inf
     for start, stop, is_written in sorted(_uses(arrays, outs, find_span)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from struct import Struct, pack_into
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gcx.backends._canonical import SEGMENT
 from gcx.backends.cuda.walks import Matrix, Walk
@@ -77,6 +77,7 @@ class Launch:
         self.rule, self.dtype = rule, dtype
         self.kernels, self.threads = tiles.kernels, tiles.threads
         self.matrices = count_matrices(rule, size)
+        self.loaded: Sequence[Any] = ()  # the kernels on the device
         self.places = list(dict.fromkeys(place for place, _, _ in jobs))
         self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
         self._is_simple = self._jobs == [(place, 0) for place in self.places]

@@ -1,8 +1,10 @@
-"""The CUDA kernel on a GPU, behind CuPy: bits, streams, devices; what else only a GPU can show."""
+"""CUDA kernels on a GPU, behind CuPy: bits, streams, devices, graphs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -10,22 +12,13 @@ pytest.importorskip("cupy")
 pytest.importorskip("ml_dtypes")
 
 import cupy as cp
-from cupy_cases import (
-    COLUMNS,
-    LONG_COLUMNS,
-    OTHERS,
-    ROWS,
-    SMALL,
-    Case,
-    canonical,
-    centralize,
-    numbers,
-)
 
 import gcx
-from gcx.backends import _cupy_kernels
+from gcx.backends import _cupy
+from gcx.backends.cuda.launcher import Launcher
 
 from canonical_order import DTYPES
+from kernel_cases import ALL, COLUMNS, ROWS, SMALL, Case, canonical, centralize, numbers
 from same_bits import assert_same_bits
 
 pytestmark = [
@@ -33,28 +26,29 @@ pytestmark = [
     pytest.mark.skipif(not cp.is_available(), reason="there is no CUDA device"),
 ]
 
-# Too large for the tests without a GPU: a segment of columns and more, more tiles than run at once.
+# Too large for the tests without a GPU: more tiles than run at once.
 LARGE = [
     Case((40, 150528), (1,)),
     Case((150528, 40), (0,)),
     Case((3000, 4096), (1,)),
     Case((4096, 3000), (0,)),
 ]
-ALL = [*ROWS, *COLUMNS, *LONG_COLUMNS, *OTHERS]
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The dtypes of the launches that a test makes."""
-    made = []
-    kernel = _cupy_kernels._kernel
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the launches that a test makes, by dtype."""
+    found: Counter[str] = Counter()
+    launcher = _cupy._find_launcher()
+    assert isinstance(launcher, Launcher)
+    launch: Callable[..., bool] = launcher.launch
 
-    def counting(dtype: str) -> Callable[..., None]:
-        made.append(dtype)
-        return kernel(dtype)  # type: ignore[no-any-return]
+    def counting(device: int, work: Any, *rest: Any) -> bool:
+        found[work.dtype] += 1
+        return launch(device, work, *rest)
 
-    monkeypatch.setattr(_cupy_kernels, "_kernel", counting)
-    return made
+    monkeypatch.setattr(launcher, "launch", counting)
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,13 +59,6 @@ def test_bits(cases: Sequence[Case], dtype: str) -> None:
     results = centralize(parts, cases)
     for case, whole, result in zip(cases, wholes, results, strict=True):
         assert_same_bits(result.get(), canonical(case.part(whole), case))
-
-
-def test_one_launch_for_each_dtype(launches: list[str]) -> None:
-    cases = [*ROWS, *COLUMNS]
-    grads = [cp.asarray(numbers(case, dtype)) for dtype in DTYPES for case in cases]
-    centralize(grads, cases * len(DTYPES))
-    assert launches == [*DTYPES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,6 +72,13 @@ def test_bits_in_place(dtype: str) -> None:
         assert_same_bits(found.get(), whole)
 
 
+def test_launches_for_each_dtype(launches: Counter[str]) -> None:
+    cases = [*ROWS[:4], *COLUMNS[:2]]
+    grads = [cp.asarray(numbers(case, dtype)) for dtype in DTYPES for case in cases]
+    centralize(grads, cases * len(DTYPES))
+    assert launches == dict.fromkeys(DTYPES, 2)  # rows, and columns
+
+
 def test_the_same_bits_again_and_again() -> None:
     cases = [*COLUMNS, *LARGE]
     grads = [cp.asarray(numbers(case, "float32")) for case in cases]
@@ -94,7 +88,7 @@ def test_the_same_bits_again_and_again() -> None:
             assert bool((result.view("u4") == before.view("u4")).all())
 
 
-def test_streams_do_not_share_counters() -> None:
+def test_streams_share_no_sums() -> None:
     cases = LARGE[1::2]
     wholes = [numbers(case, "float32") for case in cases]
     expected = [canonical(whole, case) for whole, case in zip(wholes, cases, strict=True)]
@@ -117,8 +111,8 @@ def test_addresses_change_from_launch_to_launch() -> None:
     for k in range(200):
         grad = cp.asarray(numbers(SMALL, "float32")) * k
         wanted = canonical(grad.get(), SMALL)
-        kept.append((grad, gcx.centralize(grad, out=grad), wanted))
-    for _, result, wanted in kept:
+        kept.append((centralize([grad], [SMALL], [grad])[0], wanted))
+    for result, wanted in kept:
         assert_same_bits(result.get(), wanted)
 
 
@@ -134,11 +128,19 @@ def test_arrays_are_handled_on_their_device() -> None:
         assert_same_bits(result.get(), canonical(numbers(SMALL, "float32"), SMALL))
 
 
-def test_what_is_captured_is_not_for_the_kernel(launches: list[str]) -> None:
-    grad = cp.asarray(numbers(SMALL, "float32"))
+def test_graph(launches: Counter[str]) -> None:
+    case = Case((300, 40), (0,))
+    values = numbers(case, "float32")
+    grad = cp.asarray(values)
     with cp.cuda.Stream(non_blocking=True) as stream:
+        gcx.centralize(grad, layout="io", reproducible=True)
+        out = cp.empty_like(grad)
         stream.begin_capture()
-        with pytest.raises(TypeError, match="CUDA graph"):
-            gcx.centralize(grad, out=grad, reproducible=True)
-        stream.end_capture()
-    assert not launches
+        gcx.centralize(grad, layout="io", out=out, reproducible=True)
+        graph = stream.end_capture()
+        for factor in (1, -2, 4):
+            grad[...] = cp.asarray(values * factor)
+            graph.launch(stream)
+            stream.synchronize()
+            assert_same_bits(out.get(), canonical(values * factor, case))
+    assert launches["float32"] == 2

@@ -1,10 +1,11 @@
-"""The CUDA kernels on a GPU: bits, launches, streams, graphs; all that needs a real one."""
+"""CUDA kernels on a GPU, behind torch: bits, streams, graphs, devices."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
+pytest.importorskip("ml_dtypes")
 
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from torch import Tensor
 import gcx
 from gcx.backends import _torch_cuda
 
-from kernel_cases import CASES, DTYPES, assert_same_bits, expected, filled
-from torch_kernels import IS_ON_CUDA, on_gpu
+from kernel_cases import ALL, DTYPES, OTHERS, Case, canonical, centralize, numbers
+from same_bits import assert_same_bits
+from torch_kernels import IS_ON_CUDA, flat_tensor, on_gpu, part_of, to_numpy
 
 pytestmark = IS_ON_CUDA
 
@@ -28,6 +31,8 @@ _FOLDER = Path(__file__).parent
 
 # 54 weights as of ResNet-50, one with rows of odd length.
 SHAPES = [(64, 147), *[(256, 64), (64, 576), (512, 1152), (100, 4608)] * 13, (1000, 2048)]
+CASES = [case for name, case in OTHERS.items() if "reversed" not in name]  # torch has no such
+CASES += [case for case in ALL if case not in OTHERS.values()]
 
 
 @pytest.fixture(autouse=True)
@@ -41,129 +46,127 @@ def grads() -> list[Tensor]:
     return [torch.randn(shape, device="cuda") + 1 for shape in SHAPES]
 
 
-AXES = [(1,)] * len(SHAPES)
-
-
-def centralize_many(grads: list[Tensor], axes: Any, outs: Any = None) -> list[Tensor]:
-    """By the kernels alone: none is left to torch's operations."""
-    fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
-    outs = outs or [None] * len(grads)
-    results = _torch_cuda.launch(grads, fan_ins, 1.0, outs, reproducible=False)
-    assert all(result is not None for result in results)
-    return results
-
-
-def centralize_(grads: list[Tensor], axes: Any) -> None:
-    centralize_many(grads, axes, grads)
-
-
 def columns(count: int = 8) -> list[Tensor]:
     """Each column lies in several tiles."""
     return [torch.randn(3000, 520 + 32 * k, device="cuda") for k in range(count)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits(dtype: Any) -> None:
-    makers, axes = zip(*CASES.values(), strict=True)
-    with torch.device("cuda"):
-        tensors = [filled(make(dtype), axes[k], k) for k, make in enumerate(makers)]
-    wanted = [expected(grad.cpu(), fan_in) for grad, fan_in in zip(tensors, axes, strict=True)]
+def launch(grads: list[Tensor], *, in_place: bool = False, layout: str = "io") -> list[Tensor]:
+    """Centralize columns, by one call."""
+    found: list[Tensor] = gcx.centralize_many(
+        grads, layouts=layout, out=grads if in_place else None
+    )
+    return found
+
+
+def wanted_of(grads: list[Tensor], layout: str = "io") -> list[Tensor]:
+    """Centralize by the kernels themselves, alone on the device."""
+    torch.cuda.synchronize()
+    results = launch(grads, layout=layout)
+    torch.cuda.synchronize()
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits(dtype: str) -> None:
+    wholes = [numbers(case, dtype) for case in CASES]
+    expected = [whole.copy() for whole in wholes]
+    for case, whole in zip(CASES, expected, strict=True):
+        case.part(whole)[...] = canonical(case.part(whole), case)
     for _ in range(50):
-        with torch.device("cuda"):
-            again = [make(dtype).copy_(x) for make, x in zip(makers, tensors, strict=True)]
-        shapes = [grad.shape for grad in again]
-        fan_ins = [*zip(shapes, axes, strict=True)]
-        launched = _torch_cuda.launch(again, fan_ins, 1.0, again, reproducible=True)
-        for grad, fan_in, result in zip(again, axes, launched, strict=True):
-            if result is None:  # left to torch's operations
-                gcx.centralize(grad, axis=fan_in, out=grad, reproducible=True)
-        for grad, each in zip(again, wanted, strict=True):
-            assert_same_bits(grad, each)
+        flat = [flat_tensor(whole).cuda() for whole in wholes]
+        grads = [
+            part_of(each, whole, case.part(whole))
+            for each, whole, case in zip(flat, wholes, CASES, strict=True)
+        ]
+        centralize(grads, CASES, grads)
+        for each, wanted in zip(flat, expected, strict=True):
+            assert_same_bits(to_numpy(each).reshape(wanted.shape), wanted)
 
 
-@pytest.mark.parametrize("fan_in", [1, 2, 9, 147, 4608, 14336, 16384, 16385, 150528])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_of_long_fan_ins(dtype: Any, fan_in: int) -> None:
-    rows = filled(torch.empty(3, fan_in, dtype=dtype, device="cuda"), (1,))
+@pytest.mark.parametrize("fan_in", [2, 9, 147, 4608, 14336, 16384, 16385, 150528])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_long_fan_ins(dtype: str, fan_in: int) -> None:
+    case = Case((3, fan_in), (1,))
+    whole = numbers(case, dtype)
+    rows = flat_tensor(whole).view(3, fan_in).cuda()
     turned = rows.t().contiguous()
-    wanted = gcx.centralize(rows.cpu(), reproducible=True)
-    assert torch.equal(gcx.centralize(rows, reproducible=True).cpu(), wanted)
+    wanted = canonical(whole, case)
+    assert_same_bits(to_numpy(gcx.centralize(rows, reproducible=True)), wanted)
     found = gcx.centralize(turned, layout="...o", reproducible=True)
-    assert torch.equal(found.t().cpu(), wanted)
+    assert_same_bits(to_numpy(found.t()), wanted)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("axes", [(1,), (0,)], ids=str)
-def test_not_finite_stays_in_its_unit(axes: Any, bad: float) -> None:
+@pytest.mark.parametrize("layout", ["oi", "io"])
+def test_not_finite_stays_in_its_unit(layout: str, bad: float) -> None:
     grad = torch.randn(3000, 4000, device="cuda")
     grad[7, 5] = bad
-    centralize_([grad], [axes])
-    unit = grad[7] if axes == (1,) else grad[:, 5]
+    gcx.centralize(grad, layout=layout, out=grad)
+    unit = grad[7] if layout == "oi" else grad[:, 5]
     assert not unit.isfinite().any()
     assert (~grad.isfinite()).sum() == unit.numel()
 
 
 def test_one_launch_and_no_waiting(grads: list[Tensor]) -> None:
-    centralize_(grads, AXES)
+    launch(grads, in_place=True, layout="oi")
     fresh = [grad.clone() for grad in grads]
     for each in (grads, fresh):
-        assert on_gpu(lambda: centralize_(each, AXES)).total() == 1  # noqa: B023
+        found = on_gpu(lambda each=each: launch(each, in_place=True, layout="oi"))
+        assert found == {"gcx_kernel": 1}  # nothing is copied for new addresses
+    assert on_gpu(lambda: gcx.centralize(grads[0]))["gcx_kernel"] == 1
+    assert on_gpu(lambda: launch(columns()))["gcx_kernel"] == 2
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            centralize_(grads, AXES)
-            centralize_(fresh, AXES)
+            launch(grads, in_place=True, layout="oi")
+            launch(fresh, in_place=True, layout="oi")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_public_functions_launch_the_kernel(grads: list[Tensor]) -> None:
-    gcx.centralize_many(grads)
-    gcx.centralize(grads[0])
-    assert on_gpu(lambda: gcx.centralize_many(grads)).total() == 1
-    assert on_gpu(lambda: gcx.centralize(grads[0])).total() == 1
 
 
 def test_gradients_at_new_addresses_in_each_step(grads: list[Tensor]) -> None:
     kept = []
     for step in range(200):
         new = [grad * (step + 1) for grad in grads]
-        wanted = centralize_many(new, AXES)
-        centralize_(new, AXES)
+        wanted = wanted_of(new, "oi")
+        launch(new, in_place=True, layout="oi")
         assert all(map(torch.equal, new, wanted))
         kept.append(new[step % len(new)])  # so that addresses do not come back
 
 
-@pytest.mark.parametrize("make", [columns, lambda: [torch.randn(4000, 999, device="cuda")]])
-def test_graph_of_two_lists_is_replayed_on_new_gradients(make: Any) -> None:
-    lists = [make(), make()]
-    axes = [(0,)] * len(lists[0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_graph_of_lists(count: int) -> None:
+    """Several lists in a graph are replayed on new gradients, between other launches."""
+    lists = [columns(), [torch.randn(4000, 999, device="cuda")], columns(2)][:count]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        centralize_(lists[0], axes)  # as one does before capturing
+        for grads in lists:
+            launch([grad.clone() for grad in grads], in_place=True)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             for grads in lists:
-                centralize_(grads, axes)
+                launch(grads, in_place=True)
         for _ in range(20):
             new = [[torch.randn_like(grad) for grad in grads] for grads in lists]
             for grads, values in zip(lists, new, strict=True):
                 for grad, value in zip(grads, values, strict=True):
                     grad.copy_(value)
             graph.replay()
+            torch.cuda.empty_cache()
             for grads, values in zip(lists, new, strict=True):
-                centralize_(values, axes)
+                launch(values, in_place=True)
                 assert all(map(torch.equal, grads, values))
 
 
 def test_graph_captured_without_a_first_launch() -> None:
     run_beside("""
-        import torch, gcx
+        import pytest, torch, gcx
         grad = torch.randn(64, 100, device="cuda")
         kept = grad.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with pytest.warns(RuntimeWarning, match="before the capture"), torch.cuda.graph(graph):
             out = gcx.centralize(grad)
         graph.replay()
         torch.testing.assert_close(out, kept - kept.mean(1, keepdim=True))
@@ -171,46 +174,61 @@ def test_graph_captured_without_a_first_launch() -> None:
 
 
 def test_streams_at_the_same_time() -> None:
-    """The same launches on two streams, with columns, whose sums are left in memory."""
+    """The sums of columns are left in memory, which streams do not share."""
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     lists = [columns(), columns()]
-    wanted = [centralize_many(grads, [(0,)] * 8) for grads in lists]
-    torch.cuda.synchronize()
+    wanted = [wanted_of(grads) for grads in lists]
     found = []
     for _ in range(50):
         for stream, grads in zip(streams, lists, strict=True):
             with torch.cuda.stream(stream):
                 copies = [grad.clone() for grad in grads]
-                centralize_(copies, [(0,)] * 8)
-                found.append(copies)
+                found.append(launch(copies, in_place=True))
     torch.cuda.synchronize()
     for k, copies in enumerate(found):
         assert all(map(torch.equal, copies, wanted[k % 2]))
+
+
+def test_thread_that_has_not_used_cuda() -> None:
+    run_beside("""
+        import threading, torch, gcx
+        grads = [torch.randn(64, 100, device="cuda"), torch.randn(3000, 40, device="cuda")]
+        found = []
+        call = lambda: found.extend(gcx.centralize_many(grads, layouts=["oi", "io"]))
+        for _ in range(2):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        for k, result in enumerate(found):
+            grad = grads[k % 2]
+            wanted = grad - grad.mean(1 - k % 2, keepdim=True)
+            torch.testing.assert_close(result, wanted)
+        assert len(found) == 4
+    """)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_devices() -> None:
     grads = [torch.randn(500, 64, device=f"cuda:{k % 2}") for k in range(6)]
     wanted = [grad - grad.mean(0, keepdim=True) for grad in grads]
-    centralize_(grads, [(0,)] * 6)
+    launch(grads, in_place=True)
     torch.testing.assert_close(grads, wanted)
     assert torch.cuda.current_device() == 0
 
 
 def test_compiled_as_it_was() -> None:
     grad = torch.randn(64, 300, device="cuda")
-    compiled = torch.compile(gcx.centralize, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(gcx.centralize, fullgraph=True)
     torch.testing.assert_close(compiled(grad), grad - grad.mean(1, keepdim=True))
 
 
-# Whether tiles of a column wait for each other would show here, as a test that takes for ever: the
-# device is full of other work, so that not all of them run at the same time.
+# If tiles of a column waited for each other, this would take for ever: the device is full of other
+# work, so that not all of them run at the same time.
 _BESIDE_OTHER_WORK = """
-    import torch
-    import gcx
+    import torch, gcx
     torch.manual_seed(0)
     grads = [torch.randn(16000, 640, device="cuda"), torch.randn(5000, 64, device="cuda")]
-    wanted = gcx.centralize_many(grads, layouts="...o")
+    wanted = gcx.centralize_many(grads, layouts="io")
     torch.cuda.synchronize()
     other, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
     outs = [torch.empty_like(grad) for grad in grads]
@@ -220,19 +238,16 @@ _BESIDE_OTHER_WORK = """
             busy = torch.tanh(busy @ busy)
         for out in outs:
             out.fill_(float("nan"))
-        gcx.centralize_many(grads, layouts="...o", out=outs)
+        gcx.centralize_many(grads, layouts="io", out=outs)
         for out, each in zip(outs, wanted):
             differ += (out != each).sum()
     assert differ.item() == 0
 """
 
 
-def test_beside_work_that_fills_the_device() -> None:
-    run_beside(_BESIDE_OTHER_WORK)
-
-
-def test_two_processes_at_the_same_time() -> None:
-    run_beside(_BESIDE_OTHER_WORK, processes=2)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_beside_work_that_fills_the_device(processes: int) -> None:
+    run_beside(_BESIDE_OTHER_WORK, processes)
 
 
 def run_beside(program: str, processes: int = 1, limit: float = 120.0) -> None:

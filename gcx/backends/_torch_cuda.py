@@ -231,6 +231,8 @@ class Centralization:
         roles = [starts, written]
         if weights:
             roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
+            if 0 in roles[-1]:
+                return [None] * len(grads)
         left = self._schedule.run(roles, (strength, rate))
         if self._is_whole and not left:
             increment_version(targets)

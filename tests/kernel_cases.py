@@ -1,4 +1,4 @@
-"""Gradients as they lie in memory, and what the kernels must make of them, bit for bit."""
+"""Gradients as they lie in memory, with the bits of their results."""
 
 from __future__ import annotations
 

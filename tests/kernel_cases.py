@@ -11,7 +11,6 @@ import numpy as np
 import gcx
 
 import canonical_order
-from canonical_order import DTYPES
 
 
 class Case(NamedTuple):
@@ -127,5 +126,3 @@ KINDS: list[Callable[[Any, str], Any]] = [
     with_one(np.nan),
     with_one(-np.inf),
 ]
-
-__all__ = ["ALL", "COLUMNS", "DTYPES", "OTHERS", "ROWS", "SMALL"]

@@ -1,4 +1,4 @@
-"""NumPy in the place of CuPy: their functions are the same by name and meaning."""
+"""NumPy, which gcx takes for CuPy: their functions have the same names and meanings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 
 class Array(np.ndarray):
-    """An array of NumPy with the attributes that arrays of CuPy have."""
+    """A NumPy array with the attributes of CuPy's arrays."""
 
     @property
     def data(self) -> Any:
@@ -44,7 +44,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class StandIn(ModuleType):
-    """NumPy, with what CuPy has besides."""
+    """NumPy, with the attributes that only CuPy has."""
 
     def __init__(self, *, is_hip: bool = False) -> None:
         super().__init__("cupy")
@@ -66,7 +66,7 @@ class StandIn(ModuleType):
         return np.array(values).view(Array)
 
     def empty(self, shape: Any, dtype: Any) -> Array:
-        # Nobody may rely on what is there.
+        # No caller may rely on the contents.
         return np.full(shape, np.nan if np.dtype(dtype).kind != "u" else 255, dtype).view(Array)
 
     def is_available(self) -> bool:

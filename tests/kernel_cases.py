@@ -1,4 +1,4 @@
-"""Gradients as they lie in memory, and what the kernels must make of them, bit for bit."""
+"""Gradients as they lie in memory, with the bits of their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import gcx
 
 import canonical_order
-from canonical_order import DTYPES
 
 
 class Case(NamedTuple):
@@ -127,5 +126,3 @@ KINDS: list[Callable[[Any, str], Any]] = [
     with_one(np.nan),
     with_one(-np.inf),
 ]
-
-__all__ = ["ALL", "COLUMNS", "DTYPES", "OTHERS", "ROWS", "SMALL"]

@@ -21,7 +21,8 @@ from torch import Tensor
 import gcx
 from gcx.backends import _torch_cuda
 
-from kernel_cases import ALL, DTYPES, OTHERS, Case, canonical, centralize, numbers
+from canonical_order import DTYPES
+from kernel_cases import ALL, OTHERS, Case, canonical, centralize, numbers
 from same_bits import assert_same_bits
 from torch_kernels import IS_ON_CUDA, flat_tensor, on_gpu, part_of, to_numpy
 

@@ -13,7 +13,7 @@ from kernel_cases import Case, numbers
 
 
 class CupyOnCpu:
-    """NumPy's arrays in the place of CuPy's."""
+    """NumPy's arrays, which gcx takes for CuPy's."""
 
     name = "cupy"
 

@@ -304,7 +304,7 @@ def devices(recorded: Recorded) -> None:
 
 
 def threads(recorded: Recorded) -> None:
-    """A thread without a context gets the one of the device, once."""
+    """Each thread without a context gets its device's context once."""
     arrays = traits("rows", SHAPES["rows"], "float32", 1)
     schedule = Schedule(recorded.launcher, "Store", arrays)
     addresses = addresses_of("Store", 2, 0x7F0000000000)

@@ -1,4 +1,4 @@
-"""Python frames on the way to a launch: few, and none for each tensor."""
+"""Few Python frames come before a launch, and none for each tensor."""
 
 from __future__ import annotations
 

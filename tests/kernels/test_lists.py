@@ -13,8 +13,9 @@ pytest.importorskip("ml_dtypes")
 
 import gcx
 
+from canonical_order import DTYPES
 from emulated_libraries import CupyOnCpu, make
-from kernel_cases import ALL, COLUMNS, DTYPES, OTHERS, ROWS, SMALL, Case, canonical, centralize
+from kernel_cases import ALL, COLUMNS, OTHERS, ROWS, SMALL, Case, canonical, centralize
 from same_bits import assert_same_bits
 
 # Arrays that no kernel walks through; CuPy's go through a copy.

@@ -154,10 +154,11 @@ def find_launches(
     others: list[Tensor] = []
     is_new: list[bool] = []
     if outs is not grads:
-        pairs = zip(grads, outs, strict=True)
-        others = [grad if out is None else out for grad, out in pairs]
+        others = [g if out is None else out for g, out in zip(grads, outs, strict=True)]
         is_new = [out is None for out in outs]
-    key = (*forms(grads), *forms(weights), *forms(others), *is_new, *axes, reproducible)
+    key: tuple[Any, ...] = (*forms(grads), *is_new, *axes, reproducible)
+    for tensors in filter(None, (weights, others)):
+        key += tuple(forms(tensors))
     make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
     return recall(key, make)
 
@@ -218,7 +219,7 @@ class Centralization:
         rate: float = 0.0,
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        chosen = pick(self._places, grads)
+        chosen = grads if self._is_whole else pick(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
         if self._has_obstacle(chosen, starts) or not self._is_apart(grads, outs, starts):
             return [None] * len(grads)

@@ -46,7 +46,7 @@ def repeat(
     if known is None:
         return None
     _, reproducible, is_in_place, _ = question
-    chosen = pick(known.places, grads)
+    chosen = grads if len(known.places) == len(grads) else pick(known.places, grads)
     outs = chosen if is_in_place else [None] * len(chosen)
     done = known.launches.run(chosen, strength, outs)
     left = [n for n, result in enumerate(done) if result is None]

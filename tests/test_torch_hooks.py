@@ -808,3 +808,21 @@ def test_resumed_training_is_the_same(
     train(twin, resumed)
     assert torch.equal(layer.weight, twin.weight)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "shared", [lambda g: (g, g), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
+)
+def test_gradients_that_share_memory_are_centralized_in_turn(shared: Any) -> None:
+    """As a loop does: what they share is not centralized twice at once."""
+    model = nn.ModuleList([nn.Linear(8, 2, bias=False) for _ in range(2)])
+    grads, twins = (
+        shared(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))) for _ in range(2)
+    )
+    for layer, grad, twin in zip(model, grads, twins, strict=True):
+        layer.weight = nn.Parameter(torch.ones_like(grad))
+        layer.weight.grad = grad
+        twin.sub_(twin.mean(1, keepdim=True))
+    gcx.torch.centralize_grads_(model)
+    for grad, twin in zip(grads, twins, strict=True):
+        torch.testing.assert_close(grad, twin)

@@ -303,3 +303,13 @@ class TestRefused:
         grad = torch.ones(2, 4, dtype=torch.uint8).view(getattr(torch, dtype))
         with pytest.raises(TypeError, match=f"floating dtype, not torch.{dtype}"):
             gcx.centralize(grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_autograd_through_large_gradients(dtype: torch.dtype) -> None:
+    grad = torch.randn(1024, 1024).to(dtype).requires_grad_()
+    direction = torch.randn(1024, 1024).to(dtype)
+    (found,) = torch.autograd.grad(gcx.centralize(grad), grad, direction)
+    wide = direction.double()
+    error = (found.double() - (wide - wide.mean(1, keepdim=True))).abs().max()
+    assert error <= torch.finfo(dtype).eps * wide.abs().max()

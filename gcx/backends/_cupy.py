@@ -159,6 +159,9 @@ def why_no_kernels(grad: Any) -> str:
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 
 
+_OF_GRAPHS: list[Any] = []  # memory that lives as long as the process
+
+
 class _Host:
     """See `gcx.backends.cuda.launcher.Host`."""
 
@@ -179,6 +182,8 @@ class _Host:
 
     def allocate(self, _device: int, size: int) -> tuple[int, object]:
         memory = cp.cuda.alloc(size)
+        if self.is_capturing():  # each replay writes there, and CuPy does not know it
+            _OF_GRAPHS.append(memory)
         return memory.ptr, memory
 
 

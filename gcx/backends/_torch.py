@@ -236,9 +236,13 @@ def subtract_means_(
         if grad.dtype in _WIDE:
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
+        is_alone = not grad.is_contiguous()
+        if batch and is_alone:
+            _torch_blocks.subtract_means(batch, rate, strength)
+            batch, size = [], 0
         batch.append((grad, weight, axes))
         size += grad.nbytes
-        if size >= _torch_blocks.BATCH:
+        if is_alone or size >= _torch_blocks.BATCH:
             _torch_blocks.subtract_means(batch, rate, strength)
             batch, size = [], 0
     if batch:
@@ -293,13 +297,20 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_eager = not torch.compiler.is_compiling() and peek_interpreter_stack() is None
-    if grad.dtype in _WIDE and type(grad) in _PLAIN and is_eager and not reproducible:
+    is_narrow = grad.dtype in _WIDE and type(grad) in _PLAIN and not reproducible
+    if is_narrow and not (torch.compiler.is_compiling() or _is_recorded(grad, out)):
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
         mean = mean * strength
     return subtract(grad, mean, out)
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Return True if autograd or a transformation of functions watches one of the tensors."""
+    if peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _centralize_narrow(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
+from operator import add, attrgetter, gt
 
 import torch
 from torch import Tensor
 
 # Elements of a block: half a MiB of float32.
 _BLOCK = 1 << 17
+
+_NBYTES = attrgetter("nbytes")
 
 # Bytes of a batch.
 BATCH = 1 << 19
@@ -39,7 +42,17 @@ def subtract_means(
     rate: float | Tensor | None,
     strength: float,
 ) -> None:
-    """Subtract means as `_torch.subtract_means_` does, in few calls, which small tensors need."""
+    """Subtract means as `_torch.subtract_means_` does, in few calls, which small tensors need.
+
+    All gradients are contiguous, or there is one.
+    """
+    grads = [grad for grad, _, _ in batch]
+    starts = [*map(Tensor.data_ptr, grads)]
+    ends = sorted(map(add, starts, map(_NBYTES, grads)))
+    if any(map(gt, ends, sorted(starts)[1:])):  # they share memory, so they take turns
+        for each in batch:
+            subtract_means([each], rate, strength)
+        return
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
     counts = [_count(grad.shape, axes, grad.dtype) for grad, _, axes in batch]
     totals = [grad.sum(axes, True) for grad, _, axes in batch]
@@ -51,7 +64,7 @@ def subtract_means(
     torch._foreach_div_(totals, counts)
     if strength != 1.0:
         torch._foreach_mul_(totals, strength)
-    torch._foreach_sub_([grad for grad, _, _ in batch], totals)
+    torch._foreach_sub_(grads, totals)
 
 
 @lru_cache(maxsize=1 << 12)

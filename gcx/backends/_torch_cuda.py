@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from gcx.backends import _torch_dtensor
+from gcx.backends._torch_dtensor import FanIn, restore, see_all, see_here
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
@@ -29,8 +29,6 @@ from gcx.backends.cuda.memory import Span, extent, writes_conflict
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 T = TypeVar("T")
-# A shape with one axis for each letter of a layout, and its fan-in axes.
-FanIn = tuple[Sequence[int], Axes]
 
 _OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
@@ -99,48 +97,24 @@ def launch(
     """
     if is_traced():
         return [None] * len(grads)
-    seen = see_all(grads, fan_ins)
+    seen = see_all(grads, fan_ins, grads)
     in_place = all(map(is_, outs, grads))
     parts: Sequence[Tensor | None] = seen
     if not in_place:
         parts = [
-            part if out is grad else None if out is None else see_here(out, fan_in)
+            None if out is None else part if out is grad else see_here(out, fan_in, grad)
             for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
         ]
     weights, rate = decay or ((), 0.0)
-    weights = see_all(weights, fan_ins) if weights else []
+    weights = see_all(weights, fan_ins, grads) if weights else []
     found = find_launches(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
     done = found.run(seen, strength, parts, weights, rate)
     if in_place and all(map(is_, seen, grads)):
         return done
     for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
-        if result is not None and seen[k] is not grad:
-            done[k] = out if out is not None else _restore(result, grad)
+        if result is not None and (seen[k] is not grad or out is not None):
+            done[k] = out if out is not None else restore(result, grad)
     return done
-
-
-def see_all(tensors: Sequence[Tensor], fan_ins: Sequence[FanIn]) -> list[Tensor]:
-    return [
-        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in)
-        for x, fan_in in zip(tensors, fan_ins, strict=True)
-    ]
-
-
-def see_here(x: Tensor, fan_in: FanIn) -> Tensor:
-    """Split a tensor as its layout does; take the part of a DTensor here, if fan-ins are whole."""
-    shape, axes = fan_in
-    if type(x) in _PLAIN:
-        return x if len(shape) == x.ndim else x.view(shape)
-    if len(shape) != x.ndim or not _torch_dtensor.is_dtensor(x):
-        return x
-    return x if _torch_dtensor.cuts_fan_in(x, axes) else x.to_local()
-
-
-def _restore(result: Tensor, grad: Tensor) -> Tensor:
-    """Return the tensor whose part is `result`."""
-    if type(grad) in _PLAIN:
-        return result.view(grad.shape)
-    return _torch_dtensor.spread_like(grad, result)
 
 
 def find_launches(
@@ -201,7 +175,7 @@ class Centralization:
                 self._places.append(k)
                 arrays.append(traits)
         self._in_place = all(map(is_, outs, grads))
-        self._is_whole = len(arrays) == len(grads)
+        self.is_whole = len(arrays) == len(grads)
         self._sizes = [count_bytes(grads[k]) for k in self._places]
         # torch negates some views when they are read, such as the imaginary part of a conjugate.
         self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
@@ -219,9 +193,10 @@ class Centralization:
         rate: float = 0.0,
     ) -> list[Tensor | None]:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        chosen = grads if self._is_whole else pick(self._places, grads)
+        chosen = grads if self.is_whole else pick(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
-        if self._has_obstacle(chosen, starts) or not self._is_apart(grads, outs, starts):
+        given = [x for x in outs if x is not None] if not self._in_place else ()
+        if self._has_obstacle(chosen, starts, given) or not self._is_apart(grads, outs, starts):
             return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
@@ -235,7 +210,7 @@ class Centralization:
             if 0 in roles[-1]:
                 return [None] * len(grads)
         left = self._schedule.run(roles, (strength, rate))
-        if self._is_whole and not left:
+        if self.is_whole and not left:
             increment_version(targets)
             return [*targets]
         results: list[Tensor | None] = [None] * len(grads)
@@ -244,12 +219,14 @@ class Centralization:
         increment_version([target for target in results if target is not None])
         return results
 
-    def _has_obstacle(self, grads: Sequence[Tensor], starts: list[int]) -> bool:
+    def _has_obstacle(
+        self, grads: Sequence[Tensor], starts: list[int], outs: Sequence[Tensor]
+    ) -> bool:
         """Return True if there is no gradient to launch, or more to one than its form shows."""
         return (
             not starts
             or 0 in starts  # FSDP has freed the memory, or it was never there
-            or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, grads))
+            or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, (*grads, *outs)))
             or not (self._are_dense or not any(map(Tensor.is_neg, grads)))
         )
 
@@ -257,7 +234,7 @@ class Centralization:
         self, grads: Sequence[Tensor], outs: Sequence[Tensor | None], starts: list[int]
     ) -> bool:
         """Return True if no result overwrites another array of the list."""
-        if not (self._in_place and self._is_whole):
+        if not (self._in_place and self.is_whole):
             return not writes_conflict(grads, outs, _find_span)
         if starts != self._apart:
             if overlap(starts, self._sizes):

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
+
+_PLAIN = (Tensor, Parameter)
+# A shape with one axis for each letter of a layout, and its fan-in axes.
+FanIn = tuple[Sequence[int], tuple[int, ...]]
 
 
 def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
@@ -39,12 +44,49 @@ def cuts_fan_in(x: Tensor, axes: Sequence[int]) -> bool:
     return any(each.is_partial() or _cut_axis(each) in axes for each in x.placements)
 
 
+def is_spread_like(x: Tensor, like: Tensor) -> bool:
+    """Return True if a tensor is a DTensor too, and its shards are on the same processes."""
+    if not (is_dtensor(x) and is_dtensor(like)):
+        return False
+    return x.placements == like.placements and x.device_mesh == like.device_mesh
+
+
 def spread_like(x: Tensor, here: Tensor) -> Tensor:
     """Make a DTensor like `x` from the part on this process."""
     from torch.distributed.tensor import DTensor
 
     assert is_dtensor(x)
     return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+
+
+def see_all(
+    tensors: Sequence[Tensor], fan_ins: Sequence[FanIn], like: Sequence[Tensor]
+) -> list[Tensor]:
+    return [
+        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in, grad)
+        for x, fan_in, grad in zip(tensors, fan_ins, like, strict=True)
+    ]
+
+
+def see_here(x: Tensor, fan_in: FanIn, like: Tensor) -> Tensor:
+    """Split a tensor as its layout does; take the part of a DTensor here.
+
+    If fan-ins are not whole, or it is not spread as its gradient `like`, it is not for the kernels.
+    """
+    shape, axes = fan_in
+    if type(x) in _PLAIN:
+        return x if len(shape) == x.ndim else x.view(shape)
+    if len(shape) != x.ndim or not is_dtensor(x):
+        return x
+    is_apart = x is not like and not is_spread_like(x, like)
+    return x if is_apart or cuts_fan_in(x, axes) else x.to_local()
+
+
+def restore(result: Tensor, grad: Tensor) -> Tensor:
+    """Return the tensor whose part is `result`."""
+    if type(grad) in _PLAIN:
+        return result.view(grad.shape)
+    return spread_like(grad, result)
 
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gcx.backends import _torch
 from gcx.backends._torch_cuda import Centralization, find_launches, forms, is_traced, pick
@@ -29,13 +31,20 @@ _known: list[_Known] = []  # the last one: a cache
 def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[Axes]) -> None:
     """Keep the fan-in axes of a list; the question is that of `gcx._repeats.Call`."""
     layouts, reproducible, is_in_place, _ = question
-    if not all(map(_torch.is_for_kernels, grads)):
+    if not all(map(_is_ordinary, grads)) or is_traced():
         return
     places = [k for k, fan_in in enumerate(axes) if fan_in]
     chosen, fan_ins = pick(places, grads), pick(places, axes)
     outs = chosen if is_in_place else [None] * len(places)
     launches = find_launches(chosen, fan_ins, outs, (), reproducible)
-    _known[:] = [_Known(layouts, question[1:], forms(grads), places, fan_ins, launches)]
+    if launches.is_whole:
+        _known[:] = [_Known(layouts, question[1:], forms(grads), places, fan_ins, launches)]
+
+
+def _is_ordinary(x: object) -> bool:
+    # Only a subclass, such as a DTensor, may have more to check than its form shows.
+    is_plain = type(x) in (Tensor, Parameter)
+    return is_plain and x.layout is torch.strided and _torch.is_for_kernels(x)  # type: ignore[attr-defined,arg-type]
 
 
 def repeat(

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from gcx._options import Options
 from gcx.backends import _torch_cuda as kernels
 from gcx.backends._torch import is_for_kernels
+from gcx.backends._torch_dtensor import FanIn, see_all, see_here
 from gcx.backends.cuda.launcher import Schedule
 from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
@@ -139,7 +140,7 @@ class StepHooks(GradientHooks):
         if any(kernels.forms([tensor])[1:] != kernels.forms([parameter])[1:] for tensor in tensors):
             return "a gradient or state differs from its parameter in dtype, shape or strides"
         fan_in = _find_fan_in(parameter, weight)
-        if kernels.see(kernels.see_here(grad, fan_in), fan_in[1]):
+        if kernels.see(see_here(grad, fan_in, grad), fan_in[1]):
             return ""
         kind = f"{type(grad).__name__} of {grad.dtype} and shape {tuple(grad.shape)}"
         return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
@@ -173,7 +174,7 @@ class StepHooks(GradientHooks):
 
 
 def _launch(
-    given: Numbers, roles: Lists, fan_ins: Sequence[kernels.FanIn], reproducible: bool
+    given: Numbers, roles: Lists, fan_ins: Sequence[FanIn], reproducible: bool
 ) -> list[int]:
     """Centralize and update what the kernels take; return its positions.
 
@@ -183,7 +184,7 @@ def _launch(
     if kernels.is_traced():
         return []
     rule, numbers = given
-    seen = [kernels.see_all(tensors, fan_ins) for tensors in roles]
+    seen = [see_all(tensors, fan_ins, roles[0]) for tensors in roles]
     axes = [axes for _, axes in fan_ins]
     key = (rule, *chain(*map(kernels.forms, seen)), *axes, reproducible)
     make = partial(_prepare, rule, seen, axes, reproducible)
@@ -213,5 +214,5 @@ def _prepare(
     return places, sizes, Schedule(kernels.get_launcher(), rule, kernels.pick(places, found))
 
 
-def _find_fan_in(parameter: Tensor, weight: Weight | None) -> kernels.FanIn:
+def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
     return (parameter.shape, ()) if weight is None else weight.fan_in

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -166,3 +167,33 @@ def test_devices_without_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(_torch_cuda, "find_launcher", lambda: pytest.fail("the driver is loaded"))
     assert _torch_cuda.why_not(torch.device("cuda", 0)) == reason
+
+
+def test_list_like_the_last_one_with_more_than_tensors(device: Device) -> None:
+    """Only lists of plain tensors are known again: others have more to check."""
+    rows = torch.randn(4, 8)
+    for rest in ([None], [np.ones((3, 4), np.float32)], [{"c": rows.clone()}]):
+        for _ in range(2):
+            first, *_ = gcx.centralize_many([rows.clone(), *rest])
+            assert torch.equal(first, gcx.centralize(rows))
+    names = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    for name in names:
+        assert gcx.centralize_many({name: rows.clone()}).keys() == {name}
+
+
+def test_list_with_a_gradient_that_the_kernels_leave_is_checked_again(device: Device) -> None:
+    grads = [torch.randn(4, 8), torch.randn(4, 8, dtype=torch.complex64)]
+    gcx.centralize_many(grads, out=grads)
+    before = grads[0].clone().add_(1)
+    grads = [before.clone(), grads[1].requires_grad_()]
+    with pytest.raises(TypeError, match="cannot be written to"):
+        gcx.centralize_many(grads, out=grads)
+    assert torch.equal(grads[0], before)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_list(device: Device) -> None:
+    traced = torch.jit.trace(lambda x: gcx.centralize_many([x])[0], torch.randn(4, 8))
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(traced(x), gcx.centralize(x))

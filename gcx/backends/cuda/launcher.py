@@ -93,10 +93,13 @@ class Launcher:
         except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises
             self._fail(device, error)
             return None
+        self._warn_of_capture()
+        return None
+
+    def _warn_of_capture(self) -> None:
         if not self._is_warned:
             self._is_warned = True
-            warn(_TOO_EARLY, RuntimeWarning, stacklevel=2)
-        return None
+            warn(_TOO_EARLY, RuntimeWarning, stacklevel=3)
 
     def launch(self, device: int, launch: Launch, prepared: Prepared | None) -> bool:
         """Launch on the current device; return False if it is impossible."""
@@ -117,6 +120,9 @@ class Launcher:
         """Launch nothing on a device from now on, and warn of the reason."""
         if isinstance(error, (MemoryError, self.host.out_of_memory)):
             raise error
+        if "CAPTURE" in str(error):  # of a CUDA graph, in any thread: later calls can succeed
+            self._warn_of_capture()
+            return
         self.failures[device] = reason = _describe(error)
         warn(_FAILED.format(f" on cuda:{device}", reason), RuntimeWarning, stacklevel=3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 Axes = tuple[int, ...]
@@ -13,6 +14,7 @@ _Axis = tuple[int, int]
 
 # Most units, elements of a fan-in, and elements of a step: the kernels count in 32 bits.
 _MOST = 1 << 29
+_MOST_MATRICES = 1 << 10  # of an array; more would not fit in a launch
 
 
 class Matrix(NamedTuple):
@@ -62,9 +64,13 @@ def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk 
     units = _merge(_sort([(shape[a], steps[a]) for a in range(len(shape)) if a not in axes]))
     # Rows are counted along the longest axis. Columns are neighbours along theirs.
     along = max(units) if step == 1 else units[-1]
-    if rest or (step != 1 and along[1] != 1) or max(size, abs(step), *along) > _MOST:
+    others = [axis for axis in units if axis is not along]
+    largest = max(size, abs(step), along[0], abs(along[1]))
+    if rest or (step != 1 and along[1] != 1) or largest > _MOST:
         return None
-    offsets = _find_offsets([axis for axis in units if axis is not along])
+    if prod(size for size, _ in others) > _MOST_MATRICES:
+        return None
+    offsets = _find_offsets(others)
     kind, step = ("rows", along[1]) if step == 1 else ("columns", step)
     return Walk(kind, tuple([Matrix(offset, along[0], size, step) for offset in offsets]))
 

@@ -23,7 +23,7 @@ class Call:
         self._leaves = [*grads.values()] if self._kind is dict else grads
         self._question = (layouts, reproducible, out is not None, self._names)
         is_simple = self._kind in (list, tuple, dict) and (out is None or out is grads)
-        is_simple = is_simple and all(type(name) is str for name in self._names)
+        is_simple = is_simple and {*map(type, self._names)} <= {str}
         # A mapping or a list of layouts may change between calls.
         is_fixed = isinstance(layouts, (str, Layout, Plan))
         self._backend = repeating_backend(self._leaves) if is_simple and is_fixed else None

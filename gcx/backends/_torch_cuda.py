@@ -175,6 +175,7 @@ class Centralization:
                 self._places.append(k)
                 arrays.append(traits)
         self._in_place = all(map(is_, outs, grads))
+        self._has_outs = not self._in_place and any(out is not None for out in outs)
         self.is_whole = len(arrays) == len(grads)
         self._sizes = [count_bytes(grads[k]) for k in self._places]
         # torch negates some views when they are read, such as the imaginary part of a conjugate.
@@ -195,7 +196,7 @@ class Centralization:
         """Launch; see `launch`. All tensors are in the forms for which this was made."""
         chosen = grads if self.is_whole else pick(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
-        given = [x for x in outs if x is not None] if not self._in_place else ()
+        given = [x for x in outs if x is not None] if self._has_outs else ()
         if self._has_obstacle(chosen, starts, given) or not self._is_apart(grads, outs, starts):
             return [None] * len(grads)
         targets, written = chosen, starts

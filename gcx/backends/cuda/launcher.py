@@ -53,11 +53,12 @@ class Launcher:
     """
 
     def __init__(self, driver: Driver, host: Host) -> None:
-        self._driver, self.host = driver, host
+        self._driver = driver
+        self.host: Host = host
         self._kernels: dict[tuple[object, ...], Any] = {}
         self.failures: dict[int, str] = {}
         self._is_warned = False  # of a capture
-        self.takes_large = min(driver.versions()) >= _FIRST_LARGE
+        self.takes_large: bool = min(driver.versions()) >= _FIRST_LARGE
 
     def find(self, device: int, launch: Launch, name: str) -> Any:
         """Find a kernel for a launch; compile it if necessary. None while a graph is captured."""

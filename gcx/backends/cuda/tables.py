@@ -74,11 +74,13 @@ class Launch:
     ) -> None:
         itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
         tiles = jobs[0][2]
-        self.rule, self.dtype = rule, dtype
-        self.kernels, self.threads = tiles.kernels, tiles.threads
-        self.matrices = count_matrices(rule, size)
+        self.rule: str = rule
+        self.dtype: str = dtype
+        self.kernels: tuple[str, ...] = tiles.kernels
+        self.threads: int = tiles.threads
+        self.matrices: int = count_matrices(rule, size)
         self.loaded: Sequence[Any] = ()  # the kernels on the device
-        self.places = list(dict.fromkeys(place for place, _, _ in jobs))
+        self.places: list[int] = list(dict.fromkeys(place for place, _, _ in jobs))
         self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
         self._is_simple = self._jobs == [(place, 0) for place in self.places]
         # float64 for SGD as well: so torch computes there.
@@ -91,14 +93,14 @@ class Launch:
         self._numbers_at = numbers
         self._partials_at = -(-(numbers + self._numbers.size) // 8) * 8
         self._template = bytearray(-(-(self._partials_at + 12) // 16) * 16)
-        self.blocks = 0
+        self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
             fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
             pack_into("4i", self._template, 16 * k, *fields)
             pack_into("i", self._template, first_tile + 4 * k, self.blocks)
             self.blocks += tiles.blocks
         pack_into("i", self._template, self._partials_at + 8, len(jobs))
-        self.partials = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
+        self.partials: int = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
 
     def fill(
         self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int

@@ -111,7 +111,7 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Tensor]:
-    """See `gcx.backends.Backend`; the kernels take as many as they can in one launch."""
+    """See `gcx.backends.Backend`; the kernels take as many as they can, in few launches."""
     if torch.compiler.is_compiling() or not any(map(is_for_kernels, grads)):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]

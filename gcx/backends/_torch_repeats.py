@@ -41,10 +41,10 @@ def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[
         _known[:] = [_Known(layouts, question[1:], forms(grads), places, fan_ins, launches)]
 
 
-def _is_ordinary(x: object) -> bool:
-    # Only a subclass, such as a DTensor, may have more to check than its form shows.
+def _is_ordinary(x: Tensor) -> bool:
+    """Return True if the form of a tensor shows all that is checked; a list may hold anything."""
     is_plain = type(x) in (Tensor, Parameter)
-    return is_plain and x.layout is torch.strided and _torch.is_for_kernels(x)  # type: ignore[attr-defined,arg-type]
+    return is_plain and x.layout is torch.strided and _torch.is_for_kernels(x)
 
 
 def repeat(

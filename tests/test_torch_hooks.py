@@ -65,7 +65,7 @@ class Own(Optimizer):
 
 
 class Shrinking(SGD):
-    """Shrinks the weights apart from the gradient, in a step of its own."""
+    """Shrinks the weights apart from the gradient, in a step of its own, and frees gradients."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -74,6 +74,7 @@ class Shrinking(SGD):
             for p in group["params"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(p.grad, alpha=group["lr"])
+                p.grad = None
 
 
 # What a handle shows and undoes
@@ -626,6 +627,7 @@ def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> N
     gcx.torch.centralize(unknown, layer, **options)
     assert_means_kept(layer, lambda: train(layer, unknown, steps=1))
     unknown.param_groups[0]["weight_decay"] = 0.1
+    loss_of(layer).backward()
     with pytest.raises(ValueError, match="Shrinking may have a rule of its own"):
         unknown.step()
     unknown.param_groups[0]["decoupled_weight_decay"] = True

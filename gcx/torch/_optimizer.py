@@ -151,13 +151,13 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 class Average(NamedTuple):
-    """Weights that an optimizer keeps beside those of the model, and moves in its own step."""
+    """A second set of weights, which an optimizer keeps in its state and moves in its step."""
 
     keys: tuple[str, ...]  # in the state of a parameter; they begin as 0, or at a pull of 1
     find_pull: Callable[[Group, State], float | Tensor]  # part of the way to the new weights
 
     def find_means(self, group: Group, state: State, weight: Weight, mean: Tensor) -> Means:
-        """Find the means after a step that keeps the mean of the weight."""
+        """Find its means after a step that keeps the mean of the weight."""
         pull, means = self.find_pull(group, state), {}
         for key in self.keys:
             begin = weight.mean(state[key]) if key in state else torch.zeros_like(mean)
@@ -174,7 +174,7 @@ _AVERAGES = {
 
 
 def find_average(group: Group) -> Average | None:
-    """Find the weights that the optimizer of this group keeps beside those of the model."""
+    """Find the second set of weights that the optimizer of this group keeps, if any."""
     return next((_AVERAGES[option] for option in _AVERAGES if option in group), None)
 
 

@@ -179,10 +179,11 @@ class UpdateHooks:
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
-        moving = (weight for weight in targets.weights() if _may_move(weight))
-        narrow = [w for w in moving if torch.finfo(w.parameter.dtype).bits < 32]
-        if narrow:
-            warn(narrow_weight(narrow[0].name, narrow[0].parameter.dtype))
+        for name, parameter, *_ in targets.weights():
+            may_move = parameter.requires_grad or parameter.grad is not None
+            if may_move and torch.finfo(parameter.dtype).bits < 32:
+                warn(narrow_weight(name, parameter.dtype))
+                break
         self._moves_others = not moves_by_gradient_only(optimizer)
         self._may_hide_average = callable(getattr(optimizer, "eval", None))
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
@@ -200,38 +201,44 @@ class UpdateHooks:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         baselines: list[_Baseline] = []
-        takes_all = self._may_thaw(optimizer, args, kwargs)
+        has_closure = _has_closure(args, kwargs)
+        takes_all = has_closure or self._moves_others or self._is_followed(optimizer)
         state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
             average = find_average(group)
             for weight in weights:
-                if takes_all or _may_move(weight):
-                    mean, known = weight.mean(weight.parameter), state.get(weight.parameter, {})
-                    beside = average.find_means(group, known, weight, mean) if average else {}
-                    baselines.append(_Baseline(weight, mean, factor, beside))
+                parameter = weight.parameter
+                has_gradient = parameter.grad is not None
+                if not (takes_all or has_gradient or parameter.requires_grad):
+                    continue
+                mean, beside = weight.mean(parameter), {}
+                if average is not None:
+                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                is_due = has_gradient and not has_closure
+                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         self._baselines.append(baselines)
 
-    def _may_thaw(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        """Return True if this step may move weights that are frozen now, and have no gradient."""
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Return True if hooks run after this one; they may give gradients to frozen weights."""
         last = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
-        return self._moves_others or last != self.handles[0].id or _has_closure(args, kwargs)
+        return bool(last != self.handles[0].id)
 
     @not_compiled
     @torch.no_grad()
     def _restore_means(self, optimizer: Optimizer, *_: Any) -> None:
         state = inner_optimizer(optimizer).state
-        for weight, mean, factor, beside in self._baselines.pop():
+        for weight, mean, factor, beside, is_due in self._baselines.pop():
             parameter = weight.parameter
-            if parameter.grad is None:  # no step, and no decay
-                self._restore(weight, parameter, mean)
+            if not is_due and parameter.grad is None:  # no step, and no decay
+                if self._moves_others or parameter.requires_grad:
+                    self._restore(weight, parameter, mean)
                 continue
             self._restore(weight, parameter, mean if factor is None else mean * factor)
-            found = [key for key in beside if key in state[parameter]]
+            known = state.get(parameter, {})
+            found = [key for key in beside if key in known]
             for key in found:
-                self._restore(weight, state[parameter][key], beside[key])
+                self._restore(weight, known[key], beside[key])
             if self._may_hide_average and not found:
                 self._may_hide_average = False
                 warn(_UNKNOWN_AVERAGE.format(type(optimizer).__name__))
@@ -254,11 +261,7 @@ class _Baseline(NamedTuple):
     mean: Tensor
     shrinkage: Rate
     beside: Means  # of the weights that the optimizer keeps beside it, after the step
-
-
-def _may_move(weight: Weight) -> bool:
-    """Return True if the parameter is trainable or still has a gradient."""
-    return weight.parameter.requires_grad or weight.parameter.grad is not None
+    is_due: bool  # a step without a closure will use the gradient, and may free it
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -165,12 +165,12 @@ class Average(NamedTuple):
         return means
 
 
-# By an option that no other optimizer has.
+# By an option in the groups of such optimizers: schedule-free ones, SPlus, ASGD.
 _AVERAGES = {
     "weight_lr_power": Average(("x", "y", "z"), lambda _, state: 0.0 if "z" in state else 1.0),
     "nonstandard_constant": Average(("ema",), lambda group, _: 1 - group["ema_rate"]),
     "lambd": Average(("ax",), lambda _, state: state.get("mu", 1.0)),
-}  # schedule-free optimizers, SPlus, ASGD
+}
 
 
 def find_average(group: Group) -> Average | None:

@@ -215,7 +215,7 @@ class UpdateHooks:
                 mean, beside = weight.mean(parameter), {}
                 if average is not None:
                     beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                is_due = has_gradient and not has_closure
+                is_due = self._moves_others and has_gradient and not has_closure
                 baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         self._baselines.append(baselines)
 
@@ -261,7 +261,7 @@ class _Baseline(NamedTuple):
     mean: Tensor
     shrinkage: Rate
     beside: Means  # of the weights that the optimizer keeps beside it, after the step
-    is_due: bool  # a step without a closure will use the gradient, and may free it
+    is_due: bool  # the step will use the gradient, and may free it, as steps in torch do not
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

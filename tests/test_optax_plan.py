@@ -260,8 +260,8 @@ def test_function_gets_path_and_array() -> None:
 @pytest.mark.parametrize("layouts", [None, 3, ["...o"], Layout("...o"), {"kernel"}])
 def test_what_layouts_may_be(layouts: Any) -> None:
     message = (
-        "layouts is an nnx or Equinox module, a mapping from path to layout or None, a function of "
-        "path and array, a plan, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
+        "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
+        "layout or None, a function of path and array, a plan, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
         f"{type(layouts).__name__}"
     )
     with pytest.raises(TypeError, match=re.escape(message)):

@@ -95,7 +95,8 @@ def layouts(
     Parameters
     ----------
     model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
-        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``).
+        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
+        or tuple of nnx or Equinox modules is a model too.
     *example_inputs, **keyword_inputs
         For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
         `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
@@ -204,10 +205,11 @@ def source_of(layouts: Layouts) -> Source:
     # Before the other forms: a model may be callable, or a mapping.
     framework = framework_of(layouts)
     if framework is not None:
-        if framework.needs_inputs:
+        if framework.params is None:
             msg = (
                 f"a {framework.module} model has no layers before it sees an input: give "
-                "gcx.optax.layouts(model, *example_inputs), where shapes will do"
+                "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
+                "or jax.ShapeDtypeStruct(shape, dtype)"
             )
             raise TypeError(msg)
         return _for_any_names(partial(_from_model, decide(layouts)))
@@ -221,8 +223,9 @@ def source_of(layouts: Layouts) -> Source:
     if callable(layouts):
         return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
     msg = (
-        f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
-        f"of path and array, a plan, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
+        f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
+        "layout or None, a function of path and array, a plan, or a preset "
+        f"({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
 

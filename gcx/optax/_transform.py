@@ -79,7 +79,7 @@ def centralize(
     layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
-        - an nnx or Equinox module, whose layers give the layouts;
+        - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
           `layouts` returns; the first key that matches counts;

@@ -261,7 +261,8 @@ def test_function_gets_path_and_array() -> None:
 def test_what_layouts_may_be(layouts: Any) -> None:
     message = (
         "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
-        "layout or None, a function of path and array, a plan, or a preset ('flax', 'haiku', 'equinox', 'keras'), not "
+        "layout or None, a function of path and array, a plan, or a preset "
+        "('flax', 'haiku', 'equinox', 'keras'), not "
         f"{type(layouts).__name__}"
     )
     with pytest.raises(TypeError, match=re.escape(message)):
@@ -374,3 +375,17 @@ def test_a_dtype_without_sign_is_left_alone() -> None:
     scales = jax.ShapeDtypeStruct((4, 2), "float8_e8m0fnu")
     (row,) = gcx.optax.plan({"kernel": scales}, "flax")
     assert (row.layout, row.reason) == (None, "not of floating dtype")
+
+
+class ForeignArray:
+    """An array of a library with dtypes of its own, as torch has."""
+
+    shape, dtype = (3, 2), object()
+
+
+def test_arrays_of_another_library() -> None:
+    message = "kernel is a test_optax_plan.ForeignArray: gcx.optax is for JAX and NumPy arrays"
+    transformation, params = gcx.optax.centralize("flax"), {"kernel": jnp.ones((3, 2))}
+    state = transformation.init(params)
+    with pytest.raises(TypeError, match=message):
+        transformation.update({"kernel": ForeignArray()}, state, params)

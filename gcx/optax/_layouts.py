@@ -119,18 +119,31 @@ def layouts(
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
     rows = decide(model, example_inputs, keyword_inputs)
-    return {name: row.layout or LeaveAlone(row.reason) for name, row in rows.items()}
+    return {
+        name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
+        for name, row in rows.items()
+    }
 
 
-def plan(params: optax.Params, layouts: Layouts) -> Plan:
+class _LayerLayout(Layout):
+    """Layout of a layer's weight; the plan shows the layer."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layout: Layout, layer: str) -> None:
+        super().__init__(str(layout), **layout.sizes)
+        self.layer = layer
+
+
+def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     """Show which parameters `centralize` would centralize, over which axes, and why.
 
     Parameters
     ----------
     params : pytree
         Parameters or gradients, or their `jax.ShapeDtypeStruct`.
-    layouts : model, Plan, mapping, callable or str
-        As in `centralize`.
+    layouts : model, Plan, mapping, callable or str, optional
+        As in `centralize`. If `params` is an nnx or Equinox model, it may be left out.
 
     Returns
     -------
@@ -161,6 +174,10 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     token          1x8      -       unknown: no rule for this name
     1 of 3 parameters centralized
     """
+    framework = framework_of(params) if layouts is None else None
+    if framework is not None:
+        layouts = params
+        params = framework.params(params) if framework.params else None
     return plan_of(params, source_of(layouts), {})
 
 
@@ -175,7 +192,13 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
-    if not is_floating(leaf.dtype):
+    try:
+        is_numeric = is_floating(leaf.dtype)
+    except TypeError:  # a dtype that neither JAX nor NumPy knows
+        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+        msg = f"{name} is a {kind}: gcx.optax is for JAX and NumPy arrays"
+        raise TypeError(msg) from None
+    if not is_numeric:
         return PlanRow(name, shape, None, "not of floating dtype")
     chosen, reason = rule(name, leaf)
     if chosen is None:
@@ -276,7 +299,9 @@ def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
 
 
 def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
-    return (None, answer.reason) if isinstance(answer, LeaveAlone) else (answer, "as given")
+    if isinstance(answer, LeaveAlone):
+        return None, answer.reason
+    return answer, answer.layer if isinstance(answer, _LayerLayout) else "as given"
 
 
 def _no_rule(leaf: Any) -> str:

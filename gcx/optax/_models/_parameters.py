@@ -133,4 +133,9 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
         inputs, keyword_inputs = jax.tree.unflatten(structure, mixed)
         return function(*inputs, **keyword_inputs)
 
-    return jax.eval_shape(of_arrays, arrays)
+    try:
+        return jax.eval_shape(of_arrays, arrays)
+    except (AttributeError, TypeError, ValueError) as error:
+        if all(array is None for array in arrays):
+            error.add_note("no example input is an array or a jax.ShapeDtypeStruct(shape, dtype)")
+        raise

@@ -465,6 +465,42 @@ def test_centralizes_the_mean_of_accumulated_gradients() -> None:
     np.testing.assert_allclose(found, centralized(second_update(SGD), (0,)), atol=1e-15)
 
 
+def gradients_of_examples(params: Any) -> Any:
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(jnp.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]))
+
+    return jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, normal(40, 5, 4))
+
+
+@pytest.mark.parametrize("layouts", ["flax", {"*kernel": "io", "*": None}, {"*": "o..."}])
+@pytest.mark.parametrize("given", [True, False], ids=["params", "init"])
+def test_gradients_of_single_examples_are_refused(layouts: Any, given: bool) -> None:
+    params = {"Dense_0": KERNELS["Dense_0"]}
+    gc = gcx.optax.centralize(layouts)
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.5, key=0)
+    grads = gradients_of_examples(params)
+    wrong = optax.chain(gc, private, SGD)
+    message = r"Dense_0/\w+: the parameter has rank \d, and its gradient rank \d.*_aggregate"
+    with pytest.raises(ValueError, match=message):
+        wrong.update(grads, wrong.init(params), *[params] * given)
+    right = optax.chain(private, gc, SGD)
+    (noisy, _), (updates, _) = (
+        optimizer.update(grads, optimizer.init(params), *[params] * given)
+        for optimizer in (private, right)
+    )
+    axes = (1,) if layouts == {"*": "o..."} else (0,)
+    expected = -0.1 * centralized(np.asarray(noisy["Dense_0"]["kernel"]), axes)
+    np.testing.assert_allclose(updates["Dense_0"]["kernel"], expected, atol=1e-15)
+
+
+def test_gradients_of_single_examples_under_vmap() -> None:
+    grads = normal_like(40, {"kernel": normal(1, 5, 4, 3)})
+    gc = gcx.optax.centralize("flax")
+    state = gc.init({"kernel": normal(1, 4, 3)})
+    updates = jax.vmap(lambda g: gc.update(g, state)[0])(grads)
+    np.testing.assert_allclose(updates["kernel"], centralized(grads["kernel"], (1,)), atol=1e-15)
+
+
 # Equal bits
 
 

@@ -33,15 +33,15 @@ Source = Callable[[Names], NameRule]
 _AMBIGUOUS = "unknown: its name does not tell the fan-in; the model does (gcx.optax.layouts)"
 
 # Rows of a preset: end of the path, layout or None, reason. The first row that matches and fits the
-# rank counts. The patterns are regular expressions because the "*" of a glob crosses "/", and
-# "conv_transpose_block/conv/w" is not a transposed convolution.
+# rank counts; its layout is a guess. The patterns are regular expressions because the "*" of a glob
+# crosses "/", and "conv_transpose_block/conv/w" is not a transposed convolution.
 PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
     "flax": (
         (r"(query|key|value)/kernel", "ioo", "attention projection"),
-        # Names that flax makes. A kernel of rank 2 is clear, unless a stack of them has rank 3.
+        # Names that flax makes.
         (r"(Scan|Vmap)[A-Z][^/]*/.*kernel", None, _AMBIGUOUS),
-        (r"(DenseGeneral|Einsum)_[^/]*/kernel", "io", "kernel"),
-        (r"(DenseGeneral|Einsum|ConvLocal)_[^/]*/kernel", None, _AMBIGUOUS),
+        (r"DenseGeneral_[^/]*/kernel", "io", "kernel"),
+        (r"(DenseGeneral|Einsum|ConvLocal|ConvTranspose)_[^/]*/kernel", None, _AMBIGUOUS),
         (r"/kernel", "...o", "kernel"),
         (r"/embedding", None, "embedding"),
         (r"/bias", None, "bias"),
@@ -72,7 +72,6 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         # keras.applications uses the second and the third name.
         (r"(depthwise|dwconv|conv_dw)[^/]*/kernel", "...oo", "depthwise convolution"),
         (r"/depthwise_kernel", "...oo", "depthwise convolution"),
-        (r"einsum_dense[^/]*/kernel", "io", "kernel"),
         (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
         (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
         (r"/(embeddings|reverse_embeddings)", None, "embedding"),
@@ -170,7 +169,7 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     >>> print(gcx.optax.plan(params, "flax"))
     parameter      shape    layout  reason
     Conv_0/bias    8        -       bias
-    Conv_0/kernel  3x3x1x8  ...o    kernel
+    Conv_0/kernel  3x3x1x8  ...o    guess by name: kernel
     token          1x8      -       unknown: no rule for this name
     1 of 3 parameters centralized
     """
@@ -259,9 +258,12 @@ def _for_any_names(rule: NameRule) -> Source:
 
 def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
     for pattern, layout, reason in PRESETS[preset]:
-        is_named_so = re.search(f"{pattern}$", f"/{name}")
-        if is_named_so and (layout is None or _fits(layout, leaf.ndim)):
-            return layout, reason
+        if not re.search(f"{pattern}$", f"/{name}"):
+            continue
+        if layout is None:
+            return None, reason
+        if _fits(layout, leaf.ndim):
+            return layout, f"guess by name: {reason}"
     return None, _no_rule(leaf)
 
 

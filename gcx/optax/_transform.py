@@ -113,7 +113,7 @@ def centralize(
           `layouts` returns; the first key that matches counts;
         - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend
           on the path, shape and dtype alone: it is called once for each of these;
-        - a preset that goes by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
+        - a preset that guesses by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
 
         Parameters without a match are left alone.
     strength : float, optional

@@ -100,7 +100,8 @@ def centralize(
     """Centralize updates: subtract their mean over the fan-in.
 
     It centralizes the gradient in ``chain(centralize, sgd)``, and the update in ``chain(adamw,
-    centralize)``. :doc:`/optax` says which chains keep the means of the weights (Corollary 4.1).
+    centralize)``. Around a base optimizer, as in `optax.contrib.schedule_free`, it goes inside:
+    :doc:`/optax` says which chains keep the means of the weights (Corollary 4.1).
 
     Parameters
     ----------

@@ -129,6 +129,8 @@ class _LayerLayout(Layout):
 
     __slots__ = ("layer",)
 
+    layer: str
+
     def __init__(self, layout: Layout, layer: str) -> None:
         super().__init__(str(layout), **layout.sizes)
         self.layer = layer

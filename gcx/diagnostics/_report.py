@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcx._table import aligned, html_table
 from gcx.layout import Layout
-from gcx.plan import Plan, PlanRow
+from gcx.plan import Plan, PlanRow, cells, count_centralized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,15 +113,11 @@ class EnergyReport:
             ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, with
             the entries of `gcx.plan.Plan.to_dict`, and shares as dicts of their attributes or None.
         """
-        plain = Plan(PlanRow(*row[:4]) for row in self.rows).to_dict()
-        return {
-            "batches": self.batches,
-            "total": self.total and self.total._asdict(),
-            "parameters": {
-                row.name: {**plain[row.name], "share": row.share and row.share._asdict()}
-                for row in self.rows
-            },
-        }
+        parameters = self._plan().to_dict()
+        for row in self.rows:
+            parameters[row.name]["share"] = row.share and row.share._asdict()
+        total = self.total and self.total._asdict()
+        return {"batches": self.batches, "total": total, "parameters": parameters}
 
     def bar_chart(self) -> Figure:
         """Draw a bar for each weight that has a share.
@@ -176,40 +171,34 @@ class EnergyReport:
         return figure
 
     def __str__(self) -> str:
-        lines = aligned([_HEADER, *self._cells()], to_the_right=_NUMBERS)
-        return "\n".join([*lines, self._counts()])
+        return "\n".join([*aligned(self._cells(), to_the_right=_NUMBERS), self._counts()])
 
     def _repr_html_(self) -> str:
-        return f"{html_table(_HEADER, self._cells())}<p>{escape(self._counts())}</p>"
+        header, *rows = self._cells()
+        return f"{html_table(header, rows)}<p>{self._counts()}</p>"
+
+    def _plan(self) -> Plan:
+        return Plan(PlanRow(*row[:4]) for row in self.rows)
 
     def _cells(self) -> list[tuple[str, ...]]:
         reason = "zero or not finite" if self.total is None else ""
-        whole = ("whole gradient", "", "", *_share_cells(self.total), reason)
-        return [*map(_cells, self.rows), whole]
+        found = zip(map(cells, self._plan()), (row.share for row in self.rows), strict=True)
+        rows = [(*of_row, *_share_cells(share), why) for (*of_row, why), share in found]
+        return [_HEADER, *rows, ("whole gradient", "", "", *_share_cells(self.total), reason)]
 
     def _counts(self) -> str:
-        centralized = sum(row.layout is not None for row in self.rows)
-        return f"{centralized} of {len(self.rows)} parameters centralized, {self._batches()}"
+        return f"{count_centralized(self._plan())}, {self._batches()}"
 
     def _batches(self) -> str:
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"
 
 
-def _cells(row: EnergyRow) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    layout = "-" if row.layout is None else str(row.layout)
-    return row.name, shape, layout, *_share_cells(row.share), row.reason
-
-
 def _share_cells(share: Share | None) -> tuple[str, str, str]:
     if share is None:
         return "-", "-", "-"
-    removed, lowest, highest, by_chance = map(_percent, share)
+    percent = ["<0.001%" if 0 < x < 1e-5 else f"{100 * x:.3g}%" for x in share]
+    removed, lowest, highest, by_chance = percent
     return removed, f"{lowest} to {highest}", by_chance
-
-
-def _percent(share: float) -> str:
-    return "<0.001%" if 0 < share < 1e-5 else f"{100 * share:.3g}%"
 
 
 def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 _HEADER = ("parameter", "shape", "layout", "removed", "in batches", "by chance", "reason")
 _NUMBERS = (3, 4, 5)  # columns of numbers
 
-# Colours of Okabe and Ito, which people who do not see red and green can tell apart, too.
-_BAR, _CHANCE = "#0072B2", "#D55E00"
-
 
 class Energy(NamedTuple):
     """The squared norm of a gradient, and the part that subtracting the means removes."""
@@ -34,12 +31,11 @@ class Share(NamedTuple):
     Attributes
     ----------
     removed : float
-        Over all batches: the sum of the energies removed, divided by the sum of the energies.
+        The energy removed in all batches, divided by their energy.
     lowest, highest : float
         The least and the largest share in a single batch.
     by_chance : float
-        The expected share of independent elements with mean zero and equal variance: 1 / M, where
-        M is the fan-in.
+        The expected share of independent elements of equal variance and mean zero: 1 / fan-in.
 
     Examples
     --------
@@ -110,8 +106,8 @@ class EnergyReport:
         Returns
         -------
         dict
-            ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, with
-            the entries of `gcx.plan.Plan.to_dict`, and shares as dicts of their attributes or None.
+            ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, where
+            ``...`` is as in `gcx.plan.Plan.to_dict`; a share is a dict of its attributes or None.
         """
         parameters = self._plan().to_dict()
         for row in self.rows:
@@ -122,16 +118,8 @@ class EnergyReport:
     def bar_chart(self) -> Figure:
         """Draw a bar for each weight that has a share.
 
-        Returns
-        -------
-        matplotlib.figure.Figure
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install matplotlib``.
-        ValueError
-            If no parameter has a share; the table says why.
+        Raises an ImportError without matplotlib; a ValueError if no weight has a share, and the
+        table says why.
         """
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:
@@ -144,29 +132,24 @@ class EnergyReport:
             msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
         figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
-        axes = figure.subplots()
+        axes = figure.subplots()  # in colours that people who are colour-blind can tell apart
         places = range(len(shares))
         removed, *_, by_chance = zip(*shares.values(), strict=True)
         # Rounding may put the share outside its range.
         below = [max(0.0, share.removed - share.lowest) for share in shares.values()]
         above = [max(0.0, share.highest - share.removed) for share in shares.values()]
-        axes.barh(places, removed, color=_BAR, label="all batches")
-        axes.errorbar(
-            removed, places, xerr=(below, above), fmt="none", ecolor="black", capsize=3,
-            label="least and most in a batch",
-        )  # fmt: skip
-        axes.plot(
-            by_chance, places, linestyle="none", color=_CHANCE, marker="|", markersize=12,
-            markeredgewidth=2, label="by chance: 1 / fan-in",
-        )  # fmt: skip
+        axes.barh(places, removed, color="#0072B2", label="all batches")
+        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3}
+        whiskers["label"] = "least and most in a batch"
+        axes.errorbar(removed, places, xerr=(below, above), **whiskers)
+        (marks,) = axes.plot(by_chance, places, "|", color="#D55E00", label="by chance: 1 / fan-in")
+        marks.set(markersize=12, markeredgewidth=2)
         axes.set_yticks(places, list(shares))
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), xlabel="share of the gradient's energy that GC removes")
+        axes.set(title=f"Gradient Centralization, {self._batches()}", axisbelow=True)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.set_xlabel("share of the gradient's energy that GC removes")
-        axes.set_title(f"Gradient Centralization, {self._batches()}")
         axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         return figure
 
@@ -202,10 +185,7 @@ def _share_cells(share: Share | None) -> tuple[str, str, str]:
 
 
 def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:
-    """Join the rows of a plan with the energies of each batch, by name.
-
-    Raises a ValueError if there are no batches, or no gradients in them.
-    """
+    """Join the rows of a plan with the energies of each batch, by name."""
     if not batches:
         msg = "batches is empty; if it is an iterator, it may have been gone through before"
         raise ValueError(msg)
@@ -225,8 +205,7 @@ def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) 
 
 def _row(row: PlanRow, energies: Sequence[Energy]) -> EnergyRow:
     share, obstacle = None, ""
-    infinite = sum(not isfinite(energy.total) for energy in energies)
-    if infinite:
+    if infinite := sum(not isfinite(energy.total) for energy in energies):
         obstacle = f"NaN or infinity in the gradient of {infinite} of {len(energies)} batches"
     if row.layout is not None:
         share = _share(energies, _by_chance(row))

@@ -12,7 +12,7 @@ from gcx._decisions import already_attached, check_reproducible, narrow_weight, 
 from gcx._options import Decay, Layers, Options, Where
 from gcx.keras._optimizer import GradientCentralization, Projection
 from gcx.keras._plan import Overrides, decide, plan
-from gcx.plan import Plan, PlanRow
+from gcx.plan import PlanRow
 
 # Methods that a centralized optimizer overrides, and Keras's methods that call them.
 _CHANGED = ("_apply_weight_decay", "_backend_update_step")
@@ -120,10 +120,15 @@ def centralize(
 
     projection = Projection(rows_of, expected, options)
     handle = GradientCentralization(optimizer, projection)
-    if where == "update":
-        _warn_of_low_precision(model, expected)
-    else:
+    narrow = [
+        narrow_weight(row.name, variable.dtype)
+        for variable, row in zip(model.trainable_variables, expected, strict=True)
+        if row.layout and variable.dtype in ("float16", "bfloat16")
+    ]
+    if where == "gradient":
         _centralize_momentum(optimizer, projection)
+    elif narrow:
+        warnings.warn(narrow[0], UserWarning, stacklevel=2)
     _renew_compiled_step(model, optimizer)
     return handle
 
@@ -156,19 +161,11 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(msg)
 
 
-def _warn_of_low_precision(model: Any, expected: Plan) -> None:
-    for variable, row in zip(model.trainable_variables, expected, strict=True):
-        if row.layout and variable.dtype in ("float16", "bfloat16"):
-            message = narrow_weight(row.name, variable.dtype)
-            warnings.warn(message, UserWarning, stacklevel=3)
-            return
-
-
 def _centralize_momentum(optimizer: Any, projection: Projection) -> None:
     """Subtract the fan-in mean from momentum that uncentralized gradients left."""
-    if projection.options.strength < 1:  # then momentum rightly has a mean
-        return
-    if optimizer.built and isinstance(optimizer, keras.optimizers.SGD) and optimizer.momentum:
+    is_whole = projection.options.strength == 1.0  # otherwise momentum rightly has a mean
+    is_sgd = optimizer.built and isinstance(optimizer, keras.optimizers.SGD)
+    if is_whole and is_sgd and optimizer.momentum:
         variables = vars(optimizer)["_trainable_variables"]
         values = [buffer.value for buffer in optimizer.momentums]
         centralized = projection.centralized(values, variables)

@@ -24,7 +24,10 @@ class Projection:
     def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
         self.plan: Plan = plan  # until the variables of the optimizer are known
         self.options: Options = options
-        self._how = {"strength": options.strength, "reproducible": options.reproducible}
+        self._how: dict[str, Any] = {
+            "strength": options.strength,
+            "reproducible": options.reproducible,
+        }
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}
@@ -195,7 +198,7 @@ class GradientCentralization:
 
     def plain_optimizer(self) -> Any:
         """Make an optimizer with the same state and its original class, to serialize it."""
-        plain = object.__new__(self._kind)
+        plain: Any = object.__new__(self._kind)
         vars(plain).update(vars(self._optimizer))
         return plain
 

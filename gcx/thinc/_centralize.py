@@ -103,7 +103,8 @@ class GradientCentralization:
         self._optimizer = optimizer
         self._options = options
         self._kind = kind = type(optimizer)
-        self._how = {"strength": options.strength, "reproducible": options.reproducible}
+        self._how: dict[str, Any] = {"strength": options.strength}
+        self._how["reproducible"] = options.reproducible
         self._rows = decide(models, options.overrides)
         refuse_empty(self.plan, "these models")
         if options.reproducible:

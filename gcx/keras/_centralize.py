@@ -12,7 +12,7 @@ from gcx._decisions import already_attached, check_reproducible, narrow_weight, 
 from gcx._options import Decay, Layers, Options, Where
 from gcx.keras._optimizer import GradientCentralization, Projection
 from gcx.keras._plan import Overrides, decide, plan
-from gcx.plan import PlanRow
+from gcx.plan import Plan, PlanRow
 
 # Methods that a centralized optimizer overrides, and Keras's methods that call them.
 _CHANGED = ("_apply_weight_decay", "_backend_update_step")
@@ -120,15 +120,10 @@ def centralize(
 
     projection = Projection(rows_of, expected, options)
     handle = GradientCentralization(optimizer, projection)
-    narrow = [
-        narrow_weight(row.name, variable.dtype)
-        for variable, row in zip(model.trainable_variables, expected, strict=True)
-        if row.layout and variable.dtype in ("float16", "bfloat16")
-    ]
-    if where == "gradient":
+    if where == "update":
+        _warn_of_low_precision(model, expected)
+    else:
         _centralize_momentum(optimizer, projection)
-    elif narrow:
-        warnings.warn(narrow[0], UserWarning, stacklevel=2)
     _renew_compiled_step(model, optimizer)
     return handle
 
@@ -159,6 +154,14 @@ def _check_optimizer(optimizer: Any) -> None:
             "call what gcx.keras changes; if it holds other optimizers, centralize those"
         )
         raise TypeError(msg)
+
+
+def _warn_of_low_precision(model: Any, expected: Plan) -> None:
+    for variable, row in zip(model.trainable_variables, expected, strict=True):
+        if row.layout and variable.dtype in ("float16", "bfloat16"):
+            message = narrow_weight(row.name, variable.dtype)
+            warnings.warn(message, UserWarning, stacklevel=3)
+            return
 
 
 def _centralize_momentum(optimizer: Any, projection: Projection) -> None:

@@ -172,13 +172,14 @@ class GradientCentralization:
     """
 
     def __init__(self, optimizer: Any, projection: Projection) -> None:
+        kind: type = type(optimizer)
         self.projection = projection
         self._optimizer = optimizer
-        self._kind: type = type(optimizer)
+        self._kind = kind
         if optimizer.built:
             projection.bind(vars(optimizer)["_trainable_variables"])
         # A new optimizer would lack the fast steps that Keras has for torch.
-        optimizer.__class__ = _centralized(self._kind)
+        optimizer.__class__ = _centralized(kind)
         optimizer.gradient_centralization = self
 
     @property

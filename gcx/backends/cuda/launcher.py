@@ -130,7 +130,8 @@ class Launcher:
         if "CAPTURE" in str(error):  # of a CUDA graph, in any thread: later calls can succeed
             self._warn_of_capture()
             return
-        self.failures[device] = _warn_of_failure(error, f" on cuda:{device}")
+        self.failures[device] = reason = _describe(error)
+        warn(_FAILED.format(f" on cuda:{device}", reason), RuntimeWarning, stacklevel=3)
 
 
 def find_launcher(make_driver: Callable[[], Driver], host: Host) -> Launcher | str:
@@ -140,18 +141,19 @@ def find_launcher(make_driver: Callable[[], Driver], host: Host) -> Launcher | s
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a loader raises
-        return _warn_of_failure(error, "")
+        reason = _describe(error)
+        warn(_FAILED.format("", reason), RuntimeWarning, stacklevel=2)
+        return reason
 
 
-def _warn_of_failure(error: Exception, place: str) -> str:
-    """Warn that the kernels cannot run in a place; return the reason."""
-    reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-    msg = (
-        f"the CUDA kernels of gcx cannot run{place}, so the array library's own, slower operations "
-        f"do their work: {reason}"
-    )
-    warn(msg, RuntimeWarning, stacklevel=3)
-    return reason
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+
+
+_FAILED = (
+    "the CUDA kernels of gcx cannot run{}, so the array library's own, slower operations do their "
+    "work: {}"
+)
 
 
 class Schedule:

@@ -23,8 +23,9 @@ def assert_centralized(
 ) -> None:
     """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
-    Steps of SGD with Gradient Centralization keep the means of a weight (Corollary 4.1). So this
-    one check catches a wrong axis and a hook that never ran, in any framework.
+    Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
+    with Gradient Centralization keep the means of a weight (Corollary 4.1). So this one check
+    catches a wrong axis and a hook that never ran, in any framework.
 
     Parameters
     ----------

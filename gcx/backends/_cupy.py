@@ -21,7 +21,7 @@ from gcx.backends.cuda.memory import extent, writes_conflict
 from gcx.backends.cuda.tables import ELEMENTS
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
-check_dtype, reshape = _numpy.check_dtype, _numpy.reshape  # CuPy's arrays are like NumPy's
+check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
 
 def is_writable(array: Any, /) -> bool:
@@ -36,6 +36,9 @@ def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     if cp.cuda.runtime.is_hip:
         msg = "reproducible=True on CuPy is not for ROCm"
         raise TypeError(msg)
+
+
+reshape = _numpy.reshape
 
 
 def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
@@ -63,10 +66,11 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    each = [*zip(grads, axes, outs, strict=True)]
     if writes_conflict(grads, outs, _find_span):  # then in the order of the list
         do = centralize if len(grads) > 1 else _by_itself
+        each = zip(grads, axes, outs, strict=True)
         return [do(grad, fan_in, strength, out, reproducible) for grad, fan_in, out in each]
+    each = zip(grads, axes, outs, strict=True)
     traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
     for k, grad in enumerate(grads):

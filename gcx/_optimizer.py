@@ -50,8 +50,8 @@ class Optimizer:
     def init(self, params: Any) -> dict[str, Any]:
         """Make the initial state of weights in a list, tuple or dict, which may be nested.
 
-        It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer of
-        the optimizer, with arrays of the weights' shapes and dtypes.
+        It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer,
+        with arrays of the weights' shapes and dtypes.
 
         Raises a TypeError if `params` has anything but floating arrays, or `reproducible` does not
         support one of them; a ValueError if `layouts` does not fit, or centralizes none of them.
@@ -76,16 +76,12 @@ class Optimizer:
     ) -> tuple[TreeT, dict[str, Any]]:
         """Take one step: return the new weights, of the same dtypes, and the new state.
 
-        `grads` are built like `params`, of the same libraries, shapes and dtypes. A gradient of
-        None leaves a parameter and its state unchanged. `state` comes from `init` or the previous
-        `update`.
+        `grads` are built like `params`, of the same libraries, shapes and dtypes; None leaves a
+        parameter and its state unchanged. Raises a TypeError or ValueError, before any computation,
+        if `grads` or `state` do not fit, or `reproducible` does not support one of them.
 
-        Raises a TypeError or ValueError, before any computation, if `grads` or `state` do not fit
-        `params`, or `reproducible` does not support one of them.
-
-        A lazy library such as dask adds each step to its graph, so compute the weights and the
-        state from time to time. PyTorch records the step for autograd unless it runs under
-        ``torch.no_grad()``.
+        A lazy library such as dask adds each step to its graph, so compute the results from time to
+        time. PyTorch records the step for autograd, unless under ``torch.no_grad()``.
         """
         updated = [self._step(*row) for row in self._check_rows(params, grads, state)]
         new_params, *columns = zip(*updated, strict=True)

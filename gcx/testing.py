@@ -37,8 +37,8 @@ def assert_centralized(
         As in `gcx.centralize`.
     rtol : float, optional
         Largest allowed mean, or change of a mean, relative to the largest magnitude in the output
-        unit. The default allows for rounding: 64 times the machine epsilon of the dtype. Dtypes
-        below 32 bits have no default, since their rounding alone leaves a large mean.
+        unit; 64 times the machine epsilon of the dtype by default. Dtypes below 32 bits have no
+        default, since their rounding alone leaves a large mean.
 
     Raises
     ------
@@ -53,14 +53,6 @@ def assert_centralized(
     >>> import numpy as np
     >>> from gcx.testing import assert_centralized
     >>> assert_centralized(np.array([[-1.0, 1.0], [2.0, -2.0]]))
-    >>> assert_centralized(np.array([[0.0, 1.0], [2.0, -2.0]]))
-    Traceback (most recent call last):
-        ...
-    AssertionError: not centralized: a mean over axes (1,) is 0.5 of the largest magnitude, \
-more than 1.42e-14
-
-    After training:
-
     >>> assert_centralized(np.array([[3.0, 5.0]]), start=np.array([[4.0, 4.0]]))
     """
     if start is not None and tuple(start.shape) != tuple(x.shape):

@@ -67,6 +67,14 @@ class TestCompile:
             result = torch.compile(program, fullgraph=True, backend="aot_eager")(grad)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-15)
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+    @pytest.mark.parametrize("layout", ["o...", "...o", "ioi"])
+    def test_equal_numbers_compiled_by_inductor(self, layout: str) -> None:
+        """The worst case of rounding, in programs that add one by one."""
+        program = torch.compile(lambda g: gcx.centralize(g, layout=layout), fullgraph=True)
+        found = program(torch.full((40, 40, 40), 12345.678))
+        assert found.abs().max() <= 8 * 2**-10
+
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_in_place(self, backend: str) -> None:
         grad = weight(4, 3)

@@ -13,6 +13,8 @@ import numpy as np
 
 from gcx.backends import _canonical, _jax_canonical, one_by_one
 
+_SMALL = 1 << 13  # elements of an array that XLA on a CPU may add one by one
+
 
 def check_dtype(grad: jax.Array, /) -> None:
     """See `gcx.backends.Backend`."""
@@ -138,7 +140,7 @@ def _centralize(
     in_program: bool,
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
-    mean = jnp.mean(wide, axis=axes, keepdims=True)
+    mean = _average(wide, axes)
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:
@@ -148,7 +150,27 @@ def _centralize(
 
 @partial(jax.jit, static_argnums=1)
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.mean(x.astype(_working_dtype(x.dtype)), axis=axes, keepdims=True)
+    return _average(x.astype(_working_dtype(x.dtype)), axes)
+
+
+def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Average over `axes`: the longest run of neighbours first, or axis after axis.
+
+    XLA on a CPU adds numbers one by one, and rounds each time, over several runs and in small
+    arrays. There the axis that is most likely sharded comes last, so few means are exchanged.
+    """
+    sizes = [size if isinstance(size, int) else _SMALL for size in x.shape]  # some are symbols
+    is_small = prod(sizes) <= _SMALL
+    runs: list[tuple[int, ...]] = []
+    for axis in axes:
+        if runs and runs[-1][-1] == axis - 1 and not is_small:
+            runs[-1] += (axis,)
+        else:
+            runs.append((axis,))
+    runs.sort(key=lambda run: prod(sizes[axis] for axis in run), reverse=not is_small)
+    for run in runs:
+        x = jnp.mean(x, axis=run, keepdims=True)
+    return x
 
 
 def _differentiate_in_order(

@@ -26,6 +26,7 @@ _WIDE = {
     torch.complex32: torch.complex64,
     **dict.fromkeys((torch.float16, torch.bfloat16, *_FLOAT8), torch.float32),
 }
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 # Types whose tensors are always on one process.
@@ -167,7 +168,13 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _torch_dtensor.fan_in_mean(x, axes)
     if reproducible:
         return _canonical_mean(x, axes)
-    return x.mean(axes if len(axes) > 1 else axes[0], True)  # positional: torch parses it faster
+    if x.device.type != "cpu":
+        return x.mean(axes, True)
+    if torch.compiler.is_compiling():  # its programs add one by one
+        return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
+    for run in _torch_blocks.find_runs(x, axes):
+        x = x.mean(run, True)
+    return x
 
 
 def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:

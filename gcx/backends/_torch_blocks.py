@@ -18,6 +18,9 @@ _NBYTES = attrgetter("nbytes")
 # Bytes of a batch.
 BATCH = 1 << 19
 
+# Fewest neighbours in memory that are worth summing first.
+_VECTORS = 1 << 5
+
 # Neighbours in memory that stay together.
 _RUN = 1 << 9
 
@@ -55,9 +58,9 @@ def subtract_means(
         return
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
     counts = [_count(grad.shape, axes, grad.dtype) for grad, _, axes in batch]
-    totals = [grad.sum(axes, True) for grad, _, axes in batch]
+    totals = [sum_over(grad, axes) for grad, _, axes in batch]
     if rate is not None:
-        of_weights = [x.sum(axes, True, dtype=grad.dtype) for grad, x, axes in batch]
+        of_weights = [sum_over(x.to(grad.dtype), axes) for grad, x, axes in batch]
         if isinstance(rate, Tensor):
             of_weights = [rate * total for total in of_weights]
         torch._foreach_add_(totals, of_weights, alpha=1.0 if isinstance(rate, Tensor) else rate)
@@ -65,6 +68,36 @@ def subtract_means(
     if strength != 1.0:
         torch._foreach_mul_(totals, strength)
     torch._foreach_sub_(grads, totals)
+
+
+def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum over `axes`, which stay with size 1."""
+    for run in find_runs(x, axes):
+        x = x.sum(run, True)
+    return x
+
+
+def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    """Part the axes of a sum where other axes lie between them in memory.
+
+    Over all of them at once, torch would add many numbers one after the other, and round each time.
+    """
+    if len(axes) < 2 or (axes[-1] - axes[0] == len(axes) - 1 and x.is_contiguous()):
+        return (axes,)
+    shape, steps = x.shape, x.stride()
+    runs: list[tuple[int, ...]] = []
+    for axis in sorted(axes, key=lambda axis: -steps[axis]):
+        if runs and steps[runs[-1][-1]] == shape[axis] * steps[axis]:
+            runs[-1] += (axis,)
+        elif shape[axis] > 1:
+            runs.append((axis,))
+
+    def rank(run: tuple[int, ...]) -> tuple[bool, int, int]:
+        size, step = prod([shape[axis] for axis in run]), steps[run[-1]]
+        return step > 1 or size < _VECTORS, -size, step
+
+    # The run that leaves the least to do comes first, or one that is summed in vectors.
+    return sorted(runs, key=rank)
 
 
 @lru_cache(maxsize=1 << 12)

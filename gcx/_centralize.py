@@ -12,6 +12,7 @@ from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx._repeats import Call
 from gcx.backends import Backend
+from gcx.backends._memory import Use, find_meetings
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -147,8 +148,8 @@ def centralize_many(
     TypeError
         If `grads` is not a list, tuple or dict; or as in `gcx.centralize`, with the array's name.
     ValueError
-        If a key of `layouts` matches no array, or no key matches an array; if one array of `out`
-        belongs to two gradients; or as in `gcx.centralize`. Errors come before any result is
+        If a key of `layouts` matches no array, or no key matches an array; if an array of `out`
+        overlaps another array; or as in `gcx.centralize`. Errors come before any result is
         written.
 
     Examples
@@ -173,12 +174,13 @@ def centralize_many(
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
-    _check_apart(named, outs)
     # Every job is checked before the first one is run, so an error leaves `out` as it was.
     jobs = [
         _make_job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
+    if out is not None:
+        _check_apart([name for name, _ in named], jobs)
     results = _run(jobs, strength, reproducible)
     if all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -281,11 +283,11 @@ def _find_fan_in(
             msg = f"{error}{where}"
             raise ValueError(msg) from None
     size = 1
-    try:
-        for a in axes:
-            size *= view[a]
-    except TypeError:  # the size of a lazy array may be unknown, and then it is None
-        return view, axes
+    for a in axes:
+        # A lazy array may have a size of None or NaN, and in a JAX export a size may be a symbol.
+        if not (view[a] is not None and hasattr(view[a], "__index__")):
+            return view, axes
+        size *= view[a]
     return view, (() if size < 2 else axes)
 
 
@@ -317,12 +319,22 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def _check_apart(named: Sequence[tuple[str, Any]], outs: Sequence[Any]) -> None:
-    """Raise a ValueError if the `out` of one array belongs to another array as well."""
-    users = {id(grad): name for name, grad in reversed(named)}
-    for (name, _), out in zip(named, outs, strict=True):
-        if out is not None and users.setdefault(id(out), name) != name:
-            msg = f"the out of {name} is also the array of {users[id(out)]}; give one array to each"
+def _check_apart(names: Sequence[str], jobs: Sequence[_Job]) -> None:
+    """Raise a ValueError if a result would be written over another array of the list."""
+    uses: list[Use] = []
+    for owner, job in enumerate(jobs):
+        for array in {id(x): x for x in (job.grad, job.out) if x is not None}.values():
+            assert job.backend is not None
+            start, end = job.backend.find_span(array) or (id(array), id(array) + 1)
+            uses.append((start, end, owner, array, array is job.out))
+    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
+        backend = jobs[one].backend
+        assert backend is not None
+        if mine is its or jobs[other].backend is not backend or backend.shares_memory(mine, its):
+            msg = (
+                f"the out of {names[one]} or {names[other]} is in the memory of the other; give "
+                "each result an array of its own"
+            )
             raise ValueError(msg)
 
 
@@ -330,13 +342,16 @@ def _check_out(out: Any, grad: Any, backend: Backend) -> None:
     if out is not grad:
         with naming("out"):
             found = backend_for(out)
+            if found is backend:
+                backend.check_dtype(out)
         if found is not backend:
             msg = f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}"
             raise TypeError(msg)
-    if not backend.is_writable(out):
+    if not backend.is_writable(out, grad):
         msg = (
-            f"out cannot be written to: this {type(out).__name__} is immutable, read-only, "
-            "expanded, or a leaf that autograd watches (then use torch.no_grad())"
+            f"out cannot be written to: this {type(out).__name__} is immutable, read-only, an "
+            "inference tensor, expanded or with elements that share memory; or autograd or "
+            "torch.func watches (then use torch.no_grad(), or no out)"
         )
         raise TypeError(msg)
     if out is grad:

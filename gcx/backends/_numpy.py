@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gcx.backends import _canonical, one_by_one
+from gcx.backends._memory import repeats_itself, span
 
 NDArray = npt.NDArray[Any]
 
@@ -40,9 +41,19 @@ def check_dtype(grad: Any, /) -> None:
         raise TypeError(msg)
 
 
-def is_writable(array: Any, /) -> bool:
+def is_writable(out: Any, _grad: Any, /) -> bool:
     """See `gcx.backends.Backend`."""
-    return bool(array.flags.writeable)
+    return bool(out.flags.writeable) and not repeats_itself(out.shape, out.strides, out.itemsize)
+
+
+def find_span(array: Any, /) -> tuple[int, int]:
+    """See `gcx.backends.Backend`."""
+    return span(array.ctypes.data, array.shape, array.strides, array.itemsize)
+
+
+def shares_memory(one: Any, other: Any, /) -> bool:
+    """See `gcx.backends.Backend`."""
+    return np.shares_memory(one, other)
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
@@ -212,6 +223,8 @@ def _centralize_columns(grad: NDArray, out: NDArray, n_axes: int, strength: floa
     fan_in = prod(grad.shape[:n_axes])
     units = grad.size // fan_in
     source, target = grad.reshape(fan_in, units), out.reshape(fan_in, units)
+    if not units:
+        return
     mean = _scale(_sum_columns(source) / fan_in, strength, grad.dtype)
     np.subtract(source, mean, out=target)
 

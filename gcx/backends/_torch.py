@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
+from gcx.backends._memory import repeats_itself
 
 _DENSE = torch.strided
+_find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
 # Dtypes narrower than 32 bits, and the dtype to compute them in.
 _FLOAT8 = (
@@ -50,6 +53,10 @@ def is_repeatable(grad: Tensor) -> bool:
 
 def check_dtype(grad: Tensor, /) -> None:
     """See `gcx.backends.Backend`."""
+    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
+        kind = "a nested" if grad.is_nested else "an uninitialized"
+        msg = f"expected an array with a shape, not {kind} tensor"
+        raise TypeError(msg)
     if grad.layout is not _DENSE:
         msg = (
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
@@ -61,11 +68,22 @@ def check_dtype(grad: Tensor, /) -> None:
         raise TypeError(msg)
 
 
-def is_writable(array: Tensor, /) -> bool:
+def is_writable(out: Tensor, grad: Tensor, /) -> bool:
     """See `gcx.backends.Backend`."""
-    if array.requires_grad and array.is_leaf and torch.is_grad_enabled():
-        return False
-    return 0 not in array.stride() or not _is_expanded(array)
+    if torch.is_grad_enabled() and (out.requires_grad or grad.requires_grad):
+        viewed = _find_base(out)
+        base = out if viewed is None else viewed
+        if out is not grad or (base.is_leaf and base.requires_grad):
+            return False
+    if not torch.compiler.is_compiling():
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        if out is not grad and peek_interpreter_stack() is not None:  # no rules for out=
+            return False
+    return out.is_contiguous() or not repeats_itself(out.shape, out.stride())
+
+
+find_span, shares_memory = _torch_blocks.find_span, _torch_blocks.shares_memory
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
@@ -150,12 +168,6 @@ def why_no_kernels(grad: Tensor) -> str:
     from gcx.backends import _torch_cuda
 
     return _torch_cuda.why_not(grad.device)
-
-
-def _is_expanded(array: Tensor) -> bool:
-    """Return True if several elements share one address."""
-    strides = zip(array.stride(), array.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in strides)
 
 
 def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
@@ -354,4 +366,7 @@ def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
         return difference if out is None else out.copy_(difference)
     if out is None:
         return x - mean
-    return x.sub_(mean) if out is x else torch.sub(x, mean, out=out)
+    if out is x:
+        return x.sub_(mean)
+    is_apart = torch.compiler.is_compiling() or not _torch_blocks.overlap([x, out])
+    return torch.sub(x, mean, out=out) if is_apart else out.copy_(x - mean)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
-from operator import add, attrgetter, gt
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import Parameter
+
+from gcx.backends._memory import span
 
 # Elements of a block: half a MiB of float32.
 _BLOCK = 1 << 17
-
-_NBYTES = attrgetter("nbytes")
 
 # Bytes of a batch.
 BATCH = 1 << 19
@@ -50,17 +52,22 @@ def subtract_means(
     All gradients are contiguous, or there is one.
     """
     grads = [grad for grad, _, _ in batch]
-    starts = [*map(Tensor.data_ptr, grads)]
-    ends = sorted(map(add, starts, map(_NBYTES, grads)))
-    if any(map(gt, ends, sorted(starts)[1:])):  # they share memory, so they take turns
-        for each in batch:
-            subtract_means([each], rate, strength)
-        return
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
     counts = [_count(grad.shape, axes, grad.dtype) for grad, _, axes in batch]
-    totals = [sum_over(grad, axes) for grad, _, axes in batch]
+    totals = [
+        # All axes are neighbours in memory: the most frequent case.
+        grad.sum(axes, True)
+        if axes[-1] - axes[0] < len(axes) and grad.is_contiguous()
+        else sum_over(grad, axes)
+        for grad, _, axes in batch
+    ]
     if rate is not None:
-        of_weights = [sum_over(x.to(grad.dtype), axes) for grad, x, axes in batch]
+        of_weights = [
+            x.sum(axes, True, dtype=grad.dtype)
+            if axes[-1] - axes[0] < len(axes) and x.is_contiguous()
+            else sum_over(x.to(grad.dtype), axes)
+            for grad, x, axes in batch
+        ]
         if isinstance(rate, Tensor):
             of_weights = [rate * total for total in of_weights]
         torch._foreach_add_(totals, of_weights, alpha=1.0 if isinstance(rate, Tensor) else rate)
@@ -98,6 +105,37 @@ def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
 
     # The run that leaves the least to do comes first, or one that is summed in vectors.
     return sorted(runs, key=rank)
+
+
+def find_span(x: Tensor) -> tuple[int, int] | None:
+    """See `gcx.backends.Backend`."""
+    is_traced = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+    if is_traced or type(x) not in (Tensor, Parameter) or not (start := x.data_ptr()):
+        return None
+    return span(start, x.shape, [step * x.itemsize for step in x.stride()], x.itemsize)
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """See `gcx.backends.Backend`; marks the bytes of one, and looks at those of the other."""
+    spans = find_span(one), find_span(other)
+    if None in spans:
+        return one is other
+    low = min(start for start, _ in filter(None, spans))
+    marks = torch.zeros(max(end for _, end in filter(None, spans)) - low, dtype=torch.bool)
+    mine, its = (
+        marks.as_strided(
+            (*x.shape, x.itemsize), (*[s * x.itemsize for s in x.stride()], 1), x.data_ptr() - low
+        )
+        for x in (one, other)
+    )
+    mine.fill_(True)
+    return bool(its.any())
+
+
+def overlap(tensors: Sequence[Tensor]) -> bool:
+    """Return True if tensors may share memory."""
+    spans = sorted(filter(None, map(find_span, tensors)))
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
 
 
 @lru_cache(maxsize=1 << 12)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
+from gcx._outputs import check_apart, check_out
 from gcx._repeats import Call
 from gcx.backends import Backend
-from gcx.backends._memory import Use, find_meetings
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -102,7 +102,7 @@ def centralize(
     if reproducible and axes:
         backend.check_reproducible(seen, axes)
     if out is not None:
-        _check_out(out, grad, backend)
+        check_out(out, grad, backend)
     if not axes:
         return _write(grad, out)
     if view is shape:
@@ -180,7 +180,7 @@ def centralize_many(
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
     if out is not None:
-        _check_apart([name for name, _ in named], jobs)
+        check_apart([name for name, _ in named], jobs)
     results = _run(jobs, strength, reproducible)
     if all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -225,7 +225,7 @@ def _make_job(
         if layout is not None:
             seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
-            _check_out(out, grad, backend)
+            check_out(out, grad, backend)
     return _Job(backend, grad, seen, axes, out)
 
 
@@ -284,8 +284,7 @@ def _find_fan_in(
             raise ValueError(msg) from None
     size = 1
     for a in axes:
-        # A lazy array may have a size of None or NaN, and in a JAX export a size may be a symbol.
-        if not (view[a] is not None and hasattr(view[a], "__index__")):
+        if not isinstance(view[a], int):  # of a lazy array, or a symbol in a JAX export
             return view, axes
         size *= view[a]
     return view, (() if size < 2 else axes)
@@ -317,47 +316,3 @@ def check_strength(strength: float) -> float:
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         raise ValueError(msg)
     return float(strength)
-
-
-def _check_apart(names: Sequence[str], jobs: Sequence[_Job]) -> None:
-    """Raise a ValueError if a result would be written over another array of the list."""
-    uses: list[Use] = []
-    for owner, job in enumerate(jobs):
-        for array in {id(x): x for x in (job.grad, job.out) if x is not None}.values():
-            assert job.backend is not None
-            start, end = job.backend.find_span(array) or (id(array), id(array) + 1)
-            uses.append((start, end, owner, array, array is job.out))
-    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
-        backend = jobs[one].backend
-        assert backend is not None
-        if mine is its or jobs[other].backend is not backend or backend.shares_memory(mine, its):
-            msg = (
-                f"the out of {names[one]} or {names[other]} is in the memory of the other; give "
-                "each result an array of its own"
-            )
-            raise ValueError(msg)
-
-
-def _check_out(out: Any, grad: Any, backend: Backend) -> None:
-    if out is not grad:
-        with naming("out"):
-            found = backend_for(out)
-            if found is backend:
-                backend.check_dtype(out)
-        if found is not backend:
-            msg = f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}"
-            raise TypeError(msg)
-    if not backend.is_writable(out, grad):
-        msg = (
-            f"out cannot be written to: this {type(out).__name__} is immutable, read-only, an "
-            "inference tensor, expanded or with elements that share memory; or autograd or "
-            "torch.func watches (then use torch.no_grad(), or no out)"
-        )
-        raise TypeError(msg)
-    if out is grad:
-        return
-    for trait in ("shape", "dtype", "device"):
-        mine, theirs = getattr(out, trait, None), getattr(grad, trait, None)
-        if mine != theirs:
-            msg = f"out has {trait} {mine}, the gradient {theirs}"
-            raise ValueError(msg)

@@ -41,8 +41,10 @@ find_span, shares_memory = _array_api.find_span, _array_api.shares_memory  # as 
 
 def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`; a traced array is checked when the program is compiled."""
-    del axes
     _canonical.check_dtype(grad.dtype.name)
+    if not all(isinstance(grad.shape[axis], int) for axis in axes):
+        msg = f"reproducible=True needs a fan-in of known size, not axes {axes} of {grad.shape}"
+        raise TypeError(msg)
     if isinstance(grad, jax.core.Tracer):
         return
     others = {device.platform for device in grad.devices()} - {"cpu"}

@@ -12,11 +12,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
-from gcx.backends._memory import repeats_itself
+from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
 
 _DENSE = torch.strided
-_find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
 # Dtypes narrower than 32 bits, and the dtype to compute them in.
 _FLOAT8 = (
@@ -43,6 +41,8 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 _BLOCK = 1 << 19
 
 
+is_writable, find_span = _torch_memory.is_writable, _torch_memory.find_span
+shares_memory = _torch_memory.shares_memory
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 
@@ -53,37 +53,18 @@ def is_repeatable(grad: Tensor) -> bool:
 
 def check_dtype(grad: Tensor, /) -> None:
     """See `gcx.backends.Backend`."""
-    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
-        kind = "a nested" if grad.is_nested else "an uninitialized"
-        msg = f"expected an array with a shape, not {kind} tensor"
-        raise TypeError(msg)
     if grad.layout is not _DENSE:
         msg = (
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
             "or leave it out: a sparse gradient belongs to an embedding"
         )
         raise TypeError(msg)
+    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
+        msg = "expected a tensor with a shape, not a nested or uninitialized one"
+        raise TypeError(msg)
     if grad.dtype not in _DTYPES:
         msg = f"expected a real or complex floating dtype, not {grad.dtype}"
         raise TypeError(msg)
-
-
-def is_writable(out: Tensor, grad: Tensor, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    if torch.is_grad_enabled() and (out.requires_grad or grad.requires_grad):
-        viewed = _find_base(out)
-        base = out if viewed is None else viewed
-        if out is not grad or (base.is_leaf and base.requires_grad):
-            return False
-    if not torch.compiler.is_compiling():
-        if out.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-        if out is not grad and peek_interpreter_stack() is not None:  # no rules for out=
-            return False
-    return out.is_contiguous() or not repeats_itself(out.shape, out.stride())
-
-
-find_span, shares_memory = _torch_blocks.find_span, _torch_blocks.shares_memory
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
@@ -180,9 +161,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _torch_dtensor.fan_in_mean(x, axes)
     if reproducible:
         return _canonical_mean(x, axes)
-    if x.device.type != "cpu":
-        return x.mean(axes, True)
-    if torch.compiler.is_compiling():  # its programs add one by one
+    if torch.compiler.is_compiling() and x.is_cpu:  # its programs add one by one
         return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
     for run in _torch_blocks.find_runs(x, axes):
         x = x.mean(run, True)
@@ -368,5 +347,4 @@ def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
         return x - mean
     if out is x:
         return x.sub_(mean)
-    is_apart = torch.compiler.is_compiling() or not _torch_blocks.overlap([x, out])
-    return torch.sub(x, mean, out=out) if is_apart else out.copy_(x - mean)
+    return out.copy_(x - mean) if _torch_memory.overlap([x, out]) else torch.sub(x, mean, out=out)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from math import prod
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.nn import Parameter
-
-from gcx.backends._memory import span
 
 # Elements of a block: half a MiB of float32.
 _BLOCK = 1 << 17
@@ -85,11 +80,11 @@ def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
-    """Part the axes of a sum where other axes lie between them in memory.
+    """Part the axes of a sum where other axes lie between them in the memory of a CPU.
 
     Over all of them at once, torch would add many numbers one after the other, and round each time.
     """
-    if len(axes) < 2 or (axes[-1] - axes[0] == len(axes) - 1 and x.is_contiguous()):
+    if len(axes) < 2 or not x.is_cpu or (axes[-1] - axes[0] == len(axes) - 1 and x.is_contiguous()):
         return (axes,)
     shape, steps = x.shape, x.stride()
     runs: list[tuple[int, ...]] = []
@@ -105,37 +100,6 @@ def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
 
     # The run that leaves the least to do comes first, or one that is summed in vectors.
     return sorted(runs, key=rank)
-
-
-def find_span(x: Tensor) -> tuple[int, int] | None:
-    """See `gcx.backends.Backend`."""
-    is_traced = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
-    if is_traced or type(x) not in (Tensor, Parameter) or not (start := x.data_ptr()):
-        return None
-    return span(start, x.shape, [step * x.itemsize for step in x.stride()], x.itemsize)
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """See `gcx.backends.Backend`; marks the bytes of one, and looks at those of the other."""
-    spans = find_span(one), find_span(other)
-    if None in spans:
-        return one is other
-    low = min(start for start, _ in filter(None, spans))
-    marks = torch.zeros(max(end for _, end in filter(None, spans)) - low, dtype=torch.bool)
-    mine, its = (
-        marks.as_strided(
-            (*x.shape, x.itemsize), (*[s * x.itemsize for s in x.stride()], 1), x.data_ptr() - low
-        )
-        for x in (one, other)
-    )
-    mine.fill_(True)
-    return bool(its.any())
-
-
-def overlap(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors may share memory."""
-    spans = sorted(filter(None, map(find_span, tensors)))
-    return any(end > start for (_, end), (start, _) in pairwise(spans))
 
 
 @lru_cache(maxsize=1 << 12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gcx._names import naming
-from gcx.backends import _torch, _torch_blocks
+from gcx.backends import _torch, _torch_memory
 from gcx.backends._memory import find_meetings
 
 # Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.
@@ -78,14 +78,14 @@ def part_gradients(
     starts = [*map(Tensor.data_ptr, grads)]
     ends = sorted(map(add, starts, map(_NBYTES, grads)))
     is_apart = not any(map(gt, ends, sorted(starts)[1:]))
-    if is_apart and (all(map(Tensor.is_contiguous, grads)) or not _torch_blocks.overlap(grads)):
+    if is_apart and (all(map(Tensor.is_contiguous, grads)) or not _torch_memory.overlap(grads)):
         return
     marked = {weight.parameter for weight in find_weights()}
     owners = [p for p, _ in found]
-    spans = [_torch_blocks.find_span(grad) or (0, 0) for grad in grads]
+    spans = [_torch_memory.find_span(grad) or (0, 0) for grad in grads]
     uses = [(*span, k, grads[k], True) for k, span in enumerate(spans)]
     for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
-        if _torch_blocks.shares_memory(mine, its):
+        if _torch_memory.shares_memory(mine, its):
             for parameter in {owners[one], owners[other]} & marked:
                 assert parameter.grad is not None
                 parameter.grad = parameter.grad.clone()

@@ -505,6 +505,21 @@ class TestNotFinite:
             result[unit] = clean[unit] = 0
             np.testing.assert_array_equal(result, clean)
 
+    @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+    @pytest.mark.parametrize(("dtype", "large"), [("float32", 3e38), ("float64", 1e308)])
+    @pytest.mark.parametrize("layout", ["o...", "...o"])
+    def test_a_sum_that_overflows_stays_in_its_own_unit(
+        self, xp: ArrayLibrary, dtype: str, large: float, layout: str
+    ) -> None:
+        numbers = values(3, 40)
+        numbers[1] = large
+        grad = xp.asarray(numbers if layout == "o..." else numbers.T, dtype)
+        result = xp.numpy(gcx.centralize(grad, layout=layout))
+        result = result if layout == "o..." else result.T
+        others = centralized(numbers[::2].astype(dtype), (1,))
+        np.testing.assert_allclose(result[::2], others, rtol=0, atol=1e-5)
+        assert not np.isfinite(result[1]).any() or (np.abs(result[1]) <= large * 1e-5).all()
+
 
 class TestRefused:
     @pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "bool"])

@@ -76,9 +76,9 @@ def centralize(
     -----
     Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
     own output unit. If the sum of finite numbers is too large for that dtype, their unit is right,
-    infinite or NaN, by the order in which the library sums. JAX on a CPU takes subnormal numbers for zero, with `reproducible` too. In
-    `jax.jit`, XLA may round the operations around a reproducible call in its own way; in
-    `torch.compile` the call is a graph break.
+    infinite or NaN, by the order in which the library sums. JAX on a CPU takes subnormal numbers
+    for zero, with `reproducible` too. In `jax.jit`, XLA may round the operations around a
+    reproducible call in its own way; in `torch.compile` the call is a graph break.
 
     References
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Addresses of the first byte and of the end, and the array; what writes to it has another owner.
+# Address of the first byte, address behind the last, owner, array, and True if it is written to.
 Use = tuple[int, int, int, Any, bool]
 
 
@@ -31,7 +31,7 @@ def repeats_itself(shape: Sequence[int], strides: Sequence[int], itemsize: int =
 
 
 def find_meetings(uses: Sequence[Use]) -> Iterator[tuple[Use, Use]]:
-    """List the pairs of different owners whose spans overlap, one of them at least written to."""
+    """List the pairs of overlapping spans with different owners, if at least one is written to."""
     open_uses: list[Use] = []
     for use in sorted(uses, key=lambda use: use[:2]):
         open_uses = [other for other in open_uses if other[1] > use[0]]

@@ -40,7 +40,7 @@ def find_span(x: Tensor) -> tuple[int, int] | None:
 
 
 def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """See `gcx.backends.Backend`; marks the bytes of one, and looks at those of the other."""
+    """See `gcx.backends.Backend`; it marks the bytes of one in a mask of both."""
     spans = find_span(one), find_span(other)
     if None in spans:
         return one is other

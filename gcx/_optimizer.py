@@ -138,6 +138,9 @@ class Optimizer:
     ) -> list[tuple[Any, ...]]:
         """List the layout, value, gradient, step and buffers of each parameter, once checked."""
         keys = ("step", *self._buffers)
+        if not isinstance(state, Mapping):
+            msg = f"state comes from init(params) or the last update, not {type(state).__name__}"
+            raise TypeError(msg)
         if set(state) != set(keys):
             msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
             raise ValueError(msg)
@@ -202,5 +205,7 @@ def as_float(name: str, value: float, below: float) -> float:
     """Check a hyperparameter; return a Python float, since a NumPy float widens float32 arrays."""
     if not (isinstance(value, Real) and 0.0 <= value < below):
         msg = f"{name} must be a number in [0, {below}), not {value!r}"
+        if callable(value) or hasattr(value, "shape"):
+            msg += f"; for a schedule use dataclasses.replace(optimizer, {name}=...) at each step"
         raise ValueError(msg)
     return float(value)

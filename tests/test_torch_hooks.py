@@ -838,19 +838,24 @@ def test_resumed_training_is_the_same(
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("layers", [(nn.Linear, nn.Linear), (nn.Linear, nn.Embedding)], ids=str)
 @pytest.mark.parametrize(
-    "shared", [lambda g: (g, g), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
+    "shared", [lambda g: (g[:2], g[:2]), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
 )
-def test_gradients_that_share_memory_are_centralized_in_turn(shared: Any) -> None:
-    """As a loop does: what they share is not centralized twice at once."""
-    model = nn.ModuleList([nn.Linear(8, 2, bias=False) for _ in range(2)])
-    grads, twins = (
-        shared(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))) for _ in range(2)
-    )
-    for layer, grad, twin in zip(model, grads, twins, strict=True):
-        layer.weight = nn.Parameter(torch.ones_like(grad))
+def test_each_weight_gets_its_own_share_of_a_gradient(
+    shared: Any, layers: tuple[Any, Any], weight_decay: float
+) -> None:
+    model = nn.ModuleList([kind(2, 2) for kind in layers])
+    decayed = []
+    for layer, grad in zip(model, shared(torch.arange(8.0).view(4, 2) ** 2), strict=True):
         layer.weight.grad = grad
-        twin.sub_(twin.mean(1, keepdim=True))
-    gcx.torch.centralize_grads_(model)
-    for grad, twin in zip(grads, twins, strict=True):
-        torch.testing.assert_close(grad, twin)
+        expected = grad + weight_decay * layer.weight.detach()
+        if isinstance(layer, nn.Linear):
+            expected = expected - expected.mean(1, keepdim=True)
+        decayed.append(layer.weight.detach() - expected)
+    optimizer = SGD(model.parameters(), 1.0, weight_decay=weight_decay)
+    gcx.torch.centralize(optimizer, model)
+    optimizer.step()
+    for layer, expected in zip(model, decayed, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), expected)

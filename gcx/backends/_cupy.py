@@ -14,20 +14,30 @@ from typing import Any, ClassVar
 import cupy as cp
 
 from gcx.backends import _canonical, _numpy
+from gcx.backends._memory import repeats_itself, span
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.memory import extent, writes_conflict
+from gcx.backends.cuda.memory import writes_conflict
 from gcx.backends.cuda.tables import ELEMENTS
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
 
-def is_writable(array: Any, /) -> bool:
+def is_writable(out: Any, _grad: Any, /) -> bool:
     """See `gcx.backends.Backend`."""
-    axes = zip(array.shape, array.strides, strict=True)
-    return not any(size > 1 and stride == 0 for size, stride in axes)
+    return not repeats_itself(out.shape, out.strides, out.itemsize)
+
+
+def find_span(array: Any, /) -> tuple[int, int]:
+    """See `gcx.backends.Backend`."""
+    return span(array.data.ptr, array.shape, array.strides, array.itemsize)
+
+
+def shares_memory(one: Any, other: Any, /) -> bool:
+    """See `gcx.backends.Backend`."""
+    return bool(cp.shares_memory(one, other))
 
 
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
@@ -66,7 +76,7 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    if writes_conflict(grads, outs, _find_span):  # then in the order of the list
+    if writes_conflict(grads, outs, find_span):  # then in the order of the list
         do = centralize if len(grads) > 1 else _by_itself
         each = zip(grads, axes, outs, strict=True)
         return [do(grad, fan_in, strength, out, reproducible) for grad, fan_in, out in each]
@@ -195,8 +205,3 @@ def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits |
         return None
     walk = find_walk(shape, steps, axes, any_order=not reproducible)
     return walk and (grad.device.id, grad.dtype.name, walk)
-
-
-def _find_span(array: Any) -> tuple[int, int]:
-    first, end = extent(array.shape, array.strides, array.dtype.itemsize)
-    return array.data.ptr + first, array.data.ptr + end

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gcx.backends._torch_blocks import sum_over
+
 if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
 
@@ -109,7 +111,7 @@ def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
     Partial sums are added when the mean is subtracted, so that the processes communicate once.
     """
     # x.mean would gather all of x if the shards of a fan-in are uneven.
-    return x.sum(tuple(axes), True) / prod([x.shape[axis] for axis in axes])
+    return sum_over(x, tuple(axes)) / prod([x.shape[axis] for axis in axes])
 
 
 def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tensor:
@@ -120,13 +122,14 @@ def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tenso
     rest = [axis - 1 for axis in axes if axis > 1]
     if groups == len(x):
         return fan_in_mean(x, rest)
-    total = x.sum(rest, True) if rest else x  # torch takes no axes for all axes
+    total = sum_over(x, tuple(rest)) if rest else x  # torch takes no axes for all axes
     assert is_dtensor(total)
     here = total.to_local()
-    sums = here.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), here)
+    wide = here.to(torch.promote_types(here.dtype, torch.float64))  # adding row after row
+    sums = wide.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), wide)
     whole = torch.empty((groups, *total.shape[1:]), device="meta")
     spread = DTensor.from_local(
-        sums,
+        sums.to(here.dtype),
         x.device_mesh,
         [Partial() if _cut_axis(p) == 0 else p for p in total.placements],
         shape=whole.shape,

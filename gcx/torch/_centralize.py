@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx._decisions import already_attached, nothing_to_centralize
@@ -18,7 +18,7 @@ from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import HINT, Overrides, decide, weights_of
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
 from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
-from gcx.torch._weights import Weight, centralize_, with_gradient
+from gcx.torch._weights import Weight, centralize_, part_gradients, with_gradient
 
 
 def centralize(
@@ -147,7 +147,8 @@ class GradientCentralization:
     @torch.no_grad()
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
-        _centralize_gradients(self._targets.weights(), self._options.strength)
+        groups = [group["params"] for group in self._targets.optimizer.param_groups]
+        _centralize_gradients([*self._targets.weights()], groups, self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
@@ -268,11 +269,14 @@ def centralize_grads_(
         strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
     weights = weights_of(decide(model, options).items(), reproducible=options.reproducible)
-    _centralize_gradients(weights, options.strength)
+    _centralize_gradients([*weights], [model.parameters()], options.strength)
 
 
-def _centralize_gradients(weights: Iterable[Weight], strength: float) -> None:
+def _centralize_gradients(
+    weights: Sequence[Weight], groups: Iterable[Iterable[Tensor]], strength: float
+) -> None:
     """Centralize all gradients; a ValueError if there are none."""
+    part_gradients(lambda: weights, groups)
     gradients = with_gradient(weights)
     if not gradients:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"

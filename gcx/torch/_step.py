@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from inspect import currentframe
+from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -28,13 +29,14 @@ from gcx.torch._optimizer import (
     shrinkage,
 )
 from gcx.torch._targets import Targets
-from gcx.torch._weights import Rate, Weight, centralize_, with_gradient
+from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_gradient
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+_PARAMETERS = itemgetter("params")
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 
 
@@ -127,6 +129,7 @@ class GradientHooks:
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
+        part_gradients(self._targets.weights, map(_PARAMETERS, optimizer.param_groups))
         by_rate: dict[Rate, list[tuple[Weight, Tensor]]] = {}
         for group, weights in self._by_group():
             found = with_gradient(weights)

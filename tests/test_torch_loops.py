@@ -384,6 +384,7 @@ REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
     ),
     "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
     "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
+    "new layer": lambda model: model.__setitem__(1, new_layer(1)),
 }
 
 
@@ -408,6 +409,26 @@ def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
     new = attached(model, where, **DECAYED)
     (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
     assert_means_kept(weight, lambda: train(model, new))
+
+
+def test_frozen_parameters_may_leave_the_model(where: Any, layer: nn.Linear) -> None:
+    """As peft registers the weights of MultiheadAttention anew in each forward pass."""
+    frozen = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
+    model = nn.Sequential(frozen, layer)
+    optimizer = attached(model, where, **DECAYED)
+    for name in ("weight", "bias"):
+        setattr(frozen, name, nn.Parameter(getattr(frozen, name).detach(), requires_grad=False))
+    assert_means_kept(layer, lambda: train(model, optimizer))
+    optimizer.param_groups[0]["params"][0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
+        optimizer.step()
+
+
+def test_layers_may_be_wrapped_and_moved(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Tanh(), layer)
+    optimizer = attached(model, where, **DECAYED)
+    model[1] = nn.Sequential(nn.Identity(), layer)
+    assert_means_kept(layer, lambda: train(model, optimizer))
 
 
 MOVING: dict[str, Callable[[nn.Linear], object]] = {

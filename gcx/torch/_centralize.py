@@ -126,7 +126,7 @@ class GradientCentralization:
         _check_has_no_other(optimizer)
         self._optimizer = optimizer
         self._options = options
-        self._targets = Targets(optimizer, partial(decide, model, options), options.reproducible)
+        self._targets = Targets(optimizer, model, options)
         if not any(self._targets.weights()):
             kind = type(optimizer).__name__
             raise ValueError(nothing_to_centralize(self.plan, f"this {kind}", hint=HINT))

@@ -30,7 +30,7 @@ class Decision(NamedTuple):
     """The row of one parameter, and the module that registers it."""
 
     row: PlanRow
-    holder: nn.Module
+    holder: nn.Module | None  # None if the model does not hold the parameter
     key: str  # of the parameter in its holder
 
     def is_about(self, parameter: Tensor) -> bool:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter, is_
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import Decision, plan_of, weights_of
+from gcx.torch._plan import Decision, decide, plan_of, weights_of
 from gcx.torch._weights import Weight
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
+_NAMELESS = "?"  # a parameter that was never in the model
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
@@ -23,23 +26,35 @@ IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is 
 
 
 class Targets:
-    """The weights of an optimizer that are centralized; `decide` looks at the model as it is."""
+    """The weights of an optimizer that are centralized; changes of the model are followed."""
 
-    def __init__(
-        self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]], reproducible: bool
-    ) -> None:
-        self.optimizer = optimizer
-        self._decide = decide
-        self._decisions = decide()
-        self._reproducible = reproducible
-        self._settled: dict[int, _Settled] = {}  # by the position of the group
+    def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
+        # Weak: the optimizer holds this, and is freed without the garbage collector.
+        self._optimizer = ref(optimizer)
+        self._model = model
+        self._options = options
+        self._decisions: dict[Tensor, Decision] = {}
+        self._decide()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; a ReferenceError if it is gone."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            msg = "the optimizer is gone"
+            raise ReferenceError(msg)
+        return optimizer
 
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the groups with something to centralize, each with its weights.
 
         Weights stay the same objects until a parameter of their group changes. Raises a
-        RuntimeError if a parameter is not, or no longer, in the model.
+        RuntimeError if a parameter that can move is not, or no longer, in the model.
         """
+        for layers, name, layer in self._layers:
+            if layers.get(name) is not layer:
+                self._decide()
+                break
         found = []
         for position, group in enumerate(self.optimizer.param_groups):
             if not is_on(group):
@@ -63,48 +78,67 @@ class Targets:
 
     def plan(self) -> Plan:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
-        self._take(self._decide())
+        self._decide()
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
         known = {p: decision for p, decision in self._decisions.items() if p in held}
-        rows = plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
-        strangers = [parameter for parameter in held if parameter not in known]
-        return Plan([*rows, *map(_row_of_stranger, strangers)])
+        return plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
 
     def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
-        decisions = [self._decision(parameter) for parameter in parameters]
-        settled = _Settled(parameters, decisions, self._reproducible)
+        for parameter in parameters:
+            if not self._is_known(parameter):
+                self._decide()  # it may have been added, or moved
+                if not self._is_known(parameter):
+                    raise RuntimeError(_why_missing(self._decisions[parameter].row))
+        decisions = [self._decisions[parameter] for parameter in parameters]
+        settled = _Settled(parameters, decisions, self._options.reproducible)
         self._settled[position] = settled
         return settled
 
-    def _decision(self, parameter: Tensor) -> Decision:
-        known = self._decisions.get(parameter)
-        if known is not None and known.is_about(parameter):
-            return known
-        found = self._decide()  # it may have been added, or moved
-        if parameter not in found:
-            raise RuntimeError(_replaced(known.row.name) if known else _foreign(parameter))
-        self._take(found)
-        return found[parameter]
+    def _is_known(self, parameter: Tensor) -> bool:
+        decision = self._decisions.get(parameter)
+        if decision is None:
+            return False
+        if decision.holder is None:
+            return not parameter.requires_grad and parameter.grad is None
+        return decision.is_about(parameter)
 
-    def _take(self, decisions: dict[Tensor, Decision]) -> None:
-        self._decisions = decisions
-        self._settled.clear()
+    def _decide(self) -> None:
+        """Look at the model as it is, and list parameters that are not in it too."""
+        found, before = decide(self._model, self._options), self._decisions
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in found:
+                    found[parameter] = _stranger(parameter, before.get(parameter))
+        self._decisions = found
+        self._settled: dict[int, _Settled] = {}  # by the position of the group
+        self._layers = [
+            (layers, name, layer)
+            for layers in (vars(module)["_modules"] for module in self._model.modules())
+            for name, layer in layers.items()
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_settled": {}}
+        return {**vars(self), "_settled": {}, "_optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _optimizer=ref(state["_optimizer"]))
 
 
 class _Settled:
-    """The weights of a parameter group, until a parameter of the group changes."""
+    """The weights of a parameter group, until a parameter of the group changes.
+
+    Frozen parameters may be missing in the model: peft registers some anew in each forward pass.
+    """
 
     def __init__(
         self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool
     ) -> None:
-        pairs = zip(parameters, decisions, strict=True)
+        pairs = [*zip(parameters, decisions, strict=True)]
         self.weights = list(weights_of(pairs, reproducible=reproducible))
         self._parameters = list(parameters)
-        self._holders = [(vars(decision.holder), decision.key) for decision in decisions]
+        self._held = [(vars(d.holder), d.key, p) for p, d in pairs if d.holder is not None]
+        self._missing = [p for p, d in pairs if d.holder is None]
         self._tensors = [weight.parameter for weight in self.weights]
         self._shapes = list(map(_shape_of, self._tensors))
 
@@ -115,13 +149,17 @@ class _Settled:
         for modules without a dict of parameters, such as scripted ones.
         """
         try:
-            held = [module["_parameters"][key] for module, key in self._holders]
+            for module, key, parameter in self._held:
+                if module["_parameters"].get(key) is not parameter:
+                    return False
         except KeyError:
             return False
+        for parameter in self._missing:
+            if parameter.requires_grad or parameter.grad is not None:
+                return False
         return (
-            len(parameters) == len(held)
+            len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
-            and all(map(is_, parameters, held))
             and list(map(_shape_of, self._tensors)) == self._shapes
         )
 
@@ -157,22 +195,22 @@ def _switched_off(decision: Decision) -> Decision:
     return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
 
 
-def _row_of_stranger(parameter: Tensor) -> PlanRow:
-    return PlanRow("?", tuple(parameter.shape), None, "unknown: it is not in the model")
+def _stranger(parameter: Tensor, known: Decision | None) -> Decision:
+    name = known.row.name if known else _NAMELESS
+    row = PlanRow(name, tuple(parameter.shape), None, "unknown: it is not in the model")
+    return Decision(row, None, "")
 
 
-def _replaced(name: str) -> str:
+def _why_missing(row: PlanRow) -> str:
+    if row.name != _NAMELESS:
+        return (
+            f"{row.name} was replaced in the model, and the optimizer goes on updating the old one "
+            "(a new layer, load_state_dict(assign=True), to_empty, fully_shard and weight_norm "
+            "replace parameters); make the optimizer after that, and centralize the new one"
+        )
+    flat = f"; if parameters were flattened (DeepSpeed), {IN_BACKWARD}"
     return (
-        f"{name} was replaced in the model, and the optimizer goes on updating the old one "
-        "(load_state_dict(assign=True), to_empty, fully_shard and weight_norm replace "
-        "parameters); make the optimizer after that, and centralize the new one"
-    )
-
-
-def _foreign(parameter: Tensor) -> str:
-    return (
-        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
-        f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
-        f"put it into a parameter group with {SWITCH!r}: False; if parameters were flattened "
-        f"(DeepSpeed), {IN_BACKWARD}"
+        f"the optimizer holds a parameter of shape {row.shape} that is not in the model. Give the "
+        "model that holds them all (torch.nn.ModuleList makes one of several), or put it into a "
+        f"parameter group with {SWITCH!r}: False{flat if len(row.shape) < 2 else ''}"
     )

@@ -107,6 +107,38 @@ def test_handle_that_nobody_keeps(layer: nn.Linear) -> None:
     gcx.torch.centralize(optimizer, nn.Sequential(layer))
     gc.collect()
     assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+    with pytest.raises(ValueError, match=r"gcx\.torch\.centralized\(optimizer\)\.remove\(\)"):
+        gcx.torch.centralize(optimizer, layer)
+    gcx.torch.centralized(optimizer).remove()
+    assert gcx.torch.centralized(optimizer) is None
+    gcx.torch.centralize(optimizer, layer)
+
+
+def attached_in_backward(layer: nn.Module) -> SGD:
+    gcx.torch.centralize_in_backward(nn.Sequential(layer))
+    return SGD(layer.parameters())
+
+
+ATTACHING: dict[str, Any] = {
+    "gradient": attached,
+    "update": partial(attached, where="update"),
+    "in the step": gcx.torch.AdamW,
+    "in backward": attached_in_backward,
+}
+
+
+@pytest.mark.parametrize("attach", ATTACHING.values(), ids=ATTACHING)
+def test_optimizer_and_model_are_freed_at_once(attach: Any) -> None:
+    layer = new_layer()
+    optimizer = attach(layer)
+    train(layer, optimizer)
+    alive = ref(layer), ref(optimizer)
+    gc.disable()
+    try:
+        del layer, optimizer
+        assert [is_alive() for is_alive in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])

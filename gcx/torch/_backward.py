@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from gcx.backends import _torch
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
+from gcx.torch._targets import find_owner
 from gcx.torch._weights import Weight
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
@@ -190,7 +192,9 @@ class _Place:
 
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
         self.name = weight.name
-        self.holder = decision.holder
+        assert decision.holder is not None
+        # Weak: the layer holds this, and is freed without the garbage collector.
+        self.holder = ref(decision.holder)
         self._key = decision.key
         self._shape = decision.row.shape
         # Without the parameter, whose memory a wrapper may want to free.
@@ -222,8 +226,14 @@ class _Place:
         return not self.has_seen_one and self._found() is not None
 
     def _found(self) -> Tensor | None:
-        found = getattr(self.holder, self._key, None)
+        found = getattr(self.holder(), self._key, None)
         return found if isinstance(found, Tensor) and found.requires_grad else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "holder": self.holder()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holder=ref(state["holder"]))
 
 
 def _places_around(
@@ -232,14 +242,13 @@ def _places_around(
     """List each module that holds weights, with all of them."""
     for module in model.modules():
         inside = set(module.modules())
-        within = [place for place in places if place.holder in inside]
+        within = [place for place in places if place.holder() in inside]
         if within:
             yield module, within
 
 
 def _check_has_no_other(model: nn.Module) -> None:
-    hooks = vars(model)["_forward_pre_hooks"].values()
-    if any(isinstance(getattr(hook, "__self__", None), CentralizationInBackward) for hook in hooks):
+    if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
         msg = (
             f"this {type(model).__name__} is centralized in backward already; .remove() that first"
         )

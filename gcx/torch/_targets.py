@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcx._decisions import nothing_to_centralize
 from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import Decision, decide, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, decide, plan_of, weights_of
 from gcx.torch._weights import Weight
+
+KindT = TypeVar("KindT")
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
@@ -38,11 +41,9 @@ class Targets:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer; a ReferenceError if it is gone."""
+        """The optimizer, which the handle of the user keeps."""
         optimizer = self._optimizer()
-        if optimizer is None:
-            msg = "the optimizer is gone"
-            raise ReferenceError(msg)
+        assert optimizer is not None
         return optimizer
 
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
@@ -82,6 +83,16 @@ class Targets:
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
         known = {p: decision for p, decision in self._decisions.items() if p in held}
         return plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
+
+    def refuse_empty(self) -> None:
+        """Raise a RuntimeError if no parameter is in the model, a ValueError if none is taken."""
+        if any(self.weights()):
+            return
+        plan = self.plan()
+        if all(row.name == _NAMELESS for row in plan):
+            raise RuntimeError(_why_missing(plan[0]))
+        kind = type(self.optimizer).__name__
+        raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
 
     def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
         for parameter in parameters:
@@ -174,6 +185,12 @@ def is_on(group: Group) -> bool:
         msg = f"{SWITCH!r} in a parameter group is True or False, not {switch!r}"
         raise TypeError(msg)
     return switch
+
+
+def find_owner(hooks: Mapping[int, object], kind: type[KindT]) -> KindT | None:
+    """Find the object of a class among those whose methods are hooks."""
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
 def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -39,8 +40,9 @@ def centralize_in_backward(
 
     Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
     ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
-    decay and momentum. ``torch.autograd.grad`` returns centralized gradients too. Layers that are
-    added later are not covered. A copy of the model centralizes as well, and has no handle.
+    decay and momentum. ``torch.autograd.grad`` and ``torch.func`` return centralized gradients too.
+    Layers that are added later are not covered. A copy of the model centralizes as well, and has no
+    handle.
 
     Parameters
     ----------
@@ -209,7 +211,8 @@ class _Place:
         if found is None or found.shape != self._shape:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
-        is_freed = type(found) is Tensor and found.untyped_storage().nbytes() == 0
+        is_plain = type(found) is Tensor and not is_functorch_wrapped_tensor(found)
+        is_freed = is_plain and found.untyped_storage().nbytes() == 0
         return None if is_freed else found
 
     def centralize(self, grad: Tensor) -> Tensor:

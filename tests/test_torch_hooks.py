@@ -377,6 +377,36 @@ def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:
     assert torch.equal(momentum, before)
 
 
+class Packed(Tensor):
+    """As the states of low-bit optimizers: a tensor that has no mean."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "mean" in function.__name__:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    train(layer, optimizer)
+    state = optimizer.state[layer.weight]
+    before = state["momentum_buffer"].clone()
+    state["momentum_buffer"] = before.clone().as_subclass(Packed)
+    saved = optimizer.state_dict()
+    for load in (
+        lambda: gcx.torch.centralize(optimizer, layer),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
+            load()
+        momentum = optimizer.state[layer.weight]["momentum_buffer"]
+        assert isinstance(momentum, Packed)
+        assert torch.equal(momentum.as_subclass(Tensor), before)
+
+
 def test_momentum_of_another_shape_is_an_error(layer: nn.Linear) -> None:
     optimizer = Adam(layer.parameters())
     optimizer.state[layer.weight]["exp_avg"] = torch.zeros(2, 5)

@@ -124,7 +124,9 @@ class Targets:
         self._settled: dict[int, _Settled] = {}  # by the position of the group
         self._layers = [
             (layers, name, layer)
-            for layers in (vars(module)["_modules"] for module in self._model.modules())
+            for module in self._model.modules()
+            # torch.jit has no dict here; layers that it compiled cannot be replaced.
+            if isinstance(layers := vars(module).get("_modules"), dict)
             for name, layer in layers.items()
         ]
 
@@ -161,7 +163,7 @@ class _Settled:
         """
         try:
             for module, key, parameter in self._held:
-                if module["_parameters"].get(key) is not parameter:
+                if module["_parameters"][key] is not parameter:
                     return False
         except KeyError:
             return False

@@ -313,6 +313,22 @@ def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
     handle.remove()
 
 
+def test_weights_that_change_without_a_gradient_are_noticed() -> None:
+    """As where the loop estimates gradients by itself."""
+    layer = nn.Linear(6, 6)
+    gcx.torch.centralize_in_backward(layer)
+    for k in range(9):
+        with (
+            pytest.warns(UserWarning, match="no gradient of this Linear")
+            if k == 8
+            else nullcontext()
+        ):
+            layer(X.float())
+        layer.weight.grad = torch.ones_like(layer.weight)
+        SGD(layer.parameters(), lr=0.1).step()
+    layer(X.float())  # warns no more
+
+
 def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:
     model, handle = watched
     model[0].requires_grad_(False)

@@ -278,7 +278,61 @@ def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
     sam = SAM(layer.parameters(), SGD, lr=0.01)
     with pytest.raises(TypeError, match=r"SAM moves the weights by another.*its attribute base"):
         gcx.torch.centralize(sam, layer, where=where)
+    for name, container in (("list", [sam.base]), ("dict", {"all": sam.base})):
+        outer = SGD(layer.parameters())
+        vars(outer)[name] = container
+        with pytest.raises(TypeError, match=f"SGD moves the weights by .*its attribute {name}"):
+            gcx.torch.centralize(outer, layer, where=where)
     gcx.torch.centralize(sam.base, layer, where=where)  # nothing has been attached
+
+
+class Stepping(SGD):
+    """Steps single parameters, in hooks of backward or in a function in place of its step."""
+
+    @torch.no_grad()
+    def step_one(self, parameter: Tensor) -> None:
+        parameter.data.sub_(parameter.grad, alpha=0.01)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    def step_in_backward(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(self.step_one)
+
+    def replace_step(self) -> None:
+        weights = self.param_groups[0]["params"]
+        vars(self)["step"] = lambda: [self.step_one(parameter) for parameter in weights]
+
+
+@pytest.mark.parametrize("change_loop", [Stepping.step_in_backward, Stepping.replace_step])
+def test_steps_that_the_optimizer_does_not_make_are_noticed(
+    where: Any, change_loop: Callable[[Stepping], None], layer: nn.Linear
+) -> None:
+    optimizer = attached(layer, where, Stepping)
+    change_loop(optimizer)
+    is_by_hooks = "step" not in vars(optimizer)
+
+    def one_pass() -> None:
+        loss_of(layer).backward()
+        if not is_by_hooks:
+            optimizer.step()
+
+    for _ in range(8):
+        one_pass()
+    with pytest.warns(UserWarning, match="the weights of this Stepping changed 8 times") as caught:
+        one_pass()
+    assert caught[0].filename == __file__
+    for _ in range(10):
+        one_pass()  # warns no more
+
+
+def test_passes_without_a_step_are_no_reason_to_warn(where: Any, layer: nn.Linear) -> None:
+    optimizer, other = attached(layer, where), SGD(layer.parameters(), lr=0.01)
+    for _ in range(20):
+        loss_of(layer).backward()
+    optimizer.step()
+    for _ in range(20):
+        loss_of(layer).backward()
+        other.step()
 
 
 def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:

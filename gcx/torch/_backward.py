@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -17,14 +17,15 @@ from gcx._decisions import refuse_empty
 from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
+from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
-from gcx.torch._targets import find_owner
+from gcx.torch._targets import Targets, find_owner
 from gcx.torch._weights import Weight
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
-# got a gradient is reported.
+# got a gradient is reported; or changes of a weight without Gradient Centralization.
 _PASSES = 8
 
 
@@ -71,7 +72,7 @@ def centralize_in_backward(
     -----
     UserWarning
         If a weight got no gradient while others did: after 8 training-mode forward passes, counted
-        from the first backward, or when the handle is removed.
+        from the first backward, or when the handle is removed. If none got one: after 8 changes.
 
     Examples
     --------
@@ -122,6 +123,7 @@ class CentralizationInBackward:
         refuse_empty(self._plan, f"this {self._kind}", hint=HINT)
         _check_has_no_other(model)
         self._passes = 0
+        self._changes = Changes()
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
         self._hooks = [model.register_forward_pre_hook(self._count)]
         # On the modules around a layer too: MultiheadAttention uses the weight of a child without
@@ -160,10 +162,18 @@ class CentralizationInBackward:
     def _count(self, model: nn.Module, *_: Any) -> None:
         # Not before the first backward: an unrolled cell makes many passes.
         is_training = model.training and torch.is_grad_enabled()
-        if self._passes < _PASSES and is_training and self._has_seen_one():
+        if self._passes == _PASSES or not is_training:
+            return
+        if self._has_seen_one():
             self._passes += 1
             if self._passes == _PASSES:
                 self._warn_of_idle()
+        elif self._changes.are_many(place.tensor() for place in self._places):
+            self._passes = _PASSES
+            warn(
+                f"no gradient of this {self._kind} was there to centralize, while its weights "
+                "changed: backward does not reach them, or the loop computes gradients by itself"
+            )
 
     def _has_seen_one(self) -> bool:
         return any(place.has_seen_one for place in self._places)
@@ -183,6 +193,64 @@ class CentralizationInBackward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _hooked=WeakIdKeyDictionary())
+
+
+class Changes:
+    """Counts the changes of a weight, by a few of its elements."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: Tensor | None = None
+
+    def are_many(self, weights: Iterable[Tensor | None]) -> bool:
+        """Look at the first weight that is there; return True if it has changed often."""
+        weight = next((weight for weight in weights if weight is not None), None)
+        if weight is None or is_functorch_wrapped_tensor(weight):
+            return False
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        here = weight.to_local() if is_dtensor(weight) else weight
+        now = here.detach().reshape(-1)[:64].clone()
+        try:
+            self._count += self._last is not None and not torch.equal(now, self._last)
+        except RuntimeError:  # on the meta device there are no values
+            return False
+        self._last = now
+        return self._count >= _PASSES
+
+
+class Watch:
+    """Hooks that say so if the weights of an optimizer change without a call of its step.
+
+    They hold neither the weights nor the optimizer, and leave at the first backward after a step.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        self._kind = type(targets.optimizer).__name__
+        self._uses = targets.uses
+        self._first: tuple[int, int] | None = None  # the id of a parameter, and uses until then
+        self._changes = Changes()
+        self.handles: list[RemovableHandle] = []
+        for parameter in (weight.parameter for weight in targets.weights()):
+            if parameter.requires_grad and parameter.is_leaf:
+                register = parameter.register_post_accumulate_grad_hook
+                self.handles.append(register(self._see_gradient))  # type: ignore[no-untyped-call]
+
+    @not_compiled
+    def _see_gradient(self, parameter: Tensor) -> None:
+        self._first = self._first or (id(parameter), self._uses[0])
+        is_over = self._uses[0] > self._first[1]  # there was a step
+        if not is_over and id(parameter) == self._first[0]:
+            is_over = self._changes.are_many([parameter])
+            if is_over:
+                warn(
+                    f"the weights of this {self._kind} changed {_PASSES} times without a call of "
+                    "its step, so nothing was centralized: a hook makes the steps, say, or the "
+                    "step was replaced; gcx.torch.centralize_in_backward(model) needs no step"
+                )
+        if is_over:
+            for handle in self.handles:
+                handle.remove()
 
 
 class _Place:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
+from gcx.torch._backward import Watch
 from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import Overrides, decide, weights_of
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
@@ -71,7 +72,8 @@ def centralize(
     Warns
     -----
     UserWarning
-        If momentum from before has a mean, or a copy loses its hooks; :doc:`/torch` lists all.
+        If momentum from before has a mean, a copy loses its hooks, or weights change without a
+        step; :doc:`/torch` lists all.
 
     Examples
     --------
@@ -130,6 +132,7 @@ class GradientCentralization:
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
         self._handles = self._make_hooks().handles
+        self._handles += Watch(self._targets).handles
         copy(self)._attach(optimizer)  # noqa: SLF001
         self._optimizer = optimizer  # but not in the copy, which the optimizer holds
 
@@ -206,12 +209,14 @@ def _check_steps(optimizer: Optimizer) -> None:
         msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         raise TypeError(msg)
     for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer) and value is not inner_optimizer(optimizer):
-            msg = (
-                f"{kind} moves the weights by another optimizer, whose steps may be called without "
-                f"its own: centralize that one, its attribute {name}"
-            )
-            raise TypeError(msg)
+        values = value.values() if isinstance(value, dict) else value
+        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+            if isinstance(one, Optimizer) and one is not inner_optimizer(optimizer):
+                msg = (
+                    f"{kind} moves the weights by another optimizer, whose steps may be called "
+                    f"without its own: centralize that one, its attribute {name}"
+                )
+                raise TypeError(msg)
 
 
 def _check_has_no_other(optimizer: Optimizer) -> None:

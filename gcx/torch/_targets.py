@@ -37,6 +37,7 @@ class Targets:
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
+        self.uses = [0]  # calls of `by_group`, which each step makes
         self._decide()
 
     @property
@@ -52,6 +53,7 @@ class Targets:
         Weights stay the same objects until a parameter of their group changes. Raises a
         RuntimeError if a parameter that can move is not, or no longer, in the model.
         """
+        self.uses[0] += 1
         for layers, name, layer in self._layers:
             if layers.get(name) is not layer:
                 self._decide()

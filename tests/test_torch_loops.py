@@ -292,6 +292,7 @@ class Stepping(SGD):
     @torch.no_grad()
     def step_one(self, parameter: Tensor) -> None:
         parameter.data.sub_(parameter.grad, alpha=0.01)  # type: ignore[arg-type]
+        self.state[parameter]["momentum_buffer"] = parameter.grad
         parameter.grad = None
 
     def step_in_backward(self) -> None:
@@ -300,39 +301,38 @@ class Stepping(SGD):
 
     def replace_step(self) -> None:
         weights = self.param_groups[0]["params"]
-        vars(self)["step"] = lambda: [self.step_one(parameter) for parameter in weights]
+        vars(self)["step"] = lambda: [self.step_one(p) for p in weights if p.grad is not None]
 
 
+@pytest.mark.parametrize("is_removed", [False, True])
 @pytest.mark.parametrize("change_loop", [Stepping.step_in_backward, Stepping.replace_step])
 def test_steps_that_the_optimizer_does_not_make_are_noticed(
-    where: Any, change_loop: Callable[[Stepping], None], layer: nn.Linear
+    where: Any, change_loop: Callable[[Stepping], None], is_removed: bool, layer: nn.Linear
 ) -> None:
-    optimizer = attached(layer, where, Stepping)
+    optimizer = Stepping(layer.parameters(), lr=0.01)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    optimizer.state_dict()
     change_loop(optimizer)
-    is_by_hooks = "step" not in vars(optimizer)
-
-    def one_pass() -> None:
-        loss_of(layer).backward()
-        if not is_by_hooks:
-            optimizer.step()
-
-    for _ in range(8):
-        one_pass()
-    with pytest.warns(UserWarning, match="the weights of this Stepping changed 8 times") as caught:
-        one_pass()
+    loss_of(layer).backward()
+    if change_loop is Stepping.replace_step:
+        optimizer.step()
+    notice = handle.remove if is_removed else optimizer.state_dict
+    with pytest.warns(UserWarning, match="this Stepping has made steps without") as caught:
+        notice()
     assert caught[0].filename == __file__
-    for _ in range(10):
-        one_pass()  # warns no more
+    notice()  # warns once
 
 
-def test_passes_without_a_step_are_no_reason_to_warn(where: Any, layer: nn.Linear) -> None:
-    optimizer, other = attached(layer, where), SGD(layer.parameters(), lr=0.01)
-    for _ in range(20):
-        loss_of(layer).backward()
-    optimizer.step()
-    for _ in range(20):
-        loss_of(layer).backward()
-        other.step()
+def test_states_from_before_are_no_reason_to_warn(where: Any, layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    attached(layer, where)
+    optimizer.state_dict()
+    trained = attached(layer, where, momentum=0.9)
+    train(layer, trained)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    optimizer.load_state_dict(trained.state_dict())
+    optimizer.state_dict()
+    handle.remove()
 
 
 def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:

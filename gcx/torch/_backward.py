@@ -21,7 +21,7 @@ from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
-from gcx.torch._targets import Targets, find_owner
+from gcx.torch._targets import find_owner
 from gcx.torch._weights import Weight
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
@@ -217,40 +217,6 @@ class Changes:
             return False
         self._last = now
         return self._count >= _PASSES
-
-
-class Watch:
-    """Hooks that say so if the weights of an optimizer change without a call of its step.
-
-    They hold neither the weights nor the optimizer, and leave at the first backward after a step.
-    """
-
-    def __init__(self, targets: Targets) -> None:
-        self._kind = type(targets.optimizer).__name__
-        self._uses = targets.uses
-        self._first: tuple[int, int] | None = None  # the id of a parameter, and uses until then
-        self._changes = Changes()
-        self.handles: list[RemovableHandle] = []
-        for parameter in (weight.parameter for weight in targets.weights()):
-            if parameter.requires_grad and parameter.is_leaf:
-                register = parameter.register_post_accumulate_grad_hook
-                self.handles.append(register(self._see_gradient))  # type: ignore[no-untyped-call]
-
-    @not_compiled
-    def _see_gradient(self, parameter: Tensor) -> None:
-        self._first = self._first or (id(parameter), self._uses[0])
-        is_over = self._uses[0] > self._first[1]  # there was a step
-        if not is_over and id(parameter) == self._first[0]:
-            is_over = self._changes.are_many([parameter])
-            if is_over:
-                warn(
-                    f"the weights of this {self._kind} changed {_PASSES} times without a call of "
-                    "its step, so nothing was centralized: a hook makes the steps, say, or the "
-                    "step was replaced; gcx.torch.centralize_in_backward(model) needs no step"
-                )
-        if is_over:
-            for handle in self.handles:
-                handle.remove()
 
 
 class _Place:

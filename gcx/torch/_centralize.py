@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
-from gcx.torch._backward import Watch
 from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import Overrides, decide, weights_of
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
@@ -72,8 +71,8 @@ def centralize(
     Warns
     -----
     UserWarning
-        If momentum from before has a mean, a copy loses its hooks, or weights change without a
-        step; :doc:`/torch` lists all.
+        If momentum from before has a mean, a copy loses its hooks, or other code makes the steps;
+        :doc:`/torch` lists all.
 
     Examples
     --------
@@ -132,7 +131,7 @@ class GradientCentralization:
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
         self._handles = self._make_hooks().handles
-        self._handles += Watch(self._targets).handles
+        self._targets.note_states()
         copy(self)._attach(optimizer)  # noqa: SLF001
         self._optimizer = optimizer  # but not in the copy, which the optimizer holds
 
@@ -149,6 +148,8 @@ class GradientCentralization:
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
+        if self._handles:
+            self._warn_if_bypassed()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -168,6 +169,7 @@ class GradientCentralization:
         self._handles += [
             optimizer.register_load_state_dict_pre_hook(keep_switches),
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
+            optimizer.register_state_dict_pre_hook(self._warn_if_bypassed),
         ]
         # pickle and copy.deepcopy ask the instance first.
         vars(optimizer)["__reduce_ex__"] = self._reduce_with_warning
@@ -176,6 +178,15 @@ class GradientCentralization:
         if not any(self._targets.weights()):
             warn(
                 f"the checkpoint switches off all that there is to centralize in this {self._kind}"
+            )
+        self._targets.note_states()
+
+    def _warn_if_bypassed(self, *_: Any) -> None:
+        if self._targets.were_bypassed():
+            warn(
+                f"this {self._kind} has made steps without a call of its step, so nothing was "
+                "centralized: a hook makes them, say, or the step was replaced; "
+                "gcx.torch.centralize_in_backward(model) needs no step"
             )
 
     def _reduce_with_warning(self, protocol: int) -> Any:

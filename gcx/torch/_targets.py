@@ -37,7 +37,8 @@ class Targets:
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
-        self.uses = [0]  # calls of `by_group`, which each step makes
+        self._uses = 0  # of `by_group`, which each step calls
+        self._states = 0
         self._decide()
 
     @property
@@ -53,7 +54,7 @@ class Targets:
         Weights stay the same objects until a parameter of their group changes. Raises a
         RuntimeError if a parameter that can move is not, or no longer, in the model.
         """
-        self.uses[0] += 1
+        self._uses += 1
         for layers, name, layer in self._layers:
             if layers.get(name) is not layer:
                 self._decide()
@@ -95,6 +96,20 @@ class Targets:
             raise RuntimeError(_why_missing(plan[0]))
         kind = type(self.optimizer).__name__
         raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
+
+    def note_states(self) -> None:
+        """Note that the states of the optimizer are from before its next step."""
+        self._uses, self._states = 0, self._count_states()
+
+    def were_bypassed(self) -> bool:
+        """Return True, once, if the optimizer has new states, and its step did not make them."""
+        is_bypassed = not self._uses and self._count_states() > self._states
+        if is_bypassed:
+            self.note_states()
+        return is_bypassed
+
+    def _count_states(self) -> int:
+        return sum(map(bool, self.optimizer.state.values()))
 
     def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
         for parameter in parameters:

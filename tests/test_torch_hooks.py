@@ -64,6 +64,19 @@ class Own(Optimizer):
                 p.sub_(group["lr"] * (p.grad + group.get("weight_decay", 0) * p))
 
 
+class Shrinking(SGD):
+    """Shrinks the weights apart from the gradient, in a step of its own, and frees gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(p.grad, alpha=group["lr"])
+                p.grad = None
+
+
 # What a handle shows and undoes
 
 
@@ -650,10 +663,6 @@ def test_unknown_optimizer_must_be_told(layer: nn.Linear) -> None:
 
 
 def test_subclass_with_its_own_step_is_unknown(layer: nn.Linear) -> None:
-    class Shrinking(SGD):
-        def step(self, closure: Any = None) -> Any:
-            raise NotImplementedError
-
     attached(layer, kind=type("Renamed", (SGD,), {}), weight_decay=0.1)
     with pytest.raises(ValueError, match="does Shrinking add"):
         attached(layer, kind=Shrinking, weight_decay=0.1)
@@ -665,9 +674,28 @@ def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
         gcx.torch.centralize(adamw, layer, decay="inside")
     with pytest.raises(ValueError, match=r"SGD adds weight_decay.*where='gradient'"):
         gcx.torch.centralize(sgd, layer, where="update", decay="outside")
-    adamw.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
-    with pytest.raises(ValueError, match="finds its learning rate by itself; leave decay inside"):
-        gcx.torch.centralize(adamw, layer, where="update", decay="outside")
+
+
+def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> None:
+    by_itself = AdamW(layer.parameters())
+    by_itself.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
+    nameless = Own(layer.parameters(), decay=0.1)
+    unknown = Shrinking(layer.parameters(), lr=0.01, weight_decay=0.1)
+    options: Any = {"where": "update", "decay": "outside"}
+    for optimizer in (by_itself, nameless, unknown):
+        with pytest.raises(ValueError, match=r"rule of its own; leave decay inside.*'decoupled_we"):
+            gcx.torch.centralize(optimizer, layer, **options)
+    unknown.param_groups[0]["weight_decay"] = 0
+    gcx.torch.centralize(unknown, layer, **options)
+    assert_means_kept(layer, lambda: train(layer, unknown, steps=1))
+    unknown.param_groups[0]["weight_decay"] = 0.1
+    loss_of(layer).backward()
+    with pytest.raises(ValueError, match="Shrinking may have a rule of its own"):
+        unknown.step()
+    unknown.param_groups[0]["decoupled_weight_decay"] = True
+    means = layer.weight.detach().mean(1)
+    train(layer, unknown, steps=4)
+    torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.1) ** 4)
 
 
 # Errors

@@ -429,6 +429,54 @@ def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(model[0].weight, lambda: train(model, optimizer))
 
 
+class ZerothOrder(Optimizer):
+    """Moves weights that ask for no gradient, and have none."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        self.param_groups[0]["params"][0].data.add_(GRAD, alpha=self.param_groups[0]["lr"])
+
+
+def thaw(layer: nn.Linear) -> Tensor:
+    layer.requires_grad_()
+    loss = loss_of(layer)
+    loss.backward()
+    layer.requires_grad_(requires_grad=False)
+    return loss
+
+
+THAWING: dict[str, Callable[[nn.Linear, Any], object]] = {
+    "closure": lambda layer, optimizer: optimizer.step(lambda: thaw(layer)),
+    "later hook": lambda layer, optimizer: (
+        optimizer.register_step_pre_hook(lambda *_: thaw(layer) and None),
+        optimizer.step(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("decay", "factor"), [("inside", 1.0), ("outside", 1 - 0.01 * 0.5)])
+@pytest.mark.parametrize("way", THAWING)
+def test_weights_that_are_frozen_when_an_update_begins(
+    way: str, decay: Any, factor: float, layer: nn.Linear
+) -> None:
+    model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
+    mean, before = layer.weight.mean(1), idle.weight.clone()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
+    change_of(layer, lambda: THAWING[way](layer, optimizer))
+    torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
+    assert torch.equal(idle.weight, before)
+
+
+def test_zeroth_order_update(layer: nn.Linear) -> None:
+    layer.requires_grad_(requires_grad=False)
+    assert_means_kept(layer, attached(layer, "update", ZerothOrder).step)
+
+
 REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
     "assign": lambda model: model.load_state_dict(new_model().state_dict(), assign=True),
     "to_empty": lambda model: (

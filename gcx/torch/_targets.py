@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, TypeVar
 from weakref import ref
@@ -33,7 +33,7 @@ class Targets:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
         # Weak: the optimizer holds this, and is freed without the garbage collector.
-        self._optimizer = ref(optimizer)
+        self._optimizer: Callable[[], Any] = ref(optimizer)
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
@@ -44,8 +44,7 @@ class Targets:
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer, which the handle of the user keeps."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
+        optimizer: Optimizer = self._optimizer()
         return optimizer
 
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
@@ -60,7 +59,7 @@ class Targets:
                 self._decide()
                 break
         found = []
-        for position, group in enumerate(self.optimizer.param_groups):
+        for position, group in enumerate(self._optimizer().param_groups):
             if not is_on(group):
                 continue
             parameters = group["params"]
@@ -78,7 +77,7 @@ class Targets:
 
     def switches(self) -> list[object]:
         """List for each group whether it is switched on."""
-        return [group.get(SWITCH, True) for group in self.optimizer.param_groups]
+        return [group.get(SWITCH, True) for group in self._optimizer().param_groups]
 
     def plan(self) -> Plan:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""

@@ -25,7 +25,9 @@ def assert_centralized(
 
     Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
     with Gradient Centralization keep the means of a weight (Corollary 4.1). So this one check
-    catches a wrong axis and a hook that never ran, in any framework.
+    catches a wrong axis and a hook that never ran, in any framework. Adam and its kin keep them
+    only if the update is centralized (``where="update"``); otherwise check the gradient that the
+    step has left, ``p.grad`` in torch.
 
     Parameters
     ----------
@@ -82,6 +84,11 @@ def assert_centralized(
             f"not centralized: {what} over axes {axes} is {worst:.3g} of the largest magnitude, "
             f"more than {tolerance:.3g}"
         )
+        if start is not None:
+            msg += (
+                ". With Adam and its kin, centralized gradients do not keep the means of weights: "
+                "check a gradient after the step (p.grad in torch), or centralize the update"
+            )
         raise AssertionError(msg)
 
 

@@ -120,6 +120,38 @@ def test_handle_that_nobody_keeps(layer: nn.Linear) -> None:
     gcx.torch.centralize(optimizer, nn.Sequential(layer))
     gc.collect()
     assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+    with pytest.raises(ValueError, match=r"gcx\.torch\.centralized\(optimizer\)\.remove\(\)"):
+        gcx.torch.centralize(optimizer, layer)
+    gcx.torch.centralized(optimizer).remove()
+    assert gcx.torch.centralized(optimizer) is None
+    gcx.torch.centralize(optimizer, layer)
+
+
+def attached_in_backward(layer: nn.Module) -> SGD:
+    gcx.torch.centralize_in_backward(nn.Sequential(layer))
+    return SGD(layer.parameters())
+
+
+ATTACHING: dict[str, Any] = {
+    "gradient": attached,
+    "update": partial(attached, where="update"),
+    "in the step": gcx.torch.AdamW,
+    "in backward": attached_in_backward,
+}
+
+
+@pytest.mark.parametrize("attach", ATTACHING.values(), ids=ATTACHING)
+def test_optimizer_and_model_are_freed_at_once(attach: Any) -> None:
+    layer = new_layer()
+    optimizer = attach(layer)
+    train(layer, optimizer)
+    alive = ref(layer), ref(optimizer)
+    gc.disable()
+    try:
+        del layer, optimizer
+        assert [is_alive() for is_alive in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
@@ -356,6 +388,36 @@ def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:
     before = momentum.clone()
     gcx.torch.centralize(optimizer, layer)
     assert torch.equal(momentum, before)
+
+
+class Packed(Tensor):
+    """As the states of low-bit optimizers: a tensor that has no mean."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "mean" in function.__name__:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    train(layer, optimizer)
+    state = optimizer.state[layer.weight]
+    before = state["momentum_buffer"].clone()
+    state["momentum_buffer"] = before.clone().as_subclass(Packed)
+    saved = optimizer.state_dict()
+    for load in (
+        lambda: gcx.torch.centralize(optimizer, layer),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
+            load()
+        momentum = optimizer.state[layer.weight]["momentum_buffer"]
+        assert isinstance(momentum, Packed)
+        assert torch.equal(momentum.as_subclass(Tensor), before)
 
 
 def test_momentum_of_another_shape_is_an_error(layer: nn.Linear) -> None:

@@ -57,8 +57,8 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but a tensor of one number, a weight to centralize has a sparse
-        gradient, or as `gcx.torch.plan`.
+        If `loss` is a criterion of ``torch.nn``, or returns anything but a tensor of one number; if
+        a weight to centralize has a sparse gradient; or as `gcx.torch.plan`.
     ValueError
         If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
     RuntimeError
@@ -76,6 +76,13 @@ def energy_removed(
     >>> [row.name for row in report.rows if row.share is not None]
     ['weight']
     """
+    if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        msg = (
+            f"loss is a function of the model and a batch, and {name} compares outputs with "
+            "targets: give a function that calls the model on the batch, and then the criterion"
+        )
+        raise TypeError(msg)
     decisions = decide(model, Options(layers=layers, overrides=overrides))
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
         msg = (

@@ -41,6 +41,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(_NO_MODEL)
         super().__init__(params, *of_torch, **switches)
         self._centralization = CentralizationInStep(self, model, options)
+        del vars(self._centralization)["_optimizer"]  # no cycle
         del vars(self)["__reduce_ex__"]  # copies need no warning
         registries = [name for name in vars(self) if name.endswith("_hooks")]
         self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}

@@ -179,10 +179,13 @@ def find_average(group: Group) -> Average | None:
 
 
 @torch.no_grad()
-def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> list[str]:
+def centralize_momentum(
+    optimizer: Optimizer, weights: Iterable[Weight]
+) -> tuple[list[str], list[str]]:
     """Subtract the fan-in mean from momentum that was built from uncentralized gradients.
 
-    Returns the names of the weights whose momentum had a mean. Other momentum keeps its bits.
+    Returns the names of the weights whose momentum had a mean, and of those whose momentum is of a
+    type without `mean`. Other momentum keeps its bits.
     """
     keeper = inner_optimizer(optimizer)
     momentum = [
@@ -195,10 +198,18 @@ def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> list
                 "weight, so it cannot be centralized; use where='update'"
             )
             raise ValueError(msg)
-    foreign = [(weight, buffer) for weight, buffer in momentum if _has_mean(weight, buffer)]
-    for weight, buffer in foreign:
-        weight.subtract_(buffer, weight.mean(buffer))
-    return list(dict.fromkeys(weight.name for weight, _ in foreign))
+    changed: dict[str, None] = {}  # in order
+    unknown: dict[str, None] = {}
+    for weight, buffer in momentum:
+        try:
+            has_mean = _has_mean(weight, buffer)
+        except NotImplementedError:  # a subclass of Tensor, such as the 8-bit state in torchao
+            unknown[weight.name] = None
+            continue
+        if has_mean:
+            weight.subtract_(buffer, weight.mean(buffer))
+            changed[weight.name] = None
+    return [*changed], [*unknown]
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:

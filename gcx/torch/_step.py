@@ -153,7 +153,13 @@ class GradientHooks:
             if not momentum_has_mean(optimizer, group, decay)
             for weight in weights
         ]
-        names = centralize_momentum(optimizer, weights)
+        names, unknown = centralize_momentum(optimizer, weights)
+        if unknown:
+            warn(
+                f"the momentum of {len(unknown)} weights ({unknown[0]}, ...) is kept in a form "
+                "without a mean. If it comes from gradients that were not centralized, it moves "
+                "the means of these weights until it has decayed"
+            )
         if names:
             warn(
                 f"the momentum of {len(names)} weights ({names[0]}, ...) comes from gradients that "

@@ -95,9 +95,9 @@ def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) 
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not gradients:
         return
-    weights = [weight for weight, _ in gradients]
-    grads = [grad for _, grad in gradients]
-    for k, grad in enumerate(grads):
+    weights, found = zip(*gradients, strict=True)
+    grads = [*found]
+    for k, grad in enumerate(found):
         if not grad.is_contiguous() and 0 in grad.stride():  # elements share memory
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(

@@ -166,9 +166,12 @@ def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Average over `axes`: the longest run of neighbours first, or axis after axis.
 
     XLA on a CPU adds numbers one by one, and rounds each time, over several runs and in small
-    arrays. There the axis that is most likely sharded comes last, so few means are exchanged.
+    arrays. There the axis that is most likely sharded comes last, so few means are exchanged. It
+    adds complex numbers one by one everywhere, so their parts are averaged apart.
     """
-    sizes = [size if isinstance(size, int) else _SMALL for size in x.shape]  # some are symbols
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_average(x.real, axes), _average(x.imag, axes))
+    sizes = [size if isinstance(size, int) else _SMALL + 1 for size in x.shape]  # some are symbols
     is_small = prod(sizes) <= _SMALL
     runs: list[tuple[int, ...]] = []
     for axis in axes:

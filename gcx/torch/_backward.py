@@ -16,9 +16,9 @@ from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.plan import Plan
-from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
 from gcx.torch._step import not_compiled, warn
-from gcx.torch._weights import Weight
+from gcx.torch._weights import Weight, weights_of
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
 # got a gradient is reported.

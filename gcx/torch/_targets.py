@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import Decision, plan_of, weights_of
-from gcx.torch._weights import Weight
+from gcx.torch._plan import Decision, plan_of
+from gcx.torch._weights import Weight, weights_of
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"

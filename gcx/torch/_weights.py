@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx._names import naming
-from gcx._options import Layers, Options
+from gcx._options import Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.layout import Layout
@@ -100,9 +100,7 @@ def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) 
     )
 
 
-def matrices(
-    model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None
-) -> Matrices:
+def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrices:
     """Split a model into matrices (out, fan-in), as Muon wants them, and the rest.
 
     The plan decides. Each entry of a stack is a matrix of its own. So are the groups of a
@@ -112,7 +110,7 @@ def matrices(
     ----------
     model : torch.nn.Module
         Any model. Its parameters stay as they are.
-    layers, overrides
+    overrides : mapping, optional
         As in `plan`. The layer of a head is like any other, so name it to leave it to the rest:
         ``overrides={model.head: gcx.plan.LeaveAlone("head")}``.
 
@@ -137,7 +135,7 @@ def matrices(
     >>> {name: found.plan[name].reason for name in found.rest}
     {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
     """
-    decisions = decide(model, Options(layers=layers, overrides=overrides))
+    decisions = decide(model, Options(overrides=overrides))
     return Matrices({p: _row_of_matrices(decision) for p, decision in decisions.items()})
 
 
@@ -153,8 +151,10 @@ class Matrices:
     ----------
     plan : gcx.plan.Plan
         The rows: the layout of the matrices, or the reason why a parameter is of the rest.
-    weights, rest : dict of str to torch.Tensor
-        The parameters that are matrices, and all others, by name.
+    weights : dict
+        The parameters that are matrices, by name.
+    rest : dict
+        All other parameters, by name.
 
     Examples
     --------
@@ -170,9 +170,9 @@ class Matrices:
     """
 
     def __init__(self, rows: Mapping[Tensor, PlanRow]) -> None:
-        self.plan = Plan(rows.values())
-        self.weights = {row.name: p for p, row in rows.items() if row.layout is not None}
-        self.rest = {row.name: p for p, row in rows.items() if row.layout is None}
+        self.plan: Plan = Plan(rows.values())
+        self.weights: dict[str, Tensor] = {r.name: p for p, r in rows.items() if r.layout}
+        self.rest: dict[str, Tensor] = {r.name: p for p, r in rows.items() if not r.layout}
 
     def split(self, name: str, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the shape of a weight to (stack, out, fan-in): a view if possible."""

@@ -69,6 +69,12 @@ CASES: dict[str, tuple[nn.Module, str, Layout | str | None, Slices]] = {
         Layout("i(bo)", b=3),
         lambda w: [one.T for one in w.chunk(3, dim=1)],
     ),
+    "experts, fused": (
+        Stack(2, 6, 4),
+        "weight",
+        Layout("b(bo)i", b=2),
+        lambda w: [part for one in w for part in one.chunk(2)],
+    ),
     "heads": (Stack(6, 2, 3), "weight", "ioo", lambda w: [w.flatten(1).T]),
     "experts, flattened": (
         Stack(3, 20),

@@ -54,6 +54,8 @@ def optimizers(params: dict[str, Floats]) -> None:
 def adapters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     handle = gcx.torch.centralize(optimizer, model, where="update", decay="outside")
     assert_type(handle, gcx.torch.GradientCentralization)
+    muon = gcx.torch.matrices(model).make_optimizer(torch.optim.Muon, lr=0.02)
+    assert_type(muon, torch.optim.Muon)
     assert_type(handle.plan, Plan)
     gcx.torch.centralize(optimizer, model, where="updates")  # type: ignore[arg-type]
 

@@ -5,16 +5,19 @@ from gcx.torch._centralize import GradientCentralization, centralize, centralize
 from gcx.torch._fused import SGD, AdamW
 from gcx.torch._layers import register_layer
 from gcx.torch._plan import plan
+from gcx.torch._weights import Matrices, matrices
 
 __all__ = [
     "SGD",
     "AdamW",
     "CentralizationInBackward",
     "GradientCentralization",
+    "Matrices",
     "centralize",
     "centralize_grads_",
     "centralize_in_backward",
     "centralized",
+    "matrices",
     "plan",
     "register_layer",
 ]

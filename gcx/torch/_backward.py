@@ -19,10 +19,10 @@ from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
-from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
 from gcx.torch._step import not_compiled, warn
 from gcx.torch._targets import find_owner
-from gcx.torch._weights import Weight
+from gcx.torch._weights import Weight, weights_of
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
 # got a gradient is reported; or changes of a weight without Gradient Centralization.

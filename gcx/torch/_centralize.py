@@ -15,10 +15,10 @@ from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide, weights_of
+from gcx.torch._plan import Overrides, decide
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
-from gcx.torch._weights import Weight, centralize_, part_gradients, with_gradient
+from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
 
 
 def centralize(

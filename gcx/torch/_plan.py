@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, OfRank, answer
 from gcx.torch._parameters import Owned, check_has_shape, flattened, owned_parameters
-from gcx.torch._weights import Weight
 
 Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
@@ -27,11 +26,12 @@ Overrides = Mapping[Key, Value]
 
 
 class Decision(NamedTuple):
-    """The row of one parameter, and the module that registers it."""
+    """The row of one parameter, the module that registers it, and the layer that uses it."""
 
     row: PlanRow
     holder: nn.Module | None  # None if the model does not hold the parameter
     key: str  # of the parameter in its holder
+    layer: nn.Module | None = None
 
     def is_about(self, parameter: Tensor) -> bool:
         """Return True if the model still holds this parameter in the same place and shape."""
@@ -128,22 +128,12 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
         if found is None:
             found, rule = _ask(owned, options.layers)
         row = _row(owned, found, rule)
-        decisions.setdefault(owned.parameter, []).append(Decision(row, owned.holder, owned.key))
+        decision = Decision(row, owned.holder, owned.key, owned.layer)
+        decisions.setdefault(owned.parameter, []).append(decision)
     return {
         parameter: each[0]._replace(row=merge([decision.row for decision in each]))
         for parameter, each in decisions.items()
     }
-
-
-def weights_of(
-    decisions: Iterable[tuple[Tensor, Decision]], *, reproducible: bool
-) -> Iterator[Weight]:
-    """List the parameters to centralize; a TypeError if promised bits cannot be kept."""
-    for parameter, (row, _, _) in decisions:
-        if row.layout is not None:
-            weight = Weight(row.name, parameter, row.layout.split(row.shape), reproducible)
-            weight.check(parameter)
-            yield weight
 
 
 def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, str]:

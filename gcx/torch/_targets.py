@@ -14,8 +14,8 @@ from gcx._decisions import nothing_to_centralize
 from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import HINT, Decision, decide, plan_of, weights_of
-from gcx.torch._weights import Weight
+from gcx.torch._plan import HINT, Decision, decide, plan_of
+from gcx.torch._weights import Weight, weights_of
 
 KindT = TypeVar("KindT")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -16,6 +17,7 @@ import torch
 import gcx.torch
 from gcx import Layout
 
+from recipes import CLIPPING, EPS, clip_by_hand, gradient_and_weight, recipe
 from timm_models import new_model
 from torch_fan_in import (
     assert_fan_in_is_support,
@@ -100,3 +102,20 @@ def test_decoder_of_timm() -> None:
         num_classes=6, num_of_groups=3, decoder_embedding=8, initial_num_features=4
     )
     assert declared_layout(decoder, "duplicate_pooling") == Layout("bio")
+
+
+@pytest.mark.parametrize(("letters", "is_right"), [("oiii", True), ("ioii", False), ("bio", False)])
+def test_adaptive_clipping_of_timm_takes_all_axes_but_the_first(
+    letters: str, is_right: bool
+) -> None:
+    grad, values = gradient_and_weight(*(4, 6, 3, 3)[: len(letters)])
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.from_numpy(values))
+    expected = clip_by_hand(grad, values, letters)
+    layer.weight.grad = torch.from_numpy(grad.copy())
+    plan = gcx.torch.plan(layer, overrides={"weight": letters})
+    recipe("clip_adaptively")(layer, plan, CLIPPING, EPS)
+    torch.testing.assert_close(layer.weight.grad, torch.from_numpy(expected))
+    layer.weight.grad = torch.from_numpy(grad.copy())
+    import_module("timm.utils.agc").adaptive_clip_grad(layer.parameters(), CLIPPING, EPS)
+    assert np.allclose(layer.weight.grad, expected) == is_right

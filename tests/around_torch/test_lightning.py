@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
@@ -61,6 +63,14 @@ class Net(lightning.LightningModule):
 
     def weights(self) -> Weights:
         return {n: p.detach().clone() for n, p in self.named_parameters() if p.ndim > 1}
+
+
+class OfCommandLine(Net):
+    """Takes its optimizer from the command line."""
+
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.SGD) -> None:
+        super().__init__(optimizer)
+        self.optimizer = optimizer
 
 
 def trainer_of(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
@@ -375,3 +385,38 @@ import pytorch_lightning
 assert issubclass(GradientCentralization, pytorch_lightning.Callback)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Trainers that make the optimizer themselves
+
+
+def test_means_stay_with_a_derived_class(tmp_path: Path) -> None:
+    net = Net(torch.optim.RAdam, lr=0.01, weight_decay=0.1)
+    derived = gcx.torch.derive_class(torch.optim.RAdam, net, where="update")
+    net.optimizer = lambda p: derived(p, lr=0.01, weight_decay=0.1)
+    start = fit(trainer_of(tmp_path), net)
+    assert_means_stay(net, start)
+
+
+def test_means_stay_with_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callback = {
+        "class_path": "gcx.lightning.GradientCentralization",
+        "init_args": {"where": "update", "overrides": {"head.weight": None}},
+    }
+    config = {
+        "model.optimizer": {"class_path": "torch.optim.RAdam", "init_args": {"lr": 0.01}},
+        "trainer": {"accelerator": "cpu", "max_epochs": 2, "callbacks": [callback], **quiet},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
+    options: dict[str, Any] = {"seed_everything_default": 0, "save_config_callback": None}
+    cli = LightningCLI(OfCommandLine, run=False, **options)
+    start = fit(cli.trainer, cli.model)
+    net = cli.model.weights()
+    assert_centralized(net["backbone.0.weight"], start=start["backbone.0.weight"])
+    with pytest.raises(AssertionError, match="not centralized"):
+        assert_centralized(net["head.weight"], start=start["head.weight"])

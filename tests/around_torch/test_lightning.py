@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -398,25 +397,24 @@ def test_means_stay_with_a_derived_class(tmp_path: Path) -> None:
     assert_means_stay(net, start)
 
 
-def test_means_stay_with_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_means_stay_with_the_configuration_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("jsonargparse")
+    page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    _, _, block = page.partition("```yaml\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(block.partition("```")[0], encoding="utf-8")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    callback = {
-        "class_path": "gcx.lightning.GradientCentralization",
-        "init_args": {"where": "update", "overrides": {"head.weight": None}},
-    }
-    config = {
-        "model.optimizer": {"class_path": "torch.optim.RAdam", "init_args": {"lr": 0.01}},
-        "trainer": {"accelerator": "cpu", "max_epochs": 2, "callbacks": [callback], **quiet},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
+    options = {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(tmp_path), **quiet}
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
-    options: dict[str, Any] = {"seed_everything_default": 0, "save_config_callback": None}
-    cli = LightningCLI(OfCommandLine, run=False, **options)
-    start = fit(cli.trainer, cli.model)
-    net = cli.model.weights()
-    assert_centralized(net["backbone.0.weight"], start=start["backbone.0.weight"])
-    with pytest.raises(AssertionError, match="not centralized"):
-        assert_centralized(net["head.weight"], start=start["head.weight"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    cli = LightningCLI(
+        OfCommandLine,
+        run=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults=options,
+    )
+    assert_means_stay(cli.model, fit(cli.trainer, cli.model))
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.RAdam)

@@ -42,6 +42,7 @@ def test_is_the_class_and_centralize(kind: Any) -> None:
     assert derived.__name__ == kind.__name__
     assert inspect.signature(derived) == inspect.signature(kind)
     optimizer = derived([{"params": [model.weight]}, {"params": [model.bias]}], 0.01)
+    assert gcx.torch.centralized(optimizer).plan["weight"].layout is not None
     assert str(optimizer).startswith(f"{kind.__name__} (")
     assert_means_kept(model, lambda: train(model, optimizer))
     train(other, attached(other, where="update", kind=kind))

@@ -10,7 +10,10 @@ import pytest
 
 # By what follows `--examples=` in noxfile.py.
 SESSIONS = {
-    "agreement": {"numpy", "torch", "jax", "optax", "flax", "haiku", "equinox", "sklearn"},
+    "agreement": {
+        *("numpy", "torch", "jax", "optax", "flax", "haiku", "equinox", "sklearn"),
+        "pytorch_optimizer",
+    },
     "torch": {"numpy", "torch", "lightning", "transformers", "accelerate"},
     "keras": {"numpy", "torch", "jax", "optax", "keras"},
     "thinc": {"numpy", "thinc", "spacy", "mlx", "sklearn"},

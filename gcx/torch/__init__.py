@@ -2,7 +2,7 @@
 
 from gcx.torch._backward import CentralizationInBackward, centralize_in_backward
 from gcx.torch._centralize import GradientCentralization, centralize, centralize_grads_, centralized
-from gcx.torch._fused import SGD, AdamW
+from gcx.torch._fused import SGD, AdamW, derive_class
 from gcx.torch._layers import register_layer
 from gcx.torch._plan import plan
 from gcx.torch._weights import Matrices, matrices
@@ -17,6 +17,7 @@ __all__ = [
     "centralize_grads_",
     "centralize_in_backward",
     "centralized",
+    "derive_class",
     "matrices",
     "plan",
     "register_layer",

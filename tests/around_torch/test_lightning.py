@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
@@ -61,6 +62,14 @@ class Net(lightning.LightningModule):
 
     def weights(self) -> Weights:
         return {n: p.detach().clone() for n, p in self.named_parameters() if p.ndim > 1}
+
+
+class OfCommandLine(Net):
+    """Takes its optimizer from the command line."""
+
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.SGD) -> None:
+        super().__init__(optimizer)
+        self.optimizer = optimizer
 
 
 def trainer_of(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
@@ -375,3 +384,37 @@ import pytorch_lightning
 assert issubclass(GradientCentralization, pytorch_lightning.Callback)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Trainers that make the optimizer themselves
+
+
+def test_means_stay_with_a_derived_class(tmp_path: Path) -> None:
+    net = Net(torch.optim.RAdam, lr=0.01, weight_decay=0.1)
+    derived = gcx.torch.derive_class(torch.optim.RAdam, net, where="update")
+    net.optimizer = lambda p: derived(p, lr=0.01, weight_decay=0.1)
+    start = fit(trainer_of(tmp_path), net)
+    assert_means_stay(net, start)
+
+
+def test_means_stay_with_the_configuration_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jsonargparse")
+    page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    _, _, block = page.partition("```yaml\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(block.partition("```")[0], encoding="utf-8")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(tmp_path), **quiet}
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config)])
+    cli = LightningCLI(
+        OfCommandLine,
+        run=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults=options,
+    )
+    assert_means_stay(cli.model, fit(cli.trainer, cli.model))
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.RAdam)

@@ -73,6 +73,7 @@ def trainer_of(
     model: nn.Module,
     *callbacks: TrainerCallback,
     optimizer: Optimizer | None = None,
+    kind: tuple[type[Optimizer], dict[str, Any]] | None = None,
     **options: Any,
 ) -> Trainer:
     quiet = {"disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "report_to": []}
@@ -87,6 +88,7 @@ def trainer_of(
         train_dataset=samples(model),
         callbacks=list(callbacks),
         optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=kind,
     )
 
 
@@ -144,6 +146,16 @@ def test_means_move_without_the_callback(
     start = train(trainer_of(tmp_path, model, **options))
     with pytest.raises(AssertionError, match="not centralized"):
         assert_means_stay(model, start)
+
+
+def test_means_stay_with_a_derived_class(tmp_path: Path) -> None:
+    model = gpt2()
+    derived = gcx.torch.derive_class(torch.optim.RAdam, model, where="update")
+    trainer = trainer_of(tmp_path, model, kind=(derived, {"lr": 0.01}))
+    start = train(trainer)
+    assert_means_stay(model, start)
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    assert decays == [0.1, 0.0]  # the groups of the trainer: weights, and biases with norms
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])

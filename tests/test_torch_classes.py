@@ -1,0 +1,111 @@
+"""gcx.torch.derive_class: a class that trainers take for the optimizer's own."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from abc import ABC
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from torch import nn
+from torch.optim import SGD, Optimizer, RAdam
+
+import gcx.torch
+
+from torch_training import assert_means_kept, assert_same, attached, new_layer, train
+
+pytestmark = pytest.mark.one_framework
+
+
+class Abstract(ABC, RAdam):
+    """Packages have a base class like this."""
+
+
+class Holder(nn.Module):
+    """A model that holds the class of its optimizer, as those of some trainers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = new_layer()
+        self.kind = gcx.torch.derive_class(SGD, self)
+
+
+@pytest.mark.parametrize("kind", [RAdam, Abstract])
+def test_is_the_class_and_centralize(kind: Any) -> None:
+    model, other = new_layer(), new_layer()
+    derived = gcx.torch.derive_class(kind, model, where="update")
+    assert issubclass(derived, kind)
+    assert derived.__name__ == kind.__name__
+    assert inspect.signature(derived) == inspect.signature(kind)
+    optimizer = derived([{"params": [model.weight]}, {"params": [model.bias]}], 0.01)
+    assert gcx.torch.centralized(optimizer).plan["weight"].layout is not None
+    assert str(optimizer).startswith(f"{kind.__name__} (")
+    assert_means_kept(model, lambda: train(model, optimizer))
+    train(other, attached(other, where="update", kind=kind))
+    assert_same(model, other)
+
+
+def test_prints_kind_model_and_place() -> None:
+    derived = gcx.torch.derive_class(RAdam, new_layer(), where="update")
+    printed = "<class 'torch.optim.radam.RAdam', centralized for a Linear, where='update'>"
+    assert repr(derived) == printed
+
+    class Own(derived):  # type: ignore[misc, valid-type]
+        pass
+
+    assert "Own" in repr(Own)
+    assert "centralized for" not in repr(Own)
+
+
+def test_a_pickled_class_takes_its_model_along() -> None:
+    model = new_layer()
+    pair = gcx.torch.derive_class(Abstract, model, where="update"), model
+    derived, copied = pickle.loads(pickle.dumps(pair))
+    assert copied is not model
+    assert_means_kept(copied, lambda: train(copied, derived(copied.parameters(), lr=0.01)))
+
+
+@pytest.mark.parametrize("held", ["model", "class"])
+def test_a_model_and_the_class_that_it_holds_can_be_pickled(held: str) -> None:
+    model = Holder()
+    kind: Any = pickle.loads(pickle.dumps(model.kind if held == "class" else model))
+    if held == "model":
+        model = kind
+        kind = model.kind
+        assert_means_kept(model.layer, lambda: train(model.layer, kind(model.parameters())))
+    else:
+        with pytest.raises(RuntimeError, match="not in the model"):  # but in a copy of it
+            kind(model.parameters())
+
+
+def test_wrappers_make_the_optimizer_inside_of_it() -> None:
+    class Around(Optimizer):
+        def __init__(self, params: Any, base: Any, **options: Any) -> None:
+            super().__init__(params, options)
+            self.base_optimizer = base(self.param_groups, **options)
+
+        def step(self, closure: Any = None) -> None:
+            self.base_optimizer.step(closure)
+
+    model = new_layer()
+    inner = gcx.torch.derive_class(SGD, model)
+    optimizer = Around(model.parameters(), inner, lr=0.01, momentum=0.9, weight_decay=0.1)
+    assert_means_kept(model, lambda: train(model, optimizer))
+
+
+@pytest.mark.parametrize("kind", ["RAdam", nn.Linear, SGD(new_layer().parameters())])
+def test_kind_is_an_optimizer_class(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"kind is a torch optimizer class, .* not "):
+        gcx.torch.derive_class(kind, new_layer())
+
+
+def test_parameters_belong_to_the_model() -> None:
+    derived = gcx.torch.derive_class(SGD, new_layer())
+    with pytest.raises(RuntimeError, match="not in the model"):
+        derived(new_layer(1).parameters())
+    with pytest.raises(ValueError, match="where"):
+        gcx.torch.derive_class(SGD, new_layer(), where="updates")  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, 
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
 NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 

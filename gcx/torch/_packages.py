@@ -59,6 +59,8 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "transformers.models.inkling*RelativeLogits": {"proj": "io"},
     "transformers.models.inkling2.*ShortConvolution": {"static_weight": "io"},
     "transformers.models.swiftformer.*AdditiveAttention": {"w_g": "io"},
+    "transformers.models.mobilebert.*LMPredictionHead": {"dense.weight": "io"},
+    "transformers.models.neomme.*ForMaskedLM": {"unembedding_projection.weight": "io"},
     "transformers.models.x_clip.*XCLIPModel": {"prompts_visual_projection": "io"},
     "timm.models.swiftformer.*AdditiveAttention": {"w_g": "io"},
     # Matrices handed to torch.nn.functional.linear.
@@ -161,12 +163,25 @@ def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
     return {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
 
 
+def _lily(layer: Any) -> Mapping[str, Answer]:
+    """Stacks B (num_B * rank, out), which multiply from the right."""
+    stacks = layer.num_B.items()
+    return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
+
+
+def _loralib(layer: Any) -> Mapping[str, Answer]:
+    """Read a linear layer, which may hold (in, out) as in GPT-2, and its factors."""
+    return {"lora_[AB]": "oi", **({"weight": "io"} if layer.fan_in_fan_out else {})}
+
+
 _NAMES = {name: reason for reason, names in _BY_NAME.items() for name in names}
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,
     "transformers.models.dbrx.*ExpertGLU": _dbrx_experts,
     "peft.tuners.lora.layer.ParamWrapper": _lora_of_experts,
+    "peft.tuners.lily.layer.*": _lily,
+    "loralib.layers.*Linear": _loralib,
     **_BY_CLASS,
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gcx.torch
+from gcx import Layout
 
 from torch_fan_in import assert_fan_in_is_support, features
 
@@ -93,6 +94,19 @@ def test_adalora() -> None:
     found = _adapters(Adapted(), config)
     assert found["fc.lora_A"] == found["fc.lora_B"] == ("oi", "SVDLinear")
     assert found["fc.lora_E"] == (None, "AdaLoRA: singular values")
+
+
+def test_lily_multiplies_stacks_from_the_right() -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)),
+        peft.LilyConfig(target_modules=["0"], r=3, num_B=2, init_weights=False),
+    )
+    row = gcx.torch.plan(model)["base_model.model.0.lily_B.default.weight"]
+    assert (row.shape, row.layout) == ((6, 6), Layout("(bi)o", b=2))
+    output = features(model(torch.rand(5, 8)))[4]
+    (grad,) = torch.autograd.grad(output, model.get_parameter(row.name))
+    assert (grad != 0).equal((torch.arange(6) == 4).expand(6, 6))
 
 
 def test_ia3() -> None:

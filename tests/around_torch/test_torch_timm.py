@@ -83,6 +83,16 @@ def test_nothing_is_unknown_in_a_model_of_timm(name: str) -> None:
     assert centralized_outside_of_torch(model) == TIMM[name]
 
 
+@pytest.mark.parametrize(
+    "name", ["levit_128s", "edgenext_xx_small", "swin_tiny_patch4_window7_224"]
+)
+def test_plan_of_timm_agrees_with_a_forward_pass(name: str) -> None:
+    model = new_model(name).eval()
+    found = gcx.torch.check_plan(model, torch.rand(1, 3, 224, 224))
+    assert len(found.agree) > 50
+    assert (found.disagree, found.unseen) == ({}, ())
+
+
 def test_multi_query_attention_of_timm() -> None:
     torch.manual_seed(0)
     layer = import_module("timm.layers.attention2d").MultiQueryAttentionV2(

@@ -42,8 +42,8 @@ def check_plan(
     """Run the model once, and compare how it uses its weights with the plan.
 
     Each operation in which a centralized weight meets data runs again with random data. Autograd
-    then tells which entries of the weight feed one output. If they are not the entries of one output
-    unit, the plan disagrees.
+    then tells which entries of the weight feed one output: if they are not the entries of one unit,
+    the plan disagrees.
 
     Parameters
     ----------

@@ -170,7 +170,8 @@ class _Uses(TorchFunctionMode):
         new = [_random_like(tensor).requires_grad_() for tensor in data]
         with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
             made = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
-            output = torch.cat([x.flatten() for x in made if x.is_floating_point()])
+            numbers = [x.flatten() for x in made if x.is_floating_point()]
+            output = torch.cat(numbers) if numbers else torch.zeros(1)
             if not any(map(_is_any, _derivatives(output.sum(), new))):
                 return True
             for name in names:

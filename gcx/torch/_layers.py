@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
@@ -15,11 +16,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gcx._decisions import left_alone_by
-from gcx._names import is_glob
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask
+from gcx._names import is_glob, match
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask, unknown
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone
-from gcx.torch._packages import PACKAGES
+from gcx.torch._packages import NAMES_ANYWHERE, PACKAGES
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -186,10 +187,17 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
 
 # Parametrizations whose original has its fan-in where the weight has it.
 _KEEP_FAN_IN = (_WeightNorm, _SpectralNorm)
+_UNITS_TRIED = 4
 _LENGTH = "weight_norm g: the length of a weight"
 _COORDINATES = "orthogonal: coordinates of a rotation"
 # Modules that hold parameters for the module around them.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
+
+def answer_by_name(layer: nn.Module, name: str) -> LeaveAlone:
+    """Answer for a parameter that no rule knows: by a name that means the same anywhere."""
+    key = match(NAMES_ANYWHERE, [name]).get(name)
+    return unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
 
 
 class User(NamedTuple):
@@ -213,6 +221,29 @@ class Owned(NamedTuple):
     def layer(self) -> nn.Module:
         """The innermost module that uses the parameter."""
         return self.users[-1].module
+
+    def keeps_units(self, layout: Layout) -> bool:
+        """Return True if a parametrization makes each unit of a weight from the same unit.
+
+        Autograd tells, unless the parametrization joins several parameters.
+        """
+        made_by, shape = self.holder, tuple(self.parameter.shape)
+        is_alone = isinstance(made_by, ParametrizationList) and self.key == "original"
+        if not is_alone or self.parameter.is_meta:
+            return False
+        numbers = torch.linspace(0.5, 1.5, self.parameter.numel()).reshape(shape)
+        original = numbers.to(self.parameter).requires_grad_()
+        with torch.enable_grad():
+            weight = torch.func.functional_call(made_by, {self.key: original}, ())
+        if weight.shape != shape or not weight.requires_grad:
+            return False
+        view, axes = layout.split(shape)
+        units = (weight * numbers.to(weight)).reshape(view).sum(axes).flatten()
+        for k, unit in enumerate(units[:_UNITS_TRIED]):
+            (grad,) = torch.autograd.grad(unit, original, retain_graph=True)
+            if (grad.reshape(view) != 0).any(axes).flatten().nonzero().tolist() != [[k]]:
+                return False
+        return True
 
 
 def owned_parameters(model: nn.Module) -> Iterator[Owned]:

@@ -119,7 +119,8 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "loralib.layers.Embedding": {"lora_A": EMBEDDING, "lora_B": "oi"},
     "loralib.layers.Conv*": {"lora_[AB]": _INTERLEAVED},
     "open_clip.transformer.Attention": {"in_proj_weight": "oi"},
-    **dict.fromkeys(("open_clip.*", "clip.model.*"), {"text_projection": "io", "proj": "io"}),
+    "open_clip.*": {"text_projection": "io", "proj": "io"},
+    "clip.model.*": {"text_projection": "io", "proj": "io"},
     "speechbrain.nnet.attention.*": {"*_proj_weight": "oi"},
     "speechbrain.nnet.hypermixing.*": {"fc[12]_weights": "boi", "fc[12]_biases": BIAS},
     "torch_geometric.nn.dense.linear.Linear": {"weight": "oi"},
@@ -134,7 +135,9 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "torch_geometric.nn.*.gcn2_conv.*": {"weight[12]": "io"},
     "torch_geometric.nn.*.gmm_conv.*": {"g": "io", "mu": _POSITION, "sigma": _POSITION},
     "torch_geometric.nn.models.dimenet.InteractionBlock": {"W": "oii"},
-    "torch_geometric.*": {"att*": _ATTENTION, "[pl][12]_rel.*": _ATTENTION},
+    "torch_geometric.nn.*.gated_graph_conv.*": {"weight": "bio"},
+    "torch_geometric.nn.*.han_conv.*": {"lin_src.*": _ATTENTION, "lin_dst.*": _ATTENTION},
+    "torch_geometric.*": {"att*": _ATTENTION, "q": _ATTENTION, "p_rel.*": _SCALE},
     "zuko.nn.MonotonicLinear": {"weight": _OF_ONE_SIGN},
     # Names that mean something else elsewhere.
     "transformers.models.*Norm": {"weight": NORM},
@@ -244,8 +247,14 @@ def _miss(layer: Any) -> Mapping[str, Answer]:
 
 def _rgcn(layer: Any) -> Mapping[str, Answer]:
     """Matrices of relations or of bases, (relations, in, out), or of blocks of a relation."""
-    blocks = {"weight": "bbio" if layer.num_blocks is not None else "bio"}
-    return {**blocks, "basis": "bio", "comp": _MIXING, "att": _MIXING, "root": "io", "[qke]": "io"}
+    kernels = {"weight": "bbio" if layer.num_blocks is not None else "bio"}
+    mixed: Mapping[str, Answer] = {
+        "basis": "bio",
+        "comp": _MIXING,
+        "att": _MIXING,
+        "[lb][12]": _SCALE,
+    }
+    return {**kernels, **mixed, "root": "io", "[qke]": "io"}
 
 
 def _cond_conv(layer: Any) -> Mapping[str, Answer]:
@@ -257,6 +266,16 @@ def _zuko(layer: Any) -> Mapping[str, Answer]:
 
 
 _NAMES = {name: reason for reason, names in _BY_NAME.items() for name in names}
+
+# Names that mean the same in every package.
+NAMES_ANYWHERE: Mapping[str, LeaveAlone] = {
+    **dict.fromkeys(("*pos_emb*", "*positional_*", "*position_embedding*"), _POSITION),
+    **dict.fromkeys(("*position_bias*", "*rel_pos_*", "attention_biases"), _POSITION),
+    **dict.fromkeys(("*_token", "*_tokens", "class_embedding", "mem_kv", "mem_[kv]"), _TOKEN),
+    **dict.fromkeys(("bias", "*_bias", "bias_[uv]", "beta"), BIAS),
+    **dict.fromkeys(("gamma", "layer_scale*", "*logit_scale", "temperature"), _SCALE),
+    **dict.fromkeys(("q_scale", "k_scale", "*_q_scale", "*_k_scale", "head_scale*"), _SCALE),
+}
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,

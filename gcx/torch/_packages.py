@@ -119,7 +119,7 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "loralib.layers.Embedding": {"lora_A": EMBEDDING, "lora_B": "oi"},
     "loralib.layers.Conv*": {"lora_[AB]": _INTERLEAVED},
     "open_clip.transformer.Attention": {"in_proj_weight": "oi"},
-    "open_clip.*": {"text_projection": "io", "proj": "io"},
+    "open_clip.*": {"text_projection": "io", "proj": "io", "query": _TOKEN},
     "clip.model.*": {"text_projection": "io", "proj": "io"},
     "speechbrain.nnet.attention.*": {"*_proj_weight": "oi"},
     "speechbrain.nnet.hypermixing.*": {"fc[12]_weights": "boi", "fc[12]_biases": BIAS},
@@ -138,6 +138,7 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "torch_geometric.nn.*.gated_graph_conv.*": {"weight": "bio"},
     "torch_geometric.nn.*.han_conv.*": {"lin_src.*": _ATTENTION, "lin_dst.*": _ATTENTION},
     "torch_geometric.*": {"att*": _ATTENTION, "q": _ATTENTION, "p_rel.*": _SCALE},
+    "vit_pytorch.*": {"scale": _SCALE, "mix_heads_*": _MIXING, "reattn_weights": _MIXING},
     "zuko.nn.MonotonicLinear": {"weight": _OF_ONE_SIGN},
     # Names that mean something else elsewhere.
     "transformers.models.*Norm": {"weight": NORM},
@@ -291,4 +292,6 @@ PACKAGES: Mapping[str, Rule[Any]] = {
     "zuko.nn.Linear": _zuko,
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
+    "*Norm": {"g": NORM, "b": BIAS, "gain": NORM, "scale": NORM},
+    "*LayerScale": {"scale": _SCALE},
 }

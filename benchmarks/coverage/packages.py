@@ -138,7 +138,7 @@ def _speech() -> Sample:
 
 def _hypermixing() -> Sample:
     kind = import_module("speechbrain.nnet.hypermixing").ParallelMLPs
-    return Sample(kind(4, 6, num_mlps=2), (torch.rand(2, 5, 8),))
+    return Sample(kind(8, 6, num_mlps=2), (torch.rand(2, 5, 8),))
 
 
 def _denoiser() -> Sample:

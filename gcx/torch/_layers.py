@@ -286,7 +286,7 @@ def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
     if all(isinstance(step, _KEEP_FAN_IN) for step in parametrization):
         return ""
     kinds = ", ".join(type(step).__name__ for step in parametrization)
-    return f"unknown: nobody declared the parametrization by {kinds}"
+    return f"unknown: a parametrization by {kinds}"
 
 
 def _by_hook(layer: nn.Module, key: str) -> tuple[str, str]:

@@ -273,7 +273,7 @@ NAMES_ANYWHERE: Mapping[str, LeaveAlone] = {
     **dict.fromkeys(("*pos_emb*", "*positional_*", "*position_embedding*"), _POSITION),
     **dict.fromkeys(("*position_bias*", "*rel_pos_*", "attention_biases"), _POSITION),
     **dict.fromkeys(("*_token", "*_tokens", "class_embedding", "mem_kv", "mem_[kv]"), _TOKEN),
-    **dict.fromkeys(("bias", "*_bias", "bias_[uv]", "beta"), BIAS),
+    **dict.fromkeys(("bias", "*_bias", "*bias_[uv]", "beta"), BIAS),
     **dict.fromkeys(("gamma", "layer_scale*", "*logit_scale", "temperature"), _SCALE),
     **dict.fromkeys(("q_scale", "k_scale", "*_q_scale", "*_k_scale", "head_scale*"), _SCALE),
 }

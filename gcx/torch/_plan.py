@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gcx import _decisions
-from gcx._decisions import LEFT_ALONE, merge, no_fan_in
+from gcx._decisions import LEFT_ALONE, merge
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
 from gcx._rules import MASKED, NOT_CONVOLUTION
@@ -159,14 +159,13 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
     known = next(filter(None, (answer(*user) for user in owned.users)), None)
     if known is not None and isinstance(known[0], LeaveAlone):
         return known
-    vector = no_fan_in(tuple(owned.parameter.shape))
     if owned.objection:
         layout = known and (known[0].layout if isinstance(known[0], OfRank) else known[0])
         if known is None or not isinstance(layout, Layout) or not owned.keeps_units(layout):
             return LeaveAlone(owned.objection), ""
-        known = known[0], f"{known[1]}, {owned.objection.rpartition('the ')[2]}"
+        known = known[0], f"{known[1]}, {owned.objection.removeprefix('unknown: a ')}"
     if known is None:
-        return (LeaveAlone(vector) if vector else answer_by_name(*owned.users[-1])), ""
+        return answer_by_name(*owned.users[-1]), ""
     if isinstance(known[0], OfRank) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):

@@ -46,7 +46,7 @@ Models = Iterator[tuple[str, Callable[[], nn.Module]]]
 
 @dataclass
 class Coverage:
-    """Counts of tensors and of elements, by what the plans say of them."""
+    """Tensors and elements, counted by the decision of the plans."""
 
     models: int = 0
     failed: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Coverage:
     unknown: Counter[str] = field(default_factory=Counter)  # elements by reason
 
     def add(self, model: nn.Module, *, trained_alone: bool) -> None:
-        """Count the parameters of a model, or those of them that are trained."""
+        """Count the parameters of a model, or only the trained ones."""
         parameters = dict(model.named_parameters())
         self.models += 1
         for row in gcx.torch.plan(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import gcx.torch
 from benchmarks.coverage.packages import PACKAGES
+from benchmarks.coverage.report import main
 from gcx import Layout
 
 from torch_fan_in import unknown_in
@@ -80,6 +82,17 @@ def test_layer_by_its_name(qualified: str) -> None:
     plan = gcx.torch.plan(nn.Sequential(layer))
     found = {row.name.removeprefix("0."): row for row in plan}
     assert {key: str(row.layout or row.reason) for key, row in found.items()} == expected
+
+
+def test_coverage_report(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    assert main(["peft", "--limit", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["peft"]
+    assert found["models"] == 1
+    assert found["unknown"] == {"tensors": 0, "elements": 0}
+    assert set(found["tensors"]) == {"centralized"}
+    with pytest.raises(SystemExit, match="2"):
+        main(["no_such_package"])
 
 
 def test_kernels_of_experts_are_a_view() -> None:

@@ -216,6 +216,13 @@ def check(session: nox.Session) -> None:
 
 
 @nox.session(python=RUNNING)
+def fuzz(session: nox.Session) -> None:
+    """Call gcx with random gradients, layouts, strides and options, 20,000 times."""
+    install(session, "-e.", *FRAMEWORKS, "test")
+    run_tool(session, "fuzz", *session.posargs)
+
+
+@nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")

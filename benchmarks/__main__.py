@@ -24,6 +24,7 @@ _REPORTS = "benchmarks.command.reports"
 COMMANDS = {
     "demo": Command("train on digits in every framework, with GC and without", _REPORTS, "demo"),
     "agreement": Command("compare the numbers of all libraries, or bits", _REPORTS, "agreement"),
+    "fuzz": Command("call gcx with random arguments, right and wrong", _REPORTS, "fuzz"),
     "throughput": Command("time gcx on the gradients of real models", _REPORTS, "throughput"),
     "gpu": Command("measure on a CUDA device all that gcx promises there", _REPORTS, "gpu"),
     "cpu": Command("time gcx on one core, and measure its errors", "benchmarks.cpu.report"),

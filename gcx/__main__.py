@@ -25,7 +25,7 @@ centralize a few random gradients on every device, and compare the results with 
 
 INSTALL = {name: f'pip install "gcx[{name}]"' for name in LIBRARIES}
 INSTALL["cupy"] = 'pip install "gcx[cupy13]" (CUDA 13) or "gcx[cupy12]" (CUDA 12)'
-_REQUIRED = {"array_api_compat": "array-api-compat", "numpy": "numpy"}
+_REQUIRED = ("array-api-compat", "numpy")
 _FOR_ADAPTERS = ("optax", "keras", "lightning", "transformers", "thinc")
 
 # The largest error, in units in the last place of the largest magnitude in the output unit.
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object, and no text")
     parser.add_argument("--version", action="version", version=f"gcx {gcx.__version__}")
     as_json = parser.parse_args(arguments).json
-    if missing := [package for module, package in _REQUIRED.items() if find_spec(module) is None]:
+    if missing := [name for name in _REQUIRED if find_spec(name.replace("-", "_")) is None]:
         why = f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
         print(f"{parser.prog}: {why}", file=sys.stderr)
         if as_json:
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for device in library.devices
         for dtype in _LIMITS
     ]
-    ok = all(one["verdict"] == "ok" for one in checks)
-    ok = ok and all(library.state != "broken" for library in libraries)
+    states = [*(one["verdict"] for one in checks), *(library.state for library in libraries)]
+    ok = not any(state.startswith(("FAILED", "broken")) for state in states)
     if as_json:
         found = {"libraries": [library._asdict() for library in libraries], "checks": checks}
         print(json.dumps({"ok": ok, **about, **found}, indent=2))
@@ -106,7 +106,7 @@ def look_up(name: str) -> LibraryInfo:
         return LibraryInfo(name, "broken", _version(name), (), f"broken: {error}")
     if not devices:
         return LibraryInfo(name, "no device", _version(name), (), "no device")
-    how = _first_line(library.__doc__)
+    how = _first_line(library)
     on_cuda = [device for device in devices if device.startswith("cuda")]
     if on_cuda and hasattr(library, "why_no_kernels"):
         how += "; on CUDA few launches of CUDA kernels for a list"
@@ -128,8 +128,8 @@ def _try_kernels(library: Any, device: str) -> str:
     return "; ".join(filter(None, attempt(launch)))
 
 
-def _first_line(doc: str | None) -> str:
-    return (doc or "").partition("\n")[0].removesuffix(".")
+def _first_line(backend: Any) -> str:
+    return str(backend.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 
 def _version(module: str) -> str | None:
@@ -144,10 +144,10 @@ def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
     error, why = attempt(lambda: _largest_error(library, device, dtype))
     if error is not None and not isfinite(error):
         error, why = None, "not finite"
-    ok = error is not None and error <= _LIMITS[dtype]
-    verdict = "ok" if ok else f"FAILED {why}".rstrip()
+    limit = _LIMITS[dtype]
+    verdict = "ok" if error is not None and error <= limit else f"FAILED {why}".rstrip()
     row = {"library": library, "device": device, "dtype": dtype}
-    return {**row, "error": error, "limit": _LIMITS[dtype], "verdict": verdict}
+    return {**row, "error": error, "limit": limit, "verdict": verdict}
 
 
 def _largest_error(library: str, device: str, dtype: str) -> float:
@@ -176,37 +176,28 @@ def _largest_error(library: str, device: str, dtype: str) -> float:
     return float(np.max(errors))
 
 
-def _installed_lines(about: dict[str, Any], libraries: Sequence[LibraryInfo]) -> list[str]:
+def _installed_lines(about: dict[str, Any], found: Sequence[LibraryInfo]) -> list[str]:
     from gcx.backends import _array_api
 
     compat = f"array-api-compat {_version('array_api_compat')}"
-    other = LibraryInfo("any other", "ok", compat, (), _first_line(_array_api.__doc__))
-    cells = [
-        (one.name, one.version or "-", ", ".join(one.devices) or "-", one.how)
-        for one in (*libraries, other)
+    rows = [
+        ("library", "version", "devices", "how"),
+        *((one.name, one.version or "-", ", ".join(one.devices) or "-", one.how) for one in found),
+        ("any other", compat, "-", _first_line(_array_api)),
     ]
     here = [f"{name} {version}" for name, version in about["adapters"].items() if version]
-    return [
-        f"gcx {about['gcx']} in {about['folder']}, Python {about['python']}",
-        "",
-        *aligned([("library", "version", "devices", "how"), *cells]),
-        "",
-        f"For adapters: {', '.join(here) or 'nothing is installed'}",
-        "",
-    ]
+    first = f"gcx {about['gcx']} in {about['folder']}, Python {about['python']}"
+    last = f"For adapters: {', '.join(here) or 'nothing is installed'}"
+    return [first, "", *aligned(rows), "", last, ""]
 
 
 def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
     header = ("library", "device", "dtype", "error", "limit", "verdict")
     cells = [[_cell(value) for value in check.values()] for check in checks]
-    return [
-        f"{len(_CASES)} random gradients a row, compared with float64. Error and limit in ulp",
-        "of the largest magnitude in the output unit.",
-        "",
-        *aligned([header, *cells]),
-        "",
-        "All is well." if ok else "FAILED: something above is wrong or broken.",
-    ]
+    of_ulp = "Error and limit in ulp\nof the largest magnitude in the output unit."
+    first = f"{len(_CASES)} random gradients a row, compared with float64. {of_ulp}"
+    last = "All is well." if ok else "FAILED: something above is wrong or broken."
+    return [first, "", *aligned([header, *cells]), "", last]
 
 
 def _cell(value: object) -> str:
@@ -222,33 +213,28 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
         return None, f"{type(error).__name__}: {lines[0]}"
 
 
-def run_quietly(command: Callable[[], int]) -> int:
-    """Run a command; Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly."""
+def exit_after(command: Callable[[], int]) -> Never:
+    """Run a command as the whole program.
+
+    Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly.
+    """
     try:
         try:
-            return command()
+            code = command()
         finally:
             print(end="", flush=True)
     except KeyboardInterrupt:
-        return 130
+        # After an interruption inside `exec`, Python would end by the signal and not by this code.
+        os._exit(130)
     except OSError as error:
         if error.errno not in (EPIPE, EINVAL, ENOSPC):  # Windows calls a closed pipe EINVAL
             raise
         # Python flushes once more when it exits, and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != ENOSPC:
-            return 141
-        with suppress(OSError):
-            print(f"cannot write: {error.strerror}", file=sys.stderr)
-        return 1
-
-
-def exit_after(command: Callable[[], int]) -> Never:
-    """Run a command as the whole program."""
-    code = run_quietly(command)
-    if code == 130:
-        # After an interruption inside `exec`, Python would end by the signal and not by this code.
-        os._exit(code)
+        code = 1 if error.errno == ENOSPC else 141
+        if code == 1:
+            with suppress(OSError):
+                print(f"cannot write: {error.strerror}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
+from gcx._outputs import check_apart, check_out
 from gcx._repeats import Call
 from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
@@ -74,9 +75,10 @@ def centralize(
     Notes
     -----
     Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
-    own output unit. JAX on a CPU takes subnormal numbers for zero, with `reproducible` too. In
-    `jax.jit`, XLA may round the operations around a reproducible call in its own way; in
-    `torch.compile` the call is a graph break.
+    own output unit. If the sum of finite numbers is too large for that dtype, their unit is right,
+    infinite or NaN, by the order in which the library sums. JAX on a CPU takes subnormal numbers
+    for zero, with `reproducible` too. In `jax.jit`, XLA may round the operations around a
+    reproducible call in its own way; in `torch.compile` the call is a graph break.
 
     References
     ----------
@@ -101,7 +103,7 @@ def centralize(
     if reproducible and axes:
         backend.check_reproducible(seen, axes)
     if out is not None:
-        _check_out(out, grad, backend)
+        check_out(out, grad, backend)
     if not axes:
         return _write(grad, out)
     if view is shape:
@@ -147,8 +149,8 @@ def centralize_many(
     TypeError
         If `grads` is not a list, tuple or dict; or as in `gcx.centralize`, with the array's name.
     ValueError
-        If a key of `layouts` matches no array, or no key matches an array; if one array of `out`
-        belongs to two gradients; or as in `gcx.centralize`. Errors come before any result is
+        If a key of `layouts` matches no array, or no key matches an array; if an array of `out`
+        overlaps another array; or as in `gcx.centralize`. Errors come before any result is
         written.
 
     Examples
@@ -173,12 +175,13 @@ def centralize_many(
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
     outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
-    _check_apart(named, outs)
     # Every job is checked before the first one is run, so an error leaves `out` as it was.
     jobs = [
         _make_job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
+    if out is not None:
+        check_apart([name for name, _ in named], jobs)
     results = _run(jobs, strength, reproducible)
     if all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -223,7 +226,7 @@ def _make_job(
         if layout is not None:
             seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
-            _check_out(out, grad, backend)
+            check_out(out, grad, backend)
     return _Job(backend, grad, seen, axes, out)
 
 
@@ -281,11 +284,10 @@ def _find_fan_in(
             msg = f"{error}{where}"
             raise ValueError(msg) from None
     size = 1
-    try:
-        for a in axes:
-            size *= view[a]
-    except TypeError:  # the size of a lazy array may be unknown, and then it is None
-        return view, axes
+    for a in axes:
+        if not isinstance(view[a], int):  # of a lazy array, or a symbol in a JAX export
+            return view, axes
+        size *= view[a]
     return view, (() if size < 2 else axes)
 
 
@@ -315,34 +317,3 @@ def check_strength(strength: float) -> float:
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         raise ValueError(msg)
     return float(strength)
-
-
-def _check_apart(named: Sequence[tuple[str, Any]], outs: Sequence[Any]) -> None:
-    """Raise a ValueError if the `out` of one array belongs to another array as well."""
-    users = {id(grad): name for name, grad in reversed(named)}
-    for (name, _), out in zip(named, outs, strict=True):
-        if out is not None and users.setdefault(id(out), name) != name:
-            msg = f"the out of {name} is also the array of {users[id(out)]}; give one array to each"
-            raise ValueError(msg)
-
-
-def _check_out(out: Any, grad: Any, backend: Backend) -> None:
-    if out is not grad:
-        with naming("out"):
-            found = backend_for(out)
-        if found is not backend:
-            msg = f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}"
-            raise TypeError(msg)
-    if not backend.is_writable(out):
-        msg = (
-            f"out cannot be written to: this {type(out).__name__} is immutable, read-only, "
-            "expanded, or a leaf that autograd watches (then use torch.no_grad())"
-        )
-        raise TypeError(msg)
-    if out is grad:
-        return
-    for trait in ("shape", "dtype", "device"):
-        mine, theirs = getattr(out, trait, None), getattr(grad, trait, None)
-        if mine != theirs:
-            msg = f"out has {trait} {mine}, the gradient {theirs}"
-            raise ValueError(msg)

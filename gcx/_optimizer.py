@@ -50,8 +50,8 @@ class Optimizer:
     def init(self, params: Any) -> dict[str, Any]:
         """Make the initial state of weights in a list, tuple or dict, which may be nested.
 
-        It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer of
-        the optimizer, with arrays of the weights' shapes and dtypes.
+        It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer,
+        with arrays of the weights' shapes and dtypes.
 
         Raises a TypeError if `params` has anything but floating arrays, or `reproducible` does not
         support one of them; a ValueError if `layouts` does not fit, or centralizes none of them.
@@ -76,16 +76,12 @@ class Optimizer:
     ) -> tuple[TreeT, dict[str, Any]]:
         """Take one step: return the new weights, of the same dtypes, and the new state.
 
-        `grads` are built like `params`, of the same libraries, shapes and dtypes. A gradient of
-        None leaves a parameter and its state unchanged. `state` comes from `init` or the previous
-        `update`.
+        `grads` are built like `params`, of the same libraries, shapes and dtypes; None leaves a
+        parameter and its state unchanged. Raises a TypeError or ValueError, before any computation,
+        if `grads` or `state` do not fit, or `reproducible` does not support one of them.
 
-        Raises a TypeError or ValueError, before any computation, if `grads` or `state` do not fit
-        `params`, or `reproducible` does not support one of them.
-
-        A lazy library such as dask adds each step to its graph, so compute the weights and the
-        state from time to time. PyTorch records the step for autograd unless it runs under
-        ``torch.no_grad()``.
+        A lazy library such as dask adds each step to its graph, so compute the results from time to
+        time. PyTorch records the step for autograd, unless under ``torch.no_grad()``.
         """
         updated = [self._step(*row) for row in self._check_rows(params, grads, state)]
         new_params, *columns = zip(*updated, strict=True)
@@ -142,6 +138,9 @@ class Optimizer:
     ) -> list[tuple[Any, ...]]:
         """List the layout, value, gradient, step and buffers of each parameter, once checked."""
         keys = ("step", *self._buffers)
+        if not isinstance(state, Mapping):
+            msg = f"state comes from init(params) or the last update, not {type(state).__name__}"
+            raise TypeError(msg)
         if set(state) != set(keys):
             msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
             raise ValueError(msg)
@@ -206,5 +205,7 @@ def as_float(name: str, value: float, below: float) -> float:
     """Check a hyperparameter; return a Python float, since a NumPy float widens float32 arrays."""
     if not (isinstance(value, Real) and 0.0 <= value < below):
         msg = f"{name} must be a number in [0, {below}), not {value!r}"
+        if callable(value) or hasattr(value, "shape"):
+            msg += f"; for a schedule use dataclasses.replace(optimizer, {name}=...) at each step"
         raise ValueError(msg)
     return float(value)

@@ -1,4 +1,4 @@
-"""Calls of `gcx.centralize_many` that repeat the last one, with other arrays in the same form."""
+"""Calls of `gcx.centralize_many` that repeat an earlier one, with other arrays in the same form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gcx.plan import Plan
 class Call:
     """A call with a flat list, tuple or dict, in place or for new results.
 
-    If a backend knows such a call from the last time, nothing has to be checked again.
+    If a backend knows such a call, nothing has to be checked again.
     """
 
     def __init__(self, grads: Any, layouts: Layouts, out: Any, reproducible: bool) -> None:

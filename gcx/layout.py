@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from math import prod
 from operator import index
@@ -87,8 +88,10 @@ class Layout:
         parts = [*map(_list_parts, axes)]
         self._head, self._tail = parts[:place], parts[place + 1 :]
         # Computed once for the usual ranks, since each call of `centralize` needs it.
-        ranks = () if self.is_split else range(_USUAL_RANKS)
-        self._by_rank = tuple([self._find_axes(ndim) for ndim in ranks])
+        self._by_rank: dict[int, tuple[int, ...]] = {}
+        for ndim in () if self.is_split else range(_USUAL_RANKS):
+            with suppress(ValueError):
+                self._by_rank[ndim] = self._find_axes(ndim)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -98,23 +101,17 @@ class Layout:
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
         """Find the axes to average over in an array of rank `ndim`.
 
-        They are in increasing order. Scalars have none. Vectors have none if the layout has an
+        They are in increasing order. Scalars have none, and vectors have none if the layout has an
         ``o`` or ``b``: a bias holds one number per output unit. Raises a ValueError if the layout
         does not fit the rank, or splits an axis (then use `split`).
 
-        Examples
-        --------
-        >>> from gcx import Layout
         >>> Layout("o...").fan_in_axes(2), Layout("o...").fan_in_axes(1)
         ((1,), ())
         """
         if self.is_split:
             msg = f"{self!r} splits an axis of the array; use split(shape)"
             raise ValueError(msg)
-        axes = self._by_rank[ndim] if 0 <= ndim < _USUAL_RANKS else self._find_axes(ndim)
-        if axes is None:
-            raise self._make_rank_error(ndim)
-        return axes
+        return self._by_rank[ndim] if ndim in self._by_rank else self._find_axes(ndim)
 
     def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
         """Return the shape with one axis for each letter, and the fan-in axes of that shape.
@@ -122,26 +119,17 @@ class Layout:
         The shape is unchanged if the layout has no parentheses. The axes are as in `fan_in_axes`.
         Raises a ValueError if the layout does not fit the shape.
 
-        Examples
-        --------
-        >>> from gcx import Layout
         >>> Layout("b(oi...)", o=4).split((3, 24))
         ((3, 4, 6), (2,))
         """
         shape = tuple(shape)
         if not self.is_split:
             return shape, self.fan_in_axes(len(shape))
-        axes = self._list_axes(len(shape))
-        if axes is None:
-            if len(shape) < 2:  # as in `fan_in_axes`, a bias
-                return shape, ()
-            raise self._make_rank_error(len(shape))
-        sizes = [
-            part
-            for axis, size in zip(axes, shape, strict=True)
-            for part in self._split_axis(axis, size, shape)
-        ]
-        letters = [part for axis in axes for part in axis]
+        if len(shape) < min(2, len(self._head) + len(self._tail)):  # as in `fan_in_axes`, a bias
+            return shape, ()
+        axes = zip(self._list_axes(len(shape)), shape, strict=True)
+        sizes = [part for axis, size in axes for part in self._split_axis(axis, size, shape)]
+        letters = self.letters(len(shape))
         return tuple(sizes), tuple([k for k, letter in enumerate(letters) if letter == "i"])
 
     def letters(self, ndim: int) -> str:
@@ -150,34 +138,23 @@ class Layout:
         There is one letter for each axis of the shape that `split` returns. Raises a ValueError if
         the layout does not fit the rank.
 
-        Examples
-        --------
-        >>> from gcx import Layout
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')
         """
-        axes = self._list_axes(ndim)
-        if axes is None:
-            raise self._make_rank_error(ndim)
-        return "".join(part for axis in axes for part in axis)
+        return "".join(part for axis in self._list_axes(ndim) for part in axis)
 
-    def _find_axes(self, ndim: int) -> tuple[int, ...] | None:
+    def _find_axes(self, ndim: int) -> tuple[int, ...]:
         if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
             return ()
-        axes = self._list_axes(ndim)
-        return None if axes is None else tuple([k for k, a in enumerate(axes) if a == ["i"]])
+        return tuple([k for k, axis in enumerate(self._list_axes(ndim)) if axis == ["i"]])
 
-    def _list_axes(self, ndim: int) -> list[list[str]] | None:
-        unnamed = ndim - len(self._head) - len(self._tail)
-        if unnamed < 0 or (unnamed > 0 and not self._is_variadic):
-            return None
-        return [*self._head, *[["i"]] * unnamed, *self._tail]
-
-    def _make_rank_error(self, ndim: int) -> ValueError:
+    def _list_axes(self, ndim: int) -> list[list[str]]:
         named = len(self._head) + len(self._tail)
-        at_least = "at least " if self._is_variadic else ""
-        msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
-        return ValueError(msg)
+        if ndim < named or (ndim > named and not self._is_variadic):
+            at_least = "at least " if self._is_variadic else ""
+            msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
+            raise ValueError(msg)
+        return [*self._head, *[["i"]] * (ndim - named), *self._tail]
 
     def _split_axis(self, axis: list[str], size: int, shape: Shape) -> list[int]:
         """Return the sizes of the parts of one axis."""

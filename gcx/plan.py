@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from html import escape
 from math import prod
 from typing import Any, NamedTuple, overload
 
@@ -78,10 +77,8 @@ class Plan(Sequence[PlanRow]):
     --------
     >>> from gcx import Layout
     >>> from gcx.plan import Plan, PlanRow
-    >>> plan = Plan([
-    ...     PlanRow("conv.weight", (8, 3, 3, 3), Layout("o..."), "Conv2d"),
-    ...     PlanRow("conv.bias", (8,), None, "bias"),
-    ... ])
+    >>> weight = PlanRow("conv.weight", (8, 3, 3, 3), Layout("o..."), "Conv2d")
+    >>> plan = Plan([weight, PlanRow("conv.bias", (8,), None, "bias")])
     >>> print(plan)
     parameter    shape    layout  reason
     conv.weight  8x3x3x3  o...    Conv2d
@@ -89,8 +86,6 @@ class Plan(Sequence[PlanRow]):
     1 of 2 parameters centralized
     >>> plan["conv.weight"].layout
     Layout('o...')
-    >>> [row.name for row in plan if row.layout is None]
-    ['conv.bias']
     """
 
     def __init__(self, rows: Iterable[PlanRow]) -> None:
@@ -123,55 +118,50 @@ class Plan(Sequence[PlanRow]):
         Returns
         -------
         dict
-            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``. If the layout splits
-            an axis, there are ``"sizes"`` too: ``gcx.Layout(layout, **sizes)`` restores it.
+            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"sizes"`` if
+            the layout splits an axis: ``gcx.Layout(layout, **sizes)`` restores it.
         """
-        return {row.name: _make_plain(row) for row in self}
+        plain: dict[str, dict[str, Any]] = {}
+        for name, shape, layout, reason in self:
+            plain[name] = {"shape": [*shape], "layout": layout and str(layout), "reason": reason}
+            if layout and layout.sizes:
+                plain[name]["sizes"] = layout.sizes
+        return plain
 
     def table(self) -> str:
         """Show every row, one line per parameter, and their number."""
-        return "\n".join([*aligned([_HEADER, *map(_cells, self)]), self._counts()])
+        return "\n".join([*aligned([_HEADER, *map(cells, self)]), count_centralized(self)])
 
     def summary(self) -> str:
         """Show the parameters by kind: one line for each reason and layout.
 
-        A line has the number of parameters and elements, the layout, the reason, and some names. A
-        star stands for the numbers in which names differ, so that such a name can be a key of
+        A star stands for the numbers in which names differ, so that such a name can be a key of
         ``overrides`` and `layouts`. Unknown parameters are all named.
 
         Examples
         --------
-        >>> from gcx import Layout
         >>> from gcx.plan import Plan, PlanRow
-        >>> plan = Plan(
-        ...     row
-        ...     for k in range(12)
-        ...     for row in (
-        ...         PlanRow(f"blocks.{k}.fc.weight", (64, 16), Layout("o..."), "Linear"),
-        ...         PlanRow(f"blocks.{k}.fc.bias", (64,), None, "bias"),
-        ...     )
-        ... )
+        >>> plan = Plan(PlanRow(f"blocks.{k}.bias", (64,), None, "bias") for k in range(12))
         >>> print(plan.summary())
         parameters  elements  layout  reason  names
-                12    12,288  o...    Linear  blocks.*.fc.weight
-                12       768  -       bias    blocks.*.fc.bias
-        12 of 24 parameters centralized
+                12       768  -       bias    blocks.*.bias
+        0 of 12 parameters centralized
         """
         lines = aligned([_KIND_HEADER, *map(_kind_cells, self._kinds())], to_the_right=(0, 1))
-        return "\n".join([*lines, self._counts()])
+        return "\n".join([*lines, count_centralized(self)])
 
     def __str__(self) -> str:
-        if not self._is_long():
+        if len(self) <= _LONGEST_TABLE:
             return self.table()
         return f"{self.summary()}; plan.table() shows every row"
 
     def __repr__(self) -> str:
-        return f"<gcx plan: {self._counts()}>"
+        return f"<gcx plan: {count_centralized(self)}>"
 
     def _repr_html_(self) -> str:
-        counts = f"<p>{escape(self._counts())}</p>"
-        every_row = html_table(_HEADER, map(_cells, self))
-        if not self._is_long():
+        counts = f"<p>{count_centralized(self)}</p>"
+        every_row = html_table(_HEADER, map(cells, self))
+        if len(self) <= _LONGEST_TABLE:
             return every_row + counts
         kinds = html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
         return f"{kinds}{counts}<details><summary>each parameter</summary>{every_row}</details>"
@@ -190,13 +180,6 @@ class Plan(Sequence[PlanRow]):
             msg = f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
             raise KeyError(msg) from None
 
-    def _is_long(self) -> bool:
-        return len(self) > _LONGEST_TABLE
-
-    def _counts(self) -> str:
-        centralized = sum(row.layout is not None for row in self)
-        return f"{centralized} of {len(self)} parameters centralized"
-
     def _kinds(self) -> Iterable[list[PlanRow]]:
         kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}
         for row in self:
@@ -204,55 +187,46 @@ class Plan(Sequence[PlanRow]):
         return kinds.values()
 
 
-def _make_plain(row: PlanRow) -> dict[str, Any]:
-    layout = None if row.layout is None else str(row.layout)
-    plain = {"shape": list(row.shape), "layout": layout, "reason": row.reason}
-    sizes = row.layout.sizes if row.layout is not None else {}
-    return {**plain, "sizes": sizes} if sizes else plain
-
-
 _LONGEST_TABLE = 40  # rows that a person would read
-_HEADER = ("parameter", "shape", "layout", "reason")
-
-
-def _cells(row: PlanRow) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    return row.name, shape, _layout_cell(row), row.reason
-
-
-def _layout_cell(row: PlanRow) -> str:
-    return "-" if row.layout is None else str(row.layout)
-
-
-_KIND_HEADER = ("parameters", "elements", "layout", "reason", "names")
 _NAMES_SHOWN = 2
+_HEADER = ("parameter", "shape", "layout", "reason")
+_KIND_HEADER = ("parameters", "elements", "layout", "reason", "names")
+
+
+def cells(row: PlanRow) -> tuple[str, str, str, str]:
+    """Make the cells of a row: name, shape, layout, reason."""
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    return row.name, shape, str(row.layout or "-"), row.reason
+
+
+def count_centralized(plan: Plan) -> str:
+    """Say how many parameters of a plan are centralized."""
+    centralized = sum(row.layout is not None for row in plan)
+    return f"{centralized} of {len(plan)} parameters centralized"
 
 
 def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
     """Make the cells for rows with the same layout and reason."""
     elements = sum(prod(row.shape) for row in rows)
+    _, _, layout, reason = cells(rows[0])
     patterns = _merge_names(row.name for row in rows)
-    is_unknown = rows[0].reason.startswith("unknown")  # a person has to look at it
+    is_unknown = reason.startswith("unknown")  # a person has to look at it
     shown = patterns if is_unknown else patterns[:_NAMES_SHOWN]
     names = ", ".join(shown) + (", ..." if len(shown) < len(patterns) else "")
-    return f"{len(rows):,}", f"{elements:,}", _layout_cell(rows[0]), rows[0].reason, names
+    return f"{len(rows):,}", f"{elements:,}", layout, reason, names
 
 
 _NUMBER = re.compile(r"(\d+)")
 
 
 def _merge_names(names: Iterable[str]) -> list[str]:
-    """Merge names that differ in numbers alone, with a star for each such number.
-
-    The patterns of most names come first.
-    """
+    """Merge names that differ in numbers alone, with stars for these; most names come first."""
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:
         parts = _NUMBER.split(name)  # every second part is a number
         alike.setdefault(tuple(parts[::2]), []).append(parts)
     most_first = sorted(alike.values(), key=len, reverse=True)
-    return ["".join(map(_merge_parts, zip(*together, strict=True))) for together in most_first]
-
-
-def _merge_parts(parts: Sequence[str]) -> str:
-    return parts[0] if len(set(parts)) == 1 else "*"
+    return [
+        "".join(parts[0] if len({*parts}) == 1 else "*" for parts in zip(*together, strict=True))
+        for together in most_first
+    ]

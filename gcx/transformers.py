@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 import gcx.torch
 from gcx._options import TakesOptions
@@ -31,10 +31,8 @@ class GradientCentralization(TakesOptions, TrainerCallback):
 
     Raises
     ------
-    TypeError, ValueError
-        If an option has no such value.
     TypeError, ValueError, RuntimeError
-        When training begins, as `gcx.torch.centralize`.
+        If an option has no such value; when training begins, as `gcx.torch.centralize`.
 
     Examples
     --------
@@ -44,13 +42,11 @@ class GradientCentralization(TakesOptions, TrainerCallback):
     >>> from gcx.transformers import GradientCentralization
     >>> tokens = {"vocab_size": 16, "n_positions": 4, "bos_token_id": 0, "eos_token_id": 0}
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, **tokens))
-    >>> sample = torch.randint(16, (4,))
-    >>> dataset = [{"input_ids": sample, "labels": sample}]
-    >>> quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    >>> machine = {"use_cpu": True, "dataloader_pin_memory": False}
+    >>> dataset = [dict.fromkeys(("input_ids", "labels"), torch.randint(16, (4,)))]
+    >>> options = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     >>> callback = GradientCentralization(where="update")
     >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
-    ...     arguments = TrainingArguments(folder, max_steps=2, **quiet, **machine)
+    ...     arguments = TrainingArguments(folder, max_steps=2, **options)
     ...     trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[callback])
     ...     _ = trainer.train()
     {'train_runtime': ...}
@@ -65,17 +61,12 @@ class GradientCentralization(TakesOptions, TrainerCallback):
         """The plan of the latest training; None before the first."""
         return None if self._handle is None else self._handle.plan
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         """Keep the switches of the user's own optimizer when a checkpoint is loaded into it."""
-        del args, state, control
         if kwargs["optimizer"] is not None:
             kwargs["optimizer"].register_load_state_dict_pre_hook(keep_switches)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Attach to the optimizer; its checkpoint is already loaded."""
         del args, control
         self.on_train_end()  # no callback runs after a training that raised

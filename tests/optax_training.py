@@ -54,6 +54,19 @@ FIRST_ONLY = {
 }
 SGD = optax.sgd(0.1)
 
+LEARNING_RATE = 0.05
+X, Y = np.asarray(normal(20, 6, 4)), np.asarray(normal(21, 6, 2))
+START = {
+    "Dense_0": {"kernel": np.asarray(normal(22, 4, 3)), "bias": np.zeros(3)},
+    "Dense_1": {"kernel": np.asarray(normal(23, 3, 2)), "bias": np.zeros(2)},
+}
+
+
+def two_layers(params: Any) -> Any:
+    first, second = params["Dense_0"], params["Dense_1"]
+    hidden = jnp.tanh(X @ first["kernel"] + first["bias"])
+    return jnp.sum((hidden @ second["kernel"] + second["bias"] - Y) ** 2) / 2
+
 
 def train(optimizer: Any, loss: Any, params: Any, *, steps: int = 10) -> Any:
     @jax.jit

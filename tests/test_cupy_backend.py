@@ -82,8 +82,9 @@ def test_nothing_to_centralize() -> None:
 
 
 def test_writable(backend: Any) -> None:
-    assert backend.is_writable(values(1, 3))
-    assert not backend.is_writable(np.broadcast_to(values(1, 3), (2, 3), subok=True))
+    assert backend.is_writable(*[values(1, 3)] * 2)
+    repeated = np.broadcast_to(values(1, 3), (2, 3), subok=True)
+    assert not backend.is_writable(repeated, repeated)
 
 
 def test_what_the_kernel_does_not_take_is_not_promised() -> None:

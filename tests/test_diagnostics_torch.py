@@ -366,6 +366,9 @@ def test_a_loss_that_is_no_number(output: Callable[[Tensor], Any], message: str)
 
 def test_errors() -> None:
     model, batches = new_net(), new_batches()
+    for criterion, name in ((nn.MSELoss(), "MSELoss"), (nn.functional.mse_loss, "mse_loss")):
+        with pytest.raises(TypeError, match=rf"of the model and a batch, and {name} compares"):
+            energy_removed(model, batches, criterion)
     with pytest.raises(ValueError, match="batches is empty"):
         energy_removed(model, [], loss_of)
     with pytest.raises(ValueError, match="the loss does not depend on any parameter"):

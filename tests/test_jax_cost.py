@@ -71,6 +71,13 @@ def test_a_call_by_itself_compiles_once_for_a_shape(
     assert compilations((5, 23)) == 1
 
 
+def test_one_program_serves_every_strength(caplog: pytest.LogCaptureFixture) -> None:
+    with jax.log_compiles():
+        for strength in (0.25, 0.5, 0.75):
+            gcx.centralize(jnp.ones((5, 29)), strength=strength)
+    assert sum("Finished XLA compilation" in r.message for r in caplog.records) <= 2
+
+
 @pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])
 def test_no_more_work_than_the_peer(shape: tuple[int, ...]) -> None:
     """Where both take the same axes for the fan-in; as XLA counts memory accesses and additions.

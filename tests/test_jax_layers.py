@@ -82,6 +82,22 @@ def test_what_a_rule_may_answer_besides() -> None:
     assert (row.layout, row.reason) == (None, "left alone by the rule of Mine")
 
 
+UNKNOWN = LeaveAlone("unknown: nobody declared Mine.gain")
+
+
+@pytest.mark.parametrize(
+    ("shape", "own", "reason"),
+    [
+        ((4,), None, "a vector has no fan-in"),
+        ((3, 4), (4,), "a vector has no fan-in"),  # in a stack
+        ((3,), (), "a scalar has no fan-in"),
+        ((3, 4), None, UNKNOWN.reason),
+    ],
+)
+def test_vectors_that_nobody_declared(shape: Any, own: Any, reason: str) -> None:
+    assert decide_in_stack("gain", shape, UNKNOWN, "Mine", own).reason == reason
+
+
 def test_tied_parameters() -> None:
     dense = decide_in_stack("w", (3, 2), "io", "Dense")
     other = decide_in_stack("w", (3, 2), "io", "Mine")

@@ -368,6 +368,16 @@ def test_init_of_another_model_within_one_of_linen() -> None:
     assert layouts["c/kernel"] == LeaveAlone(reason)
 
 
+def test_plans_name_the_layers_of_linen() -> None:
+    x = jnp.zeros((2, 3))
+    layouts = {f"params/{k}": v for k, v in gcx.optax.layouts(nn.Dense(4), x).items()}
+    rows = gcx.optax.plan(nn.Dense(4).init(KEY, x), layouts | {"params/bias": None})
+    assert [row[1:] for row in rows] == [
+        ((4,), None, "as given"),
+        ((3, 4), Layout("io"), "Dense"),
+    ]
+
+
 def test_linen_is_traced_and_nothing_computed() -> None:
     x = jax.ShapeDtypeStruct((2, 3), "float32")
     names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
@@ -448,7 +458,10 @@ def test_weight_that_is_not_that_of_its_layer() -> None:
     ("make", "abstractly"), [(OfNnx, nnx.eval_shape), (OfEquinox, eqx.filter_eval_shape)]
 )
 def test_model_of_shapes(make: Callable[[], Any], abstractly: Callable[[Any], Any]) -> None:
-    assert gcx.optax.layouts(abstractly(make)) == gcx.optax.layouts(make())
+    model, shapes = make(), abstractly(make)
+    assert gcx.optax.layouts(shapes) == gcx.optax.layouts(model)
+    params = nnx.state(model, nnx.Param) if make is OfNnx else eqx.filter(model, eqx.is_array)
+    assert gcx.optax.plan(model) == gcx.optax.plan(shapes) == gcx.optax.plan(params, model)
 
 
 # --- Equinox --------------------------------------------------------------------------------------
@@ -720,7 +733,7 @@ def test_training_a_linen_model_keeps_the_fan_in_means() -> None:
 
 
 MODELS_WITHOUT_INPUTS = {
-    "linen": (nn.Dense(4), "flax.linen"),
+    "linen": (OfLinen(), "flax.linen"),
     "haiku": (hk.transform(of_haiku), "haiku"),
     "haiku with state": (hk.transform_with_state(of_haiku), "haiku"),
 }
@@ -730,11 +743,16 @@ MODELS_WITHOUT_INPUTS = {
     ("model", "module"), MODELS_WITHOUT_INPUTS.values(), ids=MODELS_WITHOUT_INPUTS
 )
 def test_model_that_has_no_layers_yet(model: Any, module: str) -> None:
-    message = f"a {module} model has no layers before it sees an input: give gcx.optax.layouts"
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.centralize(model)
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.plan({}, model)
+    message = (
+        f"a {module} model has no layers before it sees an input: give gcx.optax.layouts(model, "
+        "*example_inputs), where an example input is an array or jax.ShapeDtypeStruct(shape, dtype)"
+    )
+    for use in (gcx.optax.centralize, gcx.optax.plan, partial(gcx.optax.plan, {})):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            use(model)
+    with pytest.raises((AttributeError, TypeError, ValueError)) as error:
+        gcx.optax.layouts(model, (2, 7, 7, 3))
+    assert any("jax.ShapeDtypeStruct(shape, dtype)" in note for note in error.value.__notes__)
 
 
 @pytest.mark.parametrize("make", [OfNnx, OfEquinox])

@@ -76,6 +76,8 @@ def test_derivative_is_the_projection_itself(reproducible: bool) -> None:
     np.testing.assert_allclose(tangent, gcx.centralize(direction), atol=1e-6)
     _, pull_back = jax.vjp(program, grad)
     np.testing.assert_allclose(pull_back(direction)[0], gcx.centralize(direction), atol=1e-6)
+    (transposed,) = jax.linear_transpose(program, grad)(direction)
+    np.testing.assert_allclose(transposed, gcx.centralize(direction), atol=1e-6)
     projection = jax.jacobian(program)(grad[:1])[0, :, 0, :]
     np.testing.assert_allclose(projection, np.eye(4) - 1 / 4, atol=1e-6)
 
@@ -153,3 +155,29 @@ for layout, axis in (("o...", 1), ("...o", 0)):
 """
     run = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
     assert run.returncode == 0, run.stderr.decode()
+
+
+@pytest.mark.parametrize("layout", ["o...", "ioi"])
+def test_export_with_sizes_that_are_symbols(layout: str) -> None:
+    from jax import export
+
+    shape = export.symbolic_shape("a, b, c")
+    program = jax.jit(lambda g: gcx.centralize(g, layout=layout))
+    exported = export.export(program)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    grad = weight(4, 3, 2)
+    np.testing.assert_allclose(exported.call(grad), program(grad), atol=1e-6)
+
+
+def test_export_reproducible_needs_a_known_fan_in() -> None:
+    from jax import export
+
+    def trace(text: str) -> Any:
+        program = jax.jit(lambda g: gcx.centralize(g, reproducible=True))
+        shape = jax.ShapeDtypeStruct(export.symbolic_shape(text), jnp.float32)
+        return export.export(program)(shape)
+
+    np.testing.assert_array_equal(
+        trace("a, 3").call(weight(4, 3)), gcx.centralize(weight(4, 3), reproducible=True)
+    )
+    with pytest.raises(TypeError, match=r"reproducible=True needs .* known size"):
+        trace("a, b")

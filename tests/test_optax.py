@@ -25,7 +25,20 @@ from jax import lax
 
 import gcx.optax
 
-from optax_training import FIRST_ONLY, KERNELS, SGD, Linear, Net, normal, normal_like, struct, train
+from optax_training import (
+    KERNELS,
+    LEARNING_RATE,
+    START,
+    Linear,
+    Net,
+    X,
+    Y,
+    normal,
+    normal_like,
+    struct,
+    train,
+    two_layers,
+)
 
 pytestmark = pytest.mark.one_framework
 
@@ -197,18 +210,7 @@ def test_updates_are_those_of_the_reference(model: Model) -> None:
 
 # --- trajectories against NumPy -------------------------------------------------------------------
 
-LEARNING_RATE, DECAY = 0.05, 0.1
-X, Y = np.asarray(normal(20, 6, 4)), np.asarray(normal(21, 6, 2))
-START = {
-    "Dense_0": {"kernel": np.asarray(normal(22, 4, 3)), "bias": np.zeros(3)},
-    "Dense_1": {"kernel": np.asarray(normal(23, 3, 2)), "bias": np.zeros(2)},
-}
-
-
-def two_layers(params: Any) -> Any:
-    first, second = params["Dense_0"], params["Dense_1"]
-    hidden = jnp.tanh(X @ first["kernel"] + first["bias"])
-    return jnp.sum((hidden @ second["kernel"] + second["bias"] - Y) ** 2) / 2
+DECAY = 0.1
 
 
 def backpropagated(params: Any) -> Any:
@@ -312,157 +314,6 @@ def test_optax_centralize_freezes_a_single_output() -> None:
     ours = train(optax.chain(gcx.optax.centralize("flax"), optax.sgd(0.1)), loss, start)
     np.testing.assert_array_equal(theirs["kernel"], start["kernel"])
     assert loss(ours) < loss(start)
-
-
-# --- inside the other transformations -------------------------------------------------------------
-
-LABELS = jax.tree.map(lambda first: "gc" if first else "plain", FIRST_ONLY)
-
-# What wraps the transformation, and the kernels that it centralizes.
-WRAPPERS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "chain": (lambda c: optax.chain(c, SGD), ("Dense_0", "Dense_1")),
-    "masked": (lambda c: optax.chain(optax.masked(c, FIRST_ONLY), SGD), ("Dense_0",)),
-    "multi_transform": (
-        lambda c: optax.multi_transform({"gc": optax.chain(c, SGD), "plain": SGD}, LABELS),
-        ("Dense_0",),
-    ),
-    "inject_hyperparams": (
-        lambda c: optax.inject_hyperparams(lambda lr: optax.chain(c, optax.sgd(lr)))(lr=0.1),
-        ("Dense_0", "Dense_1"),
-    ),
-    "MultiSteps": (
-        lambda c: optax.MultiSteps(optax.chain(c, SGD), every_k_schedule=1),
-        ("Dense_0", "Dense_1"),
-    ),
-    "apply_if_finite": (
-        lambda c: optax.apply_if_finite(optax.chain(c, SGD), 3),
-        ("Dense_0", "Dense_1"),
-    ),
-}
-SAME_BY_PATH: dict[str, Any] = {
-    "preset": "flax",
-    "mapping": {"Dense_0/kernel": "...o", "Dense_1/kernel": Layout("...o"), "*": None},
-    "function": lambda path, array: "...o" if path.endswith("kernel") else None,
-}
-
-
-@pytest.mark.parametrize("layouts", SAME_BY_PATH.values(), ids=SAME_BY_PATH)
-@pytest.mark.parametrize(("wrap", "names"), WRAPPERS.values(), ids=WRAPPERS)
-def test_works_inside(wrap: Any, names: tuple[str, ...], layouts: Any) -> None:
-    optimizer = wrap(gcx.optax.centralize(layouts))
-    grads = normal_like(30, KERNELS)
-    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(KERNELS), KERNELS)
-    for name, layer in grads.items():
-        kernel = layer["kernel"]
-        expected = centralized(kernel, (0,)) if name in names else kernel
-        np.testing.assert_allclose(updates[name]["kernel"], -0.1 * expected, atol=1e-15)
-        np.testing.assert_allclose(updates[name]["bias"], -0.1 * layer["bias"], atol=1e-15)
-
-
-def means_stay(end: Any) -> None:
-    """Corollary 4.1 for the kernels of `two_layers`, which have moved."""
-    for name, layer in START.items():
-        change = np.asarray(end[name]["kernel"]) - layer["kernel"]
-        assert np.abs(change).max() > 1e-3
-        np.testing.assert_allclose(fan_in_means(change, (0,)), 0, atol=1e-13)
-
-
-KEPT_BY: dict[str, Any] = {
-    "ema": lambda c: optax.chain(c, optax.ema(0.9), optax.sgd(LEARNING_RATE)),
-    "contrib.muon": lambda c: optax.chain(c, optax.contrib.muon(LEARNING_RATE)),
-    "contrib.schedule_free": lambda c: optax.contrib.schedule_free(
-        optax.chain(c, optax.sgd(LEARNING_RATE)), LEARNING_RATE
-    ),
-    "MultiSteps": lambda c: optax.MultiSteps(optax.chain(c, optax.sgd(LEARNING_RATE)), 2),
-}
-
-
-@pytest.mark.parametrize("make", KEPT_BY.values(), ids=KEPT_BY)
-def test_optimizers_that_keep_the_means(make: Any) -> None:
-    means_stay(train(make(gcx.optax.centralize("flax")), two_layers, START, steps=12))
-
-
-def test_lbfgs_searches_along_centralized_directions() -> None:
-    optimizer = optax.chain(gcx.optax.centralize("flax"), optax.lbfgs())
-    value_and_grad = jax.jit(optax.value_and_grad_from_state(two_layers))
-
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        value, grad = value_and_grad(params, state=state)
-        updates, state = optimizer.update(
-            grad, state, params, value=value, grad=grad, value_fn=two_layers
-        )
-        return optax.apply_updates(params, updates), state
-
-    params, state = START, optimizer.init(START)
-    for _ in range(5):
-        params, state = step(params, state)
-    assert two_layers(params) < two_layers(START)
-    means_stay(params)
-
-
-# --- inside the transformations of JAX ------------------------------------------------------------
-
-PAPER = optax.chain(gcx.optax.centralize("flax"), optax.sgd(LEARNING_RATE, momentum=0.9))
-
-
-def step_of_paper(params: Any, state: Any) -> Any:
-    updates, state = PAPER.update(jax.grad(two_layers)(params), state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def test_steps_in_scan_and_with_donated_buffers_are_the_same() -> None:
-    expected = train(PAPER, two_layers, START, steps=6)
-    start = jax.tree.map(jnp.asarray, START)
-    (scanned, _), _ = lax.scan(
-        lambda carry, _: (step_of_paper(*carry), None), (start, PAPER.init(start)), length=6
-    )
-    donating = jax.jit(step_of_paper, donate_argnums=(0, 1))
-    params, state = start, PAPER.init(start)
-    for _ in range(6):
-        params, state = donating(params, state)
-    for found in (scanned, params):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), found, expected)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
-
-
-def test_members_of_an_ensemble_are_trained_apart() -> None:
-    ensemble = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), START)
-    found, _ = jax.vmap(step_of_paper)(ensemble, jax.vmap(PAPER.init)(ensemble))
-    for k in range(3):
-        member = jax.tree.map(lambda a, k=k: a[k], ensemble)
-        expected, _ = step_of_paper(member, PAPER.init(member))
-        jax.tree.map(
-            lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=1e-12), found, expected
-        )
-
-
-def test_replicas_in_pmap() -> None:
-    replicated = jax.tree.map(lambda a: jnp.asarray(a)[None], START)
-    found, _ = jax.pmap(step_of_paper)(replicated, jax.pmap(PAPER.init)(replicated))
-    expected, _ = step_of_paper(START, PAPER.init(START))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-12), found, expected)
-
-
-def test_inject_hyperparams_of_the_transformation_itself() -> None:
-    inject = optax.inject_hyperparams(gcx.optax.centralize, static_args=("layouts", "strength"))
-    optimizer = inject("flax", strength=0.5)
-    grads = {"kernel": jnp.array([[1.0], [3.0]])}
-    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
-    assert updates["kernel"].tolist() == [[0.0], [2.0]]
-    dynamic = optax.inject_hyperparams(gcx.optax.centralize)("flax", strength=0.5)
-    with pytest.raises(TypeError, match=r"strength is .* a Python number .*static_args="):
-        dynamic.init(grads)
-
-
-def test_centralizes_the_mean_of_accumulated_gradients() -> None:
-    def second_update(optimizer: Any) -> Any:
-        steps = optax.MultiSteps(optimizer, every_k_schedule=2)
-        _, state = steps.update(normal_like(30, KERNELS), steps.init(KERNELS), KERNELS)
-        return steps.update(normal_like(60, KERNELS), state, KERNELS)[0]["Dense_0"]["kernel"]
-
-    found = second_update(optax.chain(gcx.optax.centralize("flax"), SGD))
-    np.testing.assert_allclose(found, centralized(second_update(SGD), (0,)), atol=1e-15)
 
 
 # Equal bits

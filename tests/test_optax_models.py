@@ -193,3 +193,43 @@ def test_filtered_trees_of_equinox() -> None:
         change = np.asarray(after.weight - before.weight)
         assert np.abs(change).max() > 1e-3
         np.testing.assert_allclose(reference.fan_in_means(change, (1,)), 0, atol=1e-7)
+
+
+# --- models in containers -------------------------------------------------------------------------
+
+RNGS = nnx.Rngs(0)
+MODELS_IN_CONTAINERS: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    "equinox": (
+        {"actor": eqx.nn.Linear(4, 3, key=KEY), "more": [eqx.nn.Conv1d(2, 3, 4, key=KEY)]},
+        lambda model: eqx.filter(model, eqx.is_inexact_array),
+        {"actor/weight": "Linear", "more/0/weight": "Conv"},
+    ),
+    "nnx": (
+        [{"actor": nnx.Linear(4, 3, rngs=RNGS)}, (nnx.Param(jnp.ones((2, 2))),)],
+        lambda model: nnx.state(model, nnx.Param),
+        {"0/actor/kernel": "Linear", "1/0": "unknown: nobody declared list.1/0"},
+    ),
+    "nnx.List": (
+        nnx.List([nnx.Linear(4, 3, rngs=RNGS), nnx.Param(jnp.ones((2, 2)))]),
+        lambda model: nnx.state(model, nnx.Param),
+        {"0/kernel": "Linear", "1": "unknown: nobody declared List.1"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "reasons"), MODELS_IN_CONTAINERS.values(), ids=MODELS_IN_CONTAINERS
+)
+def test_models_in_containers(model: Any, params: Any, reasons: dict[str, str]) -> None:
+    rows = gcx.optax.plan(params(model), model)
+    assert {r.name: r.reason for r in rows if r.shape and r.reason != "bias"} == reasons
+    updates, _ = gcx.optax.centralize(model).update(params(model), optax.EmptyState())
+    for row, before, after in zip(
+        (row for row in rows if row.shape),
+        jax.tree.leaves(params(model)),
+        jax.tree.leaves(updates),
+        strict=True,
+    ):
+        axes = row.layout.fan_in_axes(before.ndim) if row.layout else None
+        expected = reference.centralized(np.asarray(before), axes) if axes else before
+        np.testing.assert_allclose(after, expected, atol=1e-6)

@@ -445,6 +445,8 @@ def test_it_is_immutable() -> None:
         (lambda: SGD(math.nan), "lr must be .* not nan"),
         (lambda: SGD(math.inf), "lr must be .* not inf"),
         (lambda: SGD("0.1"), "lr must be .* not '0.1'"),
+        (lambda: SGD(lambda step: 0.1 / step), r"lr must be .* schedule use dataclasses.replace"),
+        (lambda: Adam(np.array(0.1)), r"lr must be .* array.* schedule use dataclasses.replace"),
         (lambda: SGD(0.1, momentum=1.0), r"momentum must be a number in \[0, 1.0\), not 1.0"),
         (lambda: SGD(0.1, dampening=-1), "dampening must be .* not -1"),
         (lambda: SGD(0.1, momentum=0.9, dampening=1.0), "dampening must be .* not 1.0"),
@@ -524,6 +526,8 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         "conv: the gradient has dtype .*float32, its parameter .*float64",
         grads={**grads, "conv": xp.asarray(np.ones((4, 3, 2, 2)), "float32")},
     )
+    with pytest.raises(TypeError, match=r"state comes from init\(params\) .* not NoneType"):
+        optimizer.update(start, grads, None)
     refuses(r"state has \['step'\], but SGD keeps \['momentum', 'step'\]", state={"step": {}})
     refuses(r"state\['momentum'\] is not built like", state={**state, "momentum": {}})
     refuses(

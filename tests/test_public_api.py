@@ -52,11 +52,14 @@ def test_names_of_gcx_are_those_of_its_documentation() -> None:
 
 
 def test_adapters_say_how_they_are_imported() -> None:
-    absent = "import gcx\ntry:\n    gcx.torch\nexcept AttributeError as error:\n    print(error)"
-    command = [sys.executable, "-c", absent]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "use `import gcx.torch`" in printed
+    for name in ("gcx.torch", "gcx.diagnostics.torch"):
+        absent = f"import gcx\ntry:\n    {name}\nexcept AttributeError as error:\n    print(error)"
+        command = [sys.executable, "-c", absent]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert f"use `import {name}`" in printed
     assert gcx.optim.SGD  # that one needs no import
+    with pytest.raises(AttributeError, match=r"no attribute 'torhc'$"):
+        gcx.diagnostics.torhc  # noqa: B018 - the access is the test
     with pytest.raises(AttributeError, match=r"no attribute 'torhc'$"):
         gcx.torhc  # noqa: B018 - the access is the test
 

@@ -114,7 +114,9 @@ def test_weights_after_real_training(xp: ArrayLibrary, dtype: str) -> None:
         weights = weights - 1e-4 * gcx.centralize(grad)
         drifting = drifting - 1e-4 * grad
     assert_centralized(weights, start=start)
-    with pytest.raises(AssertionError, match="the change of a mean over axes"):
+    with pytest.raises(
+        AssertionError, match=r"the change of a mean over axes .* With Adam .*p\.grad"
+    ):
         assert_centralized(drifting, start=start)
 
 

@@ -64,6 +64,19 @@ class Own(Optimizer):
                 p.sub_(group["lr"] * (p.grad + group.get("weight_decay", 0) * p))
 
 
+class Shrinking(SGD):
+    """Shrinks the weights apart from the gradient, in a step of its own, and frees gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(p.grad, alpha=group["lr"])
+                p.grad = None
+
+
 # What a handle shows and undoes
 
 
@@ -107,6 +120,38 @@ def test_handle_that_nobody_keeps(layer: nn.Linear) -> None:
     gcx.torch.centralize(optimizer, nn.Sequential(layer))
     gc.collect()
     assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
+    with pytest.raises(ValueError, match=r"gcx\.torch\.centralized\(optimizer\)\.remove\(\)"):
+        gcx.torch.centralize(optimizer, layer)
+    gcx.torch.centralized(optimizer).remove()
+    assert gcx.torch.centralized(optimizer) is None
+    gcx.torch.centralize(optimizer, layer)
+
+
+def attached_in_backward(layer: nn.Module) -> SGD:
+    gcx.torch.centralize_in_backward(nn.Sequential(layer))
+    return SGD(layer.parameters())
+
+
+ATTACHING: dict[str, Any] = {
+    "gradient": attached,
+    "update": partial(attached, where="update"),
+    "in the step": gcx.torch.AdamW,
+    "in backward": attached_in_backward,
+}
+
+
+@pytest.mark.parametrize("attach", ATTACHING.values(), ids=ATTACHING)
+def test_optimizer_and_model_are_freed_at_once(attach: Any) -> None:
+    layer = new_layer()
+    optimizer = attach(layer)
+    train(layer, optimizer)
+    alive = ref(layer), ref(optimizer)
+    gc.disable()
+    try:
+        del layer, optimizer
+        assert [is_alive() for is_alive in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
@@ -343,6 +388,36 @@ def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:
     before = momentum.clone()
     gcx.torch.centralize(optimizer, layer)
     assert torch.equal(momentum, before)
+
+
+class Packed(Tensor):
+    """As the states of low-bit optimizers: a tensor that has no mean."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "mean" in function.__name__:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    train(layer, optimizer)
+    state = optimizer.state[layer.weight]
+    before = state["momentum_buffer"].clone()
+    state["momentum_buffer"] = before.clone().as_subclass(Packed)
+    saved = optimizer.state_dict()
+    for load in (
+        lambda: gcx.torch.centralize(optimizer, layer),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
+            load()
+        momentum = optimizer.state[layer.weight]["momentum_buffer"]
+        assert isinstance(momentum, Packed)
+        assert torch.equal(momentum.as_subclass(Tensor), before)
 
 
 def test_momentum_of_another_shape_is_an_error(layer: nn.Linear) -> None:
@@ -588,10 +663,6 @@ def test_unknown_optimizer_must_be_told(layer: nn.Linear) -> None:
 
 
 def test_subclass_with_its_own_step_is_unknown(layer: nn.Linear) -> None:
-    class Shrinking(SGD):
-        def step(self, closure: Any = None) -> Any:
-            raise NotImplementedError
-
     attached(layer, kind=type("Renamed", (SGD,), {}), weight_decay=0.1)
     with pytest.raises(ValueError, match="does Shrinking add"):
         attached(layer, kind=Shrinking, weight_decay=0.1)
@@ -603,9 +674,28 @@ def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
         gcx.torch.centralize(adamw, layer, decay="inside")
     with pytest.raises(ValueError, match=r"SGD adds weight_decay.*where='gradient'"):
         gcx.torch.centralize(sgd, layer, where="update", decay="outside")
-    adamw.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
-    with pytest.raises(ValueError, match="finds its learning rate by itself; leave decay inside"):
-        gcx.torch.centralize(adamw, layer, where="update", decay="outside")
+
+
+def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> None:
+    by_itself = AdamW(layer.parameters())
+    by_itself.param_groups[0]["lr"] = None  # as of Adafactor with a relative step
+    nameless = Own(layer.parameters(), decay=0.1)
+    unknown = Shrinking(layer.parameters(), lr=0.01, weight_decay=0.1)
+    options: Any = {"where": "update", "decay": "outside"}
+    for optimizer in (by_itself, nameless, unknown):
+        with pytest.raises(ValueError, match=r"rule of its own; leave decay inside.*'decoupled_we"):
+            gcx.torch.centralize(optimizer, layer, **options)
+    unknown.param_groups[0]["weight_decay"] = 0
+    gcx.torch.centralize(unknown, layer, **options)
+    assert_means_kept(layer, lambda: train(layer, unknown, steps=1))
+    unknown.param_groups[0]["weight_decay"] = 0.1
+    loss_of(layer).backward()
+    with pytest.raises(ValueError, match="Shrinking may have a rule of its own"):
+        unknown.step()
+    unknown.param_groups[0]["decoupled_weight_decay"] = True
+    means = layer.weight.detach().mean(1)
+    train(layer, unknown, steps=4)
+    torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.1) ** 4)
 
 
 # Errors
@@ -810,19 +900,24 @@ def test_resumed_training_is_the_same(
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("layers", [(nn.Linear, nn.Linear), (nn.Linear, nn.Embedding)], ids=str)
 @pytest.mark.parametrize(
-    "shared", [lambda g: (g, g), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
+    "shared", [lambda g: (g[:2], g[:2]), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
 )
-def test_gradients_that_share_memory_are_centralized_in_turn(shared: Any) -> None:
-    """As a loop does: what they share is not centralized twice at once."""
-    model = nn.ModuleList([nn.Linear(8, 2, bias=False) for _ in range(2)])
-    grads, twins = (
-        shared(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))) for _ in range(2)
-    )
-    for layer, grad, twin in zip(model, grads, twins, strict=True):
-        layer.weight = nn.Parameter(torch.ones_like(grad))
+def test_each_weight_gets_its_own_share_of_a_gradient(
+    shared: Any, layers: tuple[Any, Any], weight_decay: float
+) -> None:
+    model = nn.ModuleList([kind(2, 2) for kind in layers])
+    decayed = []
+    for layer, grad in zip(model, shared(torch.arange(8.0).view(4, 2) ** 2), strict=True):
         layer.weight.grad = grad
-        twin.sub_(twin.mean(1, keepdim=True))
-    gcx.torch.centralize_grads_(model)
-    for grad, twin in zip(grads, twins, strict=True):
-        torch.testing.assert_close(grad, twin)
+        expected = grad + weight_decay * layer.weight.detach()
+        if isinstance(layer, nn.Linear):
+            expected = expected - expected.mean(1, keepdim=True)
+        decayed.append(layer.weight.detach() - expected)
+    optimizer = SGD(model.parameters(), 1.0, weight_decay=weight_decay)
+    gcx.torch.centralize(optimizer, model)
+    optimizer.step()
+    for layer, expected in zip(model, decayed, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), expected)

@@ -168,6 +168,41 @@ def test_parameter_that_is_replaced_or_unfrozen_is_found_in_the_next_pass() -> N
         assert_centralized(layer.weight.grad)
 
 
+def pulled_back(loss: Callable[..., Tensor], weights: dict[str, Tensor]) -> Any:
+    value, pull_back = torch.func.vjp(loss, weights, X)
+    return pull_back(torch.ones_like(value))[0]
+
+
+BY_FUNC: dict[str, Callable[..., Any]] = {
+    "grad": lambda loss, weights: torch.func.grad(loss)(weights, X),
+    "vjp": pulled_back,
+    "jacrev": lambda loss, weights: torch.func.jacrev(loss)(weights, X),
+    "per example": lambda loss, weights: torch.func.vmap(torch.func.grad(loss), (None, 0))(
+        weights, X
+    ),
+    "ensemble": lambda loss, weights: torch.func.vmap(torch.func.grad(loss), (0, None))(
+        {name: torch.stack([weight, -weight]) for name, weight in weights.items()}, X
+    ),
+}
+
+
+@pytest.mark.parametrize("differentiate", BY_FUNC.values(), ids=BY_FUNC)
+def test_gradients_of_torch_func(differentiate: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    expected = differentiate(loss, weights)
+    handle = gcx.torch.centralize_in_backward(model)
+    found = differentiate(loss, weights)
+    handle.remove()
+    for name, grad in expected.items():
+        mean = grad.mean(-1, keepdim=True) if "weight" in name else 0.0
+        torch.testing.assert_close(found[name], grad - mean, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copy_of_a_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Linear(6, 4)
@@ -276,6 +311,22 @@ def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
     handle = gcx.torch.centralize_in_backward(cell)
     cell(X.float())
     handle.remove()
+
+
+def test_weights_that_change_without_a_gradient_are_noticed() -> None:
+    """As where the loop estimates gradients by itself."""
+    layer = nn.Linear(6, 6)
+    gcx.torch.centralize_in_backward(layer)
+    for k in range(9):
+        with (
+            pytest.warns(UserWarning, match="no gradient of this Linear")
+            if k == 8
+            else nullcontext()
+        ):
+            layer(X.float())
+        layer.weight.grad = torch.ones_like(layer.weight)
+        SGD(layer.parameters(), lr=0.1).step()
+    layer(X.float())  # warns no more
 
 
 def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -472,6 +472,9 @@ def test_layers_of_torch_jit_are_unknown(
 def test_models_without_shapes_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"a torch\.nn\.Module, not a list"):
         gcx.torch.plan([nn.Linear(2, 2)])
+    of_keras: Any = type("Dense", (), {"__module__": "keras.src.layers"})()
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, not a Dense; .* use gcx\.keras"):
+        gcx.torch.plan(of_keras)
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.zeros(12))
     with pytest.raises(RuntimeError, match=r"weight is of rank 1, where.*Linear.*fully_shard"):

@@ -278,7 +278,61 @@ def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
     sam = SAM(layer.parameters(), SGD, lr=0.01)
     with pytest.raises(TypeError, match=r"SAM moves the weights by another.*its attribute base"):
         gcx.torch.centralize(sam, layer, where=where)
+    for name, container in (("list", [sam.base]), ("dict", {"all": sam.base})):
+        outer = SGD(layer.parameters())
+        vars(outer)[name] = container
+        with pytest.raises(TypeError, match=f"SGD moves the weights by .*its attribute {name}"):
+            gcx.torch.centralize(outer, layer, where=where)
     gcx.torch.centralize(sam.base, layer, where=where)  # nothing has been attached
+
+
+class Stepping(SGD):
+    """Steps single parameters, in hooks of backward or in a function in place of its step."""
+
+    @torch.no_grad()
+    def step_one(self, parameter: Tensor) -> None:
+        parameter.data.sub_(parameter.grad, alpha=0.01)  # type: ignore[arg-type]
+        self.state[parameter]["momentum_buffer"] = parameter.grad
+        parameter.grad = None
+
+    def step_in_backward(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(self.step_one)
+
+    def replace_step(self) -> None:
+        weights = self.param_groups[0]["params"]
+        vars(self)["step"] = lambda: [self.step_one(p) for p in weights if p.grad is not None]
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+@pytest.mark.parametrize("change_loop", [Stepping.step_in_backward, Stepping.replace_step])
+def test_steps_that_the_optimizer_does_not_make_are_noticed(
+    where: Any, change_loop: Callable[[Stepping], None], is_removed: bool, layer: nn.Linear
+) -> None:
+    optimizer = Stepping(layer.parameters(), lr=0.01)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    optimizer.state_dict()
+    change_loop(optimizer)
+    loss_of(layer).backward()
+    if change_loop is Stepping.replace_step:
+        optimizer.step()
+    notice = handle.remove if is_removed else optimizer.state_dict
+    with pytest.warns(UserWarning, match="this Stepping has made steps without") as caught:
+        notice()
+    assert caught[0].filename == __file__
+    notice()  # warns once
+
+
+def test_states_from_before_are_no_reason_to_warn(where: Any, layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    attached(layer, where)
+    optimizer.state_dict()
+    trained = attached(layer, where, momentum=0.9)
+    train(layer, trained)
+    handle = gcx.torch.centralize(optimizer, layer, where=where)
+    optimizer.load_state_dict(trained.state_dict())
+    optimizer.state_dict()
+    handle.remove()
 
 
 def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
@@ -375,6 +429,54 @@ def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(model[0].weight, lambda: train(model, optimizer))
 
 
+class ZerothOrder(Optimizer):
+    """Moves weights that ask for no gradient, and have none."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        self.param_groups[0]["params"][0].data.add_(GRAD, alpha=self.param_groups[0]["lr"])
+
+
+def thaw(layer: nn.Linear) -> Tensor:
+    layer.requires_grad_()
+    loss = loss_of(layer)
+    loss.backward()
+    layer.requires_grad_(requires_grad=False)
+    return loss
+
+
+THAWING: dict[str, Callable[[nn.Linear, Any], object]] = {
+    "closure": lambda layer, optimizer: optimizer.step(lambda: thaw(layer)),
+    "later hook": lambda layer, optimizer: (
+        optimizer.register_step_pre_hook(lambda *_: thaw(layer) and None),
+        optimizer.step(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("decay", "factor"), [("inside", 1.0), ("outside", 1 - 0.01 * 0.5)])
+@pytest.mark.parametrize("way", THAWING)
+def test_weights_that_are_frozen_when_an_update_begins(
+    way: str, decay: Any, factor: float, layer: nn.Linear
+) -> None:
+    model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
+    mean, before = layer.weight.mean(1), idle.weight.clone()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
+    change_of(layer, lambda: THAWING[way](layer, optimizer))
+    torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
+    assert torch.equal(idle.weight, before)
+
+
+def test_zeroth_order_update(layer: nn.Linear) -> None:
+    layer.requires_grad_(requires_grad=False)
+    assert_means_kept(layer, attached(layer, "update", ZerothOrder).step)
+
+
 REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
     "assign": lambda model: model.load_state_dict(new_model().state_dict(), assign=True),
     "to_empty": lambda model: (
@@ -384,6 +486,7 @@ REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
     ),
     "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
     "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
+    "new layer": lambda model: model.__setitem__(1, new_layer(1)),
 }
 
 
@@ -408,6 +511,26 @@ def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
     new = attached(model, where, **DECAYED)
     (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
     assert_means_kept(weight, lambda: train(model, new))
+
+
+def test_frozen_parameters_may_leave_the_model(where: Any, layer: nn.Linear) -> None:
+    """As peft registers the weights of MultiheadAttention anew in each forward pass."""
+    frozen = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
+    model = nn.Sequential(frozen, layer)
+    optimizer = attached(model, where, **DECAYED)
+    for name in ("weight", "bias"):
+        setattr(frozen, name, nn.Parameter(getattr(frozen, name).detach(), requires_grad=False))
+    assert_means_kept(layer, lambda: train(model, optimizer))
+    optimizer.param_groups[0]["params"][0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
+        optimizer.step()
+
+
+def test_layers_may_be_wrapped_and_moved(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Tanh(), layer)
+    optimizer = attached(model, where, **DECAYED)
+    model[1] = nn.Sequential(nn.Identity(), layer)
+    assert_means_kept(layer, lambda: train(model, optimizer))
 
 
 MOVING: dict[str, Callable[[nn.Linear], object]] = {

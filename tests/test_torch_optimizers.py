@@ -255,3 +255,87 @@ def test_trajectory_is_that_of_the_reference(case: str, model: Net) -> None:
     gcx.torch.centralize(optimizer, model, **options)
     train(model, optimizer)
     assert_close(model, expected)
+
+
+# Weights that an optimizer keeps beside those of the model
+
+
+def peer(name: str, **options: Any) -> Make:
+    """An optimizer of pytorch_optimizer."""
+    kinds = pytest.importorskip("pytorch_optimizer")
+    return lambda p: getattr(kinds, name)(p, **options)
+
+
+def average_of_asgd(model: nn.Module, optimizer: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(optimizer.state[parameter]["ax"])
+
+
+def mode_for_evaluation(_: nn.Module, optimizer: Any) -> None:
+    optimizer.eval()
+
+
+# An optimizer, and how its other weights come into the model.
+BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] = {
+    "asgd": (lambda: partial(optim.ASGD, lr=0.05, lambd=0, t0=5), average_of_asgd),
+    "schedule-free-sgd": (lambda: peer("ScheduleFreeSGD", lr=0.05), mode_for_evaluation),
+    "schedule-free-adamw": (
+        lambda: peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
+        mode_for_evaluation,
+    ),
+    "schedule-free-radam": (lambda: peer("ScheduleFreeRAdam", lr=0.01), mode_for_evaluation),
+    "splus": (lambda: peer("SPlus", lr=0.1, ema_rate=0.9), mode_for_evaluation),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
+    make, evaluate = BESIDE[kind]
+    optimizer, start = make()(model.parameters()), weights_of(model)
+    gcx.torch.centralize(optimizer, model, where="update")
+    train(model, optimizer)
+    assert_means_kept(model, start)
+    evaluate(model, optimizer)
+    assert_means_kept(model, start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strength"), [("asgd", 1.0), ("asgd", 0.3), ("schedule-free-sgd", 1.0)]
+)
+def test_weights_beside_are_those_of_the_gradient(kind: str, strength: float, model: Net) -> None:
+    """Both are linear in the gradient, so that it does not matter where GC goes."""
+    make, evaluate = BESIDE[kind]
+    wheres: list[Any] = ["gradient", "update"]
+    models = [model, copy.deepcopy(model)]
+    for each, where in zip(models, wheres, strict=True):
+        optimizer = make()(each.parameters())
+        gcx.torch.centralize(optimizer, each, where=where, strength=strength)
+        train(each, optimizer)
+        evaluate(each, optimizer)
+    assert_close(models[1], weights_of(models[0]))
+
+
+def test_average_kept_by_an_earlier_hook(model: Net) -> None:
+    average, start = torch.optim.swa_utils.AveragedModel(model), weights_of(model)
+    optimizer = adamw(model.parameters())
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    gcx.torch.centralize(optimizer, model, where="update")
+    train(model, optimizer)
+    assert_means_kept(average.module, start)
+
+
+class Hiding(optim.SGD):
+    """Evaluates other weights, which it keeps where nobody finds them."""
+
+    def eval(self) -> None:
+        raise NotImplementedError
+
+
+def test_weights_beside_that_are_unknown(model: Net) -> None:
+    optimizer = Hiding(model.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, model, where="update")
+    optimizer.step()  # without gradients: nothing to tell yet
+    with pytest.warns(UserWarning, match=r"Hiding has an eval\(\).*does not know") as caught:
+        train(model, optimizer)
+    assert len(caught) == 1

@@ -67,6 +67,14 @@ class TestCompile:
             result = torch.compile(program, fullgraph=True, backend="aot_eager")(grad)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-15)
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+    @pytest.mark.parametrize("layout", ["o...", "...o", "ioi"])
+    def test_equal_numbers_compiled_by_inductor(self, layout: str) -> None:
+        """The worst case of rounding, in programs that add one by one."""
+        program = torch.compile(lambda g: gcx.centralize(g, layout=layout), fullgraph=True)
+        found = program(torch.full((40, 40, 40), 12345.678))
+        assert found.abs().max() <= 8 * 2**-10
+
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_in_place(self, backend: str) -> None:
         grad = weight(4, 3)
@@ -313,3 +321,45 @@ def test_autograd_through_large_gradients(dtype: torch.dtype) -> None:
     wide = direction.double()
     error = (found.double() - (wide - wide.mean(1, keepdim=True))).abs().max()
     assert error <= torch.finfo(dtype).eps * wide.abs().max()
+
+
+def _inference() -> Any:
+    with torch.inference_mode():
+        return weight(4, 3)
+
+
+# A gradient, and the `out` that PyTorch would refuse in the middle of the work.
+REFUSED: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "recorded": lambda: (weight(4, 3).requires_grad_(), weight(4, 3)),
+    "recorded, in place": lambda: (weight(4, 3).requires_grad_()[:],) * 2,
+    "inference": lambda: (weight(4, 3), _inference()),
+    "elements that overlap": lambda: (weight(4, 3), weight(4, 3).as_strided((4, 3), (1, 1))),
+    "uninitialized": lambda: (weight(4, 3), torch.nn.UninitializedParameter()),
+    "no shape": lambda: (torch.nn.UninitializedParameter(),) * 2,
+    "nested": lambda: (torch.nested.nested_tensor([weight(4, 3)], layout=torch.jagged),) * 2,
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_out_is_checked_before_anything_is_written(make: Callable[[], tuple[Any, Any]]) -> None:
+    grad, out = make()
+    with pytest.raises(TypeError, match=r"out|shape"):
+        gcx.centralize(grad, out=out)
+    first = weight(4, 3)
+    with pytest.raises(TypeError, match=r"^1: "):
+        gcx.centralize_many([first, grad], out=[first, out])
+    assert torch.equal(first, weight(4, 3))
+
+
+def test_out_in_vmap() -> None:
+    with pytest.raises(TypeError, match=r"torch\.func"):
+        torch.vmap(lambda g: gcx.centralize(g, out=torch.zeros(4, 3)))(weight(2, 4, 3))
+
+
+def test_out_may_overlap_and_be_empty() -> None:
+    memory = weight(20).flatten()
+    expected = gcx.centralize(memory[:12].view(4, 3).clone())
+    assert torch.equal(
+        gcx.centralize(memory[:12].view(4, 3), out=memory[2:14].view(4, 3)), expected
+    )
+    assert gcx.centralize(torch.zeros(0, 4), out=torch.zeros(1).expand(0, 4)).shape == (0, 4)

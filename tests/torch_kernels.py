@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gcx.backends import _torch_cuda, _torch_repeats
+from gcx.backends import _torch_cuda
 from gcx.backends.cuda.launcher import Launcher
 from gcx.backends.cuda.tables import Launch
 
@@ -42,8 +42,7 @@ class Device:
         self.runs: list[tuple[str, int]] = []  # the rule of a launch, and its number of tensors
         self.refused: set[str] = set()  # dtypes; as where a CUDA graph is captured too early
         self.host: Any = None
-        patch.setattr(_torch_cuda, "_recent", {})
-        patch.setattr(_torch_repeats, "_known", [])
+        patch.setattr(_torch_cuda, "recent", {})
         if name == "cuda":
             found = _torch_cuda.find_launcher()
             assert isinstance(found, Launcher)

@@ -169,7 +169,8 @@ def test_a_call_by_itself(h200: Any, fan_in: int, axis: int, least: int, donated
     grad = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=h200)
     for donated_arguments, moved in (((), least), ((0,), donated)):
         alone = jax.jit(
-            lambda g: _jax._centralize(g, (axis,), 1.0, (), False), donate_argnums=donated_arguments
+            lambda g: _jax._centralize(g, None, (axis,), (), False),
+            donate_argnums=donated_arguments,
         )
         assert bytes_moved(alone.lower(grad).compile().as_text()) // grad.size == moved
 

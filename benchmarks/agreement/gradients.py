@@ -56,6 +56,8 @@ CASES = (
     Case((100,), "i", (0,)),
     Case((3, 9001), "o...", (1,)),  # long sums, along a row
     Case((9001, 3), "...o", (0,)),  # and down a column
+    Case((4096, 2, 17), "io...", (0, 2)),  # and along both, with output units between them
+    Case((17, 2, 4096), "ioi", (0, 2)),
     Case((0, 4), "o...", (1,)),
     Case((), "o...", ()),
     Case((16,), "o...", ()),  # bias
@@ -65,16 +67,21 @@ CASES = (
 )
 
 
+_LONG = 10_000
+
+
 def draw(rng: np.random.Generator, case: Case, kind: Format) -> Any:
     """Random gradient that the format holds exactly, as float64 or complex128.
 
-    Every output unit has a mean and a scale of its own, which shows if units are mixed up.
+    Every output unit has a mean and a scale of its own, which shows if units are mixed up. In
+    long sums the numbers are close to each other, which shows if rounding errors add up.
     """
+    spread = 2.0**-10 if np.prod(case.shape) > _LONG else 1.0
     units = [1 if axis in case.fan_in else size for axis, size in enumerate(case.shape)]
 
     def normal() -> Any:
         scale = np.exp2(rng.integers(-2, 3, units))
-        return scale * (rng.normal(0, 1, case.shape) + rng.normal(0, 3, units))
+        return scale * (spread * rng.normal(0, 1, case.shape) + rng.normal(0, 3, units))
 
     return kind.round(normal() + 1j * normal() if kind.is_complex else normal())
 

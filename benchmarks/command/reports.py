@@ -13,7 +13,7 @@ from benchmarks.command.requirements import CannotRunError, check_writable, requ
 from benchmarks.throughput.models import DTYPES, MODELS
 from gcx.backends import LIBRARIES
 
-__all__ = ["agreement", "demo", "gpu", "throughput"]
+__all__ = ["agreement", "demo", "fuzz", "gpu", "throughput"]
 
 _EXIT_CODES = """\
 exit codes:
@@ -82,6 +82,30 @@ def agreement(arguments: Sequence[str]) -> int:
         from benchmarks.agreement import numbers
 
         return numbers.run(options.seed), numbers.render
+
+    return _reported(parser, arguments, run)
+
+
+def fuzz(arguments: Sequence[str]) -> int:
+    """Call gcx with random gradients, layouts, strides and options, wrong ones too.
+
+    In every library and dtype, against exactly rounded sums. A trial that failed is printed with
+    its number N: --first N --trials 1 repeats it.
+    """
+    parser = _parser("fuzz", fuzz.__doc__)
+    for option, kind, default, what in (
+        ("trials", _positive, 20_000, "number of calls"),
+        ("seed", _count, 0, "of all calls"),
+        ("first", _count, 0, "number of the first call"),
+    ):
+        text = f"{what} (default {default})"
+        parser.add_argument(f"--{option}", type=kind, default=default, metavar="N", help=text)
+
+    def run(options: Namespace) -> _Outcome:
+        require("numpy", install='pip install "gcx[numpy]"')
+        from benchmarks.fuzz.run import render, run
+
+        return run(options.seed, options.trials, first=options.first), render
 
     return _reported(parser, arguments, run)
 

@@ -27,8 +27,14 @@ class Backend(Protocol):
     def check_dtype(self, grad: Any, /) -> None:
         """Raise a TypeError unless `grad` is a dense array of real or complex floating dtype."""
 
-    def is_writable(self, array: Any, /) -> bool:
-        """Return True if elements of `array` can be assigned to."""
+    def is_writable(self, out: Any, grad: Any, /) -> bool:
+        """Return True if the result for `grad` can be written to `out`, which may be `grad`."""
+
+    def find_span(self, array: Any, /) -> tuple[int, int] | None:
+        """Find the addresses of the first byte and behind the last; None if they are not known."""
+
+    def shares_memory(self, one: Any, other: Any, /) -> bool:
+        """Return True if arrays whose spans overlap have an element in common."""
 
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""

@@ -22,9 +22,18 @@ def check_dtype(grad: Any, /) -> None:
         raise TypeError(msg)
 
 
-def is_writable(array: Any, /) -> bool:
+def is_writable(out: Any, _grad: Any, /) -> bool:
     """See `gcx.backends.Backend`."""
-    return bool(_compat.is_writeable_array(array))
+    return bool(_compat.is_writeable_array(out))
+
+
+def find_span(_array: Any, /) -> None:
+    """See `gcx.backends.Backend`; the standard does not tell."""
+
+
+def shares_memory(one: Any, other: Any, /) -> bool:
+    """See `gcx.backends.Backend`."""
+    return one is other
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:

@@ -9,25 +9,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import cupy as cp
 
 from gcx.backends import _canonical, _numpy
+from gcx.backends._memory import repeats_itself, span
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
-from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
-from gcx.backends.cuda.memory import extent, writes_conflict
+from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
+from gcx.backends.cuda.memory import writes_conflict
 from gcx.backends.cuda.tables import ELEMENTS
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
 
-def is_writable(array: Any, /) -> bool:
+def is_writable(out: Any, _grad: Any, /) -> bool:
     """See `gcx.backends.Backend`."""
-    axes = zip(array.shape, array.strides, strict=True)
-    return not any(size > 1 and stride == 0 for size, stride in axes)
+    return not repeats_itself(out.shape, out.strides, out.itemsize)
+
+
+def find_span(array: Any, /) -> tuple[int, int]:
+    """See `gcx.backends.Backend`."""
+    return span(array.data.ptr, array.shape, array.strides, array.itemsize)
+
+
+def shares_memory(one: Any, other: Any, /) -> bool:
+    """See `gcx.backends.Backend`."""
+    return bool(cp.shares_memory(one, other))
 
 
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
@@ -38,9 +48,7 @@ def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
         raise TypeError(msg)
 
 
-def reshape(array: Any, shape: Axes, /) -> Any:
-    """See `gcx.backends.Backend`."""
-    return array.reshape(shape)
+reshape = _numpy.reshape
 
 
 def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
@@ -68,18 +76,12 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    if writes_conflict(grads, outs, _find_span):  # then in the order of the list
+    if writes_conflict(grads, outs, find_span):  # then in the order of the list
         do = centralize if len(grads) > 1 else _by_itself
-        return [
-            do(grad, fan_in, strength, out, reproducible)
-            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
-        ]
-    traits = tuple(
-        [
-            _see(grad, fan_in, out, reproducible)
-            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
-        ]
-    )
+        each = zip(grads, axes, outs, strict=True)
+        return [do(grad, fan_in, strength, out, reproducible) for grad, fan_in, out in each]
+    each = zip(grads, axes, outs, strict=True)
+    traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
     for k, grad in enumerate(grads):
         if traits[k] and outs[k] is None:
@@ -125,8 +127,7 @@ def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproduc
         traits = _see(copy, rows, copy, reproducible)
         if traits is None or _schedule((traits,)).run([[copy.data.ptr]] * 2, (strength, 0.0)):
             _with_own_operations(copy, rows, strength, copy, reproducible)
-        if out is None:
-            out = cp.empty_like(grad)
+        out = cp.empty_like(grad) if out is None else out
         out[...] = cp.moveaxis(copy, rows, axes)
         return out
 
@@ -137,8 +138,7 @@ def _with_own_operations(
     mean = fan_in_mean(grad, axes, reproducible) * strength
     if grad.dtype.itemsize >= 4:
         return cp.subtract(grad, mean, out=out)
-    if out is None:
-        out = cp.empty_like(grad)
+    out = cp.empty_like(grad) if out is None else out
     out[...] = cp.subtract(grad, mean)
     return out
 
@@ -150,21 +150,16 @@ def why_no_kernels(grad: Any) -> str:
     if cp.cuda.runtime.is_hip:
         return "ROCm"
     device = grad.device.id
-    if _Host().capability(device) < _OLDEST_DEVICE:
+    if _Host().capability(device) < OLDEST_DEVICE:
         return "a GPU older than compute capability 8.0"
     found = _find_launcher()
     return found if isinstance(found, str) else found.failures.get(device, "")
 
 
-_OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
-
-
-_OF_GRAPHS: list[Any] = []  # memory that lives as long as the process
-
-
 class _Host:
     """See `gcx.backends.cuda.launcher.Host`."""
 
+    _of_graphs: ClassVar[list[Any]] = []  # memory that lives as long as the process
     out_of_memory = cp.cuda.memory.OutOfMemoryError
 
     def current(self, device: int) -> AbstractContextManager[object]:
@@ -183,7 +178,7 @@ class _Host:
     def allocate(self, _device: int, size: int) -> tuple[int, object]:
         memory = cp.cuda.alloc(size)
         if self.is_capturing():  # each replay writes there, and CuPy does not know it
-            _OF_GRAPHS.append(memory)
+            self._of_graphs.append(memory)
         return memory.ptr, memory
 
 
@@ -210,8 +205,3 @@ def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits |
         return None
     walk = find_walk(shape, steps, axes, any_order=not reproducible)
     return walk and (grad.device.id, grad.dtype.name, walk)
-
-
-def _find_span(array: Any) -> tuple[int, int]:
-    first, end = extent(array.shape, array.strides, array.dtype.itemsize)
-    return array.data.ptr + first, array.data.ptr + end

@@ -10,8 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-from gcx.backends import _canonical, _jax_canonical, one_by_one
+from gcx.backends import _array_api, _canonical, _jax_canonical, one_by_one
+
+_SMALL = 1 << 13  # elements of an array that XLA on a CPU may add one by one
 
 
 def check_dtype(grad: jax.Array, /) -> None:
@@ -27,16 +31,20 @@ def is_floating(dtype: Any, /) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and "e8m0" not in jnp.dtype(dtype).name
 
 
-def is_writable(array: jax.Array, /) -> bool:
+def is_writable(_out: jax.Array, _grad: jax.Array, /) -> bool:
     """See `gcx.backends.Backend`."""
-    del array
     return False
+
+
+find_span, shares_memory = _array_api.find_span, _array_api.shares_memory  # as it is immutable
 
 
 def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
     """See `gcx.backends.Backend`; a traced array is checked when the program is compiled."""
-    del axes
     _canonical.check_dtype(grad.dtype.name)
+    if not all(isinstance(grad.shape[axis], int) for axis in axes):
+        msg = f"reproducible=True needs a fan-in of known size, not axes {axes} of {grad.shape}"
+        raise TypeError(msg)
     if isinstance(grad, jax.core.Tracer):
         return
     others = {device.platform for device in grad.devices()} - {"cpu"}
@@ -125,48 +133,79 @@ def _run(
 ) -> jax.Array:
     # Outside of a program the call is one itself. Without the barrier XLA makes one kernel of it.
     in_program = isinstance(grad, jax.core.Tracer)
-    result: jax.Array = _centralize(grad, axes, float(strength), axis_names, in_program)
+    part = None if strength == 1.0 else strength  # an operand: one program for every strength
+    result: jax.Array = _centralize(grad, part, axes, axis_names, in_program)
     return result
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
 def _centralize(
     grad: jax.Array,
+    strength: float | None,
     axes: tuple[int, ...],
-    strength: float,
     axis_names: tuple[str, ...],
     in_program: bool,
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
-    mean = jnp.mean(wide, axis=axes, keepdims=True)
+    mean = _average(wide, axes)
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:
         mean = _compute_once(mean)
-    return (wide - strength * mean).astype(grad.dtype)
+    if strength is not None:
+        mean = strength * mean
+    return (wide - mean).astype(grad.dtype)
 
 
 @partial(jax.jit, static_argnums=1)
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.mean(x.astype(_working_dtype(x.dtype)), axis=axes, keepdims=True)
+    return _average(x.astype(_working_dtype(x.dtype)), axes)
 
 
-def _differentiate_in_order(
-    axes: tuple[int, ...],
-    strength: float,
-    primals: tuple[jax.Array],
-    tangents: tuple[jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """Differentiate the linear operator as a whole, instead of each addition in it."""
-    return (
-        _centralize_in_order(*primals, axes, strength),
-        _centralize(*tangents, axes, strength, (), False),
-    )
+def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Average over `axes`: the longest run of neighbours first, or axis after axis.
+
+    XLA on a CPU adds numbers one by one, and rounds each time, over several runs and in small
+    arrays. There the axis that is most likely sharded comes last, so few means are exchanged.
+    """
+    sizes = [size if isinstance(size, int) else _SMALL for size in x.shape]  # some are symbols
+    is_small = prod(sizes) <= _SMALL
+    runs: list[tuple[int, ...]] = []
+    for axis in axes:
+        if runs and runs[-1][-1] == axis - 1 and not is_small:
+            runs[-1] += (axis,)
+        else:
+            runs.append((axis,))
+    runs.sort(key=lambda run: prod(sizes[axis] for axis in run), reverse=not is_small)
+    for run in runs:
+        x = jnp.mean(x, axis=run, keepdims=True)
+    return x
 
 
-_in_order = jax.custom_jvp(_jax_canonical.centralize, nondiff_argnums=(1, 2))
-_in_order.defjvp(_differentiate_in_order)
-_centralize_in_order = jax.jit(_in_order, static_argnums=(1, 2))
+# A linear operator, which equals its own transpose; JAX cannot see it in the additions.
+_in_order = Primitive("gcx_centralize")
+_in_order.def_abstract_eval(lambda x, **_: x)  # type: ignore[no-untyped-call]
+_in_order.def_impl(jax.jit(_jax_canonical.centralize, static_argnames=("axes", "strength")))  # type: ignore[no-untyped-call]
+ad.deflinear2(_in_order, lambda cotangent, _, **how: [_in_order.bind(cotangent, **how)])  # type: ignore[no-untyped-call]
+mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
+
+
+def _batch_in_order(
+    args: Sequence[Any], dims: Sequence[int], *, axes: tuple[int, ...], strength: float
+) -> tuple[Any, int]:
+    moved = tuple([axis + (axis >= dims[0]) for axis in axes])
+    return _in_order.bind(*args, axes=moved, strength=strength), dims[0]  # type: ignore[no-untyped-call]
+
+
+batching.primitive_batchers[_in_order] = _batch_in_order
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _centralize_in_order(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
+    result: jax.Array = _in_order.bind(grad, axes=axes, strength=strength)  # type: ignore[no-untyped-call]
+    return result
+
+
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 

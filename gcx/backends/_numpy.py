@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gcx.backends import _canonical, one_by_one
+from gcx.backends._memory import repeats_itself, span
 
 NDArray = npt.NDArray[Any]
 
@@ -24,10 +25,10 @@ _BUFFER = 1 << 8
 
 # Longest runs that BLAS sums in the array's dtype. Longer ones are cut, and the parts are added in
 # float64. Measured error for units of mean 1e4 and spread 1: at most 2 ulp of the largest element.
-# Equal numbers are the worst case, since all roundings go in one direction: up to 30 ulp in a short
-# row, which is summed by a product of matrix and vector; 4 ulp elsewhere.
+# Equal numbers are the worst case, since all roundings go in one direction: at most 8 ulp.
 _ROW_RUN = 1024
-_COLUMN_RUN = 64  # shorter, since BLAS adds row after row here, without parallel lanes
+# Shorter for products of matrix and vector: BLAS adds with fewer lanes, down a column with one.
+_SHORT_ROW, _COLUMN_RUN = 128, 24
 
 
 def check_dtype(grad: Any, /) -> None:
@@ -40,9 +41,19 @@ def check_dtype(grad: Any, /) -> None:
         raise TypeError(msg)
 
 
-def is_writable(array: Any, /) -> bool:
+def is_writable(out: Any, _grad: Any, /) -> bool:
     """See `gcx.backends.Backend`."""
-    return bool(array.flags.writeable)
+    return bool(out.flags.writeable) and not repeats_itself(out.shape, out.strides, out.itemsize)
+
+
+def find_span(array: Any, /) -> tuple[int, int]:
+    """See `gcx.backends.Backend`."""
+    return span(array.ctypes.data, array.shape, array.strides, array.itemsize)
+
+
+def shares_memory(one: Any, other: Any, /) -> bool:
+    """See `gcx.backends.Backend`."""
+    return np.shares_memory(one, other)
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
@@ -212,6 +223,8 @@ def _centralize_columns(grad: NDArray, out: NDArray, n_axes: int, strength: floa
     fan_in = prod(grad.shape[:n_axes])
     units = grad.size // fan_in
     source, target = grad.reshape(fan_in, units), out.reshape(fan_in, units)
+    if not units:
+        return
     mean = _scale(_sum_columns(source) / fan_in, strength, grad.dtype)
     np.subtract(source, mean, out=target)
 
@@ -226,7 +239,8 @@ def _sum_rows(block: NDArray) -> NDArray:
     units, fan_in = block.shape
     ones = _ones(block.dtype)
     if fan_in <= _ROW_RUN:
-        sums: NDArray = block @ ones[:fan_in]
+        add = np.matmul if fan_in <= _SHORT_ROW else np.vecdot
+        sums: NDArray = add(block, ones[:fan_in])
         return sums
     rest = fan_in % _ROW_RUN
     runs = block[:, : fan_in - rest].reshape(units, -1, _ROW_RUN)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
-from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, one_by_one
+from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
 
 _DENSE = torch.strided
 
@@ -26,6 +27,7 @@ _WIDE = {
     torch.complex32: torch.complex64,
     **dict.fromkeys((torch.float16, torch.bfloat16, *_FLOAT8), torch.float32),
 }
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 # Types whose tensors are always on one process.
@@ -39,6 +41,8 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 _BLOCK = 1 << 19
 
 
+is_writable, find_span = _torch_memory.is_writable, _torch_memory.find_span
+shares_memory = _torch_memory.shares_memory
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 
@@ -55,16 +59,12 @@ def check_dtype(grad: Tensor, /) -> None:
             "or leave it out: a sparse gradient belongs to an embedding"
         )
         raise TypeError(msg)
+    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
+        msg = "expected a tensor with a shape, not a nested or uninitialized one"
+        raise TypeError(msg)
     if grad.dtype not in _DTYPES:
         msg = f"expected a real or complex floating dtype, not {grad.dtype}"
         raise TypeError(msg)
-
-
-def is_writable(array: Tensor, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    if array.requires_grad and array.is_leaf and torch.is_grad_enabled():
-        return False
-    return 0 not in array.stride() or not _is_expanded(array)
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
@@ -151,12 +151,6 @@ def why_no_kernels(grad: Tensor) -> str:
     return _torch_cuda.why_not(grad.device)
 
 
-def _is_expanded(array: Tensor) -> bool:
-    """Return True if several elements share one address."""
-    strides = zip(array.stride(), array.shape, strict=True)
-    return any(stride == 0 and size > 1 for stride, size in strides)
-
-
 def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
     """See `gcx.backends.Backend`."""
     if x.dtype in _WIDE:
@@ -167,7 +161,11 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _torch_dtensor.fan_in_mean(x, axes)
     if reproducible:
         return _canonical_mean(x, axes)
-    return x.mean(axes if len(axes) > 1 else axes[0], True)  # positional: torch parses it faster
+    if torch.compiler.is_compiling() and x.is_cpu:  # its programs add one by one
+        return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
+    for run in _torch_blocks.find_runs(x, axes):
+        x = x.mean(run, True)
+    return x
 
 
 def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
@@ -347,4 +345,6 @@ def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
         return difference if out is None else out.copy_(difference)
     if out is None:
         return x - mean
-    return x.sub_(mean) if out is x else torch.sub(x, mean, out=out)
+    if out is x:
+        return x.sub_(mean)
+    return out.copy_(x - mean) if _torch_memory.overlap([x, out]) else torch.sub(x, mean, out=out)

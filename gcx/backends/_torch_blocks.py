@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from operator import add, attrgetter, gt
 
 import torch
 from torch import Tensor
@@ -13,10 +12,11 @@ from torch import Tensor
 # Elements of a block: half a MiB of float32.
 _BLOCK = 1 << 17
 
-_NBYTES = attrgetter("nbytes")
-
 # Bytes of a batch.
 BATCH = 1 << 19
+
+# Fewest neighbours in memory that are worth summing first.
+_VECTORS = 1 << 5
 
 # Neighbours in memory that stay together.
 _RUN = 1 << 9
@@ -47,17 +47,22 @@ def subtract_means(
     All gradients are contiguous, or there is one.
     """
     grads = [grad for grad, _, _ in batch]
-    starts = [*map(Tensor.data_ptr, grads)]
-    ends = sorted(map(add, starts, map(_NBYTES, grads)))
-    if any(map(gt, ends, sorted(starts)[1:])):  # they share memory, so they take turns
-        for each in batch:
-            subtract_means([each], rate, strength)
-        return
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
     counts = [_count(grad.shape, axes, grad.dtype) for grad, _, axes in batch]
-    totals = [grad.sum(axes, True) for grad, _, axes in batch]
+    totals = [
+        # All axes are neighbours in memory: the most frequent case.
+        grad.sum(axes, True)
+        if axes[-1] - axes[0] < len(axes) and grad.is_contiguous()
+        else sum_over(grad, axes)
+        for grad, _, axes in batch
+    ]
     if rate is not None:
-        of_weights = [x.sum(axes, True, dtype=grad.dtype) for grad, x, axes in batch]
+        of_weights = [
+            x.sum(axes, True, dtype=grad.dtype)
+            if axes[-1] - axes[0] < len(axes) and x.is_contiguous()
+            else sum_over(x.to(grad.dtype), axes)
+            for grad, x, axes in batch
+        ]
         if isinstance(rate, Tensor):
             of_weights = [rate * total for total in of_weights]
         torch._foreach_add_(totals, of_weights, alpha=1.0 if isinstance(rate, Tensor) else rate)
@@ -65,6 +70,36 @@ def subtract_means(
     if strength != 1.0:
         torch._foreach_mul_(totals, strength)
     torch._foreach_sub_(grads, totals)
+
+
+def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum over `axes`, which stay with size 1."""
+    for run in find_runs(x, axes):
+        x = x.sum(run, True)
+    return x
+
+
+def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    """Part the axes of a sum where other axes lie between them in the memory of a CPU.
+
+    Over all of them at once, torch would add many numbers one after the other, and round each time.
+    """
+    if len(axes) < 2 or not x.is_cpu or (axes[-1] - axes[0] == len(axes) - 1 and x.is_contiguous()):
+        return (axes,)
+    shape, steps = x.shape, x.stride()
+    runs: list[tuple[int, ...]] = []
+    for axis in sorted(axes, key=lambda axis: -steps[axis]):
+        if runs and steps[runs[-1][-1]] == shape[axis] * steps[axis]:
+            runs[-1] += (axis,)
+        elif shape[axis] > 1:
+            runs.append((axis,))
+
+    def rank(run: tuple[int, ...]) -> tuple[bool, int, int]:
+        size, step = prod([shape[axis] for axis in run]), steps[run[-1]]
+        return step > 1 or size < _VECTORS, -size, step
+
+    # The run that leaves the least to do comes first, or one that is summed in vectors.
+    return sorted(runs, key=rank)
 
 
 @lru_cache(maxsize=1 << 12)

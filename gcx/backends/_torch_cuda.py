@@ -19,20 +19,17 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 
-from gcx.backends._torch_dtensor import FanIn, restore, see_all, see_here
+from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
-from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
+from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
 from gcx.backends.cuda.memory import Span, extent, writes_conflict
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 T = TypeVar("T")
 
-_OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
-_PLAIN = (Tensor, Parameter)
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
 _SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
@@ -45,7 +42,7 @@ def why_not(device: torch.device | None = None) -> str:
         device = torch.device("cuda", torch.cuda.current_device())
     if torch.version.hip is not None:
         return "ROCm: the kernels are for CUDA"
-    if torch.cuda.get_device_capability(device) < _OLDEST_DEVICE:
+    if torch.cuda.get_device_capability(device) < OLDEST_DEVICE:
         return f"{torch.cuda.get_device_name(device)} is too old for the kernels"
     found = find_launcher()
     return found if isinstance(found, str) else found.failures.get(device.index, "")
@@ -137,17 +134,17 @@ def find_launches(
     return recall(key, make)
 
 
-_recent: dict[Hashable, Any] = {}  # a cache
+recent: dict[Hashable, Any] = {}  # a cache
 
 
 def recall(key: Hashable, make: Callable[[], T]) -> T:
     """Return the latest object of a key, or make it."""
-    found: T | None = _recent.pop(key, None)
+    found: T | None = recent.pop(key, None)
     if found is None:
         found = make()
-    _recent[key] = found  # at the end: the first is the one that was used least recently
-    for oldest in [*_recent][:-_MOST_LISTS]:
-        _recent.pop(oldest, None)  # another thread may have removed it
+    recent[key] = found  # at the end: the first is the one that was used least recently
+    for oldest in [*recent][:-_MOST_LISTS]:
+        recent.pop(oldest, None)  # another thread may have removed it
     return found
 
 
@@ -178,7 +175,6 @@ class Centralization:
         self._has_outs = not self._in_place and any(out is not None for out in outs)
         self.is_whole = len(arrays) == len(grads)
         self._sizes = [count_bytes(grads[k]) for k in self._places]
-        # torch negates some views when they are read, such as the imaginary part of a conjugate.
         self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
         self._apart: list[int] = []  # the last addresses, which did not overlap
         if arrays:
@@ -197,7 +193,8 @@ class Centralization:
         chosen = grads if self.is_whole else pick(self._places, grads)
         starts = [*map(Tensor.data_ptr, chosen)]
         given = [x for x in outs if x is not None] if self._has_outs else ()
-        if self._has_obstacle(chosen, starts, given) or not self._is_apart(grads, outs, starts):
+        obstacle = has_obstacle([*chosen, *given], starts, self._are_dense)
+        if obstacle or not self._is_apart(grads, outs, starts):
             return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
@@ -219,17 +216,6 @@ class Centralization:
             results[k] = None if n in left else targets[n]
         increment_version([target for target in results if target is not None])
         return results
-
-    def _has_obstacle(
-        self, grads: Sequence[Tensor], starts: list[int], outs: Sequence[Tensor]
-    ) -> bool:
-        """Return True if there is no gradient to launch, or more to one than its form shows."""
-        return (
-            not starts
-            or 0 in starts  # FSDP has freed the memory, or it was never there
-            or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, (*grads, *outs)))
-            or not (self._are_dense or not any(map(Tensor.is_neg, grads)))
-        )
 
     def _is_apart(
         self, grads: Sequence[Tensor], outs: Sequence[Tensor | None], starts: list[int]
@@ -267,7 +253,7 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     centralized, but a part of an optimizer's step.
     """
     ordinary = all(
-        type(x) in _PLAIN and x.layout is torch.strided and not x.is_neg() for x in (grad, *beside)
+        type(x) in PLAIN and x.layout is torch.strided and not x.is_neg() for x in (grad, *beside)
     )
     name = _NAMES.get(grad.dtype)
     if not ordinary or name is None or not _is_on_cuda(grad) or why_not(grad.device):
@@ -300,10 +286,15 @@ def is_traced() -> bool:
     )
 
 
-def has_state(tensors: Sequence[Tensor]) -> bool:
-    """Return True if tensors have more than a form: autograd, or a negative bit."""
-    records = torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, tensors)
-    return records or any(map(Tensor.is_neg, tensors))
+def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool = False) -> bool:
+    """Return True if there is no tensor to launch, or more to one than its form shows."""
+    return (
+        not starts
+        or 0 in starts  # FSDP has freed the memory, or it was never there
+        or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, tensors))
+        # torch negates some views when they are read, such as the imaginary part of a conjugate.
+        or not (are_dense or not any(map(Tensor.is_neg, tensors)))
+    )
 
 
 def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -319,7 +310,7 @@ def count_bytes(tensor: Tensor) -> int:
 
 def _find_span(tensor: Tensor) -> Span:
     """Find the addresses of an ordinary tensor on a CUDA device."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
         return inf, inf
     start = tensor.data_ptr()
     return start, start + count_bytes(tensor)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gcx.backends._torch_blocks import sum_over
+
 if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 # A shape with one axis for each letter of a layout, and its fan-in axes.
 FanIn = tuple[Sequence[int], tuple[int, ...]]
 
@@ -38,24 +40,15 @@ def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
         raise TypeError(msg)
 
 
-def cuts_fan_in(x: Tensor, axes: Sequence[int]) -> bool:
+def cuts_fan_in(x: DTensor, axes: Sequence[int]) -> bool:
     """Return True if no process has a whole fan-in of a DTensor."""
-    assert is_dtensor(x)
     return any(each.is_partial() or _cut_axis(each) in axes for each in x.placements)
 
 
-def is_spread_like(x: Tensor, like: Tensor) -> bool:
-    """Return True if a tensor is a DTensor too, and its shards are on the same processes."""
-    if not (is_dtensor(x) and is_dtensor(like)):
-        return False
-    return x.placements == like.placements and x.device_mesh == like.device_mesh
-
-
-def spread_like(x: Tensor, here: Tensor) -> Tensor:
+def _spread_like(x: DTensor, here: Tensor) -> DTensor:
     """Make a DTensor like `x` from the part on this process."""
     from torch.distributed.tensor import DTensor
 
-    assert is_dtensor(x)
     return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
 
 
@@ -63,7 +56,7 @@ def see_all(
     tensors: Sequence[Tensor], fan_ins: Sequence[FanIn], like: Sequence[Tensor]
 ) -> list[Tensor]:
     return [
-        x if type(x) in _PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in, grad)
+        x if type(x) in PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in, grad)
         for x, fan_in, grad in zip(tensors, fan_ins, like, strict=True)
     ]
 
@@ -74,19 +67,17 @@ def see_here(x: Tensor, fan_in: FanIn, like: Tensor) -> Tensor:
     If fan-ins are not whole, or it is not spread as its gradient `like`, it is not for the kernels.
     """
     shape, axes = fan_in
-    if type(x) in _PLAIN:
+    if type(x) in PLAIN:
         return x if len(shape) == x.ndim else x.view(shape)
-    if len(shape) != x.ndim or not is_dtensor(x):
+    if len(shape) != x.ndim or not (is_dtensor(x) and is_dtensor(like)):
         return x
-    is_apart = x is not like and not is_spread_like(x, like)
-    return x if is_apart or cuts_fan_in(x, axes) else x.to_local()
+    is_alike = x.placements == like.placements and x.device_mesh == like.device_mesh
+    return x.to_local() if is_alike and not cuts_fan_in(x, axes) else x
 
 
 def restore(result: Tensor, grad: Tensor) -> Tensor:
     """Return the tensor whose part is `result`."""
-    if type(grad) in _PLAIN:
-        return result.view(grad.shape)
-    return spread_like(grad, result)
+    return _spread_like(grad, result) if is_dtensor(grad) else result.view(grad.shape)
 
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
@@ -120,7 +111,7 @@ def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
     Partial sums are added when the mean is subtracted, so that the processes communicate once.
     """
     # x.mean would gather all of x if the shards of a fan-in are uneven.
-    return x.sum(tuple(axes), True) / prod([x.shape[axis] for axis in axes])
+    return sum_over(x, tuple(axes)) / prod([x.shape[axis] for axis in axes])
 
 
 def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tensor:
@@ -131,13 +122,14 @@ def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tenso
     rest = [axis - 1 for axis in axes if axis > 1]
     if groups == len(x):
         return fan_in_mean(x, rest)
-    total = x.sum(rest, True) if rest else x  # torch takes no axes for all axes
+    total = sum_over(x, tuple(rest)) if rest else x  # torch takes no axes for all axes
     assert is_dtensor(total)
     here = total.to_local()
-    sums = here.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), here)
+    wide = here.to(torch.promote_types(here.dtype, torch.float64))  # adding row after row
+    sums = wide.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), wide)
     whole = torch.empty((groups, *total.shape[1:]), device="meta")
     spread = DTensor.from_local(
-        sums,
+        sums.to(here.dtype),
         x.device_mesh,
         [Partial() if _cut_axis(p) == 0 else p for p in total.placements],
         shape=whole.shape,
@@ -157,7 +149,7 @@ def subtract(
     if out is x:
         subtract_here(x_here, mean_here, x_here)
         return x
-    difference = spread_like(x, subtract_here(x_here, mean_here, None))
+    difference: Tensor = _spread_like(x, subtract_here(x_here, mean_here, None))
     return difference.to(x_here.device) if out is None else out.copy_(difference)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch on CUDA: a list in the form of the last one is launched without further checks."""
+"""PyTorch on CUDA: a list in the form of an earlier one is launched without further checks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from gcx.backends import _torch
-from gcx.backends._torch_cuda import Centralization, find_launches, forms, is_traced, pick
+from gcx.backends import _torch, _torch_cuda
+from gcx.backends._torch_cuda import Centralization, find_launches, forms, is_traced, pick, recall
+from gcx.backends._torch_dtensor import PLAIN
 from gcx.backends.cuda.walks import Axes
 
 
 class _Known(NamedTuple):
     """The answers to a call of `gcx.centralize_many`, for all lists in the same form."""
 
-    layouts: object
-    rest: tuple[object, ...]  # of the question
-    forms: list[Any]
+    layouts: object  # no other object has its id while it is here
     places: list[int]  # of the gradients that have a fan-in
     axes: Sequence[Axes]  # of these
     launches: Centralization
-
-
-_known: list[_Known] = []  # the last one: a cache
 
 
 def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[Axes]) -> None:
@@ -38,24 +33,26 @@ def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[
     outs = chosen if is_in_place else [None] * len(places)
     launches = find_launches(chosen, fan_ins, outs, (), reproducible)
     if launches.is_whole:
-        _known[:] = [_Known(layouts, question[1:], forms(grads), places, fan_ins, launches)]
+        known = _Known(layouts, places, fan_ins, launches)
+        recall((id(layouts), *question[1:], *forms(grads)), lambda: known)
 
 
 def _is_ordinary(x: Tensor) -> bool:
     """Return True if the form of a tensor shows all that is checked; a list may hold anything."""
-    is_plain = type(x) in (Tensor, Parameter)
-    return is_plain and x.layout is torch.strided and _torch.is_for_kernels(x)
+    return type(x) in PLAIN and x.layout is torch.strided and _torch.is_for_kernels(x)
 
 
 def repeat(
     grads: Sequence[Tensor], question: tuple[Any, ...], strength: float
 ) -> list[Tensor] | None:
-    """Centralize a list if the last call of `remember` has the answers; else return None."""
-    known = _find(grads, question)
+    """Centralize a list if a call of `remember` has the answers; else return None."""
+    if not {*map(type, grads)}.issubset(PLAIN) or is_traced():
+        return None
+    layouts, reproducible, is_in_place, _ = question
+    known: _Known | None = _torch_cuda.recent.get((id(layouts), *question[1:], *forms(grads)))
     if known is None:
         return None
-    _, reproducible, is_in_place, _ = question
-    chosen = grads if len(known.places) == len(grads) else pick(known.places, grads)
+    chosen = pick(known.places, grads)
     outs = chosen if is_in_place else [None] * len(chosen)
     done = known.launches.run(chosen, strength, outs)
     left = [n for n, result in enumerate(done) if result is None]
@@ -64,17 +61,7 @@ def repeat(
     for n in left:
         k = known.places[n]
         done[n] = _torch.centralize(grads[k], known.axes[n], strength, outs[n], reproducible)
-    if len(done) == len(grads):
-        return done  # type: ignore[return-value]
     results: list[Any] = [*grads]
     for k, result in zip(known.places, done, strict=True):
         results[k] = result
     return results
-
-
-def _find(grads: Sequence[Tensor], question: tuple[Any, ...]) -> _Known | None:
-    for known in _known:
-        is_same = question[0] is known.layouts and question[1:] == known.rest
-        if is_same and [*map(type, grads)] == known.forms[: len(grads)] and not is_traced():
-            return known if forms(grads) == known.forms else None
-    return None

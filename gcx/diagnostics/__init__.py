@@ -4,7 +4,15 @@
 ``gcx.diagnostics.jax``, imported by these names, compute them for a model and its batches.
 """
 
+from typing import Any
+
 from gcx.diagnostics._energy import energy_removed
 from gcx.diagnostics._report import EnergyReport, EnergyRow, Share
 
 __all__ = ["EnergyReport", "EnergyRow", "Share", "energy_removed"]
+
+
+def __getattr__(name: str) -> Any:
+    hint = f"; use `import gcx.diagnostics.{name}`" if name in ("jax", "torch") else ""
+    msg = f"module 'gcx.diagnostics' has no attribute {name!r}{hint}"
+    raise AttributeError(msg)

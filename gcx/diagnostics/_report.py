@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcx._table import aligned, html_table
 from gcx.layout import Layout
-from gcx.plan import Plan, PlanRow
+from gcx.plan import Plan, PlanRow, cells, count_centralized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HEADER = ("parameter", "shape", "layout", "removed", "in batches", "by chance", "reason")
 _NUMBERS = (3, 4, 5)  # columns of numbers
-
-# Colours of Okabe and Ito, which people who do not see red and green can tell apart, too.
-_BAR, _CHANCE = "#0072B2", "#D55E00"
 
 
 class Energy(NamedTuple):
@@ -35,12 +31,11 @@ class Share(NamedTuple):
     Attributes
     ----------
     removed : float
-        Over all batches: the sum of the energies removed, divided by the sum of the energies.
+        The energy removed in all batches, divided by their energy.
     lowest, highest : float
         The least and the largest share in a single batch.
     by_chance : float
-        The expected share of independent elements with mean zero and equal variance: 1 / M, where
-        M is the fan-in.
+        The expected share of independent elements of equal variance and mean zero: 1 / fan-in.
 
     Examples
     --------
@@ -111,32 +106,20 @@ class EnergyReport:
         Returns
         -------
         dict
-            ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, with
-            the entries of `gcx.plan.Plan.to_dict`, and shares as dicts of their attributes or None.
+            ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, where
+            ``...`` is as in `gcx.plan.Plan.to_dict`; a share is a dict of its attributes or None.
         """
-        plain = Plan(PlanRow(*row[:4]) for row in self.rows).to_dict()
-        return {
-            "batches": self.batches,
-            "total": self.total and self.total._asdict(),
-            "parameters": {
-                row.name: {**plain[row.name], "share": row.share and row.share._asdict()}
-                for row in self.rows
-            },
-        }
+        parameters = self._plan().to_dict()
+        for row in self.rows:
+            parameters[row.name]["share"] = row.share and row.share._asdict()
+        total = self.total and self.total._asdict()
+        return {"batches": self.batches, "total": total, "parameters": parameters}
 
     def bar_chart(self) -> Figure:
         """Draw a bar for each weight that has a share.
 
-        Returns
-        -------
-        matplotlib.figure.Figure
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install matplotlib``.
-        ValueError
-            If no parameter has a share; the table says why.
+        Raises an ImportError without matplotlib; a ValueError if no weight has a share, and the
+        table says why.
         """
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:
@@ -149,74 +132,60 @@ class EnergyReport:
             msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
             raise ImportError(msg) from error
         figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
-        axes = figure.subplots()
+        axes = figure.subplots()  # in colours that people who are colour-blind can tell apart
         places = range(len(shares))
         removed, *_, by_chance = zip(*shares.values(), strict=True)
         # Rounding may put the share outside its range.
         below = [max(0.0, share.removed - share.lowest) for share in shares.values()]
         above = [max(0.0, share.highest - share.removed) for share in shares.values()]
-        axes.barh(places, removed, color=_BAR, label="all batches")
-        axes.errorbar(
-            removed, places, xerr=(below, above), fmt="none", ecolor="black", capsize=3,
-            label="least and most in a batch",
-        )  # fmt: skip
-        axes.plot(
-            by_chance, places, linestyle="none", color=_CHANCE, marker="|", markersize=12,
-            markeredgewidth=2, label="by chance: 1 / fan-in",
-        )  # fmt: skip
+        axes.barh(places, removed, color="#0072B2", label="all batches")
+        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3}
+        whiskers["label"] = "least and most in a batch"
+        axes.errorbar(removed, places, xerr=(below, above), **whiskers)
+        (marks,) = axes.plot(by_chance, places, "|", color="#D55E00", label="by chance: 1 / fan-in")
+        marks.set(markersize=12, markeredgewidth=2)
         axes.set_yticks(places, list(shares))
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), xlabel="share of the gradient's energy that GC removes")
+        axes.set(title=f"Gradient Centralization, {self._batches()}", axisbelow=True)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.set_xlabel("share of the gradient's energy that GC removes")
-        axes.set_title(f"Gradient Centralization, {self._batches()}")
         axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         return figure
 
     def __str__(self) -> str:
-        lines = aligned([_HEADER, *self._cells()], to_the_right=_NUMBERS)
-        return "\n".join([*lines, self._counts()])
+        return "\n".join([*aligned(self._cells(), to_the_right=_NUMBERS), self._counts()])
 
     def _repr_html_(self) -> str:
-        return f"{html_table(_HEADER, self._cells())}<p>{escape(self._counts())}</p>"
+        header, *rows = self._cells()
+        return f"{html_table(header, rows)}<p>{self._counts()}</p>"
+
+    def _plan(self) -> Plan:
+        return Plan(PlanRow(*row[:4]) for row in self.rows)
 
     def _cells(self) -> list[tuple[str, ...]]:
         reason = "zero or not finite" if self.total is None else ""
-        whole = ("whole gradient", "", "", *_share_cells(self.total), reason)
-        return [*map(_cells, self.rows), whole]
+        found = zip(map(cells, self._plan()), (row.share for row in self.rows), strict=True)
+        rows = [(*of_row, *_share_cells(share), why) for (*of_row, why), share in found]
+        return [_HEADER, *rows, ("whole gradient", "", "", *_share_cells(self.total), reason)]
 
     def _counts(self) -> str:
-        centralized = sum(row.layout is not None for row in self.rows)
-        return f"{centralized} of {len(self.rows)} parameters centralized, {self._batches()}"
+        return f"{count_centralized(self._plan())}, {self._batches()}"
 
     def _batches(self) -> str:
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"
 
 
-def _cells(row: EnergyRow) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape)) or "scalar"
-    layout = "-" if row.layout is None else str(row.layout)
-    return row.name, shape, layout, *_share_cells(row.share), row.reason
-
-
 def _share_cells(share: Share | None) -> tuple[str, str, str]:
     if share is None:
         return "-", "-", "-"
-    removed, lowest, highest, by_chance = map(_percent, share)
+    percent = ["<0.001%" if 0 < x < 1e-5 else f"{100 * x:.3g}%" for x in share]
+    removed, lowest, highest, by_chance = percent
     return removed, f"{lowest} to {highest}", by_chance
 
 
-def _percent(share: float) -> str:
-    return "<0.001%" if 0 < share < 1e-5 else f"{100 * share:.3g}%"
-
-
 def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:
-    """Join the rows of a plan with the energies of each batch, by name.
-
-    Raises a ValueError if there are no batches, or no gradients in them.
-    """
+    """Join the rows of a plan with the energies of each batch, by name."""
     if not batches:
         msg = "batches is empty; if it is an iterator, it may have been gone through before"
         raise ValueError(msg)
@@ -236,8 +205,7 @@ def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) 
 
 def _row(row: PlanRow, energies: Sequence[Energy]) -> EnergyRow:
     share, obstacle = None, ""
-    infinite = sum(not isfinite(energy.total) for energy in energies)
-    if infinite:
+    if infinite := sum(not isfinite(energy.total) for energy in energies):
         obstacle = f"NaN or infinity in the gradient of {infinite} of {len(energies)} batches"
     if row.layout is not None:
         share = _share(energies, _by_chance(row))

@@ -44,8 +44,8 @@ def energy_removed(
     batches : iterable
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of the model and a batch that returns the loss, a tensor of one number. It moves
-        the batch to the device of the model, and uses ``autocast`` if you train with that.
+        Function of a model and a batch that returns the loss, a tensor of one number; on the device
+        of the model, and in ``autocast`` if you train with that.
     layers, overrides
         As in `gcx.torch.plan`.
 
@@ -57,8 +57,8 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` returns anything but a tensor of one number, a weight to centralize has a sparse
-        gradient, or as `gcx.torch.plan`.
+        If `loss` is a criterion of ``torch.nn``, or returns anything but a tensor of one number; if
+        a weight to centralize has a sparse gradient; or as `gcx.torch.plan`.
     ValueError
         If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
     RuntimeError
@@ -69,15 +69,20 @@ def energy_removed(
     --------
     >>> import torch
     >>> import gcx.diagnostics.torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-    >>> batches = [(torch.rand(32, 8), torch.rand(32, 2)) for _ in range(4)]
+    >>> model, batches = torch.nn.Linear(8, 2), torch.rand(4, 32, 8)
     >>> def loss(model, batch):
-    ...     x, y = batch
-    ...     return torch.nn.functional.mse_loss(model(x), y)
+    ...     return model(batch).square().mean()
     >>> report = gcx.diagnostics.torch.energy_removed(model, batches, loss)
     >>> [row.name for row in report.rows if row.share is not None]
-    ['0.weight', '2.weight']
+    ['weight']
     """
+    if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        msg = (
+            f"loss is a function of the model and a batch, and {name} compares outputs with "
+            "targets: give a function that calls the model on the batch, and then the criterion"
+        )
+        raise TypeError(msg)
     decisions = decide(model, Options(layers=layers, overrides=overrides))
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
         msg = (
@@ -96,21 +101,8 @@ def energy_removed(
     return report_of(rows, measured)
 
 
-def _energies(trained: dict[PlanRow, Tensor], loss: Tensor) -> dict[str, Energy]:
+def _energies(trained: dict[PlanRow, Tensor], loss: object) -> dict[str, Energy]:
     """Measure the gradients of a loss; parameters that it does not depend on are left out."""
-    _check_loss(loss)
-    # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
-    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    energies = {}
-    for row, grad in zip(trained, grads, strict=True):
-        if grad is not None:
-            # A sparse gradient can count in the total alone; gcx centralizes none.
-            is_sparse = row.layout is None and grad.layout is not torch.strided
-            energies[row.name] = energy_of(grad.to_dense() if is_sparse else grad, row)
-    return energies
-
-
-def _check_loss(loss: object) -> None:
     if not isinstance(loss, Tensor) or loss.ndim:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         msg = f"loss(model, batch) is to return a tensor of one number, without axes; not {shape}"
@@ -121,6 +113,15 @@ def _check_loss(loss: object) -> None:
             "under torch.no_grad() or torch.inference_mode()"
         )
         raise ValueError(msg)
+    # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    energies = {}
+    for row, grad in zip(trained, grads, strict=True):
+        if grad is not None:
+            # A sparse gradient can count in the total alone; gcx centralizes none.
+            is_sparse = row.layout is None and grad.layout is not torch.strided
+            energies[row.name] = energy_of(grad.to_dense() if is_sparse else grad, row)
+    return energies
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import keras
 
 from gcx._decisions import already_attached, check_reproducible, narrow_weight, refuse_empty
 from gcx._options import Decay, Layers, Options, Where
-from gcx.keras._optimizer import GradientCentralization, Projection, attach
+from gcx.keras._optimizer import GradientCentralization, Projection
 from gcx.keras._plan import Overrides, decide, plan
 from gcx.plan import Plan, PlanRow
 
@@ -40,22 +39,19 @@ def centralize(
     Parameters
     ----------
     optimizer : keras.optimizers.Optimizer
-        Any Keras 3 optimizer on torch or JAX; use it as before. In a `LossScaleOptimizer`, the
-        inner optimizer is centralized.
+        Any Keras 3 optimizer on torch or JAX; use it as before. A `LossScaleOptimizer` has its
+        inner optimizer centralized.
     model : keras.Model or keras.Layer
         The built model, which must hold every variable of the optimizer.
     where : {"gradient", "update"}, optional
-        ``"gradient"`` centralizes the gradients. ``"update"`` centralizes the displacement of the
-        weights by the step, which keeps the mean of each weight over its fan-in.
+        Centralize the gradients, or the displacement of the weights by the step.
     decay : {"inside", "outside"}, optional
         Project ``weight_decay`` too (inside) or not. ``where="gradient"`` allows outside only, as
         Keras applies the decay to the weights; the default of ``where="update"`` is inside.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
+    strength, reproducible
+        As in `gcx.centralize`.
     layers, overrides
         As in `plan`.
-    reproducible : bool, optional
-        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
 
     Returns
     -------
@@ -69,8 +65,8 @@ def centralize(
         `MultiOptimizer`; if `model` is not a layer; if `reproducible` is not possible.
     ValueError
         As `plan`; if an option has no such value, or `where` and `decay` contradict each other; if
-        the optimizer has Gradient Centralization already, or there is nothing to centralize. When
-        the optimizer is built: if the model lacks a variable.
+        the optimizer is centralized already, or there is nothing to centralize. When the optimizer
+        is built: if the model lacks a variable.
     RuntimeError
         If the backend is not torch or JAX.
 
@@ -89,9 +85,10 @@ def centralize(
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     >>> model.compile(optimizer, loss="mse")
     """
+    default: Decay = "inside" if where == "update" else "outside"
     options = Options(
         where=where,
-        decay=decay,
+        decay=default if decay is None else decay,
         strength=strength,
         layers=layers,
         overrides=overrides,
@@ -103,8 +100,6 @@ def centralize(
             "gradient. A kernel_regularizer, which is part of it, is inside already"
         )
         raise ValueError(msg)
-    if decay is None:
-        options = replace(options, decay="inside" if where == "update" else "outside")
     optimizer = _innermost(optimizer)
     _check_optimizer(optimizer)
     expected = plan(model, layers=layers, overrides=overrides)
@@ -124,7 +119,7 @@ def centralize(
         return [decided[id(variable)] for variable in variables]
 
     projection = Projection(rows_of, expected, options)
-    handle = attach(optimizer, projection)
+    handle = GradientCentralization(optimizer, projection)
     if where == "update":
         _warn_of_low_precision(model, expected)
     else:
@@ -171,9 +166,9 @@ def _warn_of_low_precision(model: Any, expected: Plan) -> None:
 
 def _centralize_momentum(optimizer: Any, projection: Projection) -> None:
     """Subtract the fan-in mean from momentum that uncentralized gradients left."""
-    if projection.options.strength < 1:  # then momentum rightly has a mean
-        return
-    if optimizer.built and isinstance(optimizer, keras.optimizers.SGD) and optimizer.momentum:
+    is_whole = projection.options.strength == 1.0  # otherwise momentum rightly has a mean
+    is_sgd = optimizer.built and isinstance(optimizer, keras.optimizers.SGD)
+    if is_whole and is_sgd and optimizer.momentum:
         variables = vars(optimizer)["_trainable_variables"]
         values = [buffer.value for buffer in optimizer.momentums]
         centralized = projection.centralized(values, variables)

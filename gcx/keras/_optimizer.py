@@ -24,6 +24,10 @@ class Projection:
     def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
         self.plan: Plan = plan  # until the variables of the optimizer are known
         self.options: Options = options
+        self._how: dict[str, Any] = {
+            "strength": options.strength,
+            "reproducible": options.reproducible,
+        }
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}
@@ -45,28 +49,18 @@ class Projection:
 
     def hold_means(self, variables: Sequence[Any]) -> None:
         """Remember the present means of the weights."""
-        reproducible = self.options.reproducible
-        self._held = {
-            id(v): fan_in_mean(_value(v), self._layouts[id(v)], reproducible=reproducible)
-            for v in variables
-            if id(v) in self._layouts
-        }
+        for v in variables:
+            if layout := self._layouts.get(id(v)):
+                weight = keras.ops.stop_gradient(v.value)
+                mean = fan_in_mean(weight, layout, reproducible=self.options.reproducible)
+                self._held[id(v)] = mean
 
     def restore_means(self, variables: Sequence[Any]) -> None:
         """Shift the weights back to the means that were remembered."""
         for v in variables:
             if id(v) in self._held:
-                mean = self._held.pop(id(v))
-                v.assign(restore_mean(_value(v), mean, self._layouts[id(v)], **self._how))
-
-    @property
-    def _how(self) -> dict[str, Any]:
-        return {"strength": self.options.strength, "reproducible": self.options.reproducible}
-
-
-def _value(variable: Any) -> Any:
-    """Array of a variable, which autograd does not watch."""
-    return keras.ops.stop_gradient(variable.value)
+                weight, mean = keras.ops.stop_gradient(v.value), self._held.pop(id(v))
+                v.assign(restore_mean(weight, mean, self._layouts[id(v)], **self._how))
 
 
 _SAVED = ("where", "decay", "strength", "reproducible")  # the plan holds the other options
@@ -106,11 +100,10 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         options = self._projection.options
-        held = options.decay if options.where == "update" else None
-        if held == "inside":
+        if options.where == "update" and options.decay == "inside":
             self._projection.hold_means(variables)
         super()._apply_weight_decay(variables)
-        if held == "outside":
+        if options.where == "update" and options.decay == "outside":
             self._projection.hold_means(variables)
 
     def _backend_update_step(
@@ -131,13 +124,8 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         return {
             "optimizer": keras.optimizers.serialize(handle.plain_optimizer()),
             "plan": [
-                [
-                    row.name,
-                    row.shape,
-                    row.layout and (str(row.layout), row.layout.sizes),
-                    row.reason,
-                ]
-                for row in handle.plan
+                [name, shape, layout and (str(layout), layout.sizes), reason]
+                for name, shape, layout, reason in handle.plan
             ],
             **{name: getattr(options, name) for name in _SAVED},
         }
@@ -164,7 +152,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
         # Earlier configs have no strength.
         options = Options(**{name: config[name] for name in _SAVED if name in config})
-        attach(optimizer, Projection(saved_rows, Plan(rows), options))
+        GradientCentralization(optimizer, Projection(saved_rows, Plan(rows), options))
         return optimizer
 
 
@@ -181,14 +169,18 @@ class GradientCentralization:
     >>> handle.plan
     <gcx plan: 1 of 2 parameters centralized>
     >>> handle.remove()
-    >>> isinstance(optimizer, gcx.keras.Centralized)
-    False
     """
 
     def __init__(self, optimizer: Any, projection: Projection) -> None:
+        kind: type = type(optimizer)
         self.projection = projection
         self._optimizer = optimizer
-        self._kind = type(optimizer)
+        self._kind = kind
+        if optimizer.built:
+            projection.bind(vars(optimizer)["_trainable_variables"])
+        # A new optimizer would lack the fast steps that Keras has for torch.
+        optimizer.__class__ = _centralized(kind)
+        optimizer.gradient_centralization = self
 
     @property
     def plan(self) -> Plan:
@@ -207,25 +199,13 @@ class GradientCentralization:
 
     def plain_optimizer(self) -> Any:
         """Make an optimizer with the same state and its original class, to serialize it."""
-        plain = object.__new__(self._kind)
+        plain: Any = object.__new__(self._kind)
         vars(plain).update(vars(self._optimizer))
         return plain
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
         return f"<{name} of {kind}, where={self.projection.options.where!r}, {self.plan!r}>"
-
-
-def attach(optimizer: Any, projection: Projection) -> GradientCentralization:
-    """Let an optimizer use a projection from its next step on."""
-    kind: type = type(optimizer)
-    handle = GradientCentralization(optimizer, projection)
-    if optimizer.built:
-        projection.bind(vars(optimizer)["_trainable_variables"])
-    # A new optimizer would lack the fast steps that Keras has for torch.
-    optimizer.__class__ = _centralized(kind)
-    optimizer.gradient_centralization = handle
-    return handle
 
 
 @cache

@@ -33,15 +33,15 @@ Source = Callable[[Names], NameRule]
 _AMBIGUOUS = "unknown: its name does not tell the fan-in; the model does (gcx.optax.layouts)"
 
 # Rows of a preset: end of the path, layout or None, reason. The first row that matches and fits the
-# rank counts. The patterns are regular expressions because the "*" of a glob crosses "/", and
-# "conv_transpose_block/conv/w" is not a transposed convolution.
+# rank counts; its layout is a guess. The patterns are regular expressions because the "*" of a glob
+# crosses "/", and "conv_transpose_block/conv/w" is not a transposed convolution.
 PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
     "flax": (
         (r"(query|key|value)/kernel", "ioo", "attention projection"),
-        # Names that flax makes. A kernel of rank 2 is clear, unless a stack of them has rank 3.
+        # Names that flax makes.
         (r"(Scan|Vmap)[A-Z][^/]*/.*kernel", None, _AMBIGUOUS),
-        (r"(DenseGeneral|Einsum)_[^/]*/kernel", "io", "kernel"),
-        (r"(DenseGeneral|Einsum|ConvLocal)_[^/]*/kernel", None, _AMBIGUOUS),
+        (r"DenseGeneral_[^/]*/kernel", "io", "kernel"),
+        (r"(DenseGeneral|Einsum|ConvLocal|ConvTranspose)_[^/]*/kernel", None, _AMBIGUOUS),
         (r"/kernel", "...o", "kernel"),
         (r"/embedding", None, "embedding"),
         (r"/bias", None, "bias"),
@@ -72,7 +72,6 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         # keras.applications uses the second and the third name.
         (r"(depthwise|dwconv|conv_dw)[^/]*/kernel", "...oo", "depthwise convolution"),
         (r"/depthwise_kernel", "...oo", "depthwise convolution"),
-        (r"einsum_dense[^/]*/kernel", "io", "kernel"),
         (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
         (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
         (r"/(embeddings|reverse_embeddings)", None, "embedding"),
@@ -95,7 +94,8 @@ def layouts(
     Parameters
     ----------
     model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
-        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``).
+        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
+        or tuple of nnx or Equinox modules is a model too.
     *example_inputs, **keyword_inputs
         For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
         `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
@@ -118,18 +118,33 @@ def layouts(
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
     rows = decide(model, example_inputs, keyword_inputs)
-    return {name: row.layout or LeaveAlone(row.reason) for name, row in rows.items()}
+    return {
+        name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
+        for name, row in rows.items()
+    }
 
 
-def plan(params: optax.Params, layouts: Layouts) -> Plan:
+class _LayerLayout(Layout):
+    """Layout of a layer's weight; the plan shows the layer."""
+
+    __slots__ = ("layer",)
+
+    layer: str
+
+    def __init__(self, layout: Layout, layer: str) -> None:
+        super().__init__(str(layout), **layout.sizes)
+        self.layer = layer
+
+
+def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     """Show which parameters `centralize` would centralize, over which axes, and why.
 
     Parameters
     ----------
     params : pytree
         Parameters or gradients, or their `jax.ShapeDtypeStruct`.
-    layouts : model, Plan, mapping, callable or str
-        As in `centralize`.
+    layouts : model, Plan, mapping, callable or str, optional
+        As in `centralize`. If `params` is an nnx or Equinox model, it may be left out.
 
     Returns
     -------
@@ -156,10 +171,14 @@ def plan(params: optax.Params, layouts: Layouts) -> Plan:
     >>> print(gcx.optax.plan(params, "flax"))
     parameter      shape    layout  reason
     Conv_0/bias    8        -       bias
-    Conv_0/kernel  3x3x1x8  ...o    kernel
+    Conv_0/kernel  3x3x1x8  ...o    guess by name: kernel
     token          1x8      -       unknown: no rule for this name
     1 of 3 parameters centralized
     """
+    framework = framework_of(params) if layouts is None else None
+    if framework is not None:
+        layouts = params
+        params = framework.params(params) if framework.params else None
     return plan_of(params, source_of(layouts), {})
 
 
@@ -174,7 +193,13 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
-    if not is_floating(leaf.dtype):
+    try:
+        is_numeric = is_floating(leaf.dtype)
+    except TypeError:  # a dtype that neither JAX nor NumPy knows
+        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+        msg = f"{name} is a {kind}: gcx.optax is for JAX and NumPy arrays"
+        raise TypeError(msg) from None
+    if not is_numeric:
         return PlanRow(name, shape, None, "not of floating dtype")
     chosen, reason = rule(name, leaf)
     if chosen is None:
@@ -204,10 +229,11 @@ def source_of(layouts: Layouts) -> Source:
     # Before the other forms: a model may be callable, or a mapping.
     framework = framework_of(layouts)
     if framework is not None:
-        if framework.needs_inputs:
+        if framework.params is None:
             msg = (
                 f"a {framework.module} model has no layers before it sees an input: give "
-                "gcx.optax.layouts(model, *example_inputs), where shapes will do"
+                "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
+                "or jax.ShapeDtypeStruct(shape, dtype)"
             )
             raise TypeError(msg)
         return _for_any_names(partial(_from_model, decide(layouts)))
@@ -221,8 +247,9 @@ def source_of(layouts: Layouts) -> Source:
     if callable(layouts):
         return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
     msg = (
-        f"layouts is an nnx or Equinox module, a mapping from path to layout or None, a function "
-        f"of path and array, a plan, or a preset ({_PRESET_NAMES}), not {type(layouts).__name__}"
+        f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
+        "layout or None, a function of path and array, a plan, or a preset "
+        f"({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
 
@@ -233,9 +260,12 @@ def _for_any_names(rule: NameRule) -> Source:
 
 def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
     for pattern, layout, reason in PRESETS[preset]:
-        is_named_so = re.search(f"{pattern}$", f"/{name}")
-        if is_named_so and (layout is None or _fits(layout, leaf.ndim)):
-            return layout, reason
+        if not re.search(f"{pattern}$", f"/{name}"):
+            continue
+        if layout is None:
+            return None, reason
+        if _fits(layout, leaf.ndim):
+            return layout, f"guess by name: {reason}"
     return None, _no_rule(leaf)
 
 
@@ -273,7 +303,9 @@ def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
 
 
 def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
-    return (None, answer.reason) if isinstance(answer, LeaveAlone) else (answer, "as given")
+    if isinstance(answer, LeaveAlone):
+        return None, answer.reason
+    return answer, answer.layer if isinstance(answer, _LayerLayout) else "as given"
 
 
 def _no_rule(leaf: Any) -> str:

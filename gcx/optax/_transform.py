@@ -41,25 +41,53 @@ class _Planner:
     def __init__(self, source: Source, axis_name: AxisName) -> None:
         self._source, self._axis_name = source, axis_name
         self._known: dict[Any, _Planned] = {}
+        self._ranks: dict[str, int] = {}
 
-    def plan(self, tree: Any) -> _Planned:
-        """Plan a tree."""
-        axes = axes_by_path(self._axis_name, names_of(tree))
-        return _Planned(plan_of(tree, self._source, axes), axes)
+    def plan_params(self, params: Any) -> _Planned:
+        """Plan the parameters, and remember their ranks."""
+        for name, rank in _ranks(params).items():
+            self._ranks[name] = max(rank, self._ranks.get(name, 0))
+        return self._plan(params)
 
-    def recall(self, tree: Any, leaves: Sequence[Any], structure: PyTreeDef) -> _Planned:
-        """Plan a tree, or return the plan of an earlier tree like it."""
+    def recall(
+        self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
+    ) -> _Planned:
+        """Plan gradients, or return the plan of earlier gradients like them."""
         form = structure, tuple(map(_shape_and_dtype, leaves))
         try:
             planned = self._known.get(form)
         except TypeError:  # a static part of a module is not hashable
-            return self.plan(tree)
+            return self._plan_grads(grads, params)
         if planned is None:
-            planned = self.plan(tree)
+            planned = self._plan_grads(grads, params)
             if len(self._known) == _PLANS_KEPT:
                 self._known.clear()
             self._known[form] = planned
         return planned
+
+    def _plan_grads(self, grads: Any, params: Any) -> _Planned:
+        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
+        return self._plan(grads)
+
+    def _plan(self, tree: Any) -> _Planned:
+        axes = axes_by_path(self._axis_name, names_of(tree))
+        return _Planned(plan_of(tree, self._source, axes), axes)
+
+
+def _ranks(tree: Any) -> dict[str, int]:
+    return {name: len(leaf.shape) for name, leaf in named_leaves(tree) if hasattr(leaf, "shape")}
+
+
+def _check_ranks(ranks: Mapping[str, int], of_params: Mapping[str, int]) -> None:
+    """Raise a ValueError if a gradient has more axes than its parameter."""
+    for name, rank in ranks.items():
+        if rank > of_params.get(name, rank):
+            msg = (
+                f"{name}: the parameter has rank {of_params[name]}, and its gradient rank {rank}. "
+                "If these are gradients of single examples, put gcx.optax.centralize after what "
+                "averages them (optax.contrib.differentially_private_aggregate), or jax.vmap it"
+            )
+            raise ValueError(msg)
 
 
 def centralize(
@@ -72,20 +100,21 @@ def centralize(
     """Centralize updates: subtract their mean over the fan-in.
 
     It centralizes the gradient in ``chain(centralize, sgd)``, and the update in ``chain(adamw,
-    centralize)``. :doc:`/optax` says which chains keep the means of the weights (Corollary 4.1).
+    centralize)``. Around a base optimizer, as in `optax.contrib.schedule_free`, it goes inside:
+    :doc:`/optax` says which chains keep the means of the weights (Corollary 4.1).
 
     Parameters
     ----------
     layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
-        - an nnx or Equinox module, whose layers give the layouts;
+        - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
           `layouts` returns; the first key that matches counts;
         - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend
           on the path, shape and dtype alone: it is called once for each of these;
-        - a preset that goes by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
+        - a preset that guesses by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
 
         Parameters without a match are left alone.
     strength : float, optional
@@ -101,7 +130,8 @@ def centralize(
     optax.GradientTransformation
         Has no state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
         centralize, and a TypeError if `reproducible` is not possible. Its ``update`` raises a
-        ValueError if an axis of `axis_name` is not bound, or an axis may split a fan-in.
+        ValueError if a gradient has more axes than its parameter, an axis of `axis_name` is not
+        bound, or an axis may split a fan-in.
 
     Raises
     ------
@@ -137,7 +167,7 @@ def centralize(
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
-        planned = planner.plan(params)
+        planned = planner.plan_params(params)
         _check_not_idle(params, planned.rows)
         if reproducible:
             _check_reproducible(params, *planned)
@@ -146,9 +176,8 @@ def centralize(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
-        rows, axes = planner.recall(updates, leaves, structure)
+        rows, axes = planner.recall(updates, leaves, structure, params)
         centralized = [
             leaf
             if row.layout is None

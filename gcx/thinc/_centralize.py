@@ -38,15 +38,12 @@ def centralize(
     *models : thinc.model.Model
         All models that the optimizer trains, initialized. In spaCy: the models of the components.
     where : {"gradient", "update"}, optional
-        ``"gradient"`` centralizes the gradient that the optimizer uses, in place. ``"update"``
-        centralizes the displacement of the weights by the step, which keeps the mean of each
-        weight over its fan-in with any of the optimizers.
-    strength : float, optional
-        The part of the mean to subtract, from 0 to 1.
+        Centralize the gradient that the optimizer uses, in place; or the displacement of the
+        weights by the step.
+    strength, reproducible
+        As in `gcx.centralize`.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         As in `plan`.
-    reproducible : bool, optional
-        Take means in the one order that gives equal bits everywhere (see :doc:`/reproducible`).
 
     Returns
     -------
@@ -106,23 +103,22 @@ class GradientCentralization:
         self._optimizer = optimizer
         self._options = options
         self._kind = kind = type(optimizer)
+        self._how: dict[str, Any] = {"strength": options.strength}
+        self._how["reproducible"] = options.reproducible
         self._rows = decide(models, options.overrides)
         refuse_empty(self.plan, "these models")
         if options.reproducible:
-            weights = {
-                (layer.id, name): layer.get_param(name)
-                for _, layer in walk(models)
-                for name in layer.param_names
-            }
-            check_reproducible([self._rows[key] for key in weights], weights.values())
+            for _, layer in walk(models):
+                rows = [self._rows[layer.id, name] for name in layer.param_names]
+                check_reproducible(rows, map(layer.get_param, layer.param_names))
         self._foreign: set[Key] = set()  # parameters of shims
-        self._step = self._update_step if options.where == "update" else self._gradient_step
+        step = self._update_step if options.where == "update" else self._gradient_step
 
         def call(optimizer: Any, key: Key, *args: Any, **options: Any) -> Any:
             layout = self._layout_of(key)
             if layout is None:
                 return kind.__call__(optimizer, key, *args, **options)
-            return self._step(layout, optimizer, key, *args, **options)
+            return step(layout, optimizer, key, *args, **options)
 
         # Python looks for __call__ in the class, so each optimizer gets its own class. An
         # object takes a new class only if that has the same memory layout, hence the slots.
@@ -151,31 +147,28 @@ class GradientCentralization:
     def _gradient_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        strength, reproducible = self._options.strength, self._options.reproducible
-        gradient = gcx.centralize(
-            gradient, layout=layout, out=gradient, strength=strength, reproducible=reproducible
-        )
+        gradient = gcx.centralize(gradient, layout=layout, out=gradient, **self._how)
         if not optimizer.L2_is_weight_decay:
             # The optimizer adds L2 * weights, whose mean is subtracted here in advance.
-            mean = fan_in_mean(weights, layout, reproducible=reproducible)
-            rate = strength * _l2(optimizer, key)
+            l2 = optimizer.L2  # a number in thinc 8, a schedule in thinc 9
+            if callable(l2):
+                l2 = l2(optimizer.step, key=key, last_score=optimizer.last_score)
+            mean = fan_in_mean(weights, layout, reproducible=self._options.reproducible)
+            rate = self._options.strength * float(l2)
             gradient[...] = subtract_mean(gradient, rate * mean, layout)
         return self._kind.__call__(optimizer, key, weights, gradient, **options)
 
     def _update_step(
         self, layout: Layout, optimizer: Any, key: Key, weights: Any, gradient: Any, **options: Any
     ) -> Any:
-        strength, reproducible = self._options.strength, self._options.reproducible
-        mean = fan_in_mean(weights, layout, reproducible=reproducible)
+        mean = fan_in_mean(weights, layout, reproducible=self._options.reproducible)
         # Moving averages are taken below, after the means are restored.
         averages, optimizer.averages = optimizer.averages, None
         try:
             weights, gradient = self._kind.__call__(optimizer, key, weights, gradient, **options)
         finally:
             optimizer.averages = averages
-        weights[...] = restore_mean(
-            weights, mean, layout, strength=strength, reproducible=reproducible
-        )
+        weights[...] = restore_mean(weights, mean, layout, **self._how)
         if averages is not None:
             ops = get_array_ops(weights)  # type: ignore[no-untyped-call]
             if key not in averages:
@@ -186,10 +179,8 @@ class GradientCentralization:
     def _layout_of(self, key: Key) -> Layout | None:
         if key in self._foreign:
             return None
-        if key not in self._rows:
-            self._rows = decide(
-                self._models, self._options.overrides
-            )  # layers may have been added or replaced
+        if key not in self._rows:  # layers may have been added or replaced
+            self._rows = decide(self._models, self._options.overrides)
         if key in self._rows:
             return self._rows[key].layout
         # Checked last: layers and shims are counted apart, so a new layer may have a shim's id.
@@ -220,10 +211,3 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
         optimizer.__class__ = centralized
     # A reducer returns a function and its arguments, so a copy of the plain optimizer is made.
     return copy.copy, (plain,)
-
-
-def _l2(optimizer: Any, key: Key) -> float:
-    rate = optimizer.L2  # a number in thinc 8, a schedule in thinc 9
-    if callable(rate):
-        rate = rate(optimizer.step, key=key, last_score=optimizer.last_score)
-    return float(rate)

@@ -67,9 +67,9 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
-        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
-        values are layouts, `gcx.plan.LeaveAlone`, or None.
+        Decorator for a rule: a mapping from names of the layer's own parameters, or globs (the
+        first that matches counts), to layouts, `gcx.plan.LeaveAlone` or None; or a function that
+        takes such a layer and returns the mapping.
 
     Raises
     ------
@@ -115,9 +115,8 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
         Initialized models. The layer that owns a parameter decides, never its rank; a layer without
         a rule is left alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Layouts that take precedence over the rules, by the name of a parameter in the plan
-        (``"0.maxout.W"``) or a glob (``"*.softmax.*"``). The first key that matches counts; None
-        or `gcx.plan.LeaveAlone` leaves alone.
+        Layouts that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
+        (``"*.softmax.*"``). The first key that matches counts; None or `LeaveAlone` leaves alone.
 
     Returns
     -------

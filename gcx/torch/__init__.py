@@ -1,7 +1,7 @@
 """Gradient Centralization for torch optimizers."""
 
 from gcx.torch._backward import CentralizationInBackward, centralize_in_backward
-from gcx.torch._centralize import GradientCentralization, centralize, centralize_grads_
+from gcx.torch._centralize import GradientCentralization, centralize, centralize_grads_, centralized
 from gcx.torch._check import check_plan
 from gcx.torch._fused import SGD, AdamW
 from gcx.torch._layers import register_layer
@@ -15,6 +15,7 @@ __all__ = [
     "centralize",
     "centralize_grads_",
     "centralize_in_backward",
+    "centralized",
     "check_plan",
     "plan",
     "register_layer",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -15,13 +17,15 @@ from gcx._decisions import refuse_empty
 from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
+from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of, weights_of
 from gcx.torch._step import not_compiled, warn
+from gcx.torch._targets import find_owner
 from gcx.torch._weights import Weight
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
-# got a gradient is reported.
+# got a gradient is reported; or changes of a weight without Gradient Centralization.
 _PASSES = 8
 
 
@@ -37,8 +41,9 @@ def centralize_in_backward(
 
     Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
     ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
-    decay and momentum. ``torch.autograd.grad`` returns centralized gradients too. Layers that are
-    added later are not covered. A copy of the model centralizes as well, and has no handle.
+    decay and momentum. ``torch.autograd.grad`` and ``torch.func`` return centralized gradients too.
+    Layers that are added later are not covered. A copy of the model centralizes as well, and has no
+    handle.
 
     Parameters
     ----------
@@ -67,7 +72,7 @@ def centralize_in_backward(
     -----
     UserWarning
         If a weight got no gradient while others did: after 8 training-mode forward passes, counted
-        from the first backward, or when the handle is removed.
+        from the first backward, or when the handle is removed. If none got one: after 8 changes.
 
     Examples
     --------
@@ -118,6 +123,7 @@ class CentralizationInBackward:
         refuse_empty(self._plan, f"this {self._kind}", hint=HINT)
         _check_has_no_other(model)
         self._passes = 0
+        self._changes = Changes()
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
         self._hooks = [model.register_forward_pre_hook(self._count)]
         # On the modules around a layer too: MultiheadAttention uses the weight of a child without
@@ -156,10 +162,18 @@ class CentralizationInBackward:
     def _count(self, model: nn.Module, *_: Any) -> None:
         # Not before the first backward: an unrolled cell makes many passes.
         is_training = model.training and torch.is_grad_enabled()
-        if self._passes < _PASSES and is_training and self._has_seen_one():
+        if self._passes == _PASSES or not is_training:
+            return
+        if self._has_seen_one():
             self._passes += 1
             if self._passes == _PASSES:
                 self._warn_of_idle()
+        elif self._changes.are_many(place.tensor() for place in self._places):
+            self._passes = _PASSES
+            warn(
+                f"no gradient of this {self._kind} was there to centralize, while its weights "
+                "changed: backward does not reach them, or the loop computes gradients by itself"
+            )
 
     def _has_seen_one(self) -> bool:
         return any(place.has_seen_one for place in self._places)
@@ -181,6 +195,30 @@ class CentralizationInBackward:
         vars(self).update(state, _hooked=WeakIdKeyDictionary())
 
 
+class Changes:
+    """Counts the changes of a weight, by a few of its elements."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: Tensor | None = None
+
+    def are_many(self, weights: Iterable[Tensor | None]) -> bool:
+        """Look at the first weight that is there; return True if it has changed often."""
+        weight = next((weight for weight in weights if weight is not None), None)
+        if weight is None or is_functorch_wrapped_tensor(weight):
+            return False
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        here = weight.to_local() if is_dtensor(weight) else weight
+        now = here.detach().reshape(-1)[:64].clone()
+        try:
+            self._count += self._last is not None and not torch.equal(now, self._last)
+        except RuntimeError:  # on the meta device there are no values
+            return False
+        self._last = now
+        return self._count >= _PASSES
+
+
 class _Place:
     """The attribute of a layer that is its weight in the forward pass.
 
@@ -190,7 +228,9 @@ class _Place:
 
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
         self.name = weight.name
-        self.holder = decision.holder
+        assert decision.holder is not None
+        # Weak: the layer holds this, and is freed without the garbage collector.
+        self.holder = ref(decision.holder)
         self._key = decision.key
         self._shape = decision.row.shape
         # Without the parameter, whose memory a wrapper may want to free.
@@ -205,7 +245,8 @@ class _Place:
         if found is None or found.shape != self._shape:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
-        is_freed = type(found) is Tensor and found.untyped_storage().nbytes() == 0
+        is_plain = type(found) is Tensor and not is_functorch_wrapped_tensor(found)
+        is_freed = is_plain and found.untyped_storage().nbytes() == 0
         return None if is_freed else found
 
     def centralize(self, grad: Tensor) -> Tensor:
@@ -222,8 +263,14 @@ class _Place:
         return not self.has_seen_one and self._found() is not None
 
     def _found(self) -> Tensor | None:
-        found = getattr(self.holder, self._key, None)
+        found = getattr(self.holder(), self._key, None)
         return found if isinstance(found, Tensor) and found.requires_grad else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "holder": self.holder()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holder=ref(state["holder"]))
 
 
 def _places_around(
@@ -232,14 +279,13 @@ def _places_around(
     """List each module that holds weights, with all of them."""
     for module in model.modules():
         inside = set(module.modules())
-        within = [place for place in places if place.holder in inside]
+        within = [place for place in places if place.holder() in inside]
         if within:
             yield module, within
 
 
 def _check_has_no_other(model: nn.Module) -> None:
-    hooks = vars(model)["_forward_pre_hooks"].values()
-    if any(isinstance(getattr(hook, "__self__", None), CentralizationInBackward) for hook in hooks):
+    if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
         msg = (
             f"this {type(model).__name__} is centralized in backward already; .remove() that first"
         )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
+from copy import copy
 from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcx._decisions import already_attached, nothing_to_centralize
+from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import HINT, Overrides, decide, weights_of
+from gcx.torch._plan import Overrides, decide, weights_of
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
-from gcx.torch._targets import IN_BACKWARD, Targets, keep_switches
-from gcx.torch._weights import Weight, centralize_, with_gradient
+from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
+from gcx.torch._weights import Weight, centralize_, part_gradients, with_gradient
 
 
 def centralize(
@@ -60,6 +60,7 @@ def centralize(
     -------
     GradientCentralization
         A handle: ``.plan`` shows the decision on each parameter, ``.remove()`` ends it.
+        `centralized` finds it again.
 
     Raises
     ------
@@ -70,7 +71,8 @@ def centralize(
     Warns
     -----
     UserWarning
-        If momentum from before has a mean, or a copy loses its hooks; :doc:`/torch` lists all.
+        If momentum from before has a mean, a copy loses its hooks, or other code makes the steps;
+        :doc:`/torch` lists all.
 
     Examples
     --------
@@ -124,19 +126,14 @@ class GradientCentralization:
         optimizer = _find_optimizer(optimizer)
         _check_steps(optimizer)
         _check_has_no_other(optimizer)
-        self._optimizer = optimizer
+        self._kind = type(optimizer).__name__
         self._options = options
-        self._targets = Targets(optimizer, partial(decide, model, options), options.reproducible)
-        if not any(self._targets.weights()):
-            kind = type(optimizer).__name__
-            raise ValueError(nothing_to_centralize(self.plan, f"this {kind}", hint=HINT))
+        self._targets = Targets(optimizer, model, options)
+        self._targets.refuse_empty()
         self._handles = self._make_hooks().handles
-        self._handles += [
-            optimizer.register_load_state_dict_pre_hook(keep_switches),
-            optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
-        ]
-        # pickle and copy.deepcopy ask the instance first.
-        vars(optimizer)["__reduce_ex__"] = partial(_reduce_with_warning, optimizer)
+        self._targets.note_states()
+        copy(self)._attach(optimizer)  # noqa: SLF001
+        self._optimizer = optimizer  # but not in the copy, which the optimizer holds
 
     @property
     def plan(self) -> Plan:
@@ -147,39 +144,59 @@ class GradientCentralization:
     @torch.no_grad()
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
-        _centralize_gradients(self._targets.weights(), self._options.strength)
+        groups = [group["params"] for group in self._targets.optimizer.param_groups]
+        _centralize_gradients([*self._targets.weights()], groups, self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
+        if self._handles:
+            self._warn_if_bypassed()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        vars(self._optimizer).pop("__reduce_ex__", None)
+        vars(self._targets.optimizer).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
-        name, kind, strength = type(self).__name__, type(self._optimizer).__name__, ""
-        if self._options.strength != 1.0:
-            strength = f", strength={self._options.strength}"
-        state = f"where={self._options.where!r}{strength}" if self._handles else "removed"
-        return f"<{name} of {kind}, {state}, {self.plan!r}>"
+        strength = self._options.strength
+        state = f"where={self._options.where!r}" + f", strength={strength}" * (strength != 1.0)
+        state = state if self._handles else "removed"
+        return f"<{type(self).__name__} of {self._kind}, {state}, {self.plan!r}>"
 
     def _make_hooks(self) -> GradientHooks | UpdateHooks:
         hooks = GradientHooks if self._options.where == "gradient" else UpdateHooks
         return hooks(self._targets, self._options)
 
-    def _warn_if_idle(self, optimizer: Optimizer) -> None:
+    def _attach(self, optimizer: Optimizer) -> None:
+        self._handles += [
+            optimizer.register_load_state_dict_pre_hook(keep_switches),
+            optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
+            optimizer.register_state_dict_pre_hook(self._warn_if_bypassed),
+        ]
+        # pickle and copy.deepcopy ask the instance first.
+        vars(optimizer)["__reduce_ex__"] = self._reduce_with_warning
+
+    def _warn_if_idle(self, _: Optimizer) -> None:
         if not any(self._targets.weights()):
-            kind = type(optimizer).__name__
-            warn(f"the checkpoint switches off all that there is to centralize in this {kind}")
+            warn(
+                f"the checkpoint switches off all that there is to centralize in this {self._kind}"
+            )
+        self._targets.note_states()
 
+    def _warn_if_bypassed(self, *_: Any) -> None:
+        if self._targets.were_bypassed():
+            warn(
+                f"this {self._kind} has made steps without a call of its step, so nothing was "
+                "centralized: a hook makes them, say, or the step was replaced; "
+                "gcx.torch.centralize_in_backward(model) needs no step"
+            )
 
-def _reduce_with_warning(optimizer: Optimizer, protocol: int) -> Any:
-    kind = type(optimizer).__name__
-    warn(
-        f"the copy of this {kind} does not centralize: hooks are not copied. Call "
-        "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
-    )
-    return type(optimizer).__reduce_ex__(optimizer, protocol)
+    def _reduce_with_warning(self, protocol: int) -> Any:
+        warn(
+            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
+            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
+        )
+        optimizer = self._targets.optimizer
+        return type(optimizer).__reduce_ex__(optimizer, protocol)
 
 
 def _find_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -204,19 +221,52 @@ def _check_steps(optimizer: Optimizer) -> None:
         msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         raise TypeError(msg)
     for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer) and value is not inner_optimizer(optimizer):
-            msg = (
-                f"{kind} moves the weights by another optimizer, whose steps may be called without "
-                f"its own: centralize that one, its attribute {name}"
-            )
-            raise TypeError(msg)
+        values = value.values() if isinstance(value, dict) else value
+        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+            if isinstance(one, Optimizer) and one is not inner_optimizer(optimizer):
+                msg = (
+                    f"{kind} moves the weights by another optimizer, whose steps may be called "
+                    f"without its own: centralize that one, its attribute {name}"
+                )
+                raise TypeError(msg)
 
 
 def _check_has_no_other(optimizer: Optimizer) -> None:
-    hooks = vars(optimizer)["_optimizer_load_state_dict_post_hooks"].values()
-    if any(isinstance(getattr(h, "__self__", None), GradientCentralization) for h in hooks):
+    if centralized(optimizer) is not None:
         kind = type(optimizer).__name__
-        raise ValueError(already_attached(kind))
+        msg = f"{already_attached(kind)}: gcx.torch.centralized(optimizer).remove()"
+        raise ValueError(msg)
+
+
+def centralized(optimizer: Optimizer) -> GradientCentralization | None:
+    """Return a handle of what `centralize` did to an optimizer; None if it did nothing.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Any optimizer.
+
+    Returns
+    -------
+    GradientCentralization or None
+        As of `centralize`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters())
+    >>> _ = gcx.torch.centralize(optimizer, model)
+    >>> gcx.torch.centralized(optimizer).remove()
+    >>> gcx.torch.centralized(optimizer) is None
+    True
+    """
+    hooks = vars(_find_optimizer(optimizer))["_optimizer_load_state_dict_post_hooks"]
+    found = copy(find_owner(hooks, GradientCentralization))
+    if found is not None:
+        vars(found).update(_optimizer=optimizer)
+    return found
 
 
 @not_compiled
@@ -268,11 +318,14 @@ def centralize_grads_(
         strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
     weights = weights_of(decide(model, options).items(), reproducible=options.reproducible)
-    _centralize_gradients(weights, options.strength)
+    _centralize_gradients([*weights], [model.parameters()], options.strength)
 
 
-def _centralize_gradients(weights: Iterable[Weight], strength: float) -> None:
+def _centralize_gradients(
+    weights: Sequence[Weight], groups: Iterable[Iterable[Tensor]], strength: float
+) -> None:
     """Centralize all gradients; a ValueError if there are none."""
+    part_gradients(lambda: weights, groups)
     gradients = with_gradient(weights)
     if not gradients:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"

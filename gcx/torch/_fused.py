@@ -41,6 +41,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(_NO_MODEL)
         super().__init__(params, *of_torch, **switches)
         self._centralization = CentralizationInStep(self, model, options)
+        del vars(self._centralization)["_optimizer"]  # no cycle
         del vars(self)["__reduce_ex__"]  # copies need no warning
         registries = [name for name in vars(self) if name.endswith("_hooks")]
         self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
@@ -52,18 +53,11 @@ class FusedOptimizer(Optimizer):
 
     @property
     def fallbacks(self) -> list[str]:
-        """For each parameter group, why torch makes the next step of some of its parameters.
-
-        Empty for a group that the kernels centralize and update.
-        """
+        """For each group, why torch steps some of its parameters; empty if kernels step all."""
         return [self._centralization.hooks.fallback(group) for group in self.param_groups]
 
     def centralize_grads_(self) -> None:
-        """Centralize the gradients now, in place, for example to clip them.
-
-        It works as `gcx.torch.centralize_grads_`, by the plan of this optimizer. The step does it
-        again, which changes nothing at full strength.
-        """
+        """Call `gcx.torch.centralize_grads_` by the plan of this optimizer, for example to clip."""
         self._centralization.centralize_grads_()
 
     def __repr__(self) -> str:
@@ -121,17 +115,13 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     Examples
     --------
-    Parameter groups need the model beside them. On a CPU, torch makes the step:
-
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
     >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
-    >>> optimizer.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> [bool(reason) for reason in optimizer.fallbacks]
-    [True, True]
+    >>> optimizer.fallbacks
+    ['no parameter on a CUDA device', 'no parameter on a CUDA device']
     """
 
     # torch.compile would not know the kernels.
@@ -192,10 +182,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     >>> model = torch.nn.Linear(3, 2)
     >>> optimizer = gcx.torch.SGD(model, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     >>> start = model.weight.mean(1).detach()
-    >>> for _ in range(10):
-    ...     optimizer.zero_grad()
-    ...     model(torch.rand(8, 3)).square().mean().backward()
-    ...     optimizer.step()
+    >>> model(torch.rand(8, 3)).square().mean().backward()
+    >>> optimizer.step()
     >>> torch.allclose(model.weight.mean(1), start, atol=1e-6)
     True
     """

@@ -44,23 +44,21 @@ class StepHooks(GradientHooks):
         super().__init__(targets, options)
 
     def step(self, group: Group, remember: Callable[[list[Tensor]], object]) -> list[Tensor]:
-        """Centralize and update the parameters of a group that the kernels take.
+        """Centralize and update what the kernels take; `remember` makes missing states.
 
-        `remember` makes missing states. Returns the other parameters, for torch to update; their
-        gradients are centralized.
+        Returns the other parameters, for torch to update; their gradients are centralized.
         """
         marked = self._marked.pop(id(group), None)
         if marked is None:  # the hooks have centralized it, or there are none in this step
             return cast("list[Tensor]", group["params"])
         optimizer = self._targets.optimizer
         parameters = [p for p in group["params"] if p.grad is not None]
-        states = [optimizer.state.get(p, {}) for p in parameters]
-        if not all(states):
-            remember([p for p, state in zip(parameters, states, strict=True) if not state])
-            states = [optimizer.state.get(p, {}) for p in parameters]
+        if new := [p for p in parameters if not optimizer.state.get(p)]:
+            remember(new)
         by_stage: dict[Hashable, list[Tensor]] = {}
-        for parameter, state in zip(parameters, states, strict=True):
-            by_stage.setdefault(self._rule.find_stage(group, state), []).append(parameter)
+        for parameter in parameters:
+            stage = self._rule.find_stage(group, optimizer.state.get(parameter, {}))
+            by_stage.setdefault(stage, []).append(parameter)
         left = by_stage.pop(None, [])
         for stage, members in by_stage.items():
             left += self._step_of_stage(group, stage, members, marked)
@@ -71,10 +69,7 @@ class StepHooks(GradientHooks):
 
     @torch.no_grad()
     def fallback(self, group: Group) -> str:
-        """Say why torch will make the next step of a group, or of some of its parameters.
-
-        Empty if the kernels will make all of it.
-        """
+        """Say why torch will step some parameters of a group; empty if the kernels step all."""
         if reason := self._why_not() or self._why_not_group(group):
             return reason
         state = self._targets.optimizer.state
@@ -192,8 +187,8 @@ def _launch(
     chosen = [kernels.pick(places, tensors) for tensors in seen]
     addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
     every = [*chain(*addresses)]
-    conflicts = 0 in every or kernels.overlap(every, sizes)
-    if schedule is None or conflicts or kernels.has_state([*chain(*chosen)]):
+    obstacle = kernels.has_obstacle([*chain(*chosen)], every)
+    if schedule is None or obstacle or kernels.overlap(every, sizes):
         return []
     left = schedule.run(addresses, numbers)
     done = [place for n, place in enumerate(places) if n not in left]

@@ -17,7 +17,11 @@ from gcx.torch._weights import Rate, Weight
 
 Group = dict[str, Any]
 State = dict[str, Any]  # of one parameter
+Means = dict[str, Tensor]  # by a key of the state
 Scalars = Mapping[str, float | bool]
+
+# By this key a parameter group says that a step shrinks the weights, apart from the gradient.
+_DECOUPLES = "decoupled_weight_decay"
 
 # Keys of running sums of gradients, in the state of a parameter.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -34,7 +38,7 @@ def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
     Raises a ValueError if `decay` is needed, or does not fit the optimizer.
     """
     rate = _rate(group)
-    if decay is None and rate is None:
+    if "weight_decay" not in group or (decay is None and rate is None):
         return None
     couples = _couples(optimizer, group)
     kind = type(optimizer).__name__
@@ -73,21 +77,24 @@ def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
     """
     if decay != "outside":
         return None
-    if _couples(optimizer, group):
+    couples, rate, kind = _couples(optimizer, group), _rate(group), type(optimizer).__name__
+    if couples:
         msg = (
             f"decay='outside' with where='update' needs an optimizer that shrinks the weights "
-            f"apart, and {type(optimizer).__name__} adds weight_decay * w to the gradient; use "
-            "where='gradient'"
+            f"apart, and {kind} adds weight_decay * w to the gradient; use where='gradient'"
         )
         raise ValueError(msg)
-    if group["lr"] is None:
+    if rate is None and "weight_decay" in group:
+        return 1.0
+    if couples is None or group["lr"] is None:
         msg = (
             f"decay='outside' with where='update' needs to know by how much a step shrinks the "
-            f"weights, and this {type(optimizer).__name__} finds its learning rate by itself; "
-            "leave decay inside"
+            f"weights, and {kind} may have a rule of its own; leave decay inside. If each step "
+            f"shrinks them by exactly lr * weight_decay, say so in the parameter groups: "
+            f"{_DECOUPLES!r}: True"
         )
         raise ValueError(msg)
-    lost: float | Tensor = group["lr"] * (_rate(group) or 0.0)
+    lost: float | Tensor = group["lr"] * (rate or 0.0)
     # Set by a GradScaler: unless zero, a fused optimizer leaves the weights where they are.
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     return 1 - (lost if found_inf is None else lost * (found_inf == 0))
@@ -102,8 +109,8 @@ def _rate(group: Group) -> Rate:
 
 def _couples(optimizer: Optimizer, group: Group) -> bool | None:
     """Return True if the optimizer adds weight decay to the gradient; None if that is unknown."""
-    if "decoupled_weight_decay" in group:
-        return not group["decoupled_weight_decay"]
+    if _DECOUPLES in group:
+        return not group[_DECOUPLES]
     # By the step itself: a subclass with a step of its own may decay as it likes.
     step = _step_of(type(inner_optimizer(optimizer)))
     if step in _COUPLED:
@@ -125,7 +132,13 @@ def _steps_of(*names: str) -> set[Callable[..., Any]]:
 _COUPLED = _steps_of(
     "Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"
 )
-_DECOUPLED = _steps_of("Adafactor", "AdamW", "Muon")
+# They shrink the weights by lr * weight_decay; the last three know no decay.
+_DECOUPLED = _steps_of("Adafactor", "AdamW", "Muon", "LBFGS", "Rprop", "SparseAdam")
+
+
+def moves_by_gradient_only(optimizer: Optimizer) -> bool:
+    """Return True if a step without a closure leaves weights that have no gradient as they are."""
+    return _step_of(type(inner_optimizer(optimizer))) in _COUPLED | _DECOUPLED
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -137,11 +150,42 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     return inner if isinstance(inner, Optimizer) else optimizer
 
 
+class Average(NamedTuple):
+    """A second set of weights, which an optimizer keeps in its state and moves in its step."""
+
+    keys: tuple[str, ...]  # in the state of a parameter; they begin as 0, or at a pull of 1
+    find_pull: Callable[[Group, State], float | Tensor]  # part of the way to the new weights
+
+    def find_means(self, group: Group, state: State, weight: Weight, mean: Tensor) -> Means:
+        """Find its means after a step that keeps the mean of the weight."""
+        pull, means = self.find_pull(group, state), {}
+        for key in self.keys:
+            begin = weight.mean(state[key]) if key in state else torch.zeros_like(mean)
+            means[key] = begin + pull * (mean - begin)
+        return means
+
+
+# By an option in the groups of such optimizers: schedule-free ones, SPlus, ASGD.
+_AVERAGES = {
+    "weight_lr_power": Average(("x", "y", "z"), lambda _, state: 0.0 if "z" in state else 1.0),
+    "nonstandard_constant": Average(("ema",), lambda group, _: 1 - group["ema_rate"]),
+    "lambd": Average(("ax",), lambda _, state: state.get("mu", 1.0)),
+}
+
+
+def find_average(group: Group) -> Average | None:
+    """Find the second set of weights that the optimizer of this group keeps, if any."""
+    return next((_AVERAGES[option] for option in _AVERAGES if option in group), None)
+
+
 @torch.no_grad()
-def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> list[str]:
+def centralize_momentum(
+    optimizer: Optimizer, weights: Iterable[Weight]
+) -> tuple[list[str], list[str]]:
     """Subtract the fan-in mean from momentum that was built from uncentralized gradients.
 
-    Returns the names of the weights whose momentum had a mean. Other momentum keeps its bits.
+    Returns the names of the weights whose momentum had a mean, and of those whose momentum is of a
+    type without `mean`. Other momentum keeps its bits.
     """
     keeper = inner_optimizer(optimizer)
     momentum = [
@@ -154,10 +198,18 @@ def centralize_momentum(optimizer: Optimizer, weights: Iterable[Weight]) -> list
                 "weight, so it cannot be centralized; use where='update'"
             )
             raise ValueError(msg)
-    foreign = [(weight, buffer) for weight, buffer in momentum if _has_mean(weight, buffer)]
-    for weight, buffer in foreign:
-        weight.subtract_(buffer, weight.mean(buffer))
-    return list(dict.fromkeys(weight.name for weight, _ in foreign))
+    changed: dict[str, None] = {}  # in order
+    unknown: dict[str, None] = {}
+    for weight, buffer in momentum:
+        try:
+            has_mean = _has_mean(weight, buffer)
+        except NotImplementedError:  # a subclass of Tensor, such as the 8-bit state in torchao
+            unknown[weight.name] = None
+            continue
+        if has_mean:
+            weight.subtract_(buffer, weight.mean(buffer))
+            changed[weight.name] = None
+    return [*changed], [*unknown]
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:

@@ -39,7 +39,7 @@ class Decision(NamedTuple):
     """The row of one parameter, and the module that registers it."""
 
     row: PlanRow
-    holder: nn.Module
+    holder: nn.Module | None  # None if the model does not hold the parameter
     key: str  # of the parameter in its holder
 
     def is_about(self, parameter: Tensor) -> bool:
@@ -120,7 +120,9 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
-        msg = f"model is a torch.nn.Module, not a {type(model).__name__}"
+        bases = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+        hint = "; for a Keras model use gcx.keras" if "keras" in bases else ""
+        msg = f"model is a torch.nn.Module, not a {type(model).__name__}{hint}"
         raise TypeError(msg)
     options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))

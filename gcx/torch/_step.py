@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from inspect import currentframe
+from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -18,19 +19,24 @@ from gcx._decisions import narrow_weight
 from gcx._options import Options
 from gcx.torch._optimizer import (
     Group,
+    Means,
     centralize_momentum,
     coupled_rate,
+    find_average,
+    inner_optimizer,
     momentum_has_mean,
+    moves_by_gradient_only,
     shrinkage,
 )
 from gcx.torch._targets import Targets
-from gcx.torch._weights import Rate, Weight, centralize_, with_gradient
+from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_gradient
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
+_PARAMETERS = itemgetter("params")
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 
 
@@ -89,7 +95,7 @@ class GradientHooks:
         if switches != self._switches:
             self._switches = switches
             self._centralize_momentum()
-        if not any(map(callable, (*args[1:], *kwargs.values()))):
+        if not _has_closure(args, kwargs):
             self._centralize()
             return None
         # An optimizer may use gradients from before its closure, or ignore the closure. A closure
@@ -123,6 +129,7 @@ class GradientHooks:
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
+        part_gradients(self._targets.weights, map(_PARAMETERS, optimizer.param_groups))
         by_rate: dict[Rate, list[tuple[Weight, Tensor]]] = {}
         for group, weights in self._by_group():
             found = with_gradient(weights)
@@ -146,7 +153,13 @@ class GradientHooks:
             if not momentum_has_mean(optimizer, group, decay)
             for weight in weights
         ]
-        names = centralize_momentum(optimizer, weights)
+        names, unknown = centralize_momentum(optimizer, weights)
+        if unknown:
+            warn(
+                f"the momentum of {len(unknown)} weights ({unknown[0]}, ...) is kept in a form "
+                "without a mean. If it comes from gradients that were not centralized, it moves "
+                "the means of these weights until it has decayed"
+            )
         if names:
             warn(
                 f"the momentum of {len(names)} weights ({names[0]}, ...) comes from gradients that "
@@ -175,38 +188,79 @@ class UpdateHooks:
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
-        moving = (weight for weight in targets.weights() if _may_move(weight))
-        narrow = [w for w in moving if torch.finfo(w.parameter.dtype).bits < 32]
-        if narrow:
-            warn(narrow_weight(narrow[0].name, narrow[0].parameter.dtype))
+        for name, parameter, *_ in targets.weights():
+            may_move = parameter.requires_grad or parameter.grad is not None
+            if may_move and torch.finfo(parameter.dtype).bits < 32:
+                warn(narrow_weight(name, parameter.dtype))
+                break
+        self._moves_others = not moves_by_gradient_only(optimizer)
+        self._may_hide_average = callable(getattr(optimizer, "eval", None))
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         self._baselines: deque[list[_Baseline]] = deque(maxlen=_count_steps(type(optimizer)))
-        self.handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._remember_means),
-            optimizer.register_step_post_hook(self._restore_means),
-        ]
+        before = optimizer.register_step_pre_hook(self._remember_means)
+        after = optimizer.register_step_post_hook(self._restore_means)
+        # Hooks registered earlier may average the weights.
+        vars(optimizer)["_optimizer_step_post_hooks"].move_to_end(after.id, last=False)
+        self.handles: list[RemovableHandle] = [before, after]
 
     @not_compiled
     @torch.no_grad()
-    def _remember_means(self, optimizer: Optimizer, *_: Any) -> None:
+    def _remember_means(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         baselines: list[_Baseline] = []
+        has_closure = _has_closure(args, kwargs)
+        takes_all = has_closure or self._moves_others or self._is_followed(optimizer)
+        state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
-            moving = [weight for weight in weights if _may_move(weight)]
-            baselines += [_Baseline(w, w.mean(w.parameter), factor) for w in moving]
+            average = find_average(group)
+            for weight in weights:
+                parameter = weight.parameter
+                has_gradient = parameter.grad is not None
+                if not (takes_all or has_gradient or parameter.requires_grad):
+                    continue
+                mean, beside = weight.mean(parameter), {}
+                if average is not None:
+                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                is_due = self._moves_others and has_gradient and not has_closure
+                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         self._baselines.append(baselines)
+
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Return True if hooks run after this one; they may give gradients to frozen weights."""
+        last = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
+        return bool(last != self.handles[0].id)
 
     @not_compiled
     @torch.no_grad()
-    def _restore_means(self, *_: Any) -> None:
-        strength = self._options.strength
-        for weight, mean, factor in self._baselines.pop():
+    def _restore_means(self, optimizer: Optimizer, *_: Any) -> None:
+        state = inner_optimizer(optimizer).state
+        for weight, mean, factor, beside, is_due in self._baselines.pop():
             parameter = weight.parameter
-            if factor is not None and parameter.grad is not None:  # else no step, and no decay
-                mean = mean * factor  # noqa: PLW2901
-            moved = weight.mean(parameter) - mean
-            weight.subtract_(parameter, moved if strength == 1.0 else moved * strength)
+            if not is_due and parameter.grad is None:  # no step, and no decay
+                if self._moves_others or parameter.requires_grad:
+                    self._restore(weight, parameter, mean)
+                continue
+            self._restore(weight, parameter, mean if factor is None else mean * factor)
+            known = state.get(parameter, {})
+            found = [key for key in beside if key in known]
+            for key in found:
+                self._restore(weight, known[key], beside[key])
+            if self._may_hide_average and not found:
+                self._may_hide_average = False
+                warn(_UNKNOWN_AVERAGE.format(type(optimizer).__name__))
+
+    def _restore(self, weight: Weight, tensor: Tensor, mean: Tensor) -> None:
+        moved, strength = weight.mean(tensor) - mean, self._options.strength
+        weight.subtract_(tensor, moved if strength == 1.0 else moved * strength)
+
+
+_UNKNOWN_AVERAGE = (
+    "{} has an eval(), which seems to put other weights into the model. gcx does not know where "
+    "they are kept: the means of the weights in training stay, and theirs may move"
+)
 
 
 class _Baseline(NamedTuple):
@@ -215,11 +269,12 @@ class _Baseline(NamedTuple):
     weight: Weight
     mean: Tensor
     shrinkage: Rate
+    beside: Means  # of the weights that the optimizer keeps beside it, after the step
+    is_due: bool  # the step will use the gradient, and may free it, as steps in torch do not
 
 
-def _may_move(weight: Weight) -> bool:
-    """Return True if the parameter is trainable or still has a gradient."""
-    return weight.parameter.requires_grad or weight.parameter.grad is not None
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(map(callable, (*args[1:], *kwargs.values())))
 
 
 def _count_steps(kind: type[Optimizer]) -> int:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeVar
+from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcx._decisions import nothing_to_centralize
+from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import Decision, plan_of, weights_of
+from gcx.torch._plan import HINT, Decision, decide, plan_of, weights_of
 from gcx.torch._weights import Weight
+
+KindT = TypeVar("KindT")
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
+_NAMELESS = "?"  # a parameter that was never in the model
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
@@ -23,25 +29,37 @@ IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is 
 
 
 class Targets:
-    """The weights of an optimizer that are centralized; `decide` looks at the model as it is."""
+    """The weights of an optimizer that are centralized; changes of the model are followed."""
 
-    def __init__(
-        self, optimizer: Optimizer, decide: Callable[[], dict[Tensor, Decision]], reproducible: bool
-    ) -> None:
-        self.optimizer = optimizer
-        self._decide = decide
-        self._decisions = decide()
-        self._reproducible = reproducible
-        self._settled: dict[int, _Settled] = {}  # by the position of the group
+    def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
+        # Weak: the optimizer holds this, and is freed without the garbage collector.
+        self._optimizer: Callable[[], Any] = ref(optimizer)
+        self._model = model
+        self._options = options
+        self._decisions: dict[Tensor, Decision] = {}
+        self._uses = 0  # of `by_group`, which each step calls
+        self._states = 0
+        self._decide()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, which the handle of the user keeps."""
+        optimizer: Optimizer = self._optimizer()
+        return optimizer
 
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the groups with something to centralize, each with its weights.
 
         Weights stay the same objects until a parameter of their group changes. Raises a
-        RuntimeError if a parameter is not, or no longer, in the model.
+        RuntimeError if a parameter that can move is not, or no longer, in the model.
         """
+        self._uses += 1
+        for layers, name, layer in self._layers:
+            if layers.get(name) is not layer:
+                self._decide()
+                break
         found = []
-        for position, group in enumerate(self.optimizer.param_groups):
+        for position, group in enumerate(self._optimizer().param_groups):
             if not is_on(group):
                 continue
             parameters = group["params"]
@@ -59,52 +77,97 @@ class Targets:
 
     def switches(self) -> list[object]:
         """List for each group whether it is switched on."""
-        return [group.get(SWITCH, True) for group in self.optimizer.param_groups]
+        return [group.get(SWITCH, True) for group in self._optimizer().param_groups]
 
     def plan(self) -> Plan:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
-        self._take(self._decide())
+        self._decide()
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
         known = {p: decision for p, decision in self._decisions.items() if p in held}
-        rows = plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
-        strangers = [parameter for parameter in held if parameter not in known]
-        return Plan([*rows, *map(_row_of_stranger, strangers)])
+        return plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
+
+    def refuse_empty(self) -> None:
+        """Raise a RuntimeError if no parameter is in the model, a ValueError if none is taken."""
+        if any(self.weights()):
+            return
+        plan = self.plan()
+        if all(row.name == _NAMELESS for row in plan):
+            raise RuntimeError(_why_missing(plan[0]))
+        kind = type(self.optimizer).__name__
+        raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
+
+    def note_states(self) -> None:
+        """Note that the states of the optimizer are from before its next step."""
+        self._uses, self._states = 0, self._count_states()
+
+    def were_bypassed(self) -> bool:
+        """Return True, once, if the optimizer has new states, and its step did not make them."""
+        is_bypassed = not self._uses and self._count_states() > self._states
+        if is_bypassed:
+            self.note_states()
+        return is_bypassed
+
+    def _count_states(self) -> int:
+        return sum(map(bool, self.optimizer.state.values()))
 
     def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
-        decisions = [self._decision(parameter) for parameter in parameters]
-        settled = _Settled(parameters, decisions, self._reproducible)
+        for parameter in parameters:
+            if not self._is_known(parameter):
+                self._decide()  # it may have been added, or moved
+                if not self._is_known(parameter):
+                    raise RuntimeError(_why_missing(self._decisions[parameter].row))
+        decisions = [self._decisions[parameter] for parameter in parameters]
+        settled = _Settled(parameters, decisions, self._options.reproducible)
         self._settled[position] = settled
         return settled
 
-    def _decision(self, parameter: Tensor) -> Decision:
-        known = self._decisions.get(parameter)
-        if known is not None and known.is_about(parameter):
-            return known
-        found = self._decide()  # it may have been added, or moved
-        if parameter not in found:
-            raise RuntimeError(_replaced(known.row.name) if known else _foreign(parameter))
-        self._take(found)
-        return found[parameter]
+    def _is_known(self, parameter: Tensor) -> bool:
+        decision = self._decisions.get(parameter)
+        if decision is None:
+            return False
+        if decision.holder is None:
+            return not parameter.requires_grad and parameter.grad is None
+        return decision.is_about(parameter)
 
-    def _take(self, decisions: dict[Tensor, Decision]) -> None:
-        self._decisions = decisions
-        self._settled.clear()
+    def _decide(self) -> None:
+        """Look at the model as it is, and list parameters that are not in it too."""
+        found, before = decide(self._model, self._options), self._decisions
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in found:
+                    found[parameter] = _stranger(parameter, before.get(parameter))
+        self._decisions = found
+        self._settled: dict[int, _Settled] = {}  # by the position of the group
+        self._layers = [
+            (layers, name, layer)
+            for module in self._model.modules()
+            # torch.jit has no dict here; layers that it compiled cannot be replaced.
+            if isinstance(layers := vars(module).get("_modules"), dict)
+            for name, layer in layers.items()
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_settled": {}}
+        return {**vars(self), "_settled": {}, "_optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _optimizer=ref(state["_optimizer"]))
 
 
 class _Settled:
-    """The weights of a parameter group, until a parameter of the group changes."""
+    """The weights of a parameter group, until a parameter of the group changes.
+
+    Frozen parameters may be missing in the model: peft registers some anew in each forward pass.
+    """
 
     def __init__(
         self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool
     ) -> None:
-        pairs = zip(parameters, decisions, strict=True)
+        pairs = [*zip(parameters, decisions, strict=True)]
         self.weights = list(weights_of(pairs, reproducible=reproducible))
         self._parameters = list(parameters)
-        self._holders = [(vars(decision.holder), decision.key) for decision in decisions]
+        self._held = [(vars(d.holder), d.key, p) for p, d in pairs if d.holder is not None]
+        self._missing = [p for p, d in pairs if d.holder is None]
         self._tensors = [weight.parameter for weight in self.weights]
         self._shapes = list(map(_shape_of, self._tensors))
 
@@ -115,13 +178,17 @@ class _Settled:
         for modules without a dict of parameters, such as scripted ones.
         """
         try:
-            held = [module["_parameters"][key] for module, key in self._holders]
+            for module, key, parameter in self._held:
+                if module["_parameters"][key] is not parameter:
+                    return False
         except KeyError:
             return False
+        for parameter in self._missing:
+            if parameter.requires_grad or parameter.grad is not None:
+                return False
         return (
-            len(parameters) == len(held)
+            len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
-            and all(map(is_, parameters, held))
             and list(map(_shape_of, self._tensors)) == self._shapes
         )
 
@@ -136,6 +203,12 @@ def is_on(group: Group) -> bool:
         msg = f"{SWITCH!r} in a parameter group is True or False, not {switch!r}"
         raise TypeError(msg)
     return switch
+
+
+def find_owner(hooks: Mapping[int, object], kind: type[KindT]) -> KindT | None:
+    """Find the object of a class among those whose methods are hooks."""
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
 def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -157,22 +230,22 @@ def _switched_off(decision: Decision) -> Decision:
     return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
 
 
-def _row_of_stranger(parameter: Tensor) -> PlanRow:
-    return PlanRow("?", tuple(parameter.shape), None, "unknown: it is not in the model")
+def _stranger(parameter: Tensor, known: Decision | None) -> Decision:
+    name = known.row.name if known else _NAMELESS
+    row = PlanRow(name, tuple(parameter.shape), None, "unknown: it is not in the model")
+    return Decision(row, None, "")
 
 
-def _replaced(name: str) -> str:
+def _why_missing(row: PlanRow) -> str:
+    if row.name != _NAMELESS:
+        return (
+            f"{row.name} was replaced in the model, and the optimizer goes on updating the old one "
+            "(a new layer, load_state_dict(assign=True), to_empty, fully_shard and weight_norm "
+            "replace parameters); make the optimizer after that, and centralize the new one"
+        )
+    flat = f"; if parameters were flattened (DeepSpeed), {IN_BACKWARD}"
     return (
-        f"{name} was replaced in the model, and the optimizer goes on updating the old one "
-        "(load_state_dict(assign=True), to_empty, fully_shard and weight_norm replace "
-        "parameters); make the optimizer after that, and centralize the new one"
-    )
-
-
-def _foreign(parameter: Tensor) -> str:
-    return (
-        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the "
-        f"model. Give the model that holds them all (torch.nn.ModuleList makes one of several), or "
-        f"put it into a parameter group with {SWITCH!r}: False; if parameters were flattened "
-        f"(DeepSpeed), {IN_BACKWARD}"
+        f"the optimizer holds a parameter of shape {row.shape} that is not in the model. Give the "
+        "model that holds them all (torch.nn.ModuleList makes one of several), or put it into a "
+        f"parameter group with {SWITCH!r}: False{flat if len(row.shape) < 2 else ''}"
     )

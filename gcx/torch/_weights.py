@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import add, attrgetter, gt, itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gcx._names import naming
-from gcx.backends import _torch
+from gcx.backends import _torch, _torch_memory
+from gcx.backends._memory import find_meetings
 
 # Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.
 Rate = float | Tensor | None
@@ -38,6 +40,9 @@ class Weight(NamedTuple):
                 _torch.check_reproducible_over(tensor, self.fan_in)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NBYTES = attrgetter("nbytes")
+
 Gradients = Sequence[tuple[Weight, Tensor]]
 
 
@@ -59,13 +64,40 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     return found
 
 
+def part_gradients(
+    find_weights: Callable[[], Iterable[Weight]], groups: Iterable[Iterable[Tensor]]
+) -> None:
+    """Copy the gradient of a weight if it shares memory with the gradient of another parameter."""
+    found = [
+        (p, grad)
+        for parameters in groups
+        for p in parameters
+        if (grad := p.grad) is not None and type(grad) in _PLAIN and grad.layout is torch.strided
+    ]
+    grads = [*map(itemgetter(1), found)]
+    starts = [*map(Tensor.data_ptr, grads)]
+    ends = sorted(map(add, starts, map(_NBYTES, grads)))
+    is_apart = not any(map(gt, ends, sorted(starts)[1:]))
+    if is_apart and (all(map(Tensor.is_contiguous, grads)) or not _torch_memory.overlap(grads)):
+        return
+    marked = {weight.parameter for weight in find_weights()}
+    owners = [p for p, _ in found]
+    spans = [_torch_memory.find_span(grad) or (0, 0) for grad in grads]
+    uses = [(*span, k, grads[k], True) for k, span in enumerate(spans)]
+    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
+        if _torch_memory.shares_memory(mine, its):
+            for parameter in {owners[one], owners[other]} & marked:
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.clone()
+
+
 def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not gradients:
         return
-    weights = [weight for weight, _ in gradients]
-    grads = [grad for _, grad in gradients]
-    for k, grad in enumerate(grads):
+    weights, found = zip(*gradients, strict=True)
+    grads = [*found]
+    for k, grad in enumerate(found):
         if not grad.is_contiguous() and 0 in grad.stride():  # elements share memory
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(

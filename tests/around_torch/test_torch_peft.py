@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gcx.torch
 from gcx import Layout
+from gcx.testing import assert_centralized
 
 from torch_fan_in import assert_fan_in_is_support, features
 
@@ -208,3 +209,22 @@ def test_factors_of_weights_are_listed_and_left_alone(name: str) -> None:
     for layout, reason in _adapters(Adapted(), config).values():
         assert layout is None
         assert not reason.startswith("unknown")
+
+
+def test_lora_of_attention_whose_frozen_weights_are_registered_anew() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, dtype=torch.float64)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"attention": attention}),
+        peft.LoraConfig(target_modules=["attention"], r=2, init_lora_weights=False),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, model)
+    lora = {name: p for name, p in model.named_parameters() if "lora" in name}
+    start = {name: p.detach().clone() for name, p in lora.items()}
+    for x in torch.rand(3, 5, 1, 8, dtype=torch.float64):
+        optimizer.zero_grad()
+        model.base_model.model["attention"](x, x, x)[0].square().sum().backward()
+        optimizer.step()
+    for name, parameter in lora.items():
+        assert_centralized(parameter, start=start[name])

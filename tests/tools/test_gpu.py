@@ -47,7 +47,7 @@ from benchmarks.gpu.report import GpuReport, Measured, NotRunError, Row, judged,
 from benchmarks.throughput import cuda
 from benchmarks.throughput.models import DTYPES, MODELS, Model, Weight
 from benchmarks.throughput.setting import setting
-from gcx.backends import _torch, _torch_repeats
+from gcx.backends import _torch
 from gcx.torch import _fused_step
 
 import reference
@@ -71,7 +71,6 @@ def gpu() -> StandIn:
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
-    monkeypatch.setattr(_torch_repeats, "_known", [])
     return Device(EMULATED, monkeypatch)
 
 

@@ -42,14 +42,16 @@ def load_kernel(driver: Driver, options: list[str], load: Callable[[bytes], T]) 
     source = read_source()
     text = "\n".join([str(driver.versions()[0]), *options, source])
     name = f"{sha256(text.encode()).hexdigest()}.cubin"
-    unusable = suppress(OSError, RuntimeError)  # a RuntimeError: no home, or a failure to load
-    with unusable:
+    try:
         kept = (_find_cache() / name).read_bytes()
         code = kept[_DIGEST:]
         if sha256(code).digest() == kept[:_DIGEST]:  # a driver may crash on half of a kernel
             return load(code)
+    except (OSError, RuntimeError) as error:  # a RuntimeError: no home, or a failure to load
+        if "OUT_OF_MEMORY" in str(error):
+            raise
     code = driver.compile(source, options)
-    with unusable:
+    with suppress(OSError, RuntimeError):
         _write(_find_cache() / name, sha256(code).digest() + code)
     return load(code)
 

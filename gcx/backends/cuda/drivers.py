@@ -5,16 +5,16 @@ Devices are used by their number. The caller has made a device current.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_void_p
 from typing import Any, Protocol
 
 _NAME = "gcx_kernel"  # of every kernel
+Size = tuple[int, int]  # blocks, and threads of a block
 
 
 class Driver(Protocol):
-    """The compiler and the driver. Each error is an exception; a MemoryError if memory is short."""
+    """The compiler and the driver. Each error is an exception with the driver's own name for it."""
 
     def versions(self) -> tuple[int, int]:
         """Return the versions of NVRTC and of the driver, such as 12010 for 12.1."""
@@ -25,13 +25,8 @@ class Driver(Protocol):
     def load(self, device: int, code: bytes, /) -> Any:
         """Load a compiled kernel on the current device."""
 
-    def launch(
-        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
-    ) -> None:
-        """Launch a kernel on the current device, in a number of blocks and threads.
-
-        `parameters` is the address of its structure.
-        """
+    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int, /) -> None:
+        """Launch a kernel on the current device; `parameters` is the address of its structure."""
 
 
 class Bindings:
@@ -73,9 +68,7 @@ class Bindings:
         module = self._ask_in_context(device, self._driver.cuModuleLoadData, code)
         return self._ask(self._driver.cuModuleGetFunction, module, _NAME.encode())
 
-    def launch(
-        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
-    ) -> None:
+    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int) -> None:
         """See `Driver`."""
         pointer = c_void_p(parameters)
         blocks, threads = size
@@ -100,8 +93,6 @@ class Bindings:
 
     def _check(self, answer: tuple[Any, ...]) -> Any:
         status, *values = answer
-        if int(status) and status.name.endswith("OUT_OF_MEMORY"):
-            raise MemoryError(status.name)
         if int(status):
             raise RuntimeError(status.name)
         return values[0] if len(values) == 1 else values
@@ -137,28 +128,13 @@ class Cupy:
     def load(self, device: int, code: bytes, /) -> Any:
         """See `Driver`."""
         self._runtime.setDevice(device)
-        with _tell_lack_of_memory():
-            module = self._driver.moduleLoadData(code)  # for as long as the process lives
-            return self._driver.moduleGetFunction(module, _NAME)
+        module = self._driver.moduleLoadData(code)  # for as long as the process lives
+        return self._driver.moduleGetFunction(module, _NAME)
 
-    def launch(
-        self, device: int, kernel: Any, size: tuple[int, int], stream: int, parameters: int, /
-    ) -> None:
+    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int) -> None:
         """See `Driver`."""
         self._runtime.setDevice(device)  # makes its context current in this thread
         pointer = c_void_p(parameters)
         blocks, threads = size
         arguments = (kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0)
-        with _tell_lack_of_memory():
-            self._driver.launchKernel(*arguments)
-
-
-@contextmanager
-def _tell_lack_of_memory() -> Iterator[None]:
-    """Raise a MemoryError in place of CuPy's error for all that a driver reports."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "OUT_OF_MEMORY" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
+        self._driver.launchKernel(*arguments)

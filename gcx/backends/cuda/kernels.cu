@@ -422,14 +422,9 @@ template <typename Rule> struct rows : Rows {
     load(held, arrays.at[0], walk, 0);
     sum_packs<Rule>(means, held, arrays, walk, work.rate);
     Wide sum;
+#define SUM_BY(N) case N: sum = sum_row<N>(means, packed, shared); break;
     switch (threads) {
-      case 2: sum = sum_row<2>(means, packed, shared); break;
-      case 4: sum = sum_row<4>(means, packed, shared); break;
-      case 8: sum = sum_row<8>(means, packed, shared); break;
-      case 16: sum = sum_row<16>(means, packed, shared); break;
-      case 32: sum = sum_row<32>(means, packed, shared); break;
-      case 64: sum = sum_row<64>(means, packed, shared); break;
-      case 128: sum = sum_row<128>(means, packed, shared); break;
+      SUM_BY(2) SUM_BY(4) SUM_BY(8) SUM_BY(16) SUM_BY(32) SUM_BY(64) SUM_BY(128)
       default: sum = sum_row<T>(means, packed, shared);
     }
     const Wide mean = scaled_mean(sum, matrix.fan_in, work);

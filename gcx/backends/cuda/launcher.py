@@ -10,9 +10,10 @@ from warnings import warn
 
 from gcx.backends.cuda.compiler import load_kernel, make_options
 from gcx.backends.cuda.drivers import Driver
-from gcx.backends.cuda.tables import Launch, is_small_enough, make_launches
+from gcx.backends.cuda.tables import Launch, make_launches
 from gcx.backends.cuda.walks import Walk
 
+OLDEST_DEVICE = (8, 0)  # which converts to bfloat16
 _FIRST_LARGE = 12010  # versions of NVRTC and the driver that take more than 4 KB of parameters
 
 # Device, dtype and walk of an array; None for an array that the kernels do not take.
@@ -86,9 +87,8 @@ class Launcher:
             kernels = launch.loaded or [self.find(device, launch, k) for k in launch.kernels]
             if None not in kernels:
                 launch.loaded = kernels
-                partials, owner = (0, None)
-                if launch.partials:
-                    partials, owner = host.allocate(device, launch.partials)
+                size = launch.partials
+                partials, owner = host.allocate(device, size) if size else (0, None)
                 work = launch.fill(addresses, numbers, partials)
                 return kernels, host.stream(device), work, owner
         except Exception as error:  # noqa: BLE001  # whatever a compiler or a driver raises
@@ -100,7 +100,11 @@ class Launcher:
     def _warn_of_capture(self) -> None:
         if not self._is_warned:
             self._is_warned = True
-            warn(_TOO_EARLY, RuntimeWarning, stacklevel=3)
+            msg = (
+                "a CUDA graph is captured before the CUDA kernels of gcx have run once, so it gets "
+                "the array library's own, slower operations; make one step before the capture"
+            )
+            warn(msg, RuntimeWarning, stacklevel=3)
 
     def launch(self, device: int, launch: Launch, prepared: Prepared | None) -> bool:
         """Launch on the current device; return False if it is impossible."""
@@ -121,6 +125,8 @@ class Launcher:
         """Launch nothing on a device from now on, and warn of the reason."""
         if isinstance(error, (MemoryError, self.host.out_of_memory)):
             raise error
+        if "OUT_OF_MEMORY" in str(error):  # by the driver
+            raise MemoryError(str(error)) from error
         if "CAPTURE" in str(error):  # of a CUDA graph, in any thread: later calls can succeed
             self._warn_of_capture()
             return
@@ -148,10 +154,6 @@ _FAILED = (
     "the CUDA kernels of gcx cannot run{}, so the array library's own, slower operations do their "
     "work: {}"
 )
-_TOO_EARLY = (
-    "a CUDA graph is captured before the CUDA kernels of gcx have run once, so it gets the array "
-    "library's own, slower operations; make one step before the capture"
-)
 
 
 class Schedule:
@@ -159,14 +161,12 @@ class Schedule:
 
     def __init__(self, launcher: Launcher, rule: str, arrays: Sequence[Traits | None]) -> None:
         self._launcher = launcher
-        large = launcher.takes_large
-        groups: dict[tuple[int, str], list[Walk | None]] = {}
+        groups: dict[tuple[int, str], dict[int, Walk]] = {}
         for place, traits in enumerate(arrays):
-            if traits is not None and is_small_enough(traits[2], rule, traits[1], large=large):
-                walks = groups.setdefault(traits[:2], [None] * len(arrays))
-                walks[place] = traits[2]
+            if traits is not None:
+                groups.setdefault(traits[:2], {})[place] = traits[2]
         self._launches = [
-            (device, make_launches(rule, dtype, walks, large=large))
+            (device, make_launches(rule, dtype, walks, large=launcher.takes_large))
             for (device, dtype), walks in groups.items()
         ]
         launched = {k for _, launches in self._launches for each in launches for k in each.places}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from struct import Struct, pack_into
 from typing import Any, NamedTuple
 
@@ -42,6 +42,9 @@ class Tiles(NamedTuple):
     partials: int = 0  # sums that a tile leaves
 
 
+Job = tuple[int, Matrix, Tiles]  # and the position of its array
+
+
 def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
     """Cut a matrix into tiles."""
     units, fan_in = matrix.units, matrix.fan_in
@@ -69,9 +72,7 @@ class Launch:
     `places` are the positions of the arrays in their list.
     """
 
-    def __init__(
-        self, rule: str, dtype: str, jobs: Sequence[tuple[int, Matrix, Tiles]], size: int
-    ) -> None:
+    def __init__(self, rule: str, dtype: str, jobs: Sequence[Job], size: int) -> None:
         itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
         tiles = jobs[0][2]
         self.rule: str = rule
@@ -89,10 +90,9 @@ class Launch:
         self._rows = [(16 + 8 * role) * self.matrices for role in range(roles)]
         first_tile = (16 + 8 * roles) * self.matrices
         self._numbers = Struct(f"9{number}")
-        numbers = first_tile + 4 * self.matrices
-        self._numbers_at = numbers
-        self._partials_at = -(-(numbers + self._numbers.size) // 8) * 8
-        self._template = bytearray(-(-(self._partials_at + 12) // 16) * 16)
+        self._numbers_at = first_tile + 4 * self.matrices
+        self._partials_at = 8 * _divide_up(self._numbers_at + self._numbers.size, 8)
+        self._template = bytearray(16 * _divide_up(self._partials_at + 12, 16))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
             fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
@@ -118,32 +118,26 @@ class Launch:
         return work
 
 
-def make_launches(
-    rule: str, dtype: str, walks: Sequence[Walk | None], *, large: bool
-) -> list[Launch]:
-    """Distribute arrays of one dtype to launches; a walk of None leaves an array out.
+def make_launches(rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bool) -> list[Launch]:
+    """Distribute arrays of one dtype, given by position, to launches.
 
-    All matrices of an array are in one launch. `large` allows parameters of 32 KB.
+    All matrices of an array are in one launch; an array is left out if they do not fit, or have
+    more tiles than the kernels can count. `large` allows parameters of 32 KB.
     """
-    by_kernel: dict[object, list[list[tuple[int, Matrix, Tiles]]]] = {}
-    for place, walk in enumerate(walks):
-        if walk is not None:
-            tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
+    sizes = (SMALL, LARGE) if large else (SMALL,)
+    most = count_matrices(rule, sizes[-1])
+    by_kernel: dict[object, list[list[Job]]] = {}
+    for place, walk in walks.items():
+        tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
+        count = len(walk.matrices)
+        if count <= most and count * tiles.blocks < _MOST_TILES:
             jobs = [(place, matrix, tiles) for matrix in walk.matrices]
             by_kernel.setdefault(tiles.kernels, []).append(jobs)
-    sizes = (SMALL, LARGE) if large else (SMALL,)
     return [
         Launch(rule, dtype, jobs, next(s for s in sizes if len(jobs) <= count_matrices(rule, s)))
         for arrays in by_kernel.values()
-        for jobs in _join(arrays, count_matrices(rule, sizes[-1]))
+        for jobs in _join(arrays, most)
     ]
-
-
-def is_small_enough(walk: Walk, rule: str, dtype: str, *, large: bool) -> bool:
-    """Return True if the matrices of an array fit in one launch, and the kernels can count them."""
-    most = count_matrices(rule, LARGE if large else SMALL)
-    tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
-    return len(walk.matrices) <= most and len(walk.matrices) * tiles.blocks < _MOST_TILES
 
 
 def count_matrices(rule: str, size: int) -> int:
@@ -151,10 +145,8 @@ def count_matrices(rule: str, size: int) -> int:
     return (size - 96) // (8 * ROLES[rule] + 20) // 4 * 4
 
 
-def _join(
-    arrays: Sequence[list[tuple[int, Matrix, Tiles]]], most: int
-) -> Iterator[list[tuple[int, Matrix, Tiles]]]:
-    joined: list[tuple[int, Matrix, Tiles]] = []
+def _join(arrays: Sequence[list[Job]], most: int) -> Iterator[list[Job]]:
+    joined: list[Job] = []
     for jobs in arrays:
         if len(joined) + len(jobs) > most:
             yield joined
@@ -168,5 +160,4 @@ def _divide_up(number: int, divisor: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """Round up to a power of two."""
     return 1 << (number - 1).bit_length()

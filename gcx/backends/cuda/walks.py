@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -20,9 +19,8 @@ _MOST_MATRICES = 1 << 10  # of an array; more would not fit in a launch
 class Matrix(NamedTuple):
     """Output units with one fan-in each; the first element is at `offset` in the array.
 
-    In rows, the elements of a fan-in are neighbours in memory, and `step` leads from one unit to
-    the next. In columns, the units are neighbours, and `step` leads from one element of a fan-in to
-    the next.
+    In rows, the elements of a fan-in are neighbours in memory, and `step` leads from unit to unit.
+    In columns, the units are neighbours, and `step` leads from one element of a fan-in to the next.
     """
 
     offset: int
@@ -68,9 +66,11 @@ def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk 
     largest = max(size, abs(step), along[0], abs(along[1]))
     if rest or (step != 1 and along[1] != 1) or largest > _MOST:
         return None
-    if prod(size for size, _ in others) > _MOST_MATRICES:
+    if prod(count for count, _ in others) > _MOST_MATRICES:
         return None
-    offsets = _find_offsets(others)
+    offsets = [0]
+    for count, apart in others:
+        offsets = [offset + k * apart for offset in offsets for k in range(count)]
     kind, step = ("rows", along[1]) if step == 1 else ("columns", step)
     return Walk(kind, tuple([Matrix(offset, along[0], size, step) for offset in offsets]))
 
@@ -105,8 +105,3 @@ def _merge(axes: Sequence[_Axis]) -> list[_Axis]:
         elif size > 1:
             merged.append((size, step))
     return merged or [(1, 0)]
-
-
-def _find_offsets(axes: Sequence[_Axis]) -> Iterator[int]:
-    for position in product(*(range(size) for size, _ in axes)):
-        yield sum(k * step for k, (_, step) in zip(position, axes, strict=True))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gcx._names import flatten
 from gcx._rules import Rules, RuleT
 from gcx.optax._models import equinox, haiku, linen, nnx
 from gcx.optax._models._parameters import LayerAnswer
@@ -20,30 +21,35 @@ RULES: Rules[LayerAnswer] = Rules(
 
 
 class Framework(NamedTuple):
-    """Classes of a framework's models, and the function that reads them."""
+    """Classes of a framework's models, and the functions that read them."""
 
     module: str
     models: tuple[str, ...]
     decide: Callable[..., dict[str, PlanRow]]
-    needs_inputs: bool  # True if a model has no layers before it is called
+    # Return the parameters of a model; None if a model has no layers before it is called.
+    params: Callable[[Any], Any] | None
 
 
 _FRAMEWORKS = (
-    Framework("equinox", ("Module",), equinox.decide, needs_inputs=False),
-    Framework("flax.nnx", ("Module",), nnx.decide, needs_inputs=False),
-    Framework("flax.linen", ("Module",), linen.decide, needs_inputs=True),
-    Framework("haiku", ("Transformed", "TransformedWithState"), haiku.decide, needs_inputs=True),
+    Framework("equinox", ("Module",), equinox.decide, equinox.params),
+    Framework("flax.nnx", ("Module",), nnx.decide, nnx.params),
+    Framework("flax.linen", ("Module",), linen.decide, None),
+    Framework("haiku", ("Transformed", "TransformedWithState"), haiku.decide, None),
 )
 
 
 def framework_of(model: object) -> Framework | None:
-    """Find the framework of a model; None if it is not a model."""
+    """Find the framework of a model; None if it is not a model.
+
+    A dict, list or tuple that holds Equinox or nnx modules is a model too.
+    """
     for framework in _FRAMEWORKS:
         # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
         if module is not None:
             kinds = tuple(getattr(module, name) for name in framework.models)
-            if isinstance(model, kinds):
+            is_tree = framework.params and any(isinstance(x, kinds) for _, x in flatten(model))
+            if is_tree or isinstance(model, kinds):
                 return framework
     return None
 
@@ -59,7 +65,7 @@ def decide(
             f"{type(model).__name__}"
         )
         raise TypeError(msg)
-    if framework.needs_inputs:
+    if framework.params is None:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})
     if inputs or keyword_inputs:
         msg = f"a {framework.module} module needs no example inputs: give the module alone"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gcx._decisions import decide
+from gcx._decisions import decide, no_fan_in
 from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.optax._names import named_leaves
@@ -43,6 +43,9 @@ def decide_in_stack(
     """
     if isinstance(answer, SingleLayer):
         answer, own_shape = answer
+    if isinstance(answer, LeaveAlone) and answer.reason.startswith("unknown"):
+        own = shape if own_shape is None else own_shape
+        answer = LeaveAlone(no_fan_in(own) or answer.reason)
     if isinstance(answer, (Layout, str)):
         answer = _with_stack(as_layout(answer), shape, own_shape, rule)
     return decide(name, shape, answer, rule)
@@ -115,7 +118,7 @@ def decide_all(seen: Mapping[str, Seen], shapes: Any) -> dict[str, PlanRow]:
 
 def _decide(name: str, shape: Shape, seen: Seen | None) -> PlanRow:
     if seen is None:
-        return PlanRow(name, shape, None, "unknown: it belongs to no module")
+        return PlanRow(name, shape, None, no_fan_in(shape) or "unknown: it belongs to no module")
     return decide_in_stack(name, shape, seen.answer, seen.rule, seen.shape)
 
 
@@ -133,4 +136,9 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
         inputs, keyword_inputs = jax.tree.unflatten(structure, mixed)
         return function(*inputs, **keyword_inputs)
 
-    return jax.eval_shape(of_arrays, arrays)
+    try:
+        return jax.eval_shape(of_arrays, arrays)
+    except (AttributeError, TypeError, ValueError) as error:
+        if all(array is None for array in arrays):
+            error.add_note("no example input is an array or a jax.ShapeDtypeStruct(shape, dtype)")
+        raise

@@ -20,8 +20,13 @@ from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone, PlanRow
 
 
+def params(model: Any) -> Any:
+    """Return a model with None for all that is no array, as ``equinox.filter`` does."""
+    return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else None, model)
+
+
 def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
-    """Decide on each array of an Equinox module, by its name in ``equinox.filter``."""
+    """Decide on each array of a tree of Equinox modules, by its name in ``equinox.filter``."""
     import equinox as eqx
 
     names: dict[int, str] = {}

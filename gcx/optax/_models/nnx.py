@@ -12,8 +12,15 @@ from gcx.optax._models.linen import einsum_kernel
 from gcx.plan import PlanRow
 
 
+def params(model: Any) -> Any:
+    """Return the parameters of a model, with their names."""
+    from flax import nnx
+
+    return nnx.state(model, nnx.Param)
+
+
 def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
-    """Decide on each `nnx.Param` of an nnx module, by its name in ``nnx.state``."""
+    """Decide on each `nnx.Param` in a tree of nnx modules, by its name in ``nnx.state``."""
     from flax import nnx
 
     nodes = list(nnx.iter_graph(model))
@@ -25,13 +32,14 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
     }
 
     def of(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> PlanRow:
-        answer, rule = rules.answer(layers[owner], _joined(rest))
+        answer, rule = rules.answer(layers.get(owner, model), _joined(rest))
         return decide_in_stack(_joined((*owner, *rest)), param.shape, answer, rule)
 
     paths, decisions = {}, {}
     for path, param in nodes:
         if isinstance(param, nnx.Param):
-            owner = next(path[:k] for k in range(len(path), -1, -1) if path[:k] in layers)
+            above = (path[:k] for k in range(len(path), -1, -1))
+            owner = next((place for place in above if place in layers), ())
             paths[id(param)] = path
             decisions[path] = of(param, owner, path[len(owner) :])
     for owner, layer in layers.items():

@@ -1,0 +1,1 @@
+"""Random gradients, layouts, strides and options through every library, against exact sums."""

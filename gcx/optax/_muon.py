@@ -1,0 +1,82 @@
+"""The plan of a model for Muon, which orthogonalizes matrices (fan-in, output)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from gcx._names import match_all
+from gcx.optax._layouts import Layouts, plan
+from gcx.optax._names import is_none
+from gcx.plan import PlanRow
+
+
+def muon_dimension_numbers(
+    params: optax.Params, layouts: Layouts, *, exclude: str | Sequence[str] = ()
+) -> optax.Params:
+    """Tell `optax.contrib.muon` which axes of each weight make a matrix, and which are a stack.
+
+    The fan-in is the reduction axis, and ``o`` the output axis. Each entry of a stack (``b``) is a
+    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam. The
+    groups of a grouped convolution together make one matrix. Needs optax 0.2.6.
+
+    Parameters
+    ----------
+    params : pytree
+        Parameters, or their `jax.ShapeDtypeStruct`.
+    layouts : model, Plan, mapping, callable or str
+        As in `centralize`.
+    exclude : str or sequence of str, optional
+        Paths or globs of further weights for Adam. The head is an ordinary layer to a plan, so
+        name it here: ``exclude="lm_head/*"``.
+
+    Returns
+    -------
+    pytree
+        Like `params`, with an `optax.contrib.MuonDimensionNumbers` or None for each leaf, for the
+        argument ``muon_weight_dimension_numbers`` of `optax.contrib.muon`. Muon calls whatever is
+        callable, so a callable Equinox module comes as a function that returns it.
+
+    Raises
+    ------
+    TypeError
+        As `plan`.
+    ValueError
+        As `plan`; if `exclude` matches no parameter, or a layout splits an axis.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import gcx.optax
+    >>> params = {"query": jnp.ones((8, 2, 4)), "experts": jnp.ones((3, 8, 4)), "bias": jnp.ones(4)}
+    >>> layouts = {"query": "ioo", "experts": "bio"}
+    >>> numbers = gcx.optax.muon_dimension_numbers(params, layouts)
+    >>> numbers["query"]
+    MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    >>> numbers["experts"]
+    MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
+    """
+    rows = plan(params, layouts)
+    keys = [exclude] if isinstance(exclude, str) else exclude
+    excluded = match_all(keys, [row.name for row in rows], what="exclude")
+    numbers = [None if row.name in excluded else _numbers(row) for row in rows]
+    structure = jax.tree.structure(params, is_leaf=is_none)
+    tree = jax.tree.unflatten(structure, numbers)
+    return (lambda _: tree) if callable(tree) else tree
+
+
+def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
+    if row.layout is None or len(row.shape) < 2:
+        return None
+    if row.layout.is_split:
+        msg = f"{row.name}: {row.layout!r} splits an axis, which Muon cannot: name it in exclude="
+        raise ValueError(msg)
+    letters = row.layout.letters(len(row.shape))
+    reduction, output = (
+        tuple(axis for axis, found in enumerate(letters) if found == letter) for letter in "io"
+    )
+    return optax.contrib.MuonDimensionNumbers(reduction, output)

@@ -1,0 +1,170 @@
+"""`gcx.optax.muon_dimension_numbers` against an orthogonalization of each layer alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+pytest.importorskip("flax")
+pytest.importorskip("equinox")
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+import gcx.optax
+from gcx import Layout
+
+from optax_training import normal, normal_like, struct
+
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
+KEY = jax.random.key(0)
+RATE = 0.1
+
+
+def muon(numbers: Any) -> Any:
+    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=numbers)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        return jnp.tanh(nn.Dense(4)(x)), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        x = nn.Embed(7, 4)(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+        x = nn.Conv(6, (3,))(x)
+        x = nn.ConvTranspose(4, (3,), transpose_kernel=True, use_bias=False)(x)
+        x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+            name="scanned"
+        )(x, None)
+        x = nn.DenseGeneral((2, 4))(x)
+        x = nn.DenseGeneral(3, axis=(-2, -1))(x)
+        x = nn.Einsum((2, 3, 4), "...i,eio->...eo", use_bias=False)(x).sum(-2)
+        x = nn.Einsum((5, 4, 2), "...ei,eio->...eo", name="experts", use_bias=False)(
+            jnp.stack([x] * 5, -2)
+        )
+        return nn.Dense(7, name="head")(x.sum(-2))
+
+
+TOKENS = jax.ShapeDtypeStruct((2, 5), "int32")
+# The axes of each matrix, by hand: stack, fan-in, output.
+MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    **{f"attention/{name}/kernel": ((), (0,), (1, 2)) for name in ("query", "key", "value")},
+    "attention/out/kernel": ((), (0, 1), (2,)),
+    "Conv_0/kernel": ((), (0, 1), (2,)),
+    "ConvTranspose_0/kernel": ((), (0, 2), (1,)),
+    "scanned/Dense_0/kernel": ((0,), (1,), (2,)),
+    "DenseGeneral_0/kernel": ((), (0,), (1, 2)),
+    "DenseGeneral_1/kernel": ((), (0, 1), (2,)),
+    "Einsum_0/kernel": ((), (1,), (0, 2)),
+    "experts/kernel": ((0,), (1,), (2,)),
+}
+
+
+def orthogonalized(matrix: Any) -> Any:
+    """Apply Muon's polynomial to the singular values of one matrix."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    fan_in, outputs = matrix.shape
+    return np.sqrt(max(1, outputs / fan_in)) * (left * values) @ right
+
+
+def by_layer(grad: Any, stack: Any, fan_in: Any, outputs: Any) -> Any:
+    """Orthogonalize each layer of a stack alone."""
+    order = (*stack, *fan_in, *outputs)
+    turned = np.transpose(grad, order)
+    sizes = [int(np.prod([grad.shape[k] for k in axes])) for axes in (stack, fan_in, outputs)]
+    layers = np.stack([orthogonalized(layer) for layer in turned.reshape(sizes)])
+    return np.transpose(layers.reshape(turned.shape), np.argsort(order))
+
+
+def test_every_weight_of_a_model_is_orthogonalized_by_its_layer() -> None:
+    shapes = jax.eval_shape(Model().init, KEY, TOKENS)["params"]
+    params = normal_like(1, jax.tree.map(lambda x: struct(*x.shape), shapes))
+    grads = normal_like(100, params)
+    layouts = gcx.optax.layouts(Model(), TOKENS)
+    numbers = gcx.optax.muon_dimension_numbers(params, layouts, exclude="head/*")
+    optimizer = muon(numbers)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    adam = optax.adamw(RATE, weight_decay=0.0, nesterov=True)
+    by_adam, _ = adam.update(grads, adam.init(params), params)
+    rows = gcx.optax.plan(params, layouts)
+    assert {row.name for row in rows if row.layout} == {*MATRICES, "head/kernel"}
+    for row, grad, update, plain in zip(
+        rows, *map(jax.tree.leaves, (grads, updates, by_adam)), strict=True
+    ):
+        axes = MATRICES.get(row.name)
+        expected = -RATE * by_layer(np.asarray(grad), *axes) if axes else plain
+        np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9, err_msg=row.name)
+
+
+def test_layers_of_a_stack_have_their_own_norms() -> None:
+    grads = {"stack": normal(1, 3, 16, 16) * jnp.array([1.0, 1e-3, 1.0])[:, None, None]}
+
+    def norms(numbers: Any) -> Any:
+        updates, _ = muon(numbers).update(grads, muon(numbers).init(grads), grads)
+        return np.linalg.norm(updates["stack"], axis=(1, 2))
+
+    assert np.ptp(norms(gcx.optax.muon_dimension_numbers(grads, {"stack": "bio"}))) < 0.1
+    # The stack as outputs, as in a layout without `b`, lets one layer starve.
+    assert norms(gcx.optax.muon_dimension_numbers(grads, {"stack": "oio"}))[1] < 1e-2
+
+
+def of_nnx() -> tuple[Any, Any]:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))
+    return model, nnx.state(model, nnx.Param)
+
+
+def of_equinox() -> tuple[Any, Any]:
+    model = eqx.nn.MLP(4, 3, 5, 1, key=KEY)
+    return model, eqx.filter(model, eqx.is_array)
+
+
+@pytest.mark.parametrize(("make", "matrices"), [(of_nnx, 1), (of_equinox, 2)])
+def test_trees_of_modules(make: Any, matrices: int) -> None:
+    model, params = make()
+    optimizer = muon(gcx.optax.muon_dimension_numbers(params, model))
+    state = optimizer.init(params)
+    momentum = jax.tree.leaves(state.inner_states["muon"].inner_state[0].mu)
+    assert len(momentum) == matrices
+    updates, _ = optimizer.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_numbers_serve_galore() -> None:
+    params = {"query": normal(1, 4, 2, 3), "bias": normal(2, 3)}
+    numbers = gcx.optax.muon_dimension_numbers(params, {"query": "ioo"})
+    numbers = jax.tree.map(
+        lambda found: optax.contrib.GaLoreDimensionNumbers(*found),
+        numbers,
+        is_leaf=lambda found: isinstance(found, MuonDimensionNumbers),
+    )
+    optimizer = optax.contrib.galore(RATE, rank=1, weight_dimension_numbers=numbers)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert np.linalg.matrix_rank(updates["query"].reshape(4, 6)) == 1
+
+
+def test_errors() -> None:
+    params = {"w": normal(1, 4, 3), "v": normal(2, 4)}
+    with pytest.raises(ValueError, match="exclude: 'head' matches no parameter; there are: v, w"):
+        gcx.optax.muon_dimension_numbers(params, {"w": "io"}, exclude=["head"])
+    split = {"w": Layout("(bi)o", b=2), "v": "i"}
+    with pytest.raises(ValueError, match=r"^w: Layout\(.* splits an axis"):
+        gcx.optax.muon_dimension_numbers(params, split)
+    assert gcx.optax.muon_dimension_numbers(params, split, exclude="w") == {"w": None, "v": None}

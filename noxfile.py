@@ -46,7 +46,7 @@ IN_PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist", "loadfile")
 AROUND = {
     "torch": (
         "around-torch",
-        "lightning,transformers,accelerate,peft,timm_models",
+        "lightning,transformers,accelerate,peft,timm_models,torch_geometric,loralib,zuko,nflows,litgpt",
         "--examples=torch",
     ),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -57,6 +57,8 @@ PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
+# Packages whose layers have rules, and what they import, without torch builds of their own choice.
+LAYERS = ("torch_geometric", "xxhash", "loralib", "zuko", "nflows", "UMNN", "torchdiffeq", "litgpt")
 
 # Tests that import every public module whose framework is there, and use it a little.
 OF_THE_PACKAGE = (
@@ -117,7 +119,7 @@ def integrations(session: nox.Session, around: str) -> None:
     session.env["DS_BUILD_OPS"] = "0"  # DeepSpeed is to compile nothing
     install(session, "-e.", group, "core-test")
     if around == "torch":
-        session.install("--no-deps", *TIMM)
+        session.install("--no-deps", *TIMM, *LAYERS)
     arguments = ["tests/test_canary.py", "tests/adapters", f"tests/around_{around}"]
     if examples:
         arguments += ["tests/examples", *examples]

@@ -31,6 +31,9 @@ COMMANDS = {
     "jax-axes": Command("train JAX layers, and see their means", "benchmarks.cpu.jax_axes"),
     "jax-step": Command("time jitted train steps with GC and without", "benchmarks.cpu.jax_step"),
     "keras-axes": Command("train Keras layers, and see their means", "benchmarks.cpu.keras_axes"),
+    "coverage": Command(
+        "plan models in use, and count what is unknown", "benchmarks.coverage.report"
+    ),
     "paper": Command("train as in the paper, and write its tables", "benchmarks.paper.command"),
     "figures": Command("count lines, functions, imports and frames", "benchmarks.figures"),
 }

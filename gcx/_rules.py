@@ -25,6 +25,8 @@ RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, 
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
+UNDECLARED = "unknown: nobody declared"
 NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
@@ -121,7 +123,7 @@ class Rules(Generic[AnswerT]):
 
 def unknown(layer: object, name: str) -> LeaveAlone:
     """Make the answer for a parameter that no rule knows."""
-    return LeaveAlone(f"unknown: nobody declared {type(layer).__name__}.{name}")
+    return LeaveAlone(f"{UNDECLARED} {type(layer).__name__}.{name}")
 
 
 def _load(found: EntryPoint) -> Rule[Any]:

@@ -285,6 +285,35 @@ def test_modules_in_transformations() -> None:
     }
 
 
+MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
+X = jnp.zeros((1, 7, 3))
+MASK, RNGS = jnp.tril(jnp.ones((3, 3, 4))), nnx.Rngs(0)
+
+
+def _haiku_conv(kind: Any, mask: Any) -> Any:
+    def model(x: Any) -> Any:
+        return kind(4, 3, mask=mask)(x)
+
+    return hk.transform(model)
+
+
+MASKED_CONVOLUTIONS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "linen": lambda: (nn.Conv(4, (3,), mask=MASK), X),
+    "linen, transposed": lambda: (nn.ConvTranspose(4, (3,), mask=MASK), X),
+    "linen, local": lambda: (nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4))), X),
+    "nnx": lambda: (nnx.Conv(3, 4, (3,), mask=MASK, rngs=RNGS),),
+    "nnx, transposed": lambda: (nnx.ConvTranspose(3, 4, (3,), mask=MASK, rngs=RNGS),),
+    "haiku": lambda: (_haiku_conv(hk.Conv1D, MASK), X),
+    "haiku, transposed": lambda: (_haiku_conv(hk.Conv1DTranspose, jnp.ones((3, 4, 3))), X),
+}
+
+
+@pytest.mark.parametrize("case", MASKED_CONVOLUTIONS)
+def test_masked_convolutions_are_left_alone(case: str) -> None:
+    found = gcx.optax.layouts(*MASKED_CONVOLUTIONS[case]())
+    assert sorted(found.values(), key=str) == [LeaveAlone("bias"), MASKED]
+
+
 def test_layers_that_share_the_scope_of_another() -> None:
     layouts = gcx.optax.layouts(Adapted(), jnp.zeros((2, 3)))
     assert layouts == {

@@ -183,7 +183,7 @@ def test_plan_of_a_model() -> None:
         str(gcx.torch.plan(model))
         == """\
 parameter                  shape    layout    reason
-cls_token                  1x1x4    -         unknown: nobody declared Zoo.cls_token
+cls_token                  1x1x4    -         token: an input of the layers after it
 embed.weight               7x4      -         embedding: a row is an input, not an output unit
 conv.weight                4x3x3x3  o...      Conv2d
 up.weight                  4x3x2x2  (bi)o...  ConvTranspose2d, 2 groups
@@ -243,6 +243,11 @@ class _Transposed(nn.Module):
         return original.T
 
     right_inverse = forward
+
+
+class _Length(nn.Module):
+    def forward(self, original: Tensor) -> Tensor:
+        return original / original.flatten(1).norm(dim=1).view(-1, *[1] * (original.ndim - 1))
 
 
 class _Mine(nn.Module):
@@ -305,7 +310,7 @@ LENGTH = "weight_norm g: the length of a weight"
 EMBEDDING = "embedding: a row is an input, not an output unit"
 TIED = "tied, and the rules differ: "
 UNKNOWN = "unknown: nobody declared "
-BY_UNKNOWN = f"{UNKNOWN}the parametrization by "
+BY_UNKNOWN = "unknown: a parametrization by "
 MINE = f"{UNKNOWN}Parametrized_Mine.weight"
 FLOAT8 = torch.zeros(3, 4).to(torch.float8_e4m3fn)
 ORIGINAL = "parametrizations.weight.original"
@@ -349,6 +354,12 @@ ORIGINAL = "parametrizations.weight.original"
         (
             lambda: _linear(weight=_Product()),
             dict.fromkeys((f"{ORIGINAL}0", f"{ORIGINAL}1"), f"{BY_UNKNOWN}_Product"),
+        ),
+        (lambda: _linear(weight=_Length()), {ORIGINAL: BY_ROWS}),
+        (lambda: _linear(weight=_Length()).to("meta"), {ORIGINAL: f"{BY_UNKNOWN}_Length"}),
+        (
+            lambda: register_parametrization(nn.Linear(4, 4), "weight", _Transposed()),
+            {ORIGINAL: f"{BY_UNKNOWN}_Transposed", "bias": "bias"},
         ),
         (_unknown_twice, {f"{ORIGINAL}1": f"{BY_UNKNOWN}_WeightNorm, _Transposed"}),
     ],

@@ -66,6 +66,7 @@ _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     **dict.fromkeys((layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell), _RECURRENT),
     "keras.*.ConvLSTMCell": _RECURRENT,  # Keras does not export it
     layers.Embedding: {"*embeddings*": EMBEDDING},
+    "keras.*.ReversibleEmbedding": {"reverse_embeddings": "io"},  # (in, vocabulary): a head
     **dict.fromkeys(_NORMS, _NORM),
     **dict.fromkeys((layers.Attention, layers.AdditiveAttention), _SCORE),
 }

@@ -96,7 +96,10 @@ def _owned_variables(layer: Any, seen: set[int] | None = None) -> Iterator[tuple
     seen.add(id(layer))
     # `layer.variables` includes the variables of sublayers, and does not tell the owner.
     own = vars(layer)
+    # A wrapper, such as SpectralNormalization, may hold the variables of its layer as well.
+    wrapped = layer.layer.variables if isinstance(layer, keras.layers.Wrapper) else ()
     for variable in own["_trainable_variables"]:
-        yield layer, variable
+        if all(variable is not other for other in wrapped):
+            yield layer, variable
     for sublayer in own["_layers"]:
         yield from _owned_variables(sublayer, seen)

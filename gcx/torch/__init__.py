@@ -2,6 +2,7 @@
 
 from gcx.torch._backward import CentralizationInBackward, centralize_in_backward
 from gcx.torch._centralize import GradientCentralization, centralize, centralize_grads_, centralized
+from gcx.torch._check import check_plan
 from gcx.torch._fused import SGD, AdamW, derive_class
 from gcx.torch._layers import register_layer
 from gcx.torch._plan import plan
@@ -17,6 +18,7 @@ __all__ = [
     "centralize_grads_",
     "centralize_in_backward",
     "centralized",
+    "check_plan",
     "derive_class",
     "matrices",
     "plan",

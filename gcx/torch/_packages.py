@@ -21,8 +21,13 @@ _RECURRENCE = LeaveAlone("decay or mixing of a recurrence, element by element")
 _QUANTIZATION = LeaveAlone("scale of a quantized weight")
 _LENGTH = LeaveAlone("DoRA: the length of a weight")
 _SINGULAR_VALUES = LeaveAlone("AdaLoRA: singular values")
-_FLATTENED = LeaveAlone("kernels of several experts, flattened")
 _INTERLEAVED = LeaveAlone("factors of several experts, interleaved")
+_ATTENTION = LeaveAlone("vector of attention scores")
+_BOTH_SIDES = LeaveAlone("used from both sides: no axis is fan-in alone")
+_DIRECTIONS = LeaveAlone("rotation: coordinates or directions of it")
+_MIXING = LeaveAlone("coefficients that mix weights or vectors")
+_PRODUCT = LeaveAlone("factor of a product element by element, or of three factors")
+_OF_ONE_SIGN = LeaveAlone("enters as its magnitude, so no mean of it is kept")
 
 # By the qualified names of the classes. Globs are as narrow as they can be: a class of the same
 # name elsewhere is another class.
@@ -57,8 +62,11 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "transformers.models.*MultiModalProjector": {"mm_input_projection_weight": "io"},
     "transformers.models.omdet_turbo.*LanguageBackbone": {"text_projection": "io"},
     "transformers.models.inkling*RelativeLogits": {"proj": "io"},
-    "transformers.models.inkling2.*ShortConvolution": {"static_weight": "io"},
+    "transformers.models.inkling2*RelativePositionBias": {"proj": "io"},
+    "transformers.models.inkling2*ShortConvolution": {"static_weight": "io"},
     "transformers.models.swiftformer.*AdditiveAttention": {"w_g": "io"},
+    "transformers.models.mobilebert.*LMPredictionHead": {"dense.weight": "io"},
+    "transformers.models.neomme.*ForMaskedLM": {"unembedding_projection.weight": "io"},
     "transformers.models.x_clip.*XCLIPModel": {"prompts_visual_projection": "io"},
     "timm.models.swiftformer.*AdditiveAttention": {"w_g": "io"},
     # Matrices handed to torch.nn.functional.linear.
@@ -70,7 +78,23 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     # Adapters.
     "peft.tuners.adalora.layer.*": {"lora_[AB].*": "oi", "lora_E.*": _SINGULAR_VALUES},
     "peft.tuners.adaption_prompt.*": {"adaption_prompt": _TOKEN},
+    "peft.tuners.beft.*": {"beft_bias.*": BIAS},
+    "peft.tuners.boft.*": {"boft_R.*": _DIRECTIONS, "boft_s.*": _SCALE},
+    # A block of circulant matrices: the rows of a block hold the same entries, moved on.
+    "peft.tuners.c3a.*": {"c3a_kernel.*": "oii"},
+    "peft.tuners.cartridge.*": {"*_embedding": _TOKEN},
+    "peft.tuners.deft.*": {"deft_P.*": _BOTH_SIDES, "deft_R.*": "oi"},
+    "peft.tuners.delora.*": {"delora_[AB].*": "oi"},
+    "peft.tuners.glora.*": {"glora_[AB].*.X[du]": "oi", "glora_[A-E].*.*": BIAS},
+    "peft.tuners.gralora.*": {"gralora_[AB].*": "bio"},
+    "peft.tuners.hira.*": {
+        "hira_[AB].*": "oi",
+        "hira_embedding_A.*": EMBEDDING,
+        "hira_embedding_B.*": "oi",
+    },
+    "peft.tuners.hra.*": {"hra_u.*": _DIRECTIONS},
     "peft.tuners.ia3.layer.*": {"ia3_l.*": _SCALE},
+    "peft.tuners.loha.*": {"hada_*.*": _PRODUCT},
     "peft.tuners.lora.dora.*": {"weight": _LENGTH},
     "peft.tuners.lora.layer.Embedding": {
         "lora_embedding_A.*": EMBEDDING,
@@ -78,14 +102,50 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     },
     "peft.tuners.lora.variants.BlockDiagonalLinear": {"weight": "oi"},
     "peft.tuners.multitask_prompt_tuning.*": {"prefix_task_*": _TOKEN},
+    "peft.tuners.oft.*": {"weight": _DIRECTIONS},
+    "peft.tuners.osf.*": {
+        "osf_svd_params.*.[UV]_low": LeaveAlone("kept orthogonal to other singular vectors")
+    },
+    "peft.tuners.poly.*": {"poly_lora_[AB].*": "bbio", "module_logits": _MIXING},
+    "peft.tuners.randlora.*": {"randlora_lambda.*": _SCALE, "randlora_gamma.*": _SCALE},
     "peft.tuners.trainable_tokens.*": {"trainable_tokens_delta.*": EMBEDDING},
+    "peft.tuners.vblora.*": {"vblora_logits_*.*": _MIXING, "vblora_vector_bank.*": _MIXING},
+    # Other packages.
+    "denoising_diffusion_pytorch.karras_unet*.Conv*": {"weight": "o..."},
+    "denoising_diffusion_pytorch.karras_unet*.Linear": {"weight": "oi"},
+    "denoising_diffusion_pytorch.*": {"g": NORM, "weights": _POSITION},
+    "litgpt.lora.*": {"lora_[AB]": "oi"},
+    "litgpt.model.*Router": {"weight": "oi"},
+    "loralib.layers.Embedding": {"lora_A": EMBEDDING, "lora_B": "oi"},
+    "loralib.layers.Conv*": {"lora_[AB]": _INTERLEAVED},
+    "open_clip.transformer.Attention": {"in_proj_weight": "oi"},
+    "open_clip.*": {"text_projection": "io", "proj": "io", "query": _TOKEN},
+    "clip.model.*": {"text_projection": "io", "proj": "io"},
+    "speechbrain.nnet.attention.*": {"*_proj_weight": "oi"},
+    "speechbrain.nnet.hypermixing.*": {"fc[12]_weights": "boi", "fc[12]_biases": BIAS},
+    "torch_geometric.nn.dense.linear.Linear": {"weight": "oi"},
+    "torch_geometric.nn.dense.linear.HeteroLinear": {"weight": "bio"},
+    "torch_geometric.nn.*.antisymmetric_conv.*": {"W": _BOTH_SIDES},
+    "torch_geometric.nn.*.arma_conv.*": {
+        "init_weight": "bio",
+        "weight": "bbio",
+        "root_weight": "bbio",
+    },
+    "torch_geometric.nn.*.dna_conv.Linear": {"weight": "bio"},
+    "torch_geometric.nn.*.gcn2_conv.*": {"weight[12]": "io"},
+    "torch_geometric.nn.*.gmm_conv.*": {"g": "io", "mu": _POSITION, "sigma": _POSITION},
+    "torch_geometric.nn.models.dimenet.InteractionBlock": {"W": "oii"},
+    "torch_geometric.nn.*.gated_graph_conv.*": {"weight": "bio"},
+    "torch_geometric.nn.*.han_conv.*": {"lin_src.*": _ATTENTION, "lin_dst.*": _ATTENTION},
+    "torch_geometric.*": {"att*": _ATTENTION, "q": _ATTENTION, "p_rel.*": _SCALE},
+    "vit_pytorch.*": {"scale": _SCALE, "mix_heads_*": _MIXING, "reattn_weights": _MIXING},
+    "zuko.nn.MonotonicLinear": {"weight": _OF_ONE_SIGN},
     # Names that mean something else elsewhere.
     "transformers.models.*Norm": {"weight": NORM},
     "transformers.models.*GRN": {"weight": NORM},
     "transformers.models.*PositionEmbedding*": {"embedding": _POSITION, "weights.*": _POSITION},
     "transformers.models.ibert.*QuantEmbedding": {"weight": EMBEDDING},
     "transformers.integrations.*": {"*scale*": _QUANTIZATION},
-    "timm.layers.cond_conv2d.CondConv2d": {"weight": _FLATTENED},
 }
 
 # By the names of the parameters, which mean the same throughout transformers and timm.
@@ -161,13 +221,77 @@ def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
     return {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
 
 
+def _lily(layer: Any) -> Mapping[str, Answer]:
+    """Stacks B (num_B * rank, out), which multiply from the right."""
+    stacks = layer.num_B.items()
+    return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
+
+
+def _loralib(layer: Any) -> Mapping[str, Answer]:
+    """Read a linear layer, which may hold (in, out) as in GPT-2, and its factors."""
+    return {"lora_[AB]": "oi", **({"weight": "io"} if layer.fan_in_fan_out else {})}
+
+
+def _lokr(layer: Any) -> Mapping[str, Answer]:
+    """Read the parts of a Kronecker product: its rows are made of one row of each."""
+    tucker = {f"lokr_w2_?.{name}": _PRODUCT for name in layer.lokr_t2}
+    return {**tucker, "lokr_t2.*": _PRODUCT, "lokr_w[12].*": "o...", "lokr_w[12]_[ab].*": "oi"}
+
+
+def _miss(layer: Any) -> Mapping[str, Answer]:
+    """Read blocks that multiply sums of inputs from the right, or a stack of square blocks."""
+    blocks = layer.miss_block.items()
+    return {
+        f"miss_block.{name}": "io" if block.ndim == 2 else _BOTH_SIDES for name, block in blocks
+    }
+
+
+def _rgcn(layer: Any) -> Mapping[str, Answer]:
+    """Matrices of relations or of bases, (relations, in, out), or of blocks of a relation."""
+    kernels = {"weight": "bbio" if layer.num_blocks is not None else "bio"}
+    mixed: Mapping[str, Answer] = {
+        "basis": "bio",
+        "comp": _MIXING,
+        "att": _MIXING,
+        "[lb][12]": _SCALE,
+    }
+    return {**kernels, **mixed, "root": "io", "[qke]": "io"}
+
+
+def _cond_conv(layer: Any) -> Mapping[str, Answer]:
+    return {"weight": Layout("b(oi...)", o=layer.out_channels)}
+
+
+def _zuko(layer: Any) -> Mapping[str, Answer]:
+    return {"weight": "boi" if layer.weight.ndim == 3 else "oi", "bias": BIAS}
+
+
 _NAMES = {name: reason for reason, names in _BY_NAME.items() for name in names}
+
+# Names that mean the same in every package.
+NAMES_ANYWHERE: Mapping[str, LeaveAlone] = {
+    **dict.fromkeys(("*pos_emb*", "*positional_*", "*position_embedding*"), _POSITION),
+    **dict.fromkeys(("*position_bias*", "*rel_pos_*", "attention_biases"), _POSITION),
+    **dict.fromkeys(("*_token", "*_tokens", "class_embedding", "mem_kv", "mem_[kv]"), _TOKEN),
+    **dict.fromkeys(("bias", "*_bias", "*bias_[uv]", "beta"), BIAS),
+    **dict.fromkeys(("gamma", "layer_scale*", "*logit_scale", "temperature"), _SCALE),
+    **dict.fromkeys(("q_scale", "k_scale", "*_q_scale", "*_k_scale", "head_scale*"), _SCALE),
+}
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,
     "transformers.models.dbrx.*ExpertGLU": _dbrx_experts,
     "peft.tuners.lora.layer.ParamWrapper": _lora_of_experts,
+    "peft.tuners.lily.layer.*": _lily,
+    "peft.tuners.lokr.layer.*": _lokr,
+    "peft.tuners.miss.layer.*": _miss,
+    "loralib.layers.*Linear": _loralib,
+    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
+    "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
     **_BY_CLASS,
+    "zuko.nn.Linear": _zuko,
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
+    "*Norm": {"g": NORM, "b": BIAS, "gain": NORM, "scale": NORM},
+    "*LayerScale": {"scale": _SCALE},
 }

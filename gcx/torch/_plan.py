@@ -8,14 +8,23 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gcx import _decisions
-from gcx._decisions import LEFT_ALONE, merge, no_fan_in
+from gcx._decisions import LEFT_ALONE, merge
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
-from gcx._rules import NOT_CONVOLUTION, unknown
+from gcx._rules import MASKED, NOT_CONVOLUTION
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
-from gcx.torch._layers import CONVOLUTIONS, TRANSPOSED, OfRank, answer
-from gcx.torch._parameters import Owned, check_has_shape, flattened, owned_parameters
+from gcx.torch._layers import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    OfRank,
+    Owned,
+    answer,
+    answer_by_name,
+    check_has_shape,
+    flattened,
+    owned_parameters,
+)
 
 Key = str | Tensor | nn.Module
 Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
@@ -143,13 +152,23 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
     if known is not None and isinstance(known[0], LeaveAlone):
         return known
     if owned.objection:
-        return LeaveAlone(owned.objection), ""
+        layout = known and (known[0].layout if isinstance(known[0], OfRank) else known[0])
+        if known is None or not isinstance(layout, Layout) or not owned.keeps_units(layout):
+            return LeaveAlone(owned.objection), ""
+        known = known[0], f"{known[1]}, {owned.objection.removeprefix('unknown: a ')}"
     if known is None:
-        vector = no_fan_in(tuple(owned.parameter.shape))
-        return (LeaveAlone(vector) if vector else unknown(*owned.users[-1])), ""
+        return answer_by_name(*owned.users[-1]), ""
+    if isinstance(known[0], OfRank) and _is_masked(owned):
+        return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
         return NOT_CONVOLUTION, ""
     return known
+
+
+def _is_masked(owned: Owned) -> bool:
+    """Return True for a subclass of a torch layer that holds a mask of the weight's shape."""
+    mask = getattr(owned.layer, "mask", None)
+    return isinstance(mask, Tensor) and mask.shape == owned.parameter.shape
 
 
 def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRow:

@@ -152,16 +152,33 @@ def test_layers_made_of_others() -> None:
         (lambda: layers.GroupNormalization(2), (2, 4), ["beta", "gamma"]),
         (layers.RMSNormalization, (2, 4), ["scale"]),
         (layers.PReLU, (2, 3, 4), ["alpha"]),
-        (lambda: layers.ReversibleEmbedding(7, 3, tie_weights=False), (2,), None),
     ],
-    ids=["Embedding", "BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "PReLU", "Reversible"],
+    ids=["Embedding", "BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "PReLU"],
 )
 def test_what_has_no_fan_in_is_left_alone(make: Any, shape: Any, names: Any) -> None:
     layer = make()
     layer.build(shape)
     found = {r.name.rpartition("/")[2]: r for r in gcx.keras.plan(layer)}
-    assert sorted(found) == (names or ["embeddings", "reverse_embeddings"])
+    assert sorted(found) == names
     assert all(r.layout is None and not r.reason.startswith("unknown") for r in found.values())
+
+
+def test_reversed_embedding_is_a_head() -> None:
+    layer = layers.ReversibleEmbedding(7, 3, tie_weights=False)
+    layer.build((2,))
+    x = random(2, 3)
+    (head,) = (v for v in layer.trainable_variables if v.name == "reverse_embeddings")
+    depends = derivative(lambda: layer(x, reverse=True)[0, 4], head) != 0
+    np.testing.assert_array_equal(depends, np.arange(7) == [[4]] * 3)
+    assert decisions(layer) == {
+        "embeddings": "embedding: a row is an input, not an output unit",
+        "reverse_embeddings": "io",
+    }
+
+
+def test_wrapper_that_holds_the_kernel_of_its_layer() -> None:
+    layer = built(layers.SpectralNormalization(layers.Conv2D(4, 3, name="conv")), (2, 7, 7, 5))
+    assert decisions(layer) == {"conv/kernel": "...o", "conv/bias": "bias"}
 
 
 def test_attention_scores_and_products_by_element_are_left_alone() -> None:

@@ -36,6 +36,7 @@ from transformers.models.swiftformer.modeling_swiftformer import (
 from transformers.pytorch_utils import Conv1D
 
 import gcx.torch
+from gcx import Layout
 
 from torch_fan_in import (
     assert_fan_in_is_support,
@@ -298,6 +299,47 @@ def _of_transformers(name: str) -> nn.Module:
                     setattr(part, layers, min(getattr(part, layers), 8))
     with torch.device("meta"):
         return transformers.AutoModel.from_config(config)
+
+
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "true_hidden_size"), 64),
+    **dict.fromkeys(("intra_bottleneck_size", "intermediate_size", "d_ff"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), 4),
+    "vocab_size": 99,
+    "embedding_size": 16,
+    "embedding_rank": 16,
+    "num_key_value_heads": 2,
+}
+# Some of these read weights in ways of their own.
+CHECKED = ("MobileBert", "NeoMME", "Bert", "Albert", "GPT2LMHead", "XLNet", "DebertaV2", "Mixtral")
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_plan_agrees_with_a_forward_pass(name: str) -> None:
+    torch.manual_seed(0)
+    kind = next(
+        getattr(transformers, f"{name}{task}")
+        for task in ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "Model")
+        if hasattr(transformers, f"{name}{task}")
+    )
+    config = kind.config_class()
+    for key, value in SMALL.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    model = kind(config).eval()
+    found = gcx.torch.check_plan(model, input_ids=torch.randint(5, 90, (2, 7)))
+    assert len(found.agree) > 5
+    assert found.disagree == {}
+
+
+def test_tied_projection_that_multiplies_from_both_sides() -> None:
+    with torch.device("meta"):
+        model = transformers.NeoMMEForMaskedLM(transformers.NeoMMEConfig(num_hidden_layers=1))
+        head = transformers.MobileBertForMaskedLM(transformers.MobileBertConfig())
+    reason = gcx.torch.plan(model)["model.embed_tokens.embedding_projection.weight"].reason
+    assert reason.startswith("tied, and the rules differ: Linear; unembedding_projection.weight")
+    assert declared_layout(head, "cls.predictions.dense.weight") == Layout("io")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -22,6 +22,7 @@ from timm_models import new_model
 from torch_fan_in import (
     assert_fan_in_is_support,
     centralized_outside_of_torch,
+    channels,
     declared_layout,
     unknown_in,
 )
@@ -65,7 +66,7 @@ TIMM = {
     "swiftformer_xs": {"EfficientAdditiveAttention.w_g": "io"},
     "swin_tiny_patch4_window7_224": {},
     "swinv2_tiny_window8_256": {},
-    "tf_efficientnet_cc_b0_4e": {},
+    "tf_efficientnet_cc_b0_4e": {"CondConv2d.weight": "b(oi...)"},
     "tiny_vit_5m_224": {},
     "tnt_s_patch16_224": {},
     "visformer_tiny": {},
@@ -85,6 +86,16 @@ def test_nothing_is_unknown_in_a_model_of_timm(name: str) -> None:
     assert centralized_outside_of_torch(model) == TIMM[name]
 
 
+@pytest.mark.parametrize(
+    "name", ["levit_128s", "edgenext_xx_small", "swin_tiny_patch4_window7_224"]
+)
+def test_plan_of_timm_agrees_with_a_forward_pass(name: str) -> None:
+    model = new_model(name).eval()
+    found = gcx.torch.check_plan(model, torch.rand(1, 3, 224, 224))
+    assert len(found.agree) > 50
+    assert (found.disagree, found.unseen) == ({}, ())
+
+
 def test_multi_query_attention_of_timm() -> None:
     torch.manual_seed(0)
     layer = import_module("timm.layers.attention2d").MultiQueryAttentionV2(
@@ -94,6 +105,13 @@ def test_multi_query_attention_of_timm() -> None:
     assert_fan_in_is_support(layer, outputs, "out_proj")
     layouts = {row.name: str(row.layout) for row in gcx.torch.plan(layer)}
     assert layouts == {"query_proj": "ooi", "key_proj": "io", "value_proj": "io", "out_proj": "oii"}
+
+
+def test_mixture_of_kernels_of_timm() -> None:
+    torch.manual_seed(0)
+    layer = import_module("timm.layers.cond_conv2d").CondConv2d(3, 4, 3, num_experts=2)
+    outputs = channels(layer(torch.rand(2, 3, 5, 5), torch.rand(2, 2)))
+    assert_fan_in_is_support(layer, outputs, "weight", units_per_output=2)
 
 
 def test_decoder_of_timm() -> None:

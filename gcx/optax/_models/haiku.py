@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
 from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
 from gcx.plan import PlanRow
 
@@ -47,15 +47,22 @@ def decide(
     return decide_all(seen, shapes)
 
 
-# (kernel..., in / groups, out): a unit sees the inputs of its own group.
-_CONVOLUTION: Answers = {"w": "...o", "b": BIAS}
+def _convolution(layer: Any) -> Answers:
+    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
+    return {"w": "...o" if layer.mask is None else MASKED, "b": BIAS}
+
+
+def _transposed_convolution(layer: Any) -> Answers:
+    return {"w": "...oi" if layer.mask is None else MASKED, "b": BIAS}
+
+
 _NORM: Answers = {"scale": NORM, "offset": BIAS}
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
-    "haiku.*.ConvND": _CONVOLUTION,
-    "haiku.*.DepthwiseConvND": _CONVOLUTION,
-    "haiku.*.ConvNDTranspose": {"w": "...oi", "b": BIAS},
+    "haiku.*.ConvND": _convolution,
+    "haiku.*.DepthwiseConvND": {"w": "...o", "b": BIAS},
+    "haiku.*.ConvNDTranspose": _transposed_convolution,
     "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},

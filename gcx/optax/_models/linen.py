@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._einsum import kernel_letters
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
 from gcx.optax._models._parameters import (
     LENGTH,
     SLOPE,
@@ -85,12 +85,19 @@ def _dense_general(layer: Any) -> Answers:
 
 
 def _transposed_convolution(layer: Any) -> Answers:
-    return {"kernel": "...oi" if layer.transpose_kernel else "...o", "bias": BIAS}
+    layout = "...oi" if layer.transpose_kernel else "...o"
+    return {"kernel": layout if layer.mask is None else MASKED, "bias": BIAS}
+
+
+def _convolution(layer: Any) -> Answers:
+    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
+    return {"kernel": "...o" if layer.mask is None else MASKED, "bias": BIAS}
 
 
 def _local_convolution(layer: Any) -> Answers:
     # (pixels of the output..., patch * in, out): each pixel has its own layer.
-    return {"kernel": "b" * _length(layer.kernel_size) + "io", "bias": BIAS}
+    layout = "b" * _length(layer.kernel_size) + "io"
+    return {"kernel": layout if layer.mask is None else MASKED, "bias": BIAS}
 
 
 def _length(number_or_sequence: Any) -> int:
@@ -111,6 +118,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.linen.*.PReLU": {"negative_slope": SLOPE},
     **dict.fromkeys(("flax.linen.*.Dense", "flax.linen.*.DenseParams"), _DENSE),
     **dict.fromkeys([f"flax.linen.*.{kind}Norm" for kind in _NORMS], _NORM),
-    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
-    "flax.linen.*.Conv": {"kernel": "...o", "bias": BIAS},
+    "flax.linen.*.Conv": _convolution,
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gcx._decisions import merge
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
+from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
 from gcx.optax._models._parameters import SLOPE, Answers, LayerAnswer, SingleLayer, decide_in_stack
 from gcx.optax._models.linen import einsum_kernel
 from gcx.plan import PlanRow
@@ -73,12 +73,19 @@ def _einsum(layer: Any) -> Answers:
 
 
 def _convolution(layer: Any) -> Answers:
-    return {"kernel": SingleLayer("...o", layer.kernel_shape), "bias": BIAS}
+    return _kernel(layer, "...o")
 
 
 def _transposed_convolution(layer: Any) -> Answers:
-    layout = "...oi" if layer.transpose_kernel else "...o"
-    return {"kernel": SingleLayer(layout, layer.kernel_shape), "bias": BIAS}
+    return _kernel(layer, "...oi" if layer.transpose_kernel else "...o")
+
+
+def _kernel(layer: Any, layout: str) -> Answers:
+    is_masked = layer.mask is not None
+    return {
+        "kernel": MASKED if is_masked else SingleLayer(layout, layer.kernel_shape),
+        "bias": BIAS,
+    }
 
 
 _NORM: Answers = {"scale": NORM, "bias": BIAS}

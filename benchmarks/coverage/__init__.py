@@ -1,0 +1,1 @@
+"""How many parameters of models in use the plans of gcx.torch know."""

@@ -1,0 +1,234 @@
+"""Hold a plan against one forward pass: which entries of a weight feed one output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gcx._options import Options
+from gcx.layout import Layout
+from gcx.torch._plan import Decision, Overrides, decide
+
+_OUTPUTS_TRIED = 4
+# Operations that sum products: a constant that enters one with a weight counts as data.
+_SUM = re.compile(r"linear|matmul|__r?matmul__|b?mm|einsum|tensordot|conv.*")
+_Function = Callable[[Sequence[Tensor]], Any]
+
+# Origins of a tensor, besides the names of weights.
+_DATA = frozenset({""})
+_CONSTANT: frozenset[str] = frozenset()
+
+
+class PlanCheck(NamedTuple):
+    """Centralized weights, by how the forward pass used them."""
+
+    agree: tuple[str, ...]
+    disagree: Mapping[str, str]  # with the use that contradicts the plan
+    unseen: tuple[str, ...]  # without a use that tells
+
+
+def check_plan(
+    model: nn.Module, *inputs: Any, overrides: Overrides | None = None, **kwargs: Any
+) -> PlanCheck:
+    """Run the model once, and compare how it uses its weights with the plan.
+
+    Each operation in which a centralized weight meets data runs again with random data. Autograd
+    then tells which entries of the weight feed one output: if they are not the entries of one unit,
+    the plan disagrees.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model that can run. It stays in the mode it is in (``model.eval()`` keeps running
+        statistics as they are).
+    *inputs, **kwargs
+        Arguments of the model: tensors, or lists and dicts of them.
+    overrides : mapping, optional
+        As for `plan`.
+
+    Returns
+    -------
+    NamedTuple
+        ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
+        sentences.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As for `plan`; and whatever the model raises.
+
+    Notes
+    -----
+    A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
+    attention), or not linearly (spectral norm). A product element by element, summed in a second
+    operation, disagrees although the plan may be right.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> class Autoencoder(torch.nn.Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.encode = torch.nn.Linear(8, 3)
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.linear(self.encode(x), self.encode.weight.T)
+    >>> found = gcx.torch.check_plan(Autoencoder(), torch.rand(4, 8))
+    >>> found.disagree["encode.weight"]
+    'layout o..., but one output of linear takes 3 entries from 3 output units of 8'
+    """
+    decisions = decide(model, Options(overrides=overrides))
+    weights = {p: d for p, d in decisions.items() if d.row.layout is not None}
+    with _requiring_grad(weights), _Uses(weights, (inputs, kwargs)) as uses:
+        model(*inputs, **kwargs)
+    names = [decision.row.name for decision in weights.values()]
+    return PlanCheck(
+        tuple(name for name in names if uses.found.get(name) == ""),
+        {name: uses.found[name] for name in names if uses.found.get(name)},
+        tuple(name for name in names if name not in uses.found),
+    )
+
+
+@contextmanager
+def _requiring_grad(weights: Mapping[Tensor, object]) -> Iterator[None]:
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_()
+        with torch.enable_grad():
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+class _Uses(TorchFunctionMode):
+    """Follow weights through everything that is made of weights alone, up to where data enter."""
+
+    def __init__(self, weights: Mapping[Tensor, Decision], data: Any) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}  # by weight: how a use contradicts the plan, or ""
+        self._weights = {decision.row.name: weight for weight, decision in weights.items()}
+        self._layouts = {d.row.name: d.row.layout for d in weights.values() if d.row.layout}
+        # By tensor: the weights that it is made of, or _DATA.
+        self._origin: Any = WeakIdKeyDictionary()
+        for name, weight in self._weights.items():
+            self._origin[weight] = frozenset({name})
+        self._mark(data, _DATA)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        leaves, tree = tree_flatten((args, kwargs or {}))
+        origin = [
+            self._origin.get(x, _CONSTANT) if isinstance(x, Tensor) else _CONSTANT for x in leaves
+        ]
+        names = frozenset(name for found in origin if found != _DATA for name in found)
+        is_sum = bool(names) and _SUM.fullmatch(func.__name__) is not None
+        kinds = (_DATA, _CONSTANT) if is_sum else (_DATA,)
+        data = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and origin[k] in kinds]
+        numbers = [k for k in data if leaves[k].is_floating_point() or leaves[k].is_complex()]
+        changed = args[:1] if _changes_first_argument(func) else ()
+        is_weight = bool(names)
+        if names and numbers and not changed:
+
+            def again(new: Sequence[Tensor]) -> Any:
+                replaced = dict(zip(numbers, new, strict=True))
+                with_new = [replaced.get(k, leaf) for k, leaf in enumerate(leaves)]
+                new_args, new_kwargs = tree_unflatten(with_new, tree)
+                return func(*new_args, **new_kwargs)
+
+            is_weight = self._examine(again, [leaves[k] for k in numbers], names, func.__name__)
+        elif numbers:
+            is_weight = False
+        result = func(*args, **(kwargs or {}))
+        # Integers only choose among weights.
+        if data and not is_weight:
+            self._mark((result, changed), _DATA)
+        elif names and not is_sum:  # a product of weights is made of whole units, or of none
+            self._mark((result, changed), names)
+        return result
+
+    def _mark(self, tree: Any, names: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._origin[leaf] = names
+
+    def _examine(
+        self, again: _Function, data: list[Tensor], names: Iterable[str], use: str
+    ) -> bool:
+        """Record what the outputs depend on; return True if they do not depend on the data."""
+        new = [_random_like(tensor).requires_grad_() for tensor in data]
+        with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
+            made = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
+            numbers = [x.flatten() for x in made if x.is_floating_point()]
+            output = torch.cat(numbers) if numbers else torch.zeros(1)
+            if not any(map(_is_any, _derivatives(output.sum(), new))):
+                return True
+            for name in names:
+                weight, layout = self._weights[name], self._layouts[name]
+                for problem in _compare(output, new, weight, layout, use):
+                    self.found[name] = self.found.get(name) or problem
+        return False
+
+
+def _compare(
+    output: Tensor, data: Sequence[Tensor], weight: Tensor, layout: Layout, use: str
+) -> Iterator[str]:
+    """Compare some outputs with the layout of a weight: a sentence, or "" where they agree."""
+    view, axes = layout.split(tuple(weight.shape))
+    letters = layout.letters(weight.ndim)
+    for k in torch.randint(len(output), (_OUTPUTS_TRIED,)).tolist():
+        grad, *others = _derivatives(output[k], [weight, *data])
+        if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
+            continue
+        if grad.requires_grad and any(map(_is_any, _derivatives(grad.sum(), [weight]))):
+            continue  # not linear: a norm of the weight makes all of its units depend on each other
+        enters = grad.reshape(view) != 0
+        units, whole = enters.any(axes), enters.all(axes)
+        if units.sum() == 1 and "conv" in use and not whole.equal(units):
+            # At an edge, an output sees a part of the kernel; all outputs together see all of it.
+            total = torch.autograd.grad(output @ torch.rand_like(output), weight, retain_graph=True)
+            whole = units & (total[0].reshape(view) != 0).all(axes)
+        if whole.equal(units):
+            if units.sum() == 1:
+                yield ""
+        elif not _is_line(enters, letters):  # data may mix the layers of a stack into one weight
+            yield (
+                f"layout {layout}, but one output of {use} takes {int(enters.sum())} entries from "
+                f"{int(units.sum())} output units of {prod(view[axis] for axis in axes)}"
+            )
+
+
+def _is_line(enters: Tensor, letters: str) -> bool:
+    """Return True for entries that differ in their places along the stack, and in no other."""
+    places = enters.nonzero()
+    varies = (places != places[0]).any(0).tolist()
+    return {letter for letter, moves in zip(letters, varies, strict=True) if moves} == {"b"}
+
+
+def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(output, inputs, create_graph=True, allow_unused=True)
+
+
+def _is_any(tensor: Tensor | None) -> bool:
+    return tensor is not None and bool((tensor != 0).any())
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    """Make random numbers from 0.5 to 1.5, which leave no product at zero."""
+    return (torch.rand_like(tensor) + 0.5).detach()
+
+
+def _changes_first_argument(func: Any) -> bool:
+    name: str = func.__name__
+    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))

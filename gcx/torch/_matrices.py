@@ -1,0 +1,196 @@
+"""The weights of a model as matrices, for optimizers such as Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gcx._options import Options
+from gcx.backends._torch_dtensor import is_dtensor
+from gcx.layout import Layout
+from gcx.plan import Plan, PlanRow
+from gcx.torch._layers import CONVOLUTIONS
+from gcx.torch._plan import Decision, Overrides, decide
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+
+def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrices:
+    """Split a model into matrices (out, fan-in), as Muon wants them, and the rest.
+
+    The plan decides. Each entry of a stack is a matrix of its own. So are the groups of a
+    convolution, the projections in one weight of MultiheadAttention, and the gates of an LSTM.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model. Its parameters stay as they are.
+    overrides : mapping, optional
+        As in `plan`. The layer of a head is like any other, so name it to leave it to the rest:
+        ``overrides={model.head: gcx.plan.LeaveAlone("head")}``.
+
+    Returns
+    -------
+    Matrices
+        The parameters by name, and the plan with the reasons.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `plan`.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> import gcx.torch
+    >>> model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(48, 2))
+    >>> found = gcx.torch.matrices(model, overrides={model[2]: gcx.plan.LeaveAlone("head")})
+    >>> found.split("0.weight", model[0].weight).shape
+    torch.Size([2, 4, 18])
+    >>> {name: found.plan[name].reason for name in found.rest}
+    {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
+    """
+    decisions = decide(model, Options(overrides=overrides))
+    return Matrices({p: _row_of_matrices(decision) for p, decision in decisions.items()})
+
+
+class Matrices:
+    """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it.
+
+    Parameters
+    ----------
+    rows : mapping of torch.Tensor to gcx.plan.PlanRow
+        All parameters of a model; those with a layout are matrices.
+
+    Attributes
+    ----------
+    plan : gcx.plan.Plan
+        The rows: the layout of the matrices, or the reason why a parameter is of the rest.
+    weights : dict
+        The parameters that are matrices, by name.
+    rest : dict
+        All other parameters, by name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Conv1d(4, 8, 3)
+    >>> found = gcx.torch.matrices(model)
+    >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
+    >>> adamw = torch.optim.AdamW(found.rest.values())
+    >>> model(torch.rand(1, 4, 9)).square().mean().backward()
+    >>> muon.step()
+    >>> adamw.step()
+    """
+
+    def __init__(self, rows: Mapping[Tensor, PlanRow]) -> None:
+        self.plan: Plan = Plan(rows.values())
+        self.weights: dict[str, Tensor] = {r.name: p for p, r in rows.items() if r.layout}
+        self.rest: dict[str, Tensor] = {r.name: p for p, r in rows.items() if not r.layout}
+
+    def split(self, name: str, tensor: Tensor) -> Tensor:
+        """Reshape a tensor of the shape of a weight to (stack, out, fan-in): a view if possible."""
+        shape, order, sizes = _shapes_of(self.plan[name])
+        return tensor.reshape(shape).permute(order).reshape(sizes)
+
+    def join(self, name: str, matrices: Tensor) -> Tensor:
+        """Undo `split`."""
+        row = self.plan[name]
+        shape, order, _ = _shapes_of(row)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return matrices.reshape([shape[axis] for axis in order]).permute(back).reshape(row.shape)
+
+    def make_optimizer(self, kind: Callable[..., OptimizerT], **options: Any) -> OptimizerT:
+        """Make an optimizer whose parameters are the matrices, and whose steps move the weights.
+
+        `kind` is a class such as ``torch.optim.Muon``, or a function of a list of parameters and
+        the options. A step uses up the gradients of the weights: they are None after it. Raises a
+        TypeError if a weight is a DTensor.
+        """
+        sharded = [name for name, weight in self.weights.items() if is_dtensor(weight)]
+        if sharded:
+            msg = (
+                f"{sharded[0]} is a DTensor, and a shard may hold no whole matrix; in a step of "
+                "your own, split a full_tensor()"
+            )
+            raise TypeError(msg)
+        held = {
+            name: [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())]
+            for name, weight in self.weights.items()
+        }
+
+        @torch.no_grad()
+        def load() -> None:
+            for name, own in held.items():
+                weight = self.weights[name]
+                values, grad = self.split(name, weight.detach()), weight.grad
+                grads = [None] * len(own) if grad is None else self.split(name, grad)
+                for matrix, value, part in zip(own, values, grads, strict=True):
+                    matrix.data, matrix.grad = value, part
+
+        @torch.no_grad()
+        def store(*_: Any) -> None:
+            for name, own in held.items():
+                weight = self.weights[name]
+                if weight.grad is not None:
+                    weight.copy_(self.join(name, torch.stack([*own])))
+                for parameter in (weight, *own):
+                    parameter.grad = None
+
+        def loading(closure: Any) -> Any:
+            def call(*args: Any) -> Any:
+                loss = closure(*args)
+                load()
+                return loss
+
+            return call if callable(closure) else closure
+
+        def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            load()
+            named = {name: loading(value) for name, value in kwargs.items()}
+            return (args[0], *map(loading, args[1:])), named
+
+        optimizer = kind([matrix for own in held.values() for matrix in own], **options)
+        optimizer.register_step_pre_hook(before_step)
+        optimizer.register_step_post_hook(store)
+        return optimizer
+
+
+def _shapes_of(row: PlanRow) -> tuple[tuple[int, ...], list[int], list[int]]:
+    """Return a shape with one axis a letter, its axes in the order b, o, i, and three sizes."""
+    assert row.layout is not None
+    (shape, _), letters = row.layout.split(row.shape), row.layout.letters(len(row.shape))
+    order = [axis for letter in "boi" for axis, own in enumerate(letters) if own == letter]
+    pairs = list(zip(letters, shape, strict=True))
+    return shape, order, [prod(n for own, n in pairs if own == letter) for letter in "boi"]
+
+
+def _row_of_matrices(decision: Decision) -> PlanRow:
+    """Return the row, with a stack if its layer keeps several maps side by side."""
+    row = decision.row
+    if row.layout is None:
+        return row
+    count = _count_maps(decision.layer, row.shape[0])
+    if count > 1 and str(row.layout) == "o..." and row.reason != "override":
+        row = row._replace(layout=Layout("(bo)...", b=count), reason=f"{row.reason}, {count} maps")
+    if _shapes_of(row)[2][1] < 2:
+        row = row._replace(layout=None, reason=f"{row.reason}: one output unit, so a vector")
+    return row
+
+
+def _count_maps(layer: nn.Module | None, units: int) -> int:
+    """Count the linear maps among the output units of a weight: groups, projections or gates."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.groups
+    width: int = units
+    if isinstance(layer, nn.MultiheadAttention):
+        width = layer.embed_dim
+    elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        width = layer.hidden_size
+    return units // width

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gcx._dispatch import backend_for
+from gcx._memory import Use, find_meetings
 from gcx._names import naming
 from gcx.backends import Backend
-from gcx.backends._memory import Use, find_meetings
 
 
 class Job(Protocol):

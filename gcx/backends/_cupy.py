@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import cupy as cp
 
+from gcx._memory import repeats_itself, span
 from gcx.backends import _canonical, _numpy
-from gcx.backends._memory import repeats_itself, span
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gcx._memory import repeats_itself, span
 from gcx.backends import _canonical, one_by_one
-from gcx.backends._memory import repeats_itself, span
 
 NDArray = npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 
-from gcx.backends._memory import repeats_itself, span
+from gcx._memory import repeats_itself, span
 
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 

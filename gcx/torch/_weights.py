@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gcx._memory import find_meetings
 from gcx._names import naming
 from gcx.backends import _torch, _torch_memory
-from gcx.backends._memory import find_meetings
 from gcx.torch._plan import Decision
 
 # Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from gcx._dispatch import backend_for
-from gcx._memory import Use, find_meetings
+from gcx._memory import find_shared
 from gcx._names import naming
 from gcx.backends import Backend
 
@@ -24,21 +24,18 @@ class Job(Protocol):
 
 def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
     """Raise a ValueError if a result would be written over another array of the list."""
-    uses: list[Use] = []
-    for owner, job in enumerate(jobs):
-        for array in {id(x): x for x in (job.grad, job.out) if x is not None}.values():
-            assert job.backend is not None
-            start, end = job.backend.find_span(array) or (id(array), id(array) + 1)
-            uses.append((start, end, owner, array, array is job.out))
-    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
-        backend = jobs[one].backend
-        assert backend is not None
-        if mine is its or jobs[other].backend is not backend or backend.shares_memory(mine, its):
-            msg = (
-                f"the out of {names[one]} or {names[other]} is in the memory of the other; give "
-                "each result an array of its own"
-            )
-            raise ValueError(msg)
+    uses = [
+        (job.backend.find_memory(array), owner, array is job.out)
+        for owner, job in enumerate(jobs)
+        if job.backend is not None
+        for array in ((job.out,) if job.out is job.grad else (job.grad, job.out))
+    ]
+    for one, other in find_shared(uses):
+        msg = (
+            f"the out of {names[one]} or {names[other]} is in the memory of the other; give each "
+            "result an array of its own"
+        )
+        raise ValueError(msg)
 
 
 def check_out(out: Any, grad: Any, backend: Backend) -> None:

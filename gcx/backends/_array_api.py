@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gcx import _compat
+from gcx._memory import Memory
 from gcx.backends import _canonical, one_by_one
 
 _FLOATING = ("real floating", "complex floating")
@@ -27,13 +28,9 @@ def is_writable(out: Any, _grad: Any, /) -> bool:
     return bool(_compat.is_writeable_array(out))
 
 
-def find_span(_array: Any, /) -> None:
-    """See `gcx.backends.Backend`; the standard does not tell."""
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return one is other
+def find_memory(array: Any, /) -> Memory:
+    """See `gcx.backends.Backend`; the standard does not tell it."""
+    return Memory(id(array))
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 import cupy as cp
 
-from gcx._memory import repeats_itself, span
+from gcx._memory import Memory, find_span, repeats_itself
 from gcx.backends import _canonical, _numpy
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.memory import writes_conflict
 from gcx.backends.cuda.tables import ELEMENTS
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
@@ -30,14 +29,9 @@ def is_writable(out: Any, _grad: Any, /) -> bool:
     return not repeats_itself(out.shape, out.strides, out.itemsize)
 
 
-def find_span(array: Any, /) -> tuple[int, int]:
+def find_memory(array: Any, /) -> Memory:
     """See `gcx.backends.Backend`."""
-    return span(array.data.ptr, array.shape, array.strides, array.itemsize)
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return bool(cp.shares_memory(one, other))
+    return Memory(array.data.ptr, array.shape, array.strides, array.itemsize)
 
 
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
@@ -76,10 +70,6 @@ def centralize_many(
     /,
 ) -> list[Any]:
     """See `gcx.backends.Backend`."""
-    if writes_conflict(grads, outs, find_span):  # then in the order of the list
-        do = centralize if len(grads) > 1 else _by_itself
-        each = zip(grads, axes, outs, strict=True)
-        return [do(grad, fan_in, strength, out, reproducible) for grad, fan_in, out in each]
     each = zip(grads, axes, outs, strict=True)
     traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
@@ -203,5 +193,9 @@ def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits |
     # A new result has the strides of the array only if the array is dense.
     if not (is_dense(shape, steps) if out is None else out.strides == strides):
         return None
+    if out is not None and out is not grad:
+        start, end = find_span(find_memory(grad))
+        if 0 < abs(out.data.ptr - grad.data.ptr) < end - start:
+            return None
     walk = find_walk(shape, steps, axes, any_order=not reproducible)
     return walk and (grad.device.id, grad.dtype.name, walk)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gcx._memory import repeats_itself, span
+from gcx._memory import Memory, repeats_itself
 from gcx.backends import _canonical, one_by_one
 
 NDArray = npt.NDArray[Any]
@@ -46,14 +46,9 @@ def is_writable(out: Any, _grad: Any, /) -> bool:
     return bool(out.flags.writeable) and not repeats_itself(out.shape, out.strides, out.itemsize)
 
 
-def find_span(array: Any, /) -> tuple[int, int]:
+def find_memory(array: Any, /) -> Memory:
     """See `gcx.backends.Backend`."""
-    return span(array.ctypes.data, array.shape, array.strides, array.itemsize)
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return np.shares_memory(one, other)
+    return Memory(array.ctypes.data, array.shape, array.strides, array.itemsize)
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import add, attrgetter, gt
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
+from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
 
 _DENSE = torch.strided
@@ -41,14 +42,19 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 _BLOCK = 1 << 19
 
 
-is_writable, find_span = _torch_memory.is_writable, _torch_memory.find_span
-shares_memory = _torch_memory.shares_memory
+is_writable, find_memory = _torch_memory.is_writable, _torch_memory.find_memory
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 
 def is_repeatable(grad: Tensor) -> bool:
     """Return True if `_torch_repeats` may know a list that begins with this tensor."""
     return not torch.compiler.is_compiling() and is_for_kernels(grad)
+
+
+def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
+    """Return True if two runs of bytes overlap."""
+    ends = sorted(map(add, starts, sizes))
+    return any(map(gt, ends, sorted(starts)[1:]))
 
 
 def check_dtype(grad: Tensor, /) -> None:
@@ -347,4 +353,8 @@ def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
         return x - mean
     if out is x:
         return x.sub_(mean)
-    return out.copy_(x - mean) if _torch_memory.overlap([x, out]) else torch.sub(x, mean, out=out)
+    if torch.compiler.is_compiling():
+        return out.copy_(x - mean)
+    starts, ends = zip(*[find_span(find_memory(y)) for y in (x, out)], strict=True)
+    is_apart = max(starts) >= min(ends)
+    return torch.sub(x, mean, out=out) if is_apart else out.copy_(x - mean)

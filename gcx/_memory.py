@@ -43,7 +43,7 @@ def repeats_itself(shape: Sequence[int], steps: Sequence[int], itemsize: int = 1
 
 
 def find_shared(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
-    """Find pairs of owners that share a byte which one of them writes to."""
+    """Find pairs of owners who share bytes, if one of them writes there."""
     spans = [find_span(memory) for memory, _, _ in uses]
     reached: list[int] = []  # uses that end behind the start of the next one
     for k in sorted(range(len(uses)), key=lambda k: spans[k]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from gcx._dispatch import backend_for
 from gcx._memory import find_shared
@@ -11,15 +11,14 @@ from gcx._names import naming
 from gcx.backends import Backend
 
 
-class Job(Protocol):
-    """A gradient, its backend and the array for the result; all are None without a gradient."""
+class Job(NamedTuple):
+    """A gradient to centralize; without one, all are None and there are no axes."""
 
-    @property
-    def backend(self) -> Backend | None: ...
-    @property
-    def grad(self) -> Any: ...
-    @property
-    def out(self) -> Any: ...
+    backend: Backend | None
+    grad: Any
+    seen: Any  # the gradient, reshaped if its layout splits an axis
+    axes: tuple[int, ...]  # of its fan-in
+    out: Any
 
 
 def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:

@@ -1,4 +1,6 @@
-"""One file for each library, all with the same few functions, described by `Backend`.
+"""One file for each library, all with the same few functions.
+
+`Backend` and `Library` describe these functions; a file says only how its own ones differ.
 
 `_array_api` is the reference. It uses only the array API standard, and serves every library
 without its own file. The core imports a library in that file alone, with its first array.
@@ -99,7 +101,6 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
         reproducible: bool,
         /,
     ) -> list[Any]:
-        """See `gcx.backends.Backend`."""
         return [
             centralize(grad, fan_in, strength, out, reproducible)
             for grad, fan_in, out in zip(grads, axes, outs, strict=True)

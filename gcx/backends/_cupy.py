@@ -25,17 +25,14 @@ check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
     return not repeats_itself(out.shape, out.strides, out.itemsize)
 
 
 def find_memory(array: Any, /) -> Memory:
-    """See `gcx.backends.Backend`."""
     return Memory(array.data.ptr, array.shape, array.strides, array.itemsize)
 
 
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
     if cp.cuda.runtime.is_hip:
         msg = "reproducible=True on CuPy is not for ROCm"
@@ -46,7 +43,6 @@ reshape = _numpy.reshape
 
 
 def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
-    """See `gcx.backends.Backend`."""
     with x.device:
         wide = x.astype(cp.float32) if x.dtype.itemsize < 4 else x
         if reproducible:
@@ -57,7 +53,6 @@ def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
 def centralize(
     grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool = False, /
 ) -> Any:
-    """See `gcx.backends.Backend`."""
     return centralize_many([grad], [axes], strength, [out], reproducible)[0]
 
 
@@ -69,7 +64,6 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Any]:
-    """See `gcx.backends.Backend`."""
     each = zip(grads, axes, outs, strict=True)
     traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
@@ -90,20 +84,17 @@ def centralize_many(
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     if not cp.is_available():
         return []
     return [f"cuda:{k}" for k in range(cp.cuda.runtime.getDeviceCount())]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> Any:
-    """See `gcx.backends.Backend`."""
     with cp.cuda.Device(int(device.removeprefix("cuda:"))):
         return cp.asarray(_numpy.asarray(values, dtype, "cpu"))
 
 
 def to_numpy(array: Any, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return _numpy.to_numpy(cp.asnumpy(array))
 
 

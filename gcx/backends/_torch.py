@@ -58,7 +58,6 @@ def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
 
 
 def check_dtype(grad: Tensor, /) -> None:
-    """See `gcx.backends.Backend`."""
     if grad.layout is not _DENSE:
         msg = (
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
@@ -74,7 +73,6 @@ def check_dtype(grad: Tensor, /) -> None:
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     _canonical.check_dtype(str(grad.dtype).removeprefix("torch."))
     kind = grad.device.type
     if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.version.hip):
@@ -86,14 +84,12 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
 
 
 def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     return array.reshape(shape)
 
 
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
-    """See `gcx.backends.Backend`."""
     if grad.is_cuda and not torch.compiler.is_compiling():
         from gcx.backends import _torch_cuda
 
@@ -117,7 +113,7 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Tensor]:
-    """See `gcx.backends.Backend`; the kernels take as many as they can, in few launches."""
+    """Centralize as many tensors as the kernels take in few launches, and the rest by itself."""
     if torch.compiler.is_compiling() or not any(map(is_for_kernels, grads)):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
@@ -134,19 +130,16 @@ _one_by_one = one_by_one(centralize)
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     accelerators = torch.accelerator.device_count()
     kind = torch.accelerator.current_accelerator()
     return ["cpu", *(f"{kind}:{k}" for k in range(accelerators))]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     return torch.asarray(values, device=device).to(getattr(torch, dtype))
 
 
 def to_numpy(array: Tensor, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return array.detach().cpu().to(_WIDE.get(array.dtype, array.dtype)).numpy().copy()
 
 
@@ -158,7 +151,6 @@ def why_no_kernels(grad: Tensor) -> str:
 
 
 def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
     if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):

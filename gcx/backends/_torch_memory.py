@@ -16,7 +16,6 @@ _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
 
 def is_writable(out: Tensor, grad: Tensor, /) -> bool:
-    """See `gcx.backends.Backend`."""
     if torch.is_grad_enabled() and (out.requires_grad or grad.requires_grad):
         viewed = _find_base(out)
         base = out if viewed is None else viewed
@@ -31,7 +30,6 @@ def is_writable(out: Tensor, grad: Tensor, /) -> bool:
 
 
 def find_memory(x: Tensor) -> Memory:
-    """See `gcx.backends.Backend`."""
     is_traced = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
     if is_traced or type(x) not in (Tensor, Parameter) or not (start := x.data_ptr()):
         return Memory(id(x))

@@ -7,11 +7,10 @@ from numbers import Real
 from operator import is_
 from typing import Any, TypeVar
 
-from gcx._dispatch import backend_for
+from gcx._dispatch import backend_for, find_call
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx._outputs import Job, check_apart, check_out
-from gcx._repeats import Call
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -168,8 +167,8 @@ def centralize_many(
         )
         raise TypeError(msg)
     strength = check_strength(strength)
-    call = Call(grads, layouts, out, reproducible)
-    if (repeated := call.repeat(strength)) is not None:
+    call = find_call(grads, layouts, out, reproducible)
+    if call is not None and (repeated := call.repeat(strength)) is not None:
         return repeated  # type: ignore[no-any-return]
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
@@ -182,7 +181,7 @@ def centralize_many(
     if out is not None:
         check_apart([name for name, _ in named], jobs)
     results = _run(jobs, strength, reproducible)
-    if all(job.seen is job.grad for job in jobs):
+    if call is not None and all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
     return rebuild(grads, results)
 

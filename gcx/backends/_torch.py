@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
@@ -33,6 +33,7 @@ _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 # Types whose tensors are always on one process.
 _PLAIN = (Tensor, Parameter)
+_UNINITIALIZED = (UninitializedBuffer, UninitializedParameter)
 
 # A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
 FanIn = tuple[tuple[int, ...], tuple[int, ...]]
@@ -64,7 +65,7 @@ def check_dtype(grad: Tensor, /) -> None:
             "or leave it out: a sparse gradient belongs to an embedding"
         )
         raise TypeError(msg)
-    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
+    if grad.is_nested or isinstance(grad, _UNINITIALIZED):
         msg = "expected a tensor with a shape, not a nested or uninitialized one"
         raise TypeError(msg)
     if grad.dtype not in _DTYPES:
@@ -233,14 +234,11 @@ def subtract_means_(
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
         is_alone = not grad.is_contiguous()
-        if batch and is_alone:
+        if batch and (is_alone or size >= _torch_blocks.BATCH):
             _torch_blocks.subtract_means(batch, rate, strength)
             batch, size = [], 0
         batch.append((grad, weight, axes))
-        size += grad.nbytes
-        if is_alone or size >= _torch_blocks.BATCH:
-            _torch_blocks.subtract_means(batch, rate, strength)
-            batch, size = [], 0
+        size += _torch_blocks.BATCH if is_alone else grad.nbytes
     if batch:
         _torch_blocks.subtract_means(batch, rate, strength)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn import Parameter
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
+from gcx.backends._torch_dtensor import PLAIN
 
 _DENSE = torch.strided
 
@@ -31,8 +31,6 @@ _WIDE = {
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
-# Types whose tensors are always on one process.
-_PLAIN = (Tensor, Parameter)
 _UNINITIALIZED = (UninitializedBuffer, UninitializedParameter)
 
 # A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
@@ -80,7 +78,7 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
         where = "ROCm" if kind == "cuda" else kind
         msg = f"reproducible=True is for tensors on a CPU or on CUDA, not on {where}; use .cpu()"
         raise TypeError(msg)
-    if type(grad) not in _PLAIN and _torch_dtensor.is_dtensor(grad):
+    if type(grad) not in PLAIN and _torch_dtensor.is_dtensor(grad):
         _torch_dtensor.check_reproducible(grad, axes)
 
 
@@ -154,7 +152,7 @@ def why_no_kernels(grad: Tensor) -> str:
 def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
-    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+    if type(x) not in PLAIN and _torch_dtensor.is_dtensor(x):
         if reproducible:
             return _torch_dtensor.of_parts(x, lambda here: _canonical_mean(here, axes))
         return _torch_dtensor.fan_in_mean(x, axes)
@@ -218,7 +216,7 @@ def subtract_means_(
     size = 0
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
-        if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
+        if reproducible or type(grad) not in PLAIN or type(weight) not in PLAIN:
             if reproducible and rate is not None:  # as the kernels do
                 wide = _WIDE.get(grad.dtype, grad.dtype)
                 mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_ins[k], True)
@@ -291,7 +289,7 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_narrow = grad.dtype in _WIDE and type(grad) in _PLAIN and not reproducible
+    is_narrow = grad.dtype in _WIDE and type(grad) in PLAIN and not reproducible
     if is_narrow and not (torch.compiler.is_compiling() or _is_recorded(grad, out)):
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
@@ -334,7 +332,7 @@ def _centralize_narrow(
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute ``x - mean`` in the dtype of the mean, and round once to the dtype of `x`."""
-    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+    if type(x) not in PLAIN and _torch_dtensor.is_dtensor(x):
         return _torch_dtensor.subtract(x, mean, out, subtract)
     if x.dtype in _WIDE:
         difference = (x.to(mean.dtype) - mean).to(x.dtype)

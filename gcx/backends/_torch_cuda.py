@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
+_is_on_cuda = attrgetter("is_cuda")
 _SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
@@ -122,14 +123,10 @@ def find_launches(
     reproducible: bool,
 ) -> Centralization:
     """Find the launches for tensors in these forms among the latest ones, or make them."""
-    others: list[Tensor] = []
-    is_new: list[bool] = []
-    if outs is not grads:
-        others = [g if out is None else out for g, out in zip(grads, outs, strict=True)]
-        is_new = [out is None for out in outs]
-    key: tuple[Any, ...] = (*forms(grads), *is_new, *axes, reproducible)
-    for tensors in filter(None, (weights, others)):
-        key += tuple(forms(tensors))
+    others = () if outs is grads else outs
+    is_new = tuple([out is None for out in others])
+    tensors = [*grads, *weights, *[out for out in others if out is not None]]
+    key = (reproducible, tuple(axes), is_new, *forms(tensors))
     make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
     return recall(key, make)
 
@@ -298,6 +295,3 @@ def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool =
 def count_bytes(tensor: Tensor) -> int:
     """Count the bytes from the first element of a tensor to the end of its last."""
     return find_span(Memory(0, tensor.shape, tensor.stride()))[1] * tensor.itemsize
-
-
-_is_on_cuda = attrgetter("is_cuda")

@@ -8,9 +8,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn import Parameter
 
 from gcx._memory import Memory, repeats_itself
+from gcx.backends._torch_dtensor import PLAIN
 
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
@@ -31,6 +31,6 @@ def is_writable(out: Tensor, grad: Tensor, /) -> bool:
 
 def find_memory(x: Tensor) -> Memory:
     is_traced = torch.compiler.is_compiling() or peek_interpreter_stack() is not None
-    if is_traced or type(x) not in (Tensor, Parameter) or not (start := x.data_ptr()):
+    if is_traced or type(x) not in PLAIN or not (start := x.data_ptr()):
         return Memory(id(x))
     return Memory(start, x.shape, [step * x.itemsize for step in x.stride()], x.itemsize)

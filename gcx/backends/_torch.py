@@ -89,15 +89,8 @@ def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
-    if grad.is_cuda and not torch.compiler.is_compiling():
-        from gcx.backends import _torch_cuda
-
-        fan_ins = [(grad.shape, axes)]
-        (launched,) = _torch_cuda.launch(
-            [grad], fan_ins, strength, [out], reproducible=reproducible
-        )
-        if launched is not None:
-            return launched
+    if not torch.compiler.is_compiling() and is_for_kernels(grad):
+        return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
         by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
         return by_itself(grad, axes, strength, out, reproducible)  # type: ignore[no-any-return]

@@ -89,7 +89,7 @@ def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
-    if not torch.compiler.is_compiling() and is_for_kernels(grad):
+    if grad.is_cuda and not torch.compiler.is_compiling():
         return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
         by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Real
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from gcx._dispatch import backend_for
+from gcx._dispatch import backend_for, find_call
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
-from gcx._outputs import check_apart, check_out
-from gcx._repeats import Call
-from gcx.backends import Backend
+from gcx._outputs import Job, check_apart, check_out
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -169,8 +167,8 @@ def centralize_many(
         )
         raise TypeError(msg)
     strength = check_strength(strength)
-    call = Call(grads, layouts, out, reproducible)
-    if (repeated := call.repeat(strength)) is not None:
+    call = find_call(grads, layouts, out, reproducible)
+    if call is not None and (repeated := call.repeat(strength)) is not None:
         return repeated  # type: ignore[no-any-return]
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
@@ -183,7 +181,7 @@ def centralize_many(
     if out is not None:
         check_apart([name for name, _ in named], jobs)
     results = _run(jobs, strength, reproducible)
-    if all(job.seen is job.grad for job in jobs):
+    if call is not None and all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
     return rebuild(grads, results)
 
@@ -206,19 +204,11 @@ def see_fan_in(
     return seen, axes
 
 
-class _Job(NamedTuple):
-    backend: Backend | None
-    grad: Any
-    seen: Any  # the gradient, reshaped if its layout splits an axis
-    axes: tuple[int, ...]
-    out: Any
-
-
 def _make_job(
     name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
-) -> _Job:
+) -> Job:
     if grad is None:
-        return _Job(None, None, None, (), None)
+        return Job(None, None, None, (), None)
     seen: Any = grad
     axes: tuple[int, ...] = ()
     with naming(name):
@@ -227,10 +217,10 @@ def _make_job(
             seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
             check_out(out, grad, backend)
-    return _Job(backend, grad, seen, axes, out)
+    return Job(backend, grad, seen, axes, out)
 
 
-def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
+def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
     """Call each backend once, with all of its arrays; return the results in the order of `jobs`."""
     results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
     left = [k for k, job in enumerate(jobs) if job.axes]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from gcx.backends import Backend
+from gcx.layout import Layout
+from gcx.plan import Plan
 
 # A cache: `_find` would find the same backends again.
 _by_type: dict[type, Backend] = {}
@@ -26,15 +27,21 @@ def backend_for(array: Any) -> Backend:
         return backend
 
 
-def repeating_backend(arrays: Sequence[Any]) -> Any:
-    """Find the module that repeats a call for arrays of this type; None if there is none."""
-    backend = _by_type.get(type(arrays[0])) if arrays else None
-    is_repeatable = getattr(backend, "is_repeatable", None)
-    if is_repeatable is None or not is_repeatable(arrays[0]):
+def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
+    """Find the object that repeats calls of `gcx.centralize_many`; None if this one is no repeat.
+
+    It is for flat containers, in place or for new results, and layouts that cannot change.
+    """
+    kind = type(grads)
+    first = next(iter(grads.values() if kind is dict else grads), None)
+    is_repeatable = getattr(_by_type.get(type(first)), "is_repeatable", None)
+    if is_repeatable is None or not is_repeatable(first) or kind not in (list, tuple, dict):
+        return None
+    if not isinstance(layouts, (str, Layout, Plan)) or not (out is None or out is grads):
         return None
     from gcx.backends import _torch_repeats
 
-    return _torch_repeats
+    return _torch_repeats.Call(grads, layouts, out, reproducible)
 
 
 def _find(array: Any) -> Any:

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from gcx._dispatch import backend_for
+from gcx._memory import find_shared
 from gcx._names import naming
 from gcx.backends import Backend
-from gcx.backends._memory import Use, find_meetings
 
 
-class Job(Protocol):
-    """A gradient, its backend and the array for the result; all are None without a gradient."""
+class Job(NamedTuple):
+    """A gradient to centralize; without one, all are None and there are no axes."""
 
-    @property
-    def backend(self) -> Backend | None: ...
-    @property
-    def grad(self) -> Any: ...
-    @property
-    def out(self) -> Any: ...
+    backend: Backend | None
+    grad: Any
+    seen: Any  # the gradient, reshaped if its layout splits an axis
+    axes: tuple[int, ...]  # of its fan-in
+    out: Any
 
 
 def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
     """Raise a ValueError if a result would be written over another array of the list."""
-    uses: list[Use] = []
-    for owner, job in enumerate(jobs):
-        for array in {id(x): x for x in (job.grad, job.out) if x is not None}.values():
-            assert job.backend is not None
-            start, end = job.backend.find_span(array) or (id(array), id(array) + 1)
-            uses.append((start, end, owner, array, array is job.out))
-    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
-        backend = jobs[one].backend
-        assert backend is not None
-        if mine is its or jobs[other].backend is not backend or backend.shares_memory(mine, its):
-            msg = (
-                f"the out of {names[one]} or {names[other]} is in the memory of the other; give "
-                "each result an array of its own"
-            )
-            raise ValueError(msg)
+    uses = [
+        (job.backend.find_memory(array), owner, array is job.out)
+        for owner, job in enumerate(jobs)
+        if job.backend is not None
+        for array in ((job.out,) if job.out is job.grad else (job.grad, job.out))
+    ]
+    for one, other in find_shared(uses):
+        msg = (
+            f"the out of {names[one]} or {names[other]} is in the memory of the other; give each "
+            "result an array of its own"
+        )
+        raise ValueError(msg)
 
 
 def check_out(out: Any, grad: Any, backend: Backend) -> None:

@@ -1,4 +1,6 @@
-"""One file for each library, all with the same few functions, described by `Backend`.
+"""One file for each library, all with the same few functions.
+
+`Backend` and `Library` describe these functions; a file says only how its own ones differ.
 
 `_array_api` is the reference. It uses only the array API standard, and serves every library
 without its own file. The core imports a library in that file alone, with its first array.
@@ -13,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, cast
+
+from gcx._memory import Memory
 
 __all__ = ["LIBRARIES", "Backend", "Library", "load", "one_by_one"]
 
@@ -30,11 +34,8 @@ class Backend(Protocol):
     def is_writable(self, out: Any, grad: Any, /) -> bool:
         """Return True if the result for `grad` can be written to `out`, which may be `grad`."""
 
-    def find_span(self, array: Any, /) -> tuple[int, int] | None:
-        """Find the addresses of the first byte and behind the last; None if they are not known."""
-
-    def shares_memory(self, one: Any, other: Any, /) -> bool:
-        """Return True if arrays whose spans overlap have an element in common."""
+    def find_memory(self, array: Any, /) -> Memory:
+        """Find the memory of the elements; a hidden one starts at the `id` of the array."""
 
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""
@@ -70,7 +71,10 @@ class Backend(Protocol):
         reproducible: bool,
         /,
     ) -> list[ArrayT]:
-        """Centralize several arrays, each over its own axes; see `one_by_one`."""
+        """Centralize several arrays, each over its own axes; see `one_by_one`.
+
+        No `out` shares memory with an array of another gradient.
+        """
 
 
 class Library(Backend, Protocol):
@@ -97,7 +101,6 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
         reproducible: bool,
         /,
     ) -> list[Any]:
-        """See `gcx.backends.Backend`."""
         return [
             centralize(grad, fan_in, strength, out, reproducible)
             for grad, fan_in, out in zip(grads, axes, outs, strict=True)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gcx import _compat
+from gcx._memory import Memory
 from gcx.backends import _canonical, one_by_one
 
 _FLOATING = ("real floating", "complex floating")
 
 
 def check_dtype(grad: Any, /) -> None:
-    """See `gcx.backends.Backend`."""
     if _compat.is_pydata_sparse_array(grad):
         msg = "expected a dense array, not a sparse one; call .todense(), or leave it out"
         raise TypeError(msg)
@@ -23,21 +23,15 @@ def check_dtype(grad: Any, /) -> None:
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
     return bool(_compat.is_writeable_array(out))
 
 
-def find_span(_array: Any, /) -> None:
-    """See `gcx.backends.Backend`; the standard does not tell."""
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return one is other
+def find_memory(array: Any, /) -> Memory:
+    """Return a place of its own: the standard does not tell the address."""
+    return Memory(id(array))
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     del axes
     _canonical.check_dtype(str(grad.dtype).rpartition(".")[2])
     msg = f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
@@ -45,14 +39,12 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
 
 
 def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
-    """See `gcx.backends.Backend`."""
     return _compat.array_namespace(array).reshape(array, shape)
 
 
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    """See `gcx.backends.Backend`; `reproducible` is always False here."""
     assert not reproducible
     xp = _compat.array_namespace(grad)
     mean = fan_in_mean(grad, axes, reproducible)
@@ -67,11 +59,10 @@ centralize_many = one_by_one(centralize)
 
 
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
-    """See `gcx.backends.Backend`.
+    """Average in double precision, and correct by the mean of the remainder.
 
-    The mean is taken in double precision, and corrected by the mean of the remainder. The standard
-    leaves the order of summation open, and a plain loop in float32 gets the second digit wrong for
-    a million equal numbers.
+    The standard leaves the order of summation open, and a plain loop in float32 gets the second
+    digit wrong for a million equal numbers.
     """
     assert not reproducible
     xp = _compat.array_namespace(x)

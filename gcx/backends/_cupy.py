@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 import cupy as cp
 
+from gcx._memory import Memory, find_span, repeats_itself
 from gcx.backends import _canonical, _numpy
-from gcx.backends._memory import repeats_itself, span
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Cupy
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.memory import writes_conflict
 from gcx.backends.cuda.tables import ELEMENTS
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
@@ -26,22 +25,14 @@ check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
     return not repeats_itself(out.shape, out.strides, out.itemsize)
 
 
-def find_span(array: Any, /) -> tuple[int, int]:
-    """See `gcx.backends.Backend`."""
-    return span(array.data.ptr, array.shape, array.strides, array.itemsize)
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return bool(cp.shares_memory(one, other))
+def find_memory(array: Any, /) -> Memory:
+    return Memory(array.data.ptr, array.shape, array.strides, array.itemsize)
 
 
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     _canonical.check_dtype(grad.dtype.name)
     if cp.cuda.runtime.is_hip:
         msg = "reproducible=True on CuPy is not for ROCm"
@@ -52,7 +43,6 @@ reshape = _numpy.reshape
 
 
 def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
-    """See `gcx.backends.Backend`."""
     with x.device:
         wide = x.astype(cp.float32) if x.dtype.itemsize < 4 else x
         if reproducible:
@@ -63,7 +53,6 @@ def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
 def centralize(
     grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool = False, /
 ) -> Any:
-    """See `gcx.backends.Backend`."""
     return centralize_many([grad], [axes], strength, [out], reproducible)[0]
 
 
@@ -75,11 +64,6 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Any]:
-    """See `gcx.backends.Backend`."""
-    if writes_conflict(grads, outs, find_span):  # then in the order of the list
-        do = centralize if len(grads) > 1 else _by_itself
-        each = zip(grads, axes, outs, strict=True)
-        return [do(grad, fan_in, strength, out, reproducible) for grad, fan_in, out in each]
     each = zip(grads, axes, outs, strict=True)
     traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
@@ -100,20 +84,17 @@ def centralize_many(
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     if not cp.is_available():
         return []
     return [f"cuda:{k}" for k in range(cp.cuda.runtime.getDeviceCount())]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> Any:
-    """See `gcx.backends.Backend`."""
     with cp.cuda.Device(int(device.removeprefix("cuda:"))):
         return cp.asarray(_numpy.asarray(values, dtype, "cpu"))
 
 
 def to_numpy(array: Any, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return _numpy.to_numpy(cp.asnumpy(array))
 
 
@@ -203,5 +184,9 @@ def _see(grad: Any, axes: Axes, out: Any | None, reproducible: bool) -> Traits |
     # A new result has the strides of the array only if the array is dense.
     if not (is_dense(shape, steps) if out is None else out.strides == strides):
         return None
+    if out is not None and out is not grad:
+        start, end = find_span(find_memory(grad))
+        if 0 < abs(out.data.ptr - grad.data.ptr) < end - start:
+            return None
     walk = find_walk(shape, steps, axes, any_order=not reproducible)
     return walk and (grad.device.id, grad.dtype.name, walk)

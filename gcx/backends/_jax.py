@@ -13,13 +13,13 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from gcx.backends import _array_api, _canonical, _jax_canonical, one_by_one
+from gcx._memory import Memory
+from gcx.backends import _canonical, _jax_canonical, one_by_one
 
 _SMALL = 1 << 13  # elements of an array that XLA on a CPU may add one by one
 
 
 def check_dtype(grad: jax.Array, /) -> None:
-    """See `gcx.backends.Backend`."""
     if not is_floating(grad.dtype):
         msg = f"expected a real or complex floating dtype, not {grad.dtype}"
         raise TypeError(msg)
@@ -32,15 +32,15 @@ def is_floating(dtype: Any, /) -> bool:
 
 
 def is_writable(_out: jax.Array, _grad: jax.Array, /) -> bool:
-    """See `gcx.backends.Backend`."""
     return False
 
 
-find_span, shares_memory = _array_api.find_span, _array_api.shares_memory  # as it is immutable
+def find_memory(array: jax.Array, /) -> Memory:
+    return Memory(id(array))
 
 
 def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`; a traced array is checked when the program is compiled."""
+    """Check the dtype, and the device; a traced array is checked when the program is compiled."""
     _canonical.check_dtype(grad.dtype.name)
     if not all(isinstance(grad.shape[axis], int) for axis in axes):
         msg = f"reproducible=True needs a fan-in of known size, not axes {axes} of {grad.shape}"
@@ -54,12 +54,10 @@ def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
 
 
 def reshape(array: jax.Array, shape: tuple[int, ...], /) -> jax.Array:
-    """See `gcx.backends.Backend`."""
     return array.reshape(shape)
 
 
 def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> jax.Array:
-    """See `gcx.backends.Backend`."""
     mean: jax.Array = _mean_in_order(x, axes) if reproducible else _mean(x, axes)
     return mean
 
@@ -67,8 +65,7 @@ def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> j
 def centralize(
     grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
 ) -> jax.Array:
-    """See `gcx.backends.Backend`; `out` is None, since JAX arrays are immutable."""
-    del out
+    del out  # None, since JAX arrays are immutable
     if not reproducible:
         return _run(grad, axes, strength)
     result: jax.Array = _centralize_in_order(grad, axes, strength)
@@ -112,19 +109,16 @@ def varying_axes(grad: jax.Array, /) -> frozenset[str]:
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     return [str(device) for device in _devices()]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> jax.Array:
-    """See `gcx.backends.Backend`."""
     found = next(d for d in _devices() if str(d) == device)
     made: jax.Array = jax.device_put(np.asarray(values).astype(jnp.dtype(dtype)), found)
     return made
 
 
 def to_numpy(array: jax.Array, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return np.asarray(array).astype(_working_dtype(array.dtype))
 
 

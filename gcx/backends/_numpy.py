@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gcx._memory import Memory, repeats_itself
 from gcx.backends import _canonical, one_by_one
-from gcx.backends._memory import repeats_itself, span
 
 NDArray = npt.NDArray[Any]
 
@@ -32,7 +32,6 @@ _SHORT_ROW, _COLUMN_RUN = 128, 24
 
 
 def check_dtype(grad: Any, /) -> None:
-    """See `gcx.backends.Backend`."""
     if grad.dtype.kind not in "fc" and not _is_ml_dtype(grad.dtype):
         msg = f"expected a real or complex floating dtype, not {grad.dtype}"
         raise TypeError(msg)
@@ -42,22 +41,14 @@ def check_dtype(grad: Any, /) -> None:
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
     return bool(out.flags.writeable) and not repeats_itself(out.shape, out.strides, out.itemsize)
 
 
-def find_span(array: Any, /) -> tuple[int, int]:
-    """See `gcx.backends.Backend`."""
-    return span(array.ctypes.data, array.shape, array.strides, array.itemsize)
-
-
-def shares_memory(one: Any, other: Any, /) -> bool:
-    """See `gcx.backends.Backend`."""
-    return np.shares_memory(one, other)
+def find_memory(array: Any, /) -> Memory:
+    return Memory(array.ctypes.data, array.shape, array.strides, array.itemsize)
 
 
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     del axes
     _canonical.check_dtype(grad.dtype.name)
     if type(grad) not in (np.ndarray, np.memmap):
@@ -67,12 +58,10 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
 
 
 def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
-    """See `gcx.backends.Backend`."""
     return array.reshape(shape)
 
 
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
-    """See `gcx.backends.Backend`."""
     if _is_narrow(x):
         x = x.astype(np.float32)
     if not reproducible:
@@ -91,7 +80,6 @@ def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    """See `gcx.backends.Backend`."""
     if _is_narrow(grad):
         wide = grad.astype(np.float32)
         centralize(wide, axes, strength, wide, reproducible)
@@ -116,18 +104,15 @@ centralize_many = one_by_one(centralize)
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     return ["cpu"]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> Any:
-    """See `gcx.backends.Backend`."""
     del device  # there is one
     return np.asarray(values).astype(_dtype(dtype))
 
 
 def to_numpy(array: Any, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return array.astype(np.float32) if _is_ml_dtype(array.dtype) else array.copy()
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import add, attrgetter, gt
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
+from gcx.backends._torch_dtensor import PLAIN
 
 _DENSE = torch.strided
 
@@ -30,8 +31,7 @@ _WIDE = {
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
-# Types whose tensors are always on one process.
-_PLAIN = (Tensor, Parameter)
+_UNINITIALIZED = (UninitializedBuffer, UninitializedParameter)
 
 # A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
 FanIn = tuple[tuple[int, ...], tuple[int, ...]]
@@ -41,8 +41,7 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 _BLOCK = 1 << 19
 
 
-is_writable, find_span = _torch_memory.is_writable, _torch_memory.find_span
-shares_memory = _torch_memory.shares_memory
+is_writable, find_memory = _torch_memory.is_writable, _torch_memory.find_memory
 is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 
@@ -51,15 +50,20 @@ def is_repeatable(grad: Tensor) -> bool:
     return not torch.compiler.is_compiling() and is_for_kernels(grad)
 
 
+def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
+    """Return True if two runs of bytes overlap."""
+    ends = sorted(map(add, starts, sizes))
+    return any(map(gt, ends, sorted(starts)[1:]))
+
+
 def check_dtype(grad: Tensor, /) -> None:
-    """See `gcx.backends.Backend`."""
     if grad.layout is not _DENSE:
         msg = (
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
             "or leave it out: a sparse gradient belongs to an embedding"
         )
         raise TypeError(msg)
-    if grad.is_nested or (type(grad) not in _PLAIN and is_lazy(grad)):
+    if grad.is_nested or isinstance(grad, _UNINITIALIZED):
         msg = "expected a tensor with a shape, not a nested or uninitialized one"
         raise TypeError(msg)
     if grad.dtype not in _DTYPES:
@@ -68,35 +72,25 @@ def check_dtype(grad: Tensor, /) -> None:
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
-    """See `gcx.backends.Backend`."""
     _canonical.check_dtype(str(grad.dtype).removeprefix("torch."))
     kind = grad.device.type
     if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.version.hip):
         where = "ROCm" if kind == "cuda" else kind
         msg = f"reproducible=True is for tensors on a CPU or on CUDA, not on {where}; use .cpu()"
         raise TypeError(msg)
-    if type(grad) not in _PLAIN and _torch_dtensor.is_dtensor(grad):
+    if type(grad) not in PLAIN and _torch_dtensor.is_dtensor(grad):
         _torch_dtensor.check_reproducible(grad, axes)
 
 
 def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     return array.reshape(shape)
 
 
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
-    """See `gcx.backends.Backend`."""
     if grad.is_cuda and not torch.compiler.is_compiling():
-        from gcx.backends import _torch_cuda
-
-        fan_ins = [(grad.shape, axes)]
-        (launched,) = _torch_cuda.launch(
-            [grad], fan_ins, strength, [out], reproducible=reproducible
-        )
-        if launched is not None:
-            return launched
+        return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
         by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
         return by_itself(grad, axes, strength, out, reproducible)  # type: ignore[no-any-return]
@@ -111,7 +105,7 @@ def centralize_many(
     reproducible: bool,
     /,
 ) -> list[Tensor]:
-    """See `gcx.backends.Backend`; the kernels take as many as they can, in few launches."""
+    """Centralize as many tensors as the kernels take in few launches, and the rest by itself."""
     if torch.compiler.is_compiling() or not any(map(is_for_kernels, grads)):
         return _one_by_one(grads, axes, strength, outs, reproducible)
     fan_ins = [(grad.shape, fan_in) for grad, fan_in in zip(grads, axes, strict=True)]
@@ -128,19 +122,16 @@ _one_by_one = one_by_one(centralize)
 
 
 def devices() -> list[str]:
-    """See `gcx.backends.Backend`."""
     accelerators = torch.accelerator.device_count()
     kind = torch.accelerator.current_accelerator()
     return ["cpu", *(f"{kind}:{k}" for k in range(accelerators))]
 
 
 def asarray(values: Any, dtype: str, device: str, /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     return torch.asarray(values, device=device).to(getattr(torch, dtype))
 
 
 def to_numpy(array: Tensor, /) -> Any:
-    """See `gcx.backends.Backend`."""
     return array.detach().cpu().to(_WIDE.get(array.dtype, array.dtype)).numpy().copy()
 
 
@@ -152,10 +143,9 @@ def why_no_kernels(grad: Tensor) -> str:
 
 
 def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /) -> Tensor:
-    """See `gcx.backends.Backend`."""
     if x.dtype in _WIDE:
         x = x.to(_WIDE[x.dtype])
-    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+    if type(x) not in PLAIN and _torch_dtensor.is_dtensor(x):
         if reproducible:
             return _torch_dtensor.of_parts(x, lambda here: _canonical_mean(here, axes))
         return _torch_dtensor.fan_in_mean(x, axes)
@@ -219,7 +209,7 @@ def subtract_means_(
     size = 0
     for k in left:
         grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
-        if reproducible or type(grad) not in _PLAIN or type(weight) not in _PLAIN:
+        if reproducible or type(grad) not in PLAIN or type(weight) not in PLAIN:
             if reproducible and rate is not None:  # as the kernels do
                 wide = _WIDE.get(grad.dtype, grad.dtype)
                 mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_ins[k], True)
@@ -235,14 +225,11 @@ def subtract_means_(
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
         is_alone = not grad.is_contiguous()
-        if batch and is_alone:
+        if batch and (is_alone or size >= _torch_blocks.BATCH):
             _torch_blocks.subtract_means(batch, rate, strength)
             batch, size = [], 0
         batch.append((grad, weight, axes))
-        size += grad.nbytes
-        if is_alone or size >= _torch_blocks.BATCH:
-            _torch_blocks.subtract_means(batch, rate, strength)
-            batch, size = [], 0
+        size += _torch_blocks.BATCH if is_alone else grad.nbytes
     if batch:
         _torch_blocks.subtract_means(batch, rate, strength)
 
@@ -295,7 +282,7 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_narrow = grad.dtype in _WIDE and type(grad) in _PLAIN and not reproducible
+    is_narrow = grad.dtype in _WIDE and type(grad) in PLAIN and not reproducible
     if is_narrow and not (torch.compiler.is_compiling() or _is_recorded(grad, out)):
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
@@ -338,7 +325,7 @@ def _centralize_narrow(
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute ``x - mean`` in the dtype of the mean, and round once to the dtype of `x`."""
-    if type(x) not in _PLAIN and _torch_dtensor.is_dtensor(x):
+    if type(x) not in PLAIN and _torch_dtensor.is_dtensor(x):
         return _torch_dtensor.subtract(x, mean, out, subtract)
     if x.dtype in _WIDE:
         difference = (x.to(mean.dtype) - mean).to(x.dtype)
@@ -347,4 +334,8 @@ def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:
         return x - mean
     if out is x:
         return x.sub_(mean)
-    return out.copy_(x - mean) if _torch_memory.overlap([x, out]) else torch.sub(x, mean, out=out)
+    if torch.compiler.is_compiling():
+        return out.copy_(x - mean)
+    starts, ends = zip(*[find_span(find_memory(y)) for y in (x, out)], strict=True)
+    is_apart = max(starts) >= min(ends)
+    return torch.sub(x, mean, out=out) if is_apart else out.copy_(x - mean)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from math import inf
-from operator import add, attrgetter, gt, is_
+from operator import attrgetter, is_
 from typing import Any, TypeVar
 
 import torch
@@ -20,17 +19,19 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
+from gcx._memory import Memory, find_span
+from gcx.backends._torch import overlap
 from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.memory import Span, extent, writes_conflict
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 T = TypeVar("T")
 
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
+_is_on_cuda = attrgetter("is_cuda")
 _SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
@@ -90,7 +91,7 @@ def launch(
 
     A fan-in is a shape, which may split axes of the tensor, and its axes. With weights and the rate
     of their decay, the means are of ``grad + rate * weight``. The result is None for each tensor
-    that is left to PyTorch. All are left if a result would overwrite another array of the list.
+    that is left to PyTorch. All are left if a result would overwrite a gradient before it is read.
     """
     if is_traced():
         return [None] * len(grads)
@@ -122,14 +123,10 @@ def find_launches(
     reproducible: bool,
 ) -> Centralization:
     """Find the launches for tensors in these forms among the latest ones, or make them."""
-    others: list[Tensor] = []
-    is_new: list[bool] = []
-    if outs is not grads:
-        others = [g if out is None else out for g, out in zip(grads, outs, strict=True)]
-        is_new = [out is None for out in outs]
-    key: tuple[Any, ...] = (*forms(grads), *is_new, *axes, reproducible)
-    for tensors in filter(None, (weights, others)):
-        key += tuple(forms(tensors))
+    others = () if outs is grads else outs
+    is_new = tuple([out is None for out in others])
+    tensors = [*grads, *weights, *[out for out in others if out is not None]]
+    key = (reproducible, tuple(axes), is_new, *forms(tensors))
     make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
     return recall(key, make)
 
@@ -176,7 +173,7 @@ class Centralization:
         self.is_whole = len(arrays) == len(grads)
         self._sizes = [count_bytes(grads[k]) for k in self._places]
         self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
-        self._apart: list[int] = []  # the last addresses, which did not overlap
+        self._apart: list[int] = []  # the last addresses that did not overlap
         if arrays:
             rule = "StoreRate" if weights else "Store"
             self._schedule = Schedule(get_launcher(), rule, arrays)
@@ -194,7 +191,7 @@ class Centralization:
         starts = [*map(Tensor.data_ptr, chosen)]
         given = [x for x in outs if x is not None] if self._has_outs else ()
         obstacle = has_obstacle([*chosen, *given], starts, self._are_dense)
-        if obstacle or not self._is_apart(grads, outs, starts):
+        if obstacle or (self._in_place and not self._are_apart(starts)):
             return [None] * len(grads)
         targets, written = chosen, starts
         if not self._in_place:
@@ -202,6 +199,9 @@ class Centralization:
             pairs = zip(chosen, wanted, strict=True)
             targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
             written = [*map(Tensor.data_ptr, targets)]
+            places = zip(starts, written, self._sizes, strict=True)
+            if self._has_outs and any(0 < abs(a - b) < size for a, b, size in places):
+                return [None] * len(grads)
         roles = [starts, written]
         if weights:
             roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
@@ -217,12 +217,7 @@ class Centralization:
         increment_version([target for target in results if target is not None])
         return results
 
-    def _is_apart(
-        self, grads: Sequence[Tensor], outs: Sequence[Tensor | None], starts: list[int]
-    ) -> bool:
-        """Return True if no result overwrites another array of the list."""
-        if not (self._in_place and self.is_whole):
-            return not writes_conflict(grads, outs, _find_span)
+    def _are_apart(self, starts: list[int]) -> bool:
         if starts != self._apart:
             if overlap(starts, self._sizes):
                 return False
@@ -297,23 +292,6 @@ def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool =
     )
 
 
-def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Return True if two runs of memory overlap."""
-    ends = sorted(map(add, starts, sizes))
-    return any(map(gt, ends, sorted(starts)[1:]))
-
-
 def count_bytes(tensor: Tensor) -> int:
     """Count the bytes from the first element of a tensor to the end of its last."""
-    return extent(tensor.shape, tensor.stride(), 1)[1] * tensor.itemsize
-
-
-def _find_span(tensor: Tensor) -> Span:
-    """Find the addresses of an ordinary tensor on a CUDA device."""
-    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or not _is_on_cuda(tensor):
-        return inf, inf
-    start = tensor.data_ptr()
-    return start, start + count_bytes(tensor)
-
-
-_is_on_cuda = attrgetter("is_cuda")
+    return find_span(Memory(0, tensor.shape, tensor.stride()))[1] * tensor.itemsize

@@ -45,6 +45,18 @@ def cuts_fan_in(x: DTensor, axes: Sequence[int]) -> bool:
     return any(each.is_partial() or _cut_axis(each) in axes for each in x.placements)
 
 
+def _spread(
+    here: Tensor, like: DTensor, shape: Sequence[int], placements: Sequence[Placement]
+) -> DTensor:
+    """Make a contiguous DTensor on the processes of another, from the part on this one."""
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        here, like.device_mesh, placements, shape=whole.shape, stride=whole.stride()
+    )
+
+
 def _spread_like(x: DTensor, here: Tensor) -> DTensor:
     """Make a DTensor like `x` from the part on this process."""
     from torch.distributed.tensor import DTensor
@@ -82,16 +94,11 @@ def restore(result: Tensor, grad: Tensor) -> Tensor:
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
     """Average the shards of each process, which hold whole fan-ins."""
-    from torch.distributed.tensor import DTensor
-
     here = x.to_local()
     mean = mean_here(here)
     sizes = zip(mean.shape, here.shape, x.shape, strict=True)
     shape = [whole if of_mean == part else of_mean for of_mean, part, whole in sizes]
-    whole = torch.empty(shape, device="meta")
-    return DTensor.from_local(
-        mean, x.device_mesh, x.placements, shape=whole.shape, stride=whole.stride()
-    )
+    return _spread(mean, x, shape, x.placements)
 
 
 def is_split(x: Tensor, fan_in: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
@@ -117,7 +124,7 @@ def fan_in_mean(x: DTensor, axes: Sequence[int]) -> Tensor:
 def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tensor:
     """Average `x`, seen as (groups, rows, ...), over `axes`; the mean has one row a group."""
     # torch refuses this view if a shard ends inside of a group.
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import Partial
 
     rest = [axis - 1 for axis in axes if axis > 1]
     if groups == len(x):
@@ -127,14 +134,8 @@ def fan_in_mean_of_groups(x: DTensor, groups: int, axes: Sequence[int]) -> Tenso
     here = total.to_local()
     wide = here.to(torch.promote_types(here.dtype, torch.float64))  # adding row after row
     sums = wide.new_zeros(groups, *here.shape[1:]).index_add(0, _group_of_rows(x, groups), wide)
-    whole = torch.empty((groups, *total.shape[1:]), device="meta")
-    spread = DTensor.from_local(
-        sums.to(here.dtype),
-        x.device_mesh,
-        [Partial() if _cut_axis(p) == 0 else p for p in total.placements],
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
+    placements = [Partial() if _cut_axis(p) == 0 else p for p in total.placements]
+    spread = _spread(sums.to(here.dtype), x, (groups, *total.shape[1:]), placements)
     return spread / (len(x) // groups * prod([x.shape[axis] for axis in rest]))
 
 

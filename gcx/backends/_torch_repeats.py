@@ -15,7 +15,7 @@ from gcx.backends.cuda.walks import Axes
 
 
 class _Known(NamedTuple):
-    """The answers to a call of `gcx.centralize_many`, for all lists in the same form."""
+    """The answers to a call, for all lists in the same form."""
 
     layouts: object  # no other object has its id while it is here
     places: list[int]  # of the gradients that have a fan-in
@@ -23,45 +23,60 @@ class _Known(NamedTuple):
     launches: Centralization
 
 
-def remember(grads: Sequence[Tensor], question: tuple[Any, ...], axes: Sequence[Axes]) -> None:
-    """Keep the fan-in axes of a list; the question is that of `gcx._repeats.Call`."""
-    layouts, reproducible, is_in_place, _ = question
-    if not all(map(_is_ordinary, grads)) or is_traced():
-        return
-    places = [k for k, fan_in in enumerate(axes) if fan_in]
-    chosen, fan_ins = pick(places, grads), pick(places, axes)
-    outs = chosen if is_in_place else [None] * len(places)
-    launches = find_launches(chosen, fan_ins, outs, (), reproducible)
-    if launches.is_whole:
-        known = _Known(layouts, places, fan_ins, launches)
-        recall((id(layouts), *question[1:], *forms(grads)), lambda: known)
+class Call:
+    """A call of `gcx.centralize_many` with a flat list, tuple or dict, in place or for new results.
+
+    If an earlier call had the same form, nothing has to be checked again.
+    """
+
+    def __init__(self, grads: Any, layouts: object, out: Any, reproducible: bool) -> None:
+        self._kind = type(grads)
+        self._names: tuple[Any, ...] = (*grads,) if self._kind is dict else ()
+        self._grads: Sequence[Any] = [*grads.values()] if self._kind is dict else grads
+        self._layouts, self._reproducible = layouts, reproducible
+        self._is_in_place = out is not None
+        self._key: tuple[Any, ...] | None = None
+        is_plain = {*map(type, self._grads)}.issubset(PLAIN) and {*map(type, self._names)} <= {str}
+        if is_plain and not is_traced():
+            how = (id(layouts), reproducible, self._is_in_place, self._names)
+            self._key = (*how, *forms(self._grads))
+
+    def remember(self, axes: Sequence[Axes]) -> None:
+        """Keep the fan-in axes of each gradient for the next call; none for one left alone."""
+        if self._key is None or not all(map(_is_ordinary, self._grads)):
+            return
+        places = [k for k, fan_in in enumerate(axes) if fan_in]
+        chosen, fan_ins = pick(places, self._grads), pick(places, axes)
+        launches = find_launches(chosen, fan_ins, self._find_outs(chosen), (), self._reproducible)
+        if launches.is_whole:
+            known = _Known(self._layouts, places, fan_ins, launches)
+            recall(self._key, lambda: known)
+
+    def repeat(self, strength: float) -> Any:
+        """Centralize the gradients if a call of `remember` has the answers; else return None."""
+        known: _Known | None = _torch_cuda.recent.get(self._key)
+        if known is None:
+            return None
+        chosen = pick(known.places, self._grads)
+        outs = self._find_outs(chosen)
+        done = known.launches.run(chosen, strength, outs)
+        left = [n for n, result in enumerate(done) if result is None]
+        if len(left) == len(done):
+            return None
+        for n in left:
+            of_one = (chosen[n], known.axes[n], strength, outs[n], self._reproducible)
+            done[n] = _torch.centralize(*of_one)
+        results: list[Any] = [*self._grads]
+        for k, result in zip(known.places, done, strict=True):
+            results[k] = result
+        if self._kind is dict:
+            return dict(zip(self._names, results, strict=True))
+        return tuple(results) if self._kind is tuple else results
+
+    def _find_outs(self, chosen: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return chosen if self._is_in_place else [None] * len(chosen)
 
 
 def _is_ordinary(x: Tensor) -> bool:
     """Return True if the form of a tensor shows all that is checked; a list may hold anything."""
-    return type(x) in PLAIN and x.layout is torch.strided and _torch.is_for_kernels(x)
-
-
-def repeat(
-    grads: Sequence[Tensor], question: tuple[Any, ...], strength: float
-) -> list[Tensor] | None:
-    """Centralize a list if a call of `remember` has the answers; else return None."""
-    if not {*map(type, grads)}.issubset(PLAIN) or is_traced():
-        return None
-    layouts, reproducible, is_in_place, _ = question
-    known: _Known | None = _torch_cuda.recent.get((id(layouts), *question[1:], *forms(grads)))
-    if known is None:
-        return None
-    chosen = pick(known.places, grads)
-    outs = chosen if is_in_place else [None] * len(chosen)
-    done = known.launches.run(chosen, strength, outs)
-    left = [n for n, result in enumerate(done) if result is None]
-    if len(left) == len(done):
-        return None
-    for n in left:
-        k = known.places[n]
-        done[n] = _torch.centralize(grads[k], known.axes[n], strength, outs[n], reproducible)
-    results: list[Any] = [*grads]
-    for k, result in zip(known.places, done, strict=True):
-        results[k] = result
-    return results
+    return x.layout is torch.strided and _torch.is_for_kernels(x)

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from gcx._options import Options
 from gcx.backends import _torch_cuda as kernels
-from gcx.backends._torch import is_for_kernels
+from gcx.backends._torch import is_for_kernels, overlap
 from gcx.backends._torch_dtensor import FanIn, see_all, see_here
 from gcx.backends.cuda.launcher import Schedule
 from gcx.backends.cuda.walks import Axes
@@ -188,7 +188,7 @@ def _launch(
     addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
     every = [*chain(*addresses)]
     obstacle = kernels.has_obstacle([*chain(*chosen)], every)
-    if schedule is None or obstacle or kernels.overlap(every, sizes):
+    if schedule is None or obstacle or overlap(every, sizes):
         return []
     left = schedule.run(addresses, numbers)
     done = [place for n, place in enumerate(places) if n not in left]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import add, attrgetter, gt, itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gcx._memory import find_shared
 from gcx._names import naming
-from gcx.backends import _torch, _torch_memory
-from gcx.backends._memory import find_meetings
+from gcx.backends import _torch
 from gcx.torch._plan import Decision
 
 # Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.
@@ -89,19 +89,14 @@ def part_gradients(
     ]
     grads = [*map(itemgetter(1), found)]
     starts = [*map(Tensor.data_ptr, grads)]
-    ends = sorted(map(add, starts, map(_NBYTES, grads)))
-    is_apart = not any(map(gt, ends, sorted(starts)[1:]))
-    if is_apart and (all(map(Tensor.is_contiguous, grads)) or not _torch_memory.overlap(grads)):
+    if all(map(Tensor.is_contiguous, grads)) and not _torch.overlap(starts, map(_NBYTES, grads)):
         return
-    marked = {weight.parameter for weight in find_weights()}
-    owners = [p for p, _ in found]
-    spans = [_torch_memory.find_span(grad) or (0, 0) for grad in grads]
-    uses = [(*span, k, grads[k], True) for k, span in enumerate(spans)]
-    for (*_, one, mine, _), (*_, other, its, _) in find_meetings(uses):
-        if _torch_memory.shares_memory(mine, its):
-            for parameter in {owners[one], owners[other]} & marked:
-                assert parameter.grad is not None
-                parameter.grad = parameter.grad.clone()
+    uses = [(_torch.find_memory(grad), k, True) for k, grad in enumerate(grads)]
+    shared = {found[k] for pair in find_shared(uses) for k in pair}
+    marked = {weight.parameter for weight in find_weights()} if shared else ()
+    for parameter, grad in shared:
+        if parameter in marked:
+            parameter.grad = grad.clone()
 
 
 def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:

@@ -7,6 +7,8 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+from gcx._memory import repeats_itself
+
 Axes = tuple[int, ...]
 # Size and step of an axis. A step is a stride in elements.
 _Axis = tuple[int, int]
@@ -51,7 +53,7 @@ def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk 
     >>> find_walk((5, 8), (8, 1), (1,), any_order=False)
     Walk(kind='rows', matrices=(Matrix(offset=0, units=5, fan_in=8, step=8),))
     """
-    if 0 in shape or has_overlap(shape, steps):
+    if 0 in shape or repeats_itself(shape, steps):
         return None
     if not axes:
         (size, step), *rest = _merge(_sort([*zip(shape, steps, strict=True)]))
@@ -78,17 +80,6 @@ def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk 
 def is_dense(shape: Sequence[int], steps: Sequence[int]) -> bool:
     """Return True if the elements fill one run of memory."""
     return find_walk(tuple(shape), tuple(steps), (), any_order=True) is not None
-
-
-def has_overlap(shape: Sequence[int], steps: Sequence[int]) -> bool:
-    """Return True if two elements of one array may have the same address."""
-    reach = 0  # from the first element to the last, along the axes seen so far
-    for step, size in sorted(zip(map(abs, steps), shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
-    return False
 
 
 def _sort(axes: list[_Axis]) -> list[_Axis]:

@@ -17,7 +17,7 @@ from gcx.torch._optimizer import Group
 from gcx.torch._plan import HINT, Decision, decide, plan_of
 from gcx.torch._weights import Weight, weights_of
 
-KindT = TypeVar("KindT")
+T = TypeVar("T")
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
@@ -28,12 +28,21 @@ _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
 
 
+class Weak(ref[T]):
+    """A reference to an object that holds this, and is freed without the garbage collector.
+
+    A copy of both refers to the copy.
+    """
+
+    def __reduce__(self) -> Any:
+        return Weak, (self(),)
+
+
 class Targets:
     """The weights of an optimizer that are centralized; changes of the model are followed."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
-        # Weak: the optimizer holds this, and is freed without the garbage collector.
-        self._optimizer: Callable[[], Any] = ref(optimizer)
+        self._optimizer: Callable[[], Any] = Weak(optimizer)
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
@@ -148,10 +157,7 @@ class Targets:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_settled": {}, "_optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=ref(state["_optimizer"]))
+        return {**vars(self), "_settled": {}}
 
 
 class _Settled:
@@ -205,7 +211,7 @@ def is_on(group: Group) -> bool:
     return switch
 
 
-def find_owner(hooks: Mapping[int, object], kind: type[KindT]) -> KindT | None:
+def find_owner(hooks: Mapping[int, object], kind: type[T]) -> T | None:
     """Find the object of a class among those whose methods are hooks."""
     owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return next((owner for owner in owners if isinstance(owner, kind)), None)

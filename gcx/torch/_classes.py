@@ -46,10 +46,9 @@ def derive_class(
 
     Raises
     ------
-    TypeError, ValueError
-        If `kind` is not a torch optimizer class, or an option has no such value.
     TypeError, ValueError, RuntimeError
-        When an optimizer is made, as `centralize`.
+        If `kind` is not a torch optimizer class, or an option has no such value; when an optimizer
+        is made, as `centralize`.
 
     Examples
     --------

@@ -63,12 +63,11 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
-        Answers that take precedence over the layers. A key is the name of a parameter or a glob
-        (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all of its
-        parameters (a layout skips its vectors). The first key that covers a parameter counts.
-        A value is a layout, the fan-in axes (an integer or a sequence of them), or, to leave the
-        parameter alone, None or `gcx.plan.LeaveAlone` with the reason. `register_layer` declares
-        a layer of your own once for all models.
+        Answers that take precedence over the layers. A key is a name or a glob
+        (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
+        its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
+        axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
+        `register_layer` declares a layer of your own once for all models.
 
     Returns
     -------
@@ -82,15 +81,13 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     ValueError
         If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or has lost the shape that its layer gave
-        it (FSDP1 flattens it).
+        If a parameter has no shape yet (lazy layers), or has lost the shape of its layer (FSDP1
+        flattens it).
 
     Notes
     -----
-    Unknown parameters are left alone until `register_layer` or `overrides` declares their fan-in.
-
-    A weight of several layers, such as an embedding that is also the head of a language model, is
-    left alone unless all of them average over the same axes. `overrides` can decide otherwise.
+    Unknown parameters are left alone. So is a weight of several layers, such as an embedding that
+    is also a head, unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------

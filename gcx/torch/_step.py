@@ -33,6 +33,9 @@ from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_g
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
+# Arguments of a step.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
@@ -88,9 +91,7 @@ class GradientHooks:
 
     @not_compiled
     @torch.no_grad()
-    def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_step(self, _: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         switches = self._targets.switches()
         if switches != self._switches:
             self._switches = switches
@@ -100,32 +101,23 @@ class GradientHooks:
             return None
         # An optimizer may use gradients from before its closure, or ignore the closure. A closure
         # that adds to these gradients, and clips the sum, finds them as they were.
-        means = self._means_of_gradients()
+        found = with_gradient([weight for _, weights in self._by_group() for weight in weights])
+        means = [(weight, weight.mean(grad)) for weight, grad in found]
         self._centralize()
+        centralize = not_compiled(torch.no_grad()(self._centralize))
 
-        def centralizing(closure: Any) -> Any:
-            return self._wrap(closure, means) if callable(closure) else closure
+        def wrap(closure: Callable[..., Any]) -> Callable[..., Any]:
+            def centralized(*args: Any, **kwargs: Any) -> Any:
+                while means:
+                    _restore_mean_of_gradient(*means.pop())
+                loss = closure(*args, **kwargs)
+                if self.handles:  # none if the closure has removed them
+                    centralize()
+                return loss
 
-        new_args = (args[0], *map(centralizing, args[1:]))
-        return new_args, {name: centralizing(value) for name, value in kwargs.items()}
+            return centralized
 
-    def _wrap(
-        self, closure: Callable[..., Any], means: list[tuple[Weight, Tensor]]
-    ) -> Callable[..., Any]:
-        def centralized(*args: Any, **kwargs: Any) -> Any:
-            while means:
-                _restore_mean_of_gradient(*means.pop())
-            loss = closure(*args, **kwargs)
-            if self.handles:  # none if the closure has removed them
-                self._centralize_after_closure()
-            return loss
-
-        return centralized
-
-    @not_compiled
-    @torch.no_grad()
-    def _centralize_after_closure(self) -> None:
-        self._centralize()
+        return wrap_closures(wrap, args, kwargs)
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
@@ -167,10 +159,6 @@ class GradientHooks:
                 "centralized too"
             )
 
-    def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        found = with_gradient([weight for _, weights in self._by_group() for weight in weights])
-        return [(weight, weight.mean(grad)) for weight, grad in found]
-
 
 @torch.no_grad()
 def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
@@ -206,9 +194,7 @@ class UpdateHooks:
 
     @not_compiled
     @torch.no_grad()
-    def _remember_means(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _remember_means(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         baselines: list[_Baseline] = []
         has_closure = _has_closure(args, kwargs)
         takes_all = has_closure or self._moves_others or self._is_followed(optimizer)
@@ -273,8 +259,19 @@ class _Baseline(NamedTuple):
     is_due: bool  # the step will use the gradient, and may free it, as steps in torch do not
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _has_closure(args: Args, kwargs: Kwargs) -> bool:
     return any(map(callable, (*args[1:], *kwargs.values())))
+
+
+def wrap_closures(
+    wrap: Callable[[Callable[..., Any]], object], args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """Wrap each function among the arguments of a step, the first of which is the optimizer."""
+
+    def wrap_one(value: Any) -> Any:
+        return wrap(value) if callable(value) else value
+
+    return (args[0], *map(wrap_one, args[1:])), {k: wrap_one(v) for k, v in kwargs.items()}
 
 
 def _count_steps(kind: type[Optimizer]) -> int:

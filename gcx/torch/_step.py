@@ -197,7 +197,9 @@ class UpdateHooks:
     def _remember_means(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         baselines: list[_Baseline] = []
         has_closure = _has_closure(args, kwargs)
-        takes_all = has_closure or self._moves_others or self._is_followed(optimizer)
+        # Later hooks may give gradients to frozen weights, and so may closures.
+        last_hook = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
+        takes_all = has_closure or self._moves_others or last_hook != self.handles[0].id
         state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
@@ -205,19 +207,13 @@ class UpdateHooks:
             for weight in weights:
                 parameter = weight.parameter
                 has_gradient = parameter.grad is not None
-                if not (takes_all or has_gradient or parameter.requires_grad):
-                    continue
-                mean, beside = weight.mean(parameter), {}
-                if average is not None:
-                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                is_due = self._moves_others and has_gradient and not has_closure
-                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
+                if takes_all or has_gradient or parameter.requires_grad:
+                    mean, beside = weight.mean(parameter), {}
+                    if average is not None:
+                        beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                    is_due = self._moves_others and has_gradient and not has_closure
+                    baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         self._baselines.append(baselines)
-
-    def _is_followed(self, optimizer: Optimizer) -> bool:
-        """Return True if hooks run after this one; they may give gradients to frozen weights."""
-        last = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
-        return bool(last != self.handles[0].id)
 
     @not_compiled
     @torch.no_grad()
@@ -225,16 +221,15 @@ class UpdateHooks:
         state = inner_optimizer(optimizer).state
         for weight, mean, factor, beside, is_due in self._baselines.pop():
             parameter = weight.parameter
-            if not is_due and parameter.grad is None:  # no step, and no decay
+            if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
                 if self._moves_others or parameter.requires_grad:
                     self._restore(weight, parameter, mean)
                 continue
             self._restore(weight, parameter, mean if factor is None else mean * factor)
             known = state.get(parameter, {})
-            found = [key for key in beside if key in known]
-            for key in found:
+            for key in beside.keys() & known.keys():
                 self._restore(weight, known[key], beside[key])
-            if self._may_hide_average and not found:
+            if self._may_hide_average and not beside.keys() & known.keys():
                 self._may_hide_average = False
                 warn(_UNKNOWN_AVERAGE.format(type(optimizer).__name__))
 

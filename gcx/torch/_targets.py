@@ -22,6 +22,7 @@ T = TypeVar("T")
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
 _NAMELESS = "?"  # a parameter that was never in the model
+_STRANGER = "unknown: it is not in the model"
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
@@ -144,7 +145,9 @@ class Targets:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in found:
-                    found[parameter] = _stranger(parameter, before.get(parameter))
+                    name = before[parameter].row.name if parameter in before else _NAMELESS
+                    row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
+                    found[parameter] = Decision(row, None, "")
         self._decisions = found
         self._settled: dict[int, _Settled] = {}  # by the position of the group
         self._layers = [
@@ -234,12 +237,6 @@ def _switched_off(decision: Decision) -> Decision:
     if decision.row.layout is None:
         return decision
     return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
-
-
-def _stranger(parameter: Tensor, known: Decision | None) -> Decision:
-    name = known.row.name if known else _NAMELESS
-    row = PlanRow(name, tuple(parameter.shape), None, "unknown: it is not in the model")
-    return Decision(row, None, "")
 
 
 def _why_missing(row: PlanRow) -> str:

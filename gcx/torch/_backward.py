@@ -172,7 +172,8 @@ class CentralizationInBackward:
         return any(place.has_seen_one for place in self._places)
 
     def _warn_of_idle(self) -> None:
-        idle = [place.name for place in self._places if place.is_idle()]
+        unseen = [place for place in self._places if not place.has_seen_one]
+        idle = [place.name for place in unseen if place.find_trained() is not None]
         if idle and self._has_seen_one():
             warn(
                 f"no gradient of {len(idle)} weights ({idle[0]}, ...) was there to centralize, "
@@ -233,7 +234,7 @@ class _Place:
 
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight and will get a gradient."""
-        found = self._found()
+        found = self.find_trained()
         if found is None or found.shape != self._shape:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
@@ -250,10 +251,7 @@ class _Place:
                 _torch.check_reproducible_over(grad, self._fan_in)
         return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
 
-    def is_idle(self) -> bool:
-        """Return True if the weight is trained, and has had no gradient yet."""
-        return not self.has_seen_one and self._found() is not None
-
-    def _found(self) -> Tensor | None:
+    def find_trained(self) -> Tensor | None:
+        """Return the tensor if it is trained, in any shape."""
         found = getattr(self.holder(), self._key, None)
         return found if isinstance(found, Tensor) and found.requires_grad else None

@@ -119,8 +119,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     """AdamW with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
     Experimental until measured on a GPU. It is `torch.optim.AdamW` with the centralized gradient in
-    place of the gradient; weight decay is not centralized. Checkpoints are the same. See
-    :doc:`/fused`.
+    place of the gradient; weight decay is apart. Checkpoints are the same. See :doc:`/fused`.
 
     Parameters
     ----------
@@ -145,8 +144,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
-    >>> optimizer.fallbacks
+    >>> gcx.torch.AdamW(groups, lr=1e-3, model=model).fallbacks
     ['no parameter on a CUDA device', 'no parameter on a CUDA device']
     """
 
@@ -157,9 +155,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 class SGD(FusedOptimizer, torch.optim.SGD):
     """SGD with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
-    Experimental until measured on a GPU. It is `torch.optim.SGD` with the centralized sum of
-    gradient and weight decay in place of this sum. So the mean of each weight over its fan-in stays
-    at its initial value (corollary 4.1).
+    Experimental until measured on a GPU. It is `torch.optim.SGD` with the sum of gradient and
+    weight decay centralized, so that each weight keeps its mean over the fan-in (corollary 4.1).
 
     Parameters
     ----------

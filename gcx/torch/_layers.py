@@ -101,12 +101,12 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     TypeError
         If `kind` is not a class, or the rule neither a mapping nor a function.
     ValueError
-        When a plan is made: if the layer has nothing by a name in the rule that is not a glob.
+        When a plan is made, for a name in the rule that the layer does not have, unless a glob.
 
     Notes
     -----
-    A subclass of a torch layer is assumed to use its weight as that layer does. Register a rule for
-    one that does not, for example a subclass of `torch.nn.Linear` that holds (in, out).
+    A subclass of a torch layer, such as a `torch.nn.Linear` that holds (in, out), needs a rule if
+    it does not use its weight as that layer does.
 
     A package can declare its rules without importing gcx, by entry points of the group
     ``gcx.torch.layers``. Their names are the qualified names of layers, or globs of them::
@@ -118,20 +118,15 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> from gcx.plan import LeaveAlone
     >>> class InputFirst(torch.nn.Module):
     ...     def __init__(self, inputs: int, outputs: int) -> None:
     ...         super().__init__()
     ...         self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
-    ...         self.offset = torch.nn.Parameter(torch.zeros(1, outputs))
     >>> @gcx.torch.register_layer(InputFirst)
     ... def input_first(layer):
-    ...     return {"weight": "io", "offset": LeaveAlone("bias")}
-    >>> print(gcx.torch.plan(InputFirst(4, 3)))
-    parameter  shape  layout  reason
-    weight     4x3    io      InputFirst
-    offset     1x3    -       bias
-    1 of 2 parameters centralized
+    ...     return {"weight": "io"}
+    >>> gcx.torch.plan(InputFirst(4, 3))["weight"].layout
+    Layout('io')
     """
     registered = _RULES.register(kind)
 

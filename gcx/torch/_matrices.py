@@ -74,13 +74,11 @@ class Matrices:
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> model = torch.nn.Conv1d(4, 8, 3)
-    >>> found = gcx.torch.matrices(model)
+    >>> found = gcx.torch.matrices(torch.nn.Conv1d(4, 8, 3))
     >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
     >>> adamw = torch.optim.AdamW(found.rest.values())
-    >>> model(torch.rand(1, 4, 9)).square().mean().backward()
-    >>> muon.step()
-    >>> adamw.step()
+    >>> found.join("weight", found.split("weight", found.weights["weight"])).shape
+    torch.Size([8, 4, 3])
     """
 
     def __init__(self, rows: Mapping[Tensor, PlanRow]) -> None:

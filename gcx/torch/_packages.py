@@ -138,25 +138,10 @@ def _experts(layer: Any) -> Mapping[str, Answer]:
     return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
 
 
-def _dbrx_experts(layer: Any) -> Mapping[str, Answer]:
-    """Matrices (experts * hidden, width), the last of which leads from hidden to width."""
-    return {"[vw]1": "oi", "w2": Layout("(bi)o", b=layer.moe_num_experts)}
-
-
-def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
-    """Factors A (experts * rank, in) and B (out, rank * experts): a row of B is of all experts."""
-    return {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
-
-
 def _lily(layer: Any) -> Mapping[str, Answer]:
     """Stacks B (num_B * rank, out), which multiply from the right."""
     stacks = layer.num_B.items()
     return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
-
-
-def _loralib(layer: Any) -> Mapping[str, Answer]:
-    """Read a linear layer, which may hold (in, out) as in GPT-2, and its factors."""
-    return {"lora_[AB]": "oi", **({"weight": "io"} if layer.fan_in_fan_out else {})}
 
 
 def _lokr(layer: Any) -> Mapping[str, Answer]:
@@ -177,14 +162,6 @@ def _rgcn(layer: Any) -> Mapping[str, Answer]:
     """Matrices of relations or of bases, (relations, in, out), or of blocks of a relation."""
     found = {"weight": "bio" if layer.num_blocks is None else "bbio", "basis": "bio", "root": "io"}
     return {**found, "[qke]": "io", "comp": _MIXING, "att": _MIXING, "[lb][12]": _SCALE}
-
-
-def _cond_conv(layer: Any) -> Mapping[str, Answer]:
-    return {"weight": Layout("b(oi...)", o=layer.out_channels)}
-
-
-def _zuko(layer: Any) -> Mapping[str, Answer]:
-    return {"weight": "boi" if layer.weight.ndim == 3 else "oi", "bias": BIAS}
 
 
 def _read(names: Mapping[LeaveAlone, str]) -> Mapping[str, LeaveAlone]:
@@ -222,16 +199,32 @@ _NAMES = _read(
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,
-    "transformers.models.dbrx.*ExpertGLU": _dbrx_experts,
-    "peft.tuners.lora.layer.ParamWrapper": _lora_of_experts,
+    # (experts * hidden, width), the last of which leads from hidden to width.
+    "transformers.models.dbrx.*ExpertGLU": lambda layer: {
+        "[vw]1": "oi",
+        "w2": Layout("(bi)o", b=layer.moe_num_experts),
+    },
+    # A (experts * rank, in) and B (out, rank * experts), each row of which is of all experts.
+    "peft.tuners.lora.layer.ParamWrapper": lambda layer: (
+        {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
+    ),
     "peft.tuners.lily.layer.*": _lily,
     "peft.tuners.lokr.layer.*": _lokr,
     "peft.tuners.miss.layer.*": _miss,
-    "loralib.layers.*Linear": _loralib,
-    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
+    # The weight may be (in, out), as in GPT-2.
+    "loralib.layers.*Linear": lambda layer: {
+        "lora_[AB]": "oi",
+        **({"weight": "io"} if layer.fan_in_fan_out else {}),
+    },
+    "timm.layers.cond_conv2d.CondConv2d": lambda layer: {
+        "weight": Layout("b(oi...)", o=layer.out_channels)
+    },
     "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
     **_BY_CLASS,
-    "zuko.nn.Linear": _zuko,
+    "zuko.nn.Linear": lambda layer: {
+        "weight": "boi" if layer.weight.ndim == 3 else "oi",
+        "bias": BIAS,
+    },
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
     "*Norm": {"g": NORM, "b": BIAS, "gain": NORM, "scale": NORM},

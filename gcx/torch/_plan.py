@@ -75,13 +75,10 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
 
     Raises
     ------
-    TypeError
-        If `model` is not a module, or `overrides` or one of its keys or values has a wrong type.
-    ValueError
-        If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
+    TypeError, ValueError
+        If `model` is not a module, or a key or value of `overrides` does not fit.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or has lost the shape of its layer (FSDP1
-        flattens it).
+        If a parameter has no shape yet (lazy layers), or has lost it (FSDP1 flattens).
 
     Notes
     -----

@@ -223,15 +223,13 @@ def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tenso
     memory = optimizer.state.get(parameters[0], {})
     flat = [memory[key] for key in _FLAT if isinstance(memory.get(key), Tensor)]
     flat += [vector for key in _FLAT_HISTORIES for vector in memory.get(key, ())]
-    sizes = [_real(p).numel() for p in parameters]
+    sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
     position = next(k for k, p in enumerate(parameters) if p is parameter)
     for vector in flat:
-        part = vector.split(sizes)[position].view_as(_real(parameter))
-        yield torch.view_as_complex(part) if parameter.is_complex() else part
-
-
-def _real(parameter: Tensor) -> Tensor:
-    return torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        part = vector.split(sizes)[position]
+        if parameter.is_complex():
+            part = torch.view_as_complex(part.view(-1, 2))
+        yield part.view_as(parameter)
 
 
 def _has_mean(weight: Weight, buffer: Tensor) -> bool:

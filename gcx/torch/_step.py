@@ -185,7 +185,8 @@ class UpdateHooks:
         self._may_hide_average = callable(getattr(optimizer, "eval", None))
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
-        self._baselines: deque[list[_Baseline]] = deque(maxlen=_count_steps(type(optimizer)))
+        steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
+        self._baselines: deque[list[_Baseline]] = deque(maxlen=steps)
         before = optimizer.register_step_pre_hook(self._remember_means)
         after = optimizer.register_step_post_hook(self._restore_means)
         # Hooks registered earlier may average the weights.
@@ -267,8 +268,3 @@ def wrap_closures(
         return wrap(value) if callable(value) else value
 
     return (args[0], *map(wrap_one, args[1:])), {k: wrap_one(v) for k, v in kwargs.items()}
-
-
-def _count_steps(kind: type[Optimizer]) -> int:
-    """Count the steps that can run within one another: a class and its bases may have one each."""
-    return sum("step" in vars(base) for base in kind.__mro__)

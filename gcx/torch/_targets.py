@@ -14,7 +14,7 @@ from gcx._decisions import nothing_to_centralize
 from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import HINT, Decision, decide, plan_of
+from gcx.torch._plan import HINT, Decision, decide
 from gcx.torch._weights import Weight, weights_of
 
 T = TypeVar("T")
@@ -93,8 +93,11 @@ class Targets:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
         self._decide()
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
-        known = {p: decision for p, decision in self._decisions.items() if p in held}
-        return plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
+        rows = [(d.row, held[p]) for p, d in self._decisions.items() if p in held]
+        return Plan(
+            row if on or not row.layout else row._replace(layout=None, reason=_SWITCHED_OFF)
+            for row, on in rows
+        )
 
     def refuse_empty(self) -> None:
         """Raise a RuntimeError if no parameter is in the model, a ValueError if none is taken."""
@@ -231,12 +234,6 @@ def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         return state_dict  # torch has an error for that
     groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
     return {**state_dict, "param_groups": groups}
-
-
-def _switched_off(decision: Decision) -> Decision:
-    if decision.row.layout is None:
-        return decision
-    return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
 
 
 def _why_missing(row: PlanRow) -> str:

@@ -61,8 +61,8 @@ def check_plan(
         ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
         sentences. A weight is unseen if the pass does not use it, or uses it within one fused
         operation (LSTM, attention), or not linearly (spectral norm). A product element by element,
-        summed in a second operation, disagrees although the plan may be right. Errors are those of
-        `plan` and of the model.
+        summed in a second operation, disagrees although the plan may be right. Raises what
+        `plan` and the model raise.
 
     Examples
     --------

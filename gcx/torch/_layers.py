@@ -105,8 +105,8 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
 
     Notes
     -----
-    A subclass of a torch layer, such as a `torch.nn.Linear` that holds (in, out), needs a rule if
-    it does not use its weight as that layer does.
+    A subclass of a torch layer is assumed to use its weight as that layer does. Register a rule for
+    one that does not, for example a `torch.nn.Linear` that holds (in, out).
 
     A package can declare its rules without importing gcx, by entry points of the group
     ``gcx.torch.layers``. Their names are the qualified names of layers, or globs of them::

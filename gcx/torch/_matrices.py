@@ -38,7 +38,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     Returns
     -------
     Matrices
-        The parameters by name, and the plan with the reasons. Errors are those of `plan`.
+        The parameters by name, and the plan with the reasons. Raises what `plan` raises.
 
     Examples
     --------

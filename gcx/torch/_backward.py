@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from functools import partial
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
 from gcx.torch._step import not_compiled, warn
-from gcx.torch._targets import find_owner
+from gcx.torch._targets import Weak, find_owner
 from gcx.torch._weights import Weight, weights_of
 
 # Training-mode forward passes, counted from the first backward, after which a weight that never
@@ -39,11 +38,10 @@ def centralize_in_backward(
 ) -> CentralizationInBackward:
     """Let backward centralize the gradients of a model, from its next forward pass on.
 
-    Use it with wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
+    It is for wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
     ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
     decay and momentum. ``torch.autograd.grad`` and ``torch.func`` return centralized gradients too.
-    Layers that are added later are not covered. A copy of the model centralizes as well, and has no
-    handle.
+    Layers that are added later are not covered. A copy of the model centralizes, without a handle.
 
     Parameters
     ----------
@@ -59,14 +57,9 @@ def centralize_in_backward(
 
     Raises
     ------
-    TypeError
-        If `model` is not a module; if a weight has a dtype, a device or shards for which
-        `reproducible` cannot be promised. In backward: if the gradient of a weight is sparse.
-    ValueError
-        As `plan`; if nothing would be centralized; if the model has such a handle already.
-    RuntimeError
-        If a parameter has no shape yet (lazy layers), or has lost the shape of its layer: call this
-        before the model is wrapped.
+    TypeError, ValueError, RuntimeError
+        As `centralize`; if the model has such a handle already. In backward, if the gradient of a
+        weight is sparse.
 
     Warns
     -----
@@ -99,44 +92,45 @@ class CentralizationInBackward:
     model, options
         As in `gcx.torch.centralize_in_backward`.
 
+    Attributes
+    ----------
+    plan : gcx.plan.Plan
+        The decision on each parameter of the model.
+
     Examples
     --------
     >>> import torch
     >>> import gcx.torch
     >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
-    >>> print(handle.plan)
-    parameter  shape  layout  reason
-    weight     2x3    o...    Linear
-    bias       2      -       bias
-    1 of 2 parameters centralized
+    >>> handle.plan["weight"].reason
+    'Linear'
     >>> handle.remove()
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
-        self._plan = plan_of(decisions)
+        self.plan: Plan = plan_of(decisions)
         self._places = [
             _Place(weight, decisions[weight.parameter], options.strength)
             for weight in weights_of(decisions.items(), reproducible=options.reproducible)
         ]
-        refuse_empty(self._plan, f"this {self._kind}", hint=HINT)
-        _check_has_no_other(model)
+        refuse_empty(self.plan, f"this {self._kind}", hint=HINT)
+        if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
+            msg = f"this {self._kind} is centralized in backward already; .remove() that first"
+            raise ValueError(msg)
         self._passes = 0
-        self._changes = Changes()
+        self._changes = _Changes()
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
         self._hooks = [model.register_forward_pre_hook(self._count)]
         # On the modules around a layer too: MultiheadAttention uses the weight of a child without
         # calling the child.
-        for module, places in _places_around(model, self._places):
-            hook = partial(self._before_forward, places)
-            self._hooks.append(module.register_forward_pre_hook(hook))
+        for module in model.modules():
+            inside = {*module.modules()}
+            if places := [place for place in self._places if place.holder() in inside]:
+                hook = partial(self._before_forward, places)
+                self._hooks.append(module.register_forward_pre_hook(hook))
         self._before_forward(self._places)
-
-    @property
-    def plan(self) -> Plan:
-        """The decision on each parameter of the model, as a `gcx.plan.Plan`."""
-        return self._plan
 
     def remove(self) -> None:
         """Leave the model as it was before; a second time does nothing."""
@@ -161,8 +155,7 @@ class CentralizationInBackward:
     @not_compiled
     def _count(self, model: nn.Module, *_: Any) -> None:
         # Not before the first backward: an unrolled cell makes many passes.
-        is_training = model.training and torch.is_grad_enabled()
-        if self._passes == _PASSES or not is_training:
+        if self._passes == _PASSES or not (model.training and torch.is_grad_enabled()):
             return
         if self._has_seen_one():
             self._passes += 1
@@ -179,7 +172,8 @@ class CentralizationInBackward:
         return any(place.has_seen_one for place in self._places)
 
     def _warn_of_idle(self) -> None:
-        idle = [place.name for place in self._places if place.is_idle()]
+        unseen = [place for place in self._places if not place.has_seen_one]
+        idle = [place.name for place in unseen if place.find_trained() is not None]
         if idle and self._has_seen_one():
             warn(
                 f"no gradient of {len(idle)} weights ({idle[0]}, ...) was there to centralize, "
@@ -195,7 +189,7 @@ class CentralizationInBackward:
         vars(self).update(state, _hooked=WeakIdKeyDictionary())
 
 
-class Changes:
+class _Changes:
     """Counts the changes of a weight, by a few of its elements."""
 
     def __init__(self) -> None:
@@ -229,8 +223,7 @@ class _Place:
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
         self.name = weight.name
         assert decision.holder is not None
-        # Weak: the layer holds this, and is freed without the garbage collector.
-        self.holder = ref(decision.holder)
+        self.holder = Weak(decision.holder)
         self._key = decision.key
         self._shape = decision.row.shape
         # Without the parameter, whose memory a wrapper may want to free.
@@ -241,7 +234,7 @@ class _Place:
 
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight and will get a gradient."""
-        found = self._found()
+        found = self.find_trained()
         if found is None or found.shape != self._shape:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
@@ -258,35 +251,7 @@ class _Place:
                 _torch.check_reproducible_over(grad, self._fan_in)
         return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
 
-    def is_idle(self) -> bool:
-        """Return True if the weight is trained, and has had no gradient yet."""
-        return not self.has_seen_one and self._found() is not None
-
-    def _found(self) -> Tensor | None:
+    def find_trained(self) -> Tensor | None:
+        """Return the tensor if it is trained, in any shape."""
         found = getattr(self.holder(), self._key, None)
         return found if isinstance(found, Tensor) and found.requires_grad else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "holder": self.holder()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, holder=ref(state["holder"]))
-
-
-def _places_around(
-    model: nn.Module, places: list[_Place]
-) -> Iterator[tuple[nn.Module, list[_Place]]]:
-    """List each module that holds weights, with all of them."""
-    for module in model.modules():
-        inside = set(module.modules())
-        within = [place for place in places if place.holder() in inside]
-        if within:
-            yield module, within
-
-
-def _check_has_no_other(model: nn.Module) -> None:
-    if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
-        msg = (
-            f"this {type(model).__name__} is centralized in backward already; .remove() that first"
-        )
-        raise ValueError(msg)

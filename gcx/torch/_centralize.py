@@ -42,9 +42,9 @@ def centralize(
     model : torch.nn.Module
         The model that holds every parameter of the optimizer. Its layers declare the fan-in.
     where : {"gradient", "update"}, optional
-        ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``.
-        ``"update"`` centralizes the displacement of the weights by the step. It keeps the mean of
-        each weight over its fan-in constant with any optimizer.
+        ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``;
+        ``"update"`` the displacement of the weights by the step. With any optimizer, that keeps the
+        mean of each weight over its fan-in constant.
     decay : {"inside", "outside"}, optional
         Whether weight decay is projected too. With ``where="gradient"`` the default is inside for
         decay that the optimizer adds to the gradient (SGD, Adam), and outside for decoupled decay
@@ -66,13 +66,7 @@ def centralize(
     ------
     TypeError, ValueError, RuntimeError
         If optimizer, model and options do not fit, or nothing would be centralized; in a step, for
-        parameters that were added or replaced. :doc:`/torch` lists all cases.
-
-    Warns
-    -----
-    UserWarning
-        If momentum from before has a mean, a copy loses its hooks, or other code makes the steps;
-        :doc:`/torch` lists all.
+        parameters that were added or replaced. :doc:`/torch` lists all cases, and the warnings.
 
     Examples
     --------
@@ -114,19 +108,18 @@ class GradientCentralization:
     >>> model = torch.nn.Linear(3, 2)
     >>> optimizer = torch.optim.AdamW(model.parameters())
     >>> handle = gcx.torch.centralize(optimizer, model, where="update")
-    >>> print(handle.plan)
-    parameter  shape  layout  reason
-    weight     2x3    o...    Linear
-    bias       2      -       bias
-    1 of 2 parameters centralized
+    >>> handle.plan["weight"].reason
+    'Linear'
     >>> handle.remove()
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
         optimizer = _find_optimizer(optimizer)
         _check_steps(optimizer)
-        _check_has_no_other(optimizer)
         self._kind = type(optimizer).__name__
+        if centralized(optimizer) is not None:
+            msg = f"{already_attached(self._kind)}: gcx.torch.centralized(optimizer).remove()"
+            raise ValueError(msg)
         self._options = options
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
@@ -157,8 +150,8 @@ class GradientCentralization:
         vars(self._targets.optimizer).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
-        strength = self._options.strength
-        state = f"where={self._options.where!r}" + f", strength={strength}" * (strength != 1.0)
+        where, strength = self._options.where, self._options.strength
+        state = f"where={where!r}" + f", strength={strength}" * (strength != 1.0)
         state = state if self._handles else "removed"
         return f"<{type(self).__name__} of {self._kind}, {state}, {self.plan!r}>"
 
@@ -177,9 +170,7 @@ class GradientCentralization:
 
     def _warn_if_idle(self, _: Optimizer) -> None:
         if not any(self._targets.weights()):
-            warn(
-                f"the checkpoint switches off all that there is to centralize in this {self._kind}"
-            )
+            warn(f"the checkpoint switches off all that there is to centralize in {self._kind}")
         self._targets.note_states()
 
     def _warn_if_bypassed(self, *_: Any) -> None:
@@ -231,25 +222,13 @@ def _check_steps(optimizer: Optimizer) -> None:
                 raise TypeError(msg)
 
 
-def _check_has_no_other(optimizer: Optimizer) -> None:
-    if centralized(optimizer) is not None:
-        kind = type(optimizer).__name__
-        msg = f"{already_attached(kind)}: gcx.torch.centralized(optimizer).remove()"
-        raise ValueError(msg)
-
-
 def centralized(optimizer: Optimizer) -> GradientCentralization | None:
-    """Return a handle of what `centralize` did to an optimizer; None if it did nothing.
+    """Return the handle of an optimizer that `centralize` has changed; None for any other.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Any optimizer.
-
-    Returns
-    -------
-    GradientCentralization or None
-        As of `centralize`.
+        As in `centralize`.
 
     Examples
     --------
@@ -281,10 +260,9 @@ def centralize_grads_(
 ) -> None:
     """Centralize the gradients of a model now, in place in ``.grad``.
 
-    Use it in loops that need centralized gradients before the step, for example to clip their norm.
-    Otherwise `centralize` does it for an optimizer once and for all. Both can be combined: the step
-    centralizes again, which changes nothing at full strength, and includes weight decay. The handle
-    of `centralize` has a method of this name, which follows its overrides and switches.
+    It is for loops that need centralized gradients before the step, for example to clip their norm.
+    With `centralize`, whose handle has a method of this name, the step centralizes again: that
+    changes nothing at full strength, and includes weight decay.
 
     Parameters
     ----------
@@ -295,13 +273,8 @@ def centralize_grads_(
 
     Raises
     ------
-    TypeError
-        If `model` is not a module, or the gradient of a weight to centralize is sparse; if a
-        weight has a dtype, a device or shards for which `reproducible` cannot be promised.
-    ValueError
-        As `plan`; or if there is no gradient to centralize.
-    RuntimeError
-        As `plan`.
+    TypeError, ValueError, RuntimeError
+        As `centralize`; if there is no gradient to centralize, or one is sparse.
 
     Examples
     --------
@@ -317,14 +290,13 @@ def centralize_grads_(
     options = Options(
         strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
-    weights = weights_of(decide(model, options).items(), reproducible=options.reproducible)
+    weights = weights_of(decide(model, options).items(), reproducible=reproducible)
     _centralize_gradients([*weights], [model.parameters()], options.strength)
 
 
 def _centralize_gradients(
     weights: Sequence[Weight], groups: Iterable[Iterable[Tensor]], strength: float
 ) -> None:
-    """Centralize all gradients; a ValueError if there are none."""
     part_gradients(lambda: weights, groups)
     gradients = with_gradient(weights)
     if not gradients:

@@ -21,7 +21,8 @@ from gcx.torch._plan import Decision, Overrides, decide
 _OUTPUTS_TRIED = 4
 # Operations that sum products: a constant that enters one with a weight counts as data.
 _SUM = re.compile(r"linear|matmul|__r?matmul__|b?mm|einsum|tensordot|conv.*")
-_Function = Callable[[Sequence[Tensor]], Any]
+# Operations that change their first argument.
+_IN_PLACE = re.compile(r"__set(item)?__|(.*[^_])?_")
 
 # Origins of a tensor, besides the names of weights.
 _DATA = frozenset({""})
@@ -42,8 +43,7 @@ def check_plan(
     """Run the model once, and compare how it uses its weights with the plan.
 
     Each operation in which a centralized weight meets data runs again with random data. Autograd
-    then tells which entries of the weight feed one output: if they are not the entries of one unit,
-    the plan disagrees.
+    tells which entries of the weight feed one output; the plan expects the entries of one unit.
 
     Parameters
     ----------
@@ -59,18 +59,10 @@ def check_plan(
     -------
     NamedTuple
         ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
-        sentences.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As for `plan`; and whatever the model raises.
-
-    Notes
-    -----
-    A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
-    attention), or not linearly (spectral norm). A product element by element, summed in a second
-    operation, disagrees although the plan may be right.
+        sentences. A weight is unseen if the pass does not use it, or uses it within one fused
+        operation (LSTM, attention), or not linearly (spectral norm). A product element by element,
+        summed in a second operation, disagrees although the plan may be right. Raises what
+        `plan` and the model raise.
 
     Examples
     --------
@@ -137,7 +129,7 @@ class _Uses(TorchFunctionMode):
         kinds = (_DATA, _CONSTANT) if is_sum else (_DATA,)
         data = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and origin[k] in kinds]
         numbers = [k for k in data if leaves[k].is_floating_point() or leaves[k].is_complex()]
-        changed = args[:1] if _changes_first_argument(func) else ()
+        changed = args[:1] if _IN_PLACE.fullmatch(func.__name__) else ()
         is_weight = bool(names)
         if names and numbers and not changed:
 
@@ -164,10 +156,11 @@ class _Uses(TorchFunctionMode):
                 self._origin[leaf] = names
 
     def _examine(
-        self, again: _Function, data: list[Tensor], names: Iterable[str], use: str
+        self, again: Callable[..., Any], data: list[Tensor], names: Iterable[str], use: str
     ) -> bool:
         """Record what the outputs depend on; return True if they do not depend on the data."""
-        new = [_random_like(tensor).requires_grad_() for tensor in data]
+        # From 0.5 to 1.5: no product is zero.
+        new = [(torch.rand_like(x) + 0.5).detach().requires_grad_() for x in data]
         with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
             made = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
             numbers = [x.flatten() for x in made if x.is_floating_point()]
@@ -222,13 +215,3 @@ def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | Non
 
 def _is_any(tensor: Tensor | None) -> bool:
     return tensor is not None and bool((tensor != 0).any())
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    """Make random numbers from 0.5 to 1.5, which leave no product at zero."""
-    return (torch.rand_like(tensor) + 0.5).detach()
-
-
-def _changes_first_argument(func: Any) -> bool:
-    name: str = func.__name__
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))

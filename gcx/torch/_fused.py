@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -30,21 +31,33 @@ class FusedOptimizer(Optimizer):
         self,
         params: ParamsT | nn.Module,
         *of_torch: Any,
-        model: nn.Module | None,
-        options: Options,
-        **switches: Any,
+        model: nn.Module | None = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+        reproducible: bool = False,
+        **of_torch_by_name: Any,
     ) -> None:
+        options = Options(
+            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+        )
         if isinstance(params, nn.Module):
             model = params if model is None else model
             params = params.parameters()
         if model is None:
             raise TypeError(_NO_MODEL)
-        super().__init__(params, *of_torch, **switches)
+        super().__init__(params, *of_torch, **of_torch_by_name)
         self._centralization = CentralizationInStep(self, model, options)
         del vars(self._centralization)["_optimizer"]  # no cycle
         del vars(self)["__reduce_ex__"]  # copies need no warning
         registries = [name for name in vars(self) if name.endswith("_hooks")]
         self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if FusedOptimizer in cls.__bases__:
+            _, of_torch = cls.__bases__
+            cls.__init__ = _constructor(of_torch)  # type: ignore[method-assign]
 
     @property
     def plan(self) -> Plan:
@@ -89,12 +102,24 @@ class FusedOptimizer(Optimizer):
         return collect({**group, "params": left}, *lists)
 
 
+def _constructor(kind: type[Optimizer]) -> Callable[..., None]:
+    """Make a constructor whose signature has the arguments of a torch class, then the options."""
+
+    def initialize(self: FusedOptimizer, *arguments: Any, **named: Any) -> None:
+        FusedOptimizer.__init__(self, *arguments, **named)
+
+    options = signature(FusedOptimizer.__init__).parameters.values()
+    named = [option for option in options if option.kind is option.KEYWORD_ONLY]
+    of_torch = signature(vars(kind)["__init__"]).parameters.values()
+    vars(initialize)["__signature__"] = Signature([*of_torch, *named])
+    return initialize
+
+
 class AdamW(FusedOptimizer, torch.optim.AdamW):
     """AdamW with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
     Experimental until measured on a GPU. It is `torch.optim.AdamW` with the centralized gradient in
-    place of the gradient; weight decay is not centralized. Checkpoints are the same. See
-    :doc:`/fused`.
+    place of the gradient; weight decay is apart. Checkpoints are the same. See :doc:`/fused`.
 
     Parameters
     ----------
@@ -119,61 +144,26 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
     >>> groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    >>> optimizer = gcx.torch.AdamW(groups, lr=1e-3, model=model)
-    >>> optimizer.fallbacks
+    >>> gcx.torch.AdamW(groups, lr=1e-3, model=model).fallbacks
     ['no parameter on a CUDA device', 'no parameter on a CUDA device']
     """
 
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
 
-    def __init__(
-        self,
-        params: ParamsT | nn.Module,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        model: nn.Module | None = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Overrides | None = None,
-        reproducible: bool = False,
-    ) -> None:
-        options = Options(
-            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
-        )
-        switches = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
-        switches |= {"differentiable": differentiable, "fused": fused}
-        of_torch = lr, betas, eps, weight_decay, amsgrad
-        super().__init__(params, *of_torch, model=model, options=options, **switches)
-
 
 class SGD(FusedOptimizer, torch.optim.SGD):
     """SGD with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
-    Experimental until measured on a GPU. It is `torch.optim.SGD` with the centralized sum of
-    gradient and weight decay in place of this sum. So the mean of each weight over its fan-in stays
-    at its initial value (corollary 4.1).
+    Experimental until measured on a GPU. It is `torch.optim.SGD` with the sum of gradient and
+    weight decay centralized, so that each weight keeps its mean over the fan-in (corollary 4.1).
 
     Parameters
     ----------
     params, model, strength, layers, overrides, reproducible
-        As in `AdamW`.
+        As in `AdamW`, with the same errors.
     lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
         As in `torch.optim.SGD`.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As in `AdamW`.
 
     Examples
     --------
@@ -189,30 +179,3 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
-
-    def __init__(
-        self,
-        params: ParamsT | nn.Module,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        model: nn.Module | None = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Overrides | None = None,
-        reproducible: bool = False,
-    ) -> None:
-        options = Options(
-            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
-        )
-        switches = {"maximize": maximize, "foreach": foreach}
-        switches |= {"differentiable": differentiable, "fused": fused}
-        of_torch = lr, momentum, dampening, weight_decay, nesterov
-        super().__init__(params, *of_torch, model=model, options=options, **switches)

@@ -56,9 +56,9 @@ class StepHooks(GradientHooks):
         if new := [p for p in parameters if not optimizer.state.get(p)]:
             remember(new)
         by_stage: dict[Hashable, list[Tensor]] = {}
-        for parameter in parameters:
-            stage = self._rule.find_stage(group, optimizer.state.get(parameter, {}))
-            by_stage.setdefault(stage, []).append(parameter)
+        for p in parameters:
+            stage = self._rule.find_stage(group, optimizer.state.get(p, {}))
+            by_stage.setdefault(stage, []).append(p)
         left = by_stage.pop(None, [])
         for stage, members in by_stage.items():
             left += self._step_of_stage(group, stage, members, marked)

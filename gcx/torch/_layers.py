@@ -89,10 +89,8 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     -------
     callable
         A decorator for the rule: a mapping, or a function of a layer that returns one. Its keys
-        are names or globs of the layer's own parameters, its values
-
-        - a layout (``"o..."``, ``"io"``, ``gcx.Layout("(bi)o...", b=4)``), or
-        - `gcx.plan.LeaveAlone` with the reason, or None.
+        are names or globs of the layer's own parameters, its values layouts (``"o..."``, ``"io"``,
+        ``gcx.Layout("(bi)o...", b=4)``), or `gcx.plan.LeaveAlone` with the reason, or None.
 
         The first name that matches counts; the base classes answer for names that none matches. A
         name with dots belongs to a child (``"scale.weight"``), or to a list or dict of parameters
@@ -103,12 +101,12 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     TypeError
         If `kind` is not a class, or the rule neither a mapping nor a function.
     ValueError
-        When a plan is made: if the layer has nothing by a name in the rule that is not a glob.
+        When a plan is made, for a name in the rule that the layer does not have, unless a glob.
 
     Notes
     -----
     A subclass of a torch layer is assumed to use its weight as that layer does. Register a rule for
-    one that does not, for example a subclass of `torch.nn.Linear` that holds (in, out).
+    one that does not, for example a `torch.nn.Linear` that holds (in, out).
 
     A package can declare its rules without importing gcx, by entry points of the group
     ``gcx.torch.layers``. Their names are the qualified names of layers, or globs of them::
@@ -116,26 +114,19 @@ def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
         [project.entry-points."gcx.torch.layers"]
         "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
 
-    A rule needs no import from gcx: layouts can be text, and None leaves a parameter alone.
-
     Examples
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> from gcx.plan import LeaveAlone
     >>> class InputFirst(torch.nn.Module):
     ...     def __init__(self, inputs: int, outputs: int) -> None:
     ...         super().__init__()
     ...         self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
-    ...         self.offset = torch.nn.Parameter(torch.zeros(1, outputs))
     >>> @gcx.torch.register_layer(InputFirst)
     ... def input_first(layer):
-    ...     return {"weight": "io", "offset": LeaveAlone("bias")}
-    >>> print(gcx.torch.plan(InputFirst(4, 3)))
-    parameter  shape  layout  reason
-    weight     4x3    io      InputFirst
-    offset     1x3    -       bias
-    1 of 2 parameters centralized
+    ...     return {"weight": "io"}
+    >>> gcx.torch.plan(InputFirst(4, 3))["weight"].layout
+    Layout('io')
     """
     registered = _RULES.register(kind)
 
@@ -200,13 +191,6 @@ def answer_by_name(layer: nn.Module, name: str) -> LeaveAlone:
     return unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
 
 
-class User(NamedTuple):
-    """A module that may use a parameter, and the path to it from there."""
-
-    module: nn.Module
-    name: str
-
-
 class Owned(NamedTuple):
     """A parameter of a model, and the layer that uses it."""
 
@@ -214,13 +198,14 @@ class Owned(NamedTuple):
     parameter: Tensor
     holder: nn.Module  # where it is registered, as `key`
     key: str
-    users: tuple[User, ...]  # the layer comes last, after the modules that hold it
+    # The modules that may use it, each with the path from there; the layer comes last.
+    users: tuple[tuple[nn.Module, str], ...]
     objection: str = ""  # why it has not the fan-in of the weight of that layer
 
     @property
     def layer(self) -> nn.Module:
         """The innermost module that uses the parameter."""
-        return self.users[-1].module
+        return self.users[-1][0]
 
     def keeps_units(self, layout: Layout) -> bool:
         """Return True if a parametrization makes each unit of a weight from the same unit.
@@ -247,24 +232,25 @@ class Owned(NamedTuple):
 
 
 def owned_parameters(model: nn.Module) -> Iterator[Owned]:
-    """List the parameters of a model with their layers, by each of their names."""
+    """List the parameters of a model with their layers, by each of their names.
+
+    Raises a RuntimeError if a parameter is lazy, or a flat buffer.
+    """
     # Not model.named_parameters(), which hides the second owner of a tied parameter.
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             weight, objection = _weight_of(path, module, key)
             name = _join(path, key)
-            users = _users(modules, weight)
-            yield Owned(name, parameter, module, key, users, objection)
+            _check_has_shape(name, parameter)
+            yield Owned(name, parameter, module, key, _users(modules, weight), objection)
 
 
-def _users(modules: Mapping[str, nn.Module], weight: str) -> tuple[User, ...]:
+def _users(modules: Mapping[str, nn.Module], weight: str) -> tuple[tuple[nn.Module, str], ...]:
     steps = weight.split(".")
-    users = [
-        User(modules[".".join(steps[:depth])], ".".join(steps[depth:]))
-        for depth in range(len(steps))
-    ]
-    return tuple([u for u in users if not isinstance(u.module, _CONTAINERS)] or users)
+    paths = [(".".join(steps[:k]), ".".join(steps[k:])) for k in range(len(steps))]
+    users = [(modules[path], name) for path, name in paths]
+    return tuple([user for user in users if not isinstance(user[0], _CONTAINERS)] or users)
 
 
 def _weight_of(path: str, module: nn.Module, key: str) -> tuple[str, str]:
@@ -291,35 +277,25 @@ def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
 
 def _by_hook(layer: nn.Module, key: str) -> tuple[str, str]:
     """Name of the weight that a hook makes from a parameter, and the objection if there is one."""
+    weight, _, part = key.rpartition("_")
     for hook in vars(layer)["_forward_pre_hooks"].values():
-        if isinstance(hook, WeightNorm) and key in (f"{hook.name}_g", f"{hook.name}_v"):
-            return hook.name, _LENGTH if key.endswith("_g") else ""
-        if isinstance(hook, SpectralNorm) and key == f"{hook.name}_orig":
-            return hook.name, ""
-        if isinstance(hook, prune.BasePruningMethod) and key == f"{_pruned(hook)}_orig":
-            return _pruned(hook), ""
+        if isinstance(hook, (WeightNorm, SpectralNorm, prune.BasePruningMethod)):
+            made = vars(hook).get("name") or vars(hook)["_tensor_name"]
+            if weight == made and part in ("g", "v", "orig"):
+                return weight, _LENGTH if part == "g" else ""
     return key, ""
-
-
-def _pruned(hook: prune.BasePruningMethod) -> str:
-    name: str = vars(hook)["_tensor_name"]
-    return name
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def check_has_shape(owned: Owned) -> None:
-    """Raise a RuntimeError if a parameter is lazy, or a flat buffer."""
-    if is_lazy(owned.parameter):
-        msg = (
-            f"{owned.name} has no shape yet: it belongs to a lazy layer; run one forward pass of "
-            "the model first"
-        )
+def _check_has_shape(name: str, parameter: Tensor) -> None:
+    if is_lazy(parameter):
+        msg = f"{name} has no shape yet: it is of a lazy layer; run one forward pass first"
         raise RuntimeError(msg)
-    if getattr(owned.parameter, "_is_flat_param", False):
-        raise RuntimeError(flattened(owned.name, "a flat buffer of several parameters"))
+    if getattr(parameter, "_is_flat_param", False):
+        raise RuntimeError(flattened(name, "a flat buffer of several parameters"))
 
 
 def flattened(name: str, what: str) -> str:

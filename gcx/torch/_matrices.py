@@ -16,6 +16,7 @@ from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 from gcx.torch._layers import CONVOLUTIONS
 from gcx.torch._plan import Decision, Overrides, decide
+from gcx.torch._step import wrap_closures
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -37,12 +38,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     Returns
     -------
     Matrices
-        The parameters by name, and the plan with the reasons.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As `plan`.
+        The parameters by name, and the plan with the reasons. Raises what `plan` raises.
 
     Examples
     --------
@@ -70,23 +66,19 @@ class Matrices:
     Attributes
     ----------
     plan : gcx.plan.Plan
-        The rows: the layout of the matrices, or the reason why a parameter is of the rest.
-    weights : dict
-        The parameters that are matrices, by name.
-    rest : dict
-        All other parameters, by name.
+        The rows.
+    weights, rest : dict
+        The parameters that are matrices, and all others, by name.
 
     Examples
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> model = torch.nn.Conv1d(4, 8, 3)
-    >>> found = gcx.torch.matrices(model)
+    >>> found = gcx.torch.matrices(torch.nn.Conv1d(4, 8, 3))
     >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
     >>> adamw = torch.optim.AdamW(found.rest.values())
-    >>> model(torch.rand(1, 4, 9)).square().mean().backward()
-    >>> muon.step()
-    >>> adamw.step()
+    >>> found.join("weight", found.split("weight", found.weights["weight"])).shape
+    torch.Size([8, 4, 3])
     """
 
     def __init__(self, rows: Mapping[Tensor, PlanRow]) -> None:
@@ -143,18 +135,17 @@ class Matrices:
                 for parameter in (weight, *own):
                     parameter.grad = None
 
-        def loading(closure: Any) -> Any:
+        def load_after(closure: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
                 loss = closure(*args)
                 load()
                 return loss
 
-            return call if callable(closure) else closure
+            return call
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             load()
-            named = {name: loading(value) for name, value in kwargs.items()}
-            return (args[0], *map(loading, args[1:])), named
+            return wrap_closures(load_after, args, kwargs)
 
         optimizer = kind([matrix for own in held.values() for matrix in own], **options)
         optimizer.register_step_pre_hook(before_step)

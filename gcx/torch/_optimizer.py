@@ -112,10 +112,7 @@ def _couples(optimizer: Optimizer, group: Group) -> bool | None:
     if _DECOUPLES in group:
         return not group[_DECOUPLES]
     # By the step itself: a subclass with a step of its own may decay as it likes.
-    step = _step_of(type(inner_optimizer(optimizer)))
-    if step in _COUPLED:
-        return True
-    return False if step in _DECOUPLED else None
+    return _COUPLES.get(_step_of(type(inner_optimizer(optimizer))))
 
 
 def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
@@ -124,21 +121,23 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
     return step
 
 
-def _steps_of(*names: str) -> set[Callable[..., Any]]:
-    kinds = (getattr(torch.optim, name, None) for name in names)
-    return {_step_of(kind) for kind in kinds if kind is not None}  # Muon came with torch 2.9
-
-
-_COUPLED = _steps_of(
-    "Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"
-)
-# They shrink the weights by lr * weight_decay; the last three know no decay.
-_DECOUPLED = _steps_of("Adafactor", "AdamW", "Muon", "LBFGS", "Rprop", "SparseAdam")
+# By step: True if decay is added to the gradient, False if it shrinks the weights by
+# lr * weight_decay; the last three of these know no decay, and Muon came with torch 2.9.
+_KINDS = {
+    True: "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD",
+    False: "Adafactor AdamW Muon LBFGS Rprop SparseAdam",
+}
+_COUPLES = {
+    _step_of(getattr(torch.optim, name)): couples
+    for couples, names in _KINDS.items()
+    for name in names.split()
+    if hasattr(torch.optim, name)
+}
 
 
 def moves_by_gradient_only(optimizer: Optimizer) -> bool:
     """Return True if a step without a closure leaves weights that have no gradient as they are."""
-    return _step_of(type(inner_optimizer(optimizer))) in _COUPLED | _DECOUPLED
+    return _step_of(type(inner_optimizer(optimizer))) in _COUPLES
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -182,10 +181,9 @@ def find_average(group: Group) -> Average | None:
 def centralize_momentum(
     optimizer: Optimizer, weights: Iterable[Weight]
 ) -> tuple[list[str], list[str]]:
-    """Subtract the fan-in mean from momentum that was built from uncentralized gradients.
+    """Centralize momentum that has a mean over the fan-in; other momentum keeps its bits.
 
-    Returns the names of the weights whose momentum had a mean, and of those whose momentum is of a
-    type without `mean`. Other momentum keeps its bits.
+    Returns the names of its weights, and of those whose momentum is of a type without `mean`.
     """
     keeper = inner_optimizer(optimizer)
     momentum = [
@@ -198,18 +196,15 @@ def centralize_momentum(
                 "weight, so it cannot be centralized; use where='update'"
             )
             raise ValueError(msg)
-    changed: dict[str, None] = {}  # in order
-    unknown: dict[str, None] = {}
+    changed, unknown = [], []
     for weight, buffer in momentum:
         try:
-            has_mean = _has_mean(weight, buffer)
+            if _has_mean(weight, buffer):
+                weight.subtract_(buffer, weight.mean(buffer))
+                changed.append(weight.name)
         except NotImplementedError:  # a subclass of Tensor, such as the 8-bit state in torchao
-            unknown[weight.name] = None
-            continue
-        if has_mean:
-            weight.subtract_(buffer, weight.mean(buffer))
-            changed[weight.name] = None
-    return [*changed], [*unknown]
+            unknown.append(weight.name)
+    return [*dict.fromkeys(changed)], [*dict.fromkeys(unknown)]
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
@@ -228,15 +223,13 @@ def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tenso
     memory = optimizer.state.get(parameters[0], {})
     flat = [memory[key] for key in _FLAT if isinstance(memory.get(key), Tensor)]
     flat += [vector for key in _FLAT_HISTORIES for vector in memory.get(key, ())]
-    sizes = [_real(p).numel() for p in parameters]
+    sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
     position = next(k for k, p in enumerate(parameters) if p is parameter)
     for vector in flat:
-        part = vector.split(sizes)[position].view_as(_real(parameter))
-        yield torch.view_as_complex(part) if parameter.is_complex() else part
-
-
-def _real(parameter: Tensor) -> Tensor:
-    return torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        part = vector.split(sizes)[position]
+        if parameter.is_complex():
+            part = torch.view_as_complex(part.view(-1, 2))
+        yield part.view_as(parameter)
 
 
 def _has_mean(weight: Weight, buffer: Tensor) -> bool:
@@ -281,7 +274,8 @@ def _find_stage_of_adamw(_: Group, state: State) -> tuple[float, bool] | None:
 
 def _find_numbers_of_adamw(group: Group, stage: tuple[float, bool]) -> Numbers:
     steps, is_double = stage
-    rounded = float if is_double else _round  # as in torch's fused step on CUDA
+    # As in torch's fused step on CUDA.
+    rounded = float if is_double else lambda number: c_float(number).value
     lr, decay = rounded(group["lr"]), rounded(group["weight_decay"])
     beta1, beta2 = map(rounded, group["betas"])
     correction1, correction2 = (rounded(1 - rounded(b ** (steps + 1))) for b in (beta1, beta2))
@@ -303,10 +297,6 @@ def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
 
 def _sign(group: Group) -> float:
     return -1.0 if group["maximize"] else 1.0
-
-
-def _round(number: float) -> float:
-    return c_float(number).value
 
 
 RULES = (

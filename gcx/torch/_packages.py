@@ -20,6 +20,7 @@ _POSITION = LeaveAlone("position table, or bias of positions")
 _RECURRENCE = LeaveAlone("decay or mixing of a recurrence, element by element")
 _QUANTIZATION = LeaveAlone("scale of a quantized weight")
 _LENGTH = LeaveAlone("DoRA: the length of a weight")
+_ORTHOGONAL = LeaveAlone("kept orthogonal to other singular vectors")
 _SINGULAR_VALUES = LeaveAlone("AdaLoRA: singular values")
 _INTERLEAVED = LeaveAlone("factors of several experts, interleaved")
 _ATTENTION = LeaveAlone("vector of attention scores")
@@ -51,12 +52,7 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     # Attention: (in, heads, size of a head), and back.
     "transformers.models.xlnet.*RelativeAttention": {"[qkvr]": "ioo", "o": "oii"},
     "transformers.models.funnel.*RelMultiheadAttention": {"r_kernel": "ioo"},
-    "timm.layers.attention2d.MultiQueryAttentionV2": {
-        "query_proj": "ooi",
-        "key_proj": "io",
-        "value_proj": "io",
-        "out_proj": "oii",
-    },
+    "timm.layers.attention2d.MultiQuery*V2": {"q*_proj": "ooi", "o*_proj": "oii", "*_proj": "io"},
     # Matrices that multiply from the right.
     "transformers.models.*AMSoftmaxLoss": {"weight": "io"},
     "transformers.models.*MultiModalProjector": {"mm_input_projection_weight": "io"},
@@ -87,25 +83,16 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "peft.tuners.delora.*": {"delora_[AB].*": "oi"},
     "peft.tuners.glora.*": {"glora_[AB].*.X[du]": "oi", "glora_[A-E].*.*": BIAS},
     "peft.tuners.gralora.*": {"gralora_[AB].*": "bio"},
-    "peft.tuners.hira.*": {
-        "hira_[AB].*": "oi",
-        "hira_embedding_A.*": EMBEDDING,
-        "hira_embedding_B.*": "oi",
-    },
+    "peft.tuners.hira.*": {"hira_embedding_A.*": EMBEDDING, "hira_*.*": "oi"},
     "peft.tuners.hra.*": {"hra_u.*": _DIRECTIONS},
     "peft.tuners.ia3.layer.*": {"ia3_l.*": _SCALE},
     "peft.tuners.loha.*": {"hada_*.*": _PRODUCT},
     "peft.tuners.lora.dora.*": {"weight": _LENGTH},
-    "peft.tuners.lora.layer.Embedding": {
-        "lora_embedding_A.*": EMBEDDING,
-        "lora_embedding_B.*": "oi",
-    },
+    "peft.tuners.lora.layer.Embedding": {"lora_*_A.*": EMBEDDING, "lora_*_B.*": "oi"},
     "peft.tuners.lora.variants.BlockDiagonalLinear": {"weight": "oi"},
     "peft.tuners.multitask_prompt_tuning.*": {"prefix_task_*": _TOKEN},
     "peft.tuners.oft.*": {"weight": _DIRECTIONS},
-    "peft.tuners.osf.*": {
-        "osf_svd_params.*.[UV]_low": LeaveAlone("kept orthogonal to other singular vectors")
-    },
+    "peft.tuners.osf.*": {"osf_svd_params.*.[UV]_low": _ORTHOGONAL},
     "peft.tuners.poly.*": {"poly_lora_[AB].*": "bbio", "module_logits": _MIXING},
     "peft.tuners.randlora.*": {"randlora_lambda.*": _SCALE, "randlora_gamma.*": _SCALE},
     "peft.tuners.trainable_tokens.*": {"trainable_tokens_delta.*": EMBEDDING},
@@ -126,11 +113,7 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "torch_geometric.nn.dense.linear.Linear": {"weight": "oi"},
     "torch_geometric.nn.dense.linear.HeteroLinear": {"weight": "bio"},
     "torch_geometric.nn.*.antisymmetric_conv.*": {"W": _BOTH_SIDES},
-    "torch_geometric.nn.*.arma_conv.*": {
-        "init_weight": "bio",
-        "weight": "bbio",
-        "root_weight": "bbio",
-    },
+    "torch_geometric.nn.*.arma_conv.*": {"init_weight": "bio", "*weight": "bbio"},
     "torch_geometric.nn.*.dna_conv.Linear": {"weight": "bio"},
     "torch_geometric.nn.*.gcn2_conv.*": {"weight[12]": "io"},
     "torch_geometric.nn.*.gmm_conv.*": {"g": "io", "mu": _POSITION, "sigma": _POSITION},
@@ -148,62 +131,6 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "transformers.integrations.*": {"*scale*": _QUANTIZATION},
 }
 
-# By the names of the parameters, which mean the same throughout transformers and timm.
-_BY_NAME: Mapping[LeaveAlone, tuple[str, ...]] = {
-    _POSITION: (
-        "*pos_emb*",
-        "*position*",
-        "*rel_pos_*",
-        "*_pos",
-        "*_rel",
-        "attention_biases",
-        "emb_rel_[kv]",
-        "freqs",
-        "img_temporal_embedding.*",
-        "index_kpool_compress_ape",
-        "relative_attention_bias",
-        "rpb",
-        "time_embeddings",
-    ),
-    BIAS: ("bias", "*_bias", "bias_[uv]", "pos_bias_[uv]", "b[12]", "beta", "translate"),
-    _TOKEN: (
-        "*_token",
-        "*_tokens",
-        "cls_token*",
-        "segment_token_*",
-        "type_token_*",
-        "*_feature_extensor",
-        "*_query",
-        "class_embedding",
-        "cls_emb",
-        "dummy_node",
-        "latent",
-        "latents*",
-        "mask.*",
-        "mask_emb",
-        "no_memory_embedding",
-        "no_object_pointer",
-        "occlusion_spatial_embedding_parameter",
-        "pad_*",
-        "padding.*",
-        "probe",
-        "query",
-        "text_prompt",
-    ),
-    EMBEDDING: ("codevectors", "label_embeddings_concat", "level_embed", "seg_embed"),
-    _SCALE: (
-        "alpha*",
-        "gain",
-        "gamma*",
-        "layer_scale*",
-        "log_scale",
-        "logit_scale",
-        "scale",
-        "temperature",
-    ),
-    _RECURRENCE: ("A_log", "D", "time_mix_*"),
-}
-
 
 def _experts(layer: Any) -> Mapping[str, Answer]:
     """Stacks (experts, out, in), or (experts, in, out): which of the two, the layer must say."""
@@ -211,25 +138,10 @@ def _experts(layer: Any) -> Mapping[str, Answer]:
     return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
 
 
-def _dbrx_experts(layer: Any) -> Mapping[str, Answer]:
-    """Matrices (experts * hidden, width), the last of which leads from hidden to width."""
-    return {"[vw]1": "oi", "w2": Layout("(bi)o", b=layer.moe_num_experts)}
-
-
-def _lora_of_experts(layer: Any) -> Mapping[str, Answer]:
-    """Factors A (experts * rank, in) and B (out, rank * experts): a row of B is of all experts."""
-    return {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
-
-
 def _lily(layer: Any) -> Mapping[str, Answer]:
     """Stacks B (num_B * rank, out), which multiply from the right."""
     stacks = layer.num_B.items()
     return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
-
-
-def _loralib(layer: Any) -> Mapping[str, Answer]:
-    """Read a linear layer, which may hold (in, out) as in GPT-2, and its factors."""
-    return {"lora_[AB]": "oi", **({"weight": "io"} if layer.fan_in_fan_out else {})}
 
 
 def _lokr(layer: Any) -> Mapping[str, Answer]:
@@ -248,48 +160,71 @@ def _miss(layer: Any) -> Mapping[str, Answer]:
 
 def _rgcn(layer: Any) -> Mapping[str, Answer]:
     """Matrices of relations or of bases, (relations, in, out), or of blocks of a relation."""
-    kernels = {"weight": "bbio" if layer.num_blocks is not None else "bio"}
-    mixed: Mapping[str, Answer] = {
-        "basis": "bio",
-        "comp": _MIXING,
-        "att": _MIXING,
-        "[lb][12]": _SCALE,
+    found = {"weight": "bio" if layer.num_blocks is None else "bbio", "basis": "bio", "root": "io"}
+    return {**found, "[qke]": "io", "comp": _MIXING, "att": _MIXING, "[lb][12]": _SCALE}
+
+
+def _read(names: Mapping[LeaveAlone, str]) -> Mapping[str, LeaveAlone]:
+    return {name: reason for reason, line in names.items() for name in line.split()}
+
+
+# Names of parameters that mean the same in every package, by their reason.
+NAMES_ANYWHERE = _read(
+    {
+        _POSITION: "*pos_emb* *positional_* *position_embedding* *position_bias* *rel_pos_* "
+        "attention_biases",
+        _TOKEN: "*_token *_tokens class_embedding mem_kv mem_[kv]",
+        BIAS: "bias *_bias *bias_[uv] beta",
+        _SCALE: "gamma layer_scale* *logit_scale temperature q_scale k_scale *_q_scale *_k_scale "
+        "head_scale*",
     }
-    return {**kernels, **mixed, "root": "io", "[qke]": "io"}
+)
 
-
-def _cond_conv(layer: Any) -> Mapping[str, Answer]:
-    return {"weight": Layout("b(oi...)", o=layer.out_channels)}
-
-
-def _zuko(layer: Any) -> Mapping[str, Answer]:
-    return {"weight": "boi" if layer.weight.ndim == 3 else "oi", "bias": BIAS}
-
-
-_NAMES = {name: reason for reason, names in _BY_NAME.items() for name in names}
-
-# Names that mean the same in every package.
-NAMES_ANYWHERE: Mapping[str, LeaveAlone] = {
-    **dict.fromkeys(("*pos_emb*", "*positional_*", "*position_embedding*"), _POSITION),
-    **dict.fromkeys(("*position_bias*", "*rel_pos_*", "attention_biases"), _POSITION),
-    **dict.fromkeys(("*_token", "*_tokens", "class_embedding", "mem_kv", "mem_[kv]"), _TOKEN),
-    **dict.fromkeys(("bias", "*_bias", "*bias_[uv]", "beta"), BIAS),
-    **dict.fromkeys(("gamma", "layer_scale*", "*logit_scale", "temperature"), _SCALE),
-    **dict.fromkeys(("q_scale", "k_scale", "*_q_scale", "*_k_scale", "head_scale*"), _SCALE),
-}
+# Names that mean the same throughout transformers and timm.
+_NAMES = _read(
+    {
+        _POSITION: "*pos_emb* *position* *rel_pos_* *_pos *_rel attention_biases emb_rel_[kv] "
+        "freqs img_temporal_embedding.* index_kpool_compress_ape relative_attention_bias rpb "
+        "time_embeddings",
+        BIAS: "bias *_bias bias_[uv] pos_bias_[uv] b[12] beta translate",
+        _TOKEN: "*_token *_tokens cls_token* segment_token_* type_token_* *_feature_extensor "
+        "*_query class_embedding cls_emb dummy_node latent latents* mask.* mask_emb "
+        "no_memory_embedding no_object_pointer occlusion_spatial_embedding_parameter pad_* "
+        "padding.* probe query text_prompt",
+        EMBEDDING: "codevectors label_embeddings_concat level_embed seg_embed",
+        _SCALE: "alpha* gain gamma* layer_scale* log_scale logit_scale scale temperature",
+        _RECURRENCE: "A_log D time_mix_*",
+    }
+)
 
 PACKAGES: Mapping[str, Rule[Any]] = {
     "transformers.models.*Experts": _experts,
-    "transformers.models.dbrx.*ExpertGLU": _dbrx_experts,
-    "peft.tuners.lora.layer.ParamWrapper": _lora_of_experts,
+    # (experts * hidden, width), the last of which leads from hidden to width.
+    "transformers.models.dbrx.*ExpertGLU": lambda layer: {
+        "[vw]1": "oi",
+        "w2": Layout("(bi)o", b=layer.moe_num_experts),
+    },
+    # A (experts * rank, in) and B (out, rank * experts), each row of which is of all experts.
+    "peft.tuners.lora.layer.ParamWrapper": lambda layer: (
+        {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
+    ),
     "peft.tuners.lily.layer.*": _lily,
     "peft.tuners.lokr.layer.*": _lokr,
     "peft.tuners.miss.layer.*": _miss,
-    "loralib.layers.*Linear": _loralib,
-    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
+    # The weight may be (in, out), as in GPT-2.
+    "loralib.layers.*Linear": lambda layer: {
+        "lora_[AB]": "oi",
+        **({"weight": "io"} if layer.fan_in_fan_out else {}),
+    },
+    "timm.layers.cond_conv2d.CondConv2d": lambda layer: {
+        "weight": Layout("b(oi...)", o=layer.out_channels)
+    },
     "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
     **_BY_CLASS,
-    "zuko.nn.Linear": _zuko,
+    "zuko.nn.Linear": lambda layer: {
+        "weight": "boi" if layer.weight.ndim == 3 else "oi",
+        "bias": BIAS,
+    },
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
     "*Norm": {"g": NORM, "b": BIAS, "gain": NORM, "scale": NORM},

@@ -21,7 +21,6 @@ from gcx.torch._layers import (
     Owned,
     answer,
     answer_by_name,
-    check_has_shape,
     flattened,
     owned_parameters,
 )
@@ -63,12 +62,11 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
-        Answers that take precedence over the layers. A key is the name of a parameter or a glob
-        (``"encoder.*.weight"``), a parameter itself, or a module, which stands for all of its
-        parameters (a layout skips its vectors). The first key that covers a parameter counts.
-        A value is a layout, the fan-in axes (an integer or a sequence of them), or, to leave the
-        parameter alone, None or `gcx.plan.LeaveAlone` with the reason. `register_layer` declares
-        a layer of your own once for all models.
+        Answers that take precedence over the layers. A key is a name or a glob
+        (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
+        its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
+        axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
+        `register_layer` declares a layer of your own once for all models.
 
     Returns
     -------
@@ -77,20 +75,15 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
 
     Raises
     ------
-    TypeError
-        If `model` is not a module, or `overrides` or one of its keys or values has a wrong type.
-    ValueError
-        If a key of `overrides` covers no parameter, or a value does not fit the one it covers.
+    TypeError, ValueError
+        If `model` is not a module, or a key or value of `overrides` does not fit.
     RuntimeError
-        If a parameter has no shape yet (lazy layers), or has lost the shape that its layer gave
-        it (FSDP1 flattens it).
+        If a parameter has no shape yet (lazy layers), or has lost it (FSDP1 flattens).
 
     Notes
     -----
-    Unknown parameters are left alone until `register_layer` or `overrides` declares their fan-in.
-
-    A weight of several layers, such as an embedding that is also the head of a language model, is
-    left alone unless all of them average over the same axes. `overrides` can decide otherwise.
+    Unknown parameters are left alone. So is a weight of several layers, such as an embedding that
+    is also a head, unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------
@@ -126,8 +119,6 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
         raise TypeError(msg)
     options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
-    for owned in owned_by_all:
-        check_has_shape(owned)
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
     given = _find_overrides(options.overrides or {}, named)
     decisions: dict[Tensor, list[Decision]] = {}
@@ -177,26 +168,22 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
         reason = f"dtype {parameter.dtype}".replace("torch.", "")
         return PlanRow(owned.name, shape, None, reason)
     layout, rank = found if isinstance(found, OfRank) else (found, len(shape))
-    fits = isinstance(layout, LeaveAlone) or (
-        rank == len(shape) and _split(layout, shape) is not None
-    )
+    fits = isinstance(layout, LeaveAlone) or (rank == len(shape) and _has_fan_in(layout, parameter))
     if not fits:
         raise RuntimeError(_misfit(owned, layout, rank, rule))
     row = _decisions.decide(owned.name, shape, layout, rule)
-    sizes = row.layout.sizes.items() if row.layout is not None else ()
+    sizes = row.layout.sizes.items() if row.layout else ()
     parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
     return row._replace(reason=", ".join([row.reason, *parts]))
 
 
-def _split(
-    layout: Layout, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Split a shape as a layout says; None if it does not fit, or finds no fan-in."""
+def _has_fan_in(layout: Layout, weight: Tensor) -> bool:
+    """Return True if the layout fits the shape of a weight, and finds fan-in axes."""
     try:
-        view, axes = layout.split(shape)
+        _, axes = layout.split(tuple(weight.shape))
     except ValueError:
-        return None
-    return (view, axes) if axes else None
+        return False
+    return bool(axes)
 
 
 def _is_trainable(weight: Tensor) -> bool:
@@ -220,11 +207,7 @@ def _misfit(owned: Owned, layout: object, rank: int, rule: str) -> str:
 def _find_overrides(
     overrides: Overrides, named: Sequence[tuple[str, Tensor]]
 ) -> dict[Tensor, Layout | LeaveAlone]:
-    """Give each parameter the answer of the first key that covers it.
-
-    Raises a TypeError for a key or value of a wrong type, and a ValueError if a key covers nothing
-    or a value does not fit its weight.
-    """
+    """Give each parameter the answer of the first key that covers it; see `plan` for errors."""
     found: dict[Tensor, Layout | LeaveAlone] = {}
     for key, value in overrides.items():
         covered = [(name, p) for name, p in named if _covers(key, name, p)]
@@ -270,7 +253,7 @@ def _read_override(value: Value, name: str, weight: Tensor) -> Layout | LeaveAlo
         layout = as_layout(value)
     else:
         layout = _layout_of_axes(value, name, weight.ndim)
-    if _split(layout, tuple(weight.shape)) is None:
+    if not _has_fan_in(layout, weight):
         msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit {layout!r}"
         raise ValueError(msg)
     if not _is_trainable(weight):

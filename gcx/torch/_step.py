@@ -33,6 +33,9 @@ from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_g
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
+# Arguments of a step.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
@@ -88,9 +91,7 @@ class GradientHooks:
 
     @not_compiled
     @torch.no_grad()
-    def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_step(self, _: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         switches = self._targets.switches()
         if switches != self._switches:
             self._switches = switches
@@ -100,32 +101,23 @@ class GradientHooks:
             return None
         # An optimizer may use gradients from before its closure, or ignore the closure. A closure
         # that adds to these gradients, and clips the sum, finds them as they were.
-        means = self._means_of_gradients()
+        found = with_gradient([weight for _, weights in self._by_group() for weight in weights])
+        means = [(weight, weight.mean(grad)) for weight, grad in found]
         self._centralize()
+        centralize = not_compiled(torch.no_grad()(self._centralize))
 
-        def centralizing(closure: Any) -> Any:
-            return self._wrap(closure, means) if callable(closure) else closure
+        def wrap(closure: Callable[..., Any]) -> Callable[..., Any]:
+            def centralized(*args: Any, **kwargs: Any) -> Any:
+                while means:
+                    _restore_mean_of_gradient(*means.pop())
+                loss = closure(*args, **kwargs)
+                if self.handles:  # none if the closure has removed them
+                    centralize()
+                return loss
 
-        new_args = (args[0], *map(centralizing, args[1:]))
-        return new_args, {name: centralizing(value) for name, value in kwargs.items()}
+            return centralized
 
-    def _wrap(
-        self, closure: Callable[..., Any], means: list[tuple[Weight, Tensor]]
-    ) -> Callable[..., Any]:
-        def centralized(*args: Any, **kwargs: Any) -> Any:
-            while means:
-                _restore_mean_of_gradient(*means.pop())
-            loss = closure(*args, **kwargs)
-            if self.handles:  # none if the closure has removed them
-                self._centralize_after_closure()
-            return loss
-
-        return centralized
-
-    @not_compiled
-    @torch.no_grad()
-    def _centralize_after_closure(self) -> None:
-        self._centralize()
+        return wrap_closures(wrap, args, kwargs)
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
@@ -167,10 +159,6 @@ class GradientHooks:
                 "centralized too"
             )
 
-    def _means_of_gradients(self) -> list[tuple[Weight, Tensor]]:
-        found = with_gradient([weight for _, weights in self._by_group() for weight in weights])
-        return [(weight, weight.mean(grad)) for weight, grad in found]
-
 
 @torch.no_grad()
 def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
@@ -197,7 +185,8 @@ class UpdateHooks:
         self._may_hide_average = callable(getattr(optimizer, "eval", None))
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
-        self._baselines: deque[list[_Baseline]] = deque(maxlen=_count_steps(type(optimizer)))
+        steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
+        self._baselines: deque[list[_Baseline]] = deque(maxlen=steps)
         before = optimizer.register_step_pre_hook(self._remember_means)
         after = optimizer.register_step_post_hook(self._restore_means)
         # Hooks registered earlier may average the weights.
@@ -206,12 +195,12 @@ class UpdateHooks:
 
     @not_compiled
     @torch.no_grad()
-    def _remember_means(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _remember_means(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         baselines: list[_Baseline] = []
         has_closure = _has_closure(args, kwargs)
-        takes_all = has_closure or self._moves_others or self._is_followed(optimizer)
+        # Later hooks may give gradients to frozen weights, and so may closures.
+        last_hook = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
+        takes_all = has_closure or self._moves_others or last_hook != self.handles[0].id
         state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
@@ -219,19 +208,13 @@ class UpdateHooks:
             for weight in weights:
                 parameter = weight.parameter
                 has_gradient = parameter.grad is not None
-                if not (takes_all or has_gradient or parameter.requires_grad):
-                    continue
-                mean, beside = weight.mean(parameter), {}
-                if average is not None:
-                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                is_due = self._moves_others and has_gradient and not has_closure
-                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
+                if takes_all or has_gradient or parameter.requires_grad:
+                    mean, beside = weight.mean(parameter), {}
+                    if average is not None:
+                        beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                    is_due = self._moves_others and has_gradient and not has_closure
+                    baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         self._baselines.append(baselines)
-
-    def _is_followed(self, optimizer: Optimizer) -> bool:
-        """Return True if hooks run after this one; they may give gradients to frozen weights."""
-        last = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
-        return bool(last != self.handles[0].id)
 
     @not_compiled
     @torch.no_grad()
@@ -239,16 +222,15 @@ class UpdateHooks:
         state = inner_optimizer(optimizer).state
         for weight, mean, factor, beside, is_due in self._baselines.pop():
             parameter = weight.parameter
-            if not is_due and parameter.grad is None:  # no step, and no decay
+            if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
                 if self._moves_others or parameter.requires_grad:
                     self._restore(weight, parameter, mean)
                 continue
             self._restore(weight, parameter, mean if factor is None else mean * factor)
             known = state.get(parameter, {})
-            found = [key for key in beside if key in known]
-            for key in found:
+            for key in beside.keys() & known.keys():
                 self._restore(weight, known[key], beside[key])
-            if self._may_hide_average and not found:
+            if self._may_hide_average and not beside.keys() & known.keys():
                 self._may_hide_average = False
                 warn(_UNKNOWN_AVERAGE.format(type(optimizer).__name__))
 
@@ -273,10 +255,16 @@ class _Baseline(NamedTuple):
     is_due: bool  # the step will use the gradient, and may free it, as steps in torch do not
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _has_closure(args: Args, kwargs: Kwargs) -> bool:
     return any(map(callable, (*args[1:], *kwargs.values())))
 
 
-def _count_steps(kind: type[Optimizer]) -> int:
-    """Count the steps that can run within one another: a class and its bases may have one each."""
-    return sum("step" in vars(base) for base in kind.__mro__)
+def wrap_closures(
+    wrap: Callable[[Callable[..., Any]], object], args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """Wrap each function among the arguments of a step, the first of which is the optimizer."""
+
+    def wrap_one(value: Any) -> Any:
+        return wrap(value) if callable(value) else value
+
+    return (args[0], *map(wrap_one, args[1:])), {k: wrap_one(v) for k, v in kwargs.items()}

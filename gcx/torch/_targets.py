@@ -14,26 +14,36 @@ from gcx._decisions import nothing_to_centralize
 from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
-from gcx.torch._plan import HINT, Decision, decide, plan_of
+from gcx.torch._plan import HINT, Decision, decide
 from gcx.torch._weights import Weight, weights_of
 
-KindT = TypeVar("KindT")
+T = TypeVar("T")
 
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
 _NAMELESS = "?"  # a parameter that was never in the model
+_STRANGER = "unknown: it is not in the model"
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
 IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is wrapped"
 
 
+class Weak(ref[T]):
+    """A reference to an object that holds this, and is freed without the garbage collector.
+
+    A copy of both refers to the copy.
+    """
+
+    def __reduce__(self) -> Any:
+        return Weak, (self(),)
+
+
 class Targets:
     """The weights of an optimizer that are centralized; changes of the model are followed."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
-        # Weak: the optimizer holds this, and is freed without the garbage collector.
-        self._optimizer: Callable[[], Any] = ref(optimizer)
+        self._optimizer: Callable[[], Any] = Weak(optimizer)
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
@@ -83,8 +93,11 @@ class Targets:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
         self._decide()
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
-        known = {p: decision for p, decision in self._decisions.items() if p in held}
-        return plan_of({p: d if held[p] else _switched_off(d) for p, d in known.items()})
+        rows = [(d.row, held[p]) for p, d in self._decisions.items() if p in held]
+        return Plan(
+            row if on or not row.layout else row._replace(layout=None, reason=_SWITCHED_OFF)
+            for row, on in rows
+        )
 
     def refuse_empty(self) -> None:
         """Raise a RuntimeError if no parameter is in the model, a ValueError if none is taken."""
@@ -135,7 +148,9 @@ class Targets:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in found:
-                    found[parameter] = _stranger(parameter, before.get(parameter))
+                    name = before[parameter].row.name if parameter in before else _NAMELESS
+                    row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
+                    found[parameter] = Decision(row, None, "")
         self._decisions = found
         self._settled: dict[int, _Settled] = {}  # by the position of the group
         self._layers = [
@@ -148,10 +163,7 @@ class Targets:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_settled": {}, "_optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizer=ref(state["_optimizer"]))
+        return {**vars(self), "_settled": {}}
 
 
 class _Settled:
@@ -205,7 +217,7 @@ def is_on(group: Group) -> bool:
     return switch
 
 
-def find_owner(hooks: Mapping[int, object], kind: type[KindT]) -> KindT | None:
+def find_owner(hooks: Mapping[int, object], kind: type[T]) -> T | None:
     """Find the object of a class among those whose methods are hooks."""
     owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return next((owner for owner in owners if isinstance(owner, kind)), None)
@@ -222,18 +234,6 @@ def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         return state_dict  # torch has an error for that
     groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
     return {**state_dict, "param_groups": groups}
-
-
-def _switched_off(decision: Decision) -> Decision:
-    if decision.row.layout is None:
-        return decision
-    return decision._replace(row=decision.row._replace(layout=None, reason=_SWITCHED_OFF))
-
-
-def _stranger(parameter: Tensor, known: Decision | None) -> Decision:
-    name = known.row.name if known else _NAMELESS
-    row = PlanRow(name, tuple(parameter.shape), None, "unknown: it is not in the model")
-    return Decision(row, None, "")
 
 
 def _why_missing(row: PlanRow) -> str:

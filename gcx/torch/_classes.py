@@ -10,13 +10,24 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from gcx._options import Options
+from gcx._options import Decay, Layers, Options, Where
 from gcx.torch._centralize import GradientCentralization
+from gcx.torch._plan import Overrides
 
 Kind = TypeVar("Kind", bound=Optimizer)
 
 
-def derive_class(kind: type[Kind], model: nn.Module, **options: Any) -> type[Kind]:
+def derive_class(
+    kind: type[Kind],
+    model: nn.Module,
+    *,
+    where: Where = "gradient",
+    decay: Decay = None,
+    strength: float = 1.0,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> type[Kind]:
     """Derive an optimizer class that calls `centralize`, for a trainer that takes a class.
 
     Parameters
@@ -25,7 +36,7 @@ def derive_class(kind: type[Kind], model: nn.Module, **options: Any) -> type[Kin
         The class of the optimizer, such as ``torch.optim.RAdam``.
     model : torch.nn.Module
         The model that will hold every parameter of the optimizer.
-    **options
+    where, decay, strength, layers, overrides, reproducible
         As in `centralize`.
 
     Returns
@@ -47,12 +58,19 @@ def derive_class(kind: type[Kind], model: nn.Module, **options: Any) -> type[Kin
     >>> gcx.torch.derive_class(torch.optim.RAdam, model, where="update")
     <class 'torch.optim.radam.RAdam', centralized for a Linear, where='update'>
     """
-    checked = Options(**options)
+    options = Options(
+        where=where,
+        decay=decay,
+        strength=strength,
+        layers=layers,
+        overrides=overrides,
+        reproducible=reproducible,
+    )
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         msg = f"kind is a torch optimizer class, such as torch.optim.RAdam, not {kind!r}"
         raise TypeError(msg)
     derived: type[Kind] = _derive(kind)
-    _bind(derived, (model, checked))
+    _bind(derived, (model, options))
     return derived
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -31,33 +30,21 @@ class FusedOptimizer(Optimizer):
         self,
         params: ParamsT | nn.Module,
         *of_torch: Any,
-        model: nn.Module | None = None,
-        strength: float = 1.0,
-        layers: Layers = "all",
-        overrides: Overrides | None = None,
-        reproducible: bool = False,
-        **of_torch_by_name: Any,
+        model: nn.Module | None,
+        options: Options,
+        **switches: Any,
     ) -> None:
-        options = Options(
-            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
-        )
         if isinstance(params, nn.Module):
             model = params if model is None else model
             params = params.parameters()
         if model is None:
             raise TypeError(_NO_MODEL)
-        super().__init__(params, *of_torch, **of_torch_by_name)
+        super().__init__(params, *of_torch, **switches)
         self._centralization = CentralizationInStep(self, model, options)
         del vars(self._centralization)["_optimizer"]  # no cycle
         del vars(self)["__reduce_ex__"]  # copies need no warning
         registries = [name for name in vars(self) if name.endswith("_hooks")]
         self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if FusedOptimizer in cls.__bases__:
-            _, of_torch = cls.__bases__
-            cls.__init__ = _constructor(of_torch)  # type: ignore[method-assign]
 
     @property
     def plan(self) -> Plan:
@@ -102,19 +89,6 @@ class FusedOptimizer(Optimizer):
         return collect({**group, "params": left}, *lists)
 
 
-def _constructor(kind: type[Optimizer]) -> Callable[..., None]:
-    """Make a constructor whose signature has the arguments of a torch class, then the options."""
-
-    def initialize(self: FusedOptimizer, *arguments: Any, **named: Any) -> None:
-        FusedOptimizer.__init__(self, *arguments, **named)
-
-    options = signature(FusedOptimizer.__init__).parameters.values()
-    named = [option for option in options if option.kind is option.KEYWORD_ONLY]
-    of_torch = signature(vars(kind)["__init__"]).parameters.values()
-    vars(initialize)["__signature__"] = Signature([*of_torch, *named])
-    return initialize
-
-
 class AdamW(FusedOptimizer, torch.optim.AdamW):
     """AdamW with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
@@ -151,6 +125,34 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
 
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        options = Options(
+            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+        )
+        switches = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
+        switches |= {"differentiable": differentiable, "fused": fused}
+        of_torch = lr, betas, eps, weight_decay, amsgrad
+        super().__init__(params, *of_torch, model=model, options=options, **switches)
+
 
 class SGD(FusedOptimizer, torch.optim.SGD):
     """SGD with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
@@ -161,9 +163,14 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     Parameters
     ----------
     params, model, strength, layers, overrides, reproducible
-        As in `AdamW`, with the same errors.
+        As in `AdamW`.
     lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
         As in `torch.optim.SGD`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `AdamW`.
 
     Examples
     --------
@@ -179,3 +186,30 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        strength: float = 1.0,
+        layers: Layers = "all",
+        overrides: Overrides | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        options = Options(
+            strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
+        )
+        switches = {"maximize": maximize, "foreach": foreach}
+        switches |= {"differentiable": differentiable, "fused": fused}
+        of_torch = lr, momentum, dampening, weight_decay, nesterov
+        super().__init__(params, *of_torch, model=model, options=options, **switches)

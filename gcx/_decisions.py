@@ -15,7 +15,7 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 LEFT_ALONE = LeaveAlone("left alone by an override")
 
 
-def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
+def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
     """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name.
 
     Raises a ValueError that names the parameter if the layout does not fit its shape.

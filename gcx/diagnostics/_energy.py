@@ -8,7 +8,7 @@ from typing import Any
 
 from gcx import _compat
 from gcx._centralize import OUTPUT_FIRST
-from gcx._decisions import decide
+from gcx._decisions import decide_row
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._means import fan_in_mean
@@ -96,7 +96,7 @@ def _row(name: str, grad: Any, layout: Layout | None, known: PlanRow | None) -> 
     if known and known.reason != _ABSENT and known.shape != shape:
         msg = f"{name} has shape {known.shape} in one batch, and {shape} in another"
         raise ValueError(msg)
-    return decide(name, shape, layout or _LEFT_ALONE, "as given")
+    return decide_row(name, shape, layout or _LEFT_ALONE, "as given")
 
 
 def energy_of(grad: Any, row: PlanRow) -> Energy:

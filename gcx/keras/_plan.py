@@ -7,8 +7,7 @@ from typing import Any
 
 import keras
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import find_overrides, merge
+from gcx._decisions import decide_row, find_overrides, merge
 from gcx._options import Layers, Options
 from gcx._rules import NOT_CONVOLUTION, Answer
 from gcx.keras._layers import RULES, is_convolution

@@ -10,8 +10,7 @@ from typing import Any
 
 import optax
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import no_fan_in
+from gcx._decisions import decide_row, no_fan_in
 from gcx._layouts import layouts_for
 from gcx._names import match_all
 from gcx._rules import Answer

@@ -8,11 +8,10 @@ from typing import Any
 
 from thinc.api import Model
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import find_overrides
+from gcx._decisions import decide_row, find_overrides
 from gcx._names import match
 from gcx._options import Options
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask, check_rule
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
@@ -97,9 +96,7 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
         raise TypeError(msg)
 
     def decorator(rule: RuleT) -> RuleT:
-        if not (callable(rule) or isinstance(rule, Mapping)):
-            msg = f"the rule of {_qualified(forward)} is a mapping or a function, not {rule!r}"
-            raise TypeError(msg)
+        check_rule(rule, f"the rule of {_qualified(forward)}")
         _registered[forward] = rule
         return rule
 

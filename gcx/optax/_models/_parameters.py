@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gcx._decisions import decide, no_fan_in
+from gcx._decisions import decide_row, no_fan_in
 from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.optax._names import named_leaves
@@ -48,7 +48,7 @@ def decide_in_stack(
         answer = LeaveAlone(no_fan_in(own) or answer.reason)
     if isinstance(answer, (Layout, str)):
         answer = _with_stack(as_layout(answer), shape, own_shape, rule)
-    return decide(name, shape, answer, rule)
+    return decide_row(name, shape, answer, rule)
 
 
 def _with_stack(

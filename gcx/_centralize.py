@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Real
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
-from gcx._outputs import check_apart, check_out
+from gcx._outputs import Job, check_apart, check_out
 from gcx._repeats import Call
-from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -94,22 +93,17 @@ def centralize(
            [-1., -1.,  2.]])
     """
     backend = backend_for(grad)
-    backend.check_dtype(grad)
-    shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
-    view, axes = _find_fan_in(shape, layout, axis)
+    seen, axes = see_fan_in(grad, layout, axis, reproducible=reproducible)
     if type(strength) is not float or strength != 1.0:
         strength = check_strength(strength)
-    seen = grad if view is shape else backend.reshape(grad, view)
-    if reproducible and axes:
-        backend.check_reproducible(seen, axes)
     if out is not None:
         check_out(out, grad, backend)
     if not axes:
         return _write(grad, out)
-    if view is shape:
+    if seen is grad:
         return backend.centralize(grad, axes, strength, out, reproducible)
     result = backend.centralize(seen, axes, strength, None, reproducible)
-    return _write(backend.reshape(result, shape), out)
+    return _write(backend.reshape(result, grad.shape), out)  # type: ignore[attr-defined]
 
 
 def centralize_many(
@@ -181,7 +175,7 @@ def centralize_many(
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
     if out is not None:
-        check_apart([name for name, _ in named], jobs)
+        check_apart(jobs)
     results = _run(jobs, strength, reproducible)
     if all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -206,19 +200,11 @@ def see_fan_in(
     return seen, axes
 
 
-class _Job(NamedTuple):
-    backend: Backend | None
-    grad: Any
-    seen: Any  # the gradient, reshaped if its layout splits an axis
-    axes: tuple[int, ...]
-    out: Any
-
-
 def _make_job(
     name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
-) -> _Job:
+) -> Job:
     if grad is None:
-        return _Job(None, None, None, (), None)
+        return Job(name, None, None, None, (), None)
     seen: Any = grad
     axes: tuple[int, ...] = ()
     with naming(name):
@@ -227,10 +213,10 @@ def _make_job(
             seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
             check_out(out, grad, backend)
-    return _Job(backend, grad, seen, axes, out)
+    return Job(name, backend, grad, seen, axes, out)
 
 
-def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
+def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
     """Call each backend once, with all of its arrays; return the results in the order of `jobs`."""
     results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
     left = [k for k, job in enumerate(jobs) if job.axes]
@@ -239,7 +225,7 @@ def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]
         assert backend is not None
         mine = [k for k in left if jobs[k].backend is backend]
         left = [k for k in left if jobs[k].backend is not backend]
-        _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
+        _, _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
         is_whole = [*map(is_, seen, grads)]
         targets = [out if whole else None for out, whole in zip(outs, is_whole, strict=True)]
         done = backend.centralize_many(seen, axes, strength, targets, reproducible)

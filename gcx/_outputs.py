@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from gcx._dispatch import backend_for
 from gcx._names import naming
@@ -11,18 +11,18 @@ from gcx.backends import Backend
 from gcx.backends._memory import Use, find_meetings
 
 
-class Job(Protocol):
-    """A gradient, its backend and the array for the result; all are None without a gradient."""
+class Job(NamedTuple):
+    """A gradient to centralize."""
 
-    @property
-    def backend(self) -> Backend | None: ...
-    @property
-    def grad(self) -> Any: ...
-    @property
-    def out(self) -> Any: ...
+    name: str
+    backend: Backend | None  # None without a gradient
+    grad: Any
+    seen: Any  # the gradient, reshaped if its layout splits an axis
+    axes: tuple[int, ...]
+    out: Any
 
 
-def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
+def check_apart(jobs: Sequence[Job]) -> None:
     """Raise a ValueError if a result would be written over another array of the list."""
     uses: list[Use] = []
     for owner, job in enumerate(jobs):
@@ -35,8 +35,8 @@ def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
         assert backend is not None
         if mine is its or jobs[other].backend is not backend or backend.shares_memory(mine, its):
             msg = (
-                f"the out of {names[one]} or {names[other]} is in the memory of the other; give "
-                "each result an array of its own"
+                f"the out of {jobs[one].name} or {jobs[other].name} is in the memory of the other; "
+                "give each result an array of its own"
             )
             raise ValueError(msg)
 

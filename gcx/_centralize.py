@@ -52,7 +52,7 @@ def centralize(
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
     reproducible : bool, optional
-        Sum in one fixed order, so that the bits are equal on NumPy, torch (CPU and CUDA), CuPy, and
+        Sum in one fixed order. The bits are then equal on NumPy, torch (CPU and CUDA), CuPy, and
         JAX on a CPU, for float16 to float64 and bfloat16. It takes twice the time or more.
 
     Returns

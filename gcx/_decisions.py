@@ -96,7 +96,7 @@ def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError unless the value of an option is one of its choices."""
+    """Raise a ValueError if `choices` lack the value of the option `name`."""
     if value not in choices:
         msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)

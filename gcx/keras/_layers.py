@@ -90,19 +90,14 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
-        keys are names of the layer's own variables (without its sublayers), or globs; the first
-        that matches counts. Its values are layouts, `gcx.plan.LeaveAlone`, or None.
+        Decorator for a rule: a mapping from names of the layer's own variables, or globs, to
+        layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one. Entry
+        points, of the group ``gcx.keras.layers``, are as in `gcx.torch.register_layer`.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class.
-
-    Notes
-    -----
-    An entry point of the group ``gcx.keras.layers`` declares a rule without an import of gcx. Its
-    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
+        If `kind` is not a class, or the rule neither a mapping nor a function.
 
     Examples
     --------

@@ -66,14 +66,13 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping from names of the layer's own parameters, or globs (the
-        first that matches counts), to layouts, `gcx.plan.LeaveAlone` or None; or a function that
-        takes such a layer and returns the mapping.
+        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+        layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one.
 
     Raises
     ------
     TypeError
-        If `forward` is not a function, or is a model; if the rule is not a rule.
+        If `forward` is not a function, or the rule neither a mapping nor a function.
 
     Examples
     --------
@@ -88,10 +87,7 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     >>> gcx.thinc.plan(layer)["mine.kernel"].layout
     Layout('io')
     """
-    if isinstance(forward, Model):  # which is callable
-        msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
-        raise TypeError(msg)
-    if not callable(forward):
+    if isinstance(forward, Model) or not callable(forward):  # a model is callable
         msg = f"register_layer takes the forward function of a layer, not {forward!r}"
         raise TypeError(msg)
 

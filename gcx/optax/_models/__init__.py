@@ -84,20 +84,15 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
-        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
-        values are layouts of a single layer, `LeaveAlone`, or None. gcx adds the axes of a stack.
-        In linen and Haiku the function runs while the layer is called.
+        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+        layouts of a single layer (gcx adds the axes of a stack), `LeaveAlone` or None; or a
+        function of a layer that returns one, in linen and Haiku while the layer is called. Entry
+        points, of the group ``gcx.optax.layers``, are as in `gcx.torch.register_layer`.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class.
-
-    Notes
-    -----
-    An entry point of the group ``gcx.optax.layers`` declares a rule without an import of gcx. Its
-    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
+        If `kind` is not a class, or the rule neither a mapping nor a function.
 
     Examples
     --------

@@ -49,7 +49,8 @@ def no_fan_in(shape: tuple[int, ...]) -> str:
 def merge(rows: Sequence[PlanRow]) -> PlanRow:
     """Make one row for a parameter that layers share: left alone unless they agree."""
     first = rows[0]
-    if len(set(map(_fan_in, rows))) == 1:
+    # Two layouts with different texts may mean the same axes.
+    if len({row.layout and row.layout.split(row.shape) for row in rows}) == 1:
         return first
     reasons: dict[str, str] = {}
     for row in rows:
@@ -57,11 +58,6 @@ def merge(rows: Sequence[PlanRow]) -> PlanRow:
         reasons.setdefault(row.reason, told)
     reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
     return first._replace(layout=None, reason=reason)
-
-
-def _fan_in(row: PlanRow) -> object:
-    """Find the axes of the fan-in, to compare two layouts with different texts."""
-    return None if row.layout is None else row.layout.split(row.shape)
 
 
 def find_overrides(

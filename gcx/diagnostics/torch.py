@@ -44,8 +44,8 @@ def energy_removed(
     batches : iterable
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of a model and a batch that returns the loss, a tensor of one number; on the device
-        of the model, and in ``autocast`` if you train with that.
+        Function of a model and a batch that returns a tensor of one number, on the device of the
+        model; in ``autocast`` if you train with that.
     layers, overrides
         As in `gcx.torch.plan`.
 
@@ -57,13 +57,12 @@ def energy_removed(
     Raises
     ------
     TypeError
-        If `loss` is a criterion of ``torch.nn``, or returns anything but a tensor of one number; if
-        a weight to centralize has a sparse gradient; or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if `loss` is a criterion of ``torch.nn``, or returns anything but a
+        tensor of one number; or if a weight to centralize has a sparse gradient.
     ValueError
-        If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if there are no batches, or the loss depends on no parameter.
     RuntimeError
-        If FSDP or DistributedDataParallel spreads the model over processes, since only
-        ``backward()`` gives its gradients; or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if FSDP or DistributedDataParallel spreads the model over processes.
 
     Examples
     --------

@@ -27,9 +27,8 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Layouts that take precedence over the rules, by the path of a variable
-        (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
-        counts; None or `gcx.plan.LeaveAlone` leaves alone.
+        Answers that take precedence over the rules, by path (``"sequential/dense/kernel"``) or glob
+        (``"*/head/*"``); the first key that matches counts.
 
     Returns
     -------
@@ -39,10 +38,10 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     Raises
     ------
     TypeError
-        If `model` is not a layer, or `overrides` holds a value of another type.
+        If `model` is not a layer, or a value of `overrides` has another type.
     ValueError
-        If the model is not built, `layers` has no such value, or `overrides` does not fit: a key
-        matches no variable, or a layout has another rank.
+        If the model is not built, an option has no such value, or a key of `overrides` matches no
+        variable, or its layout does not fit.
 
     Examples
     --------

@@ -47,11 +47,7 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"/scale", None, "norm"),
     ),
     "haiku": (
-        (
-            r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w",
-            "b...oi",
-            "stack of transposed convolutions",
-        ),
+        (r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w", "b...oi", "stack of convolutions"),
         (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", "b...o", "stack of weights"),
         (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
         (r"/(w|w_i|w_h)", "...o", "weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,20 +55,16 @@ class _Planner:
     ) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
         form = structure, tuple(map(_shape_and_dtype, leaves))
-        try:
-            planned = self._known.get(form)
-        except TypeError:  # a static part of a module is not hashable
-            return self._plan_grads(grads, params)
-        if planned is None:
-            planned = self._plan_grads(grads, params)
-            if len(self._known) == _PLANS_KEPT:
-                self._known.clear()
+        with suppress(TypeError):  # a static part of a module is not hashable
+            if form in self._known:
+                return self._known[form]
+        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
+        planned = self._plan(grads)
+        if len(self._known) == _PLANS_KEPT:
+            self._known.clear()
+        with suppress(TypeError):
             self._known[form] = planned
         return planned
-
-    def _plan_grads(self, grads: Any, params: Any) -> _Planned:
-        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
-        return self._plan(grads)
 
     def _plan(self, tree: Any) -> _Planned:
         axes = axes_by_path(self._axis_name, names_of(tree))

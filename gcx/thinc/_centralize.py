@@ -40,10 +40,8 @@ def centralize(
     where : {"gradient", "update"}, optional
         Centralize the gradient that the optimizer uses, in place; or the displacement of the
         weights by the step.
-    strength, reproducible
-        As in `gcx.centralize`.
-    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        As in `plan`.
+    strength, reproducible, overrides
+        As in `gcx.centralize` and `plan`.
 
     Returns
     -------
@@ -53,10 +51,10 @@ def centralize(
     Raises
     ------
     TypeError
-        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible, or as `plan`.
+        As `plan`; if `optimizer` is not a thinc optimizer, or `reproducible` is not possible.
     ValueError
-        If an option has no such value, the optimizer has Gradient Centralization already, there is
-        nothing to centralize, or as `plan`.
+        As `plan`; if an option has no such value, the optimizer is centralized already, or there is
+        nothing to centralize.
     RuntimeError
         In a step: if the parameter is in none of the models.
 

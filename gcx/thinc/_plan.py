@@ -108,8 +108,8 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
         Initialized models. The layer that owns a parameter decides, never its rank; a layer without
         a rule is left alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Layouts that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
-        (``"*.softmax.*"``). The first key that matches counts; None or `LeaveAlone` leaves alone.
+        Answers that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
+        (``"*.softmax.*"``); the first key that matches counts.
 
     Returns
     -------
@@ -121,8 +121,7 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     TypeError
         If there is no model, or an argument or a value of `overrides` has a wrong type.
     ValueError
-        If a model is not initialized, or `overrides` does not fit: a key matches no parameter, or a
-        layout has another rank.
+        If a model is not initialized, or a key or a layout in `overrides` does not fit.
 
     Examples
     --------

@@ -128,10 +128,8 @@ def centralize_many(
         first match counts. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
         Arrays for the results, built like `grads`; ``out=grads`` works in place.
-    strength : float, optional
-        From 0 to 1: the part of the mean to subtract.
-    reproducible : bool, optional
-        Sum in one fixed order, as in `gcx.centralize`.
+    strength, reproducible : optional
+        As in `gcx.centralize`.
 
     Returns
     -------

@@ -30,14 +30,13 @@ class GradientCentralization(TakesOptions, pl.Callback):
     Parameters
     ----------
     where, decay, strength, layers, overrides, reproducible
-        As in `gcx.torch.centralize`. They hold for all optimizers; a parameter group with
-        ``"centralize": False`` is left alone.
+        As in `gcx.torch.centralize`, for all optimizers; one with nothing to centralize is left
+        alone, and so is a parameter group with ``"centralize": False``.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        If an option has no such value; when fitting starts, as `gcx.torch.centralize`. An optimizer
-        with nothing to centralize is left alone, but it is an error if none has anything.
+        If an option has no such value; when fitting starts, as `gcx.torch.centralize`.
 
     Examples
     --------

@@ -24,10 +24,9 @@ def assert_centralized(
     """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
     Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
-    with Gradient Centralization keep the means of a weight (Corollary 4.1). So this one check
-    catches a wrong axis and a hook that never ran, in any framework. Adam and its kin keep them
-    only if the update is centralized (``where="update"``); otherwise check the gradient that the
-    step has left, ``p.grad`` in torch.
+    with Gradient Centralization keep the means of a weight (Corollary 4.1), and a wrong axis or a
+    hook that never ran does not. Adam and its kin keep them only if the update is centralized
+    (``where="update"``); otherwise check the gradient after the step, ``p.grad`` in torch.
 
     Parameters
     ----------
@@ -47,8 +46,7 @@ def assert_centralized(
     AssertionError
         If a mean is larger or not finite (the message shows the worst), or if `x` equals `start`.
     ValueError
-        If `x` has no output unit or no fan-in of at least 2; if `start` has another shape; or if a
-        dtype below 32 bits has no `rtol`.
+        If there is no fan-in of at least 2, `start` has another shape, or `rtol` is missing.
 
     Examples
     --------

@@ -32,9 +32,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     Parameters
     ----------
     grads : iterable of list, tuple or dict of arrays
-        The gradients of each batch, as `gcx.centralize_many` takes them; None where there is no
-        gradient. A generator is enough: they are measured one batch at a time. Every process must
-        call this with its DTensors.
+        The gradients of each batch, as `gcx.centralize_many` takes them. A generator is enough:
+        they are measured one batch at a time. Every process must call this with its DTensors.
     layouts : Layout, str, mapping, sequence or Plan, optional
         As in `gcx.centralize_many`.
 
@@ -48,8 +47,7 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     TypeError
         If a batch is not a list, tuple or dict, or a gradient is not a dense floating array.
     ValueError
-        If there are no batches, or no gradients in them; if `layouts` does not fit the gradients;
-        or if a gradient changes its shape from batch to batch.
+        If there are no gradients, `layouts` does not fit them, or the batches differ in shapes.
 
     References
     ----------

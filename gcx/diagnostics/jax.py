@@ -40,9 +40,9 @@ def energy_removed(
     batches : iterable of pytrees of arrays
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of the parameters and a batch that returns the loss, one number. `jax.jit` traces
-        it, so it must be pure: give it random keys in the batch.
-    layouts : model, Plan, mapping, callable or str
+        Function of the parameters and a batch that returns one number. `jax.jit` traces it, so it
+        must be pure: give it random keys in the batch.
+    layouts
         As in `gcx.optax.centralize`.
 
     Returns
@@ -52,10 +52,9 @@ def energy_removed(
 
     Raises
     ------
-    TypeError
-        If `loss` returns anything but one number; or as `gcx.optax.plan`.
-    ValueError
-        If there are no batches, no floating arrays in `params`, or as `gcx.optax.plan`.
+    TypeError, ValueError
+        As `gcx.optax.plan`; a TypeError if `loss` returns anything but one number, and a ValueError
+        if there are no batches, or no floating arrays in `params`.
 
     Examples
     --------

@@ -78,9 +78,11 @@ def centralize(
     >>> import gcx.keras
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     >>> optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-    >>> gcx.keras.centralize(optimizer, model)
+    >>> handle = gcx.keras.centralize(optimizer, model)
+    >>> handle
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     >>> model.compile(optimizer, loss="mse")
+    >>> handle.remove()
     """
     default: Decay = "inside" if where == "update" else "outside"
     options = Options(

@@ -157,19 +157,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`.
-
-    Examples
-    --------
-    >>> import keras
-    >>> import gcx.keras
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> optimizer = keras.optimizers.Adam()
-    >>> handle = gcx.keras.centralize(optimizer, model, where="update")
-    >>> handle.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> handle.remove()
-    """
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`."""
 
     def __init__(self, optimizer: Any, projection: Projection) -> None:
         kind: type = type(optimizer)

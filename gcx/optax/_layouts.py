@@ -98,9 +98,8 @@ def layouts(
     Returns
     -------
     dict from str to Layout or LeaveAlone
-        For `centralize` and `plan`. Names are paths in the tree that the optimizer gets:
-        ``nnx.state(model, nnx.Param)``, ``equinox.filter(model, equinox.is_array)``, linen's
-        ``variables["params"]``, or Haiku's ``params``.
+        By path in the tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
+        ``equinox.filter(model, equinox.is_array)``, ``variables["params"]`` or Haiku's ``params``.
 
     Raises
     ------
@@ -152,18 +151,15 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     TypeError
         If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter, visible or hidden; if a plan lacks a parameter,
-        or has another shape for it; if a layout is not valid or does not fit the rank.
+        If a key of a mapping matches no parameter; if a plan lacks a parameter, or has another
+        shape for it; if a layout is not valid or does not fit the rank.
 
     Examples
     --------
     >>> import jax.numpy as jnp
     >>> import gcx.optax
-    >>> params = {
-    ...     "Conv_0": {"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)},
-    ...     "token": jnp.zeros((1, 8)),
-    ... }
-    >>> print(gcx.optax.plan(params, "flax"))
+    >>> conv = {"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)}
+    >>> print(gcx.optax.plan({"Conv_0": conv, "token": jnp.zeros((1, 8))}, "flax"))
     parameter      shape    layout  reason
     Conv_0/bias    8        -       bias
     Conv_0/kernel  3x3x1x8  ...o    guess by name: kernel

@@ -108,12 +108,10 @@ def centralize(
         - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
-          `layouts` returns; the first key that matches counts;
-        - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend
-          on the path, shape and dtype alone: it is called once for each of these;
+          `layouts` returns; the first key that matches counts, the rest is left alone;
+        - a function of path and array that returns a layout, None or `LeaveAlone`, and depends on
+          the path, shape and dtype alone;
         - a preset that guesses by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
-
-        Parameters without a match are left alone.
     strength : float, optional
         Fraction of the mean to subtract, a Python number from 0 to 1.
     axis_name : str, tuple of str or mapping, optional
@@ -125,10 +123,9 @@ def centralize(
     Returns
     -------
     optax.GradientTransformation
-        Has no state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
-        centralize, and a TypeError if `reproducible` is not possible. Its ``update`` raises a
-        ValueError if a gradient has more axes than its parameter, an axis of `axis_name` is not
-        bound, or an axis may split a fan-in.
+        Without state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
+        centralize, and a TypeError if `reproducible` is not possible; its ``update`` a ValueError
+        if gradients have too many axes, or `axis_name` does not fit the mesh.
 
     Raises
     ------

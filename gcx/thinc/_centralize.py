@@ -68,8 +68,10 @@ def centralize(
     >>> from thinc.api import SGD, Linear
     >>> import gcx.thinc
     >>> optimizer, model = SGD(0.1), Linear(nO=2, nI=3).initialize()
-    >>> gcx.thinc.centralize(optimizer, model).plan
+    >>> handle = gcx.thinc.centralize(optimizer, model)
+    >>> handle.plan
     <gcx plan: 1 of 2 parameters centralized>
+    >>> handle.remove()
     """
     options = Options(
         where=where, strength=strength, overrides=overrides, reproducible=reproducible
@@ -83,18 +85,7 @@ def centralize(
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`.
-
-    Examples
-    --------
-    >>> from thinc.api import Adam, Linear
-    >>> import gcx.thinc
-    >>> optimizer = Adam()
-    >>> handle = gcx.thinc.centralize(optimizer, Linear(nO=2, nI=3).initialize(), where="update")
-    >>> handle.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> handle.remove()
-    """
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`."""
 
     def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
         self._models = models

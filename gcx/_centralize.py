@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from operator import is_
+from operator import index, is_
 from typing import Any, TypeVar
 
 from gcx._dispatch import backend_for
@@ -262,10 +262,8 @@ def _find_fan_in(
             else:
                 axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
-            where = (
-                "" if str(tuple(shape)) in str(error) else f" (gradient of shape {tuple(shape)})"
-            )
-            msg = f"{error}{where}"
+            is_told = str(tuple(shape)) in str(error)
+            msg = str(error) if is_told else f"{error} (gradient of shape {tuple(shape)})"
             raise ValueError(msg) from None
     size = 1
     for a in axes:
@@ -276,8 +274,6 @@ def _find_fan_in(
 
 
 def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
-    from operator import index
-
     ndim = len(shape)
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:

@@ -25,6 +25,8 @@ RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, 
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+LENGTH = LeaveAlone("weight norm: the length of a weight")
+SLOPE = LeaveAlone("slope of an activation")
 MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
 UNDECLARED = "unknown: nobody declared"
 NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")

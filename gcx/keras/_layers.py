@@ -8,7 +8,7 @@ from typing import Any
 from keras import layers
 
 from gcx._einsum import kernel_letters
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT
+from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Answer, Rule, Rules, RuleT
 from gcx.plan import LeaveAlone
 
 Answers = Mapping[str, Answer]
@@ -58,7 +58,7 @@ _NORMS = (
 
 _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.EinsumDense: _einsum,
-    layers.PReLU: {"alpha": LeaveAlone("slope of an activation")},
+    layers.PReLU: {"alpha": SLOPE},
     **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _KERNEL),
     **dict.fromkeys(_TRANSPOSED_LAYERS, _TRANSPOSED),
     **dict.fromkeys(_DEPTHWISE_LAYERS, _DEPTHWISE),

@@ -15,15 +15,12 @@ _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
 
 
-def check_axis_name(axis_name: object) -> None:
+def check_names(axis_name: object) -> None:
     """Raise a TypeError if `axis_name` has no such form."""
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
-            msg = (
-                "axis_name is the name of a mesh axis, a tuple of names, None, or a mapping from "
-                f"path to these, not {names!r}"
-            )
+            msg = f"axis_name is one name, a tuple, None, or a mapping to these, not {names!r}"
             raise TypeError(msg)
 
 
@@ -56,7 +53,7 @@ def centralize_split(
     elif layout.is_split and (axes or _jax.varying_axes(grad)):
         msg = (
             f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
-            "reshape the weight so that each axis has one letter, or shard it by jit alone"
+            "give the weight an axis for each letter, or shard it by jit alone"
         )
         raise ValueError(msg)
     if not axes:

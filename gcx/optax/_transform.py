@@ -16,13 +16,7 @@ from gcx._decisions import check_choice
 from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, Source, plan_of, source_of
-from gcx.optax._mesh_axes import (
-    AxisName,
-    axes_by_path,
-    centralize_split,
-    check_axis_name,
-    check_whole,
-)
+from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_names, check_whole
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan
 
@@ -157,7 +151,7 @@ def centralize(
         raise TypeError(msg)
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
-    check_axis_name(axis_name)
+    check_names(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:

@@ -87,7 +87,10 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     >>> gcx.thinc.plan(layer)["mine.kernel"].layout
     Layout('io')
     """
-    if isinstance(forward, Model) or not callable(forward):  # a model is callable
+    if isinstance(forward, Model):  # which is callable
+        msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
+        raise TypeError(msg)
+    if not callable(forward):
         msg = f"register_layer takes the forward function of a layer, not {forward!r}"
         raise TypeError(msg)
 

@@ -15,10 +15,6 @@ from gcx.plan import LeaveAlone, PlanRow
 
 Shape = tuple[int, ...]
 
-# Reasons that several frameworks share.
-SLOPE = LeaveAlone("slope of an activation")
-LENGTH = LeaveAlone("weight norm: the length of a weight")
-
 
 class SingleLayer(NamedTuple):
     """Answer of a rule that also knows the shape of the weight in a single layer.

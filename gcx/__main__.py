@@ -140,7 +140,6 @@ def _version(module: str) -> str | None:
 
 
 def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
-    """Make a row of the table, for all cases in one dtype."""
     error, why = attempt(lambda: _largest_error(library, device, dtype))
     if error is not None and not isfinite(error):
         error, why = None, "not finite"

@@ -92,7 +92,6 @@ def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError if `choices` lack the value of the option `name`."""
     if value not in choices:
         msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)
@@ -107,7 +106,6 @@ def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
 
 
 def already_attached(kind: str) -> str:
-    """Write the error for an optimizer that is centralized already."""
     return f"this {kind} has Gradient Centralization already; .remove() that handle first"
 
 

@@ -59,7 +59,6 @@ def match_all(
 
 
 def is_glob(key: str) -> bool:
-    """Return True if a key may match more than its own text."""
     return not _GLOB.isdisjoint(key)
 
 

@@ -158,7 +158,6 @@ class Optimizer:
         return rows
 
     def _make_state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Make the state: trees built like `params`, of the steps and of each buffer."""
         keys = ("step", *self._buffers)
         return {key: rebuild(params, column) for key, column in zip(keys, columns, strict=True)}
 

@@ -12,8 +12,6 @@ from gcx.backends._memory import Use, find_meetings
 
 
 class Job(NamedTuple):
-    """A gradient to centralize."""
-
     name: str
     backend: Backend | None  # None without a gradient
     grad: Any

@@ -45,7 +45,6 @@ def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
 
 
 def check_rule(rule: object, what: str) -> None:
-    """Raise a TypeError that calls the rule `what`, unless it is one."""
     if not (callable(rule) or isinstance(rule, Mapping)):
         msg = f"{what} is a mapping or a function, not {rule!r}"
         raise TypeError(msg)
@@ -121,12 +120,10 @@ class Rules(Generic[AnswerT]):
 
 
 def unknown(layer: object, name: str) -> LeaveAlone:
-    """Make the answer for a parameter that no rule knows."""
     return LeaveAlone(f"{UNDECLARED} {type(layer).__name__}.{name}")
 
 
 def _load(found: EntryPoint) -> Rule[Any]:
-    """Load the rule of another package's entry point."""
     source = f"the entry point {found.name!r} of group {found.group!r}"
     if found.dist is not None:
         source += f", of the package {found.dist.name}"

@@ -157,7 +157,6 @@ class Layout:
         return [*self._head, *[["i"]] * (ndim - named), *self._tail]
 
     def _split_axis(self, axis: list[str], size: int, shape: Shape) -> list[int]:
-        """Return the sizes of the parts of one axis."""
         if len(axis) == 1:
             return [size]
         sizes = [self._sizes.get(part, 0) for part in axis]
@@ -235,7 +234,6 @@ _parsed: dict[str, Layout] = {}
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """Parse text; return a `Layout` as it is."""
     if isinstance(layout, Layout):
         return layout
     try:

@@ -194,19 +194,16 @@ _KIND_HEADER = ("parameters", "elements", "layout", "reason", "names")
 
 
 def cells(row: PlanRow) -> tuple[str, str, str, str]:
-    """Make the cells of a row: name, shape, layout, reason."""
     shape = "x".join(map(str, row.shape)) or "scalar"
     return row.name, shape, str(row.layout or "-"), row.reason
 
 
 def count_centralized(plan: Plan) -> str:
-    """Say how many parameters of a plan are centralized."""
     centralized = sum(row.layout is not None for row in plan)
     return f"{centralized} of {len(plan)} parameters centralized"
 
 
 def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
-    """Make the cells for rows with the same layout and reason."""
     elements = sum(prod(row.shape) for row in rows)
     _, _, layout, reason = cells(rows[0])
     patterns = _merge_names(row.name for row in rows)

@@ -27,7 +27,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     The energy of the gradient :math:`g` of an output unit with fan-in :math:`M` and mean
     :math:`\mu` is :math:`\lVert g \rVert^2`, and centralizing it removes :math:`M \mu^2`
     (Proposition 4.2). The share of a weight is the energy removed from all of its output units,
-    divided by their energy. Sums are in float64 for every dtype.
+    divided by their energy. Sums are in float64 for every dtype. The report has one row per array,
+    in the order of the first batch.
 
     Parameters
     ----------
@@ -36,11 +37,6 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
         they are measured one batch at a time. Every process must call this with its DTensors.
     layouts : Layout, str, mapping, sequence or Plan, optional
         As in `gcx.centralize_many`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per array, in the order of the first batch.
 
     Raises
     ------

@@ -229,7 +229,6 @@ def _sum(energies: Iterable[Energy]) -> Energy:
 
 
 def _by_chance(row: PlanRow) -> float:
-    """Return the expected share of independent elements with mean zero."""
     return 0.0 if row.layout is None else 1 / fan_in_size(row)
 
 

@@ -30,7 +30,7 @@ def energy_removed(
     """Measure what share of the gradient's energy GC would remove, in each weight of a model.
 
     The gradient is without an optimizer's weight decay. It is zero, and shown as such, where the
-    loss does not depend on a parameter.
+    loss does not depend on a parameter. The report has the rows of `gcx.optax.plan`.
 
     Parameters
     ----------
@@ -44,11 +44,6 @@ def energy_removed(
         must be pure: give it random keys in the batch.
     layouts
         As in `gcx.optax.centralize`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per leaf of `params`, in the order of `gcx.optax.plan`.
 
     Raises
     ------

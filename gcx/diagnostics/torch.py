@@ -35,7 +35,7 @@ def energy_removed(
 
     The gradient is autograd's, without an optimizer's weight decay. Nothing is trained: parameters,
     their ``.grad``, buffers, modes and torch's random number generators are restored, even after an
-    exception.
+    exception. The report has the rows of `gcx.torch.plan`.
 
     Parameters
     ----------
@@ -48,11 +48,6 @@ def energy_removed(
         model; in ``autocast`` if you train with that.
     layers, overrides
         As in `gcx.torch.plan`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per parameter, in the order of the plan.
 
     Raises
     ------

@@ -75,7 +75,6 @@ RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
 
 
 def is_convolution(layer: Any) -> bool:
-    """Return True for the layers of ``layers="conv"``."""
     return isinstance(layer, _CONVOLUTIONS) or type(layer).__name__ == "ConvLSTMCell"
 
 

@@ -33,14 +33,12 @@ class Projection:
         self._held: dict[int, Any] = {}
 
     def bind(self, variables: Sequence[Any]) -> None:
-        """Settle the layouts of the optimizer's variables."""
         rows = self._find_rows(variables)
         pairs = zip(variables, rows, strict=True)
         self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
         self.plan = Plan(rows)
 
     def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """Centralize arrays that belong to variables."""
         layouts = [self._layouts.get(id(variable)) for variable in variables]
         return [
             array if layout is None else gcx.centralize(array, layout=layout, **self._how)
@@ -48,7 +46,6 @@ class Projection:
         ]
 
     def hold_means(self, variables: Sequence[Any]) -> None:
-        """Remember the present means of the weights."""
         for v in variables:
             if layout := self._layouts.get(id(v)):
                 weight = keras.ops.stop_gradient(v.value)
@@ -56,7 +53,6 @@ class Projection:
                 self._held[id(v)] = mean
 
     def restore_means(self, variables: Sequence[Any]) -> None:
-        """Shift the weights back to the means that were remembered."""
         for v in variables:
             if id(v) in self._held:
                 weight, mean = keras.ops.stop_gradient(v.value), self._held.pop(id(v))

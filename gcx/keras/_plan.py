@@ -20,6 +20,8 @@ Overrides = Mapping[str, Answer]
 def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show which variables of a model would be centralized, over which axes, and why.
 
+    The plan has one row per trainable variable.
+
     Parameters
     ----------
     model : keras.Model or keras.Layer
@@ -29,11 +31,6 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Answers that take precedence over the rules, by path (``"sequential/dense/kernel"``) or glob
         (``"*/head/*"``); the first key that matches counts.
-
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per trainable variable.
 
     Raises
     ------

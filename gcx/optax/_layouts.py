@@ -133,18 +133,15 @@ class _LayerLayout(Layout):
 def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     """Show which parameters `centralize` would centralize, over which axes, and why.
 
+    The plan has one row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that
+    are not arrays of floating dtype, and a fan-in below 2, are always left alone.
+
     Parameters
     ----------
     params : pytree
         Parameters or gradients, or their `jax.ShapeDtypeStruct`.
     layouts : model, Plan, mapping, callable or str, optional
         As in `centralize`. If `params` is an nnx or Equinox model, it may be left out.
-
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that are not
-        arrays of floating dtype, and a fan-in below 2, are always left alone.
 
     Raises
     ------

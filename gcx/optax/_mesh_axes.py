@@ -16,7 +16,6 @@ AxisName = _Names | Mapping[str, _Names | None] | None
 
 
 def check_names(axis_name: object) -> None:
-    """Raise a TypeError if `axis_name` has no such form."""
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):

@@ -33,8 +33,7 @@ def muon_dimension_numbers(
     Returns
     -------
     pytree
-        Like `params`, with an `optax.contrib.MuonDimensionNumbers` or None for each leaf, for the
-        argument ``muon_weight_dimension_numbers`` of `optax.contrib.muon`. Muon calls whatever is
+        Like `params`, for the argument ``muon_weight_dimension_numbers``. Muon calls whatever is
         callable, so a callable Equinox module comes as a function that returns it.
 
     Raises

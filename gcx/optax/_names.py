@@ -33,8 +33,6 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
 
 
 class Names(NamedTuple):
-    """Names of the parameters in a tree."""
-
     visible: list[str]
     hidden: list[str]  # paths at or below which there may be further leaves
 

@@ -39,7 +39,6 @@ class _Planner:
         self._ranks: dict[str, int] = {}
 
     def plan_params(self, params: Any) -> _Planned:
-        """Plan the parameters, and remember their ranks."""
         for name, rank in _ranks(params).items():
             self._ranks[name] = max(rank, self._ranks.get(name, 0))
         return self._plan(params)
@@ -70,7 +69,6 @@ def _ranks(tree: Any) -> dict[str, int]:
 
 
 def _check_ranks(ranks: Mapping[str, int], of_params: Mapping[str, int]) -> None:
-    """Raise a ValueError if a gradient has more axes than its parameter."""
     for name, rank in ranks.items():
         if rank > of_params.get(name, rank):
             msg = (

@@ -105,6 +105,8 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
 def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     """Show which parameters of models would be centralized, over which axes, and why.
 
+    The plan has one row per parameter, and one for each wrapped model of another framework.
+
     Parameters
     ----------
     *models : thinc.model.Model
@@ -113,11 +115,6 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Answers that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
         (``"*.softmax.*"``); the first key that matches counts.
-
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per parameter, and one for each wrapped model of another framework.
 
     Raises
     ------
@@ -143,7 +140,6 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
 
 
 def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
-    """Make the row of each parameter."""
     if not models or not all(isinstance(model, Model) for model in models):
         kinds = ", ".join(type(model).__name__ for model in models) or "none"
         msg = f"give one or more thinc models; given: {kinds}"
@@ -185,7 +181,6 @@ def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
 
 
 def _answer(layer: Model[Any, Any], name: str) -> Answer:
-    """Ask the rule of a layer about its parameter `name`."""
     forward = attrgetter("_func")(layer)
     rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
     answers = ask(rule, layer, layer.name)

@@ -57,7 +57,6 @@ def framework_of(model: object) -> Framework | None:
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, PlanRow]:
-    """Decide on each parameter of a model by the layer that owns it."""
     framework = framework_of(model)
     if framework is None:
         msg = (

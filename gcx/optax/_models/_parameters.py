@@ -84,8 +84,6 @@ def _around(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
 
 
 class Seen(NamedTuple):
-    """A parameter in the call of its layer."""
-
     answer: LayerAnswer
     rule: str
     shape: Shape  # for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``

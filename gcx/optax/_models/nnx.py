@@ -13,7 +13,6 @@ from gcx.plan import PlanRow
 
 
 def params(model: Any) -> Any:
-    """Return the parameters of a model, with their names."""
     from flax import nnx
 
     return nnx.state(model, nnx.Param)

@@ -39,7 +39,7 @@ def centralize(
     ----------
     grad : array
         Gradient of a weight: from NumPy, CuPy, torch, JAX or a library with the array API; of any
-        shape and any real or complex floating dtype.
+        shape and real or complex floating dtype.
     layout : Layout or str, optional
         One letter an axis: ``o`` output unit, ``i`` fan-in, ``b`` stack, ``...`` all other axes, as
         fan-in. torch and Equinox weights are ``"o..."``, the default; Flax, Haiku and Keras
@@ -47,8 +47,7 @@ def centralize(
     axis : int or sequence of int, optional
         The fan-in axes, instead of a layout; may be negative.
     out : array, optional
-        Array for the result, with the library, shape, dtype and device of `grad`. ``out=grad``
-        works in place. A JAX array cannot be written to.
+        Array for the result, like `grad`; ``out=grad`` works in place. JAX arrays are immutable.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
     reproducible : bool, optional
@@ -65,8 +64,8 @@ def centralize(
     ------
     TypeError
         If `grad` is not a dense floating array; if both `layout` and `axis` are given; if `out`
-        cannot be written to; or if `reproducible` does not support the dtype, library or device,
-        or the fan-in of a DTensor is sharded.
+        cannot be written to; or if `reproducible` does not support the dtype, library or device, or
+        a sharded fan-in.
     ValueError
         If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
         `strength` is not between 0 and 1.
@@ -122,10 +121,9 @@ def centralize_many(
     grads : list, tuple or dict of arrays
         They may mix libraries. None, for no gradient, stays None.
     layouts : Layout, str, Plan, mapping or sequence, optional
-        One layout for all; a plan; a list or tuple built like `grads`; or a mapping from names to
-        layouts. None leaves a gradient alone. A name is the path of an array, joined by ``/``, such
-        as ``"encoder/0/kernel"``; a key of the mapping may be a glob (``"*/kernel"``), and the
-        first match counts. `torch.compile` can trace one layout or a list.
+        One layout for all; a plan; a list or tuple built like `grads`; or a mapping from paths
+        (``"encoder/0/kernel"``) or globs (``"*/kernel"``) to layouts, where the first match counts.
+        None leaves a gradient alone. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
         Arrays for the results, built like `grads`; ``out=grads`` works in place.
     strength, reproducible : optional
@@ -139,11 +137,10 @@ def centralize_many(
     Raises
     ------
     TypeError
-        If `grads` is not a list, tuple or dict; or as in `gcx.centralize`, with the array's name.
+        As in `gcx.centralize`; if `grads` is not a list, tuple or dict.
     ValueError
-        If a key of `layouts` matches no array, or no key matches an array; if an array of `out`
-        overlaps another array; or as in `gcx.centralize`. Errors come before any result is
-        written.
+        As in `gcx.centralize`; if `layouts` does not fit the names, or an array of `out` overlaps
+        another array. Errors come before any result is written.
 
     Examples
     --------

@@ -84,14 +84,12 @@ class GradientCentralization(TakesOptions, pl.Callback):
             handles.append(handle)
             pl.utilities.rank_zero_info(f"{handle}")
 
-    def on_exception(self, *_: Any) -> None:
-        """Leave the optimizers as they were before."""
-        self.teardown()
-
     def teardown(self, *_: Any, **__: Any) -> None:
         """Leave the optimizers as they were before."""
         for handle in self._handles:
             handle.remove()
+
+    on_exception = teardown
 
 
 def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:

@@ -48,8 +48,7 @@ class SGD(Optimizer):
     Raises
     ------
     ValueError
-        If a hyperparameter is out of range; if `dampening` or `nesterov` is given without
-        `momentum`, or both of them.
+        If a hyperparameter is out of range, or they contradict each other.
 
     Notes
     -----

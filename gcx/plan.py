@@ -44,8 +44,7 @@ class PlanRow(NamedTuple):
     layout : Layout or None
         Layout with which its gradient is centralized; None leaves it alone.
     reason : str
-        The rule that matched, or the reason to leave it alone. It begins with ``"unknown"`` if no
-        rule knows the parameter, so that a person has to look at it.
+        The rule that matched, or the reason to leave it alone; ``"unknown..."`` without a rule.
 
     Examples
     --------
@@ -65,8 +64,7 @@ class PlanRow(NamedTuple):
 class Plan(Sequence[PlanRow]):
     """A sequence with one row per parameter. It prints as a table, and finds rows by name.
 
-    Every argument `layouts` takes a plan. A plan of more than 40 rows prints as its `summary`;
-    `table` shows every row.
+    Every argument `layouts` takes a plan. Above 40 rows it prints its `summary`.
 
     Parameters
     ----------
@@ -135,8 +133,8 @@ class Plan(Sequence[PlanRow]):
     def summary(self) -> str:
         """Show the parameters by kind: one line for each reason and layout.
 
-        A star stands for the numbers in which names differ, so that such a name can be a key of
-        ``overrides`` and `layouts`. Unknown parameters are all named.
+        A star stands for the numbers in which names differ; such a name can be a key of `layouts`.
+        Unknown parameters are all named.
 
         Examples
         --------

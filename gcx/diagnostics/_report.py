@@ -116,10 +116,9 @@ class EnergyReport:
         return {"batches": self.batches, "total": total, "parameters": parameters}
 
     def bar_chart(self) -> Figure:
-        """Draw a bar for each weight that has a share.
+        """Draw a bar for each weight that has a share; a ValueError if none has.
 
-        Raises an ImportError without matplotlib; a ValueError if no weight has a share, and the
-        table says why.
+        Raises an ImportError without matplotlib.
         """
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:

@@ -80,8 +80,7 @@ def energy_removed(
     decisions = decide(model, Options(layers=layers, overrides=overrides))
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
         msg = (
-            "the model is spread over processes, where gradients come by backward() alone: give "
-            "the model as it is before (model.module of DistributedDataParallel), or call "
+            "the model is spread over processes: give the model as it is before that, or call "
             "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
             "layouts=gcx.torch.plan(model)"
         )

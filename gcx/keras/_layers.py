@@ -49,12 +49,7 @@ _CONVOLUTIONS = (
     *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
     *(*_TRANSPOSED_LAYERS, *_DEPTHWISE_LAYERS, *_SEPARABLE_LAYERS),
 )
-_NORMS = (
-    layers.BatchNormalization,
-    layers.GroupNormalization,
-    layers.LayerNormalization,
-    layers.RMSNormalization,
-)
+_NORMS = [getattr(layers, f"{kind}Normalization") for kind in ("Batch", "Group", "Layer", "RMS")]
 
 _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.EinsumDense: _einsum,

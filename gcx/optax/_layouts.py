@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import NoneType
 from typing import Any
@@ -252,8 +253,9 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
             continue
         if layout is None:
             return None, reason
-        if _fits(layout, leaf.ndim):
-            return layout, f"guess by name: {reason}"
+        with suppress(ValueError):  # of another rank
+            if as_layout(layout).fan_in_axes(leaf.ndim):
+                return layout, f"guess by name: {reason}"
     return None, _no_rule(leaf)
 
 
@@ -262,11 +264,9 @@ def _from_plan(plan: Plan, name: str, leaf: Any) -> tuple[LayoutLike | None, str
     return layout, plan[name].reason
 
 
-def _from_model(
-    decisions: Mapping[str, PlanRow], name: str, leaf: Any
-) -> tuple[LayoutLike | None, str]:
-    if name in decisions:
-        return decisions[name].layout, decisions[name].reason
+def _from_model(rows: Mapping[str, PlanRow], name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+    if name in rows:
+        return rows[name].layout, rows[name].reason
     return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
 
 
@@ -298,10 +298,3 @@ def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
 
 def _no_rule(leaf: Any) -> str:
     return no_fan_in(leaf.shape) or "unknown: no rule for this name"
-
-
-def _fits(layout: str, ndim: int) -> bool:
-    try:
-        return bool(as_layout(layout).fan_in_axes(ndim))
-    except ValueError:
-        return False

@@ -69,7 +69,5 @@ def _is_box(node: object) -> bool:
 
 def _key_text(key: object) -> str:
     # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    texts = [getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)]
+    return str(texts[0] if texts else key)

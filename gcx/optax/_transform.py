@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -23,11 +23,8 @@ from gcx.plan import Plan
 _PLANS_KEPT = 8  # one transformation may serve several trees of gradients
 
 
-class _Planned(NamedTuple):
-    """The plan of a tree, and the mesh axes over which its fan-ins are split."""
-
-    rows: Plan
-    mesh_axes: Mapping[str, tuple[str, ...]]
+# The plan of a tree, and the mesh axes over which its fan-ins are split.
+_Planned = tuple[Plan, Mapping[str, tuple[str, ...]]]
 
 
 class _Planner:
@@ -61,7 +58,7 @@ class _Planner:
 
     def _plan(self, tree: Any) -> _Planned:
         axes = axes_by_path(self._axis_name, names_of(tree))
-        return _Planned(plan_of(tree, self._source, axes), axes)
+        return plan_of(tree, self._source, axes), axes
 
 
 def _ranks(tree: Any) -> dict[str, int]:
@@ -153,10 +150,10 @@ def centralize(
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
-        planned = planner.plan_params(params)
-        _check_not_idle(params, planned.rows)
+        rows, axes = planner.plan_params(params)
+        _check_not_idle(params, rows)
         if reproducible:
-            _check_reproducible(params, *planned)
+            _check_reproducible(params, rows, axes)
         return optax.EmptyState()
 
     def update(
@@ -188,9 +185,8 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     shown = (weights or rows)[0]
     msg = (
         f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
-        f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
-        "gcx.optax.plan(params, layouts) for the others. optax.flatten hides the fan-in: put "
-        "gcx.optax.centralize before it"
+        f"{shown.name!r}, is left alone for this reason: {shown.reason}. gcx.optax.plan(params, "
+        "layouts) shows the others. Put gcx.optax.centralize before optax.flatten"
     )
     raise ValueError(msg)
 

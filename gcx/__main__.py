@@ -213,10 +213,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def exit_after(command: Callable[[], int]) -> Never:
-    """Run a command as the whole program.
-
-    Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly.
-    """
+    """Run a program; Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly."""
     try:
         try:
             code = command()

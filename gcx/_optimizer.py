@@ -122,14 +122,11 @@ class Optimizer:
         named = flatten(params)
         if self.where is None:
             return [None] * len(named)
-        layouts = layouts_for(named, self.layouts, like=params)
-        found = []
-        for (name, param), layout in zip(named, layouts, strict=True):
-            axes: tuple[int, ...] = ()
+        found = layouts_for(named, self.layouts, like=params)
+        for k, ((name, param), layout) in enumerate(zip(named, found, strict=True)):
             with naming(name):
-                if layout is not None:
-                    _, axes = see_fan_in(param, layout, reproducible=self.reproducible)
-            found.append(layout if axes else None)
+                if layout and not see_fan_in(param, layout, reproducible=self.reproducible)[1]:
+                    found[k] = None
         return found
 
     def _check_rows(

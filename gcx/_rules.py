@@ -53,12 +53,9 @@ def check_rule(rule: object, what: str) -> None:
 class Rules(Generic[AnswerT]):
     """The rules of one framework, searched in the order of a class's bases (MRO).
 
-    The first class whose rule has a parameter's name decides. So a subclass inherits the rules of
-    its bases, and its own rule holds only the differences.
-
-    A string in `table` is the qualified name of a class, or a glob of such names, so a package need
-    not be imported to have rules; the first match counts. `group` names the entry points with which
-    other packages add rules. Their names are of the same kind.
+    The first class whose rule has a parameter's name decides, so a subclass inherits rules. A
+    string in `table` is the qualified name of a class, or a glob of such names, for packages that
+    need not be imported. Entry points of `group` add rules under such names.
     """
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:

@@ -170,9 +170,8 @@ class Layout:
         return f"Layout({self._text!r}{sizes})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Layout):
-            return False
-        return self._text == other._text and self._sizes == other._sizes
+        mine = self._text, self._sizes
+        return isinstance(other, Layout) and mine == (other._text, other._sizes)
 
     def __hash__(self) -> int:
         return hash((Layout, self._text, *sorted(self._sizes.items())))

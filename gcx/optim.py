@@ -84,10 +84,8 @@ class SGD(Optimizer):
         self._set_float("momentum", below=1.0)
         self._set_float("dampening", below=1.0)
         if self.nesterov and (not self.momentum or self.dampening):
-            msg = (
-                "nesterov=True needs momentum and no dampening, not "
-                f"momentum={self.momentum}, dampening={self.dampening}"
-            )
+            given = f"momentum={self.momentum}, dampening={self.dampening}"
+            msg = f"nesterov=True needs momentum and no dampening, not {given}"
             raise ValueError(msg)
         if self.dampening and not self.momentum:
             msg = f"dampening={self.dampening} does nothing with momentum=0.0"

@@ -24,9 +24,9 @@ def assert_centralized(
     """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
     Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
-    with Gradient Centralization keep the means of a weight (Corollary 4.1), and a wrong axis or a
-    hook that never ran does not. Adam and its kin keep them only if the update is centralized
-    (``where="update"``); otherwise check the gradient after the step, ``p.grad`` in torch.
+    with Gradient Centralization keep the means of a weight (Corollary 4.1), so this catches a wrong
+    axis and a hook that never ran. Adam and its kin keep them only with ``where="update"``;
+    otherwise check the gradient after the step, ``p.grad`` in torch.
 
     Parameters
     ----------
@@ -38,8 +38,7 @@ def assert_centralized(
         As in `gcx.centralize`.
     rtol : float, optional
         Largest allowed mean, or change of a mean, relative to the largest magnitude in the output
-        unit; 64 times the machine epsilon of the dtype by default. Dtypes below 32 bits have no
-        default, since their rounding alone leaves a large mean.
+        unit; by default 64 times the machine epsilon. Dtypes below 32 bits have no default.
 
     Raises
     ------

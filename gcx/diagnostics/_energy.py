@@ -65,10 +65,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     batches = []
     for tree in grads:
         if not isinstance(tree, (list, tuple, dict)):
-            msg = (
-                "grads has the gradients of each batch, a list, tuple or dict of arrays; there is "
-                f"{type(tree).__name__} where one of these should be (of a single batch: [grads])"
-            )
+            kind = type(tree).__name__
+            msg = f"a batch is a list, tuple or dict of arrays, not {kind}; for one give [grads]"
             raise TypeError(msg)
         energies = {}
         named = flatten(tree)

@@ -14,20 +14,17 @@ from gcx._options import Options
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
-# From the variables of an optimizer to their rows.
-FindRows = Callable[[Sequence[Any]], list[PlanRow]]
-
 
 class Projection:
     """Centralizes the gradients of an optimizer, or the displacement of its weights."""
 
-    def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
+    def __init__(
+        self, find_rows: Callable[[Sequence[Any]], list[PlanRow]], plan: Plan, options: Options
+    ) -> None:
         self.plan: Plan = plan  # until the variables of the optimizer are known
         self.options: Options = options
-        self._how: dict[str, Any] = {
-            "strength": options.strength,
-            "reproducible": options.reproducible,
-        }
+        self._how: dict[str, Any] = {"strength": options.strength}
+        self._how["reproducible"] = options.reproducible
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}

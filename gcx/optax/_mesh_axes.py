@@ -47,9 +47,14 @@ def centralize_split(
     reproducible: bool,
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
-    if axes is None:
-        _check_not_split(grad, path)
-    elif layout.is_split and (axes or _jax.varying_axes(grad)):
+    for axis in sorted(_jax.varying_axes(grad)) if axes is None else ():
+        msg = (
+            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
+            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
+            f"a whole fan-in, axis_name={{{path!r}: None}}"
+        )
+        raise ValueError(msg)
+    if axes is not None and layout.is_split and (axes or _jax.varying_axes(grad)):
         msg = (
             f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
             "give the weight an axis for each letter, or shard it by jit alone"
@@ -78,16 +83,6 @@ def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
             f"splits this one over {axes}; split another axis of the weight"
         )
         raise TypeError(msg)
-
-
-def _check_not_split(grad: Any, path: str) -> None:
-    for axis in sorted(_jax.varying_axes(grad)):
-        msg = (
-            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
-            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
-            f"a whole fan-in, axis_name={{{path!r}: None}}"
-        )
-        raise ValueError(msg)
 
 
 def _as_tuple(names: _Names | None) -> tuple[str, ...]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import jax
 import optax
+from jax.tree_util import GetAttrKey, tree_leaves_with_path
 
 # Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
-_VALUE = (jax.tree_util.GetAttrKey("value"),)
+_VALUE = (GetAttrKey("value"),)
 
 
 def is_none(node: object) -> bool:
@@ -25,8 +25,10 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
     Names leave out the ``value`` of Flax boxes.
     """
     leaves = []
-    for path, node in _with_paths(tree, stop=lambda node: is_leaf(node) or _is_box(node)):
-        for rest, leaf in _with_paths(node, stop=is_leaf) if _is_box(node) else [((), node)]:
+    boxes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    for path, node in boxes:
+        inner = tree_leaves_with_path(node, is_leaf=is_leaf) if _is_box(node) else [((), node)]
+        for rest, leaf in inner:
             inside = rest[:-1] if rest[-1:] == _VALUE else rest
             leaves.append((name_of(path + inside), leaf))
     return leaves
@@ -55,11 +57,6 @@ def _is_masked(node: object) -> bool:
 def name_of(path: tuple[Any, ...]) -> str:
     """Keys of a path joined by ``/``."""
     return "/".join(map(_key_text, path))
-
-
-def _with_paths(tree: Any, stop: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
-    return paths_and_leaves
 
 
 def _is_box(node: object) -> bool:

@@ -44,7 +44,8 @@ class _Planner:
         self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
     ) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
-        form = structure, tuple(map(_shape_and_dtype, leaves))
+        kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
+        form = structure, tuple(kinds)
         with suppress(TypeError):  # a static part of a module is not hashable
             if form in self._known:
                 return self._known[form]
@@ -170,10 +171,6 @@ def centralize(
         return jax.tree.unflatten(structure, centralized), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
-    return (tuple(leaf.shape), leaf.dtype) if hasattr(leaf, "dtype") else None
 
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:

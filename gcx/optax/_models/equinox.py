@@ -43,7 +43,7 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
 
 
 def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
 
 

@@ -36,10 +36,8 @@ def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
     """Ask the rule of a layer type; a TypeError if it returns no mapping."""
     answers = rule if isinstance(rule, Mapping) else rule(layer)
     if not isinstance(answers, Mapping):
-        msg = (
-            f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the names of "
-            "parameters to their layouts"
-        )
+        remedy = "a rule returns a mapping from the names of parameters to their layouts"
+        msg = f"the rule of {kind} returned {answers!r}; {remedy}"
         raise TypeError(msg)
     return answers
 

@@ -62,8 +62,7 @@ class SGD(Optimizer):
 
     References
     ----------
-    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
-    ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization", ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
 
     Examples
     --------

@@ -44,8 +44,7 @@ def energy_removed(
     batches : iterable
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of a model and a batch that returns a tensor of one number, on the device of the
-        model; in ``autocast`` if you train with that.
+        Function of a model and a batch, in ``autocast`` if you train with that; returns one number.
     layers, overrides
         As in `gcx.torch.plan`.
 

@@ -134,11 +134,9 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    if keras.backend.backend() not in ("torch", "jax"):
-        msg = (
-            f"gcx.keras needs the backend torch or jax, not {keras.backend.backend()}; set the "
-            "environment variable KERAS_BACKEND before Keras is imported"
-        )
+    if (backend := keras.backend.backend()) not in ("torch", "jax"):
+        remedy = "set the environment variable KERAS_BACKEND before Keras is imported"
+        msg = f"gcx.keras needs the backend torch or jax, not {backend}; {remedy}"
         raise RuntimeError(msg)
     base, kind = keras.optimizers.Optimizer, type(optimizer)
     if not isinstance(optimizer, base):

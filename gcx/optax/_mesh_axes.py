@@ -68,10 +68,8 @@ def centralize_split(
     try:
         return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
-        msg = (
-            f"{path}: axis_name {axes} is not bound here. It is for code inside shard_map and "
-            "pmap; under jit alone leave it out, since XLA adds the communication"
-        )
+        why = "it is for shard_map and pmap; leave it out under jit, where XLA communicates"
+        msg = f"{path}: axis_name {axes} is not bound here; {why}"
         raise ValueError(msg) from error
 
 

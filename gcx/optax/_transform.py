@@ -120,8 +120,8 @@ def centralize(
     Raises
     ------
     TypeError
-        If `layouts` or `axis_name` has none of these forms, `strength` is an array, or `layouts`
-        is a linen or Haiku model: give that to `layouts`.
+        If `layouts` or `axis_name` has none of these forms (give a linen or Haiku model to
+        `layouts`), or `strength` is an array.
     ValueError
         If there is no such preset, or `strength` is not a number from 0 to 1.
 

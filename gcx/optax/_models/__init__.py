@@ -59,10 +59,8 @@ def decide(
 ) -> dict[str, PlanRow]:
     framework = framework_of(model)
     if framework is None:
-        msg = (
-            "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
-            f"{type(model).__name__}"
-        )
+        kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
+        msg = f"model is {kinds}, not {type(model).__name__}"
         raise TypeError(msg)
     if framework.params is None:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})

@@ -96,7 +96,7 @@ class Layout:
         return dict(self._sizes)
 
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
-        """Find the axes to average over in an array of rank `ndim`.
+        """Find the axes to average over in an array of rank `ndim`, in increasing order.
 
         Scalars have none. Vectors have none if the layout has an ``o`` or ``b``: a bias holds one
         number per output unit. Raises a ValueError if the layout does not fit the rank, or splits
@@ -131,7 +131,7 @@ class Layout:
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
 
-        These are the axes of `split`. Raises a ValueError if the layout does not fit the rank.
+        Each axis of `split` has one. Raises a ValueError if the layout does not fit the rank.
 
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')

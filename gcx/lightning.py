@@ -30,8 +30,8 @@ class GradientCentralization(TakesOptions, pl.Callback):
     Parameters
     ----------
     where, decay, strength, layers, overrides, reproducible
-        As in `gcx.torch.centralize`, for all optimizers; one with nothing to centralize is left
-        alone, and so is a parameter group with ``"centralize": False``.
+        As in `gcx.torch.centralize`, for all optimizers. One with nothing to centralize is left
+        alone beside others, and a parameter group with ``"centralize": False`` always.
 
     Raises
     ------

@@ -19,7 +19,7 @@ def check_names(axis_name: object) -> None:
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
-            msg = f"axis_name is one name, a tuple, None, or a mapping to these, not {names!r}"
+            msg = f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
             raise TypeError(msg)
 
 

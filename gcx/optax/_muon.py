@@ -33,8 +33,9 @@ def muon_dimension_numbers(
     Returns
     -------
     pytree
-        Like `params`, for the argument ``muon_weight_dimension_numbers``. Muon calls whatever is
-        callable, so a callable Equinox module comes as a function that returns it.
+        Like `params`, of `optax.contrib.MuonDimensionNumbers` or None, for the argument
+        ``muon_weight_dimension_numbers``. Muon calls whatever is callable, so a callable Equinox
+        module comes as a function that returns it.
 
     Raises
     ------

@@ -182,8 +182,9 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     shown = (weights or rows)[0]
     msg = (
         f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
-        f"{shown.name!r}, is left alone for this reason: {shown.reason}. gcx.optax.plan(params, "
-        "layouts) shows the others. Put gcx.optax.centralize before optax.flatten"
+        f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
+        "gcx.optax.plan(params, layouts) for the others. optax.flatten hides the fan-in: put "
+        "gcx.optax.centralize before it"
     )
     raise ValueError(msg)
 

@@ -65,8 +65,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     batches = []
     for tree in grads:
         if not isinstance(tree, (list, tuple, dict)):
-            kind = type(tree).__name__
-            msg = f"a batch is a list, tuple or dict of arrays, not {kind}; for one give [grads]"
+            where = "where a list, tuple or dict of arrays should be (of a single batch: [grads])"
+            msg = f"grads is a list of batches; there is {type(tree).__name__} {where}"
             raise TypeError(msg)
         energies = {}
         named = flatten(tree)

@@ -68,8 +68,8 @@ def centralize_split(
     try:
         return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
-        why = "it is for shard_map and pmap; leave it out under jit, where XLA communicates"
-        msg = f"{path}: axis_name {axes} is not bound here; {why}"
+        why = "It is for shard_map and pmap; leave it out under jit, where XLA communicates"
+        msg = f"{path}: axis_name {axes} is not bound here. {why}"
         raise ValueError(msg) from error
 
 

@@ -140,7 +140,6 @@ def _version(module: str) -> str | None:
 
 
 def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
-    """Make a row of the table, for all cases in one dtype."""
     error, why = attempt(lambda: _largest_error(library, device, dtype))
     if error is not None and not isfinite(error):
         error, why = None, "not finite"
@@ -214,10 +213,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def exit_after(command: Callable[[], int]) -> Never:
-    """Run a command as the whole program.
-
-    Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly.
-    """
+    """Run a program; Ctrl-C (130), a closed pipe (141) and a full disk (1) end it quietly."""
     try:
         try:
             code = command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from operator import is_
+from operator import index, is_
 from typing import Any, TypeVar
 
 from gcx._dispatch import backend_for, find_call
@@ -38,7 +38,7 @@ def centralize(
     ----------
     grad : array
         Gradient of a weight: from NumPy, CuPy, torch, JAX or a library with the array API; of any
-        shape and any real or complex floating dtype.
+        shape and real or complex floating dtype.
     layout : Layout or str, optional
         One letter an axis: ``o`` output unit, ``i`` fan-in, ``b`` stack, ``...`` all other axes, as
         fan-in. torch and Equinox weights are ``"o..."``, the default; Flax, Haiku and Keras
@@ -46,12 +46,11 @@ def centralize(
     axis : int or sequence of int, optional
         The fan-in axes, instead of a layout; may be negative.
     out : array, optional
-        Array for the result, with the library, shape, dtype and device of `grad`. ``out=grad``
-        works in place. A JAX array cannot be written to.
+        Array for the result, like `grad`; ``out=grad`` works in place. JAX arrays are immutable.
     strength : float, optional
         From 0 to 1: the part of the mean to subtract.
     reproducible : bool, optional
-        Sum in one fixed order, so that the bits are equal on NumPy, torch (CPU and CUDA), CuPy, and
+        Sum in one fixed order. The bits are then equal on NumPy, torch (CPU and CUDA), CuPy, and
         JAX on a CPU, for float16 to float64 and bfloat16. It takes twice the time or more.
 
     Returns
@@ -64,8 +63,8 @@ def centralize(
     ------
     TypeError
         If `grad` is not a dense floating array; if both `layout` and `axis` are given; if `out`
-        cannot be written to; or if `reproducible` does not support the dtype, library or device,
-        or the fan-in of a DTensor is sharded.
+        cannot be written to; or if `reproducible` does not support the dtype, library or device, or
+        a sharded fan-in.
     ValueError
         If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
         `strength` is not between 0 and 1.
@@ -92,22 +91,17 @@ def centralize(
            [-1., -1.,  2.]])
     """
     backend = backend_for(grad)
-    backend.check_dtype(grad)
-    shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
-    view, axes = _find_fan_in(shape, layout, axis)
+    seen, axes = see_fan_in(grad, layout, axis, reproducible=reproducible)
     if type(strength) is not float or strength != 1.0:
         strength = check_strength(strength)
-    seen = grad if view is shape else backend.reshape(grad, view)
-    if reproducible and axes:
-        backend.check_reproducible(seen, axes)
     if out is not None:
         check_out(out, grad, backend)
     if not axes:
         return _write(grad, out)
-    if view is shape:
+    if seen is grad:
         return backend.centralize(grad, axes, strength, out, reproducible)
     result = backend.centralize(seen, axes, strength, None, reproducible)
-    return _write(backend.reshape(result, shape), out)
+    return _write(backend.reshape(result, grad.shape), out)  # type: ignore[attr-defined]
 
 
 def centralize_many(
@@ -126,16 +120,13 @@ def centralize_many(
     grads : list, tuple or dict of arrays
         They may mix libraries. None, for no gradient, stays None.
     layouts : Layout, str, Plan, mapping or sequence, optional
-        One layout for all; a plan; a list or tuple built like `grads`; or a mapping from names to
-        layouts. None leaves a gradient alone. A name is the path of an array, joined by ``/``, such
-        as ``"encoder/0/kernel"``; a key of the mapping may be a glob (``"*/kernel"``), and the
-        first match counts. `torch.compile` can trace one layout or a list.
+        One layout for all; a plan; a list or tuple built like `grads`; or a mapping from paths
+        (``"encoder/0/kernel"``) or globs (``"*/kernel"``) to layouts, where the first match counts.
+        None leaves a gradient alone. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
         Arrays for the results, built like `grads`; ``out=grads`` works in place.
-    strength : float, optional
-        From 0 to 1: the part of the mean to subtract.
-    reproducible : bool, optional
-        Sum in one fixed order, as in `gcx.centralize`.
+    strength, reproducible : optional
+        As in `gcx.centralize`.
 
     Returns
     -------
@@ -145,11 +136,10 @@ def centralize_many(
     Raises
     ------
     TypeError
-        If `grads` is not a list, tuple or dict; or as in `gcx.centralize`, with the array's name.
+        As in `gcx.centralize`; if `grads` is not a list, tuple or dict.
     ValueError
-        If a key of `layouts` matches no array, or no key matches an array; if an array of `out`
-        overlaps another array; or as in `gcx.centralize`. Errors come before any result is
-        written.
+        As in `gcx.centralize`; if `layouts` does not fit the names, or an array of `out` overlaps
+        another array. Errors come before any result is written.
 
     Examples
     --------
@@ -179,7 +169,7 @@ def centralize_many(
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
     if out is not None:
-        check_apart([name for name, _ in named], jobs)
+        check_apart(jobs)
     results = _run(jobs, strength, reproducible)
     if call is not None and all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -208,7 +198,7 @@ def _make_job(
     name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
 ) -> Job:
     if grad is None:
-        return Job(None, None, None, (), None)
+        return Job(name, None, None, None, (), None)
     seen: Any = grad
     axes: tuple[int, ...] = ()
     with naming(name):
@@ -217,7 +207,7 @@ def _make_job(
             seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
         if writes:
             check_out(out, grad, backend)
-    return Job(backend, grad, seen, axes, out)
+    return Job(name, backend, grad, seen, axes, out)
 
 
 def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
@@ -229,7 +219,7 @@ def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
         assert backend is not None
         mine = [k for k in left if jobs[k].backend is backend]
         left = [k for k in left if jobs[k].backend is not backend]
-        _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
+        _, _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
         is_whole = [*map(is_, seen, grads)]
         targets = [out if whole else None for out, whole in zip(outs, is_whole, strict=True)]
         done = backend.centralize_many(seen, axes, strength, targets, reproducible)
@@ -268,10 +258,8 @@ def _find_fan_in(
             else:
                 axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
-            where = (
-                "" if str(tuple(shape)) in str(error) else f" (gradient of shape {tuple(shape)})"
-            )
-            msg = f"{error}{where}"
+            is_told = str(tuple(shape)) in str(error)
+            msg = str(error) if is_told else f"{error} (gradient of shape {tuple(shape)})"
             raise ValueError(msg) from None
     size = 1
     for a in axes:
@@ -282,8 +270,6 @@ def _find_fan_in(
 
 
 def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
-    from operator import index
-
     ndim = len(shape)
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:

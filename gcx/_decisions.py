@@ -15,7 +15,7 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 LEFT_ALONE = LeaveAlone("left alone by an override")
 
 
-def decide(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
+def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
     """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name.
 
     Raises a ValueError that names the parameter if the layout does not fit its shape.
@@ -49,7 +49,8 @@ def no_fan_in(shape: tuple[int, ...]) -> str:
 def merge(rows: Sequence[PlanRow]) -> PlanRow:
     """Make one row for a parameter that layers share: left alone unless they agree."""
     first = rows[0]
-    if len(set(map(_fan_in, rows))) == 1:
+    # Two layouts with different texts may mean the same axes.
+    if len({row.layout and row.layout.split(row.shape) for row in rows}) == 1:
         return first
     reasons: dict[str, str] = {}
     for row in rows:
@@ -57,11 +58,6 @@ def merge(rows: Sequence[PlanRow]) -> PlanRow:
         reasons.setdefault(row.reason, told)
     reason = f"tied, and the rules differ: {'; '.join(reasons.values())}"
     return first._replace(layout=None, reason=reason)
-
-
-def _fan_in(row: PlanRow) -> object:
-    """Find the axes of the fan-in, to compare two layouts with different texts."""
-    return None if row.layout is None else row.layout.split(row.shape)
 
 
 def find_overrides(
@@ -96,7 +92,6 @@ def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise a ValueError unless the value of an option is one of its choices."""
     if value not in choices:
         msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
         raise ValueError(msg)
@@ -111,7 +106,6 @@ def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
 
 
 def already_attached(kind: str) -> str:
-    """Write the error for an optimizer that is centralized already."""
     return f"this {kind} has Gradient Centralization already; .remove() that handle first"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gcx._names import leaves_like, match_all, naming
@@ -29,12 +29,13 @@ def layouts_for(
     if not isinstance(layouts, Mapping):
         msg = f"layouts is a layout, list, tuple, mapping or plan, not {type(layouts).__name__}"
         raise TypeError(msg)
-    matched = match_layouts(layouts, [name for name, _ in named])
+    keys = match_all(layouts, [name for name, _ in named], what="layouts")
+    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
     for name, _ in named:
-        if name not in matched:
+        if name not in keys:
             msg = f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
             raise ValueError(msg)
-    return [matched[name] for name, _ in named]
+    return [parsed[keys[name]] for name, _ in named]
 
 
 def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
@@ -50,15 +51,3 @@ def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
             msg = f"the plan is for shape {row.shape}, this array has shape {shape}"
             raise ValueError(msg)
     return row.layout
-
-
-def match_layouts(
-    layouts: Mapping[str, LayoutLike | None], names: Iterable[str]
-) -> dict[str, Layout | None]:
-    """Find the layout of each name: the first key that equals or matches it decides.
-
-    Raises a TypeError or ValueError if a key is not a string, or matches no name.
-    """
-    keys = match_all(layouts, names, what="layouts")
-    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
-    return {name: parsed[key] for name, key in keys.items()}

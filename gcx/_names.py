@@ -43,8 +43,8 @@ def match_all(
 ) -> dict[str, str]:
     """Match as `match` does; a key without a name is a ValueError that calls the keys `what`.
 
-    Parameters at or below the paths `hidden` (``""``: anywhere) are not in `names`. A key that may
-    match one of these is no error.
+    At or below the paths `hidden` (``""``: anywhere) there may be parameters that are not in
+    `names`; a key for these is no error.
     """
     keys, names = list(keys), list(names)
     for key in keys:
@@ -59,7 +59,6 @@ def match_all(
 
 
 def is_glob(key: str) -> bool:
-    """Return True if a key may match more than its own text."""
     return not _GLOB.isdisjoint(key)
 
 

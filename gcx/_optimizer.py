@@ -51,10 +51,9 @@ class Optimizer:
         """Make the initial state of weights in a list, tuple or dict, which may be nested.
 
         It is a dict of trees built like `params`: ``"step"`` with ints, and one for each buffer,
-        with arrays of the weights' shapes and dtypes.
-
-        Raises a TypeError if `params` has anything but floating arrays, or `reproducible` does not
-        support one of them; a ValueError if `layouts` does not fit, or centralizes none of them.
+        with arrays of the weights' shapes and dtypes. Raises a TypeError if `params` has anything
+        but floating arrays, or an array that `reproducible` does not support; a ValueError if
+        `layouts` does not fit, or centralizes nothing.
         """
         named = _named_params(params)
         if self.where is not None and not any(self._find_layouts(params)):
@@ -78,7 +77,7 @@ class Optimizer:
 
         `grads` are built like `params`, of the same libraries, shapes and dtypes; None leaves a
         parameter and its state unchanged. Raises a TypeError or ValueError, before any computation,
-        if `grads` or `state` do not fit, or `reproducible` does not support one of them.
+        if `grads` or `state` do not fit, or `reproducible` does not support an array.
 
         A lazy library such as dask adds each step to its graph, so compute the results from time to
         time. PyTorch records the step for autograd, unless under ``torch.no_grad()``.
@@ -123,14 +122,11 @@ class Optimizer:
         named = flatten(params)
         if self.where is None:
             return [None] * len(named)
-        layouts = layouts_for(named, self.layouts, like=params)
-        found = []
-        for (name, param), layout in zip(named, layouts, strict=True):
-            axes: tuple[int, ...] = ()
+        found = layouts_for(named, self.layouts, like=params)
+        for k, ((name, param), layout) in enumerate(zip(named, found, strict=True)):
             with naming(name):
-                if layout is not None:
-                    _, axes = see_fan_in(param, layout, reproducible=self.reproducible)
-            found.append(layout if axes else None)
+                if layout and not see_fan_in(param, layout, reproducible=self.reproducible)[1]:
+                    found[k] = None
         return found
 
     def _check_rows(
@@ -159,7 +155,6 @@ class Optimizer:
         return rows
 
     def _make_state(self, params: Any, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Make the state: trees built like `params`, of the steps and of each buffer."""
         keys = ("step", *self._buffers)
         return {key: rebuild(params, column) for key, column in zip(keys, columns, strict=True)}
 

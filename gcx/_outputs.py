@@ -12,16 +12,15 @@ from gcx.backends import Backend
 
 
 class Job(NamedTuple):
-    """A gradient to centralize; without one, all are None and there are no axes."""
-
-    backend: Backend | None
+    name: str
+    backend: Backend | None  # None without a gradient
     grad: Any
     seen: Any  # the gradient, reshaped if its layout splits an axis
-    axes: tuple[int, ...]  # of its fan-in
+    axes: tuple[int, ...]
     out: Any
 
 
-def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
+def check_apart(jobs: Sequence[Job]) -> None:
     """Raise a ValueError if a result would be written over another array of the list."""
     uses = [
         (job.backend.find_memory(array), owner, array is job.out)
@@ -31,8 +30,8 @@ def check_apart(names: Sequence[str], jobs: Sequence[Job]) -> None:
     ]
     for one, other in find_shared(uses):
         msg = (
-            f"the out of {names[one]} or {names[other]} is in the memory of the other; give each "
-            "result an array of its own"
+            f"the out of {jobs[one].name} or {jobs[other].name} is in the memory of the other; "
+            "give each result an array of its own"
         )
         raise ValueError(msg)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from gcx._names import match
 from gcx.layout import LayoutLike
@@ -25,6 +25,8 @@ RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, 
 BIAS = LeaveAlone("bias")
 NORM = LeaveAlone("norm")
 EMBEDDING = LeaveAlone("embedding: a row is an input, not an output unit")
+LENGTH = LeaveAlone("weight norm: the length of a weight")
+SLOPE = LeaveAlone("slope of an activation")
 MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
 UNDECLARED = "unknown: nobody declared"
 NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
@@ -34,37 +36,32 @@ def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
     """Ask the rule of a layer type; a TypeError if it returns no mapping."""
     answers = rule if isinstance(rule, Mapping) else rule(layer)
     if not isinstance(answers, Mapping):
-        msg = (
-            f"the rule of {kind} returned {answers!r}; a rule returns a mapping from the names of "
-            "parameters to their layouts"
-        )
+        remedy = "a rule returns a mapping from the names of parameters to their layouts"
+        msg = f"the rule of {kind} returned {answers!r}; {remedy}"
         raise TypeError(msg)
     return answers
 
 
-class _Named(NamedTuple):
-    """A rule, and the name of its class."""
-
-    kind: str
-    rule: Rule[Any]
+def check_rule(rule: object, what: str) -> None:
+    if not (callable(rule) or isinstance(rule, Mapping)):
+        msg = f"{what} is a mapping or a function, not {rule!r}"
+        raise TypeError(msg)
 
 
 class Rules(Generic[AnswerT]):
     """The rules of one framework, searched in the order of a class's bases (MRO).
 
-    The first class whose rule has a parameter's name decides. So a subclass inherits the rules of
-    its bases, and its own rule holds only the differences.
-
-    A string in `table` is the qualified name of a class, or a glob of such names, so a package need
-    not be imported to have rules; the first match counts. `group` names the entry points with which
-    other packages add rules. Their names are of the same kind.
+    The first class whose rule has a parameter's name decides, so a subclass inherits rules. A
+    string in `table` is the qualified name of a class, or a glob of such names, for packages that
+    need not be imported. Entry points of `group` add rules under such names.
     """
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
         self._by_type = {kind: rule for kind, rule in table.items() if isinstance(kind, type)}
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
-        self._found: dict[type, tuple[_Named, ...]] = {}  # a model has few layer types
+        # Class names and rules, by layer type; a model has few of these.
+        self._found: dict[type, list[tuple[str, Rule[Any]]]] = {}
 
     def register(self, kind: type) -> Callable[[RuleT], RuleT]:
         """Return a decorator for the rule of a layer type; a later rule replaces an earlier one."""
@@ -73,9 +70,7 @@ class Rules(Generic[AnswerT]):
             raise TypeError(msg)
 
         def decorator(rule: RuleT) -> RuleT:
-            if not (callable(rule) or isinstance(rule, Mapping)):
-                msg = f"the rule of {kind.__name__} is a mapping or a function, not {rule!r}"
-                raise TypeError(msg)
+            check_rule(rule, f"the rule of {kind.__name__}")
             self._by_type[kind] = rule
             self._found.clear()
             return rule
@@ -92,29 +87,27 @@ class Rules(Generic[AnswerT]):
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Return the same as `answer`, or None if no rule knows the parameter."""
-        for kind, rule in self._rules_of(type(layer)):
-            answers = ask(rule, layer, kind)
+        kind = type(layer)
+        if kind not in self._found:
+            self._found[kind] = list(self._search(kind))
+        for base, rule in self._found[kind]:
+            answers = ask(rule, layer, base)
             key = match(answers, [name], separator=".").get(name)  # "." separates children
             if key is not None:
-                return answers[key], kind
+                return answers[key], base
         return None
 
-    def _rules_of(self, kind: type) -> tuple[_Named, ...]:
-        if kind not in self._found:
-            self._found[kind] = tuple(self._search(kind))
-        return self._found[kind]
-
-    def _search(self, kind: type) -> Iterator[_Named]:
+    def _search(self, kind: type) -> Iterator[tuple[str, Rule[Any]]]:
         for base in kind.__mro__:
             qualified = f"{base.__module__}.{base.__qualname__}"
             if base in self._by_type:
-                yield _Named(base.__name__, self._by_type[base])
+                yield base.__name__, self._by_type[base]
             for found in self._entry_points:
                 if fnmatchcase(qualified, found.name):
-                    yield _Named(base.__name__, _load(found))
+                    yield base.__name__, _load(found)
             for name, rule in self._by_name.items():
                 if fnmatchcase(qualified, name):
-                    yield _Named(base.__name__, rule)
+                    yield base.__name__, rule
 
     @cached_property
     def _entry_points(self) -> tuple[EntryPoint, ...]:
@@ -122,22 +115,17 @@ class Rules(Generic[AnswerT]):
 
 
 def unknown(layer: object, name: str) -> LeaveAlone:
-    """Make the answer for a parameter that no rule knows."""
     return LeaveAlone(f"{UNDECLARED} {type(layer).__name__}.{name}")
 
 
 def _load(found: EntryPoint) -> Rule[Any]:
-    """Load the rule of another package's entry point."""
     source = f"the entry point {found.name!r} of group {found.group!r}"
     if found.dist is not None:
         source += f", of the package {found.dist.name}"
     try:
-        rule = found.load()
+        rule: Rule[Any] = found.load()
     except Exception as error:
         msg = f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
         raise ImportError(msg) from error
-    if not (callable(rule) or isinstance(rule, Mapping)):
-        msg = f"{source}, is {rule!r}, which is neither a mapping nor a function of a layer"
-        raise TypeError(msg)
-    checked: Rule[Any] = rule
-    return checked
+    check_rule(rule, f"{source},")
+    return rule

@@ -23,7 +23,6 @@ def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table in HTML, with escaped text."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -24,11 +24,9 @@ class Layout:
     """The axes of a weight, one letter each.
 
     ``o`` is an output unit, ``i`` the fan-in, and ``b`` a stack of layers, such as experts or
-    scanned layers. At most one ``...`` stands for all other axes, as fan-in. Gradient
-    Centralization averages over the fan-in, for each entry of ``o`` and ``b``.
-
-    Parentheses split one axis into parts, the outermost first, as in einops. The sizes of all parts
-    but one are keywords.
+    scanned layers. At most one ``...`` stands for all other axes, as fan-in. Means are over the
+    fan-in, for each entry of ``o`` and ``b``. Parentheses split one axis into parts, the outermost
+    first, as in einops; the sizes of all parts but one are keywords.
 
     Parameters
     ----------
@@ -44,8 +42,7 @@ class Layout:
     TypeError
         If `text` is not a string, or a size is not an integer.
     ValueError
-        If `text` contains anything else, or names no fan-in axis; if a size is missing or below 1;
-        or if its letter is not in parentheses.
+        If `text` contains anything else, or no fan-in axis; or if a size does not fit.
 
     Examples
     --------
@@ -99,11 +96,11 @@ class Layout:
         return dict(self._sizes)
 
     def fan_in_axes(self, ndim: int) -> tuple[int, ...]:
-        """Find the axes to average over in an array of rank `ndim`.
+        """Find the axes to average over in an array of rank `ndim`, in increasing order.
 
-        They are in increasing order. Scalars have none, and vectors have none if the layout has an
-        ``o`` or ``b``: a bias holds one number per output unit. Raises a ValueError if the layout
-        does not fit the rank, or splits an axis (then use `split`).
+        Scalars have none. Vectors have none if the layout has an ``o`` or ``b``: a bias holds one
+        number per output unit. Raises a ValueError if the layout does not fit the rank, or splits
+        an axis (then use `split`).
 
         >>> Layout("o...").fan_in_axes(2), Layout("o...").fan_in_axes(1)
         ((1,), ())
@@ -116,7 +113,6 @@ class Layout:
     def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
         """Return the shape with one axis for each letter, and the fan-in axes of that shape.
 
-        The shape is unchanged if the layout has no parentheses. The axes are as in `fan_in_axes`.
         Raises a ValueError if the layout does not fit the shape.
 
         >>> Layout("b(oi...)", o=4).split((3, 24))
@@ -135,8 +131,7 @@ class Layout:
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
 
-        There is one letter for each axis of the shape that `split` returns. Raises a ValueError if
-        the layout does not fit the rank.
+        Each axis of `split` has one. Raises a ValueError if the layout does not fit the rank.
 
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')
@@ -157,7 +152,6 @@ class Layout:
         return [*self._head, *[["i"]] * (ndim - named), *self._tail]
 
     def _split_axis(self, axis: list[str], size: int, shape: Shape) -> list[int]:
-        """Return the sizes of the parts of one axis."""
         if len(axis) == 1:
             return [size]
         sizes = [self._sizes.get(part, 0) for part in axis]
@@ -176,9 +170,8 @@ class Layout:
         return f"Layout({self._text!r}{sizes})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Layout):
-            return False
-        return self._text == other._text and self._sizes == other._sizes
+        mine = self._text, self._sizes
+        return isinstance(other, Layout) and mine == (other._text, other._sizes)
 
     def __hash__(self) -> int:
         return hash((Layout, self._text, *sorted(self._sizes.items())))
@@ -235,7 +228,6 @@ _parsed: dict[str, Layout] = {}
 
 
 def as_layout(layout: LayoutLike) -> Layout:
-    """Parse text; return a `Layout` as it is."""
     if isinstance(layout, Layout):
         return layout
     try:

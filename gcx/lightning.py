@@ -30,14 +30,13 @@ class GradientCentralization(TakesOptions, pl.Callback):
     Parameters
     ----------
     where, decay, strength, layers, overrides, reproducible
-        As in `gcx.torch.centralize`. They hold for all optimizers; a parameter group with
-        ``"centralize": False`` is left alone.
+        As in `gcx.torch.centralize`, for all optimizers. One with nothing to centralize is left
+        alone beside others, and a parameter group with ``"centralize": False`` always.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        If an option has no such value; when fitting starts, as `gcx.torch.centralize`. An optimizer
-        with nothing to centralize is left alone, but it is an error if none has anything.
+        If an option has no such value; when fitting starts, as `gcx.torch.centralize`.
 
     Examples
     --------
@@ -85,14 +84,12 @@ class GradientCentralization(TakesOptions, pl.Callback):
             handles.append(handle)
             pl.utilities.rank_zero_info(f"{handle}")
 
-    def on_exception(self, *_: Any) -> None:
-        """Leave the optimizers as they were before."""
-        self.teardown()
-
     def teardown(self, *_: Any, **__: Any) -> None:
         """Leave the optimizers as they were before."""
         for handle in self._handles:
             handle.remove()
+
+    on_exception = teardown
 
 
 def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:

@@ -36,10 +36,8 @@ class SGD(Optimizer):
     where : {"gradient", "update", None}, optional
         Centralize the gradient with its weight decay, as above, or the displacement of the weight.
         For SGD they differ by rounding alone. None is plain SGD, and ignores `layouts`.
-    layouts, strength : optional
-        As in `gcx.centralize_many`.
-    reproducible : bool, optional
-        Centralize with ``reproducible=True``; see `gcx.centralize` and the notes.
+    layouts, strength, reproducible : optional
+        As in `gcx.centralize_many`; see the notes.
     momentum : float, optional
         :math:`\mu`, from 0 to below 1. With 0 there is no buffer, and :math:`b_t` is :math:`g_t`.
     dampening : float, optional
@@ -50,8 +48,7 @@ class SGD(Optimizer):
     Raises
     ------
     ValueError
-        If a hyperparameter is out of range; if `dampening` or `nesterov` is given without
-        `momentum`, or both of them.
+        If a hyperparameter is out of range, or they contradict each other.
 
     Notes
     -----
@@ -65,8 +62,7 @@ class SGD(Optimizer):
 
     References
     ----------
-    Yong et al., "Gradient Centralization: A New Optimization Technique for Deep Neural Networks",
-    ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
+    Yong et al., "Gradient Centralization", ECCV 2020, algorithm 1. https://arxiv.org/abs/2004.01461
 
     Examples
     --------
@@ -87,10 +83,8 @@ class SGD(Optimizer):
         self._set_float("momentum", below=1.0)
         self._set_float("dampening", below=1.0)
         if self.nesterov and (not self.momentum or self.dampening):
-            msg = (
-                "nesterov=True needs momentum and no dampening, not "
-                f"momentum={self.momentum}, dampening={self.dampening}"
-            )
+            given = f"momentum={self.momentum}, dampening={self.dampening}"
+            msg = f"nesterov=True needs momentum and no dampening, not {given}"
             raise ValueError(msg)
         if self.dampening and not self.momentum:
             msg = f"dampening={self.dampening} does nothing with momentum=0.0"
@@ -114,29 +108,21 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     r"""Adam with Gradient Centralization.
 
-    For a weight :math:`w` with gradient :math:`\nabla`, and the centralization :math:`P`:
+    The gradient :math:`g_t` is as in `SGD`; the step is :math:`w_t = w_{t-1} - \eta d_t`. Here
 
     .. math::
-        g_t &= P(\nabla_t + \lambda w_{t-1}) \\
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
         v_t &= \beta_2 v_{t-1} + (1 - \beta_2) |g_t|^2 \\
-        d_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} \\
-        w_t &= w_{t-1} - \eta d_t
+        d_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     Parameters
     ----------
-    lr : float, optional
-        Learning rate :math:`\eta`.
-    weight_decay, layouts, strength : optional
+    lr, weight_decay, layouts, strength, reproducible : optional
         As in `SGD`.
     where : {"gradient", "update", None}, optional
         ``"gradient"`` is as above; the division makes the fan-in means of the weights drift.
         ``"update"`` centralizes :math:`d_t` instead of the gradient; the means stay constant. This
-        is ``gc_loc=False`` in the authors' code, and their advice for Adam. None is plain Adam,
-        and ignores `layouts`.
-    reproducible : bool, optional
-        Centralize with ``reproducible=True``. The rest of the step has roots and divisions, which
-        libraries round in their own ways.
+        is ``gc_loc=False`` in the authors' code, and their advice for Adam. None is plain Adam.
     betas : tuple of two floats, optional
         :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
     eps : float, optional
@@ -145,7 +131,8 @@ class Adam(Optimizer):
     Notes
     -----
     For real weights the formulas follow ``torch.optim.Adam``. The state is ``{"step": ...,
-    "first_moment": ..., "second_moment": ...}``. Steps and precision are as in `SGD`.
+    "first_moment": ..., "second_moment": ...}``. Steps and precision are as in `SGD`; but libraries
+    round roots and divisions in their own ways, so `reproducible` holds for the projection alone.
 
     References
     ----------
@@ -204,7 +191,7 @@ class AdamW(Adam):
     where : {"gradient", "update", None}, optional
         ``"gradient"`` is as above; weight decay shrinks the fan-in means of the weights too.
         ``"update"`` steps by :math:`P(d_t + \lambda w_{t-1})` and leaves the gradient as it is, as
-        in the authors' code; the means stay constant. None is plain AdamW, and ignores `layouts`.
+        in the authors' code; the means stay constant. None is plain AdamW.
     lr, weight_decay, layouts, strength, reproducible, betas, eps : optional
         As in `Adam`.
 
@@ -222,10 +209,9 @@ class AdamW(Adam):
     --------
     >>> import numpy as np
     >>> from gcx.optim import AdamW
-    >>> params = [np.array([[1.0, 2.0, 3.0]])]
+    >>> params, grads = [np.array([[1.0, 2.0, 3.0]])], [np.array([[1.0, 1.0, -4.0]])]
     >>> optimizer = AdamW(0.5, weight_decay=0.1, where="update")
-    >>> state = optimizer.init(params)
-    >>> params, state = optimizer.update(params, [np.array([[1.0, 1.0, -4.0]])], state)
+    >>> params, state = optimizer.update(params, grads, optimizer.init(params))
     >>> params[0].round(6), params[0].mean().round(6)
     (array([[0.716667, 1.666667, 3.616667]]), np.float64(2.0))
     """

@@ -44,8 +44,7 @@ class PlanRow(NamedTuple):
     layout : Layout or None
         Layout with which its gradient is centralized; None leaves it alone.
     reason : str
-        The rule that matched, or the reason to leave it alone. It begins with ``"unknown"`` if no
-        rule knows the parameter, so that a person has to look at it.
+        The rule that matched, or the reason to leave it alone; ``"unknown..."`` without a rule.
 
     Examples
     --------
@@ -65,8 +64,7 @@ class PlanRow(NamedTuple):
 class Plan(Sequence[PlanRow]):
     """A sequence with one row per parameter. It prints as a table, and finds rows by name.
 
-    Every argument `layouts` takes a plan. A plan of more than 40 rows prints as its `summary`;
-    `table` shows every row.
+    Every argument `layouts` takes a plan. Above 40 rows it prints its `summary`.
 
     Parameters
     ----------
@@ -135,8 +133,8 @@ class Plan(Sequence[PlanRow]):
     def summary(self) -> str:
         """Show the parameters by kind: one line for each reason and layout.
 
-        A star stands for the numbers in which names differ, so that such a name can be a key of
-        ``overrides`` and `layouts`. Unknown parameters are all named.
+        A star stands for the numbers in which names differ; such a name can be a key of `layouts`.
+        Unknown parameters are all named.
 
         Examples
         --------
@@ -194,19 +192,16 @@ _KIND_HEADER = ("parameters", "elements", "layout", "reason", "names")
 
 
 def cells(row: PlanRow) -> tuple[str, str, str, str]:
-    """Make the cells of a row: name, shape, layout, reason."""
     shape = "x".join(map(str, row.shape)) or "scalar"
     return row.name, shape, str(row.layout or "-"), row.reason
 
 
 def count_centralized(plan: Plan) -> str:
-    """Say how many parameters of a plan are centralized."""
     centralized = sum(row.layout is not None for row in plan)
     return f"{centralized} of {len(plan)} parameters centralized"
 
 
 def _kind_cells(rows: list[PlanRow]) -> tuple[str, ...]:
-    """Make the cells for rows with the same layout and reason."""
     elements = sum(prod(row.shape) for row in rows)
     _, _, layout, reason = cells(rows[0])
     patterns = _merge_names(row.name for row in rows)

@@ -24,10 +24,9 @@ def assert_centralized(
     """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
     Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
-    with Gradient Centralization keep the means of a weight (Corollary 4.1). So this one check
-    catches a wrong axis and a hook that never ran, in any framework. Adam and its kin keep them
-    only if the update is centralized (``where="update"``); otherwise check the gradient that the
-    step has left, ``p.grad`` in torch.
+    with Gradient Centralization keep the means of a weight (Corollary 4.1), so this catches a wrong
+    axis and a hook that never ran. Adam and its kin keep them only with ``where="update"``;
+    otherwise check the gradient after the step, ``p.grad`` in torch.
 
     Parameters
     ----------
@@ -39,16 +38,14 @@ def assert_centralized(
         As in `gcx.centralize`.
     rtol : float, optional
         Largest allowed mean, or change of a mean, relative to the largest magnitude in the output
-        unit; 64 times the machine epsilon of the dtype by default. Dtypes below 32 bits have no
-        default, since their rounding alone leaves a large mean.
+        unit; by default 64 times the machine epsilon. Dtypes below 32 bits have no default.
 
     Raises
     ------
     AssertionError
         If a mean is larger or not finite (the message shows the worst), or if `x` equals `start`.
     ValueError
-        If `x` has no output unit or no fan-in of at least 2; if `start` has another shape; or if a
-        dtype below 32 bits has no `rtol`.
+        If there is no fan-in of at least 2, `start` has another shape, or `rtol` is missing.
 
     Examples
     --------

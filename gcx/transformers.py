@@ -40,8 +40,7 @@ class GradientCentralization(TakesOptions, TrainerCallback):
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
     >>> from gcx.transformers import GradientCentralization
-    >>> tokens = {"vocab_size": 16, "n_positions": 4, "bos_token_id": 0, "eos_token_id": 0}
-    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, **tokens))
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8))
     >>> dataset = [dict.fromkeys(("input_ids", "labels"), torch.randint(16, (4,)))]
     >>> options = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     >>> callback = GradientCentralization(where="update")

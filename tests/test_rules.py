@@ -155,5 +155,5 @@ def test_rule_that_does_not_load_is_an_error_with_its_name(package: Any, refers_
 
 def test_entry_point_is_a_rule(package: Any) -> None:
     package("gcx_rules_of_a_package:constant")
-    with pytest.raises(TypeError, match="brings-rules, is 1, which is neither a mapping nor a"):
+    with pytest.raises(TypeError, match="brings-rules, is a mapping or a function, not 1"):
         rules().answer(Brought(), "weight")

@@ -8,7 +8,7 @@ from typing import Any
 
 from gcx import _compat
 from gcx._centralize import OUTPUT_FIRST
-from gcx._decisions import decide
+from gcx._decisions import decide_row
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._means import fan_in_mean
@@ -27,29 +27,23 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     The energy of the gradient :math:`g` of an output unit with fan-in :math:`M` and mean
     :math:`\mu` is :math:`\lVert g \rVert^2`, and centralizing it removes :math:`M \mu^2`
     (Proposition 4.2). The share of a weight is the energy removed from all of its output units,
-    divided by their energy. Sums are in float64 for every dtype.
+    divided by their energy. Sums are in float64 for every dtype. The report has one row per array,
+    in the order of the first batch.
 
     Parameters
     ----------
     grads : iterable of list, tuple or dict of arrays
-        The gradients of each batch, as `gcx.centralize_many` takes them; None where there is no
-        gradient. A generator is enough: they are measured one batch at a time. Every process must
-        call this with its DTensors.
+        The gradients of each batch, as `gcx.centralize_many` takes them. A generator is enough:
+        they are measured one batch at a time. Every process must call this with its DTensors.
     layouts : Layout, str, mapping, sequence or Plan, optional
         As in `gcx.centralize_many`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per array, in the order of the first batch.
 
     Raises
     ------
     TypeError
         If a batch is not a list, tuple or dict, or a gradient is not a dense floating array.
     ValueError
-        If there are no batches, or no gradients in them; if `layouts` does not fit the gradients;
-        or if a gradient changes its shape from batch to batch.
+        If there are no gradients, `layouts` does not fit them, or the batches differ in shapes.
 
     References
     ----------
@@ -71,10 +65,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     batches = []
     for tree in grads:
         if not isinstance(tree, (list, tuple, dict)):
-            msg = (
-                "grads has the gradients of each batch, a list, tuple or dict of arrays; there is "
-                f"{type(tree).__name__} where one of these should be (of a single batch: [grads])"
-            )
+            where = "where a list, tuple or dict of arrays should be (of a single batch: [grads])"
+            msg = f"grads is a list of batches; there is {type(tree).__name__} {where}"
             raise TypeError(msg)
         energies = {}
         named = flatten(tree)
@@ -96,7 +88,7 @@ def _row(name: str, grad: Any, layout: Layout | None, known: PlanRow | None) -> 
     if known and known.reason != _ABSENT and known.shape != shape:
         msg = f"{name} has shape {known.shape} in one batch, and {shape} in another"
         raise ValueError(msg)
-    return decide(name, shape, layout or _LEFT_ALONE, "as given")
+    return decide_row(name, shape, layout or _LEFT_ALONE, "as given")
 
 
 def energy_of(grad: Any, row: PlanRow) -> Energy:

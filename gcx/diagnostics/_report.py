@@ -116,10 +116,9 @@ class EnergyReport:
         return {"batches": self.batches, "total": total, "parameters": parameters}
 
     def bar_chart(self) -> Figure:
-        """Draw a bar for each weight that has a share.
+        """Draw a bar for each weight that has a share; a ValueError if none has.
 
-        Raises an ImportError without matplotlib; a ValueError if no weight has a share, and the
-        table says why.
+        Raises an ImportError without matplotlib.
         """
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:
@@ -229,7 +228,6 @@ def _sum(energies: Iterable[Energy]) -> Energy:
 
 
 def _by_chance(row: PlanRow) -> float:
-    """Return the expected share of independent elements with mean zero."""
     return 0.0 if row.layout is None else 1 / fan_in_size(row)
 
 

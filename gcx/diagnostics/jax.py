@@ -30,7 +30,7 @@ def energy_removed(
     """Measure what share of the gradient's energy GC would remove, in each weight of a model.
 
     The gradient is without an optimizer's weight decay. It is zero, and shown as such, where the
-    loss does not depend on a parameter.
+    loss does not depend on a parameter. The report has the rows of `gcx.optax.plan`.
 
     Parameters
     ----------
@@ -40,22 +40,16 @@ def energy_removed(
     batches : iterable of pytrees of arrays
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of the parameters and a batch that returns the loss, one number. `jax.jit` traces
-        it, so it must be pure: give it random keys in the batch.
-    layouts : model, Plan, mapping, callable or str
+        Function of the parameters and a batch that returns one number. `jax.jit` traces it, so it
+        must be pure: give it random keys in the batch.
+    layouts
         As in `gcx.optax.centralize`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per leaf of `params`, in the order of `gcx.optax.plan`.
 
     Raises
     ------
-    TypeError
-        If `loss` returns anything but one number; or as `gcx.optax.plan`.
-    ValueError
-        If there are no batches, no floating arrays in `params`, or as `gcx.optax.plan`.
+    TypeError, ValueError
+        As `gcx.optax.plan`; a TypeError if `loss` returns anything but one number, and a ValueError
+        if there are no batches, or no floating arrays in `params`.
 
     Examples
     --------

@@ -35,7 +35,7 @@ def energy_removed(
 
     The gradient is autograd's, without an optimizer's weight decay. Nothing is trained: parameters,
     their ``.grad``, buffers, modes and torch's random number generators are restored, even after an
-    exception.
+    exception. The report has the rows of `gcx.torch.plan`.
 
     Parameters
     ----------
@@ -44,26 +44,19 @@ def energy_removed(
     batches : iterable
         Arguments of `loss`; gone through once. A handful is enough.
     loss : callable
-        Function of a model and a batch that returns the loss, a tensor of one number; on the device
-        of the model, and in ``autocast`` if you train with that.
+        Function of a model and a batch, in ``autocast`` if you train with that; returns one number.
     layers, overrides
         As in `gcx.torch.plan`.
-
-    Returns
-    -------
-    EnergyReport
-        One row per parameter, in the order of the plan.
 
     Raises
     ------
     TypeError
-        If `loss` is a criterion of ``torch.nn``, or returns anything but a tensor of one number; if
-        a weight to centralize has a sparse gradient; or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if `loss` is a criterion of ``torch.nn``, or returns anything but a
+        tensor of one number; or if a weight to centralize has a sparse gradient.
     ValueError
-        If there are no batches, the loss depends on no parameter, or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if there are no batches, or the loss depends on no parameter.
     RuntimeError
-        If FSDP or DistributedDataParallel spreads the model over processes, since only
-        ``backward()`` gives its gradients; or as `gcx.torch.plan`.
+        As `gcx.torch.plan`; if FSDP or DistributedDataParallel spreads the model over processes.
 
     Examples
     --------
@@ -86,8 +79,7 @@ def energy_removed(
     decisions = decide(model, Options(layers=layers, overrides=overrides))
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
         msg = (
-            "the model is spread over processes, where gradients come by backward() alone: give "
-            "the model as it is before (model.module of DistributedDataParallel), or call "
+            "the model is spread over processes: give the model as it is before that, or call "
             "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
             "layouts=gcx.torch.plan(model)"
         )

@@ -48,10 +48,8 @@ def centralize(
     decay : {"inside", "outside"}, optional
         Project ``weight_decay`` too (inside) or not. ``where="gradient"`` allows outside only, as
         Keras applies the decay to the weights; the default of ``where="update"`` is inside.
-    strength, reproducible
-        As in `gcx.centralize`.
-    layers, overrides
-        As in `plan`.
+    strength, reproducible, layers, overrides
+        As in `gcx.centralize` and `plan`.
 
     Returns
     -------
@@ -61,12 +59,11 @@ def centralize(
     Raises
     ------
     TypeError
-        If `optimizer` is not a Keras optimizer, or has its own kind of step, such as
-        `MultiOptimizer`; if `model` is not a layer; if `reproducible` is not possible.
+        As `plan`; if `optimizer` is not a Keras optimizer, or has its own kind of step, such as
+        `MultiOptimizer`; if `reproducible` is not possible.
     ValueError
-        As `plan`; if an option has no such value, or `where` and `decay` contradict each other; if
-        the optimizer is centralized already, or there is nothing to centralize. When the optimizer
-        is built: if the model lacks a variable.
+        As `plan`; if `where` and `decay` contradict each other, the optimizer is centralized
+        already, or there is nothing to centralize; later, if the model lacks a variable.
     RuntimeError
         If the backend is not torch or JAX.
 
@@ -81,9 +78,11 @@ def centralize(
     >>> import gcx.keras
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     >>> optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-    >>> gcx.keras.centralize(optimizer, model)
+    >>> handle = gcx.keras.centralize(optimizer, model)
+    >>> handle
     <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
     >>> model.compile(optimizer, loss="mse")
+    >>> handle.remove()
     """
     default: Decay = "inside" if where == "update" else "outside"
     options = Options(
@@ -135,11 +134,9 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    if keras.backend.backend() not in ("torch", "jax"):
-        msg = (
-            f"gcx.keras needs the backend torch or jax, not {keras.backend.backend()}; set the "
-            "environment variable KERAS_BACKEND before Keras is imported"
-        )
+    if (backend := keras.backend.backend()) not in ("torch", "jax"):
+        remedy = "set the environment variable KERAS_BACKEND before Keras is imported"
+        msg = f"gcx.keras needs the backend torch or jax, not {backend}; {remedy}"
         raise RuntimeError(msg)
     base, kind = keras.optimizers.Optimizer, type(optimizer)
     if not isinstance(optimizer, base):

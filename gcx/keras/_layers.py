@@ -8,7 +8,7 @@ from typing import Any
 from keras import layers
 
 from gcx._einsum import kernel_letters
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT
+from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Answer, Rule, Rules, RuleT
 from gcx.plan import LeaveAlone
 
 Answers = Mapping[str, Answer]
@@ -49,16 +49,11 @@ _CONVOLUTIONS = (
     *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
     *(*_TRANSPOSED_LAYERS, *_DEPTHWISE_LAYERS, *_SEPARABLE_LAYERS),
 )
-_NORMS = (
-    layers.BatchNormalization,
-    layers.GroupNormalization,
-    layers.LayerNormalization,
-    layers.RMSNormalization,
-)
+_NORMS = [getattr(layers, f"{kind}Normalization") for kind in ("Batch", "Group", "Layer", "RMS")]
 
 _KERAS_LAYERS: Mapping[type | str, Rule[Answer]] = {
     layers.EinsumDense: _einsum,
-    layers.PReLU: {"alpha": LeaveAlone("slope of an activation")},
+    layers.PReLU: {"alpha": SLOPE},
     **dict.fromkeys((layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D), _KERNEL),
     **dict.fromkeys(_TRANSPOSED_LAYERS, _TRANSPOSED),
     **dict.fromkeys(_DEPTHWISE_LAYERS, _DEPTHWISE),
@@ -75,7 +70,6 @@ RULES: Rules[Answer] = Rules(_KERAS_LAYERS, group="gcx.keras.layers")
 
 
 def is_convolution(layer: Any) -> bool:
-    """Return True for the layers of ``layers="conv"``."""
     return isinstance(layer, _CONVOLUTIONS) or type(layer).__name__ == "ConvLSTMCell"
 
 
@@ -90,19 +84,14 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
-        keys are names of the layer's own variables (without its sublayers), or globs; the first
-        that matches counts. Its values are layouts, `gcx.plan.LeaveAlone`, or None.
+        Decorator for a rule: a mapping from names of the layer's own variables, or globs, to
+        layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one. Entry
+        points, of the group ``gcx.keras.layers``, are as in `gcx.torch.register_layer`.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class.
-
-    Notes
-    -----
-    An entry point of the group ``gcx.keras.layers`` declares a rule without an import of gcx. Its
-    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
+        If `kind` is not a class, or the rule neither a mapping nor a function.
 
     Examples
     --------

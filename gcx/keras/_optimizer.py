@@ -14,33 +14,28 @@ from gcx._options import Options
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
-# From the variables of an optimizer to their rows.
-FindRows = Callable[[Sequence[Any]], list[PlanRow]]
-
 
 class Projection:
     """Centralizes the gradients of an optimizer, or the displacement of its weights."""
 
-    def __init__(self, find_rows: FindRows, plan: Plan, options: Options) -> None:
+    def __init__(
+        self, find_rows: Callable[[Sequence[Any]], list[PlanRow]], plan: Plan, options: Options
+    ) -> None:
         self.plan: Plan = plan  # until the variables of the optimizer are known
         self.options: Options = options
-        self._how: dict[str, Any] = {
-            "strength": options.strength,
-            "reproducible": options.reproducible,
-        }
+        self._how: dict[str, Any] = {"strength": options.strength}
+        self._how["reproducible"] = options.reproducible
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}
 
     def bind(self, variables: Sequence[Any]) -> None:
-        """Settle the layouts of the optimizer's variables."""
         rows = self._find_rows(variables)
         pairs = zip(variables, rows, strict=True)
         self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
         self.plan = Plan(rows)
 
     def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """Centralize arrays that belong to variables."""
         layouts = [self._layouts.get(id(variable)) for variable in variables]
         return [
             array if layout is None else gcx.centralize(array, layout=layout, **self._how)
@@ -48,7 +43,6 @@ class Projection:
         ]
 
     def hold_means(self, variables: Sequence[Any]) -> None:
-        """Remember the present means of the weights."""
         for v in variables:
             if layout := self._layouts.get(id(v)):
                 weight = keras.ops.stop_gradient(v.value)
@@ -56,7 +50,6 @@ class Projection:
                 self._held[id(v)] = mean
 
     def restore_means(self, variables: Sequence[Any]) -> None:
-        """Shift the weights back to the means that were remembered."""
         for v in variables:
             if id(v) in self._held:
                 weight, mean = keras.ops.stop_gradient(v.value), self._held.pop(id(v))
@@ -157,19 +150,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`.
-
-    Examples
-    --------
-    >>> import keras
-    >>> import gcx.keras
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> optimizer = keras.optimizers.Adam()
-    >>> handle = gcx.keras.centralize(optimizer, model, where="update")
-    >>> handle.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> handle.remove()
-    """
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`."""
 
     def __init__(self, optimizer: Any, projection: Projection) -> None:
         kind: type = type(optimizer)

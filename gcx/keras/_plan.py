@@ -7,8 +7,7 @@ from typing import Any
 
 import keras
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import find_overrides, merge
+from gcx._decisions import decide_row, find_overrides, merge
 from gcx._options import Layers, Options
 from gcx._rules import NOT_CONVOLUTION, Answer
 from gcx.keras._layers import RULES, is_convolution
@@ -21,6 +20,8 @@ Overrides = Mapping[str, Answer]
 def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show which variables of a model would be centralized, over which axes, and why.
 
+    The plan has one row per trainable variable.
+
     Parameters
     ----------
     model : keras.Model or keras.Layer
@@ -28,22 +29,16 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Layouts that take precedence over the rules, by the path of a variable
-        (``"sequential/dense/kernel"``) or a glob (``"*/head/*"``). The first key that matches
-        counts; None or `gcx.plan.LeaveAlone` leaves alone.
-
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per trainable variable.
+        Answers that take precedence over the rules, by path (``"sequential/dense/kernel"``) or glob
+        (``"*/head/*"``); the first key that matches counts.
 
     Raises
     ------
     TypeError
-        If `model` is not a layer, or `overrides` holds a value of another type.
+        If `model` is not a layer, or a value of `overrides` has another type.
     ValueError
-        If the model is not built, `layers` has no such value, or `overrides` does not fit: a key
-        matches no variable, or a layout has another rank.
+        If the model is not built, an option has no such value, or a key of `overrides` matches no
+        variable, or its layout does not fit.
 
     Examples
     --------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import NoneType
 from typing import Any
 
 import optax
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import no_fan_in
+from gcx._decisions import decide_row, no_fan_in
 from gcx._layouts import layouts_for
 from gcx._names import match_all
 from gcx._rules import Answer
@@ -48,11 +48,7 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"/scale", None, "norm"),
     ),
     "haiku": (
-        (
-            r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w",
-            "b...oi",
-            "stack of transposed convolutions",
-        ),
+        (r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w", "b...oi", "stack of convolutions"),
         (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", "b...o", "stack of weights"),
         (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
         (r"/(w|w_i|w_h)", "...o", "weight"),
@@ -103,9 +99,8 @@ def layouts(
     Returns
     -------
     dict from str to Layout or LeaveAlone
-        For `centralize` and `plan`. Names are paths in the tree that the optimizer gets:
-        ``nnx.state(model, nnx.Param)``, ``equinox.filter(model, equinox.is_array)``, linen's
-        ``variables["params"]``, or Haiku's ``params``.
+        By path in the tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
+        ``equinox.filter(model, equinox.is_array)``, ``variables["params"]`` or Haiku's ``params``.
 
     Raises
     ------
@@ -139,6 +134,9 @@ class _LayerLayout(Layout):
 def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     """Show which parameters `centralize` would centralize, over which axes, and why.
 
+    The plan has one row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that
+    are not arrays of floating dtype, and a fan-in below 2, are always left alone.
+
     Parameters
     ----------
     params : pytree
@@ -146,29 +144,20 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     layouts : model, Plan, mapping, callable or str, optional
         As in `centralize`. If `params` is an nnx or Equinox model, it may be left out.
 
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per leaf, in the order of `jax.tree.leaves` (None included). Leaves that are not
-        arrays of floating dtype, and a fan-in below 2, are always left alone.
-
     Raises
     ------
     TypeError
         If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter, visible or hidden; if a plan lacks a parameter,
-        or has another shape for it; if a layout is not valid or does not fit the rank.
+        If a key of a mapping matches no parameter; if a plan lacks a parameter, or has another
+        shape for it; if a layout is not valid or does not fit the rank.
 
     Examples
     --------
     >>> import jax.numpy as jnp
     >>> import gcx.optax
-    >>> params = {
-    ...     "Conv_0": {"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)},
-    ...     "token": jnp.zeros((1, 8)),
-    ... }
-    >>> print(gcx.optax.plan(params, "flax"))
+    >>> conv = {"kernel": jnp.zeros((3, 3, 1, 8)), "bias": jnp.zeros(8)}
+    >>> print(gcx.optax.plan({"Conv_0": conv, "token": jnp.zeros((1, 8))}, "flax"))
     parameter      shape    layout  reason
     Conv_0/bias    8        -       bias
     Conv_0/kernel  3x3x1x8  ...o    guess by name: kernel
@@ -264,8 +253,9 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
             continue
         if layout is None:
             return None, reason
-        if _fits(layout, leaf.ndim):
-            return layout, f"guess by name: {reason}"
+        with suppress(ValueError):  # of another rank
+            if as_layout(layout).fan_in_axes(leaf.ndim):
+                return layout, f"guess by name: {reason}"
     return None, _no_rule(leaf)
 
 
@@ -274,11 +264,9 @@ def _from_plan(plan: Plan, name: str, leaf: Any) -> tuple[LayoutLike | None, str
     return layout, plan[name].reason
 
 
-def _from_model(
-    decisions: Mapping[str, PlanRow], name: str, leaf: Any
-) -> tuple[LayoutLike | None, str]:
-    if name in decisions:
-        return decisions[name].layout, decisions[name].reason
+def _from_model(rows: Mapping[str, PlanRow], name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+    if name in rows:
+        return rows[name].layout, rows[name].reason
     return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
 
 
@@ -310,10 +298,3 @@ def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
 
 def _no_rule(leaf: Any) -> str:
     return no_fan_in(leaf.shape) or "unknown: no rule for this name"
-
-
-def _fits(layout: str, ndim: int) -> bool:
-    try:
-        return bool(as_layout(layout).fan_in_axes(ndim))
-    except ValueError:
-        return False

@@ -15,15 +15,11 @@ _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
 
 
-def check_axis_name(axis_name: object) -> None:
-    """Raise a TypeError if `axis_name` has no such form."""
+def check_names(axis_name: object) -> None:
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
-            msg = (
-                "axis_name is the name of a mesh axis, a tuple of names, None, or a mapping from "
-                f"path to these, not {names!r}"
-            )
+            msg = f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
             raise TypeError(msg)
 
 
@@ -51,12 +47,17 @@ def centralize_split(
     reproducible: bool,
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
-    if axes is None:
-        _check_not_split(grad, path)
-    elif layout.is_split and (axes or _jax.varying_axes(grad)):
+    for axis in sorted(_jax.varying_axes(grad)) if axes is None else ():
+        msg = (
+            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
+            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
+            f"a whole fan-in, axis_name={{{path!r}: None}}"
+        )
+        raise ValueError(msg)
+    if axes is not None and layout.is_split and (axes or _jax.varying_axes(grad)):
         msg = (
             f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
-            "reshape the weight so that each axis has one letter, or shard it by jit alone"
+            "give the weight an axis for each letter, or shard it by jit alone"
         )
         raise ValueError(msg)
     if not axes:
@@ -67,10 +68,8 @@ def centralize_split(
     try:
         return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
-        msg = (
-            f"{path}: axis_name {axes} is not bound here. It is for code inside shard_map and "
-            "pmap; under jit alone leave it out, since XLA adds the communication"
-        )
+        why = "It is for shard_map and pmap; leave it out under jit, where XLA communicates"
+        msg = f"{path}: axis_name {axes} is not bound here. {why}"
         raise ValueError(msg) from error
 
 
@@ -82,16 +81,6 @@ def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
             f"splits this one over {axes}; split another axis of the weight"
         )
         raise TypeError(msg)
-
-
-def _check_not_split(grad: Any, path: str) -> None:
-    for axis in sorted(_jax.varying_axes(grad)):
-        msg = (
-            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
-            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
-            f"a whole fan-in, axis_name={{{path!r}: None}}"
-        )
-        raise ValueError(msg)
 
 
 def _as_tuple(names: _Names | None) -> tuple[str, ...]:

@@ -24,10 +24,8 @@ def muon_dimension_numbers(
 
     Parameters
     ----------
-    params : pytree
-        Parameters, or their `jax.ShapeDtypeStruct`.
-    layouts : model, Plan, mapping, callable or str
-        As in `centralize`.
+    params, layouts
+        As in `plan`.
     exclude : str or sequence of str, optional
         Paths or globs of further weights for Adam. The head is an ordinary layer to a plan, so
         name it here: ``exclude="lm_head/*"``.
@@ -35,27 +33,22 @@ def muon_dimension_numbers(
     Returns
     -------
     pytree
-        Like `params`, with an `optax.contrib.MuonDimensionNumbers` or None for each leaf, for the
-        argument ``muon_weight_dimension_numbers`` of `optax.contrib.muon`. Muon calls whatever is
-        callable, so a callable Equinox module comes as a function that returns it.
+        Like `params`, of `optax.contrib.MuonDimensionNumbers` or None, for the argument
+        ``muon_weight_dimension_numbers``. Muon calls whatever is callable, so a callable Equinox
+        module comes as a function that returns it.
 
     Raises
     ------
-    TypeError
-        As `plan`.
-    ValueError
-        As `plan`; if `exclude` matches no parameter, or a layout splits an axis.
+    TypeError, ValueError
+        As `plan`; a ValueError if `exclude` matches no parameter, or a layout splits an axis.
 
     Examples
     --------
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import gcx.optax
-    >>> params = {"query": jnp.ones((8, 2, 4)), "experts": jnp.ones((3, 8, 4)), "bias": jnp.ones(4)}
-    >>> layouts = {"query": "ioo", "experts": "bio"}
-    >>> numbers = gcx.optax.muon_dimension_numbers(params, layouts)
-    >>> numbers["query"]
-    MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    >>> params = {"experts": jnp.ones((3, 8, 4)), "bias": jnp.ones(4)}
+    >>> numbers = gcx.optax.muon_dimension_numbers(params, {"experts": "bio"})
     >>> numbers["experts"]
     MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
     >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import jax
 import optax
+from jax.tree_util import GetAttrKey, tree_leaves_with_path
 
 # Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
-_VALUE = (jax.tree_util.GetAttrKey("value"),)
+_VALUE = (GetAttrKey("value"),)
 
 
 def is_none(node: object) -> bool:
@@ -25,16 +25,16 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
     Names leave out the ``value`` of Flax boxes.
     """
     leaves = []
-    for path, node in _with_paths(tree, stop=lambda node: is_leaf(node) or _is_box(node)):
-        for rest, leaf in _with_paths(node, stop=is_leaf) if _is_box(node) else [((), node)]:
+    boxes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    for path, node in boxes:
+        inner = tree_leaves_with_path(node, is_leaf=is_leaf) if _is_box(node) else [((), node)]
+        for rest, leaf in inner:
             inside = rest[:-1] if rest[-1:] == _VALUE else rest
             leaves.append((name_of(path + inside), leaf))
     return leaves
 
 
 class Names(NamedTuple):
-    """Names of the parameters in a tree."""
-
     visible: list[str]
     hidden: list[str]  # paths at or below which there may be further leaves
 
@@ -59,11 +59,6 @@ def name_of(path: tuple[Any, ...]) -> str:
     return "/".join(map(_key_text, path))
 
 
-def _with_paths(tree: Any, stop: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
-    return paths_and_leaves
-
-
 def _is_box(node: object) -> bool:
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(node).__mro__]
     return any(fnmatchcase(kind, box) for kind in kinds for box in _BOXES)
@@ -71,7 +66,5 @@ def _is_box(node: object) -> bool:
 
 def _key_text(key: object) -> str:
     # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    texts = [getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)]
+    return str(texts[0] if texts else key)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -15,24 +16,15 @@ from gcx._decisions import check_choice
 from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, Source, plan_of, source_of
-from gcx.optax._mesh_axes import (
-    AxisName,
-    axes_by_path,
-    centralize_split,
-    check_axis_name,
-    check_whole,
-)
+from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_names, check_whole
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan
 
 _PLANS_KEPT = 8  # one transformation may serve several trees of gradients
 
 
-class _Planned(NamedTuple):
-    """The plan of a tree, and the mesh axes over which its fan-ins are split."""
-
-    rows: Plan
-    mesh_axes: Mapping[str, tuple[str, ...]]
+# The plan of a tree, and the mesh axes over which its fan-ins are split.
+_Planned = tuple[Plan, Mapping[str, tuple[str, ...]]]
 
 
 class _Planner:
@@ -44,7 +36,6 @@ class _Planner:
         self._ranks: dict[str, int] = {}
 
     def plan_params(self, params: Any) -> _Planned:
-        """Plan the parameters, and remember their ranks."""
         for name, rank in _ranks(params).items():
             self._ranks[name] = max(rank, self._ranks.get(name, 0))
         return self._plan(params)
@@ -53,25 +44,22 @@ class _Planner:
         self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
     ) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
-        form = structure, tuple(map(_shape_and_dtype, leaves))
-        try:
-            planned = self._known.get(form)
-        except TypeError:  # a static part of a module is not hashable
-            return self._plan_grads(grads, params)
-        if planned is None:
-            planned = self._plan_grads(grads, params)
-            if len(self._known) == _PLANS_KEPT:
-                self._known.clear()
+        kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
+        form = structure, tuple(kinds)
+        with suppress(TypeError):  # a static part of a module is not hashable
+            if form in self._known:
+                return self._known[form]
+        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
+        planned = self._plan(grads)
+        if len(self._known) == _PLANS_KEPT:
+            self._known.clear()
+        with suppress(TypeError):
             self._known[form] = planned
         return planned
 
-    def _plan_grads(self, grads: Any, params: Any) -> _Planned:
-        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
-        return self._plan(grads)
-
     def _plan(self, tree: Any) -> _Planned:
         axes = axes_by_path(self._axis_name, names_of(tree))
-        return _Planned(plan_of(tree, self._source, axes), axes)
+        return plan_of(tree, self._source, axes), axes
 
 
 def _ranks(tree: Any) -> dict[str, int]:
@@ -79,7 +67,6 @@ def _ranks(tree: Any) -> dict[str, int]:
 
 
 def _check_ranks(ranks: Mapping[str, int], of_params: Mapping[str, int]) -> None:
-    """Raise a ValueError if a gradient has more axes than its parameter."""
     for name, rank in ranks.items():
         if rank > of_params.get(name, rank):
             msg = (
@@ -111,12 +98,10 @@ def centralize(
         - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
-          `layouts` returns; the first key that matches counts;
-        - a function of path and array that returns a layout, None or `LeaveAlone`. It must depend
-          on the path, shape and dtype alone: it is called once for each of these;
+          `layouts` returns; the first key that matches counts, the rest is left alone;
+        - a function of path and array that returns a layout, None or `LeaveAlone`, and depends on
+          the path, shape and dtype alone;
         - a preset that guesses by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
-
-        Parameters without a match are left alone.
     strength : float, optional
         Fraction of the mean to subtract, a Python number from 0 to 1.
     axis_name : str, tuple of str or mapping, optional
@@ -128,16 +113,15 @@ def centralize(
     Returns
     -------
     optax.GradientTransformation
-        Has no state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
-        centralize, and a TypeError if `reproducible` is not possible. Its ``update`` raises a
-        ValueError if a gradient has more axes than its parameter, an axis of `axis_name` is not
-        bound, or an axis may split a fan-in.
+        Without state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
+        centralize, and a TypeError if `reproducible` is not possible; its ``update`` a ValueError
+        if gradients have too many axes, or `axis_name` does not fit the mesh.
 
     Raises
     ------
     TypeError
-        If `layouts` or `axis_name` has none of these forms, `strength` is an array, or `layouts`
-        is a linen or Haiku model: give that to `layouts`.
+        If `layouts` or `axis_name` has none of these forms (give a linen or Haiku model to
+        `layouts`), or `strength` is an array.
     ValueError
         If there is no such preset, or `strength` is not a number from 0 to 1.
 
@@ -163,14 +147,14 @@ def centralize(
         raise TypeError(msg)
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
-    check_axis_name(axis_name)
+    check_names(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
-        planned = planner.plan_params(params)
-        _check_not_idle(params, planned.rows)
+        rows, axes = planner.plan_params(params)
+        _check_not_idle(params, rows)
         if reproducible:
-            _check_reproducible(params, *planned)
+            _check_reproducible(params, rows, axes)
         return optax.EmptyState()
 
     def update(
@@ -187,10 +171,6 @@ def centralize(
         return jax.tree.unflatten(structure, centralized), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
-    return (tuple(leaf.shape), leaf.dtype) if hasattr(leaf, "dtype") else None
 
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:

@@ -40,10 +40,8 @@ def centralize(
     where : {"gradient", "update"}, optional
         Centralize the gradient that the optimizer uses, in place; or the displacement of the
         weights by the step.
-    strength, reproducible
-        As in `gcx.centralize`.
-    overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        As in `plan`.
+    strength, reproducible, overrides
+        As in `gcx.centralize` and `plan`.
 
     Returns
     -------
@@ -53,10 +51,10 @@ def centralize(
     Raises
     ------
     TypeError
-        If `optimizer` is not a thinc optimizer, if `reproducible` is not possible, or as `plan`.
+        As `plan`; if `optimizer` is not a thinc optimizer, or `reproducible` is not possible.
     ValueError
-        If an option has no such value, the optimizer has Gradient Centralization already, there is
-        nothing to centralize, or as `plan`.
+        As `plan`; if an option has no such value, the optimizer is centralized already, or there is
+        nothing to centralize.
     RuntimeError
         In a step: if the parameter is in none of the models.
 
@@ -70,8 +68,10 @@ def centralize(
     >>> from thinc.api import SGD, Linear
     >>> import gcx.thinc
     >>> optimizer, model = SGD(0.1), Linear(nO=2, nI=3).initialize()
-    >>> gcx.thinc.centralize(optimizer, model).plan
+    >>> handle = gcx.thinc.centralize(optimizer, model)
+    >>> handle.plan
     <gcx plan: 1 of 2 parameters centralized>
+    >>> handle.remove()
     """
     options = Options(
         where=where, strength=strength, overrides=overrides, reproducible=reproducible
@@ -85,18 +85,7 @@ def centralize(
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`.
-
-    Examples
-    --------
-    >>> from thinc.api import Adam, Linear
-    >>> import gcx.thinc
-    >>> optimizer = Adam()
-    >>> handle = gcx.thinc.centralize(optimizer, Linear(nO=2, nI=3).initialize(), where="update")
-    >>> handle.plan
-    <gcx plan: 1 of 2 parameters centralized>
-    >>> handle.remove()
-    """
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`."""
 
     def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
         self._models = models

@@ -8,11 +8,10 @@ from typing import Any
 
 from thinc.api import Model
 
-from gcx._decisions import decide as decide_row
-from gcx._decisions import find_overrides
+from gcx._decisions import decide_row, find_overrides
 from gcx._names import match
 from gcx._options import Options
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask
+from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask, check_rule
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
@@ -67,14 +66,13 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping from names of the layer's own parameters, or globs (the
-        first that matches counts), to layouts, `gcx.plan.LeaveAlone` or None; or a function that
-        takes such a layer and returns the mapping.
+        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+        layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one.
 
     Raises
     ------
     TypeError
-        If `forward` is not a function, or is a model; if the rule is not a rule.
+        If `forward` is not a function, or the rule neither a mapping nor a function.
 
     Examples
     --------
@@ -97,9 +95,7 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
         raise TypeError(msg)
 
     def decorator(rule: RuleT) -> RuleT:
-        if not (callable(rule) or isinstance(rule, Mapping)):
-            msg = f"the rule of {_qualified(forward)} is a mapping or a function, not {rule!r}"
-            raise TypeError(msg)
+        check_rule(rule, f"the rule of {_qualified(forward)}")
         _registered[forward] = rule
         return rule
 
@@ -109,27 +105,23 @@ def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
 def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     """Show which parameters of models would be centralized, over which axes, and why.
 
+    The plan has one row per parameter, and one for each wrapped model of another framework.
+
     Parameters
     ----------
     *models : thinc.model.Model
         Initialized models. The layer that owns a parameter decides, never its rank; a layer without
         a rule is left alone.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
-        Layouts that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
-        (``"*.softmax.*"``). The first key that matches counts; None or `LeaveAlone` leaves alone.
-
-    Returns
-    -------
-    gcx.plan.Plan
-        One row per parameter, and one for each wrapped model of another framework.
+        Answers that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
+        (``"*.softmax.*"``); the first key that matches counts.
 
     Raises
     ------
     TypeError
         If there is no model, or an argument or a value of `overrides` has a wrong type.
     ValueError
-        If a model is not initialized, or `overrides` does not fit: a key matches no parameter, or a
-        layout has another rank.
+        If a model is not initialized, or a key or a layout in `overrides` does not fit.
 
     Examples
     --------
@@ -148,7 +140,6 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
 
 
 def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
-    """Make the row of each parameter."""
     if not models or not all(isinstance(model, Model) for model in models):
         kinds = ", ".join(type(model).__name__ for model in models) or "none"
         msg = f"give one or more thinc models; given: {kinds}"
@@ -190,7 +181,6 @@ def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
 
 
 def _answer(layer: Model[Any, Any], name: str) -> Answer:
-    """Ask the rule of a layer about its parameter `name`."""
     forward = attrgetter("_func")(layer)
     rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
     answers = ask(rule, layer, layer.name)

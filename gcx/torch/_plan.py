@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gcx import _decisions
-from gcx._decisions import LEFT_ALONE, merge
+from gcx._decisions import LEFT_ALONE, decide_row, merge
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
 from gcx._rules import MASKED, NOT_CONVOLUTION
@@ -171,8 +170,8 @@ def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRo
     fits = isinstance(layout, LeaveAlone) or (rank == len(shape) and _has_fan_in(layout, parameter))
     if not fits:
         raise RuntimeError(_misfit(owned, layout, rank, rule))
-    row = _decisions.decide(owned.name, shape, layout, rule)
-    sizes = row.layout.sizes.items() if row.layout else ()
+    row = decide_row(owned.name, shape, layout, rule)
+    sizes = row.layout.sizes.items() if row.layout is not None else ()
     parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
     return row._replace(reason=", ".join([row.reason, *parts]))
 

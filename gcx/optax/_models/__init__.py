@@ -57,13 +57,10 @@ def framework_of(model: object) -> Framework | None:
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, PlanRow]:
-    """Decide on each parameter of a model by the layer that owns it."""
     framework = framework_of(model)
     if framework is None:
-        msg = (
-            "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
-            f"{type(model).__name__}"
-        )
+        kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
+        msg = f"model is {kinds}, not {type(model).__name__}"
         raise TypeError(msg)
     if framework.params is None:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})
@@ -84,20 +81,15 @@ def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
     Returns
     -------
     callable
-        Decorator for a rule: a mapping, or a function that takes such a layer and returns one. Its
-        keys are names of the layer's own parameters, or globs; the first that matches counts. Its
-        values are layouts of a single layer, `LeaveAlone`, or None. gcx adds the axes of a stack.
-        In linen and Haiku the function runs while the layer is called.
+        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+        layouts of a single layer (gcx adds the axes of a stack), `LeaveAlone` or None; or a
+        function of a layer that returns one, in linen and Haiku while the layer is called. Entry
+        points, of the group ``gcx.optax.layers``, are as in `gcx.torch.register_layer`.
 
     Raises
     ------
     TypeError
-        If `kind` is not a class.
-
-    Notes
-    -----
-    An entry point of the group ``gcx.optax.layers`` declares a rule without an import of gcx. Its
-    name is the qualified name of the class (``my_package.layers.Experts``), its object is the rule.
+        If `kind` is not a class, or the rule neither a mapping nor a function.
 
     Examples
     --------

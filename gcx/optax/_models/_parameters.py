@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gcx._decisions import decide, no_fan_in
+from gcx._decisions import decide_row, no_fan_in
 from gcx._rules import Answer
 from gcx.layout import Layout, as_layout
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone, PlanRow
 
 Shape = tuple[int, ...]
-
-# Reasons that several frameworks share.
-SLOPE = LeaveAlone("slope of an activation")
-LENGTH = LeaveAlone("weight norm: the length of a weight")
 
 
 class SingleLayer(NamedTuple):
@@ -48,7 +44,7 @@ def decide_in_stack(
         answer = LeaveAlone(no_fan_in(own) or answer.reason)
     if isinstance(answer, (Layout, str)):
         answer = _with_stack(as_layout(answer), shape, own_shape, rule)
-    return decide(name, shape, answer, rule)
+    return decide_row(name, shape, answer, rule)
 
 
 def _with_stack(
@@ -88,8 +84,6 @@ def _around(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
 
 
 class Seen(NamedTuple):
-    """A parameter in the call of its layer."""
-
     answer: LayerAnswer
     rule: str
     shape: Shape  # for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``

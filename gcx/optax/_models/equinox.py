@@ -7,15 +7,8 @@ from typing import Any
 import jax
 
 from gcx._decisions import merge
-from gcx._rules import BIAS, EMBEDDING, NORM, Rule, Rules
-from gcx.optax._models._parameters import (
-    LENGTH,
-    SLOPE,
-    Answers,
-    LayerAnswer,
-    SingleLayer,
-    decide_in_stack,
-)
+from gcx._rules import BIAS, EMBEDDING, LENGTH, NORM, SLOPE, Rule, Rules
+from gcx.optax._models._parameters import Answers, LayerAnswer, SingleLayer, decide_in_stack
 from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -50,7 +43,7 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
 
 
 def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
 
 
@@ -106,6 +99,7 @@ def _recurrent(gates: int) -> Rule[LayerAnswer]:
 
 
 _NORM: Answers = {"weight": NORM, "bias": BIAS}
+_NORMS = ("Batch", "Layer", "Group", "RMS")
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "equinox.nn.*.Linear": _linear,
@@ -117,7 +111,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "equinox.nn.*.WeightNorm": {"g": LENGTH},
     "equinox.nn.*.PReLU": {"negative_slope": SLOPE},
     "equinox.nn.*.StateIndex": {"*": LeaveAlone("state of a layer")},
-    **dict.fromkeys(
-        [f"equinox.nn.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _NORM
-    ),
+    **dict.fromkeys([f"equinox.nn.*.{kind}Norm" for kind in _NORMS], _NORM),
 }

@@ -47,22 +47,18 @@ def decide(
     return decide_all(seen, shapes)
 
 
-def _convolution(layer: Any) -> Answers:
-    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
-    return {"w": "...o" if layer.mask is None else MASKED, "b": BIAS}
-
-
-def _transposed_convolution(layer: Any) -> Answers:
-    return {"w": "...oi" if layer.mask is None else MASKED, "b": BIAS}
+def _convolution(layout: str) -> Rule[LayerAnswer]:
+    return lambda layer: {"w": layout if layer.mask is None else MASKED, "b": BIAS}
 
 
 _NORM: Answers = {"scale": NORM, "offset": BIAS}
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
-    "haiku.*.ConvND": _convolution,
+    # (kernel..., in / groups, out): a unit sees the inputs of its own group.
+    "haiku.*.ConvND": _convolution("...o"),
     "haiku.*.DepthwiseConvND": {"w": "...o", "b": BIAS},
-    "haiku.*.ConvNDTranspose": _transposed_convolution,
+    "haiku.*.ConvNDTranspose": _convolution("...oi"),
     "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},

@@ -6,17 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._einsum import kernel_letters
-from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
-from gcx.optax._models._parameters import (
-    LENGTH,
-    SLOPE,
-    Answers,
-    LayerAnswer,
-    Seen,
-    decide_all,
-    join,
-    trace_shapes,
-)
+from gcx._rules import BIAS, EMBEDDING, LENGTH, MASKED, NORM, SLOPE, Rule, Rules
+from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -84,14 +75,10 @@ def _dense_general(layer: Any) -> Answers:
     return {"kernel": "b" * batch + "i" * inputs + "o" * outputs, "bias": BIAS}
 
 
-def _transposed_convolution(layer: Any) -> Answers:
-    layout = "...oi" if layer.transpose_kernel else "...o"
-    return {"kernel": layout if layer.mask is None else MASKED, "bias": BIAS}
-
-
 def _convolution(layer: Any) -> Answers:
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
-    return {"kernel": "...o" if layer.mask is None else MASKED, "bias": BIAS}
+    layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
+    return {"kernel": layout if layer.mask is None else MASKED, "bias": BIAS}
 
 
 def _local_convolution(layer: Any) -> Answers:
@@ -111,12 +98,11 @@ _NORMS = ("Batch", "Layer", "Group", "RMS", "Instance")
 RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.linen.*.DenseGeneral": _dense_general,
     "flax.linen.*.Einsum": _einsum,
-    "flax.linen.*.ConvTranspose": _transposed_convolution,
     "flax.linen.*.ConvLocal": _local_convolution,
     "flax.linen.*.Embed": {"embedding": EMBEDDING},
     "flax.linen.*.WeightNorm": {"*/scale": LENGTH},
     "flax.linen.*.PReLU": {"negative_slope": SLOPE},
     **dict.fromkeys(("flax.linen.*.Dense", "flax.linen.*.DenseParams"), _DENSE),
     **dict.fromkeys([f"flax.linen.*.{kind}Norm" for kind in _NORMS], _NORM),
-    "flax.linen.*.Conv": _convolution,
+    **dict.fromkeys(("flax.linen.*.Conv", "flax.linen.*.ConvTranspose"), _convolution),
 }

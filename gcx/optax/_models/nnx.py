@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gcx._decisions import merge
-from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
-from gcx.optax._models._parameters import SLOPE, Answers, LayerAnswer, SingleLayer, decide_in_stack
+from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, SLOPE, Rule, Rules
+from gcx.optax._models._parameters import Answers, LayerAnswer, SingleLayer, decide_in_stack
 from gcx.optax._models.linen import einsum_kernel
 from gcx.plan import PlanRow
 
 
 def params(model: Any) -> Any:
-    """Return the parameters of a model, with their names."""
     from flax import nnx
 
     return nnx.state(model, nnx.Param)
@@ -73,34 +72,21 @@ def _einsum(layer: Any) -> Answers:
 
 
 def _convolution(layer: Any) -> Answers:
-    return _kernel(layer, "...o")
-
-
-def _transposed_convolution(layer: Any) -> Answers:
-    return _kernel(layer, "...oi" if layer.transpose_kernel else "...o")
-
-
-def _kernel(layer: Any, layout: str) -> Answers:
-    is_masked = layer.mask is not None
-    return {
-        "kernel": MASKED if is_masked else SingleLayer(layout, layer.kernel_shape),
-        "bias": BIAS,
-    }
+    layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
+    kernel = SingleLayer(layout, layer.kernel_shape)
+    return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 
 _NORM: Answers = {"scale": NORM, "bias": BIAS}
+_NORMS = ("Batch", "Layer", "Group", "RMS", "Instance")
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.nnx.*.Linear": _linear,
     "flax.nnx.*.LinearGeneral": _linear_general,
     "flax.nnx.*.Einsum": _einsum,
-    "flax.nnx.*.Conv": _convolution,
-    "flax.nnx.*.ConvTranspose": _transposed_convolution,
+    **dict.fromkeys(("flax.nnx.*.Conv", "flax.nnx.*.ConvTranspose"), _convolution),
     "flax.nnx.*.LoRA": {"lora_a": "io", "lora_b": "io"},
     "flax.nnx.*.Embed": {"embedding": EMBEDDING},
     "flax.nnx.*.PReLU": {"negative_slope": SLOPE},
-    **dict.fromkeys(
-        [f"flax.nnx.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS", "Instance")],
-        _NORM,
-    ),
+    **dict.fromkeys([f"flax.nnx.*.{kind}Norm" for kind in _NORMS], _NORM),
 }

@@ -193,11 +193,6 @@ def test_parameters_and_batches_are_not_touched() -> None:
     jax.tree.map(np.testing.assert_array_equal, (params, batches), before)
 
 
-def test_no_batches() -> None:
-    with pytest.raises(ValueError, match="batches is empty"):
-        energy_removed(new_params(), [], loss_of, layouts="flax")
-
-
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -215,11 +210,10 @@ def test_a_loss_that_is_no_number(output: Callable[[Any], Any], message: str) ->
         energy_removed(new_params(), new_batches(4), loss, layouts="flax")
 
 
-def test_nothing_to_differentiate() -> None:
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        energy_removed(new_params(), [], loss_of, layouts="flax")
     with pytest.raises(ValueError, match="no array of floating dtype in params"):
         energy_removed({"step": jnp.asarray(1)}, new_batches(4), loss_of, layouts={"*": "o..."})
-
-
-def test_layouts_that_are_none() -> None:
     with pytest.raises(ValueError, match="no preset 'torch'"):
         energy_removed(new_params(), new_batches(4), loss_of, layouts="torch")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gcx
 from gcx._names import flatten
 from gcx.optim import SGD, Adam, AdamW
 
@@ -24,6 +25,13 @@ OPTIMIZERS = {
     "adamw": AdamW(0.01),
 }
 STEPS = 10
+
+
+def test_long_sums_agree(pair: tuple[libraries.ArrayLibrary, libraries.ArrayLibrary]) -> None:
+    numbers = np.random.default_rng(0).normal(0.5, 1.0, (3, 5000))
+    for dtype, tolerance in {**WIDE, "complex64": WIDE["float32"]}.items():
+        one, other = (xp.numpy(gcx.centralize(xp.asarray(numbers, dtype))) for xp in pair)
+        assert_close(one, other, tolerance, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -125,16 +124,6 @@ def test_rows_are_those_of_the_plan() -> None:
     assert {text for text in told.values() if "unknown" in text} == {
         "unknown: no rule for this name"
     }
-
-
-def test_of_one_sample_it_is_the_angle_between_the_input_and_the_ones() -> None:
-    """The gradient of a dense layer is then an outer product with the input."""
-    params, x = {"kernel": normal(0, 6, 4)}, normal(1, 1, 6)
-    report = energy_removed(
-        params, [x], lambda p, x: jnp.sum((x @ p["kernel"]) ** 2), layouts="flax"
-    )
-    cosine = x.sum() / (jnp.linalg.norm(x) * 6**0.5)
-    assert share(report, "kernel").removed == pytest.approx(float(cosine**2), rel=1e-12)
 
 
 def test_complex_weights() -> None:

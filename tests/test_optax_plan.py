@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax

@@ -12,7 +12,6 @@ from gcx import Layout
 
 from reference import centralized, fan_in_means
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax

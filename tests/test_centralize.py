@@ -376,12 +376,7 @@ class TestMemory:
         base = values(6, 8).astype(dtype)
         axes = gcx.Layout(layout).fan_in_axes(2)
         eps = float(np.finfo(dtype).eps)
-        for take in (
-            lambda x: x.T,
-            lambda x: x[1:4, :],
-            lambda x: x[:, 2:7],
-            lambda x: x[:3, :3],
-        ):
+        for take in (lambda x: x.T, lambda x: x[1:4, :], lambda x: x[:, 2:7], lambda x: x[:3, :3]):
             result = gcx.centralize(take(xp.asarray(base, dtype)), layout=layout)
             assert_close(xp, result, centralized(take(base), axes), eps)
 

@@ -62,9 +62,7 @@ def _gradients(weights: Arrays, x: Any, targets: Any) -> Arrays:
     }
 
 
-def trained(
-    dtype: str, lr: float, *, momentum: float, nesterov: bool = False, weight_decay: float = 0.0
-) -> Arrays:
+def trained(dtype: str, lr: float, *, momentum: float) -> Arrays:
     """Weights after SGD with GC in the canonical order, each operation rounded by itself."""
     number = np.dtype(dtype).type
     weights = {name: weight.astype(dtype) for name, weight in start().items()}
@@ -72,11 +70,8 @@ def trained(
     for grads in gradients():
         for name, weight in weights.items():
             grad = grads[name].astype(dtype)
-            if weight_decay:
-                grad = grad + number(weight_decay) * weight
             if name in AXES:
                 grad = canonical_order.centralized(grad, AXES[name], dtype)
             buffers[name] = number(momentum) * buffers[name] + grad
-            step = grad + number(momentum) * buffers[name] if nesterov else buffers[name]
-            weights[name] = weight - number(lr) * step
+            weights[name] = weight - number(lr) * buffers[name]
     return weights

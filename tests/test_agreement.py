@@ -1,4 +1,4 @@
-"""The same call on the same numbers gives the same result in every library, compared in pairs."""
+"""The same training on the same numbers ends alike in every library, compared in pairs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,9 @@ from gcx.optim import SGD, Adam, AdamW
 import libraries
 
 # Rounding errors allowed between two libraries, in units of the largest element: they sum in
-# different orders. A dtype narrower than 32 bits is rounded once, from results that agree.
-WIDE = {"float32": 4 * 2**-23, "float64": 4 * 2**-52, "complex64": 4 * 2**-23}
-NARROW = {"float16": 2**-10, "bfloat16": 2**-7}
+# different orders.
+WIDE = {"float32": 4 * 2**-23, "float64": 4 * 2**-52}
 
-GRADS = [
-    ("o...", (5, 7)),
-    ("o...", (8, 3, 5, 5)),
-    ("o...", (3, 5000)),
-    ("...o", (7, 5)),
-    ("...o", (3, 3, 4, 6)),
-    ("io...", (4, 5, 3, 3)),
-    ("ioo", (6, 2, 3)),
-    ("iio", (2, 3, 6)),
-    ("oio", (3, 4, 5)),
-    ("...", (9,)),
-]
 OPTIMIZERS = {
     "sgd": SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adam": Adam(0.01, where="update"),
@@ -40,15 +27,10 @@ OPTIMIZERS = {
 STEPS = 10
 
 
-@pytest.mark.parametrize(
-    ("layout", "shape"), GRADS, ids=[f"{layout} {shape}" for layout, shape in GRADS]
-)
-def test_centralize_agrees(
-    pair: tuple[libraries.ArrayLibrary, libraries.ArrayLibrary], layout: str, shape: Any
-) -> None:
-    narrow = set.intersection(*[set(xp.narrow_dtypes) for xp in pair]) & set(NARROW)
-    for dtype, tolerance in [*WIDE.items(), *[(dtype, NARROW[dtype]) for dtype in narrow]]:
-        one, other = [centralized(xp, layout, shape, dtype) for xp in pair]
+def test_long_sums_agree(pair: tuple[libraries.ArrayLibrary, libraries.ArrayLibrary]) -> None:
+    numbers = np.random.default_rng(0).normal(0.5, 1.0, (3, 5000))
+    for dtype, tolerance in {**WIDE, "complex64": WIDE["float32"]}.items():
+        one, other = (xp.numpy(gcx.centralize(xp.asarray(numbers, dtype))) for xp in pair)
         assert_close(one, other, tolerance, dtype)
 
 
@@ -61,12 +43,6 @@ def test_training_agrees(
     assert one.keys() == other.keys()
     for key, leaf in one.items():
         assert_close(leaf, other[key], STEPS * WIDE[dtype], key)
-
-
-@cache
-def centralized(xp: libraries.ArrayLibrary, layout: str, shape: Any, dtype: str) -> Any:
-    grad = np.random.default_rng(0).normal(0.5, 1.0, shape)
-    return xp.numpy(gcx.centralize(xp.asarray(grad, dtype), layout=layout))
 
 
 @cache

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -127,16 +126,6 @@ def test_rows_are_those_of_the_plan() -> None:
     }
 
 
-def test_of_one_sample_it_is_the_angle_between_the_input_and_the_ones() -> None:
-    """The gradient of a dense layer is then an outer product with the input."""
-    params, x = {"kernel": normal(0, 6, 4)}, normal(1, 1, 6)
-    report = energy_removed(
-        params, [x], lambda p, x: jnp.sum((x @ p["kernel"]) ** 2), layouts="flax"
-    )
-    cosine = x.sum() / (jnp.linalg.norm(x) * 6**0.5)
-    assert share(report, "kernel").removed == pytest.approx(float(cosine**2), rel=1e-12)
-
-
 def test_complex_weights() -> None:
     kernel = normal(0, 3, 2) + 1j * normal(1, 3, 2)
 
@@ -193,11 +182,6 @@ def test_parameters_and_batches_are_not_touched() -> None:
     jax.tree.map(np.testing.assert_array_equal, (params, batches), before)
 
 
-def test_no_batches() -> None:
-    with pytest.raises(ValueError, match="batches is empty"):
-        energy_removed(new_params(), [], loss_of, layouts="flax")
-
-
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -215,11 +199,10 @@ def test_a_loss_that_is_no_number(output: Callable[[Any], Any], message: str) ->
         energy_removed(new_params(), new_batches(4), loss, layouts="flax")
 
 
-def test_nothing_to_differentiate() -> None:
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        energy_removed(new_params(), [], loss_of, layouts="flax")
     with pytest.raises(ValueError, match="no array of floating dtype in params"):
         energy_removed({"step": jnp.asarray(1)}, new_batches(4), loss_of, layouts={"*": "o..."})
-
-
-def test_layouts_that_are_none() -> None:
     with pytest.raises(ValueError, match="no preset 'torch'"):
         energy_removed(new_params(), new_batches(4), loss_of, layouts="torch")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 pytest.importorskip("flax")
 pytest.importorskip("equinox")

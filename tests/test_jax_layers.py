@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -55,31 +54,24 @@ def test_axes_of_a_stack_are_kept_wherever_they_are(
 
 
 @pytest.mark.parametrize(
-    ("layout", "ndim", "expected"),
-    [("io", 2, "io"), ("io", 4, "bbio"), ("...o", 4, "...o")],
+    ("answer", "shape", "layout", "reason"),
+    [
+        ("io", (2, 2), "io", "Mine"),
+        ("io", (2, 2, 2, 2), "bbio", "Mine"),  # more axes than it names: those of a stack
+        ("...o", (2, 2, 2, 2), "...o", "Mine"),
+        (Layout("(bi)o", b=2), (4, 6), Layout("(bi)o", b=2), "Mine"),
+        (LeaveAlone("token"), (2, 3), None, "token"),
+        (None, (2, 3), None, "left alone by the rule of Mine"),
+    ],
 )
-def test_more_axes_than_a_layout_names_are_those_of_a_stack(
-    layout: str, ndim: int, expected: str
-) -> None:
-    row = decide_in_stack("w", (2,) * ndim, layout, "Mine")
-    assert (row.layout, row.reason) == (Layout(expected), "Mine")
-
-
-def test_a_layout_may_split_an_axis() -> None:
-    row = decide_in_stack("w", (4, 6), Layout("(bi)o", b=2), "Mine")
-    assert row == PlanRow("w", (4, 6), Layout("(bi)o", b=2), "Mine")
+def test_what_a_rule_may_answer(answer: Any, shape: Any, layout: Any, reason: str) -> None:
+    expected = Layout(layout) if isinstance(layout, str) else layout
+    assert decide_in_stack("w", shape, answer, "Mine") == PlanRow("w", shape, expected, reason)
 
 
 def test_a_layout_of_more_axes_is_an_error_that_names_the_parameter() -> None:
     with pytest.raises(ValueError, match=r"^a/w: layout 'ioo' is for arrays of rank 3, not 2"):
         decide_in_stack("a/w", (2, 2), "ioo", "Mine")
-
-
-def test_what_a_rule_may_answer_besides() -> None:
-    row = decide_in_stack("w", (2, 3), LeaveAlone("token"), "Mine")
-    assert (row.layout, row.reason) == (None, "token")
-    row = decide_in_stack("w", (2, 3), None, "Mine")
-    assert (row.layout, row.reason) == (None, "left alone by the rule of Mine")
 
 
 UNKNOWN = LeaveAlone("unknown: nobody declared Mine.gain")

@@ -11,7 +11,6 @@ import pytest
 import devices
 from reference import centralized
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax

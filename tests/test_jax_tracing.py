@@ -93,18 +93,6 @@ def test_gradient_of_a_gradient() -> None:
     np.testing.assert_allclose(jax.grad(penalty)(w), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_scan_over_steps_keeps_the_means() -> None:
-    """Corollary 4.1, in a training loop that is one XLA program."""
-    start = weight(3, 8)
-
-    def step(w: Any, _: None) -> tuple[Any, None]:
-        return w - 0.1 * gcx.centralize(jax.grad(lambda w: jnp.cos(w).sum())(w)), None
-
-    end, _ = jax.jit(lambda w: jax.lax.scan(step, w, None, length=50))(start)
-    assert float(jnp.abs(end - start).max()) > 0.1
-    np.testing.assert_allclose(end.mean(1), start.mean(1), atol=1e-6)
-
-
 def test_errors_come_while_tracing() -> None:
     with pytest.raises(ValueError, match=r"layout 'ioo' is for arrays of rank 3.*\(3, 4\)"):
         jax.jit(partial(gcx.centralize, layout="ioo"))(weight(3, 4))

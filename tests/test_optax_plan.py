@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -19,6 +19,7 @@ import gcx.optax
 from gcx import Layout
 
 from optax_training import FIRST_ONLY, KERNELS, SGD, Linear, Net, normal, normal_like, struct
+from reference import centralized
 
 pytestmark = pytest.mark.one_framework
 
@@ -205,6 +206,21 @@ def test_preset_knows_the_fan_in(preset: str, name: str, shape: Any, axes: Any) 
     assert row.reason.startswith("guess by name: ") == (axes is not None)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_updates_by_a_preset_are_those_of_the_reference(preset: str) -> None:
+    table = {name: (shape, axes) for name, shape, axes in PARAMETERS[preset]}
+    grads = {name: normal(k, *shape) for k, (name, (shape, _)) in enumerate(table.items())}
+    optimizer = gcx.optax.centralize(preset)
+    updates, _ = optimizer.update({**grads, "none": None}, optimizer.init(grads))
+    assert updates.pop("none") is None
+    for name, (_, axes) in table.items():
+        if axes is None:
+            assert updates[name] is grads[name]
+        else:
+            expected = centralized(grads[name], axes)
+            np.testing.assert_allclose(updates[name], expected, atol=1e-14, err_msg=name)
+
+
 def test_plan_prints_what_happens_and_why() -> None:
     params = {
         "Conv_0": {"bias": struct(8), "kernel": struct(3, 3, 1, 8)},
@@ -259,25 +275,31 @@ def test_function_gets_path_and_array() -> None:
 # --- errors come before training ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layouts", [None, 3, ["...o"], Layout("...o"), {"kernel"}])
-def test_what_layouts_may_be(layouts: Any) -> None:
-    message = (
-        "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
-        "layout or None, a function of path and array, a plan, or a preset "
-        "('flax', 'haiku', 'equinox', 'keras'), not "
-        f"{type(layouts).__name__}"
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.centralize(layouts)
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.plan({}, layouts)
+NO_LAYOUTS = (
+    "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
+    "layout or None, a function of path and array, a plan, or a preset "
+    "('flax', 'haiku', 'equinox', 'keras'), not "
+)
+PRESETS_ARE = "there are 'flax', 'haiku', 'equinox', 'keras'"
+NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
+    *[
+        (x, TypeError, re.escape(NO_LAYOUTS + type(x).__name__))
+        for x in (None, 3, ["...o"], Layout("...o"), {"kernel"})
+    ],
+    *[
+        (x, ValueError, re.escape(f"no preset '{x}'; {PRESETS_ARE}"))
+        for x in ("torch", "Flax", "...o", "")
+    ],
+    (KERNELS, TypeError, "layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the m"),
+    (Net, TypeError, r"layouts is the class Net, .* give a model.* Net\("),
+]
 
 
-@pytest.mark.parametrize("name", ["torch", "Flax", "...o", ""])
-def test_unknown_preset(name: str) -> None:
-    message = f"no preset '{name}'; there are 'flax', 'haiku', 'equinox', 'keras'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        gcx.optax.centralize(name)
+@pytest.mark.parametrize(("layouts", "error", "message"), NOT_LAYOUTS)
+def test_what_layouts_may_not_be(layouts: Any, error: type[Exception], message: str) -> None:
+    for use in (gcx.optax.centralize, partial(gcx.optax.plan, {})):
+        with pytest.raises(error, match=message):
+            use(layouts)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), "1"])
@@ -291,47 +313,28 @@ def test_layouts_are_required() -> None:
         gcx.optax.centralize()
 
 
-def test_key_that_matches_nothing() -> None:
-    optimizer = gcx.optax.centralize({"Dense_0/kernel": "...o", "Dense_7/*": "...o"})
-    message = "'Dense_7/*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        optimizer.init(KERNELS)
-
-
-MISFITS = {
-    "mapping": ({"*/kernel": "ioo"}, "rank 3, not 2"),
-    "function": (lambda path, array: "ioo", "rank 3, not 2"),
-    "no layout": ({"*/kernel": "channels_last"}, "layout 'channels_last' is not valid"),
+ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}
+MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2.*\(shape \(4, 3\)\)$"
+ABSENT = r"'Dense_7/\*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
+NOTHING = "(?s)there is nothing to centralize.*"
+REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "a key": ({"Dense_0/kernel": "...o", "Dense_7/*": "...o"}, KERNELS, ValueError, ABSENT),
+    "a rank": ({"*/kernel": "ioo"}, ONE, ValueError, MISFIT),
+    "a rank by a function": (lambda path, array: "ioo", ONE, ValueError, MISFIT),
+    "a text": ({"*/kernel": "channels_last"}, ONE, ValueError, "layout 'channels_last' is not va"),
+    "no text": (lambda path, array: (0,), ONE, TypeError, "^Dense_0/kernel: a layout is a string"),
+    "another library's names": ("haiku", KERNELS, ValueError, f"{NOTHING}'Dense_0/kernel'"),
+    "flattened": ("flax", normal(1, 12), ValueError, f"{NOTHING}a vector has no fan-in"),
+    "left alone": ({"*": None}, KERNELS, ValueError, f"{NOTHING}as given"),
 }
 
 
-@pytest.mark.parametrize(("layouts", "message"), MISFITS.values(), ids=MISFITS)
-def test_layout_that_does_not_fit(layouts: Any, message: str) -> None:
-    params = {"Dense_0": {"kernel": normal(1, 4, 3)}}
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize(("layouts", "params", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_init_refuses_what_does_not_fit(
+    layouts: Any, params: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         gcx.optax.centralize(layouts).init(params)
-    if "rank" in message:
-        assert re.search(r"^Dense_0/kernel: layout 'ioo' .*\(shape \(4, 3\)\)$", str(error.value))
-
-
-def test_function_that_gives_no_layout() -> None:
-    optimizer = gcx.optax.centralize(lambda path, array: (0,))
-    with pytest.raises(TypeError, match=r"^Dense_0/kernel: a layout is a string .* not tuple"):
-        optimizer.init({"Dense_0": {"kernel": normal(1, 4, 3)}})
-
-
-NOTHING = {
-    "another library's names": ("haiku", KERNELS, "'Dense_0/kernel'"),
-    "flattened": ("flax", normal(1, 12), "a vector has no fan-in"),
-    "left alone": ({"*": None}, KERNELS, "as given"),
-}
-
-
-@pytest.mark.parametrize(("layouts", "params", "shown"), NOTHING.values(), ids=NOTHING)
-def test_nothing_to_centralize(layouts: Any, params: Any, shown: str) -> None:
-    with pytest.raises(ValueError, match="there is nothing to centralize") as error:
-        gcx.optax.centralize(layouts).init(params)
-    assert shown in str(error.value)
 
 
 def test_flatten_before_it_is_an_error() -> None:
@@ -360,17 +363,6 @@ def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
     masked = optax.masked(gcx.optax.centralize({"Dense_1/kernel": "...o"}), FIRST_ONLY)
     with pytest.raises(ValueError, match=r"nothing to centralize .* 'Dense_0/kernel'.*unknown"):
         masked.init(KERNELS)
-
-
-def test_parameters_in_place_of_layouts() -> None:
-    message = r"layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the model"
-    with pytest.raises(TypeError, match=message):
-        gcx.optax.centralize(KERNELS)
-
-
-def test_class_in_place_of_a_model() -> None:
-    with pytest.raises(TypeError, match=r"layouts is the class Net, .* give a model.* Net\("):
-        gcx.optax.centralize(Net)
 
 
 def test_a_dtype_without_sign_is_left_alone() -> None:

@@ -12,7 +12,6 @@ from gcx import Layout
 
 from reference import centralized, fan_in_means
 
-pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 import jax
@@ -93,6 +92,13 @@ ADAM = optax.adam(LEARNING_RATE, b1=0.0)
 
 # What keeps the means of the weights, wherever it keeps other weights in its state.
 KEPT_BY: dict[str, Any] = {
+    "clipping, nesterov": lambda c: optax.chain(
+        optax.clip_by_global_norm(5.0), c, optax.sgd(0.02, momentum=0.9, nesterov=True)
+    ),
+    "decay": lambda c: optax.chain(
+        optax.add_decayed_weights(0.1), c, optax.sgd(LEARNING_RATE, momentum=0.9)
+    ),
+    "adamw": lambda c: optax.chain(optax.adamw(LEARNING_RATE, weight_decay=0.1), c),
     "ema": lambda c: optax.chain(c, optax.ema(0.9), optax.sgd(LEARNING_RATE)),
     "contrib.muon": lambda c: optax.chain(c, optax.contrib.muon(LEARNING_RATE)),
     "MultiSteps": lambda c: optax.MultiSteps(optax.chain(c, optax.sgd(LEARNING_RATE)), 2),

@@ -18,7 +18,7 @@ from gcx.testing import assert_centralized
 import canonical_order
 import libraries
 import reference
-from same_bits import assert_same_bits
+from same_bits import assert_same_bits, promises_bits
 
 LAYOUTS = {"conv": "o...", "*kernel": "...o", "*": None}
 FAN_INS = {"conv": (1, 2, 3), "dense/kernel": (0,)}  # what LAYOUTS says, in axes
@@ -207,9 +207,13 @@ def test_reproducible_steps_end_in_the_same_bits(
     xp: Any, name: str, dtype: str, place: Any
 ) -> None:
     """200 steps, on large fan-ins too, against a step written for NumPy alone."""
-    if (xp.backend, xp.device) not in (("numpy", "cpu"), ("torch", "cpu"), ("jax", "cpu")):
-        return
     optimizer = replace(OPTIMIZERS[name], where=place, reproducible=True)
+    if not promises_bits(xp):
+        with pytest.raises(TypeError, match="0: reproducible=True"):
+            optimizer.init([xp.asarray(np.ones((3, 4)), dtype)])
+        return
+    if xp.device != "cpu":
+        return
     rng = np.random.default_rng(0)
     start, *grads = rng.normal(0.3, 1.0, (201, 4, 300)).astype(dtype)
     params = [xp.asarray(start, dtype)]
@@ -427,15 +431,12 @@ def test_repr_shows_the_hyperparameters() -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-def test_only_the_learning_rate_goes_without_a_name(kind: Any) -> None:
+def test_only_the_learning_rate_goes_without_a_name_and_none_changes(kind: Any) -> None:
     assert kind(0.5).lr == 0.5
     with pytest.raises(TypeError, match="positional"):
         kind(0.5, 0.9)
-
-
-def test_it_is_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
-        SGD(0.1).lr = 1.0
+        kind(0.5).lr = 1.0
 
 
 @pytest.mark.parametrize(
@@ -475,11 +476,7 @@ def test_a_wrong_hyperparameter_is_named(make: Callable[[], Any], message: str) 
     [
         ("x", ValueError, "layout 'x' is not valid"),
         ("oi", ValueError, "conv: layout 'oi' is for arrays of rank 2, not 4"),
-        (
-            {"*": None},
-            ValueError,
-            r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None",
-        ),
+        ({"*": None}, ValueError, r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None"),
         ({"*weight": "o..."}, ValueError, r"'\*weight' matches no parameter"),
         ({"conv": "o..."}, ValueError, "no key matches 'dense/kernel'"),
         ({"conv": "o...", "dense": None, "scale": None}, ValueError, "matches no parameter"),
@@ -530,20 +527,12 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         optimizer.update(start, grads, None)
     refuses(r"state has \['step'\], but SGD keeps \['momentum', 'step'\]", state={"step": {}})
     refuses(r"state\['momentum'\] is not built like", state={**state, "momentum": {}})
-    refuses(
-        r"scale: the momentum has shape \(3,\), its parameter \(\)",
-        state={**state, "momentum": {**state["momentum"], "scale": grads["dense"]["bias"]}},
-    )
-
-
-@pytest.mark.parametrize("buffer", ["first_moment", "second_moment"])
-def test_update_refuses_each_buffer_that_does_not_fit(buffer: str) -> None:
-    params, grads = problem(1)
-    optimizer = Adam(layouts=LAYOUTS)
-    state = optimizer.init(params)
-    state[buffer] = {**state[buffer], "conv": np.zeros((4, 3))}
-    with pytest.raises(ValueError, match=rf"conv: the {buffer} has shape \(4, 3\), its parameter"):
-        optimizer.update(params, grads, state)
+    bias = grads["dense"]["bias"]
+    for each in (optimizer, Adam(layouts=LAYOUTS)):
+        optimizer, state = each, each.init(start)
+        for buffer in state.keys() - {"step"}:
+            message = rf"scale: the {buffer} has shape \(3,\), its parameter \(\)"
+            refuses(message, state={**state, buffer: {**state[buffer], "scale": bias}})
 
 
 def test_update_refuses_gradients_of_another_library(xp: Any) -> None:

@@ -361,10 +361,6 @@ def test_refused_array(grad: Any, message: str) -> None:
         gcx.centralize(grad, out=grad, reproducible=True)
     np.testing.assert_array_equal(grad, before)
     gcx.centralize(grad)  # is another matter
-
-
-@pytest.mark.parametrize(("grad", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_one_of_many(grad: Any, message: str) -> None:
     good = np.array([[1.0, 3.0]])
     with pytest.raises(TypeError, match=f"^bad: reproducible=True is for .*{message}"):
         gcx.centralize_many(

@@ -139,7 +139,25 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
             (text, {}, ValueError, "is not valid")
             for text in ("(b)i", "(bi", "bi)", "((bi))o", "(ii)o", "()i", "(b....)", "...(b...)")
         ],
-        ("bo", {}, ValueError, "names no fan-in axis"),
+        *[
+            (text, {}, ValueError, rf"layout '{re.escape(text)}' is not valid.*'o'.*'i'")
+            for text in [
+                "xyz",
+                "O...",
+                "o i",
+                "o...i...",
+                "......",
+                "....",
+                "..",
+                "oi.",
+                "o…",
+                "12",
+            ]
+        ],
+        *[
+            (text, {}, ValueError, f"layout '{text}' names no fan-in axis")
+            for text in ("", "o", "oo", "ooo", "bo")
+        ],
     ],
 )
 def test_sizes_that_settle_nothing_are_refused(
@@ -155,9 +173,10 @@ def test_a_split_layout_is_a_value() -> None:
     assert GROUPS.sizes == {"b": 2}
     assert GROUPS == gcx.Layout("(bi)o...", b=2) != gcx.Layout("(bi)o...", b=4)
     assert len({GROUPS, gcx.Layout("(bi)o...", b=2), gcx.Layout("(bi)o...", b=4)}) == 2
-    for clone in (copy.deepcopy(GROUPS), pickle.loads(pickle.dumps(GROUPS))):
-        assert clone == GROUPS
-        assert clone.split((8, 4)) == GROUPS.split((8, 4))
+    for layout in (GROUPS, gcx.Layout("io...")):
+        for clone in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+            assert clone(layout) == layout
+            assert clone(layout).split((8, 4)) == layout.split((8, 4))
 
 
 def test_letters_are_spelled_out() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 import gcx
 from gcx.optim import SGD, Adam
@@ -137,40 +136,7 @@ def test_without_centralization_of_the_step_the_means_drift(xp: Any, name: str) 
     assert shift_error(start, end, data[0]) > 0.05
 
 
-def test_digits_are_learned_with_the_means_kept() -> None:
-    x, labels = load_digits(return_X_y=True)
-    x, target = x / 16, np.eye(10)[labels]
-    (numpy,) = libraries.MAKERS["numpy"]()
-    start = start_weights(64, 32, 10)
-
-    def end(where: Any) -> Weights:
-        optimizer = SGD(0.2, momentum=0.9, where=where)
-        return trained(numpy, optimizer, start, (x[:1200], target[:1200]), steps=60)
-
-    def accuracy(weights: Weights) -> float:
-        return float(np.mean(outputs(weights, x[1200:])[1].argmax(axis=1) == labels[1200:]))
-
-    with_gc, without = end("gradient"), end(None)
-    assert accuracy(start) < 0.3
-    assert min(accuracy(with_gc), accuracy(without)) > 0.85
-    assert drift(start, with_gc) < 1e-14
-    assert drift(start, without) > 0.01
-    assert shift_error(start, with_gc, x) < 1e-13
-    assert shift_error(start, without, x) > 0.1
-
-
 # Proposition 4.2
-
-
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_the_norm_of_the_gradient_falls_by_its_mean(xp: Any, name: str) -> None:
-    grad = gradients(start_weights(6, 5, 2), regression())[name]
-    norms = np.sum(xp.numpy(gcx.centralize(xp.asarray(grad))) ** 2, axis=1)
-    before = np.sum(grad**2, axis=1)
-    fan_in = grad.shape[1]
-    means = reference.fan_in_means(grad, (1,))[:, 0]
-    np.testing.assert_allclose(norms, before - fan_in * means**2, rtol=0, atol=1e-14 * before.max())
-    assert (norms < before).all()
 
 
 def test_the_norm_of_the_hessian_falls(xp: Any) -> None:

@@ -308,6 +308,7 @@ def _codebook() -> nn.Module:
 BY_ROWS = Layout("o...")
 LENGTH = "weight_norm g: the length of a weight"
 EMBEDDING = "embedding: a row is an input, not an output unit"
+FAN_IN_ONE = "fan-in 1: subtracting its mean would freeze it"
 TIED = "tied, and the rules differ: "
 UNKNOWN = "unknown: nobody declared "
 BY_UNKNOWN = "unknown: a parametrization by "
@@ -328,6 +329,9 @@ ORIGINAL = "parametrizations.weight.original"
             lambda: _tied(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Embedding(4, 4)),
             {"0.weight": f"{TIED}Linear; 1.weight: {EMBEDDING}"},
         ),
+        (lambda: nn.EmbeddingBag(7, 4), {"weight": EMBEDDING}),
+        (lambda: nn.Linear(5, 1), {"weight": BY_ROWS}),
+        (lambda: nn.Conv2d(4, 4, 1, groups=4), {"weight": FAN_IN_ONE}),
         (_codebook, {"weight": f"{TIED}Linear; codebook: {UNKNOWN}Linear.codebook"}),
         (lambda: _tied(nn.Linear(4, 4), nn.Linear(4, 4)), {"0.weight": BY_ROWS}),
         (lambda: _tied(nn.Linear(4, 4), _Router(4, 4)), {"0.weight": BY_ROWS}),
@@ -434,20 +438,6 @@ def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
     assert (grad == 0).sum() >= 6  # half of it is not used at all
     name = "parametrizations.weight.original"
     assert _decision(layer, name) == "orthogonal: coordinates of a rotation"
-
-
-def test_layout_of_a_grouped_transposed_convolution_splits_its_inputs() -> None:
-    layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
-    row = gcx.torch.plan(layer)[0]
-    assert row.layout is not None
-    assert row.layout.split(row.shape) == ((2, 2, 3, 3, 3), (1, 3, 4))
-    grad = torch.randn_like(layer.weight)
-    by_hand = gcx.centralize(grad, layout=row.layout)
-    layer.weight.grad = grad
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    gcx.torch.centralize(optimizer, layer)
-    optimizer.step()
-    torch.testing.assert_close(layer.weight.grad, by_hand)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

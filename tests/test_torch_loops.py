@@ -48,6 +48,35 @@ def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
     return loss
 
 
+def go_on_with_the_gradient(layer: nn.Linear, optimizer: Optimizer) -> None:
+    """Later steps centralize what is centralized, and the decay of new weights."""
+    loss_of(layer).backward()
+    for _ in range(3):
+        optimizer.step()
+
+
+def step_by_a_gradient_with_a_graph(layer: nn.Linear, optimizer: Optimizer) -> None:
+    loss_of(layer).backward(create_graph=True)
+    assert layer.weight.grad.requires_grad
+    optimizer.step()
+
+
+def schedule(layer: nn.Linear, optimizer: Optimizer) -> None:
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=6)
+    for _ in range(5):
+        train(layer, optimizer, steps=1)
+        scheduler.step()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize(
+    "loop", [go_on_with_the_gradient, step_by_a_gradient_with_a_graph, schedule]
+)
+def test_loops_that_keep_the_means(where: Any, loop: Any, layer: nn.Linear) -> None:
+    optimizer = attached(layer, where, **DECAYED)
+    assert_means_kept(layer, lambda: loop(layer, optimizer))
+
+
 # Accumulation and clipping
 
 
@@ -66,13 +95,6 @@ def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(layer, training)
     train(twin, whole)
     assert_same(layer, twin)
-
-
-def test_steps_that_keep_the_gradient(layer: nn.Linear) -> None:
-    """The second step centralizes what it has centralized before, and the decay of new weights."""
-    optimizer = attached(layer, weight_decay=0.1)
-    loss_of(layer).backward()
-    assert_means_kept(layer, lambda: [optimizer.step() for _ in range(3)])
 
 
 def test_clipping_in_the_loop_comes_first(layer: nn.Linear) -> None:

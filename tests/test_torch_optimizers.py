@@ -126,7 +126,6 @@ def test_update_of_any_optimizer_keeps_means(kind: str, training: str, model: Ne
     assert_means_kept(model, start)
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> None:
     start, twin = weights_of(model), copy.deepcopy(model)
     options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
@@ -138,29 +137,6 @@ def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> N
     train(model, down)
     assert_means_kept(twin, start)
     assert_close(twin, weights_of(model))
-
-
-def test_the_check_can_fail(model: Net) -> None:
-    start = weights_of(model)
-    train(model, optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(AssertionError, match="not centralized"):
-        assert_means_kept(model, start)
-
-
-def test_shifted_input_after_training() -> None:
-    """Corollary 4.1 as users see it: the response to a shift is that of the start."""
-    torch.manual_seed(0)
-    layer = nn.Linear(5, 3).double()
-    at_start = layer.weight.detach().sum(1)
-    optimizer = optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    gcx.torch.centralize(optimizer, layer)
-    x = torch.rand(8, 5, dtype=torch.float64)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        (layer(x) - TARGET[:, :3]).square().mean().backward()
-        optimizer.step()
-    gamma = 2.5
-    torch.testing.assert_close(layer(x + gamma) - layer(x), (gamma * at_start).expand(8, 3))
 
 
 # The steps of the paper's own optimizers and of AdamW, on plain tensors. Each takes and gives the

@@ -22,6 +22,7 @@ import gcx.torch
 import canonical_order
 import processes
 from same_bits import assert_same_bits
+from torch_training import WAYS
 
 pytestmark = pytest.mark.one_framework
 
@@ -91,46 +92,17 @@ STRIDES: dict[str, Callable[[Model], Model]] = {
 }
 
 
-# The gradients, by every way in
-
-
-def attached(model: nn.Module, **options: Any) -> Any:
-    return gcx.torch.centralize(SGD(model.parameters()), model, reproducible=True, **options)
-
-
-def by_hook(model: nn.Module) -> None:
-    optimizer = SGD(model.parameters())
-    gcx.torch.centralize(optimizer, model, reproducible=True)
-    optimizer.step()
-
-
-def by_handle(model: nn.Module) -> None:
-    attached(model, where="update").centralize_grads_()
-
-
-def now(model: nn.Module) -> None:
-    gcx.torch.centralize_grads_(model, reproducible=True)
-
-
-def in_backward(model: nn.Module) -> None:
-    gcx.torch.centralize_in_backward(model, reproducible=True)
-    pairs = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.zero_grad()
-    # Whose gradients are these.
-    sum((parameter * grad).sum() for parameter, grad in pairs).backward()
-
-
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("centralize", [by_hook, by_handle, now, in_backward])
+@pytest.mark.parametrize("centralize", WAYS)
 @pytest.mark.filterwarnings("ignore:.*rounding the weights loses:UserWarning")
 def test_gradients_have_the_canonical_bits(
-    centralize: Callable[[nn.Module], None], dtype: torch.dtype, strides: str
+    centralize: Callable[..., None], dtype: torch.dtype, strides: str
 ) -> None:
     model = STRIDES[strides](new_model(dtype))
     random_gradients(model)
     expected = by_reference(model)
-    centralize(model)
+    centralize(model, reproducible=True)
     for name, grad in expected.items():
         assert_same_bits(numbers(model.get_parameter(name).grad), grad)
 
@@ -234,9 +206,7 @@ def test_memory_format_does_not_matter(make: Any, where: Any) -> None:
 # Where it cannot be promised
 
 
-@pytest.mark.parametrize(
-    "attach", [attached, by_handle, in_backward, now], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("attach", WAYS)
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -250,7 +220,7 @@ def test_attaching_names_the_weight(attach: Any, options: Any, match: str) -> No
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(TypeError, match=match):
-        attach(model)
+        attach(model, reproducible=True)
     assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
     for parameter in model[1].parameters():  # what is left alone promises nothing
         parameter.requires_grad_(requires_grad=False)

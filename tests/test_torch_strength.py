@@ -17,6 +17,8 @@ from torch.optim import SGD, Adam, Optimizer
 import gcx
 import gcx.torch
 
+from torch_training import WAYS
+
 pytestmark = pytest.mark.one_framework
 
 STRENGTH = 0.3
@@ -41,15 +43,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def by_step(model: nn.Module) -> None:
+def by_closure(model: nn.Module, **options: Any) -> None:
     optimizer = SGD(model.parameters())
-    gcx.torch.centralize(optimizer, model, strength=STRENGTH)
-    optimizer.step()
-
-
-def by_closure(model: nn.Module) -> None:
-    optimizer = SGD(model.parameters())
-    gcx.torch.centralize(optimizer, model, strength=STRENGTH)
+    gcx.torch.centralize(optimizer, model, **options)
     given = gradients(model)
 
     def closure() -> float:
@@ -60,37 +56,21 @@ def by_closure(model: nn.Module) -> None:
     optimizer.step(closure)
 
 
-def by_handle(model: nn.Module) -> None:
-    gcx.torch.centralize(SGD(model.parameters()), model, strength=STRENGTH).centralize_grads_()
+def fused_sgd(model: nn.Module, **options: Any) -> None:
+    gcx.torch.SGD(model, **options).step()
 
 
-def now(model: nn.Module) -> None:
-    gcx.torch.centralize_grads_(model, strength=STRENGTH)
-
-
-def in_backward(model: nn.Module) -> None:
-    gcx.torch.centralize_in_backward(model, strength=STRENGTH)
-    pairs = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.zero_grad()
-    sum((parameter * grad).sum() for parameter, grad in pairs).backward()
-
-
-def fused_sgd(model: nn.Module) -> None:
-    gcx.torch.SGD(model, strength=STRENGTH).step()
-
-
-def fused_adamw(model: nn.Module) -> None:
-    gcx.torch.AdamW(model, strength=STRENGTH).step()
+def fused_adamw(model: nn.Module, **options: Any) -> None:
+    gcx.torch.AdamW(model, **options).step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "centralize", [by_step, by_closure, by_handle, now, in_backward, fused_sgd, fused_adamw]
-)
-def test_gradients(centralize: Callable[[nn.Module], None], dtype: torch.dtype) -> None:
+@pytest.mark.filterwarnings("ignore:.*rounding the weights loses:UserWarning")
+@pytest.mark.parametrize("centralize", [*WAYS, by_closure, fused_sgd, fused_adamw])
+def test_gradients(centralize: Callable[..., None], dtype: torch.dtype) -> None:
     model = new_model(dtype)
     expected = centralized(model, gradients(model))
-    centralize(model)
+    centralize(model, strength=STRENGTH)
     torch.testing.assert_close(gradients(model), expected)
 
 

@@ -60,3 +60,32 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
     """Two roundings apart: the same steps, summed in another order."""
     for found, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+# The ways to centralize the gradients of a model
+
+
+def by_step(model: nn.Module, **options: Any) -> None:
+    optimizer = SGD(model.parameters())
+    gcx.torch.centralize(optimizer, model, **options)
+    optimizer.step()
+
+
+def by_handle(model: nn.Module, **options: Any) -> None:
+    handle = gcx.torch.centralize(SGD(model.parameters()), model, where="update", **options)
+    handle.centralize_grads_()
+
+
+def now(model: nn.Module, **options: Any) -> None:
+    gcx.torch.centralize_grads_(model, **options)
+
+
+def in_backward(model: nn.Module, **options: Any) -> None:
+    gcx.torch.centralize_in_backward(model, **options)
+    pairs = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
+    # Whose gradients are these.
+    sum((parameter * grad).sum() for parameter, grad in pairs).backward()
+
+
+WAYS = [by_step, by_handle, now, in_backward]

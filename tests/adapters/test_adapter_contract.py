@@ -27,8 +27,6 @@ MOVED = 1e-3
 
 New = Callable[..., Adapter]
 
-every_place = pytest.mark.parametrize("where", ["gradient", "update"])
-
 
 @pytest.fixture
 def new(adapter: type[Adapter], tmp_path: Path) -> New:
@@ -65,7 +63,6 @@ def test_all_begin_alike(new: New) -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5], ids=["whole", "strength"])
-@every_place
 def test_sgd_learns_digits_as_by_hand(new: New, where: Any, strength: float) -> None:
     row = new("sgd")
     before = row.weights()
@@ -90,7 +87,6 @@ def test_without_it_the_means_move(new: New, kind: Kind) -> None:
     assert means_moved(row, before) > MOVED
 
 
-@every_place
 def test_adam_keeps_the_means_in_the_update_alone(new: New, where: Any) -> None:
     row = new("adam")
     before = row.weights()
@@ -102,7 +98,6 @@ def test_adam_keeps_the_means_in_the_update_alone(new: New, where: Any) -> None:
         assert means_moved(row, before) > MOVED
 
 
-@every_place
 def test_reproducible_steps_have_the_canonical_bits(new: New, where: Any) -> None:
     """The first step of SGD, whose rate is a power of two."""
     row, other = new("sgd"), new("sgd")
@@ -129,7 +124,6 @@ def canonical_means(x: Any) -> Any:
 # Beginning late, ending, and beginning again
 
 
-@every_place
 def test_remove_gives_plain_training_back(new: New, where: Any) -> None:
     row, twin = new("adam"), new("adam")
     row.attach(where=where)
@@ -140,7 +134,6 @@ def test_remove_gives_plain_training_back(new: New, where: Any) -> None:
     assert_same(row, twin)
 
 
-@every_place
 def test_remove_in_mid_training(new: New, where: Any) -> None:
     row = new("sgd")
     row.attach(where=where)
@@ -151,18 +144,19 @@ def test_remove_in_mid_training(new: New, where: Any) -> None:
     assert means_moved(row, before) > MOVED
 
 
-@every_place
 def test_remove_and_attach_again(new: New, where: Any) -> None:
     row = new("sgd")
     row.attach(where=where)
+    first = getattr(row, "handle", None)
     row.remove()
     row.attach(where=where)
+    if first is not None:
+        first.remove()  # which does nothing, least of all to the second
     before = row.weights()
     row.train(4)
     assert_means_kept(row, before)
 
 
-@every_place
 def test_momentum_from_before(new: New, where: Any) -> None:
     row = new("sgd")
     row.train(4)
@@ -175,7 +169,6 @@ def test_momentum_from_before(new: New, where: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-@every_place
 def test_a_checkpoint_goes_on(new: New, where: Any, kind: Kind) -> None:
     """To the same bits, and without a warning."""
     row = new(kind)
@@ -235,7 +228,6 @@ def test_the_plan_names_the_weights(new: New) -> None:
     assert "2 of 4 parameters centralized" in repr(row.plan())
 
 
-@every_place
 def test_overrides_reach_the_step(new: New, where: Any) -> None:
     """A layout says that the fan-in of a weight lies along its other axis."""
     row = new("sgd")
@@ -249,20 +241,27 @@ def test_overrides_reach_the_step(new: New, where: Any) -> None:
     assert np.abs((now["output"] - before["output"]).mean(1)).max() > MOVED
 
 
-WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "where": ("weights", ValueError, "where is one of 'gradient', 'update'.* not 'weights'"),
-    "decay": ("in", ValueError, "decay is one of None, 'inside', 'outside', not 'in'"),
-    "strength": (2, ValueError, "strength is the part of the mean to subtract, from 0 to 1"),
-    "layers": ("linear", ValueError, "layers is one of 'all', 'conv', not 'linear'"),
-    "overrides": ("conv", TypeError, "overrides is a mapping"),
+OF_STRENGTH = "strength is the part of the mean to subtract, from 0 to 1"
+WRONG: dict[str, list[tuple[Any, type[Exception], str]]] = {
+    "where": [("weights", ValueError, "where is one of 'gradient', 'update'.* not 'weights'")],
+    "decay": [("in", ValueError, "decay is one of None, 'inside', 'outside', not 'in'")],
+    "strength": [(value, ValueError, OF_STRENGTH) for value in (2, "1")],
+    "layers": [("linear", ValueError, "layers is one of 'all', 'conv', not 'linear'")],
+    "overrides": [
+        ("conv", TypeError, "overrides is a mapping from names to layouts"),
+        ({"a.*": "ox"}, ValueError, r"overrides: a\.\*: layout 'ox' is not valid"),
+        ({"a": "(bi)o"}, ValueError, "overrides: a: .*give the size of all parts"),
+    ],
+    "reproducible": [("no", ValueError, "reproducible is one of True, False, not 'no'")],
+    "wher": [("update", TypeError, "wher")],
 }
 
 
 @pytest.mark.parametrize("option", WRONG)
 def test_options_are_checked_where_they_are_given(new: New, option: str) -> None:
-    value, error, message = WRONG[option]
-    with pytest.raises(error, match=message):
-        new("sgd").attach(**{option: value})
+    for value, error, message in WRONG[option]:
+        with pytest.raises(error, match=message):
+            new("sgd").attach(**{option: value})
 
 
 def attach_and_train(row: Adapter, **options: Any) -> None:
@@ -291,8 +290,12 @@ def test_narrow_weights_warn(new: New, dtype: str) -> None:
     """Rounding of the weights moves the means, and `where="update"` restores these."""
     new("sgd", dtype).attach()
     row = new("sgd", dtype)
-    with pytest.warns(UserWarning, match=rf"(weight|kernel) is (torch\.)?{dtype}"):
+    with pytest.warns(
+        UserWarning, match=rf"(weight|kernel) is (torch\.)?{dtype}.*where='gradient'"
+    ) as caught:
         attach_and_train(row, where="update")
+    if row.warns_at_the_line:
+        assert Path(caught[0].filename).parent == Path(__file__).parent
 
 
 def test_a_row_lacks_nothing_but_facts(adapter: type[Adapter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,11 @@ TRAINERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
-def test_means_stay(options: dict[str, Any], tmp_path: Path) -> None:
-    net = Net()
-    start = fit(trainer_of(tmp_path, GradientCentralization(), **options), net)
-    assert_means_stay(net, start)
-
-
-@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
-def test_means_move_without_the_callback(options: dict[str, Any], tmp_path: Path) -> None:
-    net = Net()
-    start = fit(trainer_of(tmp_path, **options), net)
-    with pytest.raises(AssertionError, match="not centralized"):
+@pytest.mark.parametrize("callbacks", [[GradientCentralization()], []], ids=["with", "without"])
+def test_means_stay(callbacks: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    start = fit(trainer_of(tmp_path, *callbacks, **options), net := Net())
+    moved = pytest.raises(AssertionError, match="not centralized")
+    with nullcontext() if callbacks else moved:
         assert_means_stay(net, start)
 
 
@@ -315,38 +310,24 @@ def test_errors_come_before_the_training(
 # Beginning, ending, and beginning again
 
 
-def assert_left_as_it_was(trainer: lightning.Trainer, net: Net) -> None:
-    (optimizer,) = trainer.optimizers
-    gcx.torch.centralize(optimizer, net).remove()  # refuses an optimizer that has it already
-
-
-def test_the_optimizer_is_left_as_it_was(tmp_path: Path) -> None:
-    net = Net()
-    trainer = trainer_of(tmp_path, GradientCentralization())
-    fit(trainer, net)
-    assert_left_as_it_was(trainer, net)
-
-
 class Failing(Net):
     def on_train_batch_end(self, *_: Any) -> None:
         raise InterruptedError
 
 
-def test_the_optimizer_is_left_as_it_was_after_an_exception(tmp_path: Path) -> None:
-    net = Failing()
-    trainer = trainer_of(tmp_path, GradientCentralization())
-    with pytest.raises(InterruptedError):
+@pytest.mark.parametrize("kind", [Net, Failing])
+def test_the_optimizer_is_left_as_it_was(kind: type[Net], tmp_path: Path) -> None:
+    net, trainer = kind(), trainer_of(tmp_path, GradientCentralization())
+    with pytest.raises(InterruptedError) if kind is Failing else nullcontext():
         fit(trainer, net)
-    assert_left_as_it_was(trainer, net)
+    (optimizer,) = trainer.optimizers
+    gcx.torch.centralize(optimizer, net).remove()  # refuses an optimizer that has it already
 
 
 def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, GradientCentralization())
     trainer.test(Net(), BATCHES, verbose=False)
     trainer.predict(Net(), BATCHES)
-
-
-# Checkpoints
 
 
 # The same package by its older name

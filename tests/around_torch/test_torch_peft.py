@@ -135,11 +135,7 @@ FACTORS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, str]]] = {
     "C3AConfig": ({"block_size": 4}, {"c3a_kernel": "oii"}, {}),
     "DeftConfig": ({"r": 2}, {}, {"deft_R": "oi"}),
     "DeloraConfig": ({"r": 2}, {}, {}),
-    "GloraConfig": (
-        {"r": 2},
-        {"glora_A.Xd": "oi", "glora_B.Xd": "oi"},
-        {"glora_B.Xu": "oi"},
-    ),
+    "GloraConfig": ({"r": 2}, {"glora_A.Xd": "oi", "glora_B.Xd": "oi"}, {"glora_B.Xu": "oi"}),
     "GraloraConfig": ({"r": 4, "gralora_k": 2}, {"gralora_B": "bio"}, {"gralora_A": "bio"}),
     "HiraConfig": ({"r": 2}, {"hira_B": "oi"}, {}),
     "LoKrConfig": ({"r": 4}, {"lokr_w1": "o...", "lokr_w2": "o..."}, {}),

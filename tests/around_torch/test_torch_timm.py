@@ -27,54 +27,23 @@ from torch_fan_in import (
     unknown_in,
 )
 
-# One of each family whose layers own parameters.
+# One of each family whose layers own parameters. In most of them, the weights that are centralized
+# belong to layers of torch.nn.
+OF_TORCH = """
+beit_base_patch16_224 bat_resnext26ts botnet26t_256 cait_xxs24_224 coat_tiny convit_tiny
+convnext_atto crossvit_tiny_240 deit3_small_patch16_224 deit_tiny_distilled_patch16_224
+edgenext_xx_small efficientformer_l1 efficientvim_m1 efficientvit_m0 eva02_tiny_patch14_224
+fastvit_t8 halonet26t hiera_tiny_224 iformer_t lambda_resnet26t levit_128s maxvit_tiny_tf_224
+mixer_s32_224 mobilenetv4_hybrid_medium mvitv2_tiny naflexvit_base_patch16_gap nest_tiny nfnet_l0
+pit_ti_224 resmlp_12_224 resnet50 resnetv2_50x1_bit samvit_base_patch16 sequencer2d_s
+swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tiny_vit_5m_224 tnt_s_patch16_224
+visformer_tiny vit_base_patch16_rope_mixed_224 vit_relpos_small_patch16_224 vit_tiny_patch16_224
+volo_d1_224 xcit_nano_12_p16_224
+"""
 TIMM = {
-    "beit_base_patch16_224": {},
-    "bat_resnext26ts": {},
-    "botnet26t_256": {},
-    "cait_xxs24_224": {},
-    "coat_tiny": {},
-    "convit_tiny": {},
-    "convnext_atto": {},
-    "crossvit_tiny_240": {},
-    "deit3_small_patch16_224": {},
-    "deit_tiny_distilled_patch16_224": {},
-    "edgenext_xx_small": {},
-    "efficientformer_l1": {},
-    "efficientvim_m1": {},
-    "efficientvit_m0": {},
-    "eva02_tiny_patch14_224": {},
-    "fastvit_t8": {},
-    "halonet26t": {},
-    "hiera_tiny_224": {},
-    "iformer_t": {},
-    "lambda_resnet26t": {},
-    "levit_128s": {},
-    "maxvit_tiny_tf_224": {},
-    "mixer_s32_224": {},
-    "mobilenetv4_hybrid_medium": {},
-    "mvitv2_tiny": {},
-    "naflexvit_base_patch16_gap": {},
-    "nest_tiny": {},
-    "nfnet_l0": {},
-    "pit_ti_224": {},
-    "resmlp_12_224": {},
-    "resnet50": {},
-    "resnetv2_50x1_bit": {},
-    "samvit_base_patch16": {},
-    "sequencer2d_s": {},
+    **{name: {} for name in OF_TORCH.split()},
     "swiftformer_xs": {"EfficientAdditiveAttention.w_g": "io"},
-    "swin_tiny_patch4_window7_224": {},
-    "swinv2_tiny_window8_256": {},
     "tf_efficientnet_cc_b0_4e": {"CondConv2d.weight": "b(oi...)"},
-    "tiny_vit_5m_224": {},
-    "tnt_s_patch16_224": {},
-    "visformer_tiny": {},
-    "vit_base_patch16_rope_mixed_224": {},
-    "vit_relpos_small_patch16_224": {},
-    "vit_tiny_patch16_224": {},
-    "volo_d1_224": {},
-    "xcit_nano_12_p16_224": {},
 }
 
 

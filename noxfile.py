@@ -223,6 +223,14 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=RUNNING)
+def mutants(session: nox.Session) -> None:
+    """Change gcx in small ways, and see if a test fails; ``-- 'gcx.layout*'`` takes one module."""
+    install(session, "-e.", *FRAMEWORKS, "peers", "mutants")
+    session.run("mutmut", "run", *session.posargs)
+    session.run("mutmut", "results")
+
+
+@nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")

@@ -142,6 +142,9 @@ def _centralize(
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
     mean = _average(wide, axes)
+    fan_in = prod(grad.shape[axis] for axis in axes)
+    if not isinstance(fan_in, int):  # a symbol, which may be 1 in a call
+        mean = jnp.where(jnp.asarray(fan_in) > 1, mean, 0)
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:

@@ -96,6 +96,8 @@ def test_gradient_of_a_gradient() -> None:
 def test_errors_come_while_tracing() -> None:
     with pytest.raises(ValueError, match=r"layout 'ioo' is for arrays of rank 3.*\(3, 4\)"):
         jax.jit(partial(gcx.centralize, layout="ioo"))(weight(3, 4))
+    with pytest.raises(TypeError, match=r"strength is a Python number, not a \w*Tracer.* static"):
+        jax.jit(lambda g, strength: gcx.centralize(g, strength=strength))(weight(3, 4), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ def check_plan(
     Notes
     -----
     A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
-    attention), not linearly (spectral norm), inside `torch.utils.checkpoint`, in inference mode, or
-    with complex numbers; or if padding hides a part of a kernel. A product element by element,
-    summed in a second operation, disagrees although the plan may be right.
+    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint`, in
+    inference mode or of a complex model, and a kernel of which padding hides a part. A product
+    element by element, summed in a second operation, disagrees although the plan may be right.
 
     Examples
     --------

@@ -62,9 +62,9 @@ def centralize(
     Raises
     ------
     TypeError
-        If `grad` is not a dense floating array; if both `layout` and `axis` are given; if `out`
-        cannot be written to; or if `reproducible` does not support the dtype, library or device, or
-        a sharded fan-in.
+        If `grad` is not a dense floating array; if `strength` is an array; if both `layout` and
+        `axis` are given; if `out` cannot be written to; or if `reproducible` does not support the
+        dtype, library or device, or a sharded fan-in.
     ValueError
         If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
         `strength` is not between 0 and 1.
@@ -289,6 +289,10 @@ def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, .
 
 def check_strength(strength: float) -> float:
     """Return `strength` as a Python float; a ValueError unless it is from 0 to 1."""
+    if hasattr(strength, "shape") and not isinstance(strength, Real):
+        kind = type(strength).__name__
+        msg = f"strength is a Python number, not a {kind}: give float(strength), static in jax.jit"
+        raise TypeError(msg)
     if not (isinstance(strength, (float, Real)) and 0.0 <= strength <= 1.0):
         msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         raise ValueError(msg)

@@ -29,7 +29,7 @@ def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> 
         layout = as_layout(answer)
         view, axes = layout.split(shape)
     size = prod(view[axis] for axis in axes)
-    if size < 2:
+    if isinstance(size, int) and size < 2:  # it may be a symbol in a JAX export
         few_axes = None if axes else no_fan_in(shape)
         obstacle = few_axes or f"fan-in {size}: subtracting its mean would freeze it"
         return PlanRow(name, shape, None, obstacle)

@@ -92,10 +92,11 @@ def assert_centralized(
 def _widen(array: Any, rtol: float | None) -> Any:
     if _compat.is_torch_array(array):
         array = array.detach()
-    if getattr(array.dtype, "itemsize", 8) >= 4:
+    is_complex = "complex" in str(array.dtype)
+    if getattr(array.dtype, "itemsize", 8) >= (8 if is_complex else 4):
         return array
     if rtol is None:
         msg = f"give rtol: rounding to {array.dtype} is too coarse for a default"
         raise ValueError(msg)
     xp = _compat.array_namespace(array)
-    return xp.astype(array, xp.float32)
+    return xp.astype(array, xp.complex64 if is_complex else xp.float32)

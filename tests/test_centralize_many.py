@@ -317,6 +317,16 @@ class TestOut:
         assert_leaves(in_numpy(out), expected)
         assert_leaves(in_numpy(grads), in_numpy(tree(values)))
 
+    def test_of_several_libraries_in_one_memory(self) -> None:
+        torch = pytest.importorskip("torch")
+        whole = values(8, 3)
+        expected = centralized(whole, (1,))
+        gcx.centralize_many(parts := [whole[1::2], torch.from_numpy(whole)[::2]], out=parts)
+        np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-14)
+        parts = [whole[1:], torch.from_numpy(whole)[::2]]
+        with pytest.raises(ValueError, match="memory of the other"):
+            gcx.centralize_many(parts, out=parts)
+
     @pytest.mark.parametrize("keys", [("a", "b"), (1, "1")], ids=["others", "read the same"])
     def test_may_have_its_keys_in_another_order(self, keys: Any) -> None:
         grads = {key: values(3, 4, seed=k) for k, key in enumerate(keys)}

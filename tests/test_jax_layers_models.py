@@ -276,11 +276,11 @@ def _haiku_conv(kind: Any, mask: Any) -> Any:
 MASKED_CONVOLUTIONS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linen": lambda: (nn.Conv(4, (3,), mask=MASK), X),
     "linen, transposed": lambda: (nn.ConvTranspose(4, (3,), mask=MASK), X),
-    "linen, local": lambda: (nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4))), X),
+    "linen, local": lambda: (nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4), X.dtype)), X),
     "nnx": lambda: (nnx.Conv(3, 4, (3,), mask=MASK, rngs=RNGS),),
     "nnx, transposed": lambda: (nnx.ConvTranspose(3, 4, (3,), mask=MASK, rngs=RNGS),),
     "haiku": lambda: (_haiku_conv(hk.Conv1D, MASK), X),
-    "haiku, transposed": lambda: (_haiku_conv(hk.Conv1DTranspose, jnp.ones((3, 4, 3))), X),
+    "haiku, transposed": lambda: (_haiku_conv(hk.Conv1DTranspose, jnp.ones((3, 4, 3), X.dtype)), X),
 }
 
 
@@ -700,9 +700,20 @@ def test_model_that_has_no_layers_yet(model: Any, module: str) -> None:
     for use in (gcx.optax.centralize, gcx.optax.plan, partial(gcx.optax.plan, {})):
         with pytest.raises(TypeError, match=re.escape(message)):
             use(model)
-    with pytest.raises((AttributeError, TypeError, ValueError)) as error:
-        gcx.optax.layouts(model, (2, 7, 7, 3))
+    for shape in ((2, 7, 7, 3), [2, 7], ((2, 7), "float32")):
+        with pytest.raises(TypeError, match=r"^an example input is an array or jax\.ShapeD.*, not"):
+            gcx.optax.layouts(model, shape)
+    with pytest.raises((AttributeError, IndexError, TypeError, ValueError)) as error:
+        gcx.optax.layouts(model, 7)
     assert any("jax.ShapeDtypeStruct(shape, dtype)" in note for note in error.value.__notes__)
+
+
+def test_models_of_linen_in_containers_have_no_layers_yet() -> None:
+    for models in ([nn.Dense(3)], {"a": nn.Dense(3)}):
+        with pytest.raises(TypeError, match=r"give gcx\.optax\.layouts\(model, "):
+            gcx.optax.centralize(models)
+        with pytest.raises(TypeError, match=r"model is an nnx, linen or .* not (list|dict)"):
+            gcx.optax.layouts(models, IMAGES)
 
 
 @pytest.mark.parametrize("make", [OfNnx, OfEquinox])

@@ -96,6 +96,8 @@ def test_gradient_of_a_gradient() -> None:
 def test_errors_come_while_tracing() -> None:
     with pytest.raises(ValueError, match=r"layout 'ioo' is for arrays of rank 3.*\(3, 4\)"):
         jax.jit(partial(gcx.centralize, layout="ioo"))(weight(3, 4))
+    with pytest.raises(TypeError, match=r"strength is a Python number, not a \w*Tracer.* static"):
+        jax.jit(lambda g, strength: gcx.centralize(g, strength=strength))(weight(3, 4), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +148,23 @@ for layout, axis in (("o...", 1), ("...o", 0)):
 
 
 @pytest.mark.parametrize("layout", ["o...", "ioi"])
-def test_export_with_sizes_that_are_symbols(layout: str) -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("adapter", [False, True], ids=["gcx", "optax"])
+def test_export_with_sizes_that_are_symbols(layout: str, strength: float, adapter: bool) -> None:
     from jax import export
 
+    def centralize(grad: Any) -> Any:
+        if not adapter:
+            return gcx.centralize(grad, layout=layout, strength=strength)
+        optax = pytest.importorskip("gcx.optax")
+        return optax.centralize({"*": layout}, strength=strength).update([grad], None)[0][0]
+
+    program = jax.jit(centralize)
     shape = export.symbolic_shape("a, b, c")
-    program = jax.jit(lambda g: gcx.centralize(g, layout=layout))
     exported = export.export(program)(jax.ShapeDtypeStruct(shape, jnp.float32))
-    grad = weight(4, 3, 2)
-    np.testing.assert_allclose(exported.call(grad), program(grad), atol=1e-6)
+    for sizes in ((4, 3, 2), (1, 3, 1), (3, 1, 1)):  # some with a fan-in of 1
+        grad = weight(*sizes)
+        np.testing.assert_allclose(exported.call(grad), program(grad), atol=1e-6)
 
 
 def test_export_reproducible_needs_a_known_fan_in() -> None:

@@ -164,6 +164,10 @@ def test_errors() -> None:
     params = {"w": normal(1, 4, 3), "v": normal(2, 4)}
     with pytest.raises(ValueError, match="exclude: 'head' matches no parameter; there are: v, w"):
         gcx.optax.muon_dimension_numbers(params, {"w": "io"}, exclude=["head"])
+    wrong: tuple[Any, ...] = (3, None, [3])
+    for exclude in wrong:
+        with pytest.raises(TypeError, match=r"exclude: a key is the name of a parameter .* not"):
+            gcx.optax.muon_dimension_numbers(params, {"w": "io"}, exclude=exclude)
     split = {"w": Layout("(bi)o", b=2), "v": "i"}
     with pytest.raises(ValueError, match=r"^w: Layout\(.* splits an axis"):
         gcx.optax.muon_dimension_numbers(params, split)

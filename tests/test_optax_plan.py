@@ -275,6 +275,15 @@ def test_function_gets_path_and_array() -> None:
 # --- errors come before training ------------------------------------------------------------------
 
 
+class OfAnotherLibrary:
+    """Stands in for a model of torch, which is callable."""
+
+    __module__ = "torch.nn.modules.linear"
+
+    def __call__(self, name: str, array: Any) -> None:
+        """Return None, as if it left every parameter alone."""
+
+
 NO_LAYOUTS = (
     "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
     "layout or None, a function of path and array, a plan, or a preset "
@@ -291,6 +300,7 @@ NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
         for x in ("torch", "Flax", "...o", "")
     ],
     (KERNELS, TypeError, "layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the m"),
+    (OfAnotherLibrary(), TypeError, r"is a torch model .* use gcx\.torch"),
     (Net, TypeError, r"layouts is the class Net, .* give a model.* Net\("),
 ]
 

@@ -266,6 +266,18 @@ def test_gradients_of_single_examples_are_refused(layouts: Any, given: bool) -> 
     np.testing.assert_allclose(updates["Dense_0"]["kernel"], expected, atol=1e-15)
 
 
+def test_gradients_of_single_examples_are_refused_though_their_plan_is_known() -> None:
+    params, grads = {"kernel": normal(1, 4, 3)}, {"kernel": normal(1, 5, 4, 3)}
+    gc, state = gcx.optax.centralize("flax"), optax.EmptyState()
+    for of_examples, of_weights in (([], []), ([grads], [params])):
+        gc.update(grads, state, *of_examples)
+        gc.init(params)
+        gc.update(grads, state, grads)
+        with pytest.raises(ValueError, match=r"kernel: the parameter has rank 2, .* rank 3"):
+            gc.update(grads, state, *of_weights)
+        gc = gcx.optax.centralize("flax")
+
+
 def test_gradients_of_single_examples_under_vmap() -> None:
     grads = normal_like(40, {"kernel": normal(1, 5, 4, 3)})
     gc = gcx.optax.centralize("flax")

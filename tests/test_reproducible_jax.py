@@ -167,11 +167,12 @@ def test_without_double_precision() -> None:
         assert_canonical(jax.jit(centralize)(grad), grad, "float32")
 
 
-def test_derivative_is_that_of_the_default() -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_derivative_is_that_of_the_default(strength: float) -> None:
     grad, weight = draw("float64"), draw("float64", seed=1)
 
-    def derivative(operator: Callable[[Any], Any]) -> Any:
-        return jax.grad(lambda x: jnp.sum(weight * operator(x) ** 2))(grad)
+    def derivative(operator: Callable[..., Any]) -> Any:
+        return jax.grad(lambda x: jnp.sum(weight * operator(x, strength=strength) ** 2))(grad)
 
     found, expected = derivative(centralize), derivative(gcx.centralize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())

@@ -13,7 +13,13 @@ from gcx.testing import assert_centralized
 from libraries import ArrayLibrary
 
 WIDE_DTYPES = ["float32", "float64", "complex64", "complex128"]
-EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3, "float8_e5m2": 2**-2}
+EPSILON = {
+    "float16": 2**-10,
+    "complex32": 2**-10,
+    "bfloat16": 2**-7,
+    "float8_e4m3fn": 2**-3,
+    "float8_e5m2": 2**-2,
+}
 
 
 def values(*shape: int) -> Any:
@@ -31,10 +37,11 @@ def test_what_gcx_centralized_passes(xp: ArrayLibrary, options: dict[str, Any]) 
             assert_centralized(grad, **options)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_low_precision_needs_a_tolerance(xp: ArrayLibrary) -> None:
     """64 epsilons of bfloat16 are 0.5: a default that would let through most of a mean."""
-    for dtype in xp.narrow_dtypes:
-        grad = xp.asarray(values(3, 16), dtype)
+    for dtype in (*xp.narrow_dtypes, *["complex32"] * (xp.name == "torch")):
+        grad = xp.asarray(values(3, 16) * (1j if dtype == "complex32" else 1), dtype)
         rtol = EPSILON[dtype]
         assert_centralized(gcx.centralize(grad), rtol=rtol)
         with pytest.raises(AssertionError, match="not centralized"):

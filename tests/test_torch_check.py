@@ -91,6 +91,32 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, Any, str]] = {
         lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
         *(torch.rand(1, 4, 5), "o...", "from 2 output units of 9"),
     ),
+    "convolution, padding hides a part": (
+        lambda: nn.Conv2d(4, 4, 5, padding=2),
+        *(torch.rand(1, 4, 1, 1), None, "unseen"),
+    ),
+    "convolution, a mask hides a part": (
+        lambda: Uses(lambda x, w: F.conv1d(x, w * (w < 9).triu(), padding=1), 3, 2, 3),
+        *(torch.rand(1, 2, 5), "oii", "from 1 output units of 6"),
+    ),
+    "convolution, too fine": (
+        lambda: nn.Conv2d(2, 4, 3),
+        *(torch.rand(1, 2, 5, 5), "ooii", "18 entries from 2 output units of 9"),
+    ),
+    "linear, too fine": (
+        lambda: nn.Linear(4, 3),
+        *(X, Layout("o(oi)", o=2), "4 entries from 2 output units of 2"),
+    ),
+    "a stack, mixed in one operation": (
+        lambda: Uses(lambda x, w: torch.einsum("eb,eoi,bi->bo", x.T[:2], w, x), 2, 3, 4),
+        *(X, "boi", "unseen"),
+    ),
+    "two layers in one operation": (
+        lambda: nn.Sequential(
+            Uses(lambda x, w: torch.einsum("bi,ri,or->bo", x, w, w[:, :3]), 3, 4)
+        ),
+        *(X, None, "unseen"),
+    ),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), X, None, "unseen"),
     "LSTM": (lambda: nn.LSTM(4, 3, bias=False), X[None], None, "unseen"),
     "masked, and told": (lambda: Masked(4), X, "oi", "from 1 output units of 4"),

@@ -68,7 +68,7 @@ def centralize(
     del out  # None, since JAX arrays are immutable
     if not reproducible:
         return _run(grad, axes, strength)
-    result: jax.Array = _centralize_in_order(grad, axes, strength)
+    result: jax.Array = _centralize_in_order(grad, strength, axes)
     return result
 
 
@@ -142,6 +142,9 @@ def _centralize(
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
     mean = _average(wide, axes)
+    fan_in = prod(grad.shape[axis] for axis in axes)
+    if not isinstance(fan_in, int):  # a symbol, which may be 1 in a call
+        mean = jnp.where(jnp.asarray(fan_in) > 1, mean, 0)
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:
@@ -179,27 +182,32 @@ def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x
 
 
-# A linear operator, which equals its own transpose; JAX cannot see it in the additions.
+# Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
+# cannot see it in the additions.
 _in_order = Primitive("gcx_centralize")
-_in_order.def_abstract_eval(lambda x, **_: x)  # type: ignore[no-untyped-call]
-_in_order.def_impl(jax.jit(_jax_canonical.centralize, static_argnames=("axes", "strength")))  # type: ignore[no-untyped-call]
-ad.deflinear2(_in_order, lambda cotangent, _, **how: [_in_order.bind(cotangent, **how)])  # type: ignore[no-untyped-call]
+_in_order.def_abstract_eval(lambda x, *_, **__: x)  # type: ignore[no-untyped-call]
+_in_order.def_impl(jax.jit(_jax_canonical.centralize, static_argnames="axes"))  # type: ignore[no-untyped-call]
+ad.deflinear2(_in_order, lambda ct, _, part, **how: [_in_order.bind(ct, part, **how), None])  # type: ignore[no-untyped-call]
+ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
+    _in_order.bind(*primals, **how),  # type: ignore[no-untyped-call]
+    _in_order.bind(tangents[0], primals[1], **how),  # type: ignore[no-untyped-call]
+)
 mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
 
 
 def _batch_in_order(
-    args: Sequence[Any], dims: Sequence[int], *, axes: tuple[int, ...], strength: float
+    args: Sequence[Any], dims: Sequence[int], *, axes: tuple[int, ...]
 ) -> tuple[Any, int]:
     moved = tuple([axis + (axis >= dims[0]) for axis in axes])
-    return _in_order.bind(*args, axes=moved, strength=strength), dims[0]  # type: ignore[no-untyped-call]
+    return _in_order.bind(*args, axes=moved), dims[0]  # type: ignore[no-untyped-call]
 
 
 batching.primitive_batchers[_in_order] = _batch_in_order
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _centralize_in_order(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
-    result: jax.Array = _in_order.bind(grad, axes=axes, strength=strength)  # type: ignore[no-untyped-call]
+@partial(jax.jit, static_argnums=2)
+def _centralize_in_order(grad: jax.Array, strength: float, axes: tuple[int, ...]) -> jax.Array:
+    result: jax.Array = _in_order.bind(grad, strength, axes=axes)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -21,16 +21,14 @@ from jax.interpreters import batching, mlir
 from gcx.backends._canonical import SEGMENT, halve
 
 
-def centralize(grad: jax.Array, axes: tuple[int, ...], strength: float) -> jax.Array:
+def centralize(grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Compute ``grad - strength * mean(grad, axes)``; compiling it for a GPU is a TypeError."""
     if not grad.size:
         return grad
     is_narrow = grad.dtype.itemsize < 4
     wide = _widen(grad)
     mean = _divide(_sum(wide, axes), prod(grad.shape[a] for a in axes))
-    if strength != 1.0:
-        mean = _round(mean * strength)
-    result = wide - mean
+    result = wide - _round(mean * jnp.asarray(strength, mean.dtype))
     return _keep_dtype(result.astype(grad.dtype)) if is_narrow else result
 
 

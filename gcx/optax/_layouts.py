@@ -233,6 +233,10 @@ def source_of(layouts: Layouts) -> Source:
     if isinstance(layouts, Mapping):
         _check_answers(layouts)
         return partial(_mapping_rule, dict(layouts))
+    for library in ("torch", "keras", "thinc"):  # their models are callable
+        if any(kind.__module__.startswith(f"{library}.") for kind in type(layouts).__mro__):
+            msg = f"layouts is a {library} model ({type(layouts).__name__}): use gcx.{library}"
+            raise TypeError(msg)
     if callable(layouts):
         return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
     msg = (

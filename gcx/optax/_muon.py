@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import optax
@@ -40,7 +40,8 @@ def muon_dimension_numbers(
     Raises
     ------
     TypeError, ValueError
-        As `plan`; a ValueError if `exclude` matches no parameter, or a layout splits an axis.
+        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter, or
+        a layout splits an axis.
 
     Examples
     --------
@@ -54,7 +55,8 @@ def muon_dimension_numbers(
     >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
     """
     rows = plan(params, layouts)
-    keys = [exclude] if isinstance(exclude, str) else exclude
+    is_several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    keys = exclude if is_several else [exclude]
     excluded = match_all(keys, [row.name for row in rows], what="exclude")
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
     structure = jax.tree.structure(params, is_leaf=is_none)

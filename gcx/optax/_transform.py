@@ -36,6 +36,7 @@ class _Planner:
         self._ranks: dict[str, int] = {}
 
     def plan_params(self, params: Any) -> _Planned:
+        self._known.clear()  # these plans were checked against other ranks
         for name, rank in _ranks(params).items():
             self._ranks[name] = max(rank, self._ranks.get(name, 0))
         return self._plan(params)
@@ -44,8 +45,12 @@ class _Planner:
         self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
     ) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
-        kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
-        form = structure, tuple(kinds)
+        form = (
+            structure,
+            _kinds(leaves),
+            jax.tree.structure(params),
+            _kinds(jax.tree.leaves(params)),
+        )
         with suppress(TypeError):  # a static part of a module is not hashable
             if form in self._known:
                 return self._known[form]
@@ -60,6 +65,10 @@ class _Planner:
     def _plan(self, tree: Any) -> _Planned:
         axes = axes_by_path(self._axis_name, names_of(tree))
         return plan_of(tree, self._source, axes), axes
+
+
+def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves])
 
 
 def _ranks(tree: Any) -> dict[str, int]:

@@ -59,10 +59,14 @@ def check_plan(
     -------
     NamedTuple
         ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
-        sentences. A weight is unseen if the pass does not use it, or uses it within one fused
-        operation (LSTM, attention), or not linearly (spectral norm). A product element by element,
-        summed in a second operation, disagrees although the plan may be right. Raises what
-        `plan` and the model raise.
+        sentences. Raises what `plan` and the model raise.
+
+    Notes
+    -----
+    A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
+    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint`, in
+    inference mode or of a complex model, and a kernel of which padding hides a part. A product
+    element by element, summed in a second operation, disagrees although the plan may be right.
 
     Examples
     --------
@@ -139,7 +143,10 @@ class _Uses(TorchFunctionMode):
                 new_args, new_kwargs = tree_unflatten(with_new, tree)
                 return func(*new_args, **new_kwargs)
 
-            is_weight = self._examine(again, [leaves[k] for k in numbers], names, func.__name__)
+            made = [leaf for leaf, found in zip(leaves, origin, strict=True) if found - _DATA]
+            is_weight = self._examine(
+                again, [leaves[k] for k in numbers], made, names, func.__name__
+            )
         elif numbers:
             is_weight = False
         result = func(*args, **(kwargs or {}))
@@ -156,28 +163,42 @@ class _Uses(TorchFunctionMode):
                 self._origin[leaf] = names
 
     def _examine(
-        self, again: Callable[..., Any], data: list[Tensor], names: Iterable[str], use: str
+        self,
+        again: Callable[..., Any],
+        data: list[Tensor],
+        made: list[Tensor],
+        names: Iterable[str],
+        use: str,
     ) -> bool:
         """Record what the outputs depend on; return True if they do not depend on the data."""
         # From 0.5 to 1.5: no product is zero.
         new = [(torch.rand_like(x) + 0.5).detach().requires_grad_() for x in data]
         with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
-            made = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
-            numbers = [x.flatten() for x in made if x.is_floating_point()]
+            results = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
+            numbers = [x.flatten() for x in results if x.is_floating_point()]
             output = torch.cat(numbers) if numbers else torch.zeros(1)
             if not any(map(_is_any, _derivatives(output.sum(), new))):
                 return True
             for name in names:
                 weight, layout = self._weights[name], self._layouts[name]
-                for problem in _compare(output, new, weight, layout, use):
+                for problem in _compare(output, new, made, weight, layout, use=use):
                     self.found[name] = self.found.get(name) or problem
         return False
 
 
 def _compare(
-    output: Tensor, data: Sequence[Tensor], weight: Tensor, layout: Layout, use: str
+    output: Tensor,
+    data: Sequence[Tensor],
+    made: Sequence[Tensor],
+    weight: Tensor,
+    layout: Layout,
+    *,
+    use: str,
 ) -> Iterator[str]:
-    """Compare some outputs with the layout of a weight: a sentence, or "" where they agree."""
+    """Compare some outputs with the layout of a weight: a sentence, or "" where they agree.
+
+    The operation got the tensors `made`, each made of weights.
+    """
     view, axes = layout.split(tuple(weight.shape))
     letters = layout.letters(weight.ndim)
     for k in torch.randint(len(output), (_OUTPUTS_TRIED,)).tolist():
@@ -190,20 +211,29 @@ def _compare(
         units, whole = enters.any(axes), enters.all(axes)
         if units.sum() == 1 and "conv" in use and not whole.equal(units):
             # At an edge, an output sees a part of the kernel; all outputs together see all of it.
-            total = torch.autograd.grad(output @ torch.rand_like(output), weight, retain_graph=True)
-            whole = units & (total[0].reshape(view) != 0).all(axes)
-        if whole.equal(units):
-            if units.sum() == 1:
-                yield ""
-        elif not _is_line(enters, letters):  # data may mix the layers of a stack into one weight
+            total, *direct = torch.autograd.grad(
+                output @ torch.rand_like(output), [weight, *made], retain_graph=True
+            )
+            if not all((x != 0).all() for x in direct):
+                continue  # padding hides a part of the kernel from this input
+            whole = units & (total.reshape(view) != 0).all(axes)
+        is_whole = whole.equal(units)
+        if is_whole and units.sum() == 1:
+            yield ""
+        elif units.sum() > 1 and not (len(made) == 1 and _SUM.fullmatch(use)):
+            continue  # an operation of several layers, such as an RNN
+        elif not _is_stack(enters, letters.replace("i", "b") if is_whole else letters):
             yield (
                 f"layout {layout}, but one output of {use} takes {int(enters.sum())} entries from "
                 f"{int(units.sum())} output units of {prod(view[axis] for axis in axes)}"
             )
 
 
-def _is_line(enters: Tensor, letters: str) -> bool:
-    """Return True for entries that differ in their places along the stack, and in no other."""
+def _is_stack(enters: Tensor, letters: str) -> bool:
+    """Return True for entries that differ in their places along the stack, and in no other.
+
+    Data may mix the layers of a stack into one weight.
+    """
     places = enters.nonzero()
     varies = (places != places[0]).any(0).tolist()
     return {letter for letter, moves in zip(letters, varies, strict=True) if moves} == {"b"}

@@ -41,15 +41,14 @@ _FRAMEWORKS = (
 def framework_of(model: object) -> Framework | None:
     """Find the framework of a model; None if it is not a model.
 
-    A dict, list or tuple that holds Equinox or nnx modules is a model too.
+    A dict, list or tuple that holds modules has their framework.
     """
     for framework in _FRAMEWORKS:
         # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
         if module is not None:
             kinds = tuple(getattr(module, name) for name in framework.models)
-            is_tree = framework.params and any(isinstance(x, kinds) for _, x in flatten(model))
-            if is_tree or isinstance(model, kinds):
+            if isinstance(model, kinds) or any(isinstance(x, kinds) for _, x in flatten(model)):
                 return framework
     return None
 
@@ -58,7 +57,8 @@ def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, PlanRow]:
     framework = framework_of(model)
-    if framework is None:
+    is_tree = type(model) in (dict, list, tuple)
+    if framework is None or (is_tree and framework.params is None):
         kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
         msg = f"model is {kinds}, not {type(model).__name__}"
         raise TypeError(msg)

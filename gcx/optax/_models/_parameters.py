@@ -15,6 +15,8 @@ from gcx.plan import LeaveAlone, PlanRow
 
 Shape = tuple[int, ...]
 
+_AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
+
 
 class SingleLayer(NamedTuple):
     """Answer of a rule that also knows the shape of the weight in a single layer.
@@ -124,6 +126,11 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
     """
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
     arrays = [x if hasattr(x, "shape") and hasattr(x, "dtype") else None for x in leaves]
+    has_arrays = any(array is not None for array in arrays)
+    for given in () if has_arrays else inputs:
+        if isinstance(given, (list, tuple)):
+            msg = f"an example input is {_AN_ARRAY}, not {given!r}"
+            raise TypeError(msg)
 
     def of_arrays(traced: list[Any]) -> Any:
         mixed = [x if t is None else t for t, x in zip(traced, leaves, strict=True)]
@@ -132,7 +139,7 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
 
     try:
         return jax.eval_shape(of_arrays, arrays)
-    except (AttributeError, TypeError, ValueError) as error:
-        if all(array is None for array in arrays):
-            error.add_note("no example input is an array or a jax.ShapeDtypeStruct(shape, dtype)")
+    except Exception as error:
+        if not has_arrays:
+            error.add_note(f"no example input is {_AN_ARRAY}")
         raise

@@ -839,26 +839,3 @@ def test_resumed_training_has_the_same_decay(where: Any, decay: Any, layer: nn.L
     for one, other in ((layer, optimizer), (twin, resumed)):
         train(one, other)
     assert torch.equal(layer.weight, twin.weight)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("layers", [(nn.Linear, nn.Linear), (nn.Linear, nn.Embedding)], ids=str)
-@pytest.mark.parametrize(
-    "shared", [lambda g: (g[:2], g[:2]), lambda g: (g[:2], g[1:3])], ids=["one", "overlapping"]
-)
-def test_each_weight_gets_its_own_share_of_a_gradient(
-    shared: Any, layers: tuple[Any, Any], weight_decay: float
-) -> None:
-    model = nn.ModuleList([kind(2, 2) for kind in layers])
-    decayed = []
-    for layer, grad in zip(model, shared(torch.arange(8.0).view(4, 2) ** 2), strict=True):
-        layer.weight.grad = grad
-        expected = grad + weight_decay * layer.weight.detach()
-        if isinstance(layer, nn.Linear):
-            expected = expected - expected.mean(1, keepdim=True)
-        decayed.append(layer.weight.detach() - expected)
-    optimizer = SGD(model.parameters(), 1.0, weight_decay=weight_decay)
-    gcx.torch.centralize(optimizer, model)
-    optimizer.step()
-    for layer, expected in zip(model, decayed, strict=True):
-        torch.testing.assert_close(layer.weight.detach(), expected)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gcx._decisions import already_attached
@@ -18,7 +18,15 @@ from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import Overrides, decide
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
-from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
+from gcx.torch._weights import (
+    Sized,
+    Weight,
+    centralize_,
+    part_gradients,
+    weights_of,
+    with_gradient,
+    with_sizes,
+)
 
 
 def centralize(
@@ -137,8 +145,8 @@ class GradientCentralization:
     @torch.no_grad()
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
-        groups = [group["params"] for group in self._targets.optimizer.param_groups]
-        _centralize_gradients([*self._targets.weights()], groups, self._options.strength)
+        weights = [*self._targets.weights()]
+        _centralize_gradients(weights, self._targets.parameters, self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
@@ -290,14 +298,13 @@ def centralize_grads_(
     options = Options(
         strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
-    weights = weights_of(decide(model, options).items(), reproducible=reproducible)
-    _centralize_gradients([*weights], [model.parameters()], options.strength)
+    decisions = decide(model, options)
+    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
+    _centralize_gradients(weights, with_sizes(decisions), options.strength)
 
 
-def _centralize_gradients(
-    weights: Sequence[Weight], groups: Iterable[Iterable[Tensor]], strength: float
-) -> None:
-    part_gradients(lambda: weights, groups)
+def _centralize_gradients(weights: Sequence[Weight], parameters: Sized, strength: float) -> None:
+    part_gradients(weights, parameters)
     gradients = with_gradient(weights)
     if not gradients:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from inspect import currentframe
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -39,7 +40,7 @@ Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
-_PARAMETERS = itemgetter("params")
+_WEIGHTS = itemgetter(1)  # of a group
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 
 
@@ -121,9 +122,11 @@ class GradientHooks:
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
-        part_gradients(self._targets.weights, map(_PARAMETERS, optimizer.param_groups))
+        groups = self._by_group()
+        marked = chain.from_iterable(map(_WEIGHTS, groups))
+        part_gradients(marked, self._targets.parameters)
         by_rate: dict[Rate, list[tuple[Weight, Tensor]]] = {}
-        for group, weights in self._by_group():
+        for group, weights in groups:
             found = with_gradient(weights)
             if found:
                 by_rate.setdefault(coupled_rate(optimizer, group, decay), []).extend(found)

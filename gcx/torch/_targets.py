@@ -15,7 +15,7 @@ from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
 from gcx.torch._plan import HINT, Decision, decide
-from gcx.torch._weights import Weight, weights_of
+from gcx.torch._weights import Weight, weights_of, with_sizes
 
 T = TypeVar("T")
 
@@ -152,6 +152,7 @@ class Targets:
                     row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
                     found[parameter] = Decision(row, None, "")
         self._decisions = found
+        self.parameters = with_sizes(found)  # of the model, and all others of the optimizer
         self._settled: dict[int, _Settled] = {}  # by the position of the group
         self._layers = [
             (layers, name, layer)

@@ -35,7 +35,7 @@ class Named(Tensor):
 def test_each_weight_gets_its_own_share_of_a_gradient(
     shared: Any, layers: tuple[Any, Any], weight_decay: float
 ) -> None:
-    model = nn.ModuleList([kind(2, 2) for kind in layers])
+    model: Any = nn.ModuleList([kind(2, 2) for kind in layers])
     decayed = []
     for layer, grad in zip(model, shared(torch.arange(8.0).view(4, 2) ** 2), strict=True):
         layer.weight.grad = grad

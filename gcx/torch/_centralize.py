@@ -16,7 +16,7 @@ from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import Overrides, decide
-from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
+from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
 from gcx.torch._weights import (
     Sized,
@@ -173,8 +173,11 @@ class GradientCentralization:
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
             optimizer.register_state_dict_pre_hook(self._warn_if_bypassed),
         ]
-        # pickle and copy.deepcopy ask the instance first.
-        vars(optimizer)["__reduce_ex__"] = self._reduce_with_warning
+        warn_of_copies(
+            optimizer,
+            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
+            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead",
+        )
 
     def _warn_if_idle(self, _: Optimizer) -> None:
         if not any(self._targets.weights()):
@@ -188,14 +191,6 @@ class GradientCentralization:
                 "centralized: a hook makes them, say, or the step was replaced; "
                 "gcx.torch.centralize_in_backward(model) needs no step"
             )
-
-    def _reduce_with_warning(self, protocol: int) -> Any:
-        warn(
-            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
-            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
-        )
-        optimizer = self._targets.optimizer
-        return type(optimizer).__reduce_ex__(optimizer, protocol)
 
 
 def _find_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -29,7 +29,7 @@ from gcx.torch._optimizer import (
     moves_by_gradient_only,
     shrinkage,
 )
-from gcx.torch._targets import Targets
+from gcx.torch._targets import Targets, Weak
 from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_gradient
 
 P = ParamSpec("P")
@@ -68,6 +68,19 @@ def warn(message: str) -> None:
     while frame is not None and _package(frame.f_globals) in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_of_copies(optimizer: Optimizer, message: str) -> None:
+    """Let pickle and copy.deepcopy of an optimizer warn: torch drops the hooks."""
+    find: Callable[[], Any] = Weak(optimizer)
+
+    def reduce_with_warning(protocol: int) -> Any:
+        warn(message)
+        found = find()
+        return type(found).__reduce_ex__(found, protocol)
+
+    # They ask the instance first.
+    vars(optimizer)["__reduce_ex__"] = reduce_with_warning
 
 
 def _package(module: dict[str, object]) -> str:

@@ -162,8 +162,8 @@ class Matrices:
         vars(optimizer)["zero_grad"] = zero_grad
         warn_of_copies(
             optimizer,
-            f"the copy of this {type(optimizer).__name__} moves no weights: hooks are not copied. Call "
-            "gcx.torch.matrices for the copy of the model; or copy state_dict() instead",
+            f"the copy of this {type(optimizer).__name__} moves no weights: hooks are not copied. "
+            "Call gcx.torch.matrices for the copy of the model; or copy state_dict() instead",
         )
         return optimizer
 

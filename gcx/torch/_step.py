@@ -76,7 +76,7 @@ def warn_of_copies(optimizer: Optimizer, message: str) -> None:
 
     def reduce_with_warning(protocol: int) -> Any:
         warn(message)
-        found = find()
+        found: Optimizer = find()
         return type(found).__reduce_ex__(found, protocol)
 
     # They ask the instance first.

@@ -36,7 +36,8 @@ class Weak(ref[T]):
     """
 
     def __reduce__(self) -> Any:
-        return Weak, (self(),)
+        found = self()
+        return Weak, (set() if found is None else found,)  # a set of which nobody knows is freed
 
 
 class Targets:

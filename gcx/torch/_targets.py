@@ -48,6 +48,7 @@ class Targets:
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
+        self._idle = ""  # a parameter that replaced a frozen one and is trained by nobody
         self._uses = 0  # of `by_group`, which each step calls
         self._states = 0
         self._decide()
@@ -69,6 +70,10 @@ class Targets:
             if layers.get(name) is not layer:
                 self._decide()
                 break
+        if self._idle:
+            self._decide()  # it may have been added, or frozen
+            if self._idle:
+                raise RuntimeError(_why_idle(self._idle))
         found = []
         for position, group in enumerate(self._optimizer().param_groups):
             if not is_on(group):
@@ -146,12 +151,16 @@ class Targets:
     def _decide(self) -> None:
         """Look at the model as it is, and list parameters that are not in it too."""
         found, before = decide(self._model, self._options), self._decisions
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in found:
-                    name = before[parameter].row.name if parameter in before else _NAMELESS
-                    row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
-                    found[parameter] = Decision(row, None, "")
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        suspects = {d.row.name for p, d in before.items() if not p.requires_grad} | {self._idle}
+        rest = found.keys() - {*held}
+        trained = [d.row.name for p, d in found.items() if p in rest and p.requires_grad]
+        self._idle = next((name for name in trained if name in suspects), "")
+        for parameter in held:
+            if parameter not in found:
+                name = before[parameter].row.name if parameter in before else _NAMELESS
+                row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
+                found[parameter] = Decision(row, None, "")
         self._decisions = found
         self.parameters = with_sizes(found)  # of the model, and all others of the optimizer
         self._settled: dict[int, _Settled] = {}  # by the position of the group
@@ -236,6 +245,14 @@ def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         return state_dict  # torch has an error for that
     groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
     return {**state_dict, "param_groups": groups}
+
+
+def _why_idle(name: str) -> str:
+    return (
+        f"{name} was frozen, and has been replaced by a parameter that can train, which the "
+        "optimizer does not hold; add it to the optimizer, or freeze it. If another optimizer "
+        "holds it, centralize this one anew"
+    )
 
 
 def _why_missing(row: PlanRow) -> str:

@@ -313,6 +313,18 @@ def test_momentum_from_before_is_centralized(kind: Any, layer: nn.Linear) -> Non
     assert torch.equal(of_bias, bias_before)
 
 
+@pytest.mark.parametrize("pack", [Tensor.byte, Tensor.flatten], ids=["integers", "shape"])
+def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> None:
+    optimizer = Adam(layer.parameters())
+    state = optimizer.state[layer.weight]
+    state["exp_avg"] = packed = pack(torch.ones_like(layer.weight))
+    with pytest.warns(
+        UserWarning, match=r"1 weights \(weight, .* form without a mean"
+    ):
+        gcx.torch.centralize(optimizer, layer)
+    assert bool((packed == 1).all())
+
+
 def test_momentum_of_a_loaded_checkpoint_is_centralized(layer: nn.Linear) -> None:
     optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
     train(layer, optimizer)
@@ -399,13 +411,6 @@ def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: 
         momentum = optimizer.state[layer.weight]["momentum_buffer"]
         assert isinstance(momentum, Packed)
         assert torch.equal(momentum.as_subclass(Tensor), before)
-
-
-def test_momentum_of_another_shape_is_an_error(layer: nn.Linear) -> None:
-    optimizer = Adam(layer.parameters())
-    optimizer.state[layer.weight]["exp_avg"] = torch.zeros(2, 5)
-    with pytest.raises(ValueError, match=r"momentum of weight has shape \(2, 5\).*'update'"):
-        gcx.torch.centralize(optimizer, layer)
 
 
 # Parameters that come, go, or have no gradient

@@ -318,9 +318,7 @@ def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> 
     optimizer = Adam(layer.parameters())
     state = optimizer.state[layer.weight]
     state["exp_avg"] = packed = pack(torch.ones_like(layer.weight))
-    with pytest.warns(
-        UserWarning, match=r"1 weights \(weight, .* form without a mean"
-    ):
+    with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
         gcx.torch.centralize(optimizer, layer)
     assert bool((packed == 1).all())
 

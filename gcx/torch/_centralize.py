@@ -15,7 +15,7 @@ from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide
+from gcx.torch._plan import Overrides, decide, hint_at_keras
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
 from gcx.torch._weights import (
@@ -203,7 +203,7 @@ def _find_optimizer(optimizer: Optimizer) -> Optimizer:
     msg = (
         f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
         "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
-        f"the weights: {IN_BACKWARD}"
+        f"the weights: {IN_BACKWARD}{hint_at_keras(optimizer)}"
     )
     raise TypeError(msg)
 

@@ -470,6 +470,23 @@ def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
     assert_means_kept(layer, lambda: optimizer.step(lambda: None))
 
 
+@pytest.mark.parametrize("is_added", [True, False])
+def test_group_that_a_closure_adds_or_switches_on(where: Any, is_added: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    groups: list[Any] = [{"params": [*part.parameters()]} for part in model]
+    groups[1]["centralize"] = is_added
+    optimizer = SGD(groups[: 1 if is_added else 2], lr=0.1, weight_decay=0.1)
+    gcx.torch.centralize(optimizer, model, where=where)
+
+    def closure() -> None:
+        if is_added:
+            optimizer.add_param_group(groups[1])
+        optimizer.param_groups[1]["centralize"] = True
+        model(torch.rand(4, 5).double()).square().sum().backward()
+
+    assert_centralized(change_of(model[1], lambda: optimizer.step(closure)), rtol=RTOL)
+
+
 def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> None:
     optimizer = attached(layer)
 

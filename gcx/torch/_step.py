@@ -202,7 +202,7 @@ class UpdateHooks:
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
-        self._baselines: deque[list[_Baseline]] = deque(maxlen=steps)
+        self._baselines: deque[tuple[list[_Baseline], dict[Tensor, Tensor]]] = deque(maxlen=steps)
         before = optimizer.register_step_pre_hook(self._remember_means)
         after = optimizer.register_step_post_hook(self._restore_means)
         # Hooks registered earlier may average the weights.
@@ -230,13 +230,22 @@ class UpdateHooks:
                         beside = average.find_means(group, state.get(parameter, {}), weight, mean)
                     is_due = self._moves_others and has_gradient and not has_closure
                     baselines.append(_Baseline(weight, mean, factor, beside, is_due))
-        self._baselines.append(baselines)
+        # A closure may add groups, or switch them on.
+        others = self._targets.others() if has_closure else ()
+        means = {weight.parameter: weight.mean(weight.parameter) for weight in others}
+        self._baselines.append((baselines, means))
 
     @not_compiled
     @torch.no_grad()
     def _restore_means(self, optimizer: Optimizer, *_: Any) -> None:
         state = inner_optimizer(optimizer).state
-        for weight, mean, factor, beside, is_due in self._baselines.pop():
+        baselines, means = self._baselines.pop()
+        for group, weights in self._targets.by_group() if means else ():
+            late = [weight for weight in weights if weight.parameter in means]
+            if late:
+                factor = shrinkage(optimizer, group, self._options.decay)
+                baselines += [_Baseline(w, means[w.parameter], factor, {}, False) for w in late]
+        for weight, mean, factor, beside, is_due in baselines:
             parameter = weight.parameter
             if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
                 if self._moves_others or parameter.requires_grad:

@@ -91,6 +91,12 @@ class Targets:
         for _, weights in self.by_group():
             yield from weights
 
+    def others(self) -> Iterator[Weight]:
+        """List the weights of the model that are in no group that is switched on."""
+        on = {p for g in self.optimizer.param_groups if is_on(g) for p in g["params"]}
+        rest = ((p, d) for p, d in self._decisions.items() if p not in on and d.is_about(p))
+        return weights_of(rest, reproducible=self._options.reproducible)
+
     def switches(self) -> list[object]:
         """List for each group whether it is switched on."""
         return [group.get(SWITCH, True) for group in self._optimizer().param_groups]

@@ -329,6 +329,18 @@ def test_weights_that_change_without_a_gradient_are_noticed() -> None:
     layer(X.float())  # warns no more
 
 
+def test_layer_that_is_replaced_is_noticed_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    gcx.torch.centralize_in_backward(model)
+    for passed in range(12):
+        if passed == 9:
+            model[1] = nn.Linear(4, 4)
+        message = r"the layer of 1\.weight was replaced"
+        with pytest.warns(UserWarning, match=message) if passed == 9 else nullcontext():
+            model(torch.rand(3, 4)).square().sum().backward()
+    copy.deepcopy(model)
+
+
 def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:
     model, handle = watched
     model[0].requires_grad_(False)

@@ -535,6 +535,22 @@ def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
     assert_means_kept(weight, lambda: train(model, new))
 
 
+@pytest.mark.parametrize("is_held", [True, False])
+def test_frozen_layer_that_was_replaced_by_one_to_train(where: Any, is_held: bool) -> None:
+    first = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
+    model = nn.Sequential(first, new_layer())
+    optimizer = SGD((model if is_held else model[1]).parameters(), lr=0.1)
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    model[0] = nn.Linear(5, 5).double()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"0\.weight was frozen, and has been replaced"):
+            train(model, optimizer)
+        assert handle.plan["1.weight"].layout is not None
+    optimizer.add_param_group({"params": [*model[0].parameters()]})
+    assert_means_kept(model[0], lambda: train(model, optimizer))
+
+
 def test_frozen_parameters_may_leave_the_model(where: Any, layer: nn.Linear) -> None:
     """As peft registers the weights of MultiheadAttention anew in each forward pass."""
     frozen = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)

@@ -197,6 +197,19 @@ def test_a_weight_without_a_gradient_stays() -> None:
     assert moved == ["1.weight"]
 
 
+def test_an_optimizer_that_would_move_nothing_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    optimizer = gcx.torch.matrices(model).make_optimizer(torch.optim.Muon)
+    model(torch.rand(2, 3)).sum().backward()
+    optimizer.zero_grad()
+    assert model[0].weight.grad is None
+    with pytest.warns(UserWarning, match="the copy of this Muon moves no weights"):
+        copy.deepcopy((model, optimizer))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
+        optimizer.step()
+
+
 def test_a_sharded_weight_is_named() -> None:
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

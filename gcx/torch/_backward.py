@@ -65,7 +65,8 @@ def centralize_in_backward(
     -----
     UserWarning
         If a weight got no gradient while others did: after 8 training-mode forward passes, counted
-        from the first backward, or when the handle is removed. If none got one: after 8 changes.
+        from the first backward, or when the handle is removed. If none got one: after 8 changes. If
+        a layer is gone.
 
     Examples
     --------
@@ -154,8 +155,17 @@ class CentralizationInBackward:
 
     @not_compiled
     def _count(self, model: nn.Module, *_: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        gone = [place for place in self._places if place.holder() is None]
+        if gone:
+            self._places = [place for place in self._places if place not in gone]
+            warn(
+                f"the layer of {gone[0].name} was replaced or removed, and backward centralizes no "
+                "layer that came later; .remove() this handle, and call centralize_in_backward anew"
+            )
         # Not before the first backward: an unrolled cell makes many passes.
-        if self._passes == _PASSES or not (model.training and torch.is_grad_enabled()):
+        if self._passes == _PASSES:
             return
         if self._has_seen_one():
             self._passes += 1

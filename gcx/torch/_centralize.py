@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gcx._decisions import already_attached
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide
-from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn
+from gcx.torch._plan import Overrides, decide, hint_at_keras
+from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
-from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
+from gcx.torch._weights import (
+    Sized,
+    Weight,
+    centralize_,
+    part_gradients,
+    weights_of,
+    with_gradient,
+    with_sizes,
+)
 
 
 def centralize(
@@ -137,8 +145,8 @@ class GradientCentralization:
     @torch.no_grad()
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
-        groups = [group["params"] for group in self._targets.optimizer.param_groups]
-        _centralize_gradients([*self._targets.weights()], groups, self._options.strength)
+        weights = [*self._targets.weights()]
+        _centralize_gradients(weights, self._targets.parameters, self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
@@ -165,8 +173,11 @@ class GradientCentralization:
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
             optimizer.register_state_dict_pre_hook(self._warn_if_bypassed),
         ]
-        # pickle and copy.deepcopy ask the instance first.
-        vars(optimizer)["__reduce_ex__"] = self._reduce_with_warning
+        warn_of_copies(
+            optimizer,
+            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
+            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead",
+        )
 
     def _warn_if_idle(self, _: Optimizer) -> None:
         if not any(self._targets.weights()):
@@ -181,14 +192,6 @@ class GradientCentralization:
                 "gcx.torch.centralize_in_backward(model) needs no step"
             )
 
-    def _reduce_with_warning(self, protocol: int) -> Any:
-        warn(
-            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
-            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead"
-        )
-        optimizer = self._targets.optimizer
-        return type(optimizer).__reduce_ex__(optimizer, protocol)
-
 
 def _find_optimizer(optimizer: Optimizer) -> Optimizer:
     """Find the optimizer that runs hooks: Accelerate's wrapper runs none."""
@@ -200,7 +203,7 @@ def _find_optimizer(optimizer: Optimizer) -> Optimizer:
     msg = (
         f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
         "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
-        f"the weights: {IN_BACKWARD}"
+        f"the weights: {IN_BACKWARD}{hint_at_keras(optimizer)}"
     )
     raise TypeError(msg)
 
@@ -290,14 +293,13 @@ def centralize_grads_(
     options = Options(
         strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
     )
-    weights = weights_of(decide(model, options).items(), reproducible=reproducible)
-    _centralize_gradients([*weights], [model.parameters()], options.strength)
+    decisions = decide(model, options)
+    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
+    _centralize_gradients(weights, with_sizes(decisions), options.strength)
 
 
-def _centralize_gradients(
-    weights: Sequence[Weight], groups: Iterable[Iterable[Tensor]], strength: float
-) -> None:
-    part_gradients(lambda: weights, groups)
+def _centralize_gradients(weights: Sequence[Weight], parameters: Sized, strength: float) -> None:
+    part_gradients(weights, parameters)
     gradients = with_gradient(weights)
     if not gradients:
         msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"

@@ -16,7 +16,7 @@ from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 from gcx.torch._layers import CONVOLUTIONS
 from gcx.torch._plan import Decision, Overrides, decide
-from gcx.torch._step import wrap_closures
+from gcx.torch._step import warn_of_copies, wrap_closures
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
@@ -52,7 +52,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
     """
     decisions = decide(model, Options(overrides=overrides))
-    return Matrices({p: _row_of_matrices(decision) for p, decision in decisions.items()})
+    return Matrices(model, {p: _row_of_matrices(decision) for p, decision in decisions.items()})
 
 
 class Matrices:
@@ -60,8 +60,10 @@ class Matrices:
 
     Parameters
     ----------
+    model : torch.nn.Module
+        The model.
     rows : mapping of torch.Tensor to gcx.plan.PlanRow
-        All parameters of a model; those with a layout are matrices.
+        All parameters of the model; those with a layout are matrices.
 
     Attributes
     ----------
@@ -81,7 +83,8 @@ class Matrices:
     torch.Size([8, 4, 3])
     """
 
-    def __init__(self, rows: Mapping[Tensor, PlanRow]) -> None:
+    def __init__(self, model: nn.Module, rows: Mapping[Tensor, PlanRow]) -> None:
+        self._model = model
         self.plan: Plan = Plan(rows.values())
         self.weights: dict[str, Tensor] = {r.name: p for p, r in rows.items() if r.layout}
         self.rest: dict[str, Tensor] = {r.name: p for p, r in rows.items() if not r.layout}
@@ -102,8 +105,9 @@ class Matrices:
         """Make an optimizer whose parameters are the matrices, and whose steps move the weights.
 
         `kind` is a class such as ``torch.optim.Muon``, or a function of a list of parameters and
-        the options. A step uses up the gradients of the weights: they are None after it. Raises a
-        TypeError if a weight is a DTensor.
+        the options. A step uses up the gradients of the weights: they are None after it, and after
+        ``zero_grad()``. Raises a TypeError if a weight is a DTensor; in a step, a RuntimeError if
+        one was replaced in the model. Copies of the optimizer move nothing, and warn.
         """
         sharded = [name for name, weight in self.weights.items() if is_dtensor(weight)]
         if sharded:
@@ -126,14 +130,18 @@ class Matrices:
                 for matrix, value, part in zip(own, values, grads, strict=True):
                     matrix.data, matrix.grad = value, part
 
+        def zero_grad(*_: Any, **__: Any) -> None:
+            for name, own in held.items():
+                for parameter in (self.weights[name], *own):
+                    parameter.grad = None
+
         @torch.no_grad()
         def store(*_: Any) -> None:
             for name, own in held.items():
                 weight = self.weights[name]
                 if weight.grad is not None:
                     weight.copy_(self.join(name, torch.stack([*own])))
-                for parameter in (weight, *own):
-                    parameter.grad = None
+            zero_grad()
 
         def load_after(closure: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
@@ -144,13 +152,31 @@ class Matrices:
             return call
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._check_model()
             load()
             return wrap_closures(load_after, args, kwargs)
 
         optimizer = kind([matrix for own in held.values() for matrix in own], **options)
         optimizer.register_step_pre_hook(before_step)
         optimizer.register_step_post_hook(store)
+        vars(optimizer)["zero_grad"] = zero_grad
+        warn_of_copies(
+            optimizer,
+            f"the copy of this {type(optimizer).__name__} moves no weights: hooks are not copied. "
+            "Call gcx.torch.matrices for the copy of the model; or copy state_dict() instead",
+        )
         return optimizer
+
+    def _check_model(self) -> None:
+        """Raise a RuntimeError if a weight is no longer in the model."""
+        here = {*self._model.parameters()}
+        for name, weight in self.weights.items():
+            if weight not in here:
+                msg = (
+                    f"{name} was replaced in the model, and the optimizer would move the old one; "
+                    "call gcx.torch.matrices and make the optimizer after that"
+                )
+                raise RuntimeError(msg)
 
 
 def _shapes_of(row: PlanRow) -> tuple[tuple[int, ...], list[int], list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from gcx._options import Decay
+from gcx.backends import _torch
 from gcx.torch._weights import Rate, Weight
 
 Group = dict[str, Any]
@@ -183,26 +184,21 @@ def centralize_momentum(
 ) -> tuple[list[str], list[str]]:
     """Centralize momentum that has a mean over the fan-in; other momentum keeps its bits.
 
-    Returns the names of its weights, and of those whose momentum is of a type without `mean`.
+    Returns the names of its weights, and of those whose momentum has another form.
     """
     keeper = inner_optimizer(optimizer)
     momentum = [
         (weight, buffer) for weight in weights for buffer in _buffers(keeper, weight.parameter)
     ]
-    for weight, buffer in momentum:
-        if buffer.shape != weight.parameter.shape:
-            msg = (
-                f"the momentum of {weight.name} has shape {tuple(buffer.shape)}, not that of the "
-                "weight, so it cannot be centralized; use where='update'"
-            )
-            raise ValueError(msg)
     changed, unknown = [], []
     for weight, buffer in momentum:
         try:
-            if _has_mean(weight, buffer):
+            if buffer.shape != weight.parameter.shape:
+                unknown.append(weight.name)
+            elif _has_mean(weight, buffer):
                 weight.subtract_(buffer, weight.mean(buffer))
                 changed.append(weight.name)
-        except NotImplementedError:  # a subclass of Tensor, such as the 8-bit state in torchao
+        except (NotImplementedError, TypeError):  # such as the 8-bit state in torchao, or integers
             unknown.append(weight.name)
     return [*dict.fromkeys(changed)], [*dict.fromkeys(unknown)]
 
@@ -236,6 +232,7 @@ def _has_mean(weight: Weight, buffer: Tensor) -> bool:
     """Return True if the mean over the fan-in is more than rounding."""
     if buffer.numel() == 0:
         return False
+    _torch.check_dtype(buffer)
     mean = weight.mean(buffer)
     of_mean, of_elements = (torch.finfo(x.dtype).eps for x in (mean, buffer))
     shape, axes = weight.fan_in

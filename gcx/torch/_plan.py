@@ -112,9 +112,7 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
-        bases = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-        hint = "; for a Keras model use gcx.keras" if "keras" in bases else ""
-        msg = f"model is a torch.nn.Module, not a {type(model).__name__}{hint}"
+        msg = f"model is a torch.nn.Module, not a {type(model).__name__}{hint_at_keras(model)}"
         raise TypeError(msg)
     options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
@@ -135,6 +133,12 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
     }
 
 
+def hint_at_keras(thing: object) -> str:
+    """Point to gcx.keras for an object of Keras, which may be a torch module too."""
+    packages = {base.__module__.partition(".")[0] for base in type(thing).__mro__}
+    return "; for Keras use gcx.keras" if "keras" in packages else ""
+
+
 def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
     # A module that knows how it uses the weights of its children takes precedence over these.
@@ -147,7 +151,8 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
             return LeaveAlone(owned.objection), ""
         known = known[0], f"{known[1]}, {owned.objection.removeprefix('unknown: a ')}"
     if known is None:
-        return answer_by_name(*owned.users[-1]), ""
+        reason = answer_by_name(*owned.users[-1]).reason
+        return LeaveAlone(reason + hint_at_keras(owned.layer)), ""
     if isinstance(known[0], OfRank) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from inspect import currentframe
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -28,7 +29,7 @@ from gcx.torch._optimizer import (
     moves_by_gradient_only,
     shrinkage,
 )
-from gcx.torch._targets import Targets
+from gcx.torch._targets import Targets, Weak
 from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_gradient
 
 P = ParamSpec("P")
@@ -39,7 +40,7 @@ Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
-_PARAMETERS = itemgetter("params")
+_WEIGHTS = itemgetter(1)  # of a group
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
 
 
@@ -67,6 +68,19 @@ def warn(message: str) -> None:
     while frame is not None and _package(frame.f_globals) in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_of_copies(optimizer: Optimizer, message: str) -> None:
+    """Let pickle and copy.deepcopy of an optimizer warn: torch drops the hooks."""
+    find: Callable[[], Any] = Weak(optimizer)
+
+    def reduce_with_warning(protocol: int) -> Any:
+        warn(message)
+        found: Optimizer = find()
+        return type(found).__reduce_ex__(found, protocol)
+
+    # They ask the instance first.
+    vars(optimizer)["__reduce_ex__"] = reduce_with_warning
 
 
 def _package(module: dict[str, object]) -> str:
@@ -121,9 +135,11 @@ class GradientHooks:
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.optimizer
-        part_gradients(self._targets.weights, map(_PARAMETERS, optimizer.param_groups))
+        groups = self._by_group()
+        marked = chain.from_iterable(map(_WEIGHTS, groups))
+        part_gradients(marked, self._targets.parameters)
         by_rate: dict[Rate, list[tuple[Weight, Tensor]]] = {}
-        for group, weights in self._by_group():
+        for group, weights in groups:
             found = with_gradient(weights)
             if found:
                 by_rate.setdefault(coupled_rate(optimizer, group, decay), []).extend(found)
@@ -186,7 +202,7 @@ class UpdateHooks:
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
-        self._baselines: deque[list[_Baseline]] = deque(maxlen=steps)
+        self._baselines: deque[tuple[list[_Baseline], dict[Tensor, Tensor]]] = deque(maxlen=steps)
         before = optimizer.register_step_pre_hook(self._remember_means)
         after = optimizer.register_step_post_hook(self._restore_means)
         # Hooks registered earlier may average the weights.
@@ -214,13 +230,22 @@ class UpdateHooks:
                         beside = average.find_means(group, state.get(parameter, {}), weight, mean)
                     is_due = self._moves_others and has_gradient and not has_closure
                     baselines.append(_Baseline(weight, mean, factor, beside, is_due))
-        self._baselines.append(baselines)
+        # A closure may add groups, or switch them on.
+        others = self._targets.others() if has_closure else ()
+        means = {weight.parameter: weight.mean(weight.parameter) for weight in others}
+        self._baselines.append((baselines, means))
 
     @not_compiled
     @torch.no_grad()
     def _restore_means(self, optimizer: Optimizer, *_: Any) -> None:
         state = inner_optimizer(optimizer).state
-        for weight, mean, factor, beside, is_due in self._baselines.pop():
+        baselines, means = self._baselines.pop()
+        for group, weights in self._targets.by_group() if means else ():
+            late = [weight for weight in weights if weight.parameter in means]
+            if late:
+                factor = shrinkage(optimizer, group, self._options.decay)
+                baselines += [_Baseline(w, means[w.parameter], factor, {}, False) for w in late]
+        for weight, mean, factor, beside, is_due in baselines:
             parameter = weight.parameter
             if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
                 if self._moves_others or parameter.requires_grad:

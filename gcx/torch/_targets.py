@@ -15,7 +15,7 @@ from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
 from gcx.torch._plan import HINT, Decision, decide
-from gcx.torch._weights import Weight, weights_of
+from gcx.torch._weights import Weight, weights_of, with_sizes
 
 T = TypeVar("T")
 
@@ -36,7 +36,8 @@ class Weak(ref[T]):
     """
 
     def __reduce__(self) -> Any:
-        return Weak, (self(),)
+        found = self()
+        return Weak, (set() if found is None else found,)  # a set of which nobody knows is freed
 
 
 class Targets:
@@ -47,6 +48,7 @@ class Targets:
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
+        self._idle = ""  # a parameter that replaced a frozen one and is trained by nobody
         self._uses = 0  # of `by_group`, which each step calls
         self._states = 0
         self._decide()
@@ -68,6 +70,10 @@ class Targets:
             if layers.get(name) is not layer:
                 self._decide()
                 break
+        if self._idle:
+            self._decide()  # it may have been added, or frozen
+            if self._idle:
+                raise RuntimeError(_why_idle(self._idle))
         found = []
         for position, group in enumerate(self._optimizer().param_groups):
             if not is_on(group):
@@ -84,6 +90,12 @@ class Targets:
         """List everything to centralize."""
         for _, weights in self.by_group():
             yield from weights
+
+    def others(self) -> Iterator[Weight]:
+        """List the weights of the model that are in no group that is switched on."""
+        on = {p for g in self.optimizer.param_groups if is_on(g) for p in g["params"]}
+        rest = ((p, d) for p, d in self._decisions.items() if p not in on and d.is_about(p))
+        return weights_of(rest, reproducible=self._options.reproducible)
 
     def switches(self) -> list[object]:
         """List for each group whether it is switched on."""
@@ -145,13 +157,18 @@ class Targets:
     def _decide(self) -> None:
         """Look at the model as it is, and list parameters that are not in it too."""
         found, before = decide(self._model, self._options), self._decisions
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in found:
-                    name = before[parameter].row.name if parameter in before else _NAMELESS
-                    row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
-                    found[parameter] = Decision(row, None, "")
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        suspects = {d.row.name for p, d in before.items() if not p.requires_grad} | {self._idle}
+        rest = found.keys() - {*held}
+        trained = [d.row.name for p, d in found.items() if p in rest and p.requires_grad]
+        self._idle = next((name for name in trained if name in suspects), "")
+        for parameter in held:
+            if parameter not in found:
+                name = before[parameter].row.name if parameter in before else _NAMELESS
+                row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
+                found[parameter] = Decision(row, None, "")
         self._decisions = found
+        self.parameters = with_sizes(found)  # of the model, and all others of the optimizer
         self._settled: dict[int, _Settled] = {}  # by the position of the group
         self._layers = [
             (layers, name, layer)
@@ -234,6 +251,14 @@ def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         return state_dict  # torch has an error for that
     groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
     return {**state_dict, "param_groups": groups}
+
+
+def _why_idle(name: str) -> str:
+    return (
+        f"{name} was frozen, and has been replaced by a parameter that can train, which the "
+        "optimizer does not hold; add it to the optimizer, or freeze it. If another optimizer "
+        "holds it, centralize this one anew"
+    )
 
 
 def _why_missing(row: PlanRow) -> str:

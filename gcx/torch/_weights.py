@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -53,10 +53,12 @@ def weights_of(
             yield weight
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_NBYTES = attrgetter("nbytes")
-
 Gradients = Sequence[tuple[Weight, Tensor]]
+Sized = tuple[Sequence[Tensor], Sequence[int]]  # parameters, and the bytes of their gradients
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_DENSE = torch.strided
+_PARAMETER = attrgetter("parameter")
 
 
 def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
@@ -66,7 +68,7 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     """
     found = [(w, grad) for w in weights if (grad := w.parameter.grad) is not None]
     for weight, grad in found:
-        if grad.layout is not torch.strided:
+        if grad.layout is not _DENSE:
             msg = (
                 f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
                 "fan-in; make it dense (sparse=False), or use where='update'"
@@ -77,26 +79,44 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     return found
 
 
-def part_gradients(
-    find_weights: Callable[[], Iterable[Weight]], groups: Iterable[Iterable[Tensor]]
-) -> None:
-    """Copy the gradient of a weight if it shares memory with the gradient of another parameter."""
-    found = [
-        (p, grad)
-        for parameters in groups
-        for p in parameters
-        if (grad := p.grad) is not None and type(grad) in _PLAIN and grad.layout is torch.strided
-    ]
-    grads = [*map(itemgetter(1), found)]
-    starts = [*map(Tensor.data_ptr, grads)]
-    if all(map(Tensor.is_contiguous, grads)) and not _torch.overlap(starts, map(_NBYTES, grads)):
+def with_sizes(parameters: Iterable[Tensor]) -> Sized:
+    """List parameters, and the bytes of the gradient of each."""
+    found = [*parameters]
+    # A gradient has the shape of its parameter, and mostly its dtype.
+    dtypes = [getattr(p, "grad_dtype", None) or p.dtype for p in found]
+    return found, [p.numel() * dtype.itemsize for p, dtype in zip(found, dtypes, strict=True)]
+
+
+def part_gradients(weights: Iterable[Weight], parameters: Sized) -> None:
+    """Copy the gradient of a weight if it shares memory with another gradient, or a parameter."""
+    every, sizes = parameters
+    grads = [grad for p in every if (grad := p.grad) is not None]
+    if len(grads) < len(every):
+        sizes = [size for p, size in zip(every, sizes, strict=True) if p.grad is not None]
+    marked = [*map(_PARAMETER, weights)]
+    if _are_apart(grads, sizes, marked):
         return
-    uses = [(_torch.find_memory(grad), k, True) for k, grad in enumerate(grads)]
-    shared = {found[k] for pair in find_shared(uses) for k in pair}
-    marked = {weight.parameter for weight in find_weights()} if shared else ()
-    for parameter, grad in shared:
-        if parameter in marked:
-            parameter.grad = grad.clone()
+    dense = [(p, grad) for p in every if (grad := p.grad) is not None and grad.layout is _DENSE]
+    uses = [(_torch.find_memory(grad), k, True) for k, (_, grad) in enumerate(dense)]
+    uses += [(_torch.find_memory(p), -1, False) for p in every if p.layout is _DENSE]
+    shared = {dense[k] for pair in find_shared(uses) for k in pair if k >= 0}
+    for parameter, grad in shared.intersection((p, p.grad) for p in marked):
+        parameter.grad = grad.clone()
+
+
+def _are_apart(grads: Sequence[Tensor], sizes: Sequence[int], weights: Sequence[Tensor]) -> bool:
+    """Return True if plain gradients begin far enough apart, and none where a weight does."""
+    if not _PLAIN.issuperset(map(type, grads)):
+        return False
+    try:
+        starts = [*map(Tensor.data_ptr, grads)]
+    except RuntimeError:  # one is sparse
+        return False
+    places = {*starts}
+    if len(places) < len(starts) or not places.isdisjoint(map(Tensor.data_ptr, weights)):
+        return False
+    # Those that begin apart and overlap are parts of one storage.
+    return not any(map(Tensor.storage_offset, grads)) or not _torch.overlap(starts, sizes)
 
 
 def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:

@@ -544,3 +544,16 @@ def test_another_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
     with pytest.raises(RuntimeError, match="the backend torch or jax, not tensorflow"):
         gcx.keras.centralize(SGD(0.1), kernel_model())
+
+
+@pytest.mark.skipif(ASKED_BACKEND != "torch", reason="a model is a torch module on torch alone")
+def test_gcx_torch_points_here() -> None:
+    import torch
+
+    import gcx.torch
+
+    model = small_model()
+    sgd = torch.optim.SGD(model.parameters())
+    for optimizer, error in ((sgd, ValueError), (keras.optimizers.SGD(), TypeError)):
+        with pytest.raises(error, match=r"for Keras use gcx\.keras"):
+            gcx.torch.centralize(optimizer, model)

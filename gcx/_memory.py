@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
+from operator import add, gt
 from typing import NamedTuple
 
 
@@ -40,6 +41,12 @@ def repeats_itself(shape: Sequence[int], steps: Sequence[int], itemsize: int = 1
             return True
         reach += step * (size - 1)
     return False
+
+
+def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
+    """Return True if two runs of bytes, which begin at `starts`, overlap."""
+    ends = sorted(map(add, starts, sizes))
+    return any(map(gt, ends, sorted(starts)[1:]))
 
 
 def find_shared(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:

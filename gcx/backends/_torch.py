@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from operator import add, attrgetter, gt
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -48,12 +48,6 @@ is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 def is_repeatable(grad: Tensor) -> bool:
     """Return True if `_torch_repeats` may know a list that begins with this tensor."""
     return not torch.compiler.is_compiling() and is_for_kernels(grad)
-
-
-def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
-    """Return True if two runs of bytes overlap."""
-    ends = sorted(map(add, starts, sizes))
-    return any(map(gt, ends, sorted(starts)[1:]))
 
 
 def check_dtype(grad: Tensor, /) -> None:

@@ -19,8 +19,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from gcx._memory import Memory, find_span
-from gcx.backends._torch import overlap
+from gcx._memory import Memory, find_span, overlap
 from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -56,7 +57,7 @@ def muon_dimension_numbers(
     """
     rows = plan(params, layouts)
     is_several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
-    keys = exclude if is_several else [exclude]
+    keys: Iterable[Any] = exclude if is_several else [exclude]
     excluded = match_all(keys, [row.name for row in rows], what="exclude")
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
     structure = jax.tree.structure(params, is_leaf=is_none)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, zeros_like
 from torch.autograd.graph import increment_version
 
+from gcx._memory import overlap
 from gcx._options import Options
 from gcx.backends import _torch_cuda as kernels
-from gcx.backends._torch import is_for_kernels, overlap
+from gcx.backends._torch import is_for_kernels
 from gcx.backends._torch_dtensor import FanIn, see_all, see_here
 from gcx.backends.cuda.launcher import Schedule
 from gcx.backends.cuda.walks import Axes

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcx._memory import find_shared
+from gcx._memory import find_shared, overlap
 from gcx._names import naming
 from gcx.backends import _torch
 from gcx.torch._plan import Decision
@@ -116,7 +116,7 @@ def _are_apart(grads: Sequence[Tensor], sizes: Sequence[int], weights: Sequence[
     if len(places) < len(starts) or not places.isdisjoint(map(Tensor.data_ptr, weights)):
         return False
     # Those that begin apart and overlap are parts of one storage.
-    return not any(map(Tensor.storage_offset, grads)) or not _torch.overlap(starts, sizes)
+    return not any(map(Tensor.storage_offset, grads)) or not overlap(starts, sizes)
 
 
 def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:

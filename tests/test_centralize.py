@@ -44,8 +44,9 @@ def immutable(xp: ArrayLibrary) -> ArrayLibrary:
 # Shapes, options that do not fit them, and the error.
 MATRIX = (3, 4)
 NO_AXIS = r"axis .* out of range .*shape \(3, 4\)"
-STRENGTHS = (-0.1, 1.1, float("nan"), "1", None, 1j, np.array([0.5, 0.5]))
+STRENGTHS = (-0.1, 1.1, float("nan"), "1", None, 1j)
 REFUSED: list[tuple[tuple[int, ...], dict[str, Any], type[Exception], str]] = [
+    (MATRIX, {"strength": np.array([0.5, 0.5])}, TypeError, "strength is a Python number"),
     *[(MATRIX, {"axis": a}, ValueError, NO_AXIS) for a in (2, -3, (0, 2), (0, -3))],
     ((), {"axis": 0}, ValueError, r"axis 0 is out of range .*shape \(\)"),
     *[

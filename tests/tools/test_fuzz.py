@@ -25,7 +25,7 @@ def test_libraries_pass() -> None:
     names = [name for name in backends.LIBRARIES if installed(name)]
     report = fuzz.run(1, 300, names=names)
     assert report.ok, fuzz.render(report)
-    assert {row.backend for row in report.rows} == {*names, "array_api_strict"}
+    assert {row.backend for row in report.rows} - {"array_api_strict"} == set(names)
     assert all(row.trials for row in report.rows)
 
 

@@ -69,8 +69,10 @@ class Matrices:
     ----------
     plan : gcx.plan.Plan
         The rows.
-    weights, rest : dict
-        The parameters that are matrices, and all others, by name.
+    weights : dict
+        The parameters that are matrices, by name.
+    rest : dict
+        All other parameters, by name.
 
     Examples
     --------

@@ -40,8 +40,9 @@ Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
-_WEIGHTS = itemgetter(1)  # of a group
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
+
+_WEIGHTS = itemgetter(1)  # of a group
 
 
 def not_compiled(function: Callable[P, ResultT]) -> Callable[P, ResultT]:

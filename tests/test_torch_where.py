@@ -25,6 +25,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "where_in_the_step.md"
 CELLS = r"^\|" + r" *(.*?) *\|" * 5 + "$"
 ROWS = re.findall(CELLS, PAGE.read_text(encoding="utf-8"), re.MULTILINE)[2:]
 STEPS = 20
+RATES = {"SGD": 0.1, "Adam": 0.01, "AdamW": 0.01}
 
 # By the text of the table.
 CLIPS = {
@@ -46,7 +47,7 @@ def test_means_do_as_the_table_says(optimizer: str, options: str, loop: str, mea
     torch.manual_seed(0)
     layer = nn.Linear(8, 4, dtype=torch.bfloat16 if "bfloat16" in loop else torch.float32)
     kind, numbers = parse(optimizer.strip("`"))
-    optim = getattr(torch.optim, kind)(layer.parameters(), **numbers)
+    optim = getattr(torch.optim, kind)(layer.parameters(), lr=RATES[kind], **numbers)
     if "begins" in loop:
         train(layer, optim, loop)
     if IN_BACKWARD in loop:
@@ -57,7 +58,7 @@ def test_means_do_as_the_table_says(optimizer: str, options: str, loop: str, mea
     train(layer, optim, loop)
     end = layer.weight.detach().double()
     assert (end - start).abs().max() > 1e-3
-    factor = (1 - numbers["lr"] * numbers["weight_decay"]) ** STEPS if means == "shrink" else 1
+    factor = (1 - RATES[kind] * numbers["weight_decay"]) ** STEPS if means == "shrink" else 1
     off = (end.mean(1) - factor * start.mean(1)).abs().max()
     assert means in {"stay", "shrink", "move"}
     assert off > 1e-4 if means == "move" else off < 1e-6

@@ -51,6 +51,12 @@ def test_python_block_runs(
     assert output in (None, capsys.readouterr().out)
 
 
+def test_pages_are_short() -> None:
+    words = {page: len(page.read_text(encoding="utf-8").split()) for page in PAGES}
+    assert words.pop(README) <= 900
+    assert [page.name for page in words if words[page] > 2000] == []
+
+
 def test_readme_has_a_block_for_every_library() -> None:
     found = set().union(*[imported(code) for _, code, _ in blocks(README, "python")])
     assert found >= {"numpy", "torch", "jax", "optax", "cupy"}

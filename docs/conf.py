@@ -12,6 +12,7 @@ project_copyright = author
 release = version = gcx.__version__
 html_title = f"gcx {release}"
 html_theme = "furo"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["gcx.css"]
 html_math_renderer = "mathml"

@@ -49,7 +49,14 @@ STYLE = """
 def draw_all():
     """Return the text of each picture by its name."""
     axes = {f"axes-{name}": draw_axes(name, kernels) for name, kernels in KERNELS.items()}
-    return {"centralize": draw_centralize(), "energy": draw_energy(), "speed": draw_speed(), **axes}
+    bars = {"energy": draw_energy(), "speed": draw_speed()}
+    return {"centralize": draw_centralize(), "icon": draw_icon(), **bars, **axes}
+
+
+def draw_icon():
+    parts = [rectangle(0, 0, 7, 7, ORANGE), rectangle(9, 9, 7, 7, ORANGE)]
+    parts += [rectangle(9, 0, 7, 7, BLUE), rectangle(0, 9, 7, 7, BLUE)]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{"".join(parts)}</svg>\n'
 
 
 def draw_centralize():
@@ -105,16 +112,14 @@ def draw_kernel(top, layer, names, shape, layout):
     if len(names) > 2:
         note = "in a block: {} ↓ {} →".format(*names[-2:])
         parts.append(text(left + 90, top + down - 10, note, "muted"))
-    height = full[0] * (full[2] * size + gap)
-    return parts, down + height + 14
+    return parts, down + full[0] * (full[2] * size + gap) + 14
 
 
 def draw_energy():
     """Draw the first report of diagnostics.md as its bar chart does."""
-    report = read("diagnostics.md").split("```text")[1].split("```")[0]
+    report = (HERE / "diagnostics.md").read_text("utf-8").split("```text")[1].split("```")[0]
     found = re.findall(r"(?m)^(\S+\.\S+) .* ([\d.]+)% +([\d.]+)% to ([\d.]+)% +([\d.]+)%", report)
-    left, top, scale = 96, 48, 4.6
-    parts = []
+    left, top, scale, parts = 96, 48, 4.6, []
     for name, *percent in found:
         removed, lowest, highest, by_chance = (left + float(number) * scale for number in percent)
         parts.append(text(left - 8, top + 17, name, "end"))
@@ -133,9 +138,8 @@ def draw_energy():
 
 def draw_speed():
     """Draw the ratios of _generated/cpu.md for each library and array size."""
-    tables = read("_generated/cpu.md")
-    machine = re.match(r"Taken on .*?: (.*)\.", tables)[1]
-    parts = [text(EDGE, 46, machine, "muted")]
+    tables = (HERE / "_generated" / "cpu.md").read_text("utf-8")
+    parts = [text(EDGE, 46, re.match(r"Taken on .*?: (.*)\.", tables)[1], "muted")]
     top, left, scale = 94, 120, 250
     one = left + 0.5 * scale
     parts.append(text(one - 8, 70, "\N{LEFTWARDS ARROW} gcx is faster", "end muted"))
@@ -150,13 +154,9 @@ def draw_speed():
             top += 26
         top += 10
     parts.append(line(one, 60, one, top - 20))
-    ticks = (0.5, 1, 1.5)
-    parts += [text(left + (x - 0.5) * scale, top, f"{x:g}", "middle muted") for x in ticks]
+    for x in (0.5, 1, 1.5):
+        parts.append(text(left + (x - 0.5) * scale, top, f"{x:g}", "middle muted"))
     return svg("Time of gcx over the plain expression", top + 16, parts)
-
-
-def read(page):
-    return (HERE / page).read_text(encoding="utf-8")
 
 
 def svg(title, height, parts):

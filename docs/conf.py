@@ -76,5 +76,5 @@ def label_cells(_app, document, _name):
         if len(header) > 7:
             table["classes"].append("wide")
         for cell, title in ((c, h) for row in rows for c, h in zip(row, header, strict=True)):
-            if title.astext():
+            if title.astext() and cell.astext():
                 cell.insert(0, nodes.container("", *title.deepcopy().children, classes=["label"]))

@@ -40,8 +40,8 @@ BLUE, ORANGE = "#4a9fd8", "#e8833a"
 STYLE = """
 .page { fill: #fff } text { font: 14px system-ui, sans-serif; fill: #222 }
 .bold { font-weight: bold } .muted { fill: #666; font-size: 12px } .middle { text-anchor: middle }
-.end { text-anchor: end } .cell { fill: #111; text-anchor: middle } .line { stroke: #888 }
-@media (prefers-color-scheme: dark) {
+.end { text-anchor: end } .cell { fill: #111; text-anchor: middle } .line { stroke: #333 }
+@media (prefers-color-scheme: dark) { .line { stroke: #ccc }
 .page { fill: #16181c } text { fill: #ddd } .muted { fill: #aaa } .cell { fill: #111 } }
 """
 

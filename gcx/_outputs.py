@@ -54,8 +54,14 @@ def check_out(out: Any, grad: Any, backend: Backend) -> None:
         raise TypeError(msg)
     if out is grad:
         return
-    for trait in ("shape", "dtype", "device"):
-        mine, theirs = getattr(out, trait, None), getattr(grad, trait, None)
+    check_traits("out", out, "the gradient", grad, ("shape", "dtype", "device"))
+
+
+def check_traits(what: str, x: Any, whose: str, model: Any, traits: Sequence[str]) -> None:
+    for trait in traits:
+        mine, theirs = getattr(x, trait, None), getattr(model, trait, None)
         if mine != theirs:
-            msg = f"out has {trait} {mine}, the gradient {theirs}"
+            if trait == "shape":
+                mine, theirs = tuple(mine), tuple(theirs)
+            msg = f"{what} has {trait} {mine}, {whose} {theirs}"
             raise ValueError(msg)

@@ -64,7 +64,36 @@ class Rules(Generic[AnswerT]):
         self._found: dict[type, list[tuple[str, Rule[Any]]]] = {}
 
     def register(self, kind: type) -> Callable[[RuleT], RuleT]:
-        """Return a decorator for the rule of a layer type; a later rule replaces an earlier one."""
+        """Declare the parameters of a layer type, for the plans of this framework.
+
+        Parameters
+        ----------
+        kind : type
+            The class of the layer; its subclasses follow, unless they have a rule.
+
+        Returns
+        -------
+        callable
+            Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+            layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one. A
+            later rule replaces an earlier one. In gcx.optax, layouts are for a single layer (gcx
+            adds the axes of a stack), and the function gets a linen or Haiku layer while it is
+            called. Entry points are as in `gcx.torch.register_layer`, of the group
+            ``gcx.optax.layers`` or ``gcx.keras.layers``.
+
+        Raises
+        ------
+        TypeError
+            If `kind` is not a class, or the rule neither a mapping nor a function.
+
+        Examples
+        --------
+        The same with `gcx.keras.register_layer`::
+
+            @gcx.optax.register_layer(Experts)
+            def experts(layer):
+                return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
+        """
         if not isinstance(kind, type):
             msg = f"register_layer takes the class of a layer, not {kind!r}"
             raise TypeError(msg)
@@ -82,8 +111,7 @@ class Rules(Generic[AnswerT]):
 
         A parameter that no rule knows is left alone, never guessed.
         """
-        owner = type(layer).__name__
-        return self.find(layer, name) or (unknown(layer, name), owner)
+        return self.find(layer, name) or (unknown(layer, name), type(layer).__name__)
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Return the same as `answer`, or None if no rule knows the parameter."""
@@ -129,3 +157,14 @@ def _load(found: EntryPoint) -> Rule[Any]:
         raise ImportError(msg) from error
     check_rule(rule, f"{source},")
     return rule
+
+
+def kernel_letters(equation: str) -> str:
+    """Find the layout of an einsum kernel, the second operand: ``i`` for the axes that are summed.
+
+    >>> kernel_letters("abc, cd -> abd")
+    'io'
+    """
+    operands, output = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")[:2]
+    return "".join("i" if a not in output else "b" if a in inputs else "o" for a in kernel)

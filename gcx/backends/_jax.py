@@ -85,10 +85,15 @@ def centralize_over_mesh(
     knows the gradient to be the same is ignored.
     """
     axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
-    parts: int = jax.lax.psum(1, axis_names)  # type: ignore[no-untyped-call]
-    if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean of one element is the element
+    fan_in = _count(grad, axes, axis_names)
+    if isinstance(fan_in, int) and fan_in < 2:  # the mean of one element is the element
         return grad
     return _run(grad, axes, strength, axis_names)
+
+
+def _count(grad: jax.Array, axes: tuple[int, ...], axis_names: tuple[str, ...]) -> Any:
+    """Count the elements of a fan-in; in a JAX export the number may be a symbol."""
+    return jax.lax.psum(1, axis_names) * prod(grad.shape[a] for a in axes)  # type: ignore[no-untyped-call]
 
 
 def _is_same_along(grad: jax.Array, axis: str) -> bool:
@@ -142,7 +147,7 @@ def _centralize(
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
     mean = _average(wide, axes)
-    fan_in = prod(grad.shape[axis] for axis in axes)
+    fan_in = _count(grad, axes, axis_names)
     if not isinstance(fan_in, int):  # a symbol, which may be 1 in a call
         mean = jnp.where(jnp.asarray(fan_in) > 1, mean, 0)
     if axis_names:
@@ -194,23 +199,14 @@ ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
 )
 mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
 
-
-def _batch_in_order(
-    args: Sequence[Any], dims: Sequence[int], *, axes: tuple[int, ...]
-) -> tuple[Any, int]:
-    moved = tuple([axis + (axis >= dims[0]) for axis in axes])
-    return _in_order.bind(*args, axes=moved), dims[0]  # type: ignore[no-untyped-call]
-
-
-batching.primitive_batchers[_in_order] = _batch_in_order
-
-
-@partial(jax.jit, static_argnums=2)
-def _centralize_in_order(grad: jax.Array, strength: float, axes: tuple[int, ...]) -> jax.Array:
-    result: jax.Array = _in_order.bind(grad, strength, axes=axes)  # type: ignore[no-untyped-call]
-    return result
-
-
+batching.primitive_batchers[_in_order] = lambda args, dims, axes: (
+    _in_order.bind(*args, axes=tuple([a + (a >= dims[0]) for a in axes])),  # type: ignore[no-untyped-call]
+    dims[0],
+)
+_centralize_in_order = jax.jit(
+    lambda grad, strength, axes: _in_order.bind(grad, strength, axes=axes),  # type: ignore[no-untyped-call]
+    static_argnums=2,
+)
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 

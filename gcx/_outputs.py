@@ -59,9 +59,8 @@ def check_out(out: Any, grad: Any, backend: Backend) -> None:
 
 def check_traits(what: str, x: Any, whose: str, model: Any, traits: Sequence[str]) -> None:
     for trait in traits:
-        mine, theirs = getattr(x, trait, None), getattr(model, trait, None)
-        if mine != theirs:
-            if trait == "shape":
-                mine, theirs = tuple(mine), tuple(theirs)
+        found: list[Any] = [getattr(array, trait, None) for array in (x, model)]
+        if found[0] != found[1]:
+            mine, theirs = [tuple(size) for size in found] if trait == "shape" else found
             msg = f"{what} has {trait} {mine}, {whose} {theirs}"
             raise ValueError(msg)

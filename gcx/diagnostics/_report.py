@@ -223,8 +223,7 @@ def _share(energies: Sequence[Energy], by_chance: float) -> Share | None:
 
 
 def _sum(energies: Iterable[Energy]) -> Energy:
-    energies = list(energies)
-    return Energy(sum(e.removed for e in energies), sum(e.total for e in energies))
+    return Energy(*map(sum, zip((0.0, 0.0), *energies, strict=True)))
 
 
 def _by_chance(row: PlanRow) -> float:

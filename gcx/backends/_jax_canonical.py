@@ -73,10 +73,9 @@ def _round(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
-def _keep_dtype(x: jax.Array) -> jax.Array:
+def _keep_dtype(x: jax.Array) -> Any:
     """Return the array unchanged, but make XLA compute it in its own dtype."""
-    kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
-    return kept
+    return jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
 
 
 # A traced array has no device yet; the compiler knows the platform.

@@ -112,14 +112,13 @@ def to_numpy(array: Any, /) -> Any:
     return array.astype(np.float32) if _is_ml_dtype(array.dtype) else array.copy()
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def _dtype(name: str) -> Any:
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return dtype
+        return np.dtype(getattr(ml_dtypes, name))
 
 
 def _is_narrow(array: NDArray) -> bool:
@@ -213,13 +212,12 @@ def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
     return mean.astype(dtype, copy=False)
 
 
-def _sum_rows(block: NDArray) -> NDArray:
+def _sum_rows(block: NDArray) -> Any:
     units, fan_in = block.shape
     ones = _ones(block.dtype)
     if fan_in <= _ROW_RUN:
         add = np.matmul if fan_in <= _SHORT_ROW else np.vecdot
-        sums: NDArray = add(block, ones[:fan_in])
-        return sums
+        return add(block, ones[:fan_in])
     rest = fan_in % _ROW_RUN
     runs = block[:, : fan_in - rest].reshape(units, -1, _ROW_RUN)
     sums = np.vecdot(runs, ones).sum(axis=1, dtype=np.float64)
@@ -228,12 +226,11 @@ def _sum_rows(block: NDArray) -> NDArray:
     return sums
 
 
-def _sum_columns(matrix: NDArray) -> NDArray:
+def _sum_columns(matrix: NDArray) -> Any:
     fan_in, units = matrix.shape
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
-        sums: NDArray = ones[:fan_in] @ matrix
-        return sums
+        return ones[:fan_in] @ matrix
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
     sums = (ones[:_COLUMN_RUN] @ runs).sum(axis=0, dtype=np.float64)

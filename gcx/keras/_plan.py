@@ -135,8 +135,7 @@ def decide(model: Any, options: Options) -> dict[int, PlanRow]:
         if variable.path in given:
             answer, rule = given[variable.path], "override"
         new = decide_row(variable.path, tuple(variable.shape), answer, rule)
-        earlier = decided.get(id(variable))
-        decided[id(variable)] = new if earlier is None else merge([earlier, new])
+        decided[id(variable)] = merge([decided.get(id(variable), new), new])
     return decided
 
 

@@ -73,15 +73,11 @@ def _convolution(layer: Any) -> Answers:
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:
-    def rule(layer: Any) -> Answers:
-        units = gates * layer.hidden_size
-        return {
-            "weight_ih": SingleLayer("oi", (units, layer.input_size)),
-            "weight_hh": SingleLayer("oi", (units, layer.hidden_size)),
-            "bias*": BIAS,
-        }
-
-    return rule
+    return lambda layer: {
+        "weight_ih": SingleLayer("oi", (gates * layer.hidden_size, layer.input_size)),
+        "weight_hh": SingleLayer("oi", (gates * layer.hidden_size, layer.hidden_size)),
+        "bias*": BIAS,
+    }
 
 
 RULES: dict[str, Rule[LayerAnswer]] = {

@@ -1,4 +1,4 @@
-"""Rules for the variables of each type of Keras layer, and the plan of a model."""
+"""Rules for the variables of each type of layer, and the plan of a model."""
 
 from __future__ import annotations
 

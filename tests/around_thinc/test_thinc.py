@@ -335,7 +335,7 @@ def test_unknown_layers_are_listed_until_they_are_registered() -> None:
     assert decisions(layer) == {"mine.W": "oi", "mine.offset": "an offset"}
     with pytest.raises(TypeError, match="takes the forward function of a layer, not 'linear'"):
         gcx.thinc.register_layer("linear")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no model, such as 'mine': give its forward function"):
+    with pytest.raises(TypeError, match="the forward function of a layer, not <thinc"):
         gcx.thinc.register_layer(layer)
 
 
@@ -392,7 +392,7 @@ def test_rules_that_are_none_are_an_error() -> None:
         TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
     ):
         registered("oi")
-    with pytest.raises(TypeError, match="the rule of mine returned None; a rule returns a mapping"):
+    with pytest.raises(TypeError, match=r"^the rule of .*forward returned None; a rule returns"):
         gcx.thinc.plan(registered(lambda layer: None))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
-from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
+from gcx.optax._models._parameters import LayerAnswer, Seen, decide_all, join, trace_shapes
 from gcx.plan import PlanRow
 
 
@@ -43,15 +43,12 @@ def decide(
 
     with hk.intercept_methods(watch):
         shapes = trace_shapes(params, inputs, keyword_inputs)
-    (seen,) = calls
-    return decide_all(seen, shapes)
+    return decide_all(calls[0], shapes)
 
 
 def _convolution(layout: str) -> Rule[LayerAnswer]:
     return lambda layer: {"w": layout if layer.mask is None else MASKED, "b": BIAS}
 
-
-_NORM: Answers = {"scale": NORM, "offset": BIAS}
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
@@ -62,5 +59,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},
-    **dict.fromkeys([f"haiku.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _NORM),
+    "haiku.*Norm": {"scale": NORM, "offset": BIAS},
 }

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 import gcx.diagnostics
 import gcx.optax
@@ -20,9 +17,7 @@ from gcx.diagnostics.jax import energy_removed
 
 from reference import fan_in_means
 
-pytestmark = [pytest.mark.one_framework, pytest.mark.usefixtures("compiled_in_haste")]
-
-jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
 AXES = {"Conv_0/kernel": (0, 1), "Dense_0/kernel": (0,), "query/kernel": (0,)}
 

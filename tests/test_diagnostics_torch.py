@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -25,8 +22,6 @@ from gcx.diagnostics.torch import energy_removed
 import processes
 import sharded_training
 from reference import fan_in_means
-
-pytestmark = pytest.mark.one_framework
 
 
 class Net(nn.Module):

@@ -5,27 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gcx
+import gcx.optax
 from gcx import Layout
 
 import canonical_order
+from optax_training import KERNELS, LEARNING_RATE, START, X, Y, normal, struct, train, two_layers
 from reference import centralized, fan_in_means
 from same_bits import assert_same_bits
-
-pytest.importorskip("optax")
-
-import jax
-import jax.numpy as jnp
-import optax
-
-import gcx.optax
-
-from optax_training import KERNELS, LEARNING_RATE, START, X, Y, normal, struct, train, two_layers
-
-pytestmark = pytest.mark.one_framework
 
 
 class WithList:

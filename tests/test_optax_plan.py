@@ -6,22 +6,17 @@ import re
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import gcx.optax
 from gcx import Layout
 
 from optax_training import FIRST_ONLY, KERNELS, SGD, Linear, Net, normal, normal_like, struct
 from reference import centralized
-
-pytestmark = pytest.mark.one_framework
 
 PRESETS = ("flax", "haiku", "equinox", "keras")
 

@@ -11,10 +11,6 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("ml_dtypes")
-
 import torch
 from torch import Tensor
 

@@ -10,9 +10,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import distributed, nn
 from torch.distributed import init_device_mesh
@@ -50,8 +47,6 @@ from sharded_training import (
     whole,
     whole_weights,
 )
-
-pytestmark = pytest.mark.one_framework
 
 EVEN, UNEVEN = 8, 7
 

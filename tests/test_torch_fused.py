@@ -11,9 +11,6 @@ from inspect import signature
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -24,8 +21,6 @@ from gcx.torch import SGD, AdamW
 
 from copies import COPIES
 from torch_training import GRAD
-
-pytestmark = pytest.mark.one_framework
 
 STEPS = 6
 DATA = torch.rand(8, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

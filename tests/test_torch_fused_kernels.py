@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -38,8 +35,6 @@ from torch_kernels import (
     on_cuda,
     on_gpu,
 )
-
-pytestmark = pytest.mark.one_framework
 
 STEPS = 6
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}

@@ -11,9 +11,6 @@ from typing import Any
 from weakref import ref
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -31,8 +28,6 @@ from torch_training import (
     new_layer,
     train,
 )
-
-pytestmark = pytest.mark.one_framework
 
 
 @pytest.fixture

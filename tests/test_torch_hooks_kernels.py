@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,8 +28,6 @@ from torch_kernels import (
     on_cuda,
     on_gpu,
 )
-
-pytestmark = pytest.mark.one_framework
 
 LAYOUTS = {"conv": "o...", "up": "io...", "linear": "oi", "odd": "o...", "groups": "oio..."}
 # Launches of a step of `Net`, of rows and of columns; on a GPU, some columns take two kernels.

@@ -9,9 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -28,8 +25,6 @@ from gcx.testing import assert_centralized
 
 import processes
 from sharded_training import Weights, whole_weights
-
-pytestmark = pytest.mark.one_framework
 
 STEPS = 4
 X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -7,9 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrizations, prune
@@ -30,8 +27,6 @@ from torch_training import (
     new_layer,
     train,
 )
-
-pytestmark = pytest.mark.one_framework
 
 DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
 

@@ -8,9 +8,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,8 +16,6 @@ import gcx.torch
 from gcx.testing import assert_centralized
 
 from sharded_training import DATA, TARGET, Net, net, project
-
-pytestmark = pytest.mark.one_framework
 
 STEPS = 30
 

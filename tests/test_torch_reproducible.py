@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -23,8 +20,6 @@ import canonical_order
 import processes
 from same_bits import assert_same_bits
 from torch_training import WAYS
-
-pytestmark = pytest.mark.one_framework
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

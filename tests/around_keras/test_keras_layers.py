@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-if find_spec("keras") is None:  # an import that fails for want of its backend is no skip
-    pytest.skip("needs keras", allow_module_level=True)
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported, here or by gcx
 
 import keras

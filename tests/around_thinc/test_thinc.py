@@ -10,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-if find_spec("thinc") is None:
-    pytest.skip("needs thinc", allow_module_level=True)
-
 from sklearn.datasets import load_digits
 from thinc import api
 from thinc.layers.resizable import resize_linear_weighted, resize_model

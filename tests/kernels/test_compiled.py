@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("cuda.bindings")
-pytest.importorskip("ml_dtypes")
-
 from canonical_order import DTYPES
 from compiled import Compiled, compile_kernel
 from launched import SOURCE, Variant

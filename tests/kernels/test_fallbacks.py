@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ml_dtypes")
-
 import gcx
 from gcx.__main__ import look_up
 from gcx.backends.cuda import drivers, launcher

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cuda.bindings")
-pytest.importorskip("ml_dtypes")
-
 import emulated_cuda
 from compiled import compile_kernel
 from emulated_cuda import EmulatedDriver

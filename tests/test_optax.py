@@ -241,16 +241,6 @@ def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
     assert seen == ["a", "a", "a", "b", "a"]
 
 
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_a_layout_may_split_an_axis(reproducible: bool) -> None:
-    layouts = {"weight": Layout("(bi)o...", b=2)}
-    optimizer = gcx.optax.centralize(layouts, reproducible=reproducible)
-    grads = {"weight": normal(1, 8, 3, 2).astype("float32")}
-    updates, _ = optimizer.update(grads, optimizer.init(grads))
-    groups = centralized(np.reshape(grads["weight"], (2, 4, 3, 2)), (1, 3))
-    np.testing.assert_allclose(updates["weight"], groups.reshape(8, 3, 2), atol=1e-6)
-
-
 def test_a_layout_that_splits_an_axis_is_not_for_shards() -> None:
     layouts = {"weight": Layout("(bi)o...", b=2)}
     grads = {"weight": normal(1, 8, 3)}

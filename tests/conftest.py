@@ -109,6 +109,14 @@ def where(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.fixture
+def layer() -> Any:
+    """A small dense layer of torch in float64."""
+    from torch_training import new_layer
+
+    return new_layer()
+
+
 @pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """Programs that run once, and whose last bits nobody looks at: XLA takes longer than they."""

@@ -69,7 +69,9 @@ OF_THE_PACKAGE = (
 )
 
 # Run by `kernels` once more. They emulate the kernels on the CPU, with g++.
-EMULATED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
+EMULATED = tuple(
+    f"tests/test_torch_{name}.py" for name in ("fused_kernels", "fused_fallbacks", "hooks_kernels")
+)
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"

@@ -62,9 +62,6 @@ def reasons(report: EnergyReport) -> dict[str, str]:
     return {row.name: row.reason for row in report.rows}
 
 
-# Facts about the shares
-
-
 @pytest.fixture(params=[True, False], ids=["64 bits", "32 bits"])
 def _x64(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_enable_x64", request.param)
@@ -147,9 +144,6 @@ def test_what_is_not_finite_is_told() -> None:
     assert report.total is None
 
 
-# Trees of all kinds
-
-
 def test_what_is_not_trained_stays_as_it_is() -> None:
     params = {"kernel": normal(0, 2, 3), "step": jnp.asarray(4), "none": None, "scale": 2.0}
 
@@ -165,9 +159,6 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
         "step": "not of floating dtype",
     }
     assert report.total == share(report, "kernel")
-
-
-# Batches and errors
 
 
 def test_parameters_and_batches_are_not_touched() -> None:

@@ -80,9 +80,6 @@ def reason(report: gcx.diagnostics.EnergyReport, name: str) -> str:
     return {row.name: row.reason for row in report.rows}[name]
 
 
-# Facts about the shares
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> None:
     model, batches = new_net(dtype), new_batches()
@@ -151,9 +148,6 @@ def test_rows_are_those_of_the_plan() -> None:
     assert shared(report) == ["up.weight", "head.weight"]
 
 
-# What models may be made of
-
-
 def loss_of_squares(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - 1).abs().square().mean()
 
@@ -217,9 +211,6 @@ def test_what_is_not_finite_is_told() -> None:
     )
     assert reason(report, "weight") == "Linear; NaN or infinity in the gradient of 1 of 2 batches"
     assert report.total is None
-
-
-# A model is left as it was
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
@@ -330,9 +321,6 @@ def test_no_hook_of_training_runs() -> None:
     assert called == []
 
 
-# Batches and errors
-
-
 def test_a_generator_and_batches_of_any_kind_under_no_grad() -> None:
     def batches() -> Iterator[dict[str, Any]]:
         for ids in new_batches():
@@ -377,9 +365,6 @@ def test_errors() -> None:
     parameters: Any = list(model.parameters())
     with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not a list"):
         energy_removed(parameters, batches, loss_of)
-
-
-# Several processes
 
 
 def loss_of_part(model: nn.Module, part: slice) -> Tensor:

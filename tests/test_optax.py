@@ -143,9 +143,6 @@ def test_optax_centralize_freezes_a_single_output() -> None:
     assert loss(ours) < loss(start)
 
 
-# Equal bits
-
-
 def many_inputs() -> Any:
     """Kernels with so many inputs that orders of summation differ in bits."""
     rng = np.random.default_rng(0)

@@ -146,9 +146,6 @@ def assert_close(xp: libraries.ArrayLibrary, actual: Tree, desired: Tree, rtol: 
         np.testing.assert_allclose(found, want, rtol=0, atol=atol, err_msg=key)
 
 
-# The formulas
-
-
 @every_optimizer
 def test_without_centralization_it_is_the_known_optimizer(xp: Any, name: str) -> None:
     steps = steps_for(xp, 100)
@@ -195,9 +192,6 @@ def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
     grads = [xp.asarray(grad, "complex128")]
     (new,), _ = optimizer.update(params, grads, optimizer.init(params))
     np.testing.assert_allclose(xp.numpy(new), -grad / np.abs(grad), rtol=1e-12)
-
-
-# The same bits
 
 
 @every_place
@@ -260,9 +254,6 @@ def test_reproducible_is_refused_before_a_step(name: str) -> None:
     replace(optimizer, layouts=layouts).update(params, params, state)
 
 
-# Which parameters
-
-
 @one_of_each
 def test_layouts_say_which_parameters_and_axes(xp: Any, name: str) -> None:
     optimizer = replace(OPTIMIZERS[name], layouts={"conv": "io...", "*": None})
@@ -301,9 +292,6 @@ def test_no_gradient_leaves_parameter_and_state(xp: Any, name: str) -> None:
     only_conv = replace(optimizer, layouts="o...")
     want, _ = only_conv.update(alone, {"conv": second["conv"]}, only_conv.init(alone))
     np.testing.assert_array_equal(xp.numpy(params["conv"]), xp.numpy(want["conv"]))
-
-
-# Arrays and state
 
 
 @one_of_each
@@ -380,9 +368,6 @@ def test_keys_may_come_in_another_order() -> None:
     assert list(new) == ["a", "b"]
 
 
-# Inside jax.jit
-
-
 @one_of_each
 def test_a_step_compiles_once(name: str) -> None:
     jax = pytest.importorskip("jax")
@@ -414,9 +399,6 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
     state = {**optimizer.init(params), "step": [xp.asarray(0, "int64")]}
     (new,), state = jax.jit(optimizer.update)(params, params, state)
     assert new.dtype == state["first_moment"][0].dtype == "float32"
-
-
-# The object
 
 
 def test_repr_shows_the_hyperparameters() -> None:

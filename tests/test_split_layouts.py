@@ -195,9 +195,6 @@ def test_a_vector_of_a_stack_has_no_fan_in(text: str, ndim: int) -> None:
     assert gcx.Layout(text).fan_in_axes(ndim) == ()
 
 
-# A plan says the layout of each gradient
-
-
 PLAN = Plan(
     [
         PlanRow("up.weight", (8, 4, 3), GROUPS, "ConvTranspose1d, 2 groups"),

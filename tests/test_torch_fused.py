@@ -184,9 +184,6 @@ def typical(request: pytest.FixtureRequest) -> Any:
     return partial(kind, **{"lr": 0.01, **options})
 
 
-# The same as torch's with the hooks
-
-
 TRAININGS: list[tuple[Callable[..., None], str]] = [
     *itertools.product((train, train_by_closure, train_by_adding_closure), OPTIONS),
     *itertools.product((train_with_zeros, train_with_gaps), TYPICAL),
@@ -307,9 +304,6 @@ def test_compiled_step(typical: Any) -> None:
     assert_same(one, other)
 
 
-# Checkpoints
-
-
 def saved(optimizer: Optimizer) -> Any:
     """Through a file, as checkpoints go."""
     file = io.BytesIO()
@@ -370,9 +364,6 @@ def test_switches_survive_checkpoints_that_do_not_know_them(typical: Any) -> Non
     assert optimizer.param_groups[1]["centralize"] is False
 
 
-# Copies
-
-
 class Module(nn.Module):
     """Holds its optimizer, so that to copy the one is to copy the other."""
 
@@ -409,9 +400,6 @@ def test_hooks_of_others_are_not_copied(typical: Any) -> None:
     assert calls == ["before", "after"]
 
 
-# What is shown
-
-
 def test_repr_shows_options_plan_and_who_steps() -> None:
     _, optimizer = ours(SGD, lr=0.01, foreach=False)
     base = repr(hooked(SGD, lr=0.01, foreach=False)[1])
@@ -420,9 +408,6 @@ def test_repr_shows_options_plan_and_who_steps() -> None:
         "    plan: <gcx plan: 3 of 8 parameters centralized>\n"
         f"    step of group 0: by torch ({optimizer.fallbacks[0]})\n)"
     )
-
-
-# Errors
 
 
 def test_models_and_options_that_are_refused(typical: Any) -> None:

@@ -95,9 +95,6 @@ def assert_close(found: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=name)
 
 
-# Launches
-
-
 def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **options: Any) -> int:
     """Count the launches of a step, or the kernels on a GPU; hooks may add no other work."""
     give_gradients(0, model)
@@ -239,9 +236,6 @@ def test_copies_launch_for_themselves(device: Device) -> None:
     assert device.launches == 2 * LAUNCHES
     torch.testing.assert_close(twin.linear.weight.grad, expected)
     assert torch.equal(model.linear.weight.grad, grad)
-
-
-# Results
 
 
 @emulated
@@ -464,9 +458,6 @@ def test_scaled_gradients(fused: bool, device: Device) -> None:
             reference.step()
     torch.testing.assert_close(model.linear.weight, twin.linear.weight, rtol=1e-5, atol=1e-7)
     assert (start - twin.linear.weight).abs().max() > 1e-4
-
-
-# Parts of DTensors
 
 
 def launch_parts() -> None:

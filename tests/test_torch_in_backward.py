@@ -98,9 +98,6 @@ def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-# On one process
-
-
 PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
 
 
@@ -244,9 +241,6 @@ def test_compiled_model() -> None:
     assert_centralized(model[2].weight.grad)
 
 
-# Errors and warnings
-
-
 def test_models_that_are_refused() -> None:
     model = built()
     gcx.torch.centralize_in_backward(model)
@@ -265,9 +259,6 @@ def test_sparse_gradient_is_an_error() -> None:
     gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
     with pytest.raises(TypeError, match=r"weight: expected a dense tensor"):
         table(torch.tensor([1, 2])).sum().backward()
-
-
-# Gradients that go another way
 
 
 @pytest.fixture
@@ -358,9 +349,6 @@ def test_passes_without_training_are_no_reason_to_warn(
             model.train(is_training)(X.float())
     model.train()(X.float()).sum().backward()
     handle.remove()
-
-
-# On several processes
 
 
 CPU = {"device_id": torch.device("cpu")}

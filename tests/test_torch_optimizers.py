@@ -228,9 +228,6 @@ def test_trajectory_is_that_of_the_reference(case: str, model: Net) -> None:
     assert_close(model, expected)
 
 
-# Weights that an optimizer keeps beside those of the model
-
-
 def peer(name: str, **options: Any) -> Make:
     """An optimizer of pytorch_optimizer."""
     kinds = pytest.importorskip("pytorch_optimizer")

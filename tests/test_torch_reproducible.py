@@ -146,9 +146,6 @@ def test_update_restores_the_canonical_mean(strides: str) -> None:
         assert_same_bits(numbers(model.get_parameter(name)), result.reshape(moved.shape))
 
 
-# Runs
-
-
 def sgd(model: nn.Module) -> SGD:
     return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
 
@@ -198,9 +195,6 @@ def test_memory_format_does_not_matter(make: Any, where: Any) -> None:
     assert not has_same_bits(*runs[False])
 
 
-# Where it cannot be promised
-
-
 @pytest.mark.parametrize("attach", WAYS)
 @pytest.mark.parametrize(
     ("options", "match"),
@@ -234,9 +228,6 @@ def test_weight_that_comes_later(where: Any) -> None:
         optimizer.step()
     assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
     assert all(map(torch.equal, before, model.parameters()))
-
-
-# Shards
 
 
 def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:

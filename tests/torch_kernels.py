@@ -140,9 +140,6 @@ def to_numpy(tensor: Tensor) -> Any:
     return tensor.detach().cpu().to(wide).numpy().copy()
 
 
-# Models and gradients
-
-
 def give_gradients(seed: int, *models: nn.Module) -> None:
     """The same ones to all models, with a mean; new tensors, in memory as the parameters are."""
     generator = torch.Generator().manual_seed(seed)

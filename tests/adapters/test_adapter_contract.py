@@ -54,9 +54,6 @@ def assert_same(row: Adapter, other: Adapter | Arrays) -> None:
         assert_same_bits(found, expected[name])
 
 
-# The weights
-
-
 def test_all_begin_alike(new: New) -> None:
     row = new("sgd")
     for name, found in row.parameters().items():
@@ -122,9 +119,6 @@ def canonical_means(x: Any) -> Any:
     return np.array([[canonical_order.scaled_mean(unit, 1.0)] for unit in x])
 
 
-# Beginning late, ending, and beginning again
-
-
 def test_remove_gives_plain_training_back(new: New, where: Any) -> None:
     row, twin = new("adam"), new("adam")
     row.attach(where=where)
@@ -181,9 +175,6 @@ def test_a_checkpoint_goes_on(new: New, where: Any, kind: Kind) -> None:
     assert_same(other, row)
 
 
-# Copies
-
-
 @pytest.mark.parametrize("how", copies.COPIES)
 def test_copies_are_plain_and_warn(new: New, how: str) -> None:
     row = new("sgd")
@@ -215,9 +206,6 @@ def test_copies_go_on_alike(new: New, how: str) -> None:
         one.train(4)
         assert_means_kept(one, before)
     assert_same(twin, row)
-
-
-# The plan, options, and errors
 
 
 def test_the_plan_names_the_weights(new: New) -> None:

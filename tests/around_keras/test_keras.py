@@ -88,9 +88,6 @@ def test_the_backend_that_was_asked_for_runs() -> None:
     assert ASKED_BACKEND in ("torch", "jax")
 
 
-# A real training
-
-
 class GCRMSprop(keras.optimizers.RMSprop):
     """The recipe of keras.io: nothing in Keras 3 calls get_gradients."""
 
@@ -107,8 +104,6 @@ def test_the_well_known_recipe_does_nothing() -> None:
     fit(plain)
     assert_same_weights(recipe, plain)
 
-
-# Every option of an optimizer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 3},
@@ -171,9 +166,6 @@ def test_mixed_precision_wraps_the_optimizer_itself() -> None:
     model.compile(optimizer, loss=LOSS)
     assert isinstance(model.optimizer, LossScale)
     assert_fit_keeps_the_means(model, epochs=4)
-
-
-# One step, by hand
 
 
 def kernel_model(**options: Any) -> Any:
@@ -279,9 +271,6 @@ def test_stateless_steps() -> None:
         np.testing.assert_allclose(to_numpy(weights[0]), expected, rtol=0, atol=1e-6)
 
 
-# Beginning late, and ending
-
-
 def test_a_step_that_is_compiled_already_is_compiled_again(where: Any) -> None:
     model = small_model(optimizer=SGD(0.01, momentum=0.9))
     fit(model)
@@ -308,9 +297,6 @@ def test_the_optimizer_keeps_its_class() -> None:
     gcx.keras.centralize(optimizer, model)
     assert isinstance(optimizer, kind)
     assert isinstance(optimizer, gcx.keras.Centralized)
-
-
-# The plan, as the optimizer comes to know its variables
 
 
 def test_the_plan_is_that_of_the_variables_trained() -> None:
@@ -346,9 +332,6 @@ def test_convolutions_alone() -> None:
     assert gcx.keras.plan(recurrent, layers="conv") == gcx.keras.plan(recurrent)
 
 
-# Equal bits
-
-
 @pytest.mark.parametrize(
     ("where", "decay"), [("gradient", None), ("update", "inside"), ("update", None)]
 )
@@ -374,9 +357,6 @@ def test_bits_that_cannot_be_promised_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"net/head/kernel: reproducible=True .*complex64"):
         gcx.keras.centralize(optimizer, model, reproducible=True)
     assert not isinstance(optimizer, gcx.keras.Centralized)
-
-
-# Saving and loading
 
 
 @pytest.mark.parametrize("wraps", [lambda o: o, LossScale], ids=["alone", "loss scale"])
@@ -479,9 +459,6 @@ def test_a_saved_optimizer_is_for_its_variables() -> None:
     (start,) = kernels(model).values()
     step(copied, model)
     assert_means_kept(model, {"head": start})
-
-
-# Errors, before anything is changed
 
 
 def test_what_cannot_be_centralized_is_an_error() -> None:

@@ -109,9 +109,6 @@ def test_a_cell_depends_on_the_fan_in_of_its_gates(make: Callable[[], Case]) -> 
     assert_fan_in(cell, lambda: cell(x, states)[0], units=units)
 
 
-# Layers made of others, and weights that are left alone
-
-
 def decisions(model: Any) -> dict[str, str]:
     """Layout or reason of each variable, by its path below the model."""
     rows = gcx.keras.plan(model)
@@ -257,9 +254,6 @@ def test_tied_weights_need_one_answer(other: Any, decision: str) -> None:
     model = keras.Sequential([dense, other(dense)])
     model.build((None, 3))
     assert [str(row.layout or row.reason) for row in gcx.keras.plan(model)] == [decision]
-
-
-# Layers that nobody declared
 
 
 class Bilinear(layers.Layer):

@@ -71,9 +71,6 @@ def registered(rule: Any) -> Any:
     return api.Model("mine", forward, params={"W": weight, "V": weight})
 
 
-# Every optimizer
-
-
 class Counting(api.Optimizer):
     """An optimizer of the user, with an attribute of its own."""
 
@@ -217,8 +214,6 @@ def test_subclasses_of_the_optimizer() -> None:
     assert optimizer.steps == 2 * 6
     assert_means_kept(model, start)
 
-
-# What the layers say
 
 DENSE = [
     "ClippedLinear",
@@ -456,9 +451,6 @@ def test_a_unit_of_the_parser_of_spacy_adds_up_its_features() -> None:
     expected = np.zeros((2, 3, 2, 4), bool)
     expected[:, 1, 0, :] = True
     np.testing.assert_array_equal(support(layer, unit), expected)
-
-
-# Errors, before anything is changed
 
 
 def test_what_cannot_be_centralized_is_an_error() -> None:

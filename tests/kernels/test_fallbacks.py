@@ -121,9 +121,6 @@ def test_lack_of_memory_is_raised_and_nothing_is_done(
     assert len(library.driver.launches) == before + 3
 
 
-# Caches
-
-
 def count_compilations(library: CupyOnCpu, patch: Patch, folder: Path) -> int:
     """Run as a new process does."""
     compiled: list[object] = []
@@ -194,9 +191,6 @@ def test_no_cache(library: CupyOnCpu, hinder: Any, monkeypatch: Patch, tmp_path:
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
-# No driver
-
-
 def of_no_package(patch: Patch) -> Any:
     patch.setitem(sys.modules, "cuda.bindings", None)
     return drivers.Bindings
@@ -248,9 +242,6 @@ def test_cupy_without_nvrtc(monkeypatch: Patch) -> None:
     for result in found:
         np.testing.assert_allclose(result, grad - grad.mean(1, keepdims=True))
     assert backend.why_no_kernels(grad) == f"RuntimeError: {error}"
-
-
-# The program
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU\nmore")])

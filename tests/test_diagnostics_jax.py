@@ -76,23 +76,16 @@ def test_shares_are_those_of_the_gradients(dtype: str) -> None:
     params, batches = new_params(dtype), new_batches(8, 8, dtype=dtype)
     report = energy_removed(params, batches, loss_of, layouts="flax")
     gradients = jax.jit(jax.grad(loss_of))
-    removed, total = dict.fromkeys(AXES, 0.0), dict.fromkeys(AXES, 0.0)
-    whole = 0.0
-    for batch in batches:
-        grads = gradients(params, batch)
-        whole += sum(np.sum(np.asarray(g, float) ** 2) for g in jax.tree.leaves(grads))
-        for name, axes in AXES.items():
-            layer, key = name.split("/")
-            grad = np.asarray(grads[layer][key], float)
-            fan_in = np.prod([grad.shape[axis] for axis in axes])
-            removed[name] += fan_in * np.sum(fan_in_means(grad, axes) ** 2)
-            total[name] += np.sum(grad**2)
+    wide = [
+        jax.tree.map(lambda g: np.asarray(g, float), gradients(params, batch)) for batch in batches
+    ]
+    layouts = {row.name: row.layout for row in gcx.optax.plan(params, "flax")}
+    expected = gcx.diagnostics.energy_removed(wide, layouts=layouts)
     for name in AXES:
         found = share(report, name)
-        assert found.removed == pytest.approx(removed[name] / total[name], rel=1e-12)
+        assert found == pytest.approx(share(expected, name), rel=1e-12)
         assert found.lowest < found.removed < found.highest
-    assert report.total is not None
-    assert report.total.removed == pytest.approx(sum(removed.values()) / whole, rel=1e-12)
+    assert report.total == pytest.approx(expected.total, rel=1e-12)
 
 
 def test_double_precision_and_batches_of_several_sizes() -> None:

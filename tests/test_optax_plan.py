@@ -307,12 +307,6 @@ def test_what_layouts_may_not_be(layouts: Any, error: type[Exception], message: 
             use(layouts)
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), "1"])
-def test_strength_outside_its_range(strength: Any) -> None:
-    with pytest.raises(ValueError, match="strength is the part of the mean to subtract"):
-        gcx.optax.centralize("flax", strength=strength)
-
-
 def test_layouts_are_required() -> None:
     with pytest.raises(TypeError, match="layouts"):
         gcx.optax.centralize()

@@ -141,18 +141,9 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
         ],
         *[
             (text, {}, ValueError, rf"layout '{re.escape(text)}' is not valid.*'o'.*'i'")
-            for text in [
-                "xyz",
-                "O...",
-                "o i",
-                "o...i...",
-                "......",
-                "....",
-                "..",
-                "oi.",
-                "o…",
-                "12",
-            ]
+            for text in (
+                *("xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"),
+            )
         ],
         *[
             (text, {}, ValueError, f"layout '{text}' names no fan-in axis")

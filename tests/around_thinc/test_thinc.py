@@ -216,18 +216,8 @@ def test_subclasses_of_the_optimizer() -> None:
 
 
 DENSE = [
-    "ClippedLinear",
-    "Dish",
-    "Gelu",
-    "HardSwish",
-    "HardSwishMobilenet",
-    "Linear",
-    "Mish",
-    "MultiSoftmax",
-    "Relu",
-    "Sigmoid",
-    "Softmax",
-    "Swish",
+    *("ClippedLinear", "Dish", "Gelu", "HardSwish", "HardSwishMobilenet", "Linear", "Mish"),
+    *("MultiSoftmax", "Relu", "Sigmoid", "Softmax", "Swish"),
 ]
 FLAT = "flat: one vector holds all weights, so the fan-in is not visible"
 

@@ -214,30 +214,9 @@ def test_reproducible_steps_end_in_the_same_bits(
     state = optimizer.init(params)
     for grad in grads:
         params, state = optimizer.update(params, [xp.asarray(grad, dtype)], state)
-    expected = in_canonical_order(optimizer, start, grads)
-    assert_same_bits(xp.numpy(params[0]), expected)
-
-
-def in_canonical_order(optimizer: SGD, weight: Any, grads: list[Any]) -> Any:
-    number, name = weight.dtype.type, weight.dtype.name
-    lr, decay, momentum = (
-        number(getattr(optimizer, option)) for option in ("lr", "weight_decay", "momentum")
-    )
-    undamped = number(1 - optimizer.dampening)
-
-    def project(x: Any) -> Any:
-        return canonical_order.centralized(x, (1,), name)
-
-    buffer = None
-    for grad in grads:
-        d = grad + decay * weight
-        if optimizer.where == "gradient":
-            d = project(d)
-        if momentum:
-            buffer = d if buffer is None else momentum * buffer + undamped * d
-            d = d + momentum * buffer if optimizer.nesterov else buffer
-        weight = weight - lr * (project(d) if optimizer.where == "update" else d)
-    return weight
+    own = ("layouts", "strength", "reproducible")
+    options = {name: value for name, value in vars(optimizer).items() if name not in own}
+    assert_same_bits(xp.numpy(params[0]), canonical_order.sgd(start, grads, (1,), **options))
 
 
 @one_of_each

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 import emulated_cuda
-from compiled import compile_kernel
 from emulated_cuda import EmulatedDriver
 from launched import SOURCE, Matrix, Variant, check, negative_zeros
-from test_compiled import findings
+from test_compiled import compile_kernel, findings
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 

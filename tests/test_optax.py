@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import gcx
 import gcx.optax
 from gcx import Layout
+from gcx.optim import SGD, Adam, AdamW
 
 import canonical_order
 from optax_training import KERNELS, LEARNING_RATE, START, X, Y, normal, struct, train, two_layers
@@ -35,62 +37,31 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-# --- trajectories against NumPy -------------------------------------------------------------------
-
 DECAY = 0.1
 
-
-def backpropagated(params: Any) -> Any:
-    """Gradient of `two_layers`, by hand."""
-    first, second = params["Dense_0"], params["Dense_1"]
-    hidden = np.tanh(X @ first["kernel"] + first["bias"])
-    error = hidden @ second["kernel"] + second["bias"] - Y
-    before = (error @ second["kernel"].T) * (1 - hidden**2)
-    return {
-        "Dense_0": {"kernel": X.T @ before, "bias": before.sum(0)},
-        "Dense_1": {"kernel": hidden.T @ error, "bias": error.sum(0)},
-    }
-
-
-def project(array: Any) -> Any:
-    return centralized(array, (0,)) if array.ndim == 2 else array
-
-
-def adam_direction(t: int, g: Any, m: Any, v: Any) -> Any:
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-    return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
-
-
-def after(change: Any, direction: Any, m: Any, v: Any) -> Any:
-    return change(direction), m, v
-
-
-def with_momentum(g: Any, m: Any, v: Any) -> Any:
-    return 0.9 * m + g, 0.9 * m + g, v
-
-
-# The step before the learning rate with the new moments, as NumPy has it and as optax makes it.
-TRAJECTORIES: dict[str, tuple[Any, Any]] = {
-    "sgd": (
-        lambda t, w, g, m, v: (project(g), m, v),
-        lambda c: optax.chain(c, optax.sgd(LEARNING_RATE)),
-    ),
+# An optimizer of gcx.optim, the decay that it leaves outside, and the same of optax.
+TRAJECTORIES: dict[str, tuple[Any, float, Any]] = {
+    "sgd": (SGD(LEARNING_RATE), 0.0, lambda c: optax.chain(c, optax.sgd(LEARNING_RATE))),
     "sgd of the paper": (
-        lambda t, w, g, m, v: with_momentum(project(g + DECAY * w), m, v),
+        SGD(LEARNING_RATE, momentum=0.9, weight_decay=DECAY),
+        0.0,
         lambda c: optax.chain(
             optax.add_decayed_weights(DECAY), c, optax.sgd(LEARNING_RATE, momentum=0.9)
         ),
     ),
     "adam, gradient": (
-        lambda t, w, g, m, v: adam_direction(t, project(g), m, v),
+        Adam(LEARNING_RATE),
+        0.0,
         lambda c: optax.chain(c, optax.adam(LEARNING_RATE)),
     ),
     "adamw, update": (
-        lambda t, w, g, m, v: after(lambda d: project(d + DECAY * w), *adam_direction(t, g, m, v)),
+        AdamW(LEARNING_RATE, weight_decay=DECAY, where="update"),
+        0.0,
         lambda c: optax.chain(optax.adamw(LEARNING_RATE, weight_decay=DECAY), c),
     ),
     "adamw, update, decay outside": (
-        lambda t, w, g, m, v: after(lambda d: project(d) + DECAY * w, *adam_direction(t, g, m, v)),
+        AdamW(LEARNING_RATE, weight_decay=0.0, where="update"),
+        DECAY,
         lambda c: optax.chain(
             optax.scale_by_adam(),
             c,
@@ -101,21 +72,17 @@ TRAJECTORIES: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("step", "make"), TRAJECTORIES.values(), ids=TRAJECTORIES)
-def test_trajectory_is_that_of_numpy(step: Any, make: Any) -> None:
+@pytest.mark.parametrize(("optimizer", "outside", "make"), TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_trajectory_is_that_of_gcx_optim(optimizer: Any, outside: float, make: Any) -> None:
+    optimizer = replace(optimizer, layouts="...o")
     expected: Any = START
-    m = v = jax.tree.map(np.zeros_like, START)
-    for t in range(1, 16):
-        steps = jax.tree.map(partial(step, t), expected, backpropagated(expected), m, v)
-        change, m, v = jax.tree.transpose(
-            jax.tree.structure(START), jax.tree.structure((0, 0, 0)), steps
-        )
-        expected = jax.tree.map(lambda w, d: w - LEARNING_RATE * d, expected, change)
+    state, gradient = optimizer.init(START), jax.jit(jax.grad(two_layers))
+    for _ in range(15):
+        grads = jax.tree.map(np.asarray, gradient(expected))
+        new, state = optimizer.update(expected, grads, state)
+        expected = jax.tree.map(lambda w, n: n - LEARNING_RATE * outside * w, expected, new)
     found = train(make(gcx.optax.centralize("flax")), two_layers, START, steps=15)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
-
-
-# --- the transformation of optax itself, as a documented fact -------------------------------------
 
 
 def drift(optimizer: Any) -> float:

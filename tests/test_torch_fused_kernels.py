@@ -8,7 +8,6 @@ from float32, as the kernels do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +46,7 @@ from torch_kernels import (
     distance,
     everywhere,
     give_gradients,
+    no_waiting,
     on_cuda,
     on_gpu,
 )
@@ -330,25 +330,17 @@ def test_one_launch_for_each_kind_of_kernel(kind: Any, device: Device) -> None:
     assert on_gpu(optimizer.step) == {"gcx_kernel": 6}
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Let every call that waits for the device raise an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @on_cuda
 @pytest.mark.parametrize("kind", BASES)
-def test_steps_do_not_wait(kind: Any, device: Device, request: pytest.FixtureRequest) -> None:
+def test_steps_do_not_wait(kind: Any, device: Device) -> None:
     model = new_net(device)
     optimizer = kind(model)
     step(0, model, optimizer)
-    request.getfixturevalue("no_waiting")
-    for _ in range(3):
-        for p in model.parameters():
-            p.grad = p.grad.clone()  # at another address
-        optimizer.step()
+    with no_waiting():
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = p.grad.clone()  # at another address
+            optimizer.step()
 
 
 @on_cuda

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from torch_kernels import (
     emulated,
     everywhere,
     give_gradients,
+    no_waiting,
     on_cuda,
     on_gpu,
 )
@@ -65,8 +68,8 @@ class Net(nn.Module):
         self.to(device.type)
 
 
-def sgd(model: nn.Module, **options: Any) -> SGD:
-    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+def sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> SGD:
+    return SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0.1, **options)
 
 
 def centralized(weight: Tensor) -> Tensor:
@@ -355,8 +358,7 @@ def test_closure(device: Device) -> None:
 # A GPU alone
 
 
-def slow_sgd(model: nn.Module, **options: Any) -> SGD:
-    return SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1, **options)
+slow_sgd = partial(sgd, lr=1e-3)
 
 
 def two_hooked(device: Device, kind: Any, **options: Any) -> list[Any]:
@@ -370,16 +372,9 @@ def two_hooked(device: Device, kind: Any, **options: Any) -> list[Any]:
     return pairs
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[Callable[[], None]]:
-    """Let every call that waits for the device raise an error, from the call of this on."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @on_cuda
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[[], None]) -> None:
+def test_a_step_does_not_wait(fused: bool, device: Device) -> None:
     """Neither with the addresses of the step before nor with others."""
     model = Net(device)
     optimizer = slow_sgd(model, fused=fused)
@@ -391,15 +386,14 @@ def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[
         grads.append([parameter.grad for parameter in model.parameters()])
     kept = []
     for k, of_step in enumerate(grads):
-        optimizer.zero_grad()
-        for parameter, grad in zip(model.parameters(), of_step, strict=True):
-            parameter.grad = grad.clone()
-        model.linear(x).square().mean().backward()
-        if k == 2:
-            no_waiting()
-        if k > 3:  # so that the next ones are elsewhere
-            kept += [parameter.grad for parameter in model.parameters()]
-        optimizer.step()
+        with no_waiting() if k >= 2 else nullcontext():
+            optimizer.zero_grad()
+            for parameter, grad in zip(model.parameters(), of_step, strict=True):
+                parameter.grad = grad.clone()
+            model.linear(x).square().mean().backward()
+            if k > 3:  # so that the next ones are elsewhere
+                kept += [parameter.grad for parameter in model.parameters()]
+            optimizer.step()
 
 
 @on_cuda

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -117,6 +117,16 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
     return Counter(event.name for event in found.events() if event.device_type == cuda)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let every call that waits for the device raise an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def flat_tensor(whole: Any) -> Tensor:

@@ -108,7 +108,7 @@ def lowest(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers; run the examples of the docs."""
     install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
-    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework or peers")
     examples = ("tests/examples", "--examples=agreement")
     run_pytest(session, "tests", *examples, *together, f"--packages={PEERS}")
 

@@ -229,6 +229,7 @@ BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] =
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind", BESIDE)
 def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
     make, evaluate = BESIDE[kind]
@@ -240,6 +241,7 @@ def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None
     assert_means_kept(model, start)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     ("kind", "strength"), [("asgd", 1.0), ("asgd", 0.3), ("schedule-free-sgd", 1.0)]
 )

@@ -191,40 +191,33 @@ def test_no_cache(library: CupyOnCpu, hinder: Any, monkeypatch: Patch, tmp_path:
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
-def of_no_package(patch: Patch) -> Any:
+def of_no_package(patch: Patch) -> None:
     patch.setitem(sys.modules, "cuda.bindings", None)
-    return drivers.Bindings
 
 
-def of_no_driver(patch: Patch) -> Any:
-    pytest.importorskip("cuda.bindings")
-    from cuda.bindings import driver
-
-    patch.setattr(driver, "cuDriverGetVersion", fail_with(RuntimeError("no libcuda.so.1")))
-    return drivers.Bindings
-
-
-def of_no_compiler(patch: Patch) -> Any:
-    pytest.importorskip("cuda.bindings")
-    from cuda.bindings import nvrtc
-
-    patch.setattr(nvrtc, "nvrtcVersion", fail_with(OSError("no libnvrtc.so\nmore")))
-    return drivers.Bindings
+def failing(module: str, function: str, error: Exception) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(f"cuda.bindings.{module}.{function}", fail_with(error))
 
 
 @pytest.mark.parametrize(
-    ("make_driver", "reason"),
+    ("hinder", "reason"),
     [
         (of_no_package, r"ImportError: .*\(pip install cuda-bindings\)$"),
-        (of_no_driver, "RuntimeError: no libcuda.so.1$"),
-        (of_no_compiler, "OSError: no libnvrtc.so$"),
+        (
+            failing("driver", "cuDriverGetVersion", RuntimeError("no libcuda.so.1")),
+            "RuntimeError: no libcuda.so.1$",
+        ),
+        (
+            failing("nvrtc", "nvrtcVersion", OSError("no libnvrtc.so\nmore")),
+            "OSError: no libnvrtc.so$",
+        ),
     ],
 )
-def test_no_driver(make_driver: Any, reason: str, monkeypatch: Patch) -> None:
-    kind = make_driver(monkeypatch)
+def test_no_driver(hinder: Callable[[Patch], None], reason: str, monkeypatch: Patch) -> None:
+    hinder(monkeypatch)
     host: Any = None
     with pytest.warns(RuntimeWarning, match=f"cannot run, so the array .*: {reason}"):
-        found = launcher.find_launcher(kind, host)
+        found = launcher.find_launcher(drivers.Bindings, host)
     assert isinstance(found, str)
     with pytest.raises(MemoryError):
         launcher.find_launcher(fail_with(MemoryError()), host)

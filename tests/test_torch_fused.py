@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 import gcx.torch
-from gcx.testing import assert_centralized
 from gcx.torch import SGD, AdamW
 
 from copies import COPIES
@@ -249,10 +248,6 @@ def test_layers_and_overrides(typical: Any) -> None:
     assert [row.name for row in conv.plan if row.layout] == ["0.weight", "3.weight"]
     given = typical(model, overrides={"0.*": None, "6.weight": "io"})
     assert [str(row.layout) for row in given.plan if row.layout] == ["(bi)o...", "io"]
-    before = model[6].weight.detach().clone()
-    train(model, given)
-    if isinstance(given, SGD):
-        assert_centralized(model[6].weight, start=before, layout="io", rtol=1e-9)
 
 
 def test_group_added_later_and_layer_unfrozen(typical: Any) -> None:

@@ -69,7 +69,9 @@ OF_THE_PACKAGE = (
 )
 
 # Run by `kernels` once more. They emulate the kernels on the CPU, with g++.
-EMULATED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
+EMULATED = tuple(
+    f"tests/test_torch_{name}.py" for name in ("fused_kernels", "fused_fallbacks", "hooks_kernels")
+)
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
@@ -106,7 +108,7 @@ def lowest(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers; run the examples of the docs."""
     install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
-    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework or peers")
     examples = ("tests/examples", "--examples=agreement")
     run_pytest(session, "tests", *examples, *together, f"--packages={PEERS}")
 

@@ -8,19 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("jax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 import gcx
 
 from reference import centralized
-
-pytestmark = pytest.mark.one_framework
 
 
 def weight(*shape: int) -> Any:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-pytest.importorskip("flax")
-pytest.importorskip("equinox")
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers

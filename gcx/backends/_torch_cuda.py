@@ -19,8 +19,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from gcx._memory import Memory, find_span, overlap
+from gcx._memory import overlap
 from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
+from gcx.backends._torch_memory import count_bytes
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
@@ -289,8 +290,3 @@ def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool =
         # torch negates some views when they are read, such as the imaginary part of a conjugate.
         or not (are_dense or not any(map(Tensor.is_neg, tensors)))
     )
-
-
-def count_bytes(tensor: Tensor) -> int:
-    """Count the bytes from the first element of a tensor to the end of its last."""
-    return find_span(Memory(0, tensor.shape, tensor.stride()))[1] * tensor.itemsize

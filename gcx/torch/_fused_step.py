@@ -17,6 +17,7 @@ from gcx._options import Options
 from gcx.backends import _torch_cuda as kernels
 from gcx.backends._torch import is_for_kernels
 from gcx.backends._torch_dtensor import FanIn, see_all, see_here
+from gcx.backends._torch_memory import count_bytes
 from gcx.backends.cuda.launcher import Schedule
 from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
@@ -206,7 +207,7 @@ def _prepare(
     places = [k for k, traits in enumerate(found) if traits]
     if not places:
         return [], [], None
-    sizes = [kernels.count_bytes(roles[0][k]) for k in places] * len(roles)
+    sizes = [count_bytes(roles[0][k]) for k in places] * len(roles)
     return places, sizes, Schedule(kernels.get_launcher(), rule, kernels.pick(places, found))
 
 

@@ -94,7 +94,6 @@ class GradientHooks:
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
-        self._switches = targets.switches()
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, options.decay)  # raises here what a step would raise
@@ -107,10 +106,6 @@ class GradientHooks:
     @not_compiled
     @torch.no_grad()
     def _before_step(self, _: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        switches = self._targets.switches()
-        if switches != self._switches:
-            self._switches = switches
-            self._centralize_momentum()
         if not _has_closure(args, kwargs):
             self._centralize()
             return None
@@ -149,16 +144,20 @@ class GradientHooks:
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the weights to centralize before a step; errors come before anything changes."""
-        return self._targets.by_group()
+        groups = self._targets.by_group()
+        if groups is not self._groups:  # some may have been switched on
+            self._centralize_momentum()
+        return groups
 
     def _centralize_momentum(self, *_: Any) -> None:
         # After loading too: the checkpoint may come from a run without centralization.
+        self._groups = self._targets.by_group()
         if self._options.strength != 1.0:  # the momentum of such a run has a mean
             return
         optimizer, decay = self._targets.optimizer, self._options.decay
         weights = [
             weight
-            for group, weights in self._targets.by_group()
+            for group, weights in self._groups
             if not momentum_has_mean(optimizer, group, decay)
             for weight in weights
         ]

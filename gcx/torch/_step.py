@@ -192,13 +192,9 @@ class UpdateHooks:
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
-        for name, parameter, *_ in targets.weights():
-            may_move = parameter.requires_grad or parameter.grad is not None
-            if may_move and torch.finfo(parameter.dtype).bits < 32:
-                warn(narrow_weight(name, parameter.dtype))
-                break
         self._moves_others = not moves_by_gradient_only(optimizer)
         self._may_hide_average = callable(getattr(optimizer, "eval", None))
+        self._may_be_narrow = True
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
@@ -214,22 +210,18 @@ class UpdateHooks:
     def _remember_means(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         baselines: list[_Baseline] = []
         has_closure = _has_closure(args, kwargs)
-        # Later hooks may give gradients to frozen weights, and so may closures.
-        last_hook = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
-        takes_all = has_closure or self._moves_others or last_hook != self.handles[0].id
         state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
-            average = find_average(group)
+            average = find_average(optimizer, group)
+            # Frozen ones too: later hooks and closures may give them gradients.
             for weight in weights:
                 parameter = weight.parameter
-                has_gradient = parameter.grad is not None
-                if takes_all or has_gradient or parameter.requires_grad:
-                    mean, beside = weight.mean(parameter), {}
-                    if average is not None:
-                        beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                    is_due = self._moves_others and has_gradient and not has_closure
-                    baselines.append(_Baseline(weight, mean, factor, beside, is_due))
+                mean, beside = weight.mean(parameter), {}
+                if average is not None:
+                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                is_due = self._moves_others and parameter.grad is not None and not has_closure
+                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         # A closure may add groups, or switch them on.
         others = self._targets.others() if has_closure else ()
         means = {weight.parameter: weight.mean(weight.parameter) for weight in others}
@@ -247,11 +239,17 @@ class UpdateHooks:
                 baselines += [_Baseline(w, means[w.parameter], factor, {}, False) for w in late]
         for weight, mean, factor, beside, is_due in baselines:
             parameter = weight.parameter
-            if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
-                if self._moves_others or parameter.requires_grad:
-                    self._restore(weight, parameter, mean)
+            has_gradient = parameter.grad is not None or is_due
+            if not (has_gradient or self._moves_others or parameter.requires_grad):
                 continue
-            self._restore(weight, parameter, mean if factor is None else mean * factor)
+            # Without a gradient there is no decay, but perhaps the loop moved the weight.
+            kept = mean if factor is None or not has_gradient else mean * factor
+            self._restore(weight, parameter, kept)
+            if self._may_be_narrow and mean.dtype != parameter.dtype:
+                self._may_be_narrow = False
+                warn(narrow_weight(weight.name, parameter.dtype))
+            if not has_gradient:
+                continue
             known = state.get(parameter, {})
             for key in beside.keys() & known.keys():
                 self._restore(weight, known[key], beside[key])

@@ -822,7 +822,7 @@ def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
         with warnings.catch_warnings(record=True, action="always") as caught:
             optimizer.step()
         assert len(caught) == count
-        assert all("weight is bfloat16" in str(each.message) for each in caught)
+        assert all("weight is torch.bfloat16" in str(each.message) for each in caught)
 
 
 def test_closure_in_another_place(layer: nn.Linear) -> None:

@@ -225,16 +225,13 @@ class _Place:
     """
 
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
-        self.name = weight.name
         assert decision.holder is not None
-        self.holder = Weak(decision.holder)
-        self._key = decision.key
+        self.holder, self._key = Weak(decision.holder), decision.key
         self._shape = decision.row.shape
         # Without the parameter, whose memory a wrapper may want to free.
-        self._fan_in = weight.fan_in
-        self._reproducible = weight.reproducible
+        self._weight = weight._replace(parameter=torch.empty(0))
         self._strength = strength
-        self.has_seen_one = False
+        self.name, self.has_seen_one = weight.name, False
 
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight and will get a gradient."""
@@ -251,9 +248,9 @@ class _Place:
         self.has_seen_one = True
         with naming(self.name):
             _torch.check_dtype(grad)
-            if self._reproducible:
-                _torch.check_reproducible_over(grad, self._fan_in)
-        return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
+        self._weight.check(grad)
+        _, _, fan_in, reproducible = self._weight
+        return _torch.centralize_over(grad, fan_in, self._strength, reproducible)
 
     def find_trained(self) -> Tensor | None:
         """Return the tensor if it is trained, in any shape."""

@@ -39,8 +39,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
-_TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
-_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
+_TRAINERS = "accelerate", "lightning", "pytorch_lightning", "transformers"
+_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch", *_TRAINERS})
 
 _WEIGHTS = itemgetter(1)  # of a group
 
@@ -66,7 +66,7 @@ def not_compiled(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
 def warn(message: str) -> None:
     """Warn at the line of the user, below all frames of gcx, torch and trainers."""
     frame, level = currentframe(), 1
-    while frame is not None and _package(frame.f_globals) in _BETWEEN:
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
@@ -82,10 +82,6 @@ def warn_of_copies(optimizer: Optimizer, message: str) -> None:
 
     # They ask the instance first.
     vars(optimizer)["__reduce_ex__"] = reduce_with_warning
-
-
-def _package(module: dict[str, object]) -> str:
-    return str(module.get("__name__")).partition(".")[0]
 
 
 class GradientHooks:

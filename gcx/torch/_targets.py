@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter, not_
+from itertools import chain
+from operator import attrgetter, getitem, is_, methodcaller
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -169,14 +169,9 @@ class _Look:
             if weights := [*weights_of(of_group, reproducible=reproducible)]:
                 self.found.append((group, weights))
             pairs += of_group
-        # torch.jit has no dicts here: layers that it compiled cannot be replaced.
-        held = [(d.holder, d.key) for _, d in pairs if d.holder is not None]
-        in_dicts = [isinstance(vars(holder).get("_parameters"), dict) for holder, _ in held]
-        self._holders = [vars(holder) for holder, _ in compress(held, in_dicts)]
-        self._keys = [key for _, key in compress(held, in_dicts)]
-        self._compiled = [*compress(held, map(not_, in_dicts))]
-        tables = [vars(module).get("_modules") for module in model.modules()]
-        self._layers = [table for table in tables if isinstance(table, dict)]
+        held = [d for _, d in pairs if d.holder is not None]
+        self._tables, self._keys = [_PARAMETERS(d.holder) for d in held], [d.key for d in held]
+        self._layers = [*map(_LAYERS, model.modules())]
         self._missing = [p for p, d in pairs if d.holder is None]
         self._seen = self._see(groups)
         self._weights = [weight.parameter for _, weights in self.found for weight in weights]
@@ -184,7 +179,10 @@ class _Look:
 
     def is_current(self, groups: Sequence[Group]) -> bool:
         """Return True if nothing has changed."""
-        seen = self._see(groups)
+        try:
+            seen = self._see(groups)
+        except KeyError:  # a parameter is gone
+            return False
         return (
             len(seen) == len(self._seen)
             and all(map(is_, seen, self._seen))
@@ -197,14 +195,14 @@ class _Look:
         for group in groups:
             seen += group, group.get(SWITCH, True)
             seen += group["params"]
-        seen += map(dict.get, map(_PARAMETERS, self._holders), self._keys)
-        seen += chain.from_iterable(map(dict.values, self._layers))
-        seen += [getattr(holder, key, None) for holder, key in self._compiled]
+        seen += map(getitem, self._tables, self._keys)
+        seen += chain.from_iterable(map(_VALUES, self._layers))
         seen += map(_can_move, self._missing)
         return seen
 
 
-_PARAMETERS, _SHAPE = itemgetter("_parameters"), attrgetter("shape")
+_PARAMETERS, _LAYERS, _SHAPE = map(attrgetter, ("_parameters", "_modules", "shape"))
+_VALUES = methodcaller("values")  # torch.jit has mappings of its own
 
 
 def _can_move(parameter: Tensor) -> bool:

@@ -220,8 +220,7 @@ class UpdateHooks:
                 baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         # A closure may add groups, or switch them on.
         others = self._targets.others() if has_closure else ()
-        means = {weight.parameter: weight.mean(weight.parameter) for weight in others}
-        self._baselines.append((baselines, means))
+        self._baselines.append((baselines, {w.parameter: w.mean(w.parameter) for w in others}))
 
     @not_compiled
     @torch.no_grad()
@@ -229,10 +228,9 @@ class UpdateHooks:
         state = inner_optimizer(optimizer).state
         baselines, means = self._baselines.pop()
         for group, weights in self._targets.by_group() if means else ():
-            late = [weight for weight in weights if weight.parameter in means]
-            if late:
-                factor = shrinkage(optimizer, group, self._options.decay)
-                baselines += [_Baseline(w, means[w.parameter], factor, {}, False) for w in late]
+            factor = shrinkage(optimizer, group, self._options.decay)
+            pairs = [(w, means[w.parameter]) for w in weights if w.parameter in means]
+            baselines += [_Baseline(w, mean, factor, {}, False) for w, mean in pairs]
         for weight, mean, factor, beside, is_due in baselines:
             parameter = weight.parameter
             has_gradient = parameter.grad is not None or is_due

@@ -171,7 +171,7 @@ class _Look:
             pairs += of_group
         held = [d for _, d in pairs if d.holder is not None]
         self._tables, self._keys = [_PARAMETERS(d.holder) for d in held], [d.key for d in held]
-        self._layers = [*map(_LAYERS, model.modules())]
+        self._layers = [*filter(len, map(_LAYERS, model.modules()))]
         self._missing = [p for p, d in pairs if d.holder is None]
         self._seen = self._see(groups)
         self._weights = [weight.parameter for _, weights in self.found for weight in weights]

@@ -12,6 +12,7 @@ from torch import Tensor
 from gcx._memory import find_shared, overlap
 from gcx._names import naming
 from gcx.backends import _torch
+from gcx.backends._torch_dtensor import PLAIN, FanIn
 from gcx.backends._torch_memory import count_bytes, find_memory
 from gcx.torch._plan import Decision
 
@@ -24,7 +25,7 @@ class Weight(NamedTuple):
 
     name: str
     parameter: Tensor
-    fan_in: _torch.FanIn
+    fan_in: FanIn
     reproducible: bool = False
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -56,7 +57,6 @@ def weights_of(
 
 Gradients = Sequence[tuple[Weight, Tensor]]
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _DENSE = torch.strided
 _PARAMETER: Callable[[Weight], Tensor] = attrgetter("parameter")
 _NBYTES: Callable[[Tensor], int] = attrgetter("nbytes")
@@ -95,7 +95,7 @@ def part_gradients(weights: Iterable[Weight], parameters: Iterable[Tensor]) -> N
 
 def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     """Return True if plain gradients begin far enough apart, and none where a weight does."""
-    if not _PLAIN.issuperset(map(type, grads)):
+    if not {*map(type, grads)}.issubset(PLAIN):
         return False
     try:
         starts = [*map(Tensor.data_ptr, grads)]

@@ -145,8 +145,8 @@ def recall(key: Hashable, make: Callable[[], T]) -> T:
 class Launches:
     """The launches of a rule for tensors in one form: types, devices, dtypes, shapes, strides.
 
-    The roles are lists of tensors: gradients, results (None for a new one), and what else the rule
-    takes. Gradients that the kernels do not take are left out.
+    The roles are lists of tensors: gradients, results (None for a new one), and the others of the
+    rule. Gradients that the kernels do not take are left out.
     """
 
     def __init__(

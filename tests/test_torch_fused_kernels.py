@@ -281,7 +281,7 @@ def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch
         made.append(arguments)
         return Schedule(*arguments)
 
-    monkeypatch.setattr(_fused_step, "Schedule", prepare)
+    monkeypatch.setattr(_torch_cuda, "Schedule", prepare)
     layers = nn.ModuleList([nn.Linear(2, 3 + k // 2) for k in range(20)])  # two of each
     optimizer = SGD(layers)
     for layer in (*layers, *layers):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+<<<<<<< HEAD
+=======
+import warnings
+from contextlib import nullcontext
+>>>>>>> torchdiet
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -447,6 +452,18 @@ def test_frozen_weights_are_passed_over_in_the_update(layer: nn.Linear) -> None:
     version = frozen.weight._version
     assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)
     assert frozen.weight._version == version
+
+
+def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    gcx.torch.centralize(optimizer, layer, where="update")
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
+        layer.to(dtype).zero_grad()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            optimizer.step()
+        assert len(caught) == count
+        assert all("weight is torch.bfloat16" in str(each.message) for each in caught)
 
 
 def test_closure_in_another_place(layer: nn.Linear) -> None:

@@ -315,8 +315,10 @@ def test_weights_that_change_without_a_gradient_are_noticed() -> None:
     layer(X.float())  # warns no more
 
 
-def test_layer_that_is_replaced_is_noticed_once() -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_layer_that_is_replaced_is_noticed_once(is_kept: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    kept = [*model] if is_kept else []
     gcx.torch.centralize_in_backward(model)
     for passed in range(12):
         if passed == 9:
@@ -325,6 +327,7 @@ def test_layer_that_is_replaced_is_noticed_once() -> None:
         with pytest.warns(UserWarning, match=message) if passed == 9 else nullcontext():
             model(torch.rand(3, 4)).square().sum().backward()
     copy.deepcopy(model)
+    kept.clear()
 
 
 def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:

@@ -267,6 +267,17 @@ def test_average_kept_by_an_earlier_hook(model: Net) -> None:
     assert_means_kept(average.module, start)
 
 
+def test_options_of_the_same_name_are_no_average(model: Net) -> None:
+    """An optimizer of another kind may keep something else under these names."""
+    (weight, *_), own = model.parameters(), torch.ones(())
+    optimizer = optim.SGD([{"params": model.parameters(), "lambd": 0.1}], lr=0.1)
+    optimizer.state[weight]["ax"] = own
+    gcx.torch.centralize(optimizer, model, where="update")
+    train(model, optimizer)
+    assert optimizer.state[weight]["ax"] is own
+    assert own == 1.0
+
+
 class Hiding(optim.SGD):
     """Evaluates other weights, which it keeps where nobody finds them."""
 

@@ -24,8 +24,9 @@ class Named(Tensor):
         lambda g: (g[:2], g[:2]),
         lambda g: (g[:2], g[1:3]),
         lambda g: (g[:2].as_subclass(Named),) * 2,
+        lambda g: (g[:3:2], g[2:]),
     ],
-    ids=["one", "overlapping", "subclass"],
+    ids=["one", "overlapping", "subclass", "reaching"],
 )
 def test_each_weight_gets_its_own_share_of_a_gradient(
     shared: Any, layers: tuple[Any, Any], weight_decay: float

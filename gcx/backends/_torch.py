@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
-from gcx.backends._torch_dtensor import PLAIN
+from gcx.backends._torch_dtensor import PLAIN, FanIn
 
 _DENSE = torch.strided
 
@@ -32,9 +32,6 @@ _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
 _UNINITIALIZED = (UninitializedBuffer, UninitializedParameter)
-
-# A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
-FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from gcx._memory import Memory, find_span, overlap
+from gcx._memory import overlap
 from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
+from gcx.backends._torch_memory import count_bytes
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
 
 T = TypeVar("T")
+Roles = Sequence[Sequence[Tensor | None]]  # see `Launches`
 
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
@@ -102,10 +105,12 @@ def launch(
             None if out is None else part if out is grad else see_here(out, fan_in, grad)
             for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
         ]
-    weights, rate = decay or ((), 0.0)
-    weights = see_all(weights, fan_ins, grads) if weights else []
-    found = find_launches(seen, [axes for _, axes in fan_ins], parts, weights, reproducible)
-    done = found.run(seen, strength, parts, weights, rate)
+    roles, rule, rate = [seen, parts], "Store", 0.0
+    if decay is not None:
+        weights, rate = decay
+        roles, rule = [seen, parts, see_all(weights, fan_ins, grads)], "StoreRate"
+    launches = find_launches(rule, roles, [axes for _, axes in fan_ins], reproducible)
+    done = launches.run(roles, (strength, rate))
     if in_place and all(map(is_, seen, grads)):
         return done
     for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
@@ -114,20 +119,13 @@ def launch(
     return done
 
 
-def find_launches(
-    grads: Sequence[Tensor],
-    axes: Sequence[Axes],
-    outs: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    reproducible: bool,
-) -> Centralization:
+def find_launches(rule: str, roles: Roles, axes: Sequence[Axes], reproducible: bool) -> Launches:
     """Find the launches for tensors in these forms among the latest ones, or make them."""
-    others = () if outs is grads else outs
-    is_new = tuple([out is None for out in others])
-    tensors = [*grads, *weights, *[out for out in others if out is not None]]
-    key = (reproducible, tuple(axes), is_new, *forms(tensors))
-    make = partial(Centralization, grads, axes, outs, weights, reproducible=reproducible)
-    return recall(key, make)
+    in_place = roles[1] is roles[0]
+    is_new = () if in_place else tuple([out is None for out in roles[1]])
+    tensors = [x for role in roles[in_place:] for x in role if x is not None]
+    key = (rule, reproducible, tuple(axes), is_new, *forms(tensors))
+    return recall(key, partial(Launches, rule, roles, axes, reproducible))
 
 
 recent: dict[Hashable, Any] = {}  # a cache
@@ -144,81 +142,69 @@ def recall(key: Hashable, make: Callable[[], T]) -> T:
     return found
 
 
-class Centralization:
-    """The launches for a list of gradients in one form: types, devices, dtypes, shapes, strides.
+class Launches:
+    """The launches of a rule for tensors in one form: types, devices, dtypes, shapes, strides.
 
-    Gradients that the kernels do not take are left out.
+    The roles are lists of tensors: gradients, results (None for a new one), and the others of the
+    rule. Gradients that the kernels do not take are left out.
     """
 
     def __init__(
-        self,
-        grads: Sequence[Tensor],
-        axes: Sequence[Axes],
-        outs: Sequence[Tensor | None],
-        weights: Sequence[Tensor] = (),
-        *,
-        reproducible: bool = False,
+        self, rule: str, roles: Roles, axes: Sequence[Axes], reproducible: bool = False
     ) -> None:
         self._places, arrays = [], []
-        for k, (grad, out) in enumerate(zip(grads, outs, strict=True)):
-            beside = [*([] if out is None or out is grad else [out]), *weights[k : k + 1]]
+        for k, (grad, *others) in enumerate(zip(*roles, strict=True)):
+            assert grad is not None
+            beside = [x for x in others if x is not None and x is not grad]
             traits = see(grad, axes[k], *beside, reproducible=reproducible)
             # A new result has the strides of the gradient only if that is dense.
-            if traits and (out is not None or is_dense(grad.shape, grad.stride())):
+            if traits and (others[0] is not None or is_dense(grad.shape, grad.stride())):
                 self._places.append(k)
                 arrays.append(traits)
-        self._in_place = all(map(is_, outs, grads))
-        self._has_outs = not self._in_place and any(out is not None for out in outs)
-        self.is_whole = len(arrays) == len(grads)
-        self._sizes = [count_bytes(grads[k]) for k in self._places]
-        self._are_dense = all(is_dense(x.shape, x.stride()) for x in pick(self._places, grads))
+        grads = cast("list[Tensor]", pick(self._places, roles[0]))
+        self.is_whole = len(grads) == len(roles[0])
+        self._sizes = [*map(count_bytes, grads)]
+        new = [out is None for out in pick(self._places, roles[1])]
+        self._makes_new, self._makes_all = any(new), all(new)
+        self._are_dense = all(is_dense(x.shape, x.stride()) for x in grads)
         self._apart: list[int] = []  # the last addresses that did not overlap
         if arrays:
-            rule = "StoreRate" if weights else "Store"
-            self._schedule = Schedule(get_launcher(), rule, arrays)
+            found = find_launcher()
+            assert isinstance(found, Launcher)  # `see` has asked
+            self._schedule = Schedule(found, rule, arrays)
 
-    def run(
-        self,
-        grads: Sequence[Tensor],
-        strength: float,
-        outs: Sequence[Tensor | None],
-        weights: Sequence[Tensor] = (),
-        rate: float = 0.0,
-    ) -> list[Tensor | None]:
-        """Launch; see `launch`. All tensors are in the forms for which this was made."""
-        chosen = grads if self.is_whole else pick(self._places, grads)
-        starts = [*map(Tensor.data_ptr, chosen)]
-        given = [x for x in outs if x is not None] if self._has_outs else ()
-        obstacle = has_obstacle([*chosen, *given], starts, self._are_dense)
-        if obstacle or (self._in_place and not self._are_apart(starts)):
-            return [None] * len(grads)
-        targets, written = chosen, starts
-        if not self._in_place:
-            wanted = pick(self._places, outs)
-            pairs = zip(chosen, wanted, strict=True)
-            targets = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
-            written = [*map(Tensor.data_ptr, targets)]
-            places = zip(starts, written, self._sizes, strict=True)
-            if self._has_outs and any(0 < abs(a - b) < size for a, b, size in places):
-                return [None] * len(grads)
-        roles = [starts, written]
-        if weights:
-            roles.append([*map(Tensor.data_ptr, pick(self._places, weights))])
-            if 0 in roles[-1]:
-                return [None] * len(grads)
-        left = self._schedule.run(roles, (strength, rate))
-        if self.is_whole and not left:
-            increment_version(targets)
-            return [*targets]
-        results: list[Tensor | None] = [None] * len(grads)
-        for n, k in enumerate(self._places):
-            results[k] = None if n in left else targets[n]
-        increment_version([target for target in results if target is not None])
+    def run(self, roles: Roles, numbers: Sequence[float]) -> list[Tensor | None]:
+        """Launch for tensors in the forms for which this was made; return the results.
+
+        None stands for a tensor that is left to PyTorch: all of them are if two share memory.
+        """
+        results: list[Tensor | None] = [None] * len(roles[0])
+        chosen: list[Any] = [*roles]
+        if not self.is_whole:
+            chosen = [pick(self._places, role) for role in roles]
+        if in_place := roles[1] is roles[0]:
+            del chosen[1]
+        elif self._makes_new:
+            pairs = zip(*chosen[:2], strict=True)
+            chosen[1] = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
+        addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
+        every = [*chain(*addresses)]
+        obstacle = has_obstacle([*chain(*chosen)], every, self._are_dense)
+        if obstacle or not (self._makes_all or self._are_apart(every)):
+            return results
+        left = self._schedule.run(addresses[:in_place] + addresses, numbers)
+        done = [n for n in range(len(self._places)) if n not in left]
+        written = pick(done, chosen[not in_place])
+        increment_version(written)
+        if len(done) == len(results):
+            return [*written]
+        for n, result in zip(done, written, strict=True):
+            results[self._places[n]] = result
         return results
 
     def _are_apart(self, starts: list[int]) -> bool:
         if starts != self._apart:
-            if overlap(starts, self._sizes):
+            if overlap(starts, self._sizes * (len(starts) // len(self._sizes))):
                 return False
             self._apart = starts
         return True
@@ -259,12 +245,6 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     return grad.get_device(), name, walk
 
 
-def get_launcher() -> Launcher:
-    found = find_launcher()
-    assert isinstance(found, Launcher)  # `see` has asked
-    return found
-
-
 def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
     return values if len(places) == len(values) else [values[k] for k in places]
 
@@ -289,8 +269,3 @@ def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool =
         # torch negates some views when they are read, such as the imaginary part of a conjugate.
         or not (are_dense or not any(map(Tensor.is_neg, tensors)))
     )
-
-
-def count_bytes(tensor: Tensor) -> int:
-    """Count the bytes from the first element of a tensor to the end of its last."""
-    return find_span(Memory(0, tensor.shape, tensor.stride()))[1] * tensor.itemsize

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
 
 PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
-# A shape with one axis for each letter of a layout, and its fan-in axes.
-FanIn = tuple[Sequence[int], tuple[int, ...]]
+# A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
+FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
@@ -101,7 +101,7 @@ def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
     return _spread(mean, x, shape, x.placements)
 
 
-def is_split(x: Tensor, fan_in: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+def is_split(x: Tensor, fan_in: FanIn) -> bool:
     """Return True for a DTensor whose axis 0 the layout splits into groups of fan-in.
 
     torch refuses to reshape it if a shard ends inside of a group.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from gcx._memory import Memory, repeats_itself
+from gcx._memory import Memory, find_span, repeats_itself
 from gcx.backends._torch_dtensor import PLAIN
 
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
@@ -34,3 +34,8 @@ def find_memory(x: Tensor) -> Memory:
     if is_traced or type(x) not in PLAIN or not (start := x.data_ptr()):
         return Memory(id(x))
     return Memory(start, x.shape, [step * x.itemsize for step in x.stride()], x.itemsize)
+
+
+def count_bytes(x: Tensor) -> int:
+    """Count the bytes from the first element of a tensor to the end of its last."""
+    return find_span(Memory(0, x.shape, x.stride()))[1] * x.itemsize

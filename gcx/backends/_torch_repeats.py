@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcx.backends import _torch, _torch_cuda
-from gcx.backends._torch_cuda import Centralization, find_launches, forms, is_traced, pick, recall
+from gcx.backends._torch_cuda import Launches, find_launches, forms, is_traced, pick, recall
 from gcx.backends._torch_dtensor import PLAIN
 from gcx.backends.cuda.walks import Axes
 
@@ -20,7 +20,7 @@ class _Known(NamedTuple):
     layouts: object  # no other object has its id while it is here
     places: list[int]  # of the gradients that have a fan-in
     axes: Sequence[Axes]  # of these
-    launches: Centralization
+    launches: Launches
 
 
 class Call:
@@ -47,7 +47,8 @@ class Call:
             return
         places = [k for k, fan_in in enumerate(axes) if fan_in]
         chosen, fan_ins = pick(places, self._grads), pick(places, axes)
-        launches = find_launches(chosen, fan_ins, self._find_outs(chosen), (), self._reproducible)
+        roles = [chosen, self._find_outs(chosen)]
+        launches = find_launches("Store", roles, fan_ins, self._reproducible)
         if launches.is_whole:
             known = _Known(self._layouts, places, fan_ins, launches)
             recall(self._key, lambda: known)
@@ -59,7 +60,7 @@ class Call:
             return None
         chosen = pick(known.places, self._grads)
         outs = self._find_outs(chosen)
-        done = known.launches.run(chosen, strength, outs)
+        done = known.launches.run([chosen, outs], (strength, 0.0))
         left = [n for n, result in enumerate(done) if result is None]
         if len(left) == len(done):
             return None

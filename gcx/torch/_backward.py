@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -121,7 +122,8 @@ class CentralizationInBackward:
             msg = f"this {self._kind} is centralized in backward already; .remove() that first"
             raise ValueError(msg)
         self._passes = 0
-        self._changes = _Changes()
+        self._changes = 0  # of the first weight, by a few of its elements
+        self._last: Tensor | None = None
         self._hooked: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
         self._hooks = [model.register_forward_pre_hook(self._count)]
         # On the modules around a layer too: MultiheadAttention uses the weight of a child without
@@ -157,7 +159,8 @@ class CentralizationInBackward:
     def _count(self, model: nn.Module, *_: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
-        gone = [place for place in self._places if place.holder() is None]
+        inside = {*model.modules()}
+        gone = [place for place in self._places if place.holder() not in inside]
         if gone:
             self._places = [place for place in self._places if place not in gone]
             warn(
@@ -171,12 +174,27 @@ class CentralizationInBackward:
             self._passes += 1
             if self._passes == _PASSES:
                 self._warn_of_idle()
-        elif self._changes.are_many(place.tensor() for place in self._places):
+        elif self._count_changes() == _PASSES:
             self._passes = _PASSES
             warn(
                 f"no gradient of this {self._kind} was there to centralize, while its weights "
                 "changed: backward does not reach them, or the loop computes gradients by itself"
             )
+
+    def _count_changes(self) -> int:
+        """Look at the first weight that is there; return the number of its changes so far."""
+        weights = (place.tensor() for place in self._places)
+        weight = next((weight for weight in weights if weight is not None), None)
+        if weight is None or is_functorch_wrapped_tensor(weight):
+            return 0
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return 0
+        here = weight.to_local() if is_dtensor(weight) else weight
+        now = here.detach().reshape(-1)[:64].clone()
+        with suppress(RuntimeError):  # on the meta device there are no values
+            self._changes += self._last is not None and not torch.equal(now, self._last)
+        self._last = now
+        return self._changes
 
     def _has_seen_one(self) -> bool:
         return any(place.has_seen_one for place in self._places)
@@ -199,30 +217,6 @@ class CentralizationInBackward:
         vars(self).update(state, _hooked=WeakIdKeyDictionary())
 
 
-class _Changes:
-    """Counts the changes of a weight, by a few of its elements."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._last: Tensor | None = None
-
-    def are_many(self, weights: Iterable[Tensor | None]) -> bool:
-        """Look at the first weight that is there; return True if it has changed often."""
-        weight = next((weight for weight in weights if weight is not None), None)
-        if weight is None or is_functorch_wrapped_tensor(weight):
-            return False
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        here = weight.to_local() if is_dtensor(weight) else weight
-        now = here.detach().reshape(-1)[:64].clone()
-        try:
-            self._count += self._last is not None and not torch.equal(now, self._last)
-        except RuntimeError:  # on the meta device there are no values
-            return False
-        self._last = now
-        return self._count >= _PASSES
-
-
 class _Place:
     """The attribute of a layer that is its weight in the forward pass.
 
@@ -231,16 +225,13 @@ class _Place:
     """
 
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
-        self.name = weight.name
         assert decision.holder is not None
-        self.holder = Weak(decision.holder)
-        self._key = decision.key
+        self.holder, self._key = Weak(decision.holder), decision.key
         self._shape = decision.row.shape
         # Without the parameter, whose memory a wrapper may want to free.
-        self._fan_in = weight.fan_in
-        self._reproducible = weight.reproducible
+        self._weight = weight._replace(parameter=torch.empty(0))
         self._strength = strength
-        self.has_seen_one = False
+        self.name, self.has_seen_one = weight.name, False
 
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight and will get a gradient."""
@@ -257,9 +248,9 @@ class _Place:
         self.has_seen_one = True
         with naming(self.name):
             _torch.check_dtype(grad)
-            if self._reproducible:
-                _torch.check_reproducible_over(grad, self._fan_in)
-        return _torch.centralize_over(grad, self._fan_in, self._strength, self._reproducible)
+        self._weight.check(grad)
+        _, _, fan_in, reproducible = self._weight
+        return _torch.centralize_over(grad, fan_in, self._strength, reproducible)
 
     def find_trained(self) -> Tensor | None:
         """Return the tensor if it is trained, in any shape."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from inspect import unwrap
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx._decisions import already_attached
@@ -18,15 +18,7 @@ from gcx.torch._optimizer import inner_optimizer
 from gcx.torch._plan import Overrides, decide, hint_at_keras
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
-from gcx.torch._weights import (
-    Sized,
-    Weight,
-    centralize_,
-    part_gradients,
-    weights_of,
-    with_gradient,
-    with_sizes,
-)
+from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
 
 
 def centralize(
@@ -295,10 +287,12 @@ def centralize_grads_(
     )
     decisions = decide(model, options)
     weights = [*weights_of(decisions.items(), reproducible=reproducible)]
-    _centralize_gradients(weights, with_sizes(decisions), options.strength)
+    _centralize_gradients(weights, decisions, options.strength)
 
 
-def _centralize_gradients(weights: Sequence[Weight], parameters: Sized, strength: float) -> None:
+def _centralize_gradients(
+    weights: Sequence[Weight], parameters: Iterable[Tensor], strength: float
+) -> None:
     part_gradients(weights, parameters)
     gradients = with_gradient(weights)
     if not gradients:

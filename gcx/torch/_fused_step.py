@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable
 from inspect import unwrap
 from itertools import chain
 from typing import Any, cast
@@ -12,20 +11,15 @@ import torch
 from torch import Tensor, zeros_like
 from torch.autograd.graph import increment_version
 
-from gcx._memory import overlap
 from gcx._options import Options
 from gcx.backends import _torch_cuda as kernels
 from gcx.backends._torch import is_for_kernels
 from gcx.backends._torch_dtensor import FanIn, see_all, see_here
-from gcx.backends.cuda.launcher import Schedule
-from gcx.backends.cuda.walks import Axes
 from gcx.torch._centralize import GradientCentralization
-from gcx.torch._optimizer import RULES, Group, Numbers, State, coupled_rate
+from gcx.torch._optimizer import RULES, Group, State, coupled_rate
 from gcx.torch._step import GradientHooks
 from gcx.torch._targets import Targets
 from gcx.torch._weights import Weight, centralize_, with_gradient
-
-Lists = Sequence[Sequence[Tensor]]
 
 
 class CentralizationInStep(GradientCentralization):
@@ -145,13 +139,20 @@ class StepHooks(GradientHooks):
         self, group: Group, stage: Hashable, parameters: list[Tensor], marked: dict[Tensor, Weight]
     ) -> list[Tensor]:
         """Make the step of parameters that are equally far; return those that are left."""
+        if kernels.is_traced():
+            return parameters
         states = [self._targets.optimizer.state.get(p, {}) for p in parameters]
         grads = [cast("Tensor", parameter.grad) for parameter in parameters]
         memory = self._memory(group, states, grads)
         fan_ins = [_find_fan_in(p, marked.get(p)) for p in parameters]
-        given = self._rule.find_numbers(group, stage)
-        roles = [grads, parameters, *memory.values()]
-        done = _launch(given, roles, fan_ins, self._options.reproducible)
+        rule, numbers = self._rule.find_numbers(group, stage)
+        lists = grads, parameters, *memory.values()
+        roles = [see_all(tensors, fan_ins, grads) for tensors in lists]
+        axes = [axes for _, axes in fan_ins]
+        launches = kernels.find_launches(rule, roles, axes, self._options.reproducible)
+        results = launches.run(roles, numbers)
+        done = [k for k, result in enumerate(results) if result is not None]
+        increment_version([tensors[k] for tensors in lists[1:] for k in done])
         for key, tensors in memory.items():
             for k in done:
                 states[k][key] = tensors[k]
@@ -167,47 +168,6 @@ class StepHooks(GradientHooks):
             key: [zeros_like(g) if s.get(key) is None else s[key] for s, g in pairs]
             for key in (() if group.get("momentum") == 0 else self._rule.memory)
         }
-
-
-def _launch(
-    given: Numbers, roles: Lists, fan_ins: Sequence[FanIn], reproducible: bool
-) -> list[int]:
-    """Centralize and update what the kernels take; return its positions.
-
-    `roles` are gradients, parameters, and each kind of state. All is left to torch if tensors share
-    memory, or if FSDP has freed it.
-    """
-    if kernels.is_traced():
-        return []
-    rule, numbers = given
-    seen = [see_all(tensors, fan_ins, roles[0]) for tensors in roles]
-    axes = [axes for _, axes in fan_ins]
-    key = (rule, *chain(*map(kernels.forms, seen)), *axes, reproducible)
-    make = partial(_prepare, rule, seen, axes, reproducible)
-    places, sizes, schedule = kernels.recall(key, make)
-    chosen = [kernels.pick(places, tensors) for tensors in seen]
-    addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
-    every = [*chain(*addresses)]
-    obstacle = kernels.has_obstacle([*chain(*chosen)], every)
-    if schedule is None or obstacle or overlap(every, sizes):
-        return []
-    left = schedule.run(addresses, numbers)
-    done = [place for n, place in enumerate(places) if n not in left]
-    increment_version([tensors[k] for tensors in roles[1:] for k in done])
-    return done
-
-
-def _prepare(
-    rule: str, roles: Lists, axes: Sequence[Axes], reproducible: bool
-) -> tuple[list[int], list[int], Schedule | None]:
-    """Choose what the kernels take: positions, bytes of each tensor in each role, launches."""
-    see = partial(kernels.see, reproducible=reproducible)
-    found = [see(grad, of_grad, *rest) for of_grad, grad, *rest in zip(axes, *roles, strict=True)]
-    places = [k for k, traits in enumerate(found) if traits]
-    if not places:
-        return [], [], None
-    sizes = [kernels.count_bytes(roles[0][k]) for k in places] * len(roles)
-    return places, sizes, Schedule(kernels.get_launcher(), rule, kernels.pick(places, found))
 
 
 def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:

@@ -165,17 +165,21 @@ class Average(NamedTuple):
         return means
 
 
-# By an option in the groups of such optimizers: schedule-free ones, SPlus, ASGD.
+# By a part of the name of the class or a base class, and an option in the groups.
 _AVERAGES = {
-    "weight_lr_power": Average(("x", "y", "z"), lambda _, state: 0.0 if "z" in state else 1.0),
-    "nonstandard_constant": Average(("ema",), lambda group, _: 1 - group["ema_rate"]),
-    "lambd": Average(("ax",), lambda _, state: state.get("mu", 1.0)),
+    ("ScheduleFree", "weight_lr_power"): Average(
+        ("x", "y", "z"), lambda _, state: 0.0 if "z" in state else 1.0
+    ),
+    ("SPlus", "nonstandard_constant"): Average(("ema",), lambda group, _: 1 - group["ema_rate"]),
+    ("ASGD", "lambd"): Average(("ax",), lambda _, state: state.get("mu", 1.0)),
 }
 
 
-def find_average(group: Group) -> Average | None:
-    """Find the second set of weights that the optimizer of this group keeps, if any."""
-    return next((_AVERAGES[option] for option in _AVERAGES if option in group), None)
+def find_average(optimizer: Optimizer, group: Group) -> Average | None:
+    """Find the second set of weights that the optimizer keeps for a group, if any."""
+    kinds = " ".join(kind.__name__ for kind in type(inner_optimizer(optimizer)).__mro__)
+    found = (a for (kind, option), a in _AVERAGES.items() if kind in kinds and option in group)
+    return next(found, None)
 
 
 @torch.no_grad()

@@ -40,16 +40,6 @@ class Decision(NamedTuple):
     key: str  # of the parameter in its holder
     layer: nn.Module | None = None
 
-    def is_about(self, parameter: Tensor) -> bool:
-        """Return True if the model still holds this parameter in the same place and shape."""
-        # torch.jit keeps parameters elsewhere, and getattr() computes parametrized weights.
-        held = vars(self.holder).get("_parameters")
-        if isinstance(held, dict):
-            found = held.get(self.key)
-        else:
-            found = getattr(self.holder, self.key, None)
-        return found is parameter and parameter.shape == self.row.shape
-
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
     """Show which parameters of a model would be centralized over which axes, and which not and why.

@@ -39,8 +39,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
-_TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
-_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch"} | _TRAINERS)
+_TRAINERS = "accelerate", "lightning", "pytorch_lightning", "transformers"
+_BETWEEN = frozenset({"copy", "gcx", "pickle", "torch", *_TRAINERS})
 
 _WEIGHTS = itemgetter(1)  # of a group
 
@@ -66,7 +66,7 @@ def not_compiled(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
 def warn(message: str) -> None:
     """Warn at the line of the user, below all frames of gcx, torch and trainers."""
     frame, level = currentframe(), 1
-    while frame is not None and _package(frame.f_globals) in _BETWEEN:
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
@@ -84,17 +84,12 @@ def warn_of_copies(optimizer: Optimizer, message: str) -> None:
     vars(optimizer)["__reduce_ex__"] = reduce_with_warning
 
 
-def _package(module: dict[str, object]) -> str:
-    return str(module.get("__name__")).partition(".")[0]
-
-
 class GradientHooks:
     """Hooks of an optimizer for ``where="gradient"``."""
 
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
-        self._switches = targets.switches()
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, options.decay)  # raises here what a step would raise
@@ -107,10 +102,6 @@ class GradientHooks:
     @not_compiled
     @torch.no_grad()
     def _before_step(self, _: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        switches = self._targets.switches()
-        if switches != self._switches:
-            self._switches = switches
-            self._centralize_momentum()
         if not _has_closure(args, kwargs):
             self._centralize()
             return None
@@ -149,16 +140,20 @@ class GradientHooks:
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the weights to centralize before a step; errors come before anything changes."""
-        return self._targets.by_group()
+        groups = self._targets.by_group()
+        if groups is not self._groups:  # some may have been switched on
+            self._centralize_momentum()
+        return groups
 
     def _centralize_momentum(self, *_: Any) -> None:
         # After loading too: the checkpoint may come from a run without centralization.
+        self._groups = self._targets.by_group()
         if self._options.strength != 1.0:  # the momentum of such a run has a mean
             return
         optimizer, decay = self._targets.optimizer, self._options.decay
         weights = [
             weight
-            for group, weights in self._targets.by_group()
+            for group, weights in self._groups
             if not momentum_has_mean(optimizer, group, decay)
             for weight in weights
         ]
@@ -193,13 +188,9 @@ class UpdateHooks:
         optimizer = targets.optimizer
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
-        for name, parameter, *_ in targets.weights():
-            may_move = parameter.requires_grad or parameter.grad is not None
-            if may_move and torch.finfo(parameter.dtype).bits < 32:
-                warn(narrow_weight(name, parameter.dtype))
-                break
         self._moves_others = not moves_by_gradient_only(optimizer)
         self._may_hide_average = callable(getattr(optimizer, "eval", None))
+        self._may_be_narrow = True
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
         steps = sum("step" in vars(base) for base in type(optimizer).__mro__)
@@ -215,26 +206,21 @@ class UpdateHooks:
     def _remember_means(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         baselines: list[_Baseline] = []
         has_closure = _has_closure(args, kwargs)
-        # Later hooks may give gradients to frozen weights, and so may closures.
-        last_hook = next(reversed(vars(optimizer)["_optimizer_step_pre_hooks"]))
-        takes_all = has_closure or self._moves_others or last_hook != self.handles[0].id
         state = inner_optimizer(optimizer).state
         for group, weights in self._targets.by_group():
             factor = shrinkage(optimizer, group, self._options.decay)
-            average = find_average(group)
+            average = find_average(optimizer, group)
+            # Frozen ones too: later hooks and closures may give them gradients.
             for weight in weights:
                 parameter = weight.parameter
-                has_gradient = parameter.grad is not None
-                if takes_all or has_gradient or parameter.requires_grad:
-                    mean, beside = weight.mean(parameter), {}
-                    if average is not None:
-                        beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                    is_due = self._moves_others and has_gradient and not has_closure
-                    baselines.append(_Baseline(weight, mean, factor, beside, is_due))
+                mean, beside = weight.mean(parameter), {}
+                if average is not None:
+                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                is_due = self._moves_others and parameter.grad is not None and not has_closure
+                baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         # A closure may add groups, or switch them on.
         others = self._targets.others() if has_closure else ()
-        means = {weight.parameter: weight.mean(weight.parameter) for weight in others}
-        self._baselines.append((baselines, means))
+        self._baselines.append((baselines, {w.parameter: w.mean(w.parameter) for w in others}))
 
     @not_compiled
     @torch.no_grad()
@@ -242,17 +228,22 @@ class UpdateHooks:
         state = inner_optimizer(optimizer).state
         baselines, means = self._baselines.pop()
         for group, weights in self._targets.by_group() if means else ():
-            late = [weight for weight in weights if weight.parameter in means]
-            if late:
-                factor = shrinkage(optimizer, group, self._options.decay)
-                baselines += [_Baseline(w, means[w.parameter], factor, {}, False) for w in late]
+            factor = shrinkage(optimizer, group, self._options.decay)
+            pairs = [(w, means[w.parameter]) for w in weights if w.parameter in means]
+            baselines += [_Baseline(w, mean, factor, {}, False) for w, mean in pairs]
         for weight, mean, factor, beside, is_due in baselines:
             parameter = weight.parameter
-            if parameter.grad is None and not is_due:  # no decay, but perhaps the loop moved it
-                if self._moves_others or parameter.requires_grad:
-                    self._restore(weight, parameter, mean)
+            has_gradient = parameter.grad is not None or is_due
+            if not (has_gradient or self._moves_others or parameter.requires_grad):
                 continue
-            self._restore(weight, parameter, mean if factor is None else mean * factor)
+            # Without a gradient there is no decay, but perhaps the loop moved the weight.
+            kept = mean if factor is None or not has_gradient else mean * factor
+            self._restore(weight, parameter, kept)
+            if self._may_be_narrow and mean.dtype != parameter.dtype:
+                self._may_be_narrow = False
+                warn(narrow_weight(weight.name, parameter.dtype))
+            if not has_gradient:
+                continue
             known = state.get(parameter, {})
             for key in beside.keys() & known.keys():
                 self._restore(weight, known[key], beside[key])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, getitem, is_, methodcaller
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -15,7 +16,7 @@ from gcx._options import Options
 from gcx.plan import Plan, PlanRow
 from gcx.torch._optimizer import Group
 from gcx.torch._plan import HINT, Decision, decide
-from gcx.torch._weights import Weight, weights_of, with_sizes
+from gcx.torch._weights import Weight, weights_of
 
 T = TypeVar("T")
 
@@ -48,10 +49,9 @@ class Targets:
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
-        self._idle = ""  # a parameter that replaced a frozen one and is trained by nobody
+        self._look: _Look | None = None
         self._uses = 0  # of `by_group`, which each step calls
         self._states = 0
-        self._decide()
 
     @property
     def optimizer(self) -> Optimizer:
@@ -62,29 +62,14 @@ class Targets:
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the groups with something to centralize, each with its weights.
 
-        Weights stay the same objects until a parameter of their group changes. Raises a
-        RuntimeError if a parameter that can move is not, or no longer, in the model.
+        It is the same list until something changes. Raises a RuntimeError if a parameter that can
+        move is not, or no longer, in the model.
         """
         self._uses += 1
-        for layers, name, layer in self._layers:
-            if layers.get(name) is not layer:
-                self._decide()
-                break
-        if self._idle:
-            self._decide()  # it may have been added, or frozen
-            if self._idle:
-                raise RuntimeError(_why_idle(self._idle))
-        found = []
-        for position, group in enumerate(self._optimizer().param_groups):
-            if not is_on(group):
-                continue
-            parameters = group["params"]
-            settled = self._settled.get(position)
-            if settled is None or not settled.holds_for(parameters):
-                settled = self._settle(position, parameters)
-            if settled.weights:
-                found.append((group, settled.weights))
-        return found
+        look = self._look
+        if look is None or not look.is_current(self._optimizer().param_groups):
+            look = self._look_again()
+        return look.found
 
     def weights(self) -> Iterator[Weight]:
         """List everything to centralize."""
@@ -94,18 +79,15 @@ class Targets:
     def others(self) -> Iterator[Weight]:
         """List the weights of the model that are in no group that is switched on."""
         on = {p for g in self.optimizer.param_groups if is_on(g) for p in g["params"]}
-        rest = ((p, d) for p, d in self._decisions.items() if p not in on and d.is_about(p))
+        pairs = self._decisions.items()
+        rest = [(p, d) for p, d in pairs if p not in on and p.shape == d.row.shape]
         return weights_of(rest, reproducible=self._options.reproducible)
-
-    def switches(self) -> list[object]:
-        """List for each group whether it is switched on."""
-        return [group.get(SWITCH, True) for group in self._optimizer().param_groups]
 
     def plan(self) -> Plan:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
-        self._decide()
+        self._look = None  # the rules of layers may have changed too
         held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
-        rows = [(d.row, held[p]) for p, d in self._decisions.items() if p in held]
+        rows = [(d.row, held[p]) for p, d in self._decide().items() if p in held]
         return Plan(
             row if on or not row.layout else row._replace(layout=None, reason=_SWITCHED_OFF)
             for row, on in rows
@@ -135,94 +117,96 @@ class Targets:
     def _count_states(self) -> int:
         return sum(map(bool, self.optimizer.state.values()))
 
-    def _settle(self, position: int, parameters: Sequence[Tensor]) -> _Settled:
-        for parameter in parameters:
-            if not self._is_known(parameter):
-                self._decide()  # it may have been added, or moved
-                if not self._is_known(parameter):
-                    raise RuntimeError(_why_missing(self._decisions[parameter].row))
-        decisions = [self._decisions[parameter] for parameter in parameters]
-        settled = _Settled(parameters, decisions, self._options.reproducible)
-        self._settled[position] = settled
-        return settled
+    def _look_again(self) -> _Look:
+        decisions, groups = self._decide(), self.optimizer.param_groups
+        for parameter in chain.from_iterable(g["params"] for g in groups if is_on(g)):
+            if decisions[parameter].holder is None and _can_move(parameter):
+                raise RuntimeError(_why_missing(decisions[parameter].row))
+        frozen = {d.row.name for p, d in self._decisions.items() if not p.requires_grad}
+        held = {p for group in groups for p in group["params"]}
+        for parameter in decisions.keys() - held:
+            name = decisions[parameter].row.name
+            if parameter.requires_grad and name in frozen:
+                raise RuntimeError(_why_idle(name))
+        self._look = look = _Look(self._model, groups, decisions, self._options.reproducible)
+        self._decisions = decisions
+        self.parameters = [*decisions]  # of the model, and all others of the optimizer
+        return look
 
-    def _is_known(self, parameter: Tensor) -> bool:
-        decision = self._decisions.get(parameter)
-        if decision is None:
-            return False
-        if decision.holder is None:
-            return not parameter.requires_grad and parameter.grad is None
-        return decision.is_about(parameter)
-
-    def _decide(self) -> None:
+    def _decide(self) -> dict[Tensor, Decision]:
         """Look at the model as it is, and list parameters that are not in it too."""
-        found, before = decide(self._model, self._options), self._decisions
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        suspects = {d.row.name for p, d in before.items() if not p.requires_grad} | {self._idle}
-        rest = found.keys() - {*held}
-        trained = [d.row.name for p, d in found.items() if p in rest and p.requires_grad]
-        self._idle = next((name for name in trained if name in suspects), "")
-        for parameter in held:
+        found = decide(self._model, self._options)
+        for parameter in [p for group in self.optimizer.param_groups for p in group["params"]]:
             if parameter not in found:
-                name = before[parameter].row.name if parameter in before else _NAMELESS
+                before = self._decisions.get(parameter)
+                name = _NAMELESS if before is None else before.row.name
                 row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
                 found[parameter] = Decision(row, None, "")
-        self._decisions = found
-        self.parameters = with_sizes(found)  # of the model, and all others of the optimizer
-        self._settled: dict[int, _Settled] = {}  # by the position of the group
-        self._layers = [
-            (layers, name, layer)
-            for module in self._model.modules()
-            # torch.jit has no dict here; layers that it compiled cannot be replaced.
-            if isinstance(layers := vars(module).get("_modules"), dict)
-            for name, layer in layers.items()
-        ]
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_settled": {}}
+        return {**vars(self), "_look": None}
 
 
-class _Settled:
-    """The weights of a parameter group, until a parameter of the group changes.
+class _Look:
+    """The weights of each group, and all that has to stay as it is for them to hold.
 
     Frozen parameters may be missing in the model: peft registers some anew in each forward pass.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], decisions: Sequence[Decision], reproducible: bool
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        decisions: Mapping[Tensor, Decision],
+        reproducible: bool,
     ) -> None:
-        pairs = [*zip(parameters, decisions, strict=True)]
-        self.weights = list(weights_of(pairs, reproducible=reproducible))
-        self._parameters = list(parameters)
-        self._held = [(vars(d.holder), d.key, p) for p, d in pairs if d.holder is not None]
+        self.found: list[tuple[Group, list[Weight]]] = []
+        pairs = []
+        for group in filter(is_on, groups):
+            of_group = [(p, decisions[p]) for p in group["params"]]
+            if weights := [*weights_of(of_group, reproducible=reproducible)]:
+                self.found.append((group, weights))
+            pairs += of_group
+        held = [d for _, d in pairs if d.holder is not None]
+        self._tables, self._keys = [_PARAMETERS(d.holder) for d in held], [d.key for d in held]
+        self._layers = [*filter(len, map(_LAYERS, model.modules()))]
         self._missing = [p for p, d in pairs if d.holder is None]
-        self._tensors = [weight.parameter for weight in self.weights]
-        self._shapes = list(map(_shape_of, self._tensors))
+        self._seen = self._see(groups)
+        self._weights = [weight.parameter for _, weights in self.found for weight in weights]
+        self._shapes = [*map(_SHAPE, self._weights)]
 
-    def holds_for(self, parameters: Sequence[Tensor]) -> bool:
-        """Return True if the model holds the same parameters as before, in the same shapes.
-
-        Every step asks this, so it makes no call for each parameter. `Decision.is_about` answers
-        for modules without a dict of parameters, such as scripted ones.
-        """
+    def is_current(self, groups: Sequence[Group]) -> bool:
+        """Return True if nothing has changed."""
         try:
-            for module, key, parameter in self._held:
-                if module["_parameters"][key] is not parameter:
-                    return False
-        except KeyError:
+            seen = self._see(groups)
+        except KeyError:  # a parameter is gone
             return False
-        for parameter in self._missing:
-            if parameter.requires_grad or parameter.grad is not None:
-                return False
         return (
-            len(parameters) == len(self._parameters)
-            and all(map(is_, parameters, self._parameters))
-            and list(map(_shape_of, self._tensors)) == self._shapes
+            len(seen) == len(self._seen)
+            and all(map(is_, seen, self._seen))
+            and [*map(_SHAPE, self._weights)] == self._shapes
         )
 
+    def _see(self, groups: Sequence[Group]) -> list[object]:
+        """List what may be replaced; each step does, so this makes no call for each parameter."""
+        seen: list[object] = []
+        for group in groups:
+            seen += group, group.get(SWITCH, True)
+            seen += group["params"]
+        seen += map(getitem, self._tables, self._keys)
+        seen += chain.from_iterable(map(_VALUES, self._layers))
+        seen += map(_can_move, self._missing)
+        return seen
 
-_shape_of = attrgetter("shape")
+
+_PARAMETERS, _LAYERS, _SHAPE = map(attrgetter, ("_parameters", "_modules", "shape"))
+_VALUES = methodcaller("values")  # torch.jit has mappings of its own
+
+
+def _can_move(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def is_on(group: Group) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from gcx._memory import find_shared, overlap
 from gcx._names import naming
 from gcx.backends import _torch
+from gcx.backends._torch_dtensor import PLAIN, FanIn
+from gcx.backends._torch_memory import count_bytes, find_memory
 from gcx.torch._plan import Decision
 
 # Factor of the weight that an optimizer adds to its gradient; None if it adds nothing.
@@ -23,7 +25,7 @@ class Weight(NamedTuple):
 
     name: str
     parameter: Tensor
-    fan_in: _torch.FanIn
+    fan_in: FanIn
     reproducible: bool = False
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -54,11 +56,10 @@ def weights_of(
 
 
 Gradients = Sequence[tuple[Weight, Tensor]]
-Sized = tuple[Sequence[Tensor], Sequence[int]]  # parameters, and the bytes of their gradients
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _DENSE = torch.strided
-_PARAMETER = attrgetter("parameter")
+_PARAMETER: Callable[[Weight], Tensor] = attrgetter("parameter")
+_NBYTES: Callable[[Tensor], int] = attrgetter("nbytes")
 
 
 def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
@@ -79,34 +80,22 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     return found
 
 
-def with_sizes(parameters: Iterable[Tensor]) -> Sized:
-    """List parameters, and the bytes of the gradient of each."""
-    found = [*parameters]
-    # A gradient has the shape of its parameter, and mostly its dtype.
-    dtypes = [getattr(p, "grad_dtype", None) or p.dtype for p in found]
-    return found, [p.numel() * dtype.itemsize for p, dtype in zip(found, dtypes, strict=True)]
-
-
-def part_gradients(weights: Iterable[Weight], parameters: Sized) -> None:
+def part_gradients(weights: Iterable[Weight], parameters: Iterable[Tensor]) -> None:
     """Copy the gradient of a weight if it shares memory with another gradient, or a parameter."""
-    every, sizes = parameters
-    grads = [grad for p in every if (grad := p.grad) is not None]
-    if len(grads) < len(every):
-        sizes = [size for p, size in zip(every, sizes, strict=True) if p.grad is not None]
     marked = [*map(_PARAMETER, weights)]
-    if _are_apart(grads, sizes, marked):
+    if _are_apart([grad for p in parameters if (grad := p.grad) is not None], marked):
         return
-    dense = [(p, grad) for p in every if (grad := p.grad) is not None and grad.layout is _DENSE]
-    uses = [(_torch.find_memory(grad), k, True) for k, (_, grad) in enumerate(dense)]
-    uses += [(_torch.find_memory(p), -1, False) for p in every if p.layout is _DENSE]
+    dense = [(p, g) for p in parameters if (g := p.grad) is not None and g.layout is _DENSE]
+    uses = [(find_memory(grad), k, True) for k, (_, grad) in enumerate(dense)]
+    uses += [(find_memory(p), -1, False) for p in parameters if p.layout is _DENSE]
     shared = {dense[k] for pair in find_shared(uses) for k in pair if k >= 0}
     for parameter, grad in shared.intersection((p, p.grad) for p in marked):
         parameter.grad = grad.clone()
 
 
-def _are_apart(grads: Sequence[Tensor], sizes: Sequence[int], weights: Sequence[Tensor]) -> bool:
+def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     """Return True if plain gradients begin far enough apart, and none where a weight does."""
-    if not _PLAIN.issuperset(map(type, grads)):
+    if not {*map(type, grads)}.issubset(PLAIN):
         return False
     try:
         starts = [*map(Tensor.data_ptr, grads)]
@@ -116,7 +105,10 @@ def _are_apart(grads: Sequence[Tensor], sizes: Sequence[int], weights: Sequence[
     if len(places) < len(starts) or not places.isdisjoint(map(Tensor.data_ptr, weights)):
         return False
     # Those that begin apart and overlap are parts of one storage.
-    return not any(map(Tensor.storage_offset, grads)) or not overlap(starts, sizes)
+    if not any(map(Tensor.storage_offset, grads)):
+        return True
+    count = _NBYTES if all(map(Tensor.is_contiguous, grads)) else count_bytes
+    return not overlap(starts, map(count, grads))
 
 
 def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:

@@ -138,6 +138,14 @@ def _experts(layer: Any) -> Mapping[str, Answer]:
     return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
 
 
+def _cond_conv(layer: Any) -> Mapping[str, Answer]:
+    """Read kernels (out, in / groups, height, width), one flattened kernel a row."""
+    groups, outputs = layer.groups, layer.out_channels
+    if groups == 1:
+        return {"weight": Layout("b(oi...)", o=outputs)}
+    return {"weight": Layout("b(boi...)", b=groups, o=outputs // groups)}
+
+
 def _lily(layer: Any) -> Mapping[str, Answer]:
     """Stacks B (num_B * rank, out), which multiply from the right."""
     stacks = layer.num_B.items()
@@ -216,9 +224,7 @@ PACKAGES: Mapping[str, Rule[Any]] = {
         "lora_[AB]": "oi",
         **({"weight": "io"} if layer.fan_in_fan_out else {}),
     },
-    "timm.layers.cond_conv2d.CondConv2d": lambda layer: {
-        "weight": Layout("b(oi...)", o=layer.out_channels)
-    },
+    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
     "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
     **_BY_CLASS,
     "zuko.nn.Linear": lambda layer: {

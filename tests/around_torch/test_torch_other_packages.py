@@ -97,6 +97,10 @@ def test_coverage_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_kernels_of_experts_are_a_view() -> None:
     cond = type("CondConv2d", (nn.Module,), {"__module__": "timm.layers.cond_conv2d"})()
-    cond.out_channels = 4
+    cond.out_channels, cond.groups = 4, 1
     cond.weight = nn.Parameter(torch.zeros(3, 4 * 2 * 9))
     assert gcx.torch.plan(cond)["weight"].layout == Layout("b(oi...)", o=4)
+    cond.groups = 2
+    found = gcx.torch.matrices(cond).split("weight", cond.weight)
+    groups = [group for kernel in cond.weight.view(3, 4, 18) for group in kernel.chunk(2)]
+    assert torch.equal(found, torch.stack(groups))

@@ -7,7 +7,15 @@ from typing import Any
 
 from gcx._einsum import kernel_letters
 from gcx._rules import BIAS, EMBEDDING, LENGTH, MASKED, NORM, SLOPE, Rule, Rules
-from gcx.optax._models._parameters import Answers, LayerAnswer, Seen, decide_all, join, trace_shapes
+from gcx.optax._models._parameters import (
+    Answers,
+    LayerAnswer,
+    Seen,
+    SingleLayer,
+    decide_all,
+    join,
+    trace_shapes,
+)
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -78,7 +86,9 @@ def _dense_general(layer: Any) -> Answers:
 def _convolution(layer: Any) -> Answers:
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
     layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
-    return {"kernel": layout if layer.mask is None else MASKED, "bias": BIAS}
+    is_grouped = getattr(layer, "feature_group_count", 1) > 1
+    kernel = SingleLayer(layout, is_grouped=is_grouped)
+    return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 
 def _local_convolution(layer: Any) -> Answers:

@@ -73,7 +73,8 @@ def _einsum(layer: Any) -> Answers:
 
 def _convolution(layer: Any) -> Answers:
     layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
-    kernel = SingleLayer(layout, layer.kernel_shape)
+    is_grouped = getattr(layer, "feature_group_count", 1) > 1
+    kernel = SingleLayer(layout, layer.kernel_shape, is_grouped=is_grouped)
     return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from benchmarks.coverage.stand_ins import import_package
 __all__ = ["MORE_PACKAGES", "Build", "MakeModel"]
 
 
-class Build(NamedTuple):
+@dataclass(frozen=True)
+class Build:
     """A class or function of a package, as "module:name" or a name, and its arguments.
 
     For a forward pass, the shapes of its inputs.
@@ -43,7 +45,7 @@ class Build(NamedTuple):
 
     def on(self, *shapes: tuple[int, ...]) -> Build:
         """Give the inputs their shapes."""
-        return self._replace(shapes=shapes)
+        return replace(self, shapes=shapes)
 
 
 MakeModel = Callable[[str], nn.Module]
@@ -155,7 +157,7 @@ MORE_PACKAGES: Mapping[str, tuple[MakeModel, ...]] = {
         _build("Leaky", 0.5, learn_beta=True),
     ),
     "fairscale": (_build("nn:Top2Gate", 8, 4),),
-    "mup": (_build("MuReadout", 8, 4)),
+    "mup": (_build("MuReadout", 8, 4),),
     "sentence_transformers": (
         _build("models:Dense", 8, 4),
         _build("models:CNN", 8, 4),

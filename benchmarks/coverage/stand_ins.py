@@ -19,7 +19,6 @@ _DATA = ("torchvision", "torchaudio")
 class _Stub(ModuleType):
     """Of a module: each name in it is a class, and each name in that is text."""
 
-    __path__ = ()
     __version__ = "0.0"
 
     def __getattr__(self, name: str) -> Any:

@@ -46,8 +46,8 @@ def muon_dimension_numbers(
     Raises
     ------
     TypeError, ValueError
-        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter, or
-        a weight that is not excluded has groups, or a layout that splits an axis.
+        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter.
+        A ValueError that names the weights in groups, or with a layout that splits an axis.
 
     Examples
     --------

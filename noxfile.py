@@ -62,6 +62,9 @@ LAYERS = (
     *("torch_geometric", "xxhash", "loralib", "zuko", "nflows", "UMNN", "torchdiffeq", "litgpt"),
     *("open_clip_torch", "ftfy", "wcwidth", "vit-pytorch", "einops", "denoising-diffusion-pytorch"),
     *("ema-pytorch", "speechbrain", "hyperpyyaml", "ruamel.yaml", "joblib", "scipy"),
+    *("blitz-bayesian-pytorch", "bayesian-torch", "e3nn", "opt_einsum_fx", "opt_einsum"),
+    *("rtdl-num-embeddings", "hyper-connections", "torch-einops-utils", "product-key-memory"),
+    *("colt5-attention", "local-attention", "norse", "nir", "nirtorch", "h5py"),
 )
 
 # Tests that import every public module whose framework is there, and use it a little.

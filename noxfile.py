@@ -76,7 +76,9 @@ OF_THE_PACKAGE = (
 )
 
 # Run by `kernels` once more. They emulate the kernels on the CPU, with g++.
-EMULATED = ("tests/test_torch_fused_kernels.py", "tests/test_torch_hooks_kernels.py")
+EMULATED = tuple(
+    f"tests/test_torch_{name}.py" for name in ("fused_kernels", "fused_fallbacks", "hooks_kernels")
+)
 
 IS_INSTALLED = "import gcx; assert 'site-packages' in gcx.__file__, gcx.__file__"
 COUNT_GPUS = "from gcx import backends; print(len(backends.load('cupy').devices()))"
@@ -113,7 +115,7 @@ def lowest(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Compare the frameworks with each other and with peers; run the examples of the docs."""
     install(session, "-e.", *FRAMEWORKS, "demo", "test", "peers")
-    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework")
+    together = (f"--backends={ALL_BACKENDS}", "-m", "not one_framework or peers")
     examples = ("tests/examples", "--examples=agreement")
     run_pytest(session, "tests", *examples, *together, f"--packages={PEERS}")
 
@@ -198,10 +200,15 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation, where each warning is an error."""
-    install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", "docs")
-    session.env["KERAS_BACKEND"] = "torch"
-    strictly = ("-W", "-n", "--keep-going", "-q")
-    session.run("sphinx-build", *strictly, "-b", "html", "docs", "docs/_build/html")
+    build_docs(session, "docs")
+
+
+@nox.session(python=RUNNING)
+def site(session: nox.Session) -> None:
+    """Build the documentation, and look at all pages in an installed Chromium."""
+    build_docs(session, "site")
+    packages = "--packages=playwright,chromium"
+    run_pytest(session, "tests/test_canary.py", "tests/site", packages, "--backends=numpy")
 
 
 @nox.session(python=PYTHONS)
@@ -281,6 +288,15 @@ def install(session: nox.Session, *names: str) -> None:
     wanted = [name for name in names if name not in groups]
     required = nox.project.dependency_groups(PYPROJECT, *(n for n in names if n in groups))
     session.install(*wanted, *required)
+
+
+def build_docs(session: nox.Session, group: str) -> None:
+    """Build the documentation anew, so that no page of an earlier build is left."""
+    install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", group)
+    session.env["KERAS_BACKEND"] = "torch"
+    shutil.rmtree(ROOT / "docs" / "_build", ignore_errors=True)
+    strictly = ("-W", "-n", "--keep-going", "-q")
+    session.run("sphinx-build", *strictly, "-b", "html", "docs", "docs/_build/html")
 
 
 def run_tool(session: nox.Session, *arguments: str) -> None:

@@ -1,5 +1,9 @@
 """Sphinx configuration: ``nox -s docs``."""
 
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.util.math import get_node_equation_number
+
 import gcx
 
 project = "gcx"
@@ -8,6 +12,10 @@ project_copyright = author
 release = version = gcx.__version__
 html_title = f"gcx {release}"
 html_theme = "furo"
+html_favicon = "_static/icon.svg"
+html_static_path = ["_static"]
+html_css_files = ["gcx.css"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build", "_generated"]
 
 extensions = [
@@ -30,3 +38,43 @@ napoleon_google_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+
+
+def setup(app):
+    """Write formulas as MathML, and the title of its column in each cell of a table."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_display, None))
+    app.connect("doctree-resolved", label_cells)
+
+
+def visit_math(translator, node):
+    translator.body.append(mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def visit_display(translator, node):
+    translator.body.append(translator.starttag(node, "div", CLASS="math"))
+    if node["number"]:
+        number = get_node_equation_number(translator, node)
+        translator.body.append(f'<span class="eqno">({number})')
+        translator.add_permalink_ref(node, "Link to this equation")
+        translator.body.append("</span>")
+    translator.body.append(mathml(node, "block") + "</div>\n")
+    raise nodes.SkipNode
+
+
+def mathml(node, display):
+    latex = node.astext().replace(r"\lVert", r"\left\Vert").replace(r"\rVert", r"\right\Vert")
+    if r"\\" in latex:
+        latex = rf"\begin{{align}}{latex}\end{{align}}"
+    return latex2mathml.converter.convert(latex, display=display)
+
+
+def label_cells(_app, document, _name):
+    """Repeat the header of a table in its cells, for gcx.css to show on a phone."""
+    for table in document.findall(nodes.table):
+        header, *rows = table.findall(nodes.row)
+        if len(header) > 7:
+            table["classes"].append("wide")
+        for cell, title in ((c, h) for row in rows for c, h in zip(row, header, strict=True)):
+            if title.astext() and cell.astext():
+                cell.insert(0, nodes.container("", *title.deepcopy().children, classes=["label"]))

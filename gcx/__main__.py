@@ -192,15 +192,14 @@ def _installed_lines(about: dict[str, Any], found: Sequence[LibraryInfo]) -> lis
 
 def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
     header = ("library", "device", "dtype", "error", "limit", "verdict")
-    cells = [[_cell(value) for value in check.values()] for check in checks]
+    cells = [
+        [f"{x:.2f}" if isinstance(x, float) else str(x or "-") for x in row.values()]
+        for row in checks
+    ]
     of_ulp = "Error and limit in ulp\nof the largest magnitude in the output unit."
     first = f"{len(_CASES)} random gradients a row, compared with float64. {of_ulp}"
     last = "All is well." if ok else "FAILED: something above is wrong or broken."
     return [first, "", *aligned([header, *cells]), "", last]
-
-
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str]:

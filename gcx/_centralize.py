@@ -173,7 +173,7 @@ def centralize_many(
     results = _run(jobs, strength, reproducible)
     if call is not None and all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
-    return rebuild(grads, results)
+    return rebuild(grads, results)  # type: ignore[no-any-return]
 
 
 def see_fan_in(

@@ -65,17 +65,12 @@ def find_overrides(
 ) -> dict[str, Layout | LeaveAlone]:
     """Find the override of each name: the answer of the first key that matches it."""
     keys = match_all(overrides, names, what="overrides")
-    answers = {key: _read_override(key, value) for key, value in overrides.items()}
+    answers: dict[str, Layout | LeaveAlone] = {}
+    for key, value in overrides.items():
+        with naming(f"overrides: {key}"):
+            answer = LEFT_ALONE if value is None else value
+            answers[key] = answer if isinstance(answer, LeaveAlone) else as_layout(answer)
     return {name: answers[key] for name, key in keys.items()}
-
-
-def _read_override(key: str, value: Answer) -> Layout | LeaveAlone:
-    if value is None:
-        return LEFT_ALONE
-    if isinstance(value, LeaveAlone):
-        return value
-    with naming(f"overrides: {key}"):
-        return as_layout(value)
 
 
 def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:

@@ -14,6 +14,7 @@ from gcx._decisions import check_choice
 from gcx._dispatch import backend_for
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
+from gcx._outputs import check_traits
 from gcx.layout import Layout, as_layout
 
 TreeT = TypeVar("TreeT")
@@ -181,12 +182,7 @@ def _check_fits(what: str, array: Any, param: Any) -> None:
         kinds = type(array).__name__, type(param).__name__
         msg = f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}"
         raise TypeError(msg)
-    if array.shape != param.shape:
-        msg = f"the {what} has shape {tuple(array.shape)}, its parameter {tuple(param.shape)}"
-        raise ValueError(msg)
-    if array.dtype != param.dtype:
-        msg = f"the {what} has dtype {array.dtype}, its parameter {param.dtype}"
-        raise ValueError(msg)
+    check_traits(f"the {what}", array, "its parameter", param, ("shape", "dtype"))
 
 
 def _as_dtype_of(old: Any, new: Any) -> Any:

@@ -54,8 +54,13 @@ def check_out(out: Any, grad: Any, backend: Backend) -> None:
         raise TypeError(msg)
     if out is grad:
         return
-    for trait in ("shape", "dtype", "device"):
-        mine, theirs = getattr(out, trait, None), getattr(grad, trait, None)
-        if mine != theirs:
-            msg = f"out has {trait} {mine}, the gradient {theirs}"
+    check_traits("out", out, "the gradient", grad, ("shape", "dtype", "device"))
+
+
+def check_traits(what: str, x: Any, whose: str, model: Any, traits: Sequence[str]) -> None:
+    for trait in traits:
+        found: list[Any] = [getattr(array, trait, None) for array in (x, model)]
+        if found[0] != found[1]:
+            mine, theirs = [tuple(size) for size in found] if trait == "shape" else found
+            msg = f"{what} has {trait} {mine}, {whose} {theirs}"
             raise ValueError(msg)

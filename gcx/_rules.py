@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -53,24 +53,66 @@ class Rules(Generic[AnswerT]):
 
     The first class whose rule has a parameter's name decides, so a subclass inherits rules. A
     string in `table` is the qualified name of a class, or a glob of such names, for packages that
-    need not be imported. Entry points of `group` add rules under such names.
+    need not be imported. Entry points of `group` add rules under such names. If all layers have one
+    class, a subclass says by `kind`, `is_kind` and `kinds_of` how else they are told apart.
     """
 
+    kind = "the class of a layer"
+
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
-        self._by_type = {kind: rule for kind, rule in table.items() if isinstance(kind, type)}
+        self._by_type: dict[Any, Rule[AnswerT]] = {
+            kind: rule for kind, rule in table.items() if isinstance(kind, type)
+        }
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
-        # Class names and rules, by layer type; a model has few of these.
-        self._found: dict[type, list[tuple[str, Rule[Any]]]] = {}
+        # Names and rules, by layer type; a model has few of these.
+        self._found: dict[Any, list[tuple[str, Rule[Any]]]] = {}
 
-    def register(self, kind: type) -> Callable[[RuleT], RuleT]:
-        """Return a decorator for the rule of a layer type; a later rule replaces an earlier one."""
-        if not isinstance(kind, type):
-            msg = f"register_layer takes the class of a layer, not {kind!r}"
+    def is_kind(self, kind: object) -> bool:
+        return isinstance(kind, type)
+
+    def kinds_of(self, layer: Any) -> Sequence[Any]:
+        """List the keys of a layer in the table; the first whose rule has a name decides."""
+        return type(layer).__mro__
+
+    def register(self, kind: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
+        """Declare the parameters of a layer type, for the plans of this framework.
+
+        Parameters
+        ----------
+        kind : type
+            The class of the layer; its subclasses follow, unless they have a rule. In gcx.thinc:
+            the forward function of the layer.
+
+        Returns
+        -------
+        callable
+            Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
+            layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one. A
+            later rule replaces an earlier one. In gcx.optax, layouts are for a single layer (gcx
+            adds the axes of a stack), and the function gets a linen or Haiku layer while it is
+            called. Entry points are as in `gcx.torch.register_layer`, of the group
+            ``gcx.optax.layers``, ``gcx.keras.layers`` or ``gcx.thinc.layers``.
+
+        Raises
+        ------
+        TypeError
+            If `kind` is of another type, or the rule neither a mapping nor a function.
+
+        Examples
+        --------
+        With `gcx.keras.register_layer` and `gcx.thinc.register_layer` it is the same::
+
+            @gcx.optax.register_layer(Experts)
+            def experts(layer):
+                return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
+        """
+        if not self.is_kind(kind):
+            msg = f"register_layer takes {self.kind}, not {kind!r}"
             raise TypeError(msg)
 
         def decorator(rule: RuleT) -> RuleT:
-            check_rule(rule, f"the rule of {kind.__name__}")
+            check_rule(rule, f"the rule of {_label(kind)}")
             self._by_type[kind] = rule
             self._found.clear()
             return rule
@@ -82,36 +124,44 @@ class Rules(Generic[AnswerT]):
 
         A parameter that no rule knows is left alone, never guessed.
         """
-        owner = type(layer).__name__
-        return self.find(layer, name) or (unknown(layer, name), owner)
+        return self.find(layer, name) or (unknown(layer, name), type(layer).__name__)
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
         """Return the same as `answer`, or None if no rule knows the parameter."""
-        kind = type(layer)
-        if kind not in self._found:
-            self._found[kind] = list(self._search(kind))
-        for base, rule in self._found[kind]:
+        kinds = self.kinds_of(layer)
+        if kinds[0] not in self._found:
+            self._found[kinds[0]] = list(self._search(kinds))
+        for base, rule in self._found[kinds[0]]:
             answers = ask(rule, layer, base)
             key = match(answers, [name], separator=".").get(name)  # "." separates children
             if key is not None:
                 return answers[key], base
         return None
 
-    def _search(self, kind: type) -> Iterator[tuple[str, Rule[Any]]]:
-        for base in kind.__mro__:
-            qualified = f"{base.__module__}.{base.__qualname__}"
-            if base in self._by_type:
-                yield base.__name__, self._by_type[base]
+    def _search(self, kinds: Sequence[Any]) -> Iterator[tuple[str, Rule[Any]]]:
+        for kind in kinds:
+            label, qualified = _label(kind), _qualified(kind)
+            if kind in self._by_type:
+                yield label, self._by_type[kind]
             for found in self._entry_points:
                 if fnmatchcase(qualified, found.name):
-                    yield base.__name__, _load(found)
+                    yield label, _load(found)
             for name, rule in self._by_name.items():
                 if fnmatchcase(qualified, name):
-                    yield base.__name__, rule
+                    yield label, rule
 
     @cached_property
     def _entry_points(self) -> tuple[EntryPoint, ...]:
         return tuple(entry_points(group=self._group))
+
+
+def _qualified(kind: Any) -> str:
+    name = getattr(kind, "__qualname__", "")  # which some callables lack
+    return f"{kind.__module__}.{name}"
+
+
+def _label(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else _qualified(kind)
 
 
 def unknown(layer: object, name: str) -> LeaveAlone:
@@ -129,3 +179,14 @@ def _load(found: EntryPoint) -> Rule[Any]:
         raise ImportError(msg) from error
     check_rule(rule, f"{source},")
     return rule
+
+
+def kernel_letters(equation: str) -> str:
+    """Find the layout of an einsum kernel, the second operand: ``i`` for the axes that are summed.
+
+    >>> kernel_letters("abc, cd -> abd")
+    'io'
+    """
+    operands, output = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")[:2]
+    return "".join("i" if a not in output else "b" if a in inputs else "o" for a in kernel)

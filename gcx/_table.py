@@ -9,8 +9,6 @@ from html import escape
 def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
     """Make one line a row; each column is as wide as its widest cell.
 
-    >>> aligned([("name", "n"), ("a", "10")])
-    ['name  n', 'a     10']
     >>> aligned([("name", "n"), ("a", "10")], to_the_right=[1])
     ['name   n', 'a     10']
     """

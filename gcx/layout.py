@@ -13,8 +13,7 @@ from typing import Any
 __all__ = ["Layout", "LayoutLike"]
 
 _ELLIPSIS = "..."
-_AXIS = re.compile(r"\.\.\.|[oib]|\([oib.]+\)")
-_PART = re.compile(r"\.\.\.|[oib]")
+_AXIS = re.compile(r"\.\.\.|[oib]|\((?:\.\.\.|[oib])+\)")
 _USUAL_RANKS = 9
 
 Shape = tuple[int, ...]
@@ -64,7 +63,8 @@ class Layout:
             msg = f"a layout is a string such as 'o...' or a gcx.Layout, not {type(text).__name__}"
             raise TypeError(msg)
         axes = _AXIS.findall(text)
-        if "".join(axes) != text or text.count(_ELLIPSIS) > 1 or not all(map(_is_axis, axes)):
+        is_known = "".join(axes) == text and text.count(_ELLIPSIS) < 2
+        if not is_known or any(a[0] == "(" and len({*_list_parts(a)}) < 2 for a in axes):
             msg = (
                 f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit), 'i' "
                 "(fan-in) or 'b' (stack), at most one '...' for all the other axes, and "
@@ -189,13 +189,7 @@ def _list_parts(axis: str) -> list[str]:
     >>> _list_parts("(oi...)"), _list_parts("i")
     (['o', 'i'], ['i'])
     """
-    letters = _PART.sub(lambda found: found[0].replace(_ELLIPSIS, "i"), axis.strip("()"))
-    return [*re.sub("i+", "i", letters)]
-
-
-def _is_axis(axis: str) -> bool:
-    is_whole = len(axis) == 1 or axis == _ELLIPSIS
-    return is_whole or (_PART.sub("", axis) == "()" and len(set(_list_parts(axis))) > 1)
+    return [*re.sub("i+", "i", axis.strip("()").replace(_ELLIPSIS, "i"))]
 
 
 def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:

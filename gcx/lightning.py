@@ -41,21 +41,11 @@ class GradientCentralization(TakesOptions, pl.Callback):
     Examples
     --------
     >>> import lightning
-    >>> import torch
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> from gcx.lightning import GradientCentralization
-    >>> class Regression(lightning.LightningModule):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.layer = torch.nn.Linear(3, 1)
-    ...
-    ...     def training_step(self, batch):
-    ...         return self.layer(batch).square().mean()
-    ...
-    ...     def configure_optimizers(self):
-    ...         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
     >>> callback = GradientCentralization()
-    >>> trainer = lightning.Trainer(callbacks=[callback], max_epochs=2, barebones=True)
-    >>> trainer.fit(Regression(), torch.rand(8, 4, 3))
+    >>> trainer = lightning.Trainer(callbacks=[callback], max_epochs=1, barebones=True)
+    >>> trainer.fit(BoringModel())
     >>> callback.plans
     [<gcx plan: 1 of 2 parameters centralized>]
     """

@@ -6,6 +6,7 @@ The definition is that of docs/reproducible.md. Numbers come and go in the preci
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,34 @@ def centralized(x: Any, axes: tuple[int, ...], dtype: str, strength: float = 1.0
     for unit in output_units(x.shape, axes):
         result[unit] = rounded(x[unit] - scaled_mean(x[unit], strength), dtype)
     return result
+
+
+def sgd(
+    weight: Any,
+    grads: Sequence[Any],
+    axes: tuple[int, ...] | None,
+    lr: float,
+    *,
+    where: str = "gradient",
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+) -> Any:
+    """Train a weight, each operation rounded by itself; without axes, it is not centralized."""
+    number, buffer = weight.dtype.type, None
+
+    def project(x: Any, at: str) -> Any:
+        return centralized(x, axes, weight.dtype.name) if axes and where == at else x
+
+    for grad in grads:
+        d = project(grad + number(weight_decay) * weight, "gradient")
+        if momentum:
+            damped = number(1 - dampening) * d
+            buffer = d if buffer is None else number(momentum) * buffer + damped
+            d = d + number(momentum) * buffer if nesterov else buffer
+        weight = weight - number(lr) * project(d, "update")
+    return weight
 
 
 def output_units(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[Any]:

@@ -1,15 +1,58 @@
-"""The `xp` fixture: the same test on every array library that the run asked for."""
+"""The `xp` fixture: the same test on every array library that the run asked for.
+
+A file of tests is skipped where a package is missing that it needs; test_canary asks for those of
+the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from importlib.util import find_spec
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import libraries
 from example_sessions import SESSIONS
+
+# The files of tests that need a package.
+MODELS = "*/test_jax_layers_* *_jax_models.py */test_optax_models.py *_muon.py"
+NEEDS = {
+    "torch": "*torch* */test_processes.py */kernels/* *_deepspeed.py",
+    "optax": "*jax* *optax*",
+    **dict.fromkeys(("flax", "haiku", "equinox"), MODELS),
+    "ml_dtypes": "*/kernels/* *_cuda.py",
+    "cuda": "*/kernels/*",
+    "cupy": "*/test_cupy_cuda.py",
+    "deepspeed": "*_deepspeed.py",
+    "keras": "*/around_keras/*",
+    "thinc": "*/around_thinc/*",
+}
+
+
+class Module(pytest.Module):
+    """A file of tests; one that needs a framework alone is marked so."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        path = self.path.relative_to(Path(__file__).parents[1]).as_posix()
+        packages = [p for p, globs in NEEDS.items() if any(fnmatch(path, g) for g in globs.split())]
+        for package in packages:
+            if find_spec(package) is None:
+                pytest.skip(f"needs {package}", allow_module_level=True)
+        if len(packages) == 1:
+            self.add_marker(pytest.mark.one_framework)
+        if "optax" in packages:
+            import jax
+
+            jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Module:
+    return Module.from_parent(parent, path=module_path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +107,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def where(request: pytest.FixtureRequest) -> Any:
     """Run the test on gradients and on updates, unless it chooses for itself."""
     return request.param
+
+
+@pytest.fixture
+def layer() -> Any:
+    """A small dense layer of torch in float64."""
+    from torch_training import new_layer
+
+    return new_layer()
 
 
 @pytest.fixture(scope="module")

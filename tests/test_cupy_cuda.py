@@ -6,12 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
-
-pytest.importorskip("cupy")
-pytest.importorskip("ml_dtypes")
-
 import cupy as cp
+import pytest
 
 import gcx
 from gcx.backends import _cupy

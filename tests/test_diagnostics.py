@@ -40,9 +40,6 @@ def share_of(report: EnergyReport, row: int = 0) -> Share:
     return share
 
 
-# The shares
-
-
 @pytest.mark.parametrize(("layout", "shape", "axes"), CASES)
 def test_share_is_that_of_the_reference(
     layout: str, shape: tuple[int, ...], axes: tuple[int, ...], xp: ArrayLibrary
@@ -90,9 +87,6 @@ def test_independent_elements_with_mean_zero_give_one_over_the_fan_in(distributi
     assert share.removed == pytest.approx(share.by_chance, rel=0.1)
 
 
-# Over batches
-
-
 def test_batches_count_by_their_energy() -> None:
     batches = [np.array([[3.0, 1.0]]), np.array([[1e-6, -1e-6]]), np.array([[2.0, 2.0]])]
     share = share_of(energy_removed([[grad] for grad in batches]))
@@ -126,9 +120,6 @@ def test_libraries_may_be_mixed(pair: tuple[ArrayLibrary, ArrayLibrary]) -> None
     one, other = (library.asarray(x) for library in pair)
     report = energy_removed([{"one": one, "other": other}])
     assert share_of(report, 0).removed == pytest.approx(share_of(report, 1).removed, rel=1e-14)
-
-
-# What has no share is listed, and says why
 
 
 def test_what_is_left_alone_has_its_reason() -> None:
@@ -182,9 +173,6 @@ def test_what_is_not_finite_is_told(bad: float, xp: ArrayLibrary) -> None:
     assert report.total is None
 
 
-# Errors
-
-
 def test_nothing_to_measure() -> None:
     used_up = iter([[np.ones((2, 2))]])
     energy_removed(used_up)
@@ -210,9 +198,6 @@ def test_gradients_and_layouts_that_do_not_fit_are_named() -> None:
         energy_removed([one], layouts={"b": "o..."})
     with pytest.raises(ValueError, match=r"a has shape \(2, 2\) in one batch, and \(2, 4\)"):
         energy_removed([one, {"a": np.ones((2, 4))}])
-
-
-# How it is shown
 
 
 @pytest.fixture

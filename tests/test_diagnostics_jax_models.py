@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-pytest.importorskip("flax")
-pytest.importorskip("equinox")
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from flax import nnx
 
 import gcx.diagnostics

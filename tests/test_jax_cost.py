@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import gcx
 import gcx.optax
 from gcx.backends import _jax
-
-pytestmark = pytest.mark.one_framework
 
 
 def weights(*shapes: tuple[int, ...]) -> Any:

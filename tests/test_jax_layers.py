@@ -19,7 +19,7 @@ from gcx import Layout
 from gcx._decisions import merge
 from gcx.optax._models import RULES
 from gcx.optax._models._parameters import SingleLayer, decide_in_stack, trace_shapes
-from gcx.optax._models.linen import einsum_kernel
+from gcx.optax._models.flax import einsum_layout
 from gcx.plan import LeaveAlone, PlanRow
 
 pytestmark = pytest.mark.one_framework
@@ -113,7 +113,7 @@ EINSUMS = {
 
 @pytest.mark.parametrize(("subscripts", "expected"), EINSUMS.items())
 def test_fan_in_of_an_einsum_is_what_it_sums_over(subscripts: Any, expected: Any) -> None:
-    assert einsum_kernel(subscripts) == expected
+    assert einsum_layout(subscripts) == expected
 
 
 def test_tracing_takes_shapes_and_leaves_options_alone() -> None:

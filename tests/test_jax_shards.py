@@ -5,24 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
-
-import devices
-from reference import centralized
-
-pytest.importorskip("optax")
-
 import jax
+import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 
 import gcx.optax
 
+import devices
 from jax_shards import CASES
 from jax_train_steps import CASES as STEPS
-
-pytestmark = pytest.mark.one_framework
+from reference import centralized
 
 
 @pytest.fixture(scope="module")

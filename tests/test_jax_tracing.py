@@ -8,19 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("jax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 import gcx
 
 from reference import centralized
-
-pytestmark = pytest.mark.one_framework
 
 
 def weight(*shape: int) -> Any:
@@ -165,6 +160,26 @@ def test_export_with_sizes_that_are_symbols(layout: str, strength: float, adapte
     for sizes in ((4, 3, 2), (1, 3, 1), (3, 1, 1)):  # some with a fan-in of 1
         grad = weight(*sizes)
         np.testing.assert_allclose(exported.call(grad), program(grad), atol=1e-6)
+
+
+def test_export_of_a_split_fan_in_whose_size_is_a_symbol() -> None:
+    from jax import export
+    from jax.sharding import AxisType
+    from jax.sharding import PartitionSpec as P
+
+    optax = pytest.importorskip("gcx.optax")
+    transform = optax.centralize({"*": "o..."}, axis_name="x")
+    program = jax.shard_map(
+        lambda grad: transform.update([grad], None)[0][0],
+        mesh=jax.make_mesh((1,), ("x",), (AxisType.Auto,)),
+        in_specs=P(None, "x"),
+        out_specs=P(None, "x"),
+    )
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("a, b"), jnp.float32)
+    exported = export.export(jax.jit(program))(shape)
+    for sizes in ((3, 2), (3, 1)):
+        grad = weight(*sizes)
+        np.testing.assert_allclose(exported.call(grad), gcx.centralize(grad), atol=1e-6)
 
 
 def test_export_reproducible_needs_a_known_fan_in() -> None:

@@ -9,20 +9,10 @@ import pytest
 
 from gcx.backends import LIBRARIES
 
-FRAMEWORKS = (
-    "numpy",
-    "torch",
-    "jax",
-    "jaxlib",
-    "cupy",
-    "optax",
-    "keras",
-    "dask",
-    "array_api_strict",
-    "ml_dtypes",
-    "scipy",
-    "matplotlib",
-)
+FRAMEWORKS = {
+    *("numpy", "torch", "jax", "jaxlib", "cupy", "optax", "keras", "dask"),
+    *("array_api_strict", "ml_dtypes", "scipy", "matplotlib"),
+}
 
 # How to make an array of each library under test.
 MAKE = {
@@ -48,7 +38,7 @@ def loaded_after(*statements: str) -> list[set[str]]:
 
 
 def frameworks(modules: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in modules} & set(FRAMEWORKS)
+    return {name.split(".")[0] for name in modules} & FRAMEWORKS
 
 
 @pytest.mark.parametrize(

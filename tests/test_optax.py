@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gcx
+import gcx.optax
 from gcx import Layout
+from gcx.optim import SGD, Adam, AdamW
 
 import canonical_order
+from optax_training import KERNELS, LEARNING_RATE, START, X, Y, normal, struct, train, two_layers
 from reference import centralized, fan_in_means
 from same_bits import assert_same_bits
-
-pytest.importorskip("optax")
-
-import jax
-import jax.numpy as jnp
-import optax
-
-import gcx.optax
-
-from optax_training import KERNELS, LEARNING_RATE, START, X, Y, normal, struct, train, two_layers
-
-pytestmark = pytest.mark.one_framework
 
 
 class WithList:
@@ -42,62 +37,31 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-# --- trajectories against NumPy -------------------------------------------------------------------
-
 DECAY = 0.1
 
-
-def backpropagated(params: Any) -> Any:
-    """Gradient of `two_layers`, by hand."""
-    first, second = params["Dense_0"], params["Dense_1"]
-    hidden = np.tanh(X @ first["kernel"] + first["bias"])
-    error = hidden @ second["kernel"] + second["bias"] - Y
-    before = (error @ second["kernel"].T) * (1 - hidden**2)
-    return {
-        "Dense_0": {"kernel": X.T @ before, "bias": before.sum(0)},
-        "Dense_1": {"kernel": hidden.T @ error, "bias": error.sum(0)},
-    }
-
-
-def project(array: Any) -> Any:
-    return centralized(array, (0,)) if array.ndim == 2 else array
-
-
-def adam_direction(t: int, g: Any, m: Any, v: Any) -> Any:
-    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-    return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
-
-
-def after(change: Any, direction: Any, m: Any, v: Any) -> Any:
-    return change(direction), m, v
-
-
-def with_momentum(g: Any, m: Any, v: Any) -> Any:
-    return 0.9 * m + g, 0.9 * m + g, v
-
-
-# The step before the learning rate with the new moments, as NumPy has it and as optax makes it.
-TRAJECTORIES: dict[str, tuple[Any, Any]] = {
-    "sgd": (
-        lambda t, w, g, m, v: (project(g), m, v),
-        lambda c: optax.chain(c, optax.sgd(LEARNING_RATE)),
-    ),
+# An optimizer of gcx.optim, the decay that it leaves outside, and the same of optax.
+TRAJECTORIES: dict[str, tuple[Any, float, Any]] = {
+    "sgd": (SGD(LEARNING_RATE), 0.0, lambda c: optax.chain(c, optax.sgd(LEARNING_RATE))),
     "sgd of the paper": (
-        lambda t, w, g, m, v: with_momentum(project(g + DECAY * w), m, v),
+        SGD(LEARNING_RATE, momentum=0.9, weight_decay=DECAY),
+        0.0,
         lambda c: optax.chain(
             optax.add_decayed_weights(DECAY), c, optax.sgd(LEARNING_RATE, momentum=0.9)
         ),
     ),
     "adam, gradient": (
-        lambda t, w, g, m, v: adam_direction(t, project(g), m, v),
+        Adam(LEARNING_RATE),
+        0.0,
         lambda c: optax.chain(c, optax.adam(LEARNING_RATE)),
     ),
     "adamw, update": (
-        lambda t, w, g, m, v: after(lambda d: project(d + DECAY * w), *adam_direction(t, g, m, v)),
+        AdamW(LEARNING_RATE, weight_decay=DECAY, where="update"),
+        0.0,
         lambda c: optax.chain(optax.adamw(LEARNING_RATE, weight_decay=DECAY), c),
     ),
     "adamw, update, decay outside": (
-        lambda t, w, g, m, v: after(lambda d: project(d) + DECAY * w, *adam_direction(t, g, m, v)),
+        AdamW(LEARNING_RATE, weight_decay=0.0, where="update"),
+        DECAY,
         lambda c: optax.chain(
             optax.scale_by_adam(),
             c,
@@ -108,21 +72,17 @@ TRAJECTORIES: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("step", "make"), TRAJECTORIES.values(), ids=TRAJECTORIES)
-def test_trajectory_is_that_of_numpy(step: Any, make: Any) -> None:
+@pytest.mark.parametrize(("optimizer", "outside", "make"), TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_trajectory_is_that_of_gcx_optim(optimizer: Any, outside: float, make: Any) -> None:
+    optimizer = replace(optimizer, layouts="...o")
     expected: Any = START
-    m = v = jax.tree.map(np.zeros_like, START)
-    for t in range(1, 16):
-        steps = jax.tree.map(partial(step, t), expected, backpropagated(expected), m, v)
-        change, m, v = jax.tree.transpose(
-            jax.tree.structure(START), jax.tree.structure((0, 0, 0)), steps
-        )
-        expected = jax.tree.map(lambda w, d: w - LEARNING_RATE * d, expected, change)
+    state, gradient = optimizer.init(START), jax.jit(jax.grad(two_layers))
+    for _ in range(15):
+        grads = jax.tree.map(np.asarray, gradient(expected))
+        new, state = optimizer.update(expected, grads, state)
+        expected = jax.tree.map(lambda w, n: n - LEARNING_RATE * outside * w, expected, new)
     found = train(make(gcx.optax.centralize("flax")), two_layers, START, steps=15)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), found, expected)
-
-
-# --- the transformation of optax itself, as a documented fact -------------------------------------
 
 
 def drift(optimizer: Any) -> float:
@@ -148,9 +108,6 @@ def test_optax_centralize_freezes_a_single_output() -> None:
     ours = train(optax.chain(gcx.optax.centralize("flax"), optax.sgd(0.1)), loss, start)
     np.testing.assert_array_equal(theirs["kernel"], start["kernel"])
     assert loss(ours) < loss(start)
-
-
-# Equal bits
 
 
 def many_inputs() -> Any:
@@ -246,16 +203,6 @@ def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
             expected = centralized(grad, tuple(range(1, grad.ndim)))
             np.testing.assert_allclose(updates[name], expected, atol=1e-6)
     assert seen == ["a", "a", "a", "b", "a"]
-
-
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_a_layout_may_split_an_axis(reproducible: bool) -> None:
-    layouts = {"weight": Layout("(bi)o...", b=2)}
-    optimizer = gcx.optax.centralize(layouts, reproducible=reproducible)
-    grads = {"weight": normal(1, 8, 3, 2).astype("float32")}
-    updates, _ = optimizer.update(grads, optimizer.init(grads))
-    groups = centralized(np.reshape(grads["weight"], (2, 4, 3, 2)), (1, 3))
-    np.testing.assert_allclose(updates["weight"], groups.reshape(8, 3, 2), atol=1e-6)
 
 
 def test_a_layout_that_splits_an_axis_is_not_for_shards() -> None:

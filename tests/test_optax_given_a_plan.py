@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import gcx.optax
 from gcx import Layout

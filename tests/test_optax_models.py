@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-pytest.importorskip("flax")
-pytest.importorskip("haiku")
-pytest.importorskip("equinox")
-
 import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -26,8 +20,6 @@ import gcx.optax
 import reference
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
-jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 
 KEY = jax.random.key(0)
 

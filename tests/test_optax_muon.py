@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("optax")
-pytest.importorskip("flax")
-pytest.importorskip("equinox")
-pytest.importorskip("haiku")
-
 import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers

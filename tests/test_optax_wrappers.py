@@ -5,21 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
-
-from gcx import Layout
-
-from reference import centralized, fan_in_means
-
-pytest.importorskip("optax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from jax import lax
 
 import gcx.optax
+from gcx import Layout
 
 from optax_training import (
     FIRST_ONLY,
@@ -32,8 +26,7 @@ from optax_training import (
     train,
     two_layers,
 )
-
-pytestmark = pytest.mark.one_framework
+from reference import centralized, fan_in_means
 
 # --- inside the other transformations -------------------------------------------------------------
 

@@ -146,9 +146,6 @@ def assert_close(xp: libraries.ArrayLibrary, actual: Tree, desired: Tree, rtol: 
         np.testing.assert_allclose(found, want, rtol=0, atol=atol, err_msg=key)
 
 
-# The formulas
-
-
 @every_optimizer
 def test_without_centralization_it_is_the_known_optimizer(xp: Any, name: str) -> None:
     steps = steps_for(xp, 100)
@@ -197,9 +194,6 @@ def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
     np.testing.assert_allclose(xp.numpy(new), -grad / np.abs(grad), rtol=1e-12)
 
 
-# The same bits
-
-
 @every_place
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if isinstance(OPTIMIZERS[name], SGD)])
@@ -220,30 +214,9 @@ def test_reproducible_steps_end_in_the_same_bits(
     state = optimizer.init(params)
     for grad in grads:
         params, state = optimizer.update(params, [xp.asarray(grad, dtype)], state)
-    expected = in_canonical_order(optimizer, start, grads)
-    assert_same_bits(xp.numpy(params[0]), expected)
-
-
-def in_canonical_order(optimizer: SGD, weight: Any, grads: list[Any]) -> Any:
-    number, name = weight.dtype.type, weight.dtype.name
-    lr, decay, momentum = (
-        number(getattr(optimizer, option)) for option in ("lr", "weight_decay", "momentum")
-    )
-    undamped = number(1 - optimizer.dampening)
-
-    def project(x: Any) -> Any:
-        return canonical_order.centralized(x, (1,), name)
-
-    buffer = None
-    for grad in grads:
-        d = grad + decay * weight
-        if optimizer.where == "gradient":
-            d = project(d)
-        if momentum:
-            buffer = d if buffer is None else momentum * buffer + undamped * d
-            d = d + momentum * buffer if optimizer.nesterov else buffer
-        weight = weight - lr * (project(d) if optimizer.where == "update" else d)
-    return weight
+    own = ("layouts", "strength", "reproducible")
+    options = {name: value for name, value in vars(optimizer).items() if name not in own}
+    assert_same_bits(xp.numpy(params[0]), canonical_order.sgd(start, grads, (1,), **options))
 
 
 @one_of_each
@@ -258,9 +231,6 @@ def test_reproducible_is_refused_before_a_step(name: str) -> None:
     layouts = {"good": "o...", "bad": None}  # which leaves nothing to be summed
     state = replace(optimizer, layouts=layouts).init(params)
     replace(optimizer, layouts=layouts).update(params, params, state)
-
-
-# Which parameters
 
 
 @one_of_each
@@ -301,9 +271,6 @@ def test_no_gradient_leaves_parameter_and_state(xp: Any, name: str) -> None:
     only_conv = replace(optimizer, layouts="o...")
     want, _ = only_conv.update(alone, {"conv": second["conv"]}, only_conv.init(alone))
     np.testing.assert_array_equal(xp.numpy(params["conv"]), xp.numpy(want["conv"]))
-
-
-# Arrays and state
 
 
 @one_of_each
@@ -380,9 +347,6 @@ def test_keys_may_come_in_another_order() -> None:
     assert list(new) == ["a", "b"]
 
 
-# Inside jax.jit
-
-
 @one_of_each
 def test_a_step_compiles_once(name: str) -> None:
     jax = pytest.importorskip("jax")
@@ -414,9 +378,6 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
     state = {**optimizer.init(params), "step": [xp.asarray(0, "int64")]}
     (new,), state = jax.jit(optimizer.update)(params, params, state)
     assert new.dtype == state["first_moment"][0].dtype == "float32"
-
-
-# The object
 
 
 def test_repr_shows_the_hyperparameters() -> None:

@@ -6,14 +6,9 @@ import os
 import time
 
 import pytest
-
-pytest.importorskip("torch")
-
 from torch import distributed
 
 import processes
-
-pytestmark = pytest.mark.one_framework
 
 
 def rank_after_barrier(offset: int) -> int:

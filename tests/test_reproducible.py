@@ -23,9 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 Shape = tuple[int, ...]
 
 
-# The numbers
-
-
 def many_magnitudes(rng: np.random.Generator, shape: Shape, axes: Shape) -> Any:
     """As far apart as float16 allows."""
     return rng.normal(size=shape) * np.exp2(rng.integers(-10, 10, shape))
@@ -73,9 +70,6 @@ def sample(
     return Sample(grad, canonical_order.centralized(grad, axes, dtype, strength))
 
 
-# The order
-
-
 def test_canonical_order_is_that_of_the_documentation() -> None:
     one, tiny = np.float32(1), np.float32(2**-25)
     halves = np.array([one, tiny, -one, tiny])
@@ -108,9 +102,6 @@ def test_another_order_has_other_bits(dtype: str) -> None:
         other = canonical_order.rounded(grad - np.mean(grad, axis=axis, keepdims=True), dtype)
         with pytest.raises(AssertionError, match="differ"):
             assert_same_bits(other, expected)
-
-
-# The operator
 
 
 def assert_bits(xp: ArrayLibrary, grad: Any, expected: Any, **options: Any) -> None:
@@ -332,9 +323,6 @@ def test_a_refusal_comes_before_anything_is_written(xp: ArrayLibrary) -> None:
     np.testing.assert_array_equal(xp.numpy(fine), [[1.0, 3.0]])
 
 
-# Errors of NumPy's arrays, and what is none
-
-
 def ones(*shape: int, dtype: str = "float32") -> Any:
     return np.ones(shape, dtype)
 
@@ -397,9 +385,6 @@ def test_the_buffers_of_numpy_are_left_as_they_are() -> None:
     size = np.getbufsize()
     gcx.centralize(ones(2, 300), reproducible=True)
     assert np.getbufsize() == size
-
-
-# Between libraries
 
 
 @pytest.mark.parametrize("layout", ["o...", "...o"])

@@ -11,21 +11,16 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pytest
-
-pytest.importorskip("jax")
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 import gcx
 
 import canonical_order
 from canonical_order import DTYPES, SEGMENT
 from same_bits import assert_same_bits
-
-pytestmark = pytest.mark.one_framework
 
 centralize = partial(gcx.centralize, reproducible=True)
 

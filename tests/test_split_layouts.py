@@ -141,18 +141,9 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
         ],
         *[
             (text, {}, ValueError, rf"layout '{re.escape(text)}' is not valid.*'o'.*'i'")
-            for text in [
-                "xyz",
-                "O...",
-                "o i",
-                "o...i...",
-                "......",
-                "....",
-                "..",
-                "oi.",
-                "o…",
-                "12",
-            ]
+            for text in (
+                *("xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"),
+            )
         ],
         *[
             (text, {}, ValueError, f"layout '{text}' names no fan-in axis")
@@ -193,9 +184,6 @@ def test_letters_are_spelled_out() -> None:
 @pytest.mark.parametrize("ndim", [0, 1])
 def test_a_vector_of_a_stack_has_no_fan_in(text: str, ndim: int) -> None:
     assert gcx.Layout(text).fan_in_axes(ndim) == ()
-
-
-# A plan says the layout of each gradient
 
 
 PLAN = Plan(

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +13,6 @@ from torch.nn.utils import parametrizations
 
 import gcx.torch
 from gcx import Layout
-
-pytestmark = pytest.mark.one_framework
 
 
 class Uses(nn.Module):

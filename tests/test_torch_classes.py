@@ -8,17 +8,12 @@ from abc import ABC
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 from torch import nn
 from torch.optim import SGD, Optimizer, RAdam
 
 import gcx.torch
 
 from torch_training import assert_means_kept, assert_same, attached, new_layer, train
-
-pytestmark = pytest.mark.one_framework
 
 
 class Abstract(ABC, RAdam):

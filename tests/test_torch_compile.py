@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,10 +21,7 @@ from gcx.testing import assert_centralized
 from torch_training import RTOL, assert_same, change_of, loss_of, train
 
 # The compiler uses what torch has deprecated.
-pytestmark = [
-    pytest.mark.one_framework,
-    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 
 STEPS = 6
 

@@ -9,17 +9,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import nn
 from torch.optim import SGD
 
 import gcx
 import gcx.torch
-
-pytestmark = pytest.mark.one_framework
 
 HOUSE = str(Path(gcx.__file__).parent)
 

@@ -11,10 +11,6 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("ml_dtypes")
-
 import torch
 from torch import Tensor
 
@@ -24,7 +20,7 @@ from gcx.backends import _torch_cuda
 from canonical_order import DTYPES
 from kernel_cases import ALL, OTHERS, Case, canonical, centralize, numbers
 from same_bits import assert_same_bits
-from torch_kernels import IS_ON_CUDA, flat_tensor, on_gpu, part_of, to_numpy
+from torch_kernels import IS_ON_CUDA, flat_tensor, no_waiting, on_gpu, part_of, to_numpy
 
 pytestmark = IS_ON_CUDA
 
@@ -117,13 +113,10 @@ def test_one_launch_and_no_waiting(grads: list[Tensor]) -> None:
         assert found == {"gcx_kernel": 1}  # nothing is copied for new addresses
     assert on_gpu(lambda: gcx.centralize(grads[0]))["gcx_kernel"] == 1
     assert on_gpu(lambda: launch(columns()))["gcx_kernel"] == 2
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             launch(grads, in_place=True, layout="oi")
             launch(fresh, in_place=True, layout="oi")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_gradients_at_new_addresses_in_each_step(grads: list[Tensor]) -> None:

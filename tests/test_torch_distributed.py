@@ -10,9 +10,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import distributed, nn
 from torch.distributed import init_device_mesh
@@ -50,8 +47,6 @@ from sharded_training import (
     whole,
     whole_weights,
 )
-
-pytestmark = pytest.mark.one_framework
 
 EVEN, UNEVEN = 8, 7
 
@@ -165,9 +160,6 @@ def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where
         assert sent == [("all_reduce", means) for means in cut]
 
 
-# Schemes that need more than a wrapped model
-
-
 def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -229,9 +221,6 @@ def test_decay_outside(spread: Any) -> None:
         assert_weights(weights, expected)
 
 
-# What would be found out
-
-
 def sent_by_plain_expression() -> list[tuple[str, int]]:
     """What everybody would write for the gradients of a sharded layer."""
     model, part, parts = fsdp2_along_fan_in(EVEN)
@@ -248,9 +237,6 @@ def test_plain_expression_gathers_the_gradient() -> None:
     """Or the tests above could not fail."""
     for sent in processes.run(2, sent_by_plain_expression):
         assert ("all_gather_into_tensor", EVEN * 54 // 2) in sent
-
-
-# Momentum from before
 
 
 def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> Weights:
@@ -302,9 +288,6 @@ def test_momentum_of_a_zero_redundancy_optimizer() -> None:
     assert sum(int(match[1]) for match in found if match) == 4
 
 
-# Weights that have lost their shape
-
-
 def errors_under_fsdp1(use_orig_params: bool) -> list[str]:
     model = FullyShardedDataParallel(
         net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
@@ -328,9 +311,6 @@ def test_fsdp1_is_an_error_that_says_what_to_do(use_orig_params: bool) -> None:
         for error in errors:
             assert "the shapes of the layers are gone" in error
             assert "gcx.torch.centralize_in_backward(model) before" in error
-
-
-# Single tensors
 
 
 WEIGHTS = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,11 +27,10 @@ from torch_kernels import (
     emulated,
     everywhere,
     give_gradients,
+    no_waiting,
     on_cuda,
     on_gpu,
 )
-
-pytestmark = pytest.mark.one_framework
 
 LAYOUTS = {"conv": "o...", "up": "io...", "linear": "oi", "odd": "o...", "groups": "oio..."}
 # Launches of a step of `Net`, of rows and of columns; on a GPU, some columns take two kernels.
@@ -70,8 +68,8 @@ class Net(nn.Module):
         self.to(device.type)
 
 
-def sgd(model: nn.Module, **options: Any) -> SGD:
-    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+def sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> SGD:
+    return SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0.1, **options)
 
 
 def centralized(weight: Tensor) -> Tensor:
@@ -98,9 +96,6 @@ def assert_close(found: nn.Module, expected: nn.Module) -> None:
     for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
         tolerance = 4 * torch.finfo(one.dtype).eps
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=name)
-
-
-# Launches
 
 
 def added_by_hooks(device: Device, model: nn.Module, optimizer: Optimizer, **options: Any) -> int:
@@ -246,9 +241,6 @@ def test_copies_launch_for_themselves(device: Device) -> None:
     assert torch.equal(model.linear.weight.grad, grad)
 
 
-# Results
-
-
 @emulated
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
@@ -366,8 +358,7 @@ def test_closure(device: Device) -> None:
 # A GPU alone
 
 
-def slow_sgd(model: nn.Module, **options: Any) -> SGD:
-    return SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1, **options)
+slow_sgd = partial(sgd, lr=1e-3)
 
 
 def two_hooked(device: Device, kind: Any, **options: Any) -> list[Any]:
@@ -381,16 +372,9 @@ def two_hooked(device: Device, kind: Any, **options: Any) -> list[Any]:
     return pairs
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[Callable[[], None]]:
-    """Let every call that waits for the device raise an error, from the call of this on."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @on_cuda
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[[], None]) -> None:
+def test_a_step_does_not_wait(fused: bool, device: Device) -> None:
     """Neither with the addresses of the step before nor with others."""
     model = Net(device)
     optimizer = slow_sgd(model, fused=fused)
@@ -402,15 +386,14 @@ def test_a_step_does_not_wait(fused: bool, device: Device, no_waiting: Callable[
         grads.append([parameter.grad for parameter in model.parameters()])
     kept = []
     for k, of_step in enumerate(grads):
-        optimizer.zero_grad()
-        for parameter, grad in zip(model.parameters(), of_step, strict=True):
-            parameter.grad = grad.clone()
-        model.linear(x).square().mean().backward()
-        if k == 2:
-            no_waiting()
-        if k > 3:  # so that the next ones are elsewhere
-            kept += [parameter.grad for parameter in model.parameters()]
-        optimizer.step()
+        with no_waiting() if k >= 2 else nullcontext():
+            optimizer.zero_grad()
+            for parameter, grad in zip(model.parameters(), of_step, strict=True):
+                parameter.grad = grad.clone()
+            model.linear(x).square().mean().backward()
+            if k > 3:  # so that the next ones are elsewhere
+                kept += [parameter.grad for parameter in model.parameters()]
+            optimizer.step()
 
 
 @on_cuda
@@ -469,9 +452,6 @@ def test_scaled_gradients(fused: bool, device: Device) -> None:
             reference.step()
     torch.testing.assert_close(model.linear.weight, twin.linear.weight, rtol=1e-5, atol=1e-7)
     assert (start - twin.linear.weight).abs().max() > 1e-4
-
-
-# Parts of DTensors
 
 
 def launch_parts() -> None:

@@ -9,9 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -28,8 +25,6 @@ from gcx.testing import assert_centralized
 
 import processes
 from sharded_training import Weights, whole_weights
-
-pytestmark = pytest.mark.one_framework
 
 STEPS = 4
 X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -101,9 +96,6 @@ def expected() -> Weights:
 
 def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-# On one process
 
 
 PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
@@ -249,9 +241,6 @@ def test_compiled_model() -> None:
     assert_centralized(model[2].weight.grad)
 
 
-# Errors and warnings
-
-
 def test_models_that_are_refused() -> None:
     model = built()
     gcx.torch.centralize_in_backward(model)
@@ -270,9 +259,6 @@ def test_sparse_gradient_is_an_error() -> None:
     gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
     with pytest.raises(TypeError, match=r"weight: expected a dense tensor"):
         table(torch.tensor([1, 2])).sum().backward()
-
-
-# Gradients that go another way
 
 
 @pytest.fixture
@@ -363,9 +349,6 @@ def test_passes_without_training_are_no_reason_to_warn(
             model.train(is_training)(X.float())
     model.train()(X.float()).sum().backward()
     handle.remove()
-
-
-# On several processes
 
 
 CPU = {"device_id": torch.device("cpu")}

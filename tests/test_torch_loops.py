@@ -7,12 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parametrizations, prune
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
 
 import gcx.torch
@@ -31,14 +28,7 @@ from torch_training import (
     train,
 )
 
-pytestmark = pytest.mark.one_framework
-
 DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
-
-
-@pytest.fixture
-def layer() -> nn.Linear:
-    return new_layer()
 
 
 def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
@@ -75,9 +65,6 @@ def schedule(layer: nn.Linear, optimizer: Optimizer) -> None:
 def test_loops_that_keep_the_means(where: Any, loop: Any, layer: nn.Linear) -> None:
     optimizer = attached(layer, where, **DECAYED)
     assert_means_kept(layer, lambda: loop(layer, optimizer))
-
-
-# Accumulation and clipping
 
 
 def test_accumulated_gradients(where: Any, layer: nn.Linear) -> None:
@@ -161,9 +148,6 @@ def test_sparse_gradient_of_a_weight_changes_none(by_step: bool, layer: nn.Linea
     assert torch.equal(model[0].weight.grad, GRAD)
 
 
-# Mixed precision
-
-
 @pytest.mark.parametrize("step_inside", [False, True])
 def test_autocast(step_inside: bool, where: Any) -> None:
     layer = new_layer().float()
@@ -183,45 +167,6 @@ def test_autocast(step_inside: bool, where: Any) -> None:
 
     # float32 now: rounding of 1e-7 in weights that move by 1.
     assert_centralized(change_of(layer, training), rtol=1e-5)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (SGD, {}),
-        (SGD, {"where": "update"}),
-        (AdamW, {}),
-        (AdamW, {"where": "update"}),
-        (AdamW, {"where": "update", "decay": "outside"}),
-    ],
-)
-def test_training_goes_on_after_an_infinity(
-    kind: Any, options: Any, fused: bool, layer: nn.Linear
-) -> None:
-    """A GradScaler skips that step, and the ones after it are what they would have been."""
-    twin = copy.deepcopy(layer)
-    exact = {"lr": 2**-7, "weight_decay": 0.125}  # in float32, as their product and the scale are
-    optimizer, plain = (
-        kind(layer.parameters(), fused=fused, **exact),
-        kind(twin.parameters(), **exact),
-    )
-    gcx.torch.centralize(optimizer, layer, **options)
-    gcx.torch.centralize(plain, twin, **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for factor in (torch.inf, 1, 1, torch.inf, 1, 1, torch.inf, 1):
-        before = layer.weight.detach().clone()
-        optimizer.zero_grad()
-        scaler.scale(factor * loss_of(layer)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(layer.weight, before) == (factor == torch.inf)
-    assert scaler.get_scale() == 128.0
-    train(twin, plain, steps=5)
-    assert_same(layer, twin)
-
-
-# Closures
 
 
 class SAM(Optimizer):
@@ -381,9 +326,6 @@ def test_lbfgs_in_two_parts_of_a_training(where: Any, layer: nn.Linear) -> None:
     assert_means_kept(model[0].weight, lambda: resumed.step(lambda: backward(model, resumed)))
 
 
-# Optimizers that step in backward, one for each parameter
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 def test_optimizers_applied_in_backward(layer: nn.Linear) -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
@@ -415,184 +357,6 @@ def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn
     for parameter in layer.parameters():
         parameter.register_post_accumulate_grad_hook(step)
     assert_means_kept(layer, lambda: [loss_of(layer).backward() for _ in range(5)])
-
-
-# Models that change
-
-
-def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
-    """As of a generator and a discriminator; one may leave, and the other stays."""
-    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
-    first, second = (SGD(one.parameters(), lr=0.01, **DECAYED) for one in (model[0], layer))
-    handles = [gcx.torch.centralize(one, model, where=where) for one in (first, second)]
-
-    def training() -> None:
-        for _ in range(5):
-            for one in (first, second):
-                backward(model, one)
-                one.step()
-
-    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
-    assert_centralized(change, rtol=RTOL)
-    handles[0].remove()
-    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
-    assert change.mean(1).abs().max() > 1e-4
-
-
-def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
-    model[0].requires_grad_(requires_grad=False)
-    frozen = model[0].weight.detach().clone()
-    optimizer = attached(model, where, **DECAYED)
-    assert_means_kept(layer, lambda: train(model, optimizer))
-    assert torch.equal(model[0].weight, frozen)
-    model[0].requires_grad_()
-    layer.requires_grad_(requires_grad=False)
-    assert_means_kept(model[0].weight, lambda: train(model, optimizer))
-
-
-class ZerothOrder(Optimizer):
-    """Moves weights that ask for no gradient, and have none."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        del closure
-        self.param_groups[0]["params"][0].data.add_(GRAD, alpha=self.param_groups[0]["lr"])
-
-
-def thaw(layer: nn.Linear) -> Tensor:
-    layer.requires_grad_()
-    loss = loss_of(layer)
-    loss.backward()
-    layer.requires_grad_(requires_grad=False)
-    return loss
-
-
-THAWING: dict[str, Callable[[nn.Linear, Any], object]] = {
-    "closure": lambda layer, optimizer: optimizer.step(lambda: thaw(layer)),
-    "later hook": lambda layer, optimizer: (
-        optimizer.register_step_pre_hook(lambda *_: thaw(layer) and None),
-        optimizer.step(),
-    ),
-}
-
-
-@pytest.mark.parametrize(("decay", "factor"), [("inside", 1.0), ("outside", 1 - 0.01 * 0.5)])
-@pytest.mark.parametrize("way", THAWING)
-def test_weights_that_are_frozen_when_an_update_begins(
-    way: str, decay: Any, factor: float, layer: nn.Linear
-) -> None:
-    model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
-    mean, before = layer.weight.mean(1), idle.weight.clone()
-    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
-    change_of(layer, lambda: THAWING[way](layer, optimizer))
-    torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
-    assert torch.equal(idle.weight, before)
-
-
-def test_zeroth_order_update(layer: nn.Linear) -> None:
-    layer.requires_grad_(requires_grad=False)
-    assert_means_kept(layer, attached(layer, "update", ZerothOrder).step)
-
-
-REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
-    "assign": lambda model: model.load_state_dict(new_model().state_dict(), assign=True),
-    "to_empty": lambda model: (
-        model.to_empty(device="meta")
-        .to_empty(device="cpu")
-        .load_state_dict(new_model().state_dict())
-    ),
-    "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
-    "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
-    "new layer": lambda model: model.__setitem__(1, new_layer(1)),
-}
-
-
-def new_model() -> nn.Sequential:
-    return nn.Sequential(nn.Tanh(), new_layer())
-
-
-@pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
-def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
-    """The step of the optimizer would be of no use, and says so each time, before it is made."""
-    model = new_model()
-    weight = model[1].weight
-    optimizer = attached(model, where, **DECAYED)
-    train(model, optimizer)
-    replace(model)
-    weight.grad, before = GRAD.clone(), weight.detach().clone()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"1\.weight was replaced in the model.*after that"):
-            optimizer.step()
-    assert torch.equal(weight.grad, GRAD)
-    assert torch.equal(weight, before)
-    new = attached(model, where, **DECAYED)
-    (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
-    assert_means_kept(weight, lambda: train(model, new))
-
-
-@pytest.mark.parametrize("is_held", [True, False])
-def test_frozen_layer_that_was_replaced_by_one_to_train(where: Any, is_held: bool) -> None:
-    first = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
-    model = nn.Sequential(first, new_layer())
-    optimizer = SGD((model if is_held else model[1]).parameters(), lr=0.1)
-    handle = gcx.torch.centralize(optimizer, model, where=where)
-    train(model, optimizer)
-    model[0] = nn.Linear(5, 5).double()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"0\.weight was frozen, and has been replaced"):
-            train(model, optimizer)
-        assert handle.plan["1.weight"].layout is not None
-    optimizer.add_param_group({"params": [*model[0].parameters()]})
-    assert_means_kept(model[0], lambda: train(model, optimizer))
-
-
-def test_frozen_parameters_may_leave_the_model(where: Any, layer: nn.Linear) -> None:
-    """As peft registers the weights of MultiheadAttention anew in each forward pass."""
-    frozen = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
-    model = nn.Sequential(frozen, layer)
-    optimizer = attached(model, where, **DECAYED)
-    for name in ("weight", "bias"):
-        setattr(frozen, name, nn.Parameter(getattr(frozen, name).detach(), requires_grad=False))
-    assert_means_kept(layer, lambda: train(model, optimizer))
-    optimizer.param_groups[0]["params"][0].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
-        optimizer.step()
-
-
-def test_layers_may_be_wrapped_and_moved(where: Any, layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Tanh(), layer)
-    optimizer = attached(model, where, **DECAYED)
-    model[1] = nn.Sequential(nn.Identity(), layer)
-    assert_means_kept(layer, lambda: train(model, optimizer))
-
-
-MOVING: dict[str, Callable[[nn.Linear], object]] = {
-    "spectral_norm": parametrizations.spectral_norm,
-    "prune": lambda layer: prune.identity(layer, "weight"),
-    "to": lambda layer: layer.to(torch.float64),
-    "share_memory": nn.Module.share_memory,
-}
-
-
-@pytest.mark.parametrize("move", MOVING.values(), ids=MOVING)
-def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn.Linear) -> None:
-    model = nn.Sequential(layer)
-    optimizer = SGD(model.parameters(), lr=0.01, **DECAYED)
-    weight = layer.weight
-    handle = gcx.torch.centralize(optimizer, model, where=where)
-    train(model, optimizer)
-    move(layer)
-    assert_means_kept(weight, lambda: train(model, optimizer))
-    names = {row.name for row in handle.plan}
-    assert names == {name for name, _ in model.named_parameters()}
-
-
-# Gradients and weights of other kinds
 
 
 def test_complex_weights(where: Any) -> None:

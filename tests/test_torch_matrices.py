@@ -6,9 +6,6 @@ import copy
 from collections.abc import Callable
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -17,8 +14,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import gcx.torch
 from gcx import Layout
 from gcx.plan import LeaveAlone
-
-pytestmark = pytest.mark.one_framework
 
 Slices = Callable[[Tensor], list[Tensor]]
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gcx.torch
+from gcx import Layout
+from gcx import optim as ours
 from gcx.testing import assert_centralized
 
-from sharded_training import DATA, TARGET, Net, net, project
-
-pytestmark = pytest.mark.one_framework
+from sharded_training import DATA, TARGET, Net, net
 
 STEPS = 30
 
@@ -139,68 +137,32 @@ def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> N
     assert_close(twin, weights_of(model))
 
 
-# The steps of the paper's own optimizers and of AdamW, on plain tensors. Each takes and gives the
-# weights; `state` starts empty; `p` is the projection of this parameter.
-
-Projection = Callable[[Tensor], Tensor]
-State = dict[str, Any]
-LR, DECAY, BETA1, BETA2, EPS = 0.01, 0.1, 0.9, 0.999, 1e-8
-
-
-def paper_sgd(w: Tensor, g: Tensor, state: State, p: Projection, *, nesterov: bool) -> Tensor:
-    g = p(g + DECAY * w)
-    velocity = state["velocity"] = BETA1 * state.get("velocity", 0) + g
-    return w - LR * (g + BETA1 * velocity if nesterov else velocity)
-
-
-def sgd_decay_outside(w: Tensor, g: Tensor, state: State, p: Projection) -> Tensor:
-    velocity = state["velocity"] = BETA1 * state.get("velocity", 0) + p(g) + DECAY * w
-    return w - LR * velocity
-
-
-def adam_direction(g: Tensor, state: State) -> Tensor:
-    t = state["t"] = state.get("t", 0) + 1
-    m = state["m"] = BETA1 * state.get("m", 0) + (1 - BETA1) * g
-    v = state["v"] = BETA2 * state.get("v", 0) + (1 - BETA2) * g * g
-    return m / (1 - BETA1**t) / ((v / (1 - BETA2**t)).sqrt() + EPS)
-
-
-def paper_adam(w: Tensor, g: Tensor, state: State, p: Projection, *, gc_loc: bool) -> Tensor:
-    g = g + DECAY * w
-    direction = adam_direction(p(g) if gc_loc else g, state)
-    return w - LR * (direction if gc_loc else p(direction))
-
-
-def adamw_gradient(w: Tensor, g: Tensor, state: State, p: Projection) -> Tensor:
-    return w - LR * (adam_direction(p(g), state) + DECAY * w)
-
-
-def adamw_update_inside(w: Tensor, g: Tensor, state: State, p: Projection) -> Tensor:
-    return w - LR * p(adam_direction(g, state) + DECAY * w)
-
-
-def adamw_update_outside(w: Tensor, g: Tensor, state: State, p: Projection) -> Tensor:
-    return w - LR * (p(adam_direction(g, state)) + DECAY * w)
-
-
-sgd = partial(optim.SGD, lr=LR, momentum=BETA1, weight_decay=DECAY)
+# The steps of the paper's own optimizers and of AdamW, as gcx.optim makes them in NumPy.
+LR, DECAY = 0.01, 0.1
+LAYOUTS = {"up.weight": Layout("(bi)o...", b=3), "*weight": "o...", "*": None}
+OURS: Any = {"lr": LR, "weight_decay": DECAY, "layouts": LAYOUTS}
+OF_SGD, OF_ADAM, OF_ADAMW = ours.SGD(momentum=0.9, **OURS), ours.Adam(**OURS), ours.AdamW(**OURS)
+IN_UPDATE = replace(OF_ADAMW, where="update")
+sgd = partial(optim.SGD, lr=LR, momentum=0.9, weight_decay=DECAY)
 adam = partial(optim.Adam, lr=LR, weight_decay=DECAY)
 adamw = partial(optim.AdamW, lr=LR, weight_decay=DECAY)
 OUTSIDE = {"where": "update", "decay": "outside"}
-TRAJECTORIES: dict[str, tuple[Callable[..., Tensor], Make, dict[str, str]]] = {
-    "paper-sgd": (partial(paper_sgd, nesterov=False), sgd, {}),
-    "paper-sgd-fused": (partial(paper_sgd, nesterov=False), partial(sgd, fused=True), {}),
-    "paper-sgd-update": (partial(paper_sgd, nesterov=False), sgd, {"where": "update"}),
-    "paper-sgd-nesterov": (partial(paper_sgd, nesterov=True), partial(sgd, nesterov=True), {}),
-    "sgd-outside": (sgd_decay_outside, sgd, {"decay": "outside"}),
-    "paper-adam-gradient": (partial(paper_adam, gc_loc=True), adam, {}),
-    "paper-adam-gradient-inside": (partial(paper_adam, gc_loc=True), adam, {"decay": "inside"}),
-    "paper-adam-update": (partial(paper_adam, gc_loc=False), adam, {"where": "update"}),
-    "adamw-gradient": (adamw_gradient, adamw, {}),
-    "adamw-gradient-outside": (adamw_gradient, adamw, {"decay": "outside"}),
-    "adamw-update": (adamw_update_inside, adamw, {"where": "update"}),
-    "adamw-outside": (adamw_update_outside, adamw, OUTSIDE),
-    "adamw-outside-fused": (adamw_update_outside, partial(adamw, fused=True), OUTSIDE),
+TRAJECTORIES: dict[str, tuple[Any, Make, dict[str, str]]] = {
+    "paper-sgd": (OF_SGD, sgd, {}),
+    "paper-sgd-fused": (OF_SGD, partial(sgd, fused=True), {}),
+    "paper-sgd-update": (OF_SGD, sgd, {"where": "update"}),
+    "paper-sgd-nesterov": (replace(OF_SGD, nesterov=True), partial(sgd, nesterov=True), {}),
+    "sgd-outside": (replace(OF_SGD, weight_decay=0.0, where=None), sgd, {"decay": "outside"}),
+    "paper-adam-gradient": (OF_ADAM, adam, {}),
+    "paper-adam-gradient-inside": (OF_ADAM, adam, {"decay": "inside"}),
+    "paper-adam-update": (replace(OF_ADAM, where="update"), adam, {"where": "update"}),
+    "adamw-gradient": (OF_ADAMW, adamw, {}),
+    "adamw-gradient-outside": (OF_ADAMW, adamw, {"decay": "outside"}),
+    "adamw-update": (IN_UPDATE, adamw, {"where": "update"}),
+    "adamw-outside": (replace(IN_UPDATE, weight_decay=0.0), adamw, OUTSIDE),
+    "adamw-outside-fused": (
+        *(replace(IN_UPDATE, weight_decay=0.0), partial(adamw, fused=True), OUTSIDE),
+    ),
 }
 
 
@@ -209,31 +171,33 @@ def assert_close(model: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-9)
 
 
-def train_by_hand(model: nn.Module, step: Callable[..., Tensor]) -> dict[str, Tensor]:
-    weights = weights_of(model)
-    states: dict[str, State] = {name: {} for name in weights}
+def train_in_numpy(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Train by gcx.optim, with decay outside where it has none of its own."""
+    weights = {name: w.numpy() for name, w in weights_of(model).items()}
+    state = optimizer.init(weights)
     for _ in range(STEPS):
-        leaves = {name: w.requires_grad_() for name, w in weights.items()}
+        leaves = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
         loss = (torch.func.functional_call(model, leaves, DATA) - TARGET).square().mean()
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        weights = {
-            name: step(w.detach(), g, states[name], partial(project, name))
-            for (name, w), g in zip(leaves.items(), grads, strict=True)
-        }
-    return weights
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        grads = {name: g.numpy() for name, g in zip(leaves, found, strict=True)}
+        shrinkage = 0.0 if optimizer.weight_decay else LR * DECAY
+        if optimizer.where is None:  # so that momentum has the decay too
+            of_mean = gcx.centralize_many(grads, layouts=LAYOUTS)
+            grads = {name: g + DECAY * weights[name] for name, g in of_mean.items()}
+            shrinkage = 0.0
+        new, state = optimizer.update(weights, grads, state)
+        weights = {name: w - shrinkage * weights[name] for name, w in new.items()}
+    return {name: torch.from_numpy(w) for name, w in weights.items()}
 
 
 @pytest.mark.parametrize("case", TRAJECTORIES)
-def test_trajectory_is_that_of_the_reference(case: str, model: Net) -> None:
-    step, make, options = TRAJECTORIES[case]
-    expected = train_by_hand(model, step)
+def test_trajectory_is_that_of_gcx_optim(case: str, model: Net) -> None:
+    in_numpy, make, options = TRAJECTORIES[case]
+    expected = train_in_numpy(model, in_numpy)
     optimizer = make(model.parameters())
     gcx.torch.centralize(optimizer, model, **options)
     train(model, optimizer)
     assert_close(model, expected)
-
-
-# Weights that an optimizer keeps beside those of the model
 
 
 def peer(name: str, **options: Any) -> Make:
@@ -265,6 +229,7 @@ BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] =
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind", BESIDE)
 def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
     make, evaluate = BESIDE[kind]
@@ -276,6 +241,7 @@ def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None
     assert_means_kept(model, start)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     ("kind", "strength"), [("asgd", 1.0), ("asgd", 0.3), ("schedule-free-sgd", 1.0)]
 )

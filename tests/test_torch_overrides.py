@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -15,8 +12,6 @@ from torch.nn.utils import parametrizations, prune
 import gcx.torch
 from gcx import Layout
 from gcx.plan import LeaveAlone
-
-pytestmark = pytest.mark.one_framework
 
 
 def new_model() -> nn.Sequential:

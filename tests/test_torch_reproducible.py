@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
@@ -23,8 +20,6 @@ import canonical_order
 import processes
 from same_bits import assert_same_bits
 from torch_training import WAYS
-
-pytestmark = pytest.mark.one_framework
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -151,9 +146,6 @@ def test_update_restores_the_canonical_mean(strides: str) -> None:
         assert_same_bits(numbers(model.get_parameter(name)), result.reshape(moved.shape))
 
 
-# Runs
-
-
 def sgd(model: nn.Module) -> SGD:
     return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
 
@@ -203,9 +195,6 @@ def test_memory_format_does_not_matter(make: Any, where: Any) -> None:
     assert not has_same_bits(*runs[False])
 
 
-# Where it cannot be promised
-
-
 @pytest.mark.parametrize("attach", WAYS)
 @pytest.mark.parametrize(
     ("options", "match"),
@@ -239,9 +228,6 @@ def test_weight_that_comes_later(where: Any) -> None:
         optimizer.step()
     assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
     assert all(map(torch.equal, before, model.parameters()))
-
-
-# Shards
 
 
 def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import gcx.torch
-
-pytestmark = pytest.mark.one_framework
 
 
 class Named(Tensor):

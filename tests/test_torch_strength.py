@@ -7,9 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -18,8 +15,6 @@ import gcx
 import gcx.torch
 
 from torch_training import WAYS
-
-pytestmark = pytest.mark.one_framework
 
 STRENGTH = 0.3
 

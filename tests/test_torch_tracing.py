@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -20,8 +17,6 @@ from gcx import _dispatch
 from gcx.backends import _torch
 
 from reference import centralized
-
-pytestmark = pytest.mark.one_framework
 
 
 def weight(*shape: int) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,6 +119,16 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
     return Counter(event.name for event in found.events() if event.device_type == cuda)
 
 
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let every call that waits for the device raise an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def flat_tensor(whole: Any) -> Tensor:
     """See all of NumPy's memory as a tensor with one axis."""
     width = whole.itemsize
@@ -138,9 +148,6 @@ def to_numpy(tensor: Tensor) -> Any:
     """Return the numbers of a tensor, with the precision of its sums."""
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     return tensor.detach().cpu().to(wide).numpy().copy()
-
-
-# Models and gradients
 
 
 def give_gradients(seed: int, *models: nn.Module) -> None:

@@ -62,6 +62,23 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
+class Own(Optimizer):
+    """Not one of torch's: adds weight decay to the gradient, and may fail."""
+
+    def __init__(self, params: Any, **options: float) -> None:
+        super().__init__(params, {"lr": 0.01, **options})
+        self.fails = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        if self.fails:
+            raise KeyboardInterrupt
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad + group.get("weight_decay", 0) * p))
+
+
 # The ways to centralize the gradients of a model
 
 

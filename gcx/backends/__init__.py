@@ -92,21 +92,10 @@ class Library(Backend, Protocol):
 
 def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
     """Make a `centralize_many` that centralizes one array after the other."""
-
-    def centralize_many(
-        grads: Sequence[Any],
-        axes: Sequence[tuple[int, ...]],
-        strength: float,
-        outs: Sequence[Any],
-        reproducible: bool,
-        /,
-    ) -> list[Any]:
-        return [
-            centralize(grad, fan_in, strength, out, reproducible)
-            for grad, fan_in, out in zip(grads, axes, outs, strict=True)
-        ]
-
-    return centralize_many
+    return lambda grads, axes, strength, outs, reproducible: [
+        centralize(grad, fan_in, strength, out, reproducible)
+        for grad, fan_in, out in zip(grads, axes, outs, strict=True)
+    ]
 
 
 def load(library: str) -> Library:

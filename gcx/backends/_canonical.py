@@ -41,7 +41,13 @@ def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) 
     `xp` is the array's library. About `block` elements are handled at a time, so that the levels of
     the tree stay in the cache.
     """
-    matrix = _as_matrix(x, axes, xp)
+    fan_in = prod([x.shape[a] for a in axes])
+    units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
+    # A matrix (fan-in, units): a view if the strides allow, else a copy.
+    if axes[0] == x.ndim - len(axes):  # a faster way to the same view
+        matrix = x.reshape((units, fan_in)).T
+    else:
+        matrix = xp.moveaxis(x, axes, tuple(range(len(axes)))).reshape((fan_in, units))
     total = reduce(add, _sum_segments(matrix, xp, block))
     # Given a Python number, libraries would multiply by its reciprocal.
     mean = total / xp.full_like(total, len(matrix))
@@ -65,15 +71,6 @@ def blocks(
     starts = (range(0, whole, max(part, 1)) for whole, part in zip(shape, lengths, strict=True))
     for corner in product(*starts):
         yield tuple(slice(k, k + part) for k, part in zip(corner, lengths, strict=True))
-
-
-def _as_matrix(x: Any, axes: Sequence[int], xp: Any) -> Any:
-    """Reshape an array to (fan-in, units): as a view if its strides allow, else as a copy."""
-    fan_in = prod([x.shape[a] for a in axes])
-    units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
-    if axes[0] == x.ndim - len(axes):  # a faster way to the same view
-        return x.reshape((units, fan_in)).T
-    return xp.moveaxis(x, axes, tuple(range(len(axes)))).reshape((fan_in, units))
 
 
 def _sum_segments(matrix: Any, xp: Any, block: int) -> Iterator[Any]:

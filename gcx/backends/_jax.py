@@ -57,19 +57,17 @@ def reshape(array: jax.Array, shape: tuple[int, ...], /) -> jax.Array:
     return array.reshape(shape)
 
 
-def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> jax.Array:
-    mean: jax.Array = _mean_in_order(x, axes) if reproducible else _mean(x, axes)
-    return mean
+def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> Any:
+    return _mean_in_order(x, axes) if reproducible else _mean(x, axes)
 
 
 def centralize(
     grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
-) -> jax.Array:
+) -> Any:
     del out  # None, since JAX arrays are immutable
-    if not reproducible:
-        return _run(grad, axes, strength)
-    result: jax.Array = _centralize_in_order(grad, strength, axes)
-    return result
+    return (
+        _centralize_in_order(grad, strength, axes) if reproducible else _run(grad, axes, strength)
+    )
 
 
 centralize_many = one_by_one(centralize)
@@ -77,7 +75,7 @@ centralize_many = one_by_one(centralize)
 
 def centralize_over_mesh(
     grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...], /
-) -> jax.Array:
+) -> Any:
     """Centralize one shard of a gradient; mesh axes split its fan-in into equal parts.
 
     Call it inside `jax.shard_map`, `jax.pmap` or `jax.vmap`, which bind the names of the axes; JAX
@@ -85,10 +83,15 @@ def centralize_over_mesh(
     knows the gradient to be the same is ignored.
     """
     axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
-    parts: int = jax.lax.psum(1, axis_names)  # type: ignore[no-untyped-call]
-    if parts * prod(grad.shape[a] for a in axes) < 2:  # the mean of one element is the element
+    fan_in = _count(grad, axes, axis_names)
+    if isinstance(fan_in, int) and fan_in < 2:  # the mean of one element is the element
         return grad
     return _run(grad, axes, strength, axis_names)
+
+
+def _count(grad: jax.Array, axes: tuple[int, ...], axis_names: tuple[str, ...]) -> Any:
+    """Count the elements of a fan-in; in a JAX export the number may be a symbol."""
+    return jax.lax.psum(1, axis_names) * prod(grad.shape[a] for a in axes)  # type: ignore[no-untyped-call]
 
 
 def _is_same_along(grad: jax.Array, axis: str) -> bool:
@@ -112,10 +115,9 @@ def devices() -> list[str]:
     return [str(device) for device in _devices()]
 
 
-def asarray(values: Any, dtype: str, device: str, /) -> jax.Array:
+def asarray(values: Any, dtype: str, device: str, /) -> Any:
     found = next(d for d in _devices() if str(d) == device)
-    made: jax.Array = jax.device_put(np.asarray(values).astype(jnp.dtype(dtype)), found)
-    return made
+    return jax.device_put(np.asarray(values).astype(jnp.dtype(dtype)), found)
 
 
 def to_numpy(array: jax.Array, /) -> Any:
@@ -124,12 +126,11 @@ def to_numpy(array: jax.Array, /) -> Any:
 
 def _run(
     grad: jax.Array, axes: tuple[int, ...], strength: float, axis_names: tuple[str, ...] = ()
-) -> jax.Array:
+) -> Any:
     # Outside of a program the call is one itself. Without the barrier XLA makes one kernel of it.
     in_program = isinstance(grad, jax.core.Tracer)
     part = None if strength == 1.0 else strength  # an operand: one program for every strength
-    result: jax.Array = _centralize(grad, part, axes, axis_names, in_program)
-    return result
+    return _centralize(grad, part, axes, axis_names, in_program)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -142,7 +143,7 @@ def _centralize(
 ) -> jax.Array:
     wide = grad.astype(_working_dtype(grad.dtype))
     mean = _average(wide, axes)
-    fan_in = prod(grad.shape[axis] for axis in axes)
+    fan_in = _count(grad, axes, axis_names)
     if not isinstance(fan_in, int):  # a symbol, which may be 1 in a call
         mean = jnp.where(jnp.asarray(fan_in) > 1, mean, 0)
     if axis_names:
@@ -194,35 +195,25 @@ ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
 )
 mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
 
-
-def _batch_in_order(
-    args: Sequence[Any], dims: Sequence[int], *, axes: tuple[int, ...]
-) -> tuple[Any, int]:
-    moved = tuple([axis + (axis >= dims[0]) for axis in axes])
-    return _in_order.bind(*args, axes=moved), dims[0]  # type: ignore[no-untyped-call]
-
-
-batching.primitive_batchers[_in_order] = _batch_in_order
-
-
-@partial(jax.jit, static_argnums=2)
-def _centralize_in_order(grad: jax.Array, strength: float, axes: tuple[int, ...]) -> jax.Array:
-    result: jax.Array = _in_order.bind(grad, strength, axes=axes)  # type: ignore[no-untyped-call]
-    return result
-
-
+batching.primitive_batchers[_in_order] = lambda args, dims, axes: (
+    _in_order.bind(*args, axes=tuple([a + (a >= dims[0]) for a in axes])),  # type: ignore[no-untyped-call]
+    dims[0],
+)
+_centralize_in_order = jax.jit(
+    lambda grad, strength, axes: _in_order.bind(grad, strength, axes=axes),  # type: ignore[no-untyped-call]
+    static_argnums=2,
+)
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 
 @jax.custom_jvp  # JAX before 0.6 cannot differentiate a barrier
-def _compute_once(mean: jax.Array) -> jax.Array:
+def _compute_once(mean: jax.Array) -> Any:
     """Return the mean, and make XLA store it.
 
     Otherwise XLA on a GPU computes the mean again in each kernel that uses the centralized
     gradient. Adam has two such kernels, and each would read the whole gradient for it.
     """
-    kept: jax.Array = jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
-    return kept
+    return jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
 
 
 _compute_once.defjvps(lambda tangent, _result, _mean: tangent)

@@ -38,7 +38,7 @@ def fan_in_mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    x = _require_cpu(x)
+    x = _on_cpu.bind(x)  # type: ignore[no-untyped-call]
     return _round(_keep_dtype(x).astype(jnp.float32) if x.dtype.itemsize < 4 else x)
 
 
@@ -73,22 +73,16 @@ def _round(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
-def _keep_dtype(x: jax.Array) -> jax.Array:
+def _keep_dtype(x: jax.Array) -> Any:
     """Return the array unchanged, but make XLA compute it in its own dtype."""
-    kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
-    return kept
-
-
-def _require_cpu(x: jax.Array) -> jax.Array:
-    same: jax.Array = _on_cpu.bind(x)  # type: ignore[no-untyped-call]
-    return same
+    return jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
 
 
 # A traced array has no device yet; the compiler knows the platform.
 _on_cpu = Primitive("gcx_reproducible")
 _on_cpu.def_impl(lambda x: x)  # type: ignore[no-untyped-call]
 _on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
-batching.primitive_batchers[_on_cpu] = lambda args, axes: (_require_cpu(*args), axes[0])
+batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), axes[0])  # type: ignore[no-untyped-call]
 
 
 def _refuse(context: Any, x: Any) -> Any:

@@ -66,14 +66,10 @@ def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
         x = x.astype(np.float32)
     if not reproducible:
         return _average(x, axes).astype(x.dtype, copy=False)
-    native = x.dtype.newbyteorder("=")
-    mean = np.empty([1 if axis in axes else size for axis, size in enumerate(x.shape)], native)
-    with np.errstate():  # restores the buffer size
-        np.setbufsize(_BUFFER)
-        for part in _cut_blocks(x, axes):
-            mean[part] = _canonical.fan_in_mean(
-                x[part].astype(native, copy=False), axes, np, _BLOCK
-            )
+    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    mean = np.empty(shape, x.dtype.newbyteorder("="))
+    for part, _, mean_of_part in _means_in_order(x, axes):
+        mean[part] = mean_of_part
     return mean
 
 
@@ -116,14 +112,13 @@ def to_numpy(array: Any, /) -> Any:
     return array.astype(np.float32) if _is_ml_dtype(array.dtype) else array.copy()
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def _dtype(name: str) -> Any:
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return dtype
+        return np.dtype(getattr(ml_dtypes, name))
 
 
 def _is_narrow(array: NDArray) -> bool:
@@ -148,19 +143,21 @@ def _centralize_in_order(
     elif out is not grad and np.may_share_memory(out, grad):
         out[...] = _centralize_in_order(grad, axes, strength, None)
         return out
-    native = grad.dtype.newbyteorder("=")
-    with np.errstate():  # restores the buffer size
-        np.setbufsize(_BUFFER)
-        for part in _cut_blocks(grad, axes):
-            block = grad[part].astype(native, copy=False)
-            mean = _canonical.fan_in_mean(block, axes, np, _BLOCK)
-            np.subtract(block, _scale(mean, strength, native), out=out[part])
+    for part, block, mean in _means_in_order(grad, axes):
+        np.subtract(block, _scale(mean, strength, block.dtype), out=out[part])
     return out
 
 
-def _cut_blocks(x: NDArray, axes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+def _means_in_order(
+    x: NDArray, axes: tuple[int, ...]
+) -> Iterator[tuple[tuple[slice, ...], NDArray, NDArray]]:
+    """Yield each block of an array with its place and its means, in native byte order."""
     steps = [step // x.itemsize for step in x.strides]
-    return _canonical.blocks(x.shape, steps, axes, _BLOCK)
+    with np.errstate():  # restores the buffer size
+        np.setbufsize(_BUFFER)
+        for part in _canonical.blocks(x.shape, steps, axes, _BLOCK):
+            block = x[part].astype(x.dtype.newbyteorder("="), copy=False)
+            yield part, block, _canonical.fan_in_mean(block, axes, np, _BLOCK)
 
 
 def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
@@ -172,13 +169,12 @@ def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
     return mean
 
 
-def _find_blas(grad: NDArray, axes: tuple[int, ...], out: NDArray | None) -> Any:
+def _find_blas(grad: NDArray, axes: tuple[int, ...], out: Any) -> Any:
     """Find the function for an array whose fan-ins are the rows or columns of a matrix; or None."""
-    if type(grad) is not np.ndarray or grad.dtype.char not in "fd":
+    if type(grad) is not np.ndarray or grad.dtype.char not in "fd" or not grad.flags.c_contiguous:
         return None
-    if not grad.flags.c_contiguous:
-        return None
-    if not (out is None or out is grad or _is_apart(out, grad)):
+    is_in_place = out is None or out is grad
+    if not is_in_place and (not out.flags.c_contiguous or np.may_share_memory(out, grad)):
         return None
     # The axes are in increasing order, so one end is enough.
     if axes[0] == grad.ndim - len(axes):
@@ -186,10 +182,6 @@ def _find_blas(grad: NDArray, axes: tuple[int, ...], out: NDArray | None) -> Any
     if axes[-1] == len(axes) - 1:
         return _centralize_columns
     return None
-
-
-def _is_apart(out: NDArray, grad: NDArray) -> bool:
-    return bool(out.flags.c_contiguous) and not np.may_share_memory(out, grad)
 
 
 def _centralize_rows(grad: NDArray, out: NDArray, n_axes: int, strength: float) -> None:
@@ -220,13 +212,12 @@ def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
     return mean.astype(dtype, copy=False)
 
 
-def _sum_rows(block: NDArray) -> NDArray:
+def _sum_rows(block: NDArray) -> Any:
     units, fan_in = block.shape
     ones = _ones(block.dtype)
     if fan_in <= _ROW_RUN:
         add = np.matmul if fan_in <= _SHORT_ROW else np.vecdot
-        sums: NDArray = add(block, ones[:fan_in])
-        return sums
+        return add(block, ones[:fan_in])
     rest = fan_in % _ROW_RUN
     runs = block[:, : fan_in - rest].reshape(units, -1, _ROW_RUN)
     sums = np.vecdot(runs, ones).sum(axis=1, dtype=np.float64)
@@ -235,12 +226,11 @@ def _sum_rows(block: NDArray) -> NDArray:
     return sums
 
 
-def _sum_columns(matrix: NDArray) -> NDArray:
+def _sum_columns(matrix: NDArray) -> Any:
     fan_in, units = matrix.shape
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
-        sums: NDArray = ones[:fan_in] @ matrix
-        return sums
+        return ones[:fan_in] @ matrix
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
     sums = (ones[:_COLUMN_RUN] @ runs).sum(axis=0, dtype=np.float64)

@@ -138,8 +138,8 @@ class EnergyReport:
         below = [max(0.0, share.removed - share.lowest) for share in shares.values()]
         above = [max(0.0, share.highest - share.removed) for share in shares.values()]
         axes.barh(places, removed, color="#0072B2", label="all batches")
-        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3}
-        whiskers["label"] = "least and most in a batch"
+        label = "least and most in a batch"
+        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3, "label": label}
         axes.errorbar(removed, places, xerr=(below, above), **whiskers)
         (marks,) = axes.plot(by_chance, places, "|", color="#D55E00", label="by chance: 1 / fan-in")
         marks.set(markersize=12, markeredgewidth=2)
@@ -223,8 +223,7 @@ def _share(energies: Sequence[Energy], by_chance: float) -> Share | None:
 
 
 def _sum(energies: Iterable[Energy]) -> Energy:
-    energies = list(energies)
-    return Energy(sum(e.removed for e in energies), sum(e.total for e in energies))
+    return Energy(*map(sum, zip((0.0, 0.0), *energies, strict=True)))
 
 
 def _by_chance(row: PlanRow) -> float:

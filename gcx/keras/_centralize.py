@@ -156,8 +156,7 @@ def _check_optimizer(optimizer: Any) -> None:
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:
     for variable, row in zip(model.trainable_variables, expected, strict=True):
         if row.layout and variable.dtype in ("float16", "bfloat16"):
-            message = narrow_weight(row.name, variable.dtype)
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warnings.warn(narrow_weight(row.name, variable.dtype), UserWarning, stacklevel=3)
             return
 
 

@@ -173,9 +173,10 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
 
 def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, ...]]) -> Plan:
     """Make the plan of a tree; `axes` holds the mesh axes of the fan-ins that are split."""
-    named = named_leaves(params)
     rule = source(names_of(params))
-    return Plan(_row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named)
+    return Plan(
+        _row(name, leaf, rule, is_split=bool(axes.get(name))) for name, leaf in named_leaves(params)
+    )
 
 
 def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
@@ -231,8 +232,7 @@ def source_of(layouts: Layouts) -> Source:
         msg = f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
         raise TypeError(msg)
     if isinstance(layouts, Mapping):
-        _check_answers(layouts)
-        return partial(_mapping_rule, dict(layouts))
+        return _from_mapping(layouts)
     for library in ("torch", "keras", "thinc"):  # their models are callable
         if any(kind.__module__.startswith(f"{library}.") for kind in type(layouts).__mro__):
             msg = f"layouts is a {library} model ({type(layouts).__name__}): use gcx.{library}"
@@ -274,7 +274,7 @@ def _from_model(rows: Mapping[str, PlanRow], name: str, leaf: Any) -> tuple[Layo
     return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
 
 
-def _check_answers(layouts: Mapping[str, Answer]) -> None:
+def _from_mapping(layouts: Mapping[str, Answer]) -> Source:
     for path, answer in layouts.items():
         if not isinstance(answer, (str, Layout, LeaveAlone, NoneType)):
             msg = (
@@ -283,15 +283,15 @@ def _check_answers(layouts: Mapping[str, Answer]) -> None:
                 f"fan-in: give the model, or a preset ({_PRESET_NAMES})"
             )
             raise TypeError(msg)
+    kept = dict(layouts)
 
+    def source(names: Names) -> NameRule:
+        keys = match_all(kept, names.visible, what="layouts", hidden=names.hidden)
+        return lambda name, leaf: (
+            _as_given(kept[keys[name]]) if name in keys else (None, _no_rule(leaf))
+        )
 
-def _mapping_rule(layouts: Mapping[str, Answer], names: Names) -> NameRule:
-    keys = match_all(layouts, names.visible, what="layouts", hidden=names.hidden)
-
-    def rule(name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
-        return _as_given(layouts[keys[name]]) if name in keys else (None, _no_rule(leaf))
-
-    return rule
+    return source
 
 
 def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:

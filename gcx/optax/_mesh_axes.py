@@ -8,8 +8,8 @@ from typing import Any
 from gcx._centralize import centralize
 from gcx._names import match_all, naming
 from gcx.backends import _jax
-from gcx.layout import Layout
 from gcx.optax._names import Names
+from gcx.plan import PlanRow
 
 _Names = str | tuple[str, ...]
 AxisName = _Names | Mapping[str, _Names | None] | None
@@ -24,11 +24,7 @@ def check_names(axis_name: object) -> None:
 
 
 def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
-    """Mesh axes of the paths that `axis_name` mentions: ``()`` if the fan-in is whole.
-
-    >>> axes_by_path({"*/kernel": "x", "head/*": None}, Names(["a/kernel", "head/w", "b"], []))
-    {'a/kernel': ('x',), 'head/w': ()}
-    """
+    """Find the mesh axes of the paths that `axis_name` mentions: ``()`` if the fan-in is whole."""
     if axis_name is None:
         return {}
     if not isinstance(axis_name, Mapping):
@@ -38,15 +34,12 @@ def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]
 
 
 def centralize_split(
-    grad: Any,
-    layout: Layout,
-    axes: tuple[str, ...] | None,
-    path: str,
-    *,
-    strength: float,
-    reproducible: bool,
+    grad: Any, row: PlanRow, axes: tuple[str, ...] | None, *, strength: float, reproducible: bool
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
+    path, _, layout, _ = row
+    if layout is None:
+        return grad
     for axis in sorted(_jax.varying_axes(grad)) if axes is None else ():
         msg = (
             f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "

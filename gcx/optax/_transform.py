@@ -11,8 +11,8 @@ import jax
 import optax
 from jax.tree_util import PyTreeDef
 
-from gcx._centralize import check_strength, see_fan_in
-from gcx._decisions import check_choice
+from gcx._centralize import check_strength
+from gcx._decisions import check_choice, check_reproducible
 from gcx._names import naming
 from gcx.backends import _canonical
 from gcx.optax._layouts import Layouts, Source, plan_of, source_of
@@ -21,7 +21,6 @@ from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan
 
 _PLANS_KEPT = 8  # one transformation may serve several trees of gradients
-
 
 # The plan of a tree, and the mesh axes over which its fan-ins are split.
 _Planned = tuple[Plan, Mapping[str, tuple[str, ...]]]
@@ -45,16 +44,20 @@ class _Planner:
         self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
     ) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
-        form = (
-            structure,
-            _kinds(leaves),
-            jax.tree.structure(params),
-            _kinds(jax.tree.leaves(params)),
-        )
+        of_params, its_structure = jax.tree.flatten(params)
+        form = structure, _kinds(leaves), its_structure, _kinds(of_params)
         with suppress(TypeError):  # a static part of a module is not hashable
             if form in self._known:
                 return self._known[form]
-        _check_ranks(_ranks(grads), self._ranks if params is None else _ranks(params))
+        ranks = self._ranks if params is None else _ranks(params)
+        for name, rank in _ranks(grads).items():
+            if rank > ranks.get(name, rank):
+                msg = (
+                    f"{name}: the parameter has rank {ranks[name]}, and its gradient rank {rank}. "
+                    "If these are gradients of single examples, put gcx.optax.centralize after "
+                    "their average (optax.contrib.differentially_private_aggregate), or jax.vmap it"
+                )
+                raise ValueError(msg)
         planned = self._plan(grads)
         if len(self._known) == _PLANS_KEPT:
             self._known.clear()
@@ -73,17 +76,6 @@ def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
 
 def _ranks(tree: Any) -> dict[str, int]:
     return {name: len(leaf.shape) for name, leaf in named_leaves(tree) if hasattr(leaf, "shape")}
-
-
-def _check_ranks(ranks: Mapping[str, int], of_params: Mapping[str, int]) -> None:
-    for name, rank in ranks.items():
-        if rank > of_params.get(name, rank):
-            msg = (
-                f"{name}: the parameter has rank {of_params[name]}, and its gradient rank {rank}. "
-                "If these are gradients of single examples, put gcx.optax.centralize after what "
-                "averages them (optax.contrib.differentially_private_aggregate), or jax.vmap it"
-            )
-            raise ValueError(msg)
 
 
 def centralize(
@@ -171,12 +163,8 @@ def centralize(
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
         rows, axes = planner.recall(updates, leaves, structure, params)
-        centralized = [
-            leaf
-            if row.layout is None
-            else centralize_one(leaf, row.layout, axes.get(row.name), row.name)
-            for leaf, row in zip(leaves, rows, strict=True)
-        ]
+        pairs = zip(leaves, rows, strict=True)
+        centralized = [centralize_one(leaf, row, axes.get(row.name)) for leaf, row in pairs]
         return jax.tree.unflatten(structure, centralized), state
 
     return optax.GradientTransformation(init, update)
@@ -203,11 +191,10 @@ def _check_reproducible(
 ) -> None:
     """Raise a TypeError that names the first parameter whose bits cannot be promised."""
     for (path, leaf), row in zip(named_leaves(params), rows, strict=True):
-        if row.layout is None:
-            continue
-        check_whole(mesh_axes.get(path), path)
-        with naming(path):
+        if row.layout is not None:
+            check_whole(mesh_axes.get(path), path)
             if isinstance(leaf, jax.ShapeDtypeStruct):  # it is on no device yet
-                _canonical.check_dtype(leaf.dtype.name)
+                with naming(path):
+                    _canonical.check_dtype(leaf.dtype.name)
             else:
-                see_fan_in(leaf, row.layout, reproducible=True)
+                check_reproducible([row], [leaf])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 from thinc.api import Model
 
 from gcx._decisions import decide_row, find_overrides
-from gcx._names import match
 from gcx._options import Options
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, RuleT, ask, check_rule
+from gcx._rules import BIAS, EMBEDDING, NORM, UNDECLARED, Answer, Rules
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
@@ -28,7 +27,6 @@ _DENSE_KINDS = (
 )
 _DENSE: Mapping[str, Answer] = {"W": "oi", "b": BIAS}
 
-# All layers have one type, and their names are free text: the forward function tells the kind.
 _LAYERS: Mapping[str, Mapping[str, Answer]] = {
     **{f"thinc.layers.{kind}.forward": _DENSE for kind in _DENSE_KINDS},
     # (nO, nP, nI): each of the nP pieces is a unit, and the layer takes the largest.
@@ -52,54 +50,21 @@ _LAYERS: Mapping[str, Mapping[str, Answer]] = {
     },
 }
 
-_registered: dict[Callable[..., Any], Rule[Answer]] = {}
+
+class _ByForward(Rules[Answer]):
+    """Rules by forward function: all layers have one type, and their names are free text."""
+
+    kind = "the forward function of a layer"
+
+    def is_kind(self, kind: object) -> bool:
+        return callable(kind) and not isinstance(kind, Model)  # which is callable
+
+    def kinds_of(self, layer: Any) -> Sequence[Any]:
+        return (attrgetter("_func")(layer),)
 
 
-def register_layer(forward: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
-    """Declare the parameters of a kind of layer, for `plan` and `centralize`.
-
-    Parameters
-    ----------
-    forward : callable
-        The forward function of the layer, which identifies the kind.
-
-    Returns
-    -------
-    callable
-        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
-        layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one.
-
-    Raises
-    ------
-    TypeError
-        If `forward` is not a function, or the rule neither a mapping nor a function.
-
-    Examples
-    --------
-    >>> from thinc.api import Model
-    >>> import gcx.thinc
-    >>> def forward(model, X, is_train): ...
-    >>> @gcx.thinc.register_layer(forward)
-    ... def input_first(layer):
-    ...     return {"kernel": "io"}
-    >>> layer = Model("mine", forward, params={"kernel": None})
-    >>> layer.set_param("kernel", layer.ops.alloc2f(4, 3))
-    >>> gcx.thinc.plan(layer)["mine.kernel"].layout
-    Layout('io')
-    """
-    if isinstance(forward, Model):  # which is callable
-        msg = f"register_layer takes no model, such as {forward.name!r}: give its forward function"
-        raise TypeError(msg)
-    if not callable(forward):
-        msg = f"register_layer takes the forward function of a layer, not {forward!r}"
-        raise TypeError(msg)
-
-    def decorator(rule: RuleT) -> RuleT:
-        check_rule(rule, f"the rule of {_qualified(forward)}")
-        _registered[forward] = rule
-        return rule
-
-    return decorator
+RULES = _ByForward(_LAYERS, group="gcx.thinc.layers")
+register_layer = RULES.register
 
 
 def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
@@ -154,7 +119,9 @@ def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
             if not layer.has_param(name):
                 msg = f"{whole} has no value yet: call model.initialize(X, Y) first"
                 raise ValueError(msg)
-            answer, rule = _answer(layer, name), layer.name
+            unknown = LeaveAlone(f"{UNDECLARED} {layer.name}.{name}")
+            answer, _ = RULES.find(layer, name) or (unknown, "")
+            rule = layer.name
             if whole in given:
                 answer, rule = given[whole], "override"
             decided[layer.id, name] = decide_row(whole, layer.get_param(name).shape, answer, rule)
@@ -178,17 +145,3 @@ def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
 
     for position, model in enumerate(models):
         yield from below(model, f"{position}." if len(models) > 1 else "")
-
-
-def _answer(layer: Model[Any, Any], name: str) -> Answer:
-    forward = attrgetter("_func")(layer)
-    rule = _registered.get(forward) or _LAYERS.get(_qualified(forward), {})
-    answers = ask(rule, layer, layer.name)
-    key = match(answers, [name]).get(name)
-    unknown = LeaveAlone(f"unknown: nobody declared {layer.name}.{name}")
-    return unknown if key is None else answers[key]
-
-
-def _qualified(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__qualname__", "")  # which other callables lack
-    return f"{function.__module__}.{name}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gcx import Layout
 from gcx.testing import assert_centralized
 
 import canonical_order
@@ -51,9 +52,6 @@ def assert_same(row: Adapter, other: Adapter | Arrays) -> None:
     expected = other if isinstance(other, dict) else other.parameters()
     for name, found in row.parameters().items():
         assert_same_bits(found, expected[name])
-
-
-# The weights
 
 
 def test_all_begin_alike(new: New) -> None:
@@ -121,9 +119,6 @@ def canonical_means(x: Any) -> Any:
     return np.array([[canonical_order.scaled_mean(unit, 1.0)] for unit in x])
 
 
-# Beginning late, ending, and beginning again
-
-
 def test_remove_gives_plain_training_back(new: New, where: Any) -> None:
     row, twin = new("adam"), new("adam")
     row.attach(where=where)
@@ -180,9 +175,6 @@ def test_a_checkpoint_goes_on(new: New, where: Any, kind: Kind) -> None:
     assert_same(other, row)
 
 
-# Copies
-
-
 @pytest.mark.parametrize("how", copies.COPIES)
 def test_copies_are_plain_and_warn(new: New, how: str) -> None:
     row = new("sgd")
@@ -216,9 +208,6 @@ def test_copies_go_on_alike(new: New, how: str) -> None:
     assert_same(twin, row)
 
 
-# The plan, options, and errors
-
-
 def test_the_plan_names_the_weights(new: New) -> None:
     row = new("sgd")
     row.attach()
@@ -239,6 +228,34 @@ def test_overrides_reach_the_step(new: New, where: Any) -> None:
         weight, start = (arrays[name].astype(row.dtype) for arrays in (now, before))
         assert_centralized(weight, start=start, layout=layout)
     assert np.abs((now["output"] - before["output"]).mean(1)).max() > MOVED
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_layout_may_split_an_axis(new: New, where: Any, reproducible: bool) -> None:
+    """Each half of the fan-in of a weight has a mean of its own."""
+    row = new("sgd")
+    before = row.weights()
+    text = "o(bi)" if row.turned == "io" else "(bi)o"
+    overrides = {row.names["hidden"]: Layout(text, b=2)}
+    row.attach(where=where, overrides=overrides, reproducible=reproducible)
+    row.train(4)
+    start, end = (weights["hidden"].astype(row.dtype) for weights in (before, row.weights()))
+    assert_centralized(end, start=start, layout=Layout("o(bi)", b=2))
+
+
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({"absent*": None}, r"'absent\*' matches no parameter"),
+    ({"hidden": "ooi"}, r"layout 'ooi'|does not fit Layout\('ooi'\)"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISFITS)
+def test_overrides_that_do_not_fit(new: New, overrides: dict[str, Any], message: str) -> None:
+    row = new("sgd")
+    overrides = {row.names.get(name, name): layout for name, layout in overrides.items()}
+    with pytest.raises(ValueError, match=message):
+        attach_and_train(row, overrides=overrides)
+    assert_same(row, start(row.dtype))
 
 
 OF_STRENGTH = "strength is the part of the mean to subtract, from 0 to 1"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-if find_spec("keras") is None:  # an import that fails for want of its backend is no skip
-    pytest.skip("needs keras", allow_module_level=True)
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported, here or by gcx
 
 import keras
@@ -110,9 +107,6 @@ def test_a_cell_depends_on_the_fan_in_of_its_gates(make: Callable[[], Case]) -> 
     state = random(shape[0], *(n - 2 for n in inner), 4)
     states = [state, state + 1] if units == 4 else [state]
     assert_fan_in(cell, lambda: cell(x, states)[0], units=units)
-
-
-# Layers made of others, and weights that are left alone
 
 
 def decisions(model: Any) -> dict[str, str]:
@@ -262,9 +256,6 @@ def test_tied_weights_need_one_answer(other: Any, decision: str) -> None:
     assert [str(row.layout or row.reason) for row in gcx.keras.plan(model)] == [decision]
 
 
-# Layers that nobody declared
-
-
 class Bilinear(layers.Layer):
     def build(self, shape: Any) -> None:
         self.w = self.add_weight(shape=(3, shape[-1], shape[-1]), name="w")
@@ -291,16 +282,10 @@ def test_who_answers_for_a_layer() -> None:
     assert gcx.keras.plan(layer, overrides=overrides)[0][2:4] == (None, "frozen by hand")
 
 
-def test_overrides_that_match_nothing_are_an_error() -> None:
+def test_an_override_is_a_layout() -> None:
     layer = built(Bilinear(name="pair"), (2, 4))
-    with pytest.raises(ValueError, match=r"^overrides: 'pair/v' matches no parameter"):
-        gcx.keras.plan(layer, overrides={"pair/v": None})
-    with pytest.raises(ValueError, match=r"^overrides: pair/\*: layout 'xyz' is not valid"):
-        gcx.keras.plan(layer, overrides={"pair/*": "xyz"})
     with pytest.raises(TypeError, match=r"^overrides: pair/w: a layout is a string .* not int"):
         gcx.keras.plan(layer, overrides={"pair/w": 0})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r"pair/w: .*rank 2, not 3"):
-        gcx.keras.plan(layer, overrides={"pair/w": "oi"})
 
 
 def test_a_model_without_variables_is_an_error() -> None:

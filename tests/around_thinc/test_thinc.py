@@ -10,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-if find_spec("thinc") is None:
-    pytest.skip("needs thinc", allow_module_level=True)
-
 from sklearn.datasets import load_digits
 from thinc import api
 from thinc.layers.resizable import resize_linear_weighted, resize_model
@@ -75,9 +71,6 @@ def registered(rule: Any) -> Any:
     return api.Model("mine", forward, params={"W": weight, "V": weight})
 
 
-# Every optimizer
-
-
 class Counting(api.Optimizer):
     """An optimizer of the user, with an attribute of its own."""
 
@@ -122,19 +115,25 @@ def test_all_keep_the_means_in_the_update(make: Callable[..., Any], decay: float
     assert_training_keeps_the_means(make(L2=decay), "update")
 
 
+def by_half(x: Any) -> Any:
+    return reference.centralized(x.reshape(3, 2, 3), (2,)).reshape(3, 6)
+
+
 @pytest.mark.parametrize("coupled", [False, True])
-def test_weight_decay_outside_and_inside_the_gradient(coupled: bool) -> None:
-    model = api.Linear(nO=3, nI=5).initialize()
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_weight_decay_outside_and_inside_the_gradient(reproducible: bool, coupled: bool) -> None:
+    model = api.Linear(nO=3, nI=6).initialize()
     start = model.get_param("W").astype("float64")
-    grad = RNG.standard_normal((3, 5)).astype("float32")
+    grad = RNG.standard_normal((3, 6)).astype("float32")
     optimizer = api.SGD(0.5, L2=0.1, L2_is_weight_decay=not coupled, grad_clip=0.0)
-    gcx.thinc.centralize(optimizer, model)
+    halves = {"*W": Layout("o(bi)", b=2)}
+    gcx.thinc.centralize(optimizer, model, overrides=halves, reproducible=reproducible)
     model.set_grad("W", grad.copy())
     model.finish_update(optimizer)
     if coupled:
-        expected = start - 0.5 * reference.centralized(grad + 0.1 * start, (1,))
+        expected = start - 0.5 * by_half(grad + 0.1 * start)
     else:
-        expected = (start - 0.5 * reference.centralized(grad, (1,))) * 0.95
+        expected = (start - 0.5 * by_half(grad)) * 0.95
     np.testing.assert_allclose(model.get_param("W"), expected, rtol=0, atol=1e-6)
 
 
@@ -216,21 +215,9 @@ def test_subclasses_of_the_optimizer() -> None:
     assert_means_kept(model, start)
 
 
-# What the layers say
-
 DENSE = [
-    "ClippedLinear",
-    "Dish",
-    "Gelu",
-    "HardSwish",
-    "HardSwishMobilenet",
-    "Linear",
-    "Mish",
-    "MultiSoftmax",
-    "Relu",
-    "Sigmoid",
-    "Softmax",
-    "Swish",
+    *("ClippedLinear", "Dish", "Gelu", "HardSwish", "HardSwishMobilenet", "Linear", "Mish"),
+    *("MultiSoftmax", "Relu", "Sigmoid", "Softmax", "Swish"),
 ]
 FLAT = "flat: one vector holds all weights, so the fan-in is not visible"
 
@@ -335,7 +322,7 @@ def test_unknown_layers_are_listed_until_they_are_registered() -> None:
     assert decisions(layer) == {"mine.W": "oi", "mine.offset": "an offset"}
     with pytest.raises(TypeError, match="takes the forward function of a layer, not 'linear'"):
         gcx.thinc.register_layer("linear")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no model, such as 'mine': give its forward function"):
+    with pytest.raises(TypeError, match="the forward function of a layer, not <thinc"):
         gcx.thinc.register_layer(layer)
 
 
@@ -343,22 +330,6 @@ def test_rules_may_have_globs_and_be_mappings() -> None:
     for rule in ({"V": None, "?": "oi"}, lambda layer: {"V": None, "?": "oi"}):
         found = {"mine.W": "oi", "mine.V": "left alone by the rule of mine"}
         assert decisions(registered(rule)) == found
-
-
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_a_layout_may_split_an_axis(where: Any, reproducible: bool) -> None:
-    layer = registered({"W": Layout("(bi)o", b=2), "V": None})
-    layer.set_param("W", np.arange(24, dtype="float32").reshape(6, 4))
-    optimizer = api.SGD(0.1, L2=0.1, L2_is_weight_decay=where == "update")
-    gcx.thinc.centralize(optimizer, layer, where=where, reproducible=reproducible)
-    start = layer.get_param("W").reshape(2, 3, 4).mean(1)
-    for name in ("W", "V"):
-        layer.inc_grad(
-            name, np.random.default_rng(0).random(layer.get_param(name).shape, "float32")
-        )
-    layer.finish_update(optimizer)
-    np.testing.assert_allclose(layer.get_param("W").reshape(2, 3, 4).mean(1), start, atol=1e-5)
-    assert not np.array_equal(layer.get_param("W"), np.arange(24).reshape(6, 4))
 
 
 def test_overrides_take_precedence() -> None:
@@ -369,22 +340,6 @@ def test_overrides_take_precedence() -> None:
     assert handle.plan["0.maxout.W"].reason == "left alone by an override"
     assert handle.plan["2.softmax.W"].reason == "override"
     assert handle.plan["1.layernorm.G"].reason == "mine"
-    start = weights(model)
-    train(model, optimizer)
-    assert np.abs((weights(model)["maxout"] - start["maxout"]).mean(-1)).max() > 1e-5
-    assert_centralized(weights(model)["softmax"], start=start["softmax"], axis=-1)
-
-
-def test_overrides_that_do_not_fit_are_an_error() -> None:
-    model = network()
-    with pytest.raises(
-        ValueError, match=r"overrides: 'head\.W' matches no parameter; there are: 0"
-    ):
-        gcx.thinc.plan(model, overrides={"head.W": None})
-    with pytest.raises(ValueError, match=r"2\.softmax\.W: layout 'ooi' "):
-        gcx.thinc.plan(model, overrides={"*softmax.W": "ooi"})
-    with pytest.raises(TypeError, match="overrides is a mapping"):
-        gcx.thinc.plan(model, overrides="o...")  # type: ignore[arg-type]
 
 
 def test_rules_that_are_none_are_an_error() -> None:
@@ -392,7 +347,7 @@ def test_rules_that_are_none_are_an_error() -> None:
         TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
     ):
         registered("oi")
-    with pytest.raises(TypeError, match="the rule of mine returned None; a rule returns a mapping"):
+    with pytest.raises(TypeError, match=r"^the rule of .*forward returned None; a rule returns"):
         gcx.thinc.plan(registered(lambda layer: None))
 
 
@@ -482,9 +437,6 @@ def test_a_unit_of_the_parser_of_spacy_adds_up_its_features() -> None:
     expected = np.zeros((2, 3, 2, 4), bool)
     expected[:, 1, 0, :] = True
     np.testing.assert_array_equal(support(layer, unit), expected)
-
-
-# Errors, before anything is changed
 
 
 def test_what_cannot_be_centralized_is_an_error() -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ml_dtypes")
-
 from canonical_order import DTYPES
 from emulated_cuda import EmulatedDriver, Launch
 from launched import (

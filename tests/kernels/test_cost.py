@@ -9,9 +9,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ml_dtypes")
-
 import gcx
 from gcx.__main__ import look_up
 from gcx.backends.cuda import drivers, launcher
@@ -123,9 +121,6 @@ def test_lack_of_memory_is_raised_and_nothing_is_done(
     assert len(library.driver.launches) == before + 3
 
 
-# Caches
-
-
 def count_compilations(library: CupyOnCpu, patch: Patch, folder: Path) -> int:
     """Run as a new process does."""
     compiled: list[object] = []
@@ -196,43 +191,33 @@ def test_no_cache(library: CupyOnCpu, hinder: Any, monkeypatch: Patch, tmp_path:
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
-# No driver
-
-
-def of_no_package(patch: Patch) -> Any:
+def of_no_package(patch: Patch) -> None:
     patch.setitem(sys.modules, "cuda.bindings", None)
-    return drivers.Bindings
 
 
-def of_no_driver(patch: Patch) -> Any:
-    pytest.importorskip("cuda.bindings")
-    from cuda.bindings import driver
-
-    patch.setattr(driver, "cuDriverGetVersion", fail_with(RuntimeError("no libcuda.so.1")))
-    return drivers.Bindings
-
-
-def of_no_compiler(patch: Patch) -> Any:
-    pytest.importorskip("cuda.bindings")
-    from cuda.bindings import nvrtc
-
-    patch.setattr(nvrtc, "nvrtcVersion", fail_with(OSError("no libnvrtc.so\nmore")))
-    return drivers.Bindings
+def failing(module: str, function: str, error: Exception) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(f"cuda.bindings.{module}.{function}", fail_with(error))
 
 
 @pytest.mark.parametrize(
-    ("make_driver", "reason"),
+    ("hinder", "reason"),
     [
         (of_no_package, r"ImportError: .*\(pip install cuda-bindings\)$"),
-        (of_no_driver, "RuntimeError: no libcuda.so.1$"),
-        (of_no_compiler, "OSError: no libnvrtc.so$"),
+        (
+            failing("driver", "cuDriverGetVersion", RuntimeError("no libcuda.so.1")),
+            "RuntimeError: no libcuda.so.1$",
+        ),
+        (
+            failing("nvrtc", "nvrtcVersion", OSError("no libnvrtc.so\nmore")),
+            "OSError: no libnvrtc.so$",
+        ),
     ],
 )
-def test_no_driver(make_driver: Any, reason: str, monkeypatch: Patch) -> None:
-    kind = make_driver(monkeypatch)
+def test_no_driver(hinder: Callable[[Patch], None], reason: str, monkeypatch: Patch) -> None:
+    hinder(monkeypatch)
     host: Any = None
     with pytest.warns(RuntimeWarning, match=f"cannot run, so the array .*: {reason}"):
-        found = launcher.find_launcher(kind, host)
+        found = launcher.find_launcher(drivers.Bindings, host)
     assert isinstance(found, str)
     with pytest.raises(MemoryError):
         launcher.find_launcher(fail_with(MemoryError()), host)
@@ -250,9 +235,6 @@ def test_cupy_without_nvrtc(monkeypatch: Patch) -> None:
     for result in found:
         np.testing.assert_allclose(result, grad - grad.mean(1, keepdims=True))
     assert backend.why_no_kernels(grad) == f"RuntimeError: {error}"
-
-
-# The program
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU\nmore")])

@@ -7,17 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytest.importorskip("cuda.bindings")
-pytest.importorskip("ml_dtypes")
-
 import emulated_cuda
-from compiled import compile_kernel
 from emulated_cuda import EmulatedDriver
 from launched import SOURCE, Matrix, Variant, check, negative_zeros
-from test_compiled import findings
+from test_compiled import compile_kernel, findings
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -27,104 +24,57 @@ SPLIT = [Matrix(33, 700), Matrix(32, 1024)]
 LONG = [Matrix(2, 16400), Matrix(2, 40000)]
 FLAT = [Matrix(1, 9000), Matrix(1, 64)]
 MISALIGNED = [Matrix(9, 64, shift=1), Matrix(3, 1100, shift=1)]
+PADDING = "0x80008000u : sizeof(E) == 4 ? 0x80000000u : 0u"  # of negative zeros
+PRODUCT = "fma(n[2], x[2], fma(-n[2], g, g))"
+ROUNDED = "n[2] * x[2] + fma(-n[2], g, g)"
 
-# What is there, its fault, and a launch whose bits show it.
-WRONG_BITS: dict[str, tuple[str, str, str, str, list[Matrix]]] = {
-    "no barrier before sums are read": (
-        "= sums[0];\n    __syncthreads();",
-        "= sums[0];",
+# A launch, and faults that its bits show: what is there, and what stands in its place.
+WRONG_BITS: list[tuple[str, str, list[Matrix], dict[str, str]]] = [
+    (
         *("rows", "Store", ROWS),
+        {
+            "= sums[0];\n    __syncthreads();": "= sums[0];",
+            "upper ? sums[n] : sums[n + N / 2]": "upper ? sums[n + N / 2] : sums[n]",
+            "return tree<N, 2 * STEP>(number, k) + tree<N, 2 * STEP>(number, k + STEP);": (
+                "return tree<N / 2>(number, 2 * k) + tree<N / 2>(number, 2 * k + 1);"
+            ),
+            PADDING: "0u : 0u",
+            "v * next < left;": "v * next <= left;",
+            "sum / static_cast<Wide>(fan_in)": "sum * (1 / static_cast<Wide>(fan_in))",
+            "[middle] <= tile": "[middle] < tile",
+            "unit < matrix.units ? matrix.fan_in : 0": "matrix.fan_in",
+        },
     ),
-    "no barrier between columns' sums": (
-        "= means[i];\n      }\n      __syncthreads();",
-        "= means[i];\n      }",
-        *("columns", "Store", COLUMNS),
-    ),
-    "no barrier before the means": (
-        "work);\n    __syncthreads();\n    EACH(v, V) means[v] = shared",
-        "work);\n    EACH(v, V) means[v] = shared",
-        *("columns", "Store", COLUMNS),
-    ),
-    "no barrier between segments of columns": (
-        "if (segment) __syncthreads();",
-        "",
-        *("split columns", "Store", [Matrix(33, 33000)]),
-    ),
-    "segments share one half": (
-        "shared + start / SEGMENT % 2 * T",
-        "shared",
-        *("long_rows", "Store", LONG),
-    ),
-    "another deal": (
-        "upper ? sums[n] : sums[n + N / 2]",
-        "upper ? sums[n + N / 2] : sums[n]",
-        *("rows", "Store", ROWS),
-    ),
-    "lanes in another order": (
-        "for (int half = from; half >= to; half /= 2) x += other_lane(x, half);",
-        "for (int half = to; half <= from; half *= 2) x += other_lane(x, half);",
+    (
         *("rows", "Store", MISALIGNED),
+        {
+            "for (int half = from; half >= to; half /= 2) x += other_lane(x, half);": (
+                "for (int half = to; half <= from; half *= 2) x += other_lane(x, half);"
+            )
+        },
     ),
-    "neighbours are added first": (
-        "return tree<N, 2 * STEP>(number, k) + tree<N, 2 * STEP>(number, k + STEP);",
-        "return tree<N / 2>(number, 2 * k) + tree<N / 2>(number, 2 * k + 1);",
-        *("rows", "Store", ROWS),
-    ),
-    "padded with 0.0": (
-        "0x80008000u : sizeof(E) == 4 ? 0x80000000u : 0u",
-        "0u : 0u",
-        "rows",
-        "Store",
-        ROWS,
-    ),
-    "one element too many": ("v * next < left;", "v * next <= left;", "rows", "Store", ROWS),
-    "one row too many": (
-        "k * apart < rows &&",
-        "k * apart <= rows &&",
-        *("columns", "Store", [Matrix(33, 65)]),
-    ),
-    "one column too many": (
-        "v * next < columns;",
-        "v * next <= columns;",
-        *("columns", "Store", COLUMNS),
-    ),
-    "alignment of one array alone": (
-        "EACH(r, Rule::ROLES) all |=",
-        "FROM(r, 1, 2) all |=",
+    (
         *("rows", "Store", [Matrix(9, 64), Matrix(9, 64, shift=2)]),
+        {"EACH(r, Rule::ROLES) all |=": "FROM(r, 1, 2) all |="},
     ),
-    "sizes are not looked at": (
-        "all % 16 == 0 && sizes % V == 0",
-        "all % 16 == 0",
-        *("rows", "Store", [Matrix(9, 63)]),
+    ("rows", "Store", [Matrix(9, 63)], {"all % 16 == 0 && sizes % V == 0": "all % 16 == 0"}),
+    ("long_rows", "Store", LONG, {"shared + start / SEGMENT % 2 * T": "shared"}),
+    (
+        *("columns", "Store", COLUMNS),
+        {
+            "= means[i];\n      }\n      __syncthreads();": "= means[i];\n      }",
+            "work);\n    __syncthreads();\n    EACH(v, V) means[v] = shared": (
+                "work);\n    EACH(v, V) means[v] = shared"
+            ),
+            "v * next < columns;": "v * next <= columns;",
+        },
     ),
-    "a product that is rounded": (
-        "fma(n[2], x[2], fma(-n[2], g, g))",
-        "n[2] * x[2] + fma(-n[2], g, g)",
-        *("flat", "AdamW", FLAT),
-    ),
-    "a buffer that is rounded": (
-        "const double buffer = n[4]",
-        "const float buffer = n[4]",
-        *("flat", "SgdMomentum", FLAT),
-    ),
-    "decay in float32": (
-        "fma(rate, double(x[1]), double(g))",
-        "fma(float(rate), x[1], g)",
-        *("flat", "SgdRate", FLAT),
-    ),
-    "a mean by the reciprocal": (
-        "sum / static_cast<Wide>(fan_in)",
-        "sum * (1 / static_cast<Wide>(fan_in))",
-        *("rows", "Store", ROWS),
-    ),
-    "another matrix": ("[middle] <= tile", "[middle] < tile", "rows", "Store", ROWS),
-    "units that are not there": (
-        "unit < matrix.units ? matrix.fan_in : 0",
-        "matrix.fan_in",
-        *("rows", "Store", ROWS),
-    ),
-}
+    ("columns", "Store", [Matrix(33, 65)], {"k * apart < rows &&": "k * apart <= rows &&"}),
+    ("split columns", "Store", [Matrix(33, 33000)], {"if (segment) __syncthreads();": ""}),
+    ("flat", "AdamW", FLAT, {PRODUCT: ROUNDED}),
+    ("flat", "SgdMomentum", FLAT, {"const double buffer = n[4]": "const float buffer = n[4]"}),
+    ("flat", "SgdRate", FLAT, {"fma(rate, double(x[1]), double(g))": "fma(float(rate), x[1], g)"}),
+]
 
 
 def planted(text: str, fault: str) -> str:
@@ -132,67 +82,44 @@ def planted(text: str, fault: str) -> str:
     return SOURCE.replace(text, fault)
 
 
-@pytest.mark.parametrize("name", WRONG_BITS)
-def test_bits_show(name: str) -> None:
-    text, fault, kernel, rule, matrices = WRONG_BITS[name]
+@pytest.mark.parametrize(
+    ("kernel", "rule", "matrices", "text", "fault"),
+    [(*launch, *fault) for *launch, faults in WRONG_BITS for fault in faults.items()],
+)
+def test_bits_show(kernel: str, rule: str, matrices: Any, text: str, fault: str) -> None:
     variant = Variant(kernel, rule, "float32")
     drivers = [EmulatedDriver(), EmulatedDriver(falling=True)]
-    fill = negative_zeros if "0.0" in name else None
+    fill = negative_zeros if text == PADDING else None
     check(drivers, variant, matrices, fill=fill, margin=FAR)
     with pytest.raises((AssertionError, RuntimeError), match=r"elements differ|misaligned"):
         check(drivers, variant, matrices, source=planted(text, fault), fill=fill, margin=FAR)
 
 
-IN_PROGRAMS: dict[str, tuple[str, str, Variant, str]] = {
-    "few registers": (
-        "BLOCKS = HAS_RATE ? (sizeof(E) > 2 ? 3 : 2) : 4",
-        "BLOCKS = 8",
-        Variant("rows", "StoreRate", "float32"),
-        "spills",
+# Faults that a compiled program shows, by what is counted in it.
+IN_PROGRAMS: list[tuple[str, str, str, str]] = [
+    (
+        *("rows-StoreRate-float32", "spills"),
+        *("BLOCKS = HAS_RATE ? (sizeof(E) > 2 ? 3 : 2) : 4", "BLOCKS = 8"),
     ),
-    "no bounds": (
-        "__launch_bounds__(KERNEL<RULE>::THREADS, KERNEL<RULE>::BLOCKS)",
-        "",
-        Variant("long_rows", "AdamW", "bfloat16"),
-        "registers",
+    (
+        *("long_rows-AdamW-bfloat16", "registers"),
+        *("__launch_bounds__(KERNEL<RULE>::THREADS, KERNEL<RULE>::BLOCKS)", ""),
     ),
-    "widened numbers are held": (
-        "EACH(w, 4) OPAQUE(pack.words[w]);",
-        "",
-        Variant("columns", "Store", "bfloat16"),
-        "spills",
+    ("columns-Store-bfloat16", "spills", "EACH(w, 4) OPAQUE(pack.words[w]);", ""),
+    ("rows-Store-float32", "16-byte loads", "struct alignas(16) Pack", "struct Pack"),
+    ("rows-Store-float32", "16-byte loads", "HOLD = !HAS_RATE", "HOLD = false"),
+    (
+        *("rows-Store-float32", "approximations"),
+        *("sum / static_cast<Wide>(fan_in)", "__fdividef(sum, fan_in)"),
     ),
-    "packs without alignment": (
-        "struct alignas(16) Pack",
-        "struct Pack",
-        Variant("rows", "Store", "float32"),
-        "16-byte loads",
-    ),
-    "a needless read": (
-        "HOLD = !HAS_RATE",
-        "HOLD = false",
-        Variant("rows", "Store", "float32"),
-        "16-byte loads",
-    ),
-    "an approximate division": (
-        "sum / static_cast<Wide>(fan_in)",
-        "__fdividef(sum, fan_in)",
-        Variant("rows", "Store", "float32"),
-        "approximations",
-    ),
-    "a product that is rounded": (
-        "fma(n[2], x[2], fma(-n[2], g, g))",
-        "n[2] * x[2] + fma(-n[2], g, g)",
-        Variant("flat", "AdamW", "float32"),
-        "fused operations",
-    ),
-}
+    ("flat-AdamW-float32", "fused operations", PRODUCT, ROUNDED),
+]
 
 
-@pytest.mark.parametrize("name", IN_PROGRAMS)
-def test_programs_show(name: str) -> None:
-    text, fault, variant, found_by = IN_PROGRAMS[name]
-    assert found_by in findings(variant, compile_kernel(planted(text, fault), variant.options()))
+@pytest.mark.parametrize(("variant", "found_by", "text", "fault"), IN_PROGRAMS)
+def test_programs_show(variant: str, found_by: str, text: str, fault: str) -> None:
+    compiled = Variant(*variant.split("-"))
+    assert found_by in findings(compiled, compile_kernel(planted(text, fault), compiled.options()))
 
 
 OPTIONS = {"-fmad=true": "contraction", "-ftz=true": "flushed subnormal numbers"}
@@ -235,12 +162,7 @@ def test_sanitizers(text: str) -> None:
     library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     folder = Path(__file__).parent
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, test_faults as t; t.run_sanitized(*sys.argv[1:])",
-            text,
-        ],
+        [sys.executable, "-c", f"import test_faults as t; t.run_sanitized({text!r})"],
         env={
             **os.environ,
             "LD_PRELOAD": library,

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cuda.bindings")
-pytest.importorskip("ml_dtypes")
-
 import recorded_launches
 from emulated_cuda import KEPT
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ml_dtypes")
-
 import gcx
 
 from canonical_order import DTYPES

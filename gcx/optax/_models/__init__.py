@@ -1,4 +1,4 @@
-"""Decisions on the parameters of a model, one file a framework.
+"""Decisions on the parameters of a model, one file a package.
 
 No framework is imported before the user has a model of it.
 """
@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gcx._names import flatten
-from gcx._rules import Rules, RuleT
-from gcx.optax._models import equinox, haiku, linen, nnx
+from gcx._names import children
+from gcx._rules import Rules
+from gcx.optax._models import equinox, flax, haiku
 from gcx.optax._models._parameters import LayerAnswer
 from gcx.plan import PlanRow
 
 RULES: Rules[LayerAnswer] = Rules(
-    {**equinox.RULES, **haiku.RULES, **linen.RULES, **nnx.RULES}, group="gcx.optax.layers"
+    {**equinox.RULES, **flax.RULES, **haiku.RULES}, group="gcx.optax.layers"
 )
+register_layer = RULES.register
 
 
 class Framework(NamedTuple):
@@ -32,8 +33,8 @@ class Framework(NamedTuple):
 
 _FRAMEWORKS = (
     Framework("equinox", ("Module",), equinox.decide, equinox.params),
-    Framework("flax.nnx", ("Module",), nnx.decide, nnx.params),
-    Framework("flax.linen", ("Module",), linen.decide, None),
+    Framework("flax.nnx", ("Module",), flax.decide_nnx, flax.nnx_params),
+    Framework("flax.linen", ("Module",), flax.decide_linen, None),
     Framework("haiku", ("Transformed", "TransformedWithState"), haiku.decide, None),
 )
 
@@ -48,9 +49,14 @@ def framework_of(model: object) -> Framework | None:
         module = sys.modules.get(framework.module)
         if module is not None:
             kinds = tuple(getattr(module, name) for name in framework.models)
-            if isinstance(model, kinds) or any(isinstance(x, kinds) for _, x in flatten(model)):
+            if _holds(model, kinds):
                 return framework
     return None
+
+
+def _holds(tree: object, kinds: tuple[type, ...]) -> bool:
+    parts = (children(tree) or {}).values()
+    return isinstance(tree, kinds) or any(_holds(part, kinds) for part in parts)
 
 
 def decide(
@@ -68,36 +74,3 @@ def decide(
         msg = f"a {framework.module} module needs no example inputs: give the module alone"
         raise TypeError(msg)
     return framework.decide(RULES, model)
-
-
-def register_layer(kind: type) -> Callable[[RuleT], RuleT]:
-    """Declare the parameters of a layer type, for `layouts` and `centralize`.
-
-    Parameters
-    ----------
-    kind : type
-        The class of an nnx, linen, Equinox or Haiku layer; its subclasses follow.
-
-    Returns
-    -------
-    callable
-        Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
-        layouts of a single layer (gcx adds the axes of a stack), `LeaveAlone` or None; or a
-        function of a layer that returns one, in linen and Haiku while the layer is called. Entry
-        points, of the group ``gcx.optax.layers``, are as in `gcx.torch.register_layer`.
-
-    Raises
-    ------
-    TypeError
-        If `kind` is not a class, or the rule neither a mapping nor a function.
-
-    Examples
-    --------
-    >>> import gcx.optax
-    >>> class Experts:  # a subclass of nnx.Module, for example
-    ...     pass
-    >>> @gcx.optax.register_layer(Experts)
-    ... def experts(layer):
-    ...     return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
-    """
-    return RULES.register(kind)

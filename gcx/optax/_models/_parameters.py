@@ -50,38 +50,26 @@ def decide_in_stack(
         own = shape if own_shape is None else own_shape
         answer = LeaveAlone(no_fan_in(own) or answer.reason)
     if isinstance(answer, (Layout, str)):
-        answer = _with_stack(as_layout(answer), shape, own_shape, rule)
+        misfit = LeaveAlone(f"unknown: the shape is {shape}, but a {rule} has {own_shape}")
+        answer = _with_stack(as_layout(answer), shape, own_shape) or misfit
     return decide_row(name, shape, answer, rule)
 
 
-def _with_stack(
-    layout: Layout, shape: Shape, own_shape: Shape | None, rule: str
-) -> Layout | LeaveAlone:
+def _with_stack(layout: Layout, shape: Shape, own_shape: Shape | None) -> Layout | None:
+    """Add the axes that the layer itself does not have; None if no place for them fits.
+
+    If its own shape is not known, they are in front, where `vmap` and `scan` put them.
+
+    >>> _with_stack(Layout("...o"), (3, 6, 8, 4), (3, 8, 4))
+    Layout('ibio')
+    >>> _with_stack(Layout("io"), (6, 8, 4), None)
+    Layout('bio')
+    """
     if layout.is_split or shape == own_shape:
         return layout
     if own_shape is None:
-        return _led_by_stack(layout, len(shape))
-    stacked = _around(layout, own_shape, shape)
-    unknown = LeaveAlone(f"unknown: the shape is {shape}, but a {rule} has {own_shape}")
-    return unknown if stacked is None else stacked
-
-
-def _led_by_stack(layout: Layout, ndim: int) -> Layout:
-    """Keep the surplus axes in front, where `vmap` and `scan` put the axes of a stack.
-
-    >>> _led_by_stack(Layout("io"), 3)
-    Layout('bio')
-    """
-    text = str(layout)
-    return layout if "..." in text else Layout("b" * (ndim - len(text)) + text)
-
-
-def _around(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
-    """Keep the axes that the layer itself does not have; None if no place for them fits.
-
-    >>> _around(Layout("...o"), (3, 8, 4), (3, 6, 8, 4))
-    Layout('ibio')
-    """
+        text = str(layout)
+        return layout if "..." in text else Layout("b" * (len(shape) - len(text)) + text)
     letters = layout.letters(len(own_shape))
     more = len(shape) - len(own_shape)
     for k in range(len(own_shape) + 1 if more > 0 else 0):
@@ -93,7 +81,10 @@ def _around(layout: Layout, own_shape: Shape, shape: Shape) -> Layout | None:
 class Seen(NamedTuple):
     answer: LayerAnswer
     rule: str
-    shape: Shape  # for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``
+    shape: Shape | None  # for the layer itself, inside ``scan``, ``vmap`` or ``layer_stack``
+
+
+_UNSEEN = Seen(LeaveAlone("unknown: it belongs to no module"), "", None)
 
 
 def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
@@ -101,26 +92,21 @@ def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Se
 
     A layer that runs the ``init`` of another model starts its names anew.
     """
-    both = {name: _agree(earlier[name], later[name]) for name in earlier.keys() & later.keys()}
-    return {**earlier, **later, **both}
-
-
-def _agree(first: Seen, second: Seen) -> Seen:
-    if first == second:
-        return first
-    reason = f"unknown: two layers have this name, a {first.rule} and a {second.rule}"
-    return second._replace(answer=LeaveAlone(reason))
+    joined = {**earlier, **later}
+    for name in earlier.keys() & later.keys():
+        first, second = earlier[name], later[name]
+        if first != second:
+            reason = f"unknown: two layers have this name, a {first.rule} and a {second.rule}"
+            joined[name] = second._replace(answer=LeaveAlone(reason))
+    return joined
 
 
 def decide_all(seen: Mapping[str, Seen], shapes: Any) -> dict[str, PlanRow]:
     """Make the row of each parameter of a model with these shapes, by the calls of its layers."""
-    return {name: _decide(name, leaf.shape, seen.get(name)) for name, leaf in named_leaves(shapes)}
-
-
-def _decide(name: str, shape: Shape, seen: Seen | None) -> PlanRow:
-    if seen is None:
-        return PlanRow(name, shape, None, no_fan_in(shape) or "unknown: it belongs to no module")
-    return decide_in_stack(name, shape, seen.answer, seen.rule, seen.shape)
+    return {
+        name: decide_in_stack(name, leaf.shape, *seen.get(name, _UNSEEN))
+        for name, leaf in named_leaves(shapes)
+    }
 
 
 def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any) -> Any:

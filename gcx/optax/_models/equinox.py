@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.tree_util import tree_leaves_with_path
 
 from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, LENGTH, NORM, SLOPE, Rule, Rules
@@ -22,55 +24,39 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
     """Decide on each array of a tree of Equinox modules, by its name in ``equinox.filter``."""
     import equinox as eqx
 
-    names: dict[int, str] = {}
-    decisions: dict[str, PlanRow] = {}
-    for path, leaf in _arrays(model):
-        name = names[id(leaf)] = name_of(path)
-        decisions[name] = _of(rules, model, path, leaf)
+    decided = [*_decide_each(rules, model)]
+    decisions = {row.name: row for _, row in decided}
+    names = {id(leaf): row.name for leaf, row in decided}
 
     def is_shared(node: object) -> bool:
         return isinstance(node, eqx.nn.Shared)
 
     for shared in filter(is_shared, jax.tree.leaves(model, is_leaf=is_shared)):
-        layers = shared()  # puts its array back into every layer that uses it
         found: dict[str, PlanRow] = {}
-        for path, leaf in _arrays(layers):
-            if id(leaf) in names:
-                name, decision = names[id(leaf)], _of(rules, layers, path, leaf)
-                found[name] = merge([found.get(name, decision), decision])
+        # The call puts the shared array back into every layer that uses it.
+        for leaf, row in _decide_each(rules, shared()):
+            if name := names.get(id(leaf)):
+                found[name] = merge([found.get(name, row), row])
         decisions |= found
     return decisions
 
 
-def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(path, leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
-
-
-def _of(rules: Rules[LayerAnswer], tree: Any, path: tuple[Any, ...], leaf: Any) -> PlanRow:
-    layer, rest = _owner(tree, path)
-    answer, rule = rules.answer(layer, name_of(rest))
-    return decide_in_stack(name_of(path), leaf.shape, answer, rule)
-
-
-def _owner(tree: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Find the innermost module around a leaf, and the path of the leaf in that module."""
+def _decide_each(
+    rules: Rules[LayerAnswer], layer: Any, place: tuple[Any, ...] = ()
+) -> Iterator[tuple[Any, PlanRow]]:
+    """Yield each array in a layer, and in the modules inside it, with its row."""
     import equinox as eqx
 
-    owner, rest = tree, path
-    node = tree
-    for k, key in enumerate(path):
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            node = getattr(node, key.name)
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            node = node[key.idx]
-        elif isinstance(key, jax.tree_util.DictKey):
-            node = node[key.key]
-        else:
-            break  # a custom node, whose keys do not lead to its children
-        if isinstance(node, eqx.Module):
-            owner, rest = node, path[k + 1 :]
-    return owner, rest
+    def is_inside(node: object) -> bool:
+        return node is not layer and isinstance(node, eqx.Module)
+
+    for path, node in tree_leaves_with_path(layer, is_leaf=is_inside):
+        whole = place + path
+        if is_inside(node):
+            yield from _decide_each(rules, node, whole)
+        elif hasattr(node, "shape"):
+            answer, rule = rules.answer(layer, name_of(path))
+            yield node, decide_in_stack(name_of(whole), node.shape, answer, rule)
 
 
 def _linear(layer: Any) -> Answers:
@@ -87,19 +73,12 @@ def _convolution(layer: Any) -> Answers:
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:
-    def rule(layer: Any) -> Answers:
-        units = gates * layer.hidden_size
-        return {
-            "weight_ih": SingleLayer("oi", (units, layer.input_size)),
-            "weight_hh": SingleLayer("oi", (units, layer.hidden_size)),
-            "bias*": BIAS,
-        }
+    return lambda layer: {
+        "weight_ih": SingleLayer("oi", (gates * layer.hidden_size, layer.input_size)),
+        "weight_hh": SingleLayer("oi", (gates * layer.hidden_size, layer.hidden_size)),
+        "bias*": BIAS,
+    }
 
-    return rule
-
-
-_NORM: Answers = {"weight": NORM, "bias": BIAS}
-_NORMS = ("Batch", "Layer", "Group", "RMS")
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "equinox.nn.*.Linear": _linear,
@@ -111,5 +90,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "equinox.nn.*.WeightNorm": {"g": LENGTH},
     "equinox.nn.*.PReLU": {"negative_slope": SLOPE},
     "equinox.nn.*.StateIndex": {"*": LeaveAlone("state of a layer")},
-    **dict.fromkeys([f"equinox.nn.*.{kind}Norm" for kind in _NORMS], _NORM),
+    "equinox.nn.*Norm": {"weight": NORM, "bias": BIAS},
 }

@@ -51,8 +51,7 @@ def decide(
 
     with hk.intercept_methods(watch):
         shapes = trace_shapes(params, inputs, keyword_inputs)
-    (seen,) = calls
-    return decide_all(seen, shapes)
+    return decide_all(calls[0], shapes)
 
 
 def _convolution(layout: str) -> Rule[LayerAnswer]:
@@ -63,8 +62,6 @@ def _convolution(layout: str) -> Rule[LayerAnswer]:
     return rule
 
 
-_NORM: Answers = {"scale": NORM, "offset": BIAS}
-
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
@@ -74,5 +71,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},
-    **dict.fromkeys([f"haiku.*.{kind}Norm" for kind in ("Batch", "Layer", "Group", "RMS")], _NORM),
+    "haiku.*Norm": {"scale": NORM, "offset": BIAS},
 }

@@ -1,0 +1,232 @@
+"""gcx.torch.centralize, and parameters that are frozen, replaced, moved or added on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim import SGD, AdamW, Optimizer
+
+import gcx.torch
+from gcx.testing import assert_centralized
+
+from torch_training import (
+    GRAD,
+    RTOL,
+    assert_means_kept,
+    attached,
+    change_of,
+    loss_of,
+    new_layer,
+    train,
+)
+
+DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
+
+
+def test_two_optimizers_of_one_model(where: Any, layer: nn.Linear) -> None:
+    """As of a generator and a discriminator; one may leave, and the other stays."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    first, second = (SGD(one.parameters(), lr=0.01, **DECAYED) for one in (model[0], layer))
+    handles = [gcx.torch.centralize(one, model, where=where) for one in (first, second)]
+
+    def training() -> None:
+        for _ in range(5):
+            for one in (first, second):
+                train(model, one, steps=1)
+
+    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
+    assert_centralized(change, rtol=RTOL)
+    handles[0].remove()
+    change = change_of(model[0].weight, lambda: assert_means_kept(layer, training))
+    assert change.mean(1).abs().max() > 1e-4
+
+
+def test_parameters_frozen_and_unfrozen(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    model[0].requires_grad_(requires_grad=False)
+    frozen = model[0].weight.detach().clone()
+    optimizer = attached(model, where, **DECAYED)
+    assert_means_kept(layer, lambda: train(model, optimizer))
+    assert torch.equal(model[0].weight, frozen)
+    model[0].requires_grad_()
+    layer.requires_grad_(requires_grad=False)
+    assert_means_kept(model[0].weight, lambda: train(model, optimizer))
+
+
+class ZerothOrder(Optimizer):
+    """Moves weights that ask for no gradient, and have none."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        del closure
+        self.param_groups[0]["params"][0].data.add_(GRAD, alpha=self.param_groups[0]["lr"])
+
+
+def thaw(layer: nn.Linear) -> Tensor:
+    layer.requires_grad_()
+    loss = loss_of(layer)
+    loss.backward()
+    layer.requires_grad_(requires_grad=False)
+    return loss
+
+
+THAWING: dict[str, Callable[[nn.Linear, Any], object]] = {
+    "closure": lambda layer, optimizer: optimizer.step(lambda: thaw(layer)),
+    "later hook": lambda layer, optimizer: (
+        optimizer.register_step_pre_hook(lambda *_: thaw(layer) and None),
+        optimizer.step(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("decay", "factor"), [("inside", 1.0), ("outside", 1 - 0.01 * 0.5)])
+@pytest.mark.parametrize("way", THAWING)
+def test_weights_that_are_frozen_when_an_update_begins(
+    way: str, decay: Any, factor: float, layer: nn.Linear
+) -> None:
+    model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
+    mean, before = layer.weight.mean(1), idle.weight.clone()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
+    change_of(layer, lambda: THAWING[way](layer, optimizer))
+    torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
+    assert torch.equal(idle.weight, before)
+
+
+def test_zeroth_order_update(layer: nn.Linear) -> None:
+    layer.requires_grad_(requires_grad=False)
+    assert_means_kept(layer, attached(layer, "update", ZerothOrder).step)
+
+
+REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
+    "assign": lambda model: model.load_state_dict(new_model().state_dict(), assign=True),
+    "to_empty": lambda model: (
+        model.to_empty(device="meta")
+        .to_empty(device="cpu")
+        .load_state_dict(new_model().state_dict())
+    ),
+    "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
+    "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
+    "new layer": lambda model: model.__setitem__(1, new_layer(1)),
+}
+
+
+def new_model() -> nn.Sequential:
+    return nn.Sequential(nn.Tanh(), new_layer())
+
+
+@pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
+def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
+    """The step of the optimizer would be of no use, and says so each time, before it is made."""
+    model = new_model()
+    weight = model[1].weight
+    optimizer = attached(model, where, **DECAYED)
+    train(model, optimizer)
+    replace(model)
+    weight.grad, before = GRAD.clone(), weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1\.weight was replaced in the model.*after that"):
+            optimizer.step()
+    assert torch.equal(weight.grad, GRAD)
+    assert torch.equal(weight, before)
+    new = attached(model, where, **DECAYED)
+    (weight,) = (p for p in model.parameters() if p.shape == weight.shape)
+    assert_means_kept(weight, lambda: train(model, new))
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_frozen_layer_that_was_replaced_by_one_to_train(where: Any, is_held: bool) -> None:
+    first = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
+    model = nn.Sequential(first, new_layer())
+    optimizer = SGD((model if is_held else model[1]).parameters(), lr=0.1)
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    model[0] = nn.Linear(5, 5).double()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"0\.weight was frozen, and has been replaced"):
+            train(model, optimizer)
+        assert handle.plan["1.weight"].layout is not None
+    optimizer.add_param_group({"params": [*model[0].parameters()]})
+    assert_means_kept(model[0], lambda: train(model, optimizer))
+
+
+def test_frozen_parameters_may_leave_the_model(where: Any, layer: nn.Linear) -> None:
+    """As peft registers the weights of MultiheadAttention anew in each forward pass."""
+    frozen = nn.Linear(5, 5).double().requires_grad_(requires_grad=False)
+    model = nn.Sequential(frozen, layer)
+    optimizer = attached(model, where, **DECAYED)
+    for name in ("weight", "bias"):
+        setattr(frozen, name, nn.Parameter(getattr(frozen, name).detach(), requires_grad=False))
+    assert_means_kept(layer, lambda: train(model, optimizer))
+    optimizer.param_groups[0]["params"][0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
+        optimizer.step()
+
+
+def test_layers_may_be_wrapped_and_moved(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Tanh(), layer)
+    optimizer = attached(model, where, **DECAYED)
+    model[1] = nn.Sequential(nn.Identity(), layer)
+    assert_means_kept(layer, lambda: train(model, optimizer))
+
+
+MOVING: dict[str, Callable[[nn.Linear], object]] = {
+    "spectral_norm": parametrizations.spectral_norm,
+    "prune": lambda layer: prune.identity(layer, "weight"),
+    "to": lambda layer: layer.to(torch.float64),
+    "share_memory": nn.Module.share_memory,
+}
+
+
+@pytest.mark.parametrize("move", MOVING.values(), ids=MOVING)
+def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(layer)
+    optimizer = SGD(model.parameters(), lr=0.01, **DECAYED)
+    weight = layer.weight
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    train(model, optimizer)
+    move(layer)
+    assert_means_kept(weight, lambda: train(model, optimizer))
+    names = {row.name for row in handle.plan}
+    assert names == {name for name, _ in model.named_parameters()}
+
+
+FLATTENED = r"weight is of rank 1, .*centralize_in_backward\(model\)"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.data)), "bias was replaced"),
+        (lambda layer: delattr(layer, "bias"), "bias was replaced"),
+        (lambda layer: setattr(layer.weight, "data", layer.weight.data.flatten()), FLATTENED),
+    ],
+    ids=["bias", "no bias", "flattened"],
+)
+def test_parameter_that_changes_between_steps(
+    spoil: Any, match: str, where: Any, layer: nn.Linear
+) -> None:
+    optimizer = attached(layer, where)
+    train(layer, optimizer)
+    spoil(layer)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+
+
+def test_optimizer_and_model_that_take_a_new_weight_together(layer: nn.Linear) -> None:
+    optimizer = attached(layer)
+    train(layer, optimizer)
+    layer.weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(GRAD.clone())
+    assert_centralized(change_of(layer, lambda: train(layer, optimizer)), rtol=RTOL)

@@ -1,0 +1,326 @@
+"""Parameters and options that gcx.torch.AdamW and SGD take for kernels, or leave to torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from gcx.backends import _torch_cuda
+from gcx.torch._fused import SGD, AdamW
+
+from torch_fused_steps import (
+    BASES,
+    CASES,
+    STEPS,
+    TYPICAL,
+    Net,
+    assert_close,
+    assert_close_states,
+    both,
+    hooked,
+    make_device,
+    step,
+    step_by_closure,
+    train,
+)
+from torch_kernels import (
+    EMULATED,
+    Device,
+    assert_equal,
+    give_gradients,
+)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return make_device(getattr(request, "param", EMULATED), monkeypatch)
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_gradients_stay_what_they_are(case: str, device: Device) -> None:
+    """They are read, and not written; autograd hears of all that is written."""
+    kind, options = CASES[case]
+    model = Net()
+    optimizer = kind(model, **options)
+    step(0, model, optimizer)
+    give_gradients(1, model)
+    grads = [(p.grad, p.grad.clone(), p.grad._version) for p in model.parameters()]
+    states = [s for state in optimizer.state.values() for s in state.values() if s.ndim]
+    written = [(tensor, tensor._version) for tensor in (*model.parameters(), *states)]
+    optimizer.step()
+    for grad, before, version in grads:
+        assert torch.equal(grad, before)
+        assert grad._version == version
+    assert len(states) == (20 if kind is AdamW else 10)
+    assert all(tensor._version > version for tensor, version in written)
+
+
+@pytest.mark.parametrize("training", [step, step_by_closure])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_kernels_do_not_take_is_centralized_for_torch(
+    case: str, alone: bool, training: Any, device: Device
+) -> None:
+    model = nn.ModuleDict({"down": nn.ConvTranspose1d(5, 7, 3, bias=False)})
+    ours, reference = both(case, model if alone else Net(runs=3))
+    train(range(STEPS), ours, reference, training=training)
+    assert torch.equal(ours[0].down.weight, reference[0].down.weight)
+    assert_close(ours[0], reference[0])
+    assert_close_states(ours[1], reference[1])
+    assert sum(device.tensors.values()) == (0 if alone else 9 * STEPS)
+    (reason,) = ours[1].fallbacks
+    assert "do not take a Tensor of torch.float32 and shape (5, 7, 3)" in reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_on_a_cpu_beside_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked about the GPU, as a process that was forked must not."""
+    monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
+    ours, reference = both(case, Net())
+    train(range(STEPS), ours, reference)
+    assert_equal(ours[0], reference[0])
+    assert ours[1].fallbacks == ["no parameter on a CUDA device"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_kernels_refuse_when_it_comes_to_it(case: str, device: Device) -> None:
+    """As where a CUDA graph is captured before its kernels were compiled; all, or one launch."""
+    ours, reference = both(case, Net(torch.bfloat16))
+    single, half = "float32", "bfloat16"
+    counts = [0]
+    for k, device.refused in enumerate([{single, half}, set(), {single}, {half}]):
+        train([k], ours, reference)
+        counts.append(sum(device.tensors.values()))
+    assert counts == [0, 0, 10, 12, 20]
+    assert_close(ours[0], reference[0])
+    states = zip(ours[1].state.values(), reference[1].state.values(), strict=True)
+    assert all(one.get("step") == another.get("step") for one, another in states)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_kernels_are_asked_for_on_the_device_of_the_parameters(
+    kind: Any, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_torch_cuda, "why_not", lambda device: f"no kernels on {device}")
+    assert kind(Net()).fallbacks == ["no kernels on cpu"]
+
+
+def test_steps_are_counted_whatever_the_default_device_is(device: Device) -> None:
+    """Such as the GPU, which counts on a CPU would have to be fetched from."""
+    model = Net()
+    optimizer = AdamW(model)
+    step(0, model, optimizer)
+    give_gradients(1, model)
+    with torch.device("meta"):
+        optimizer.step()
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_gradient_that_is_in_memory_in_another_way(case: str, device: Device) -> None:
+    """Expanded from one element, or transposed; it may be like its parameter in a later step."""
+    ours, reference = both(case, nn.Linear(3, 4))
+    grads = [torch.rand(1).expand(4, 3), torch.rand(3, 4).t(), torch.rand(4, 3), torch.rand(4, 3)]
+    reasons, counts = [], []
+    for grad in grads:
+        for model, _ in (ours, reference):
+            model.weight.grad = grad.clone() if grad.stride(0) else grad
+            model.bias.grad = torch.ones(4)
+        reasons += ours[1].fallbacks
+        ours[1].step()
+        reference[1].step()
+        counts.append(sum(device.tensors.values()))
+    assert_close(ours[0], reference[0])
+    assert counts == [1, 2, 4, 6]
+    assert [bool(reason) for reason in reasons] == [True, True, False, False]
+
+
+def test_sparse_gradient_of_an_embedding(device: Device) -> None:
+    def train_on_tokens(k: int, model: nn.Module, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2])).square().sum().backward()
+        optimizer.step()
+
+    model = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3))
+    ours, reference = both("sgd", model)
+    train(range(STEPS), ours, reference, training=train_on_tokens)
+    assert_close(ours[0], reference[0])
+    assert device.tensors == {"Sgd": 2 * STEPS}
+
+
+def test_steps_that_are_counted_on_the_device_are_left_to_torch(device: Device) -> None:
+    """As in a checkpoint of fused=True; to read them would be to wait for the device."""
+    model = Net()
+    optimizer = AdamW(model)
+    step(0, model, optimizer)
+    optimizer.state[model.head.weight]["step"] = torch.ones((), device="meta")
+    (reason,) = optimizer.fallbacks
+    assert "the steps are counted on the GPU" in reason
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # of torch's own step
+        optimizer.step()
+    assert device.tensors == {"AdamW": 10 + 9}
+
+
+def test_numbers_of_adamw_are_those_of_float32(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's fused step on CUDA has these; float64 would lead away from it, bit by bit."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = AdamW(model, lr=0.5, weight_decay=0.25)
+    found = []
+    prepare = device.launcher.prepare
+
+    def remember(*arguments: Any) -> Any:
+        found.append(arguments[-1])
+        return prepare(*arguments)
+
+    monkeypatch.setattr(device.launcher, "prepare", remember)
+    step(0, model, optimizer)
+    optimizer.state[model.weight]["step"].fill_(1e6)
+    optimizer.step()
+    beta1, beta2 = 0.8999999761581421, 0.9990000128746033  # the float32 next to 0.9 and 0.999
+    one = torch.tensor(1.0)
+    corrected = (0.5 / (one - beta1)).item(), (one - beta2).sqrt().item()
+    start = (1.0, 0.0, 1.0, 0.125, beta1, beta2)
+    assert found == [(*start, *corrected, 1e-8), (*start, 0.5, 1.0, 1e-8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (AdamW, {"amsgrad": True}, "amsgrad=True"),
+        (AdamW, {"capturable": True}, "capturable=True"),
+        (AdamW, {"differentiable": True}, "differentiable=True"),
+        (AdamW, {"foreach": False}, "foreach=False"),
+        (AdamW, {"fused": True}, "fused=True"),
+        (AdamW, {"lr": torch.tensor(0.1)}, "lr is a tensor"),
+        (AdamW, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}, "betas is a tensor"),
+        (SGD, {"foreach": True}, "foreach=True"),
+        (SGD, {"fused": False}, "fused=False"),
+        (SGD, {"differentiable": True}, "differentiable=True"),
+        (SGD, {"weight_decay": torch.tensor(0.1)}, "weight_decay is a tensor"),
+    ],
+)
+def test_options_of_torch_alone(
+    kind: Any, options: dict[str, Any], reason: str, device: Device
+) -> None:
+    def groups(model: Net) -> list[dict[str, Any]]:
+        group = {"params": [*model.head.parameters()], **options}
+        return [{"params": [*model.conv.parameters()]}, group]
+
+    model, twin = Net(), Net()
+    optimizer = kind(groups(model), model=model)
+    assert optimizer.fallbacks == ["", reason]
+    assert f"step of group 1: by torch ({reason})" in repr(optimizer)
+    if options.keys() & {"capturable", "differentiable"}:
+        return  # which are not for a CPU, or for leaves
+    train(range(3), (model, optimizer), (twin, hooked(twin, kind, groups(twin))))
+    assert device.tensors == {"AdamW" if kind is AdamW else "Sgd": 6}
+    assert_close(model, twin)
+    assert torch.equal(model.head.weight, twin.head.weight)
+
+
+def test_other_hooks_find_centralized_gradients(device: Device) -> None:
+    model = Net()
+    optimizer = SGD(model)
+    means = []
+    hook = optimizer.register_step_pre_hook(
+        lambda *_: means.append(model.head.weight.grad.mean(1).abs().max())
+    )
+    assert optimizer.fallbacks == ["other hooks before the step may use the gradients"]
+    step(0, model, optimizer)
+    assert means[0] < 1e-6
+    hook.remove()
+    step(1, model, optimizer)
+    assert device.tensors == {"Sgd": 10}
+
+
+def test_subclass_with_a_step_of_its_own(device: Device) -> None:
+    class Printing(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Renamed(SGD):
+        pass
+
+    models = [Net(), Net(), Net()]
+    optimizers = [Printing(models[0], lr=0.1), Renamed(models[1], lr=0.1)]
+    optimizers.append(hooked(models[2], SGD, lr=0.1))
+    train([0], *zip(models, optimizers, strict=True))
+    assert_close(models[0], models[2])
+    assert_close(models[1], models[2])
+    assert optimizers[0].fallbacks == ["Printing has a step of its own"]
+    assert device.tensors == {"Sgd": 10}
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_grad_scaler(case: str, device: Device) -> None:
+    """It looks for infinities before it calls the step, unless torch's fused one is asked for."""
+    ours, reference = both(case, Net())
+    for model, optimizer in (ours, reference):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        for k, factor in enumerate((1, torch.inf, 1, 1)):
+            give_gradients(k, model)
+            model.conv.weight.grad *= factor
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+    assert_close(ours[0], reference[0])
+    assert sum(device.tensors.values()) == 30
+    ours[1].grad_scale = torch.ones(())
+    assert ours[1].fallbacks == ["grad_scale is set"]
+
+
+def test_fallbacks_of_a_model_with_replaced_parameters(device: Device) -> None:
+    """They can be asked for, though a step is an error."""
+    model = Net()
+    optimizer = SGD(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    (reason,) = optimizer.fallbacks
+    assert reason.startswith("conv.weight was replaced in the model")
+    with pytest.raises(RuntimeError, match="was replaced in the model"):
+        optimizer.step()
+    assert not device.runs
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A mesh of one process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_parts_of_dtensors_with_whole_fan_ins(case: str, device: Device, mesh: Any) -> None:
+    """FSDP has such parts. The fan-in of one weight is cut, and torch makes its step."""
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(8, 4), nn.Linear(8, 4, bias=False))
+    twin = copy.deepcopy(model)
+
+    for layer, axis in zip(model, (0, 0, 1), strict=True):
+        for name, p in [*layer.named_parameters()]:
+            part = distribute_tensor(p.detach(), mesh, [Shard(axis)])
+            layer.register_parameter(name, nn.Parameter(part))
+    kind, options = CASES[case]
+    optimizer, reference = kind(model, **options), hooked(twin, kind, **options)
+    for k in range(3):
+        give_gradients(k, twin)
+        for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = distribute_tensor(of_twin.grad, mesh, p.placements)
+        versions = [p._version for p in model.parameters()]
+        optimizer.step()
+        reference.step()
+        assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
+    for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), of_twin, rtol=4e-6, atol=1e-6)
+    assert sum(device.tensors.values()) == 3 * 4
+    (reason,) = optimizer.fallbacks
+    assert "do not take a DTensor of torch.float32 and shape (4, 8)" in reason

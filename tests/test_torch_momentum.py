@@ -1,0 +1,134 @@
+"""Momentum from before gcx.torch.centralize: it is centralized too, or told."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.optim import SGD, Adam, RMSprop
+
+import gcx.torch
+from gcx.testing import assert_centralized
+
+from torch_training import (
+    RTOL,
+    change_of,
+    loss_of,
+    train,
+)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_momentum_from_before_is_centralized(kind: Any, layer: nn.Linear) -> None:
+    options = {"momentum": 0.9} if kind is SGD else {}
+    optimizer = kind(layer.parameters(), lr=0.01, **options)
+    train(layer, optimizer)
+    key = "momentum_buffer" if kind is SGD else "exp_avg"
+    momentum, of_bias = (optimizer.state[p][key] for p in (layer.weight, layer.bias))
+    expected, bias_before = momentum - momentum.mean(1, keepdim=True), of_bias.clone()
+    with pytest.warns(UserWarning, match=r"momentum of 1 weights \(weight") as caught:
+        gcx.torch.centralize(optimizer, layer)
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(momentum, expected, rtol=0, atol=1e-14)
+    assert torch.equal(of_bias, bias_before)
+
+
+@pytest.mark.parametrize("pack", [Tensor.byte, Tensor.flatten], ids=["integers", "shape"])
+def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> None:
+    optimizer = Adam(layer.parameters())
+    state = optimizer.state[layer.weight]
+    state["exp_avg"] = packed = pack(torch.ones_like(layer.weight))
+    with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
+        gcx.torch.centralize(optimizer, layer)
+    assert bool((packed == 1).all())
+
+
+def test_momentum_of_a_loaded_checkpoint_is_centralized(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    train(layer, optimizer)
+    plain = optimizer.state_dict()
+    resumed = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    handle = gcx.torch.centralize(resumed, layer)
+    with pytest.warns(UserWarning, match="momentum") as caught:
+        resumed.load_state_dict(plain)
+    assert caught[0].filename == __file__
+    assert_centralized(change_of(layer, lambda: train(layer, resumed)), rtol=RTOL)
+    handle.remove()
+    resumed.load_state_dict(plain)
+    momentum = resumed.state[layer.weight]["momentum_buffer"]
+    assert torch.equal(momentum, optimizer.state[layer.weight]["momentum_buffer"])
+
+
+def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
+    """A mean of a few percent is not rounding, though an element has but eight bits."""
+    layer = nn.Linear(512, 4).bfloat16()
+    optimizer = SGD(layer.parameters(), momentum=0.9)
+    momentum = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    momentum = (momentum - momentum.mean(1, keepdim=True)).bfloat16()
+    for offset, match in ((0.1, "momentum of 1 weights"), (0.0, None)):
+        optimizer.state[layer.weight]["momentum_buffer"] = (momentum + offset).bfloat16()
+        with pytest.warns(UserWarning, match=match) if match else nullcontext():
+            gcx.torch.centralize(optimizer, layer).remove()
+        found = optimizer.state[layer.weight]["momentum_buffer"].float().mean(1).abs().max()
+        assert found < 1e-3
+
+
+def test_memory_of_lbfgs_is_centralized(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    with pytest.warns(UserWarning, match=r"momentum of 2 weights \(0.weight"):
+        gcx.torch.centralize(optimizer, model)
+    for one in (model[0], layer):
+        change = change_of(one, lambda: [optimizer.step(closure) for _ in range(3)])
+        assert_centralized(change, rtol=RTOL)
+
+
+def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:
+    optimizer = RMSprop(layer.parameters(), momentum=0.9)
+    train(layer, optimizer)
+    momentum = optimizer.state[layer.weight]["momentum_buffer"]
+    before = momentum.clone()
+    gcx.torch.centralize(optimizer, layer)
+    assert torch.equal(momentum, before)
+
+
+class Packed(Tensor):
+    """As the states of low-bit optimizers: a tensor that has no mean."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "mean" in function.__name__:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
+    train(layer, optimizer)
+    state = optimizer.state[layer.weight]
+    before = state["momentum_buffer"].clone()
+    state["momentum_buffer"] = before.clone().as_subclass(Packed)
+    saved = optimizer.state_dict()
+    for load in (
+        lambda: gcx.torch.centralize(optimizer, layer),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
+            load()
+        momentum = optimizer.state[layer.weight]["momentum_buffer"]
+        assert isinstance(momentum, Packed)
+        assert torch.equal(momentum.as_subclass(Tensor), before)

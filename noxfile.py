@@ -46,7 +46,7 @@ IN_PARALLEL = ("-n", "auto", "--maxprocesses=8", "--dist", "loadfile")
 AROUND = {
     "torch": (
         "around-torch",
-        "lightning,transformers,accelerate,peft,timm_models,torch_geometric,loralib,zuko,nflows,litgpt",
+        "lightning,transformers,accelerate,peft,timm_models,other_packages",
         "--examples=torch",
     ),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -58,7 +58,14 @@ PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
 TIMM = ("timm>=1.0.20", "huggingface_hub", "safetensors", "pyyaml", "pillow")
 # Packages whose layers have rules, and what they import, without torch builds of their own choice.
-LAYERS = ("torch_geometric", "xxhash", "loralib", "zuko", "nflows", "UMNN", "torchdiffeq", "litgpt")
+LAYERS = (
+    *("torch_geometric", "xxhash", "loralib", "zuko", "nflows", "UMNN", "torchdiffeq", "litgpt"),
+    *("open_clip_torch", "ftfy", "wcwidth", "vit-pytorch", "einops", "denoising-diffusion-pytorch"),
+    *("ema-pytorch", "speechbrain", "hyperpyyaml", "ruamel.yaml", "joblib", "scipy"),
+    *("blitz-bayesian-pytorch", "bayesian-torch", "e3nn", "opt_einsum_fx", "opt_einsum"),
+    *("rtdl-num-embeddings", "hyper-connections", "torch-einops-utils", "product-key-memory"),
+    *("colt5-attention", "local-attention", "norse", "nir", "nirtorch", "h5py"),
+)
 
 # Tests that import every public module whose framework is there, and use it a little.
 OF_THE_PACKAGE = (

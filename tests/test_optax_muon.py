@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +156,68 @@ def test_numbers_serve_galore() -> None:
     assert np.linalg.matrix_rank(updates["query"].reshape(4, 6)) == 1
 
 
+def in_haiku(kind: Any, **options: Any) -> Any:
+    def call(x: Any) -> Any:
+        layer = kind(**options)
+        return layer(x)
+
+    model, x = hk.transform(call), struct(1, 5, 4)
+    return jax.eval_shape(model.init, KEY, x), gcx.optax.layouts(model, x)
+
+
+def in_linen(kind: Any, groups: int) -> Any:
+    model, x = kind(8, (3,), feature_group_count=groups), struct(1, 5, 4)
+    params = jax.eval_shape(model.init, KEY, x)["params"]
+    return params, gcx.optax.layouts(model, x)
+
+
+def scanned() -> Any:
+    layers = nn.scan(Grouped, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    x = struct(1, 5, 4)
+    params = jax.eval_shape(layers.init, KEY, x, None)["params"]
+    return params, gcx.optax.layouts(layers, x, None)
+
+
+class Grouped(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        return nn.Conv(4, (3,), feature_group_count=2)(x), None
+
+
+def in_nnx() -> Any:
+    model = nnx.Conv(4, 8, (3,), feature_group_count=2, rngs=nnx.Rngs(0))
+    return nnx.state(model, nnx.Param), gcx.optax.layouts(model)
+
+
+def in_equinox(kind: Any) -> Any:
+    model = kind(4, 8, 3, groups=2, key=KEY)
+    return eqx.filter(model, eqx.is_array), gcx.optax.layouts(model)
+
+
+GROUPED = {
+    "linen": lambda: in_linen(nn.Conv, 2),
+    "scan": scanned,
+    "nnx": in_nnx,
+    "equinox": lambda: in_equinox(eqx.nn.Conv1d),
+    "equinox, transposed": lambda: in_equinox(eqx.nn.ConvTranspose1d),
+    "haiku": lambda: in_haiku(hk.Conv1D, output_channels=8, kernel_shape=3, feature_group_count=2),
+    "haiku, depthwise": lambda: in_haiku(hk.DepthwiseConv1D, channel_multiplier=2, kernel_shape=3),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_groups_are_named(case: str) -> None:
+    params, layouts = GROUPED[case]()
+    for given in (layouts, gcx.optax.plan(params, layouts)):
+        with pytest.raises(ValueError, match=r"name in exclude= .* in groups\)$"):
+            gcx.optax.muon_dimension_numbers(params, given)
+    numbers = gcx.optax.muon_dimension_numbers(params, layouts, exclude="*")
+    # Muon calls whatever is callable, such as the function for an Equinox layer.
+    assert jax.tree.leaves(numbers(params) if callable(numbers) else numbers) == []
+    params, layouts = in_linen(nn.Conv, 1)
+    assert gcx.optax.muon_dimension_numbers(params, layouts)["kernel"] == ((0, 1), (2,))
+
+
 def test_errors() -> None:
     params = {"w": normal(1, 4, 3), "v": normal(2, 4)}
     with pytest.raises(ValueError, match="exclude: 'head' matches no parameter; there are: v, w"):
@@ -164,6 +227,6 @@ def test_errors() -> None:
         with pytest.raises(TypeError, match=r"exclude: a key is the name of a parameter .* not"):
             gcx.optax.muon_dimension_numbers(params, {"w": "io"}, exclude=exclude)
     split = {"w": Layout("(bi)o", b=2), "v": "i"}
-    with pytest.raises(ValueError, match=r"^w: Layout\(.* splits an axis"):
+    with pytest.raises(ValueError, match=r"cannot split an axis: .* w \(Layout\(.*, as given\)$"):
         gcx.optax.muon_dimension_numbers(params, split)
     assert gcx.optax.muon_dimension_numbers(params, split, exclude="w") == {"w": None, "v": None}

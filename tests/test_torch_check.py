@@ -125,7 +125,11 @@ def test_check(case: str) -> None:
     model = make()
     overrides = {"*weight*": layout} if layout else None
     requires_grad = [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
     found = gcx.torch.check_plan(model, x, overrides=overrides)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert gcx.torch.check_plan(model, x, overrides=overrides) == found
     assert [p.requires_grad for p in model.parameters()] == requires_grad
     assert all(p.grad is None for p in model.parameters())
     if verdict in ("agree", "unseen"):

@@ -1,1 +1,1 @@
-"""How many parameters of models in use the plans of gcx.torch know."""
+"""Count the parameters of models in use that the plans of gcx.torch know."""

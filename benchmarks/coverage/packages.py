@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from benchmarks.coverage.stand_ins import import_package
 
 __all__ = ["PACKAGES", "Make", "Sample"]
 
@@ -29,7 +30,7 @@ def _graph(name: str, *sizes: Any, relations: bool = False, **options: Any) -> M
     """Make a layer or a model of torch_geometric for a ring of nodes."""
 
     def make() -> Sample:
-        kind = getattr(import_module("torch_geometric.nn"), name)
+        kind = getattr(import_package("torch_geometric.nn"), name)
         nodes = torch.arange(_NODES)
         edges = torch.stack([nodes, nodes.roll(1)])
         inputs = [torch.rand(_NODES, _FEATURES), edges]
@@ -44,12 +45,12 @@ def _relational(name: str, **options: Any) -> Make:
 
 
 def _hetero_linear() -> Sample:
-    kind = import_module("torch_geometric.nn").HeteroLinear
+    kind = import_package("torch_geometric.nn").HeteroLinear
     return Sample(kind(_FEATURES, 4, 3), (torch.rand(3, _FEATURES), torch.arange(3)))
 
 
 def _gmm() -> Sample:
-    kind = import_module("torch_geometric.nn").GMMConv
+    kind = import_package("torch_geometric.nn").GMMConv
     nodes = torch.arange(_NODES)
     edges = torch.stack([nodes, nodes.roll(1)])
     return Sample(
@@ -58,7 +59,7 @@ def _gmm() -> Sample:
 
 
 def _clip() -> Sample:
-    open_clip = import_module("open_clip")
+    open_clip = import_package("open_clip")
     vision = open_clip.CLIPVisionCfg(layers=2, width=64, patch_size=16, image_size=32)
     text = open_clip.CLIPTextCfg(context_length=9, vocab_size=50, width=64, heads=2, layers=2)
     inputs = (torch.rand(2, 3, 32, 32), torch.randint(1, 49, (2, 9)))
@@ -66,7 +67,7 @@ def _clip() -> Sample:
 
 
 def _loralib() -> Sample:
-    lora = import_module("loralib")
+    lora = import_package("loralib")
     layers = [
         lora.Linear(8, 6, r=2),
         lora.Linear(6, 4, fan_in_fan_out=True),
@@ -87,7 +88,7 @@ _LITGPT = {"n_layer": 2, "n_embd": 32, "n_head": 4, "padded_vocab_size": 50, "bl
 
 def _litgpt(module: str, **options: Any) -> Make:
     def make() -> Sample:
-        litgpt = import_module(f"litgpt.{module}")
+        litgpt = import_package(f"litgpt.{module}")
         model = litgpt.GPT(litgpt.Config(**_LITGPT, **options))
         return Sample(_filled(model), (torch.randint(0, 49, (2, 7)),))
 
@@ -107,18 +108,18 @@ class _Likelihood(nn.Module):
 
 def _flow(name: str) -> Make:
     def make() -> Sample:
-        flow = getattr(import_module("zuko.flows"), name)(3, 2)
+        flow = getattr(import_package("zuko.flows"), name)(3, 2)
         return Sample(_Likelihood(flow), (torch.rand(4, 3), torch.rand(4, 2)))
 
     return make
 
 
 def _stacked_linear() -> Sample:
-    return Sample(import_module("zuko.nn").Linear(4, 3, stack=2), (torch.rand(5, 2, 4),))
+    return Sample(import_package("zuko.nn").Linear(4, 3, stack=2), (torch.rand(5, 2, 4),))
 
 
 def _made() -> Sample:
-    made = import_module("nflows.transforms.made")
+    made = import_package("nflows.transforms.made")
     return Sample(made.MADE(4, 8), (torch.rand(5, 4),))
 
 
@@ -132,22 +133,22 @@ class _SelfAttention(nn.Module):
 
 
 def _speech() -> Sample:
-    kind = import_module("speechbrain.nnet.attention").RelPosMHAXL
+    kind = import_package("speechbrain.nnet.attention").RelPosMHAXL
     return Sample(_SelfAttention(kind(8, 2)), (torch.rand(2, 5, 8), torch.rand(1, 9, 8)))
 
 
 def _hypermixing() -> Sample:
-    kind = import_module("speechbrain.nnet.hypermixing").ParallelMLPs
+    kind = import_package("speechbrain.nnet.hypermixing").ParallelMLPs
     return Sample(kind(8, 6, num_mlps=2), (torch.rand(2, 5, 8),))
 
 
 def _denoiser() -> Sample:
-    kind = import_module("denoising_diffusion_pytorch").Unet
+    kind = import_package("denoising_diffusion_pytorch").Unet
     return Sample(kind(16, dim_mults=(1, 2)), (torch.rand(1, 3, 16, 16), torch.tensor([3.0])))
 
 
 def _karras() -> Sample:
-    kind = import_module("denoising_diffusion_pytorch.karras_unet").KarrasUnet
+    kind = import_package("denoising_diffusion_pytorch.karras_unet").KarrasUnet
     sizes = {"image_size": 16, "dim": 16, "dim_max": 32, "num_downsamples": 1}
     model = kind(**sizes, num_blocks_per_stage=1, attn_dim_head=8, fourier_dim=16)
     return Sample(model, (torch.rand(1, 4, 16, 16),), {"time": torch.tensor([3.0])})
@@ -155,7 +156,7 @@ def _karras() -> Sample:
 
 def _vit(module: str, name: str, **options: Any) -> Make:
     def make() -> Sample:
-        kind = getattr(import_module(f"vit_pytorch.{module}"), name)
+        kind = getattr(import_package(f"vit_pytorch.{module}"), name)
         sizes = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2}
         return Sample(kind(**sizes, heads=2, mlp_dim=32, **options), (torch.rand(1, 3, 32, 32),))
 

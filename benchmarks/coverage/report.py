@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
+from importlib import metadata
 from io import StringIO
 from math import prod
 from typing import Any
@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 import gcx.torch
+from benchmarks.coverage.more_packages import MORE_PACKAGES
 from benchmarks.coverage.packages import PACKAGES, Make
+from benchmarks.coverage.stand_ins import import_package
 from gcx.__main__ import attempt
 from gcx._table import aligned
 
@@ -40,6 +42,9 @@ _TUNERS: Mapping[str, Mapping[str, Any]] = {
     "WAVEFT": {"n_frequency": 10},
 }
 _PROMPTS = {"num_virtual_tokens": 3, "encoder_hidden_size": 16, "num_tasks": 2}
+
+# Planned without memory for their weights, which is more than some other packages can do.
+_LARGE = ("timm", "transformers", "diffusers", "segmentation_models_pytorch", "pytorchcv")
 
 Models = Iterator[tuple[str, Callable[[], nn.Module]]]
 
@@ -68,6 +73,15 @@ class Coverage:
             if kind == "unknown":
                 self.unknown[row.reason] += prod(row.shape)
 
+    def __add__(self, other: Coverage) -> Coverage:
+        return Coverage(
+            self.models + other.models,
+            self.failed + other.failed,
+            self.tensors + other.tensors,
+            self.elements + other.elements,
+            self.unknown + other.unknown,
+        )
+
     def shares(self) -> dict[str, float]:
         """Return the unknown parts of all tensors and of all elements."""
         counts = {"tensors": self.tensors, "elements": self.elements}
@@ -75,14 +89,14 @@ class Coverage:
 
 
 def _timm() -> Models:
-    timm = import_module("timm")
+    timm = import_package("timm")
     for name in timm.list_models():
         yield name, partial(timm.create_model, name)
 
 
 def _transformers() -> Models:
-    auto = import_module("transformers.models.auto")
-    transformers = import_module("transformers")
+    auto = import_package("transformers.models.auto")
+    transformers = import_package("transformers")
     for name in auto.configuration_auto.CONFIG_MAPPING_NAMES:
 
         def make(name: str = name) -> nn.Module:
@@ -94,7 +108,7 @@ def _transformers() -> Models:
 
 
 def _peft() -> Models:
-    peft, transformers = import_module("peft"), import_module("transformers")
+    peft, transformers = import_package("peft"), import_package("transformers")
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -129,11 +143,20 @@ def _package(name: str) -> Callable[[], Models]:
     return models
 
 
+def _further(name: str) -> Callable[[], Models]:
+    def models() -> Models:
+        for make in MORE_PACKAGES[name]:
+            yield getattr(make, "path", ""), partial(make, name)
+
+    return models
+
+
 SOURCES: Mapping[str, Callable[[], Models]] = {
     "timm": _timm,
     "transformers": _transformers,
     "peft": _peft,
     **{name: _package(name) for name in PACKAGES},
+    **{name: _further(name) for name in MORE_PACKAGES},
 }
 
 
@@ -151,13 +174,16 @@ def main(arguments: Sequence[str]) -> int:
     found = {
         name: _cover(name, options.limit)
         for name in options.sources or SOURCES
-        if not attempt(partial(import_module, name))[1]
+        if not attempt(partial(import_package, name))[1]
     }
     if options.json:
         print(json.dumps({name: _figures(each) for name, each in found.items()}, indent=2))
         return 0
-    numbers = range(1, len(_HEADER))
-    print("\n".join(aligned([_HEADER, *map(_row, found.items())], to_the_right=numbers)))
+    others = [each for name, each in found.items() if name not in _BY_THEMSELVES]
+    together = {f"{len(others)} packages": sum(others, Coverage())} if len(others) > 1 else {}
+    rows = map(_row, [*found.items(), *together.items()])
+    numbers = range(2, len(_HEADER))
+    print("\n".join(aligned([_HEADER, *rows], to_the_right=numbers)))
     missing = [name for name in options.sources or SOURCES if name not in found]
     if missing:
         print(f"not installed here: {', '.join(missing)}")
@@ -184,11 +210,13 @@ def _cover(name: str, limit: int | None) -> Coverage:
 
 
 def _device(name: str) -> str:
-    return "meta" if name in ("timm", "transformers") else "cpu"
+    return "meta" if name in _LARGE else "cpu"
 
 
+_BY_THEMSELVES = ("timm", "transformers", "peft")
 _HEADER = (
     "package",
+    "version",
     "models",
     "not built",
     "centralized",
@@ -203,7 +231,17 @@ def _row(named: tuple[str, Coverage]) -> tuple[str, ...]:
     name, each = named
     kinds = [each.tensors[kind] for kind in ("centralized", "left alone", "unknown")]
     shares = [f"{share:.3%}" for share in each.shares().values()]
-    return (name, *(f"{n:,}" for n in (each.models, len(each.failed), *kinds)), *shares)
+    return (
+        name,
+        _version(name),
+        *(f"{n:,}" for n in (each.models, len(each.failed), *kinds)),
+        *shares,
+    )
+
+
+def _version(package: str) -> str:
+    distributions = metadata.packages_distributions().get(package, ())
+    return metadata.version(distributions[0]) if distributions else ""
 
 
 def _figures(each: Coverage) -> dict[str, Any]:

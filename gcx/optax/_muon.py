@@ -10,6 +10,7 @@ import optax
 
 from gcx._names import match_all
 from gcx.optax._layouts import Layouts, plan
+from gcx.optax._models._parameters import IN_GROUPS
 from gcx.optax._names import is_none
 from gcx.plan import PlanRow
 
@@ -20,8 +21,12 @@ def muon_dimension_numbers(
     """Tell `optax.contrib.muon` which axes of each weight make a matrix, and which are a stack.
 
     The fan-in is the reduction axis, and ``o`` the output axis. Each entry of a stack (``b``) is a
-    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam. The
-    groups of a grouped convolution together make one matrix. Needs optax 0.2.6.
+    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam.
+    Needs optax 0.2.6.
+
+    The dimension numbers cannot split an axis. A convolution in groups is a stack along its
+    outputs, so exclude it; this function names it if `layouts` is from the model. A mapping of your
+    own, or a preset, does not tell the groups.
 
     Parameters
     ----------
@@ -41,8 +46,8 @@ def muon_dimension_numbers(
     Raises
     ------
     TypeError, ValueError
-        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter, or
-        a layout splits an axis.
+        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter.
+        A ValueError that names the weights in groups, or with a layout that splits an axis.
 
     Examples
     --------
@@ -59,18 +64,25 @@ def muon_dimension_numbers(
     is_several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
     keys: Iterable[Any] = exclude if is_several else [exclude]
     excluded = match_all(keys, [row.name for row in rows], what="exclude")
+    split = [row for row in rows if row.name not in excluded and _is_split(row)]
+    if split:
+        weights = ", ".join(f"{row.name} ({row.layout!r}, {row.reason})" for row in split)
+        msg = f"Muon's dimension numbers cannot split an axis: name in exclude= {weights}"
+        raise ValueError(msg)
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
     structure = jax.tree.structure(params, is_leaf=is_none)
     tree = jax.tree.unflatten(structure, numbers)
     return (lambda _: tree) if callable(tree) else tree
 
 
+def _is_split(row: PlanRow) -> bool:
+    """Return True for matrices that are a stack along a part of an axis."""
+    return row.layout is not None and (row.layout.is_split or row.reason.endswith(IN_GROUPS))
+
+
 def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
     if row.layout is None or len(row.shape) < 2:
         return None
-    if row.layout.is_split:
-        msg = f"{row.name}: {row.layout!r} splits an axis, which Muon cannot: name it in exclude="
-        raise ValueError(msg)
     letters = row.layout.letters(len(row.shape))
     reduction, output = (
         tuple(axis for axis, found in enumerate(letters) if found == letter) for letter in "io"

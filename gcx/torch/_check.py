@@ -43,7 +43,8 @@ def check_plan(
     """Run the model once, and compare how it uses its weights with the plan.
 
     Each operation in which a centralized weight meets data runs again with random data. Autograd
-    tells which entries of the weight feed one output; the plan expects the entries of one unit.
+    tells which entries of the weight feed one output; the plan expects the entries of one unit. The
+    data are the same in each call, and torch's random state stays as it is.
 
     Parameters
     ----------
@@ -120,6 +121,7 @@ class _Uses(TorchFunctionMode):
         for name, weight in self._weights.items():
             self._origin[weight] = frozenset({name})
         self._mark(data, _DATA)
+        self._draws = torch.Generator().manual_seed(0)  # the global one is the user's
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -172,7 +174,7 @@ class _Uses(TorchFunctionMode):
     ) -> bool:
         """Record what the outputs depend on; return True if they do not depend on the data."""
         # From 0.5 to 1.5: no product is zero.
-        new = [(torch.rand_like(x) + 0.5).detach().requires_grad_() for x in data]
+        new = [(_draw(x, self._draws) + 0.5).requires_grad_() for x in data]
         with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
             results = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
             numbers = [x.flatten() for x in results if x.is_floating_point()]
@@ -181,7 +183,8 @@ class _Uses(TorchFunctionMode):
                 return True
             for name in names:
                 weight, layout = self._weights[name], self._layouts[name]
-                for problem in _compare(output, new, made, weight, layout, use=use):
+                problems = _compare(output, new, made, weight, layout, draws=self._draws, use=use)
+                for problem in problems:
                     self.found[name] = self.found.get(name) or problem
         return False
 
@@ -193,6 +196,7 @@ def _compare(
     weight: Tensor,
     layout: Layout,
     *,
+    draws: torch.Generator,
     use: str,
 ) -> Iterator[str]:
     """Compare some outputs with the layout of a weight: a sentence, or "" where they agree.
@@ -201,7 +205,7 @@ def _compare(
     """
     view, axes = layout.split(tuple(weight.shape))
     letters = layout.letters(weight.ndim)
-    for k in torch.randint(len(output), (_OUTPUTS_TRIED,)).tolist():
+    for k in torch.randint(len(output), (_OUTPUTS_TRIED,), generator=draws).tolist():
         grad, *others = _derivatives(output[k], [weight, *data])
         if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
             continue
@@ -212,7 +216,7 @@ def _compare(
         if units.sum() == 1 and "conv" in use and not whole.equal(units):
             # At an edge, an output sees a part of the kernel; all outputs together see all of it.
             total, *direct = torch.autograd.grad(
-                output @ torch.rand_like(output), [weight, *made], retain_graph=True
+                output @ _draw(output, draws), [weight, *made], retain_graph=True
             )
             if not all((x != 0).all() for x in direct):
                 continue  # padding hides a part of the kernel from this input
@@ -237,6 +241,10 @@ def _is_stack(enters: Tensor, letters: str) -> bool:
     places = enters.nonzero()
     varies = (places != places[0]).any(0).tolist()
     return {letter for letter, moves in zip(letters, varies, strict=True) if moves} == {"b"}
+
+
+def _draw(like: Tensor, draws: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=draws, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -28,6 +28,9 @@ _BOTH_SIDES = LeaveAlone("used from both sides: no axis is fan-in alone")
 _DIRECTIONS = LeaveAlone("rotation: coordinates or directions of it")
 _MIXING = LeaveAlone("coefficients that mix weights or vectors")
 _PRODUCT = LeaveAlone("factor of a product element by element, or of three factors")
+_SPREAD = LeaveAlone("spread of a random weight")
+_EDGE = LeaveAlone("of one edge alone: a curve, a scale or a mask")
+_DIAGONAL = LeaveAlone("its diagonal may stay zero, and the mean would move it")
 _OF_ONE_SIGN = LeaveAlone("enters as its magnitude, so no mean of it is kept")
 
 # By the qualified names of the classes. Globs are as narrow as they can be: a class of the same
@@ -98,18 +101,48 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "peft.tuners.trainable_tokens.*": {"trainable_tokens_delta.*": EMBEDDING},
     "peft.tuners.vblora.*": {"vblora_logits_*.*": _MIXING, "vblora_vector_bank.*": _MIXING},
     # Other packages.
+    "axial_positional_embedding.*": {"weights.*": _POSITION},
+    "bayesian_torch.layers.*.Linear*": {"mu_weight": "oi", "rho_weight": _SPREAD},
+    "bayesian_torch.layers.*.Conv?d*": {"mu_kernel": "o...", "rho_kernel": _SPREAD},
+    "blitz.modules.*.BayesianLinear": {"weight_mu": "oi", "weight_sampler.mu": "oi"},
+    "blitz.modules.*.BayesianConv*": {"weight_mu": "o...", "weight_sampler.mu": "o..."},
+    "blitz.modules.*.BayesianEmbedding": {"weight*mu": EMBEDDING, "weight_sampler.mu": EMBEDDING},
+    "blitz.modules.*.Bayesian*": {
+        "weight_[ih]h_mu": "io",
+        "weight_[ih]h_sampler.mu": "io",
+        "*_rho": _SPREAD,
+        "*_sampler.rho": _SPREAD,
+    },
+    "deepctr_torch.layers.interaction.InteractingLayer": {"W_*": "io"},
+    "deepctr_torch.layers.interaction.AFMLayer": {"attention_W": "io", "projection_*": "io"},
+    "deepctr_torch.layers.interaction.CrossNetMix": {"[CU]_list": "bboi", "V_list": "bbio"},
+    "deepctr_torch.layers.sequence.A*GRUCell": {"weight_*": "oi"},
     "denoising_diffusion_pytorch.karras_unet*.Conv*": {"weight": "o..."},
     "denoising_diffusion_pytorch.karras_unet*.Linear": {"weight": "oi"},
     "denoising_diffusion_pytorch.*": {"g": NORM, "weights": _POSITION},
+    "e3nn.nn._fc._Layer": {"weight": "io"},
+    "gpytorch.variational.*": {"inducing_points": _TOKEN, "chol_variational_covar": _SPREAD},
+    "kan.KANLayer.KANLayer": {"*": _EDGE},
     "litgpt.lora.*": {"lora_[AB]": "oi"},
     "litgpt.model.*Router": {"weight": "oi"},
     "loralib.layers.Embedding": {"lora_A": EMBEDDING, "lora_B": "oi"},
     "loralib.layers.Conv*": {"lora_[AB]": _INTERLEAVED},
+    "ncps.torch.ltc_cell.LTCCell": {"*": _EDGE},
+    "neuralop.layers.skip_connections.SoftGating": {"weight": _SCALE},
+    "norse.torch.module.*": {"input_weights": "oi", "recurrent_weights": _DIAGONAL},
+    "normflows.flows.mixing.*": {"W": _BOTH_SIDES},
     "open_clip.transformer.Attention": {"in_proj_weight": "oi"},
     "open_clip.*": {"text_projection": "io", "proj": "io", "query": _TOKEN},
     "clip.model.*": {"text_projection": "io", "proj": "io"},
+    "product_key_memory.*.PKM": {"keys": "bobi"},
+    "rtdl.modules.NumericalFeatureTokenizer": {"weight": EMBEDDING},
+    "rtdl_num_embeddings.LinearEmbeddings": {"weight": EMBEDDING},
+    "rtdl_num_embeddings._Periodic": {"weight": _SCALE},
+    "rtdl_num_embeddings._NLinear": {"weight": "bio"},
     "speechbrain.nnet.attention.*": {"*_proj_weight": "oi"},
     "speechbrain.nnet.hypermixing.*": {"fc[12]_weights": "boi", "fc[12]_biases": BIAS},
+    "tab_transformer_pytorch.*": {"shared_category_embed": EMBEDDING},
+    "tltorch.utils.parameter_list.FactorList": {"factor_*": _PRODUCT},
     "torch_geometric.nn.dense.linear.Linear": {"weight": "oi"},
     "torch_geometric.nn.dense.linear.HeteroLinear": {"weight": "bio"},
     "torch_geometric.nn.*.antisymmetric_conv.*": {"W": _BOTH_SIDES},
@@ -121,6 +154,7 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "torch_geometric.nn.*.gated_graph_conv.*": {"weight": "bio"},
     "torch_geometric.nn.*.han_conv.*": {"lin_src.*": _ATTENTION, "lin_dst.*": _ATTENTION},
     "torch_geometric.*": {"att*": _ATTENTION, "q": _ATTENTION, "p_rel.*": _SCALE},
+    "vector_quantize_pytorch.*": {"embed": EMBEDDING},
     "vit_pytorch.*": {"scale": _SCALE, "mix_heads_*": _MIXING, "reattn_weights": _MIXING},
     "zuko.nn.MonotonicLinear": {"weight": _OF_ONE_SIGN},
     # Names that mean something else elsewhere.
@@ -136,6 +170,14 @@ def _experts(layer: Any) -> Mapping[str, Answer]:
     """Stacks (experts, out, in), or (experts, in, out): which of the two, the layer must say."""
     is_transposed = getattr(layer, "is_transposed", None)
     return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
+
+
+def _cond_conv(layer: Any) -> Mapping[str, Answer]:
+    """Read kernels (out, in / groups, height, width), one flattened kernel a row."""
+    groups, outputs = layer.groups, layer.out_channels
+    if groups == 1:
+        return {"weight": Layout("b(oi...)", o=outputs)}
+    return {"weight": Layout("b(boi...)", b=groups, o=outputs // groups)}
 
 
 def _lily(layer: Any) -> Mapping[str, Answer]:
@@ -164,6 +206,27 @@ def _rgcn(layer: Any) -> Mapping[str, Answer]:
     return {**found, "[qke]": "io", "comp": _MIXING, "att": _MIXING, "[lb][12]": _SCALE}
 
 
+def _hyper_connection(layer: Any) -> Mapping[str, Answer]:
+    """Read maps from a stream to its coefficients; there may be a stack of them."""
+    into = getattr(layer, "dynamic_alpha_fn", None)
+    back = getattr(layer, "dynamic_beta_fn", None)
+    return {
+        "dynamic_alpha_fn": "bio" if getattr(into, "ndim", 2) == 3 else "io",
+        "dynamic_beta_fn": "io" if getattr(back, "ndim", 1) == 2 else _MIXING,
+        "static_*": _MIXING,
+    }
+
+
+def _spectral(layer: Any) -> Mapping[str, Answer]:
+    """Read a stack of matrices (in, out), one for each Fourier mode."""
+    modes = "b" * layer.order
+    return {"weight.tensor": _PRODUCT if layer.separable else f"io{modes}"}
+
+
+def _cross_net(layer: Any) -> Mapping[str, Answer]:
+    return {"kernels": "bio" if layer.parameterization == "vector" else "boi"}
+
+
 def _read(names: Mapping[LeaveAlone, str]) -> Mapping[str, LeaveAlone]:
     return {name: reason for reason, line in names.items() for name in line.split()}
 
@@ -173,10 +236,11 @@ NAMES_ANYWHERE = _read(
     {
         _POSITION: "*pos_emb* *positional_* *position_embedding* *position_bias* *rel_pos_* "
         "attention_biases",
-        _TOKEN: "*_token *_tokens class_embedding mem_kv mem_[kv]",
+        _TOKEN: "*_token *_tokens class_embedding mem_kv mem_[kv] null_kv latents slot_embeds",
         BIAS: "bias *_bias *bias_[uv] beta",
-        _SCALE: "gamma layer_scale* *logit_scale temperature q_scale k_scale *_q_scale *_k_scale "
-        "head_scale*",
+        _SCALE: "gamma gamma.* layer_scale* *logit_scale temperature q_scale k_scale *_q_scale "
+        "*_k_scale head_scale* scale_shift_table",
+        _RECURRENCE: "A_log",
     }
 )
 
@@ -216,9 +280,10 @@ PACKAGES: Mapping[str, Rule[Any]] = {
         "lora_[AB]": "oi",
         **({"weight": "io"} if layer.fan_in_fan_out else {}),
     },
-    "timm.layers.cond_conv2d.CondConv2d": lambda layer: {
-        "weight": Layout("b(oi...)", o=layer.out_channels)
-    },
+    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
+    "hyper_connections.*": _hyper_connection,
+    "neuralop.layers.spectral_convolution.SpectralConv": _spectral,
+    "deepctr_torch.layers.interaction.CrossNet": _cross_net,
     "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
     **_BY_CLASS,
     "zuko.nn.Linear": lambda layer: {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -13,22 +15,39 @@ import torch
 from torch import nn
 
 import gcx.torch
-from benchmarks.coverage.packages import PACKAGES
+from benchmarks.coverage.more_packages import MORE_PACKAGES, Build
+from benchmarks.coverage.packages import PACKAGES, Sample
 from benchmarks.coverage.report import main
+from benchmarks.coverage.stand_ins import import_package
 from gcx import Layout
 
 from torch_fan_in import unknown_in
 
-MODELS = [(package, model) for package, models in PACKAGES.items() for model in models]
+MODELS: dict[str, Callable[[], Sample]] = {
+    **{
+        f"{package} {name}": make
+        for package, kinds in PACKAGES.items()
+        for name, make in kinds.items()
+    },
+    **{
+        f"{package} {build.path}": partial(build.sample, package)
+        for package, builds in MORE_PACKAGES.items()
+        for build in builds
+        if isinstance(build, Build) and build.shapes
+    },
+}
 
 
-@pytest.mark.parametrize(("package", "name"), MODELS, ids=map(": ".join, MODELS))
-def test_plan_of_a_package_agrees_with_a_forward_pass(package: str, name: str) -> None:
+@pytest.mark.parametrize("case", MODELS)
+def test_plan_of_a_package_agrees_with_a_forward_pass(case: str) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of these packages themselves
-        pytest.importorskip(package, exc_type=ImportError)
-        model, inputs, keywords = PACKAGES[package][name]()
+        try:
+            import_package(case.partition(" ")[0])
+        except ImportError as error:
+            pytest.skip(str(error))
+        model, inputs, keywords = MODELS[case]()
     assert unknown_in(model) == []
     found = gcx.torch.check_plan(model.eval(), *inputs, **keywords)
     assert found.disagree == {}
@@ -97,6 +116,10 @@ def test_coverage_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_kernels_of_experts_are_a_view() -> None:
     cond = type("CondConv2d", (nn.Module,), {"__module__": "timm.layers.cond_conv2d"})()
-    cond.out_channels = 4
+    cond.out_channels, cond.groups = 4, 1
     cond.weight = nn.Parameter(torch.zeros(3, 4 * 2 * 9))
     assert gcx.torch.plan(cond)["weight"].layout == Layout("b(oi...)", o=4)
+    cond.groups = 2
+    found = gcx.torch.matrices(cond).split("weight", cond.weight)
+    groups = [group for kernel in cond.weight.view(3, 4, 18) for group in kernel.chunk(2)]
+    assert torch.equal(found, torch.stack(groups))

@@ -76,10 +76,12 @@ def test_multi_query_attention_of_timm() -> None:
     assert layouts == {"query_proj": "ooi", "key_proj": "io", "value_proj": "io", "out_proj": "oii"}
 
 
-def test_mixture_of_kernels_of_timm() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mixture_of_kernels_of_timm(groups: int) -> None:
     torch.manual_seed(0)
-    layer = import_module("timm.layers.cond_conv2d").CondConv2d(3, 4, 3, num_experts=2)
-    outputs = channels(layer(torch.rand(2, 3, 5, 5), torch.rand(2, 2)))
+    kind = import_module("timm.layers.cond_conv2d").CondConv2d
+    layer = kind(6, 4, 3, groups=groups, num_experts=2)
+    outputs = channels(layer(torch.rand(2, 6, 5, 5), torch.rand(2, 2)))
     assert_fan_in_is_support(layer, outputs, "weight", units_per_output=2)
 
 

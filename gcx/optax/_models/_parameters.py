@@ -15,17 +15,20 @@ from gcx.plan import LeaveAlone, PlanRow
 
 Shape = tuple[int, ...]
 
+IN_GROUPS = " in groups"  # ends the reason for such a convolution
+
 _AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
 
 
 class SingleLayer(NamedTuple):
-    """Answer of a rule that also knows the shape of the weight in a single layer.
+    """Answer of a rule that also knows the shape of the weight in a single layer, or has groups.
 
     The shape tells the axes of a stack from the others.
     """
 
     layout: str
-    shape: Shape
+    shape: Shape | None = None
+    is_grouped: bool = False  # the outputs are in groups, each with inputs of its own
 
 
 LayerAnswer = Answer | SingleLayer
@@ -40,7 +43,9 @@ def decide_in_stack(
     `shape` has the axes of the stack; the layer itself sees `own_shape`, if that is known.
     """
     if isinstance(answer, SingleLayer):
-        answer, own_shape = answer
+        own_shape = answer.shape or own_shape
+        rule += IN_GROUPS if answer.is_grouped else ""
+        answer = answer.layout
     if isinstance(answer, LeaveAlone) and answer.reason.startswith("unknown"):
         own = shape if own_shape is None else own_shape
         answer = LeaveAlone(no_fan_in(own) or answer.reason)

@@ -69,7 +69,7 @@ def _convolution(layer: Any) -> Answers:
     # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
-    return {"weight": SingleLayer("o...", shape), "bias": BIAS}
+    return {"weight": SingleLayer("o...", shape, is_grouped=layer.groups > 1), "bias": BIAS}
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:

@@ -135,8 +135,9 @@ def _linen_dense_general(layer: Any) -> Answers:
 def _convolution(layer: Any) -> Answers:
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
     layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
-    is_nnx = hasattr(layer, "kernel_shape")
-    kernel = SingleLayer(layout, layer.kernel_shape) if is_nnx else layout
+    is_grouped = getattr(layer, "feature_group_count", 1) > 1
+    shape = getattr(layer, "kernel_shape", None)  # of nnx
+    kernel = SingleLayer(layout, shape, is_grouped=is_grouped)
     return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
-from gcx.optax._models._parameters import LayerAnswer, Seen, decide_all, join, trace_shapes
+from gcx.optax._models._parameters import (
+    Answers,
+    LayerAnswer,
+    Seen,
+    SingleLayer,
+    decide_all,
+    join,
+    trace_shapes,
+)
 from gcx.plan import PlanRow
 
 
@@ -47,14 +55,18 @@ def decide(
 
 
 def _convolution(layout: str) -> Rule[LayerAnswer]:
-    return lambda layer: {"w": layout if layer.mask is None else MASKED, "b": BIAS}
+    def rule(layer: Any) -> Answers:
+        weight = SingleLayer(layout, is_grouped=getattr(layer, "feature_group_count", 1) > 1)
+        return {"w": weight if layer.mask is None else MASKED, "b": BIAS}
+
+    return rule
 
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
     "haiku.*.ConvND": _convolution("...o"),
-    "haiku.*.DepthwiseConvND": {"w": "...o", "b": BIAS},
+    "haiku.*.DepthwiseConvND": {"w": SingleLayer("...o", is_grouped=True), "b": BIAS},
     "haiku.*.ConvNDTranspose": _convolution("...oi"),
     "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},

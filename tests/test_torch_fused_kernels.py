@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gcx.backends import _torch_cuda
 from gcx.backends.cuda.launcher import Schedule
 from gcx.testing import assert_centralized
-from gcx.torch import _fused_step
 from gcx.torch._fused import SGD, AdamW
 
 from copies import COPIES

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-<<<<<<< HEAD
-=======
 import warnings
-from contextlib import nullcontext
->>>>>>> torchdiet
 from functools import partial
 from typing import Any
 from weakref import ref

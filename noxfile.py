@@ -142,9 +142,7 @@ def kernels(session: nox.Session) -> None:
     """Test the GPU kernels without a GPU: emulated on the CPU, and compiled."""
     install(session, "-e.", "kernels")
     packages = "--packages=cupy,cuda.bindings.nvrtc,ml_dtypes"
-    run_pytest(
-        session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch"
-    )
+    run_pytest(session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch")
 
 
 @nox.session(python=RUNNING)

@@ -189,7 +189,7 @@ def extras(session: nox.Session, extra: str) -> None:
         session.env["KERAS_BACKEND"] = "jax"
         session.run("python", "-m", "gcx")
         run_pytest(session, *OF_THE_PACKAGE, f"--packages={extra}", "--backends=numpy")
-        run_pytest(session, "tests/examples/test_documents.py", "-k", page)
+        run_pytest(session, "tests/examples/test_documents.py", "-k", f"python_block and {page}")
 
 
 @nox.session(python=RUNNING)

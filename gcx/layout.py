@@ -189,7 +189,7 @@ def _list_parts(axis: str) -> list[str]:
     >>> _list_parts("(oi...)"), _list_parts("i")
     (['o', 'i'], ['i'])
     """
-    letters = _PART.sub(lambda found: found[0].replace(_ELLIPSIS, "i"), axis.strip("()"))
+    letters = axis.strip("()").replace(_ELLIPSIS, "i")
     return [*re.sub("i+", "i", letters)]
 
 

@@ -65,11 +65,11 @@ OF_THE_PACKAGE = ("tests/test_canary.py", "tests/test_public_api.py")
 
 # The extras of the wheel that run anywhere: where their examples are, and what these need besides.
 EXTRAS = {
-    "numpy": ("README",),
-    "torch": ("README",),
-    "jax": ("README", "flax"),
-    "keras": ("keras", "jax", "scikit-learn"),
-    "thinc": ("thinc", "spacy", "scikit-learn"),
+    "numpy": "README",
+    "torch": "README",
+    "jax": "README flax",
+    "keras": "keras jax scikit-learn",
+    "thinc": "thinc spacy scikit-learn",
 }
 DIST = ROOT / "dist"
 
@@ -178,7 +178,7 @@ def wheel(session: nox.Session) -> None:
 @nox.parametrize("extra", list(EXTRAS), ids=list(EXTRAS))
 def extras(session: nox.Session, extra: str) -> None:
     """Install the wheel with one extra, and run the examples that this serves, off the checkout."""
-    page, *besides = EXTRAS[extra]
+    page, *besides = EXTRAS[extra].split()
     install(session, f"{built_wheel()}[{extra}]", *besides, "core-test")
     with TemporaryDirectory() as folder, session.chdir(folder):
         for name in ("tests", "docs"):

@@ -103,7 +103,7 @@ def lowest(session: nox.Session, extra: str) -> None:
     """Run the tests with the oldest releases that an extra allows; needs uv."""
     session.install("--resolution", "lowest-direct", f"-e.[{extra}]")
     install(session, "core-test")
-    # torch 2.6 comes from PyPI, with gigabytes of CUDA libraries.
+    # The oldest torch comes from PyPI, with gigabytes of CUDA libraries.
     run_pytest(session, f"--backends={extra}", *IN_PARALLEL)
 
 

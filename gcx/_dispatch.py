@@ -87,5 +87,5 @@ def _find(array: Any) -> Any:
 def _describe(value: Any) -> str:
     name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, (list, tuple, dict)):
-        return f"a {name}; use gcx.centralize_many for a {name} of arrays"
+        return f"a {name}; make it an array, or use gcx.centralize_many for a {name} of arrays"
     return name

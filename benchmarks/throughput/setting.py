@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.throughput.timing import machine
-from gcx._version import __version__
+from gcx import __version__
 
 __all__ = [
     "Setting",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import command, on_digits
+from benchmarks.paper import command, small_data
 from benchmarks.paper.cifar100 import driver
 
 from outcomes import TABLE_1, arms
@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
         seen.update(data=data, folder=folder, **others)
         return []
 
-    monkeypatch.setattr(on_digits, "sections", digits)
+    monkeypatch.setattr(small_data, "sections", digits)
     monkeypatch.setattr(driver, "run", cifar100)
     monkeypatch.chdir(tmp_path)
     return seen

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from benchmarks.paper import energy
-from benchmarks.paper.digits import ALL
+from benchmarks.paper.tasks import ALL
 from benchmarks.paper.network import Network
 
 import reference

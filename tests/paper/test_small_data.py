@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.paper import on_digits, store, study
+from benchmarks.paper import small_data, store, study
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.command import PARTS
 from benchmarks.paper.training import Grid
@@ -41,10 +41,10 @@ def make_up(studies: list[study.Study], folder: Path, *, seeds: int | None) -> N
 
 def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(on_digits, "run", make_up)
-    monkeypatch.setattr(on_digits, "energy_table", lambda: ["a table"])
-    monkeypatch.setattr(on_digits, "draw", lambda folder, along: drawn.append(along) or [])
-    paths = list(on_digits.sections(PARTS, tmp_path, hardly=True))
+    monkeypatch.setattr(small_data, "run", make_up)
+    monkeypatch.setattr(small_data, "energy_table", lambda: ["a table"])
+    monkeypatch.setattr(small_data, "draw", lambda folder, along: drawn.append(along) or [])
+    paths = list(small_data.sections(PARTS, tmp_path, hardly=True))
     assert [path.name for path in paths] == [f"{name}.md" for name in [*TABLES, "machine"]]
     assert all(path.read_text().strip() for path in paths)
     assert len(drawn) == 1

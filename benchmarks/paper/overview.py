@@ -2,93 +2,107 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from math import isclose
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.paper.figures import VERDICT_STYLES
 from benchmarks.paper.grids import ADAM_RATE, CALM_RATE, DECAY, RATE
 from benchmarks.paper.rows import read_comparisons
-from benchmarks.paper.statistics import Comparison, as_family
+from benchmarks.paper.statistics import CONFIDENCE, Comparison, as_family
 from benchmarks.paper.style import save
 from benchmarks.paper.tasks import ALL
 
 __all__ = ["at_tuned_rates", "draw_overview"]
 
 SOURCES = ("table2", "kinds")
-UPDATE = " (update)"
-WIDTH, ROW = 3.9, 0.21  # inches: a phone shows it in about its own size
+WIDTH, ROW = 3.9, 0.2  # inches: about the width of a phone, which then shows it in its own size
+SHORT = {"SGDM": "SGD", "all images": "all", "20 images a class": "20 a class"}
 
 
 def draw_overview(folder: Path) -> Iterator[Path]:
     """Draw what the folder holds of `SOURCES`, once it holds all of them."""
     files = [folder / name / "comparisons.csv" for name in SOURCES]
     if all(file.exists() for file in files):
-        found = [c for file in files for c in read_comparisons(file)]
+        found = at_tuned_rates([c for file in files for c in read_comparisons(file)])
         path = folder / "overview.svg"
-        _draw(at_tuned_rates(found), path)
+        _draw(found, path)
         yield path
 
 
 def at_tuned_rates(found: Sequence[Comparison]) -> list[Comparison]:
-    """Choose those at the usual weight decay and the best rate without GC, as one family."""
-    return as_family([c for c in found if not c.cell.task.startswith("digits") or _is_best(c)])
+    """Choose those of the gradient at the rates that are best without GC, as one family."""
+    return as_family([c for c in found if c.arm == "gradient" and _is_at_best_rate(c)])
 
 
-def _is_best(comparison: Comparison) -> bool:
-    """Find those of the digits: their rates are two for SGDM, see `CALM_RATE`."""
+def _is_at_best_rate(comparison: Comparison) -> bool:
+    """Tell for the digits; all of the other data is trained at the best rate."""
     cell = comparison.cell
-    is_calm = cell.task == ALL.name and cell.network == "group norm"
-    sgd = CALM_RATE if is_calm else RATE
+    if not cell.task.startswith("digits"):
+        return True
+    sgd = CALM_RATE if (cell.task, cell.network) == (ALL.name, "group norm") else RATE
     best = {"SGDM": sgd, "Adam": ADAM_RATE[cell.network]}[cell.optimizer]
     return isclose(cell.learning_rate, best) and isclose(cell.weight_decay, DECAY)
 
 
 def _group(comparison: Comparison) -> str:
-    """Name the data and the norm."""
-    data, _, rest = comparison.cell.task.partition(", ")
-    network = comparison.cell.network
-    if network.endswith(" norm"):
-        return f"{data[0].upper()}{data[1:]}, {network}"
-    return f"{data[0].upper()}{data[1:]}, {network}"
+    """Name the data, and the norm or network."""
+    data, _, _ = comparison.cell.task.partition(", ")
+    return f"{data[0].upper()}{data[1:]}, {comparison.cell.network}"
 
 
 def _row(comparison: Comparison) -> str:
-    _, _, amount = comparison.cell.task.partition(", ")
-    few = amount if comparison.cell.network.endswith("norm") else ""
-    words = {"SGDM": "SGD"}.get(comparison.cell.optimizer, comparison.cell.optimizer)
-    place = UPDATE if comparison.arm == "update" else ""
-    short = {"all images": "all", "20 images a class": "20 a class", "40 pixels a class": ""}
-    return ", ".join(filter(None, [words + place, short.get(few, few)]))
+    """Name the optimizer, and of images how many there are."""
+    cell = comparison.cell
+    _, _, amount = cell.task.partition(", ")
+    words = [cell.optimizer, *([amount] if cell.network.endswith("norm") else [])]
+    return ", ".join(SHORT.get(word, word) for word in words)
 
 
 def _draw(found: Sequence[Comparison], path: Path) -> None:
-    ordered = sorted(found, key=_group)  # stable: groups in the order of their names
-    groups = {name: list(rows) for name, rows in groupby(ordered, _group)}
-    height = 1.3 + ROW * (len(found) + len(groups))
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    groups: dict[str, list[Comparison]] = {}
+    for c in found:
+        groups.setdefault(_group(c), []).append(c)
+    labels: list[str] = []
+    figure = Figure(figsize=(WIDTH, 1.5 + ROW * (len(found) + len(groups))), layout="constrained")
     axes = figure.subplots()
-    ticks: list[tuple[int, str]] = []
-    at = 0
     for name, rows in groups.items():
-        axes.text(
-            0.0,
-            at,
-            name,
-            weight="bold",
-            fontsize=8.5,
-            va="center",
-            transform=axes.get_yaxis_transform(),
-        )
-        at += 1
+        axes.axhspan(len(labels) - 0.45, len(labels) + 0.45, color="0.93")
+        labels.append(name)
         for c in rows:
             color, marker = VERDICT_STYLES[c.verdict]
+            at = len(labels)
+            axes.plot([c.paired.low, c.paired.high], [at, at], color=color, linewidth=2)
             filling = color if c.stands else "white"
-            axes.plot([c.paired.low, c.paired.high], [at, at], color=color)
             axes.plot([c.paired.difference], [at], marker, color=color, markerfacecolor=filling)
-            ticks.append((at, _row(c)))
-            at += 1
+            labels.append(_row(c))
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.tick_params("y", length=0)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    axes.set_xlabel(f"← worse with GC     points     better with GC →\n{CONFIDENCE:.0%} intervals")
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
+    _add_verdicts(figure, found)
     save(figure, path)
+
+
+def _add_verdicts(figure: Figure, found: Sequence[Comparison]) -> None:
+    counts = Counter(c.verdict for c in found)
+    figure.legend(
+        handles=[
+            Line2D([], [], color=color, marker=marker, label=f"{verdict}: {counts[verdict]}")
+            for verdict, (color, marker) in VERDICT_STYLES.items()
+        ],
+        title=f"filled: stands after Holm's correction for {len(found)}",
+        title_fontsize=8.5,
+        fontsize=8.5,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )

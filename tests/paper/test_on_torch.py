@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 import gcx.torch
 from benchmarks.paper import on_torch, training
 from benchmarks.paper.cells import BASE, Cell
-from benchmarks.paper.tasks import Task
 from benchmarks.paper.network import EPSILON, GROUPS, Network
+from benchmarks.paper.tasks import Task
 from benchmarks.paper.training import Grid
 
 from reference import fan_in_means

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_a_table_and_curves_for_each_network(
     assert text.startswith("## Title\n\n![")
     for network in NETWORKS:
         assert f"### Digits, 20 a class, {network}\n" in text
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["name.svg"]
+    text = section(outcomes, partial(write, unit="epoch"), tmp_path)
     names = {path.name for path in tmp_path.glob("*.svg")}
     assert names == {
         "name.svg",

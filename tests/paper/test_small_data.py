@@ -1,4 +1,4 @@
-"""All sections of the report on digits, of outcomes that are made up."""
+"""All sections of the report on small data, of outcomes that are made up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from benchmarks.paper.cells import Outcome
 from benchmarks.paper.command import PARTS
 from benchmarks.paper.training import Grid
 
-TABLES = ["table1", "table2", "regimes", "places", "rates", "libraries", "energy"]
+TABLES = [
+    *("table1", "table2", "regimes", "places", "rates", "tuning", "kinds"),
+    *("mnist_table1", "mnist_table2", "libraries", "energy"),
+]
 
 
 def made_up(grid: Grid, seeds: tuple[int, ...]) -> list[Outcome]:
@@ -44,8 +47,11 @@ def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(small_data, "run", make_up)
     monkeypatch.setattr(small_data, "energy_table", lambda: ["a table"])
     monkeypatch.setattr(small_data, "draw", lambda folder, along: drawn.append(along) or [])
+    monkeypatch.setattr(small_data.drift, "write_drift", lambda folder, hardly: [])
     paths = list(small_data.sections(PARTS, tmp_path, hardly=True))
-    assert [path.name for path in paths] == [f"{name}.md" for name in [*TABLES, "machine"]]
+    names = [*(f"{name}.md" for name in TABLES), "overview.svg", "machine.md"]
+    assert [path.name for path in paths] == names
     assert all(path.read_text().strip() for path in paths)
+    assert all("short run" in path.read_text() for path in paths[:9])
     assert len(drawn) == 1
     assert "a machine" in paths[-1].read_text()

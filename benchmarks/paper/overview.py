@@ -22,6 +22,7 @@ __all__ = ["at_tuned_rates", "draw_overview"]
 SOURCES = ("table2", "kinds")
 WIDTH, ROW = 3.9, 0.2  # inches: about the width of a phone, which then shows it in its own size
 SHORT = {"SGDM": "SGD", "all images": "all", "20 images a class": "20 a class"}
+SHORT["all images, 720 steps"] = "all, 720 steps"
 
 
 def draw_overview(folder: Path) -> Iterator[Path]:

@@ -72,7 +72,7 @@ def test_the_update_is_compared_with_the_gradient_where_both_are(tmp_path: Path)
     rows = [line for line in against.splitlines() if line.startswith("| update ")]
     assert len(rows) == 1
     assert "+3." in rows[0] or "+2.9" in rows[0]
-    assert "accuracy gradient" in against
+    assert "accuracy with GC on the gradient" in against
     assert "conv only" not in against
 
 

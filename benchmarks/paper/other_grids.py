@@ -59,7 +59,7 @@ TRIED: dict[Setting, Sequence[float]] = {
     },
     (SEQUENCES, Transformer(), "AdamW"): (0.0025, 0.005, 0.01, 0.02, 0.04),
     (SEQUENCES, Recurrent(), "Adam"): (0.0025, 0.005, 0.01, 0.02, 0.04),
-    (DIABETES, Perceptron(), "SGDM"): (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04),
+    (DIABETES, Perceptron(), "SGDM"): (0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04),
     (DIABETES, Perceptron(), "Adam"): (0.001, 0.0025, 0.005, 0.01, 0.02),
     (LONGER, BATCH_NORM, "SGDM"): (0.1, 0.2, 0.4, 0.8),
     (LONGER, GROUP_NORM, "SGDM"): (0.05, 0.1, 0.2),
@@ -68,13 +68,13 @@ TRIED: dict[Setting, Sequence[float]] = {
 BEST = (
     *(0.4, 0.02),  # MNIST, all images: batch norm
     *(0.1, 0.005),  # group norm
-    *(0.8, 0.04),  # MNIST, 20 images a class: batch norm
+    *(0.8, 0.08),  # MNIST, 20 images a class: batch norm
     *(0.1, 0.005),  # group norm
-    *(0.4, 0.04),  # Indian Pines: batch norm
+    *(0.4, 0.08),  # Indian Pines: batch norm
     *(0.4, 0.04),  # group norm
     0.005,  # transformer
     0.02,  # GRU
-    *(0.0025, 0.0025),  # perceptron
+    *(0.00125, 0.0025),  # perceptron
     *(0.4, 0.1),  # MNIST, 720 steps: batch norm, group norm
 )
 TUNED: dict[Setting, float] = dict(zip(TRIED, BEST, strict=True))

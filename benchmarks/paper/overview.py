@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from benchmarks.paper.figures import VERDICT_STYLES
 from benchmarks.paper.grids import ADAM_RATE, CALM_RATE, DECAY, RATE
 from benchmarks.paper.rows import read_comparisons
-from benchmarks.paper.statistics import CONFIDENCE, Comparison, as_family
+from benchmarks.paper.statistics import CONFIDENCE, Comparison, Verdict, as_family
 from benchmarks.paper.style import save
 from benchmarks.paper.tasks import ALL
 
@@ -86,7 +86,9 @@ def _draw(found: Sequence[Comparison], path: Path) -> None:
     axes.tick_params("y", length=0)
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in groups else "normal")
-    axes.set_xlabel(f"← worse with GC     points     better with GC →\n{CONFIDENCE:.0%} intervals")
+    axes.set_xlabel(
+        f"← worse with GC | better with GC →\ndifference in points, {CONFIDENCE:.0%} interval"
+    )
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     _add_verdicts(figure, found)
@@ -97,7 +99,13 @@ def _add_verdicts(figure: Figure, found: Sequence[Comparison]) -> None:
     counts = Counter(c.verdict for c in found)
     figure.legend(
         handles=[
-            Line2D([], [], color=color, marker=marker, label=f"{verdict}: {counts[verdict]}")
+            Line2D(
+                *([], []),
+                color=color,
+                marker=marker,
+                markerfacecolor="white" if verdict is Verdict.NOT_SHOWN else color,
+                label=f"{verdict}: {counts[verdict]}",
+            )
             for verdict, (color, marker) in VERDICT_STYLES.items()
         ],
         title=f"filled: stands after Holm's correction for {len(found)}",

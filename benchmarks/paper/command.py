@@ -20,7 +20,7 @@ from benchmarks.paper.files import check_folder
 
 PARTS = (
     *("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory"),
-    *("tuning", "kinds", "mnist", "drift"),
+    *("tuning", "kinds", "mnist", "indian-pines", "drift"),
 )
 WITHOUT_SEEDS = {"energy", "theory", "drift"}
 

@@ -7,12 +7,22 @@ from itertools import product
 
 from benchmarks.paper.cells import BASE
 from benchmarks.paper.grids import ADAM_RATIOS, DECAY, SGD_RATIOS, WEIGHT_DECAYS, Study
+from benchmarks.paper.labels import as_file_name
 from benchmarks.paper.network import Network
 from benchmarks.paper.other_networks import Perceptron, Recurrent, Transformer
 from benchmarks.paper.tasks import Task
 from benchmarks.paper.training import Grid, Learner
 
-__all__ = ["KINDS", "MNIST", "MNIST_SETTINGS", "TUNED", "TUNING", "Setting", "middle_rates"]
+__all__ = [
+    "INDIAN_PINES",
+    "KINDS",
+    "MNIST",
+    "MNIST_SETTINGS",
+    "TUNED",
+    "TUNING",
+    "Setting",
+    "middle_rates",
+]
 
 Setting = tuple[Task, Learner, str]
 
@@ -34,6 +44,7 @@ PINES = Task(
 )
 LONGER = Task("MNIST, all images, 720 steps", data="MNIST", steps=720, checkpoints=2)
 SEQUENCES = Task("MNIST, all images", data="MNIST", steps=300, checkpoints=2)
+LONGER_SEQUENCES = Task("MNIST, all images, 1200 steps", data="MNIST", steps=1200, checkpoints=2)
 DIABETES = Task("diabetes", classes=(), data="diabetes", steps=300, checkpoints=2)
 
 BATCH_NORM, GROUP_NORM = (Network(norm, stem_stride=4) for norm in NORMS)
@@ -63,6 +74,7 @@ TRIED: dict[Setting, Sequence[float]] = {
     (DIABETES, Perceptron(), "Adam"): (0.001, 0.0025, 0.005, 0.01, 0.02),
     (LONGER, BATCH_NORM, "SGDM"): (0.1, 0.2, 0.4, 0.8),
     (LONGER, GROUP_NORM, "SGDM"): (0.05, 0.1, 0.2),
+    (LONGER_SEQUENCES, Transformer(), "AdamW"): (0.0025, 0.005, 0.01),
 }
 # The best of them, by mean accuracy over seeds of their own, in the same order.
 BEST = (
@@ -76,6 +88,7 @@ BEST = (
     0.02,  # GRU
     *(0.00125, 0.0025),  # perceptron
     *(0.4, 0.1),  # MNIST, 720 steps: batch norm, group norm
+    0.005,  # transformer, 1200 steps
 )
 TUNED: dict[Setting, float] = dict(zip(TRIED, BEST, strict=True))
 
@@ -105,11 +118,11 @@ def _kinds() -> Study:
     return Study("kinds", "Five kinds of data and networks", tuple(programs.values()), seeds=PAIRS)
 
 
-def _mnist() -> Study:
-    """Both tables: the columns in the middle, which `KINDS` has, and the others."""
-    middle = KINDS.programs[: len(MNIST_SETTINGS)]
-    others = tuple(_other_columns(task, network) for task, network in MNIST_SETTINGS)
-    return Study("mnist", "MNIST", (*middle, *others), seeds=PAIRS)
+def _both_tables(name: str, settings: Sequence[tuple[Task, Network]]) -> Study:
+    """Take the columns in the middle, which `KINDS` has, and the others."""
+    middle = (grids for grids in KINDS.programs if (grids[0].task, grids[0].network) in settings)
+    others = (_other_columns(task, network) for task, network in settings)
+    return Study(as_file_name(name), name, (*middle, *others), seeds=PAIRS)
 
 
 def _other_columns(task: Task, network: Network) -> tuple[Grid, ...]:
@@ -132,4 +145,5 @@ def middle_rates() -> dict[tuple[str, str], dict[str, float]]:
 
 
 TUNING, KINDS = _tuning(), _kinds()
-MNIST = _mnist()
+MNIST = _both_tables("MNIST", MNIST_SETTINGS)
+INDIAN_PINES = _both_tables("Indian Pines", PINES_SETTINGS)

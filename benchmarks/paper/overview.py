@@ -22,7 +22,6 @@ __all__ = ["at_tuned_rates", "draw_overview"]
 SOURCES = ("table2", "kinds")
 WIDTH, ROW = 3.9, 0.2  # inches: about the width of a phone, which then shows it in its own size
 SHORT = {"SGDM": "SGD", "all images": "all", "20 images a class": "20 a class"}
-SHORT["all images, 720 steps"] = "all, 720 steps"
 
 
 def draw_overview(folder: Path) -> Iterator[Path]:
@@ -59,8 +58,9 @@ def _group(comparison: Comparison) -> str:
 def _row(comparison: Comparison) -> str:
     """Name the optimizer, and of images how many there are."""
     cell = comparison.cell
-    _, _, amount = cell.task.partition(", ")
-    words = [cell.optimizer, *([amount] if cell.network.endswith("norm") else [])]
+    _, *amounts = cell.task.split(", ")
+    is_of_two = cell.task.startswith(("digits", "MNIST")) and cell.network.endswith("norm")
+    words = [cell.optimizer, *(amounts if is_of_two else amounts[1:])]
     return ", ".join(SHORT.get(word, word) for word in words)
 
 

@@ -12,7 +12,7 @@ from benchmarks.paper.agreement import torch_table
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.energy import energy_table
 from benchmarks.paper.grids import ADAM_RATE, DECAY, IN_JAX, IN_TORCH, RATE, STUDIES, Study, brief
-from benchmarks.paper.other_grids import KINDS, MNIST, TUNING, middle_rates
+from benchmarks.paper.other_grids import INDIAN_PINES, KINDS, MNIST, TUNING, middle_rates
 from benchmarks.paper.overview import draw_overview
 from benchmarks.paper.report import (
     Write,
@@ -60,7 +60,7 @@ def sections(
         Only some of it, with few steps, to see that it runs.
     """
     note = SHORT if hardly else ""
-    every = [*STUDIES, TUNING, KINDS, MNIST, IN_JAX, IN_TORCH]
+    every = [*STUDIES, TUNING, KINDS, MNIST, INDIAN_PINES, IN_JAX, IN_TORCH]
     if hardly:
         every = [*map(brief, every)]
     *of_grids, in_jax, in_torch = every
@@ -90,10 +90,10 @@ def sections(
 def _sections(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Section]:
     """Give title, name, outcomes and writer of each section on a study."""
     table2 = partial(as_table2, rates=MIDDLE_RATES)
-    if study.name == MNIST.name:
+    if study.name in {MNIST.name, INDIAN_PINES.name}:
         for number, is_of, write in ((1, _is_of_table1, as_table1), (2, _is_of_table2, table2)):
             chosen = [o for o in outcomes if o.arm != "update" and is_of(o)]
-            yield f"{study.title}: Table {number}", f"mnist_table{number}", chosen, write
+            yield f"{study.title}: Table {number}", f"{study.name}-table{number}", chosen, write
         return
     writers: dict[str, Write] = {
         "table1": as_table1,

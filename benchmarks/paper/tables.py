@@ -184,8 +184,8 @@ def tuning(outcomes: Iterable[Outcome]) -> str:
     seeds = group[0].seeds
     caption = (
         "Mean test accuracy in percent (of the regression: variance explained) without GC, over "
-        f"seeds {seeds[0]} to {seeds[-1]}, which no comparison uses. The comparisons are made at the "
-        "best rate, in bold."
+        f"seeds {seeds[0]} to {seeds[-1]}, which no comparison uses. The best rate, in bold, is "
+        "taken for the comparisons."
     )
     return text(caption, "", *table(["task, network, optimizer", "rate: accuracy"], lines))
 

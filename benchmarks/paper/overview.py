@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MultipleLocator
 
 from benchmarks.paper.figures import VERDICT_STYLES
 from benchmarks.paper.grids import ADAM_RATE, CALM_RATE, DECAY, RATE
@@ -86,9 +87,9 @@ def _draw(found: Sequence[Comparison], path: Path) -> None:
     axes.tick_params("y", length=0)
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in groups else "normal")
-    axes.set_xlabel(
-        f"← worse with GC | better with GC →\ndifference in points, {CONFIDENCE:.0%} interval"
-    )
+    axes.xaxis.set_major_locator(MultipleLocator(5))
+    words = f"← worse with GC | better with GC →\ndifference in points, {CONFIDENCE:.0%} interval"
+    figure.suptitle(words, fontsize=10)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     _add_verdicts(figure, found)

@@ -37,13 +37,13 @@ IMAGES = 256  # of the test part
 
 @dataclass(frozen=True)
 class Watched:
-    """Values along the runs of one arm, each an array (seeds, looks), in percent but for `mean`.
+    """Values along the runs of one arm, in percent, each an array (seeds, looks).
 
     Attributes
     ----------
     mean : array
-        Mean weight of the units that have a ReLU before them, averaged over these units, over
-        the standard deviation of all their weights at the start.
+        Mean weight of the units that have a ReLU before them, averaged over these units, as a part
+        of the standard deviation of all their weights at the start.
     dead : array
         Share of the units with a ReLU behind them that no test image activates.
     zeros : array
@@ -72,7 +72,7 @@ def watch(network: Network, grid: Grid, seeds: Sequence[int]) -> dict[str, Watch
             for arm in grid.arms:
                 seen = train(grid, arm, start, *grid.cells[0], look=look).seen
                 means, dead, zeros = map(jnp.append, first, seen)
-                found[arm] = means / spread, 100 * dead, 100 * zeros
+                found[arm] = 100 * means / spread, 100 * dead, 100 * zeros
             return found
 
         return jax.lax.map(run, starts)
@@ -115,7 +115,7 @@ def _spread(weights: Weights) -> Any:
 
 # What is watched: its title and how a value is written.
 _WATCHED = {
-    "mean": "mean weight of the units\n(over the deviation at the start)",
+    "mean": "mean weight of the units\n(% of the deviation at the start)",
     "dead": "ReLU units that\nno image activates (%)",
     "zeros": "zeros among the outputs\nof all ReLUs (%)",
 }
@@ -136,6 +136,7 @@ def _draw(found: Mapping[str, Mapping[str, Watched]], steps: int, path: Path) ->
             axes.grid(alpha=0.3)
         column[0].set_title(name.split(", ")[-2], fontsize="medium")
         column[-1].set(xlabel="step")
+        column[1].set_ylim(0, max(5, column[1].get_ylim()[1]))  # of the dead: a scale for none
     for axes, title in zip(panels[:, 0], _WATCHED.values(), strict=True):
         axes.set_ylabel(title, fontsize="small")
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -159,7 +160,7 @@ def _lines(found: Mapping[str, Mapping[str, Watched]]) -> Iterator[str]:
             rows.append(
                 [
                     *(name, title.replace("\n", " ")),
-                    *(f"{value:.3f}" for value in (start, *ends)),
+                    *(f"{value:.2f}" for value in (start, *ends)),
                     *(interval(difference), p_value(difference.p)),
                 ]
             )

@@ -16,12 +16,11 @@ from matplotlib.lines import Line2D
 
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.labels import ARM_WORDS, GC_ON, describe, in_common, varying
+from benchmarks.paper.losses import running_mean, window_for
 from benchmarks.paper.statistics import (
     CONFIDENCE,
     Comparison,
     Verdict,
-    running_mean,
-    window_for,
 )
 from benchmarks.paper.style import ARM_COLORS, BLUE, GRAY, MORE_COLORS, VERMILION, save
 

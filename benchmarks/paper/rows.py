@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper.cells import BASE, Cell, Outcome
+from benchmarks.paper.losses import half_way_loss, steps_to
 from benchmarks.paper.statistics import (
     Comparison,
     Paired,
     Spread,
     Steps,
-    half_way_loss,
-    steps_to,
 )
 
 __all__ = ["read_comparisons", "write_comparisons", "write_runs"]

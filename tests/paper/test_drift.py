@@ -24,9 +24,9 @@ def watched() -> dict[str, drift.Watched]:
 def test_with_gc_the_mean_stays(watched):
     with_gc, without = watched["gradient"].mean, watched["without"].mean
     assert with_gc.shape == (2, 1 + TASK.checkpoints)
-    np.testing.assert_allclose(with_gc, with_gc[:, :1].repeat(3, axis=1), atol=1e-6)
+    np.testing.assert_allclose(with_gc, with_gc[:, :1].repeat(3, axis=1), atol=1e-4)
     np.testing.assert_array_equal(without[:, 0], with_gc[:, 0])
-    assert np.abs(without[:, -1] - without[:, 0]).min() > 1e-4
+    assert np.abs(without[:, -1] - without[:, 0]).min() > 1e-2
 
 
 def test_shares_are_those_of_the_start(watched):

@@ -283,10 +283,9 @@ def paper(session: nox.Session) -> None:
 def paper_tests(session: nox.Session) -> None:
     """Run the tests of what `paper` runs."""
     install(session, "-e.", "paper", "core-test")
+    paths = ("tests/test_canary.py", "tests/paper")
     packages = "--packages=scipy,sklearn,matplotlib,tqdm"
-    run_pytest(
-        session, "tests/test_canary.py", "tests/paper", packages, "--backends=numpy,torch,jax"
-    )
+    run_pytest(session, *paths, packages, "--backends=numpy,torch,jax", *IN_PARALLEL)
 
 
 @nox.session(python=RUNNING)

@@ -122,7 +122,8 @@ class Adam(Optimizer):
     where : {"gradient", "update", None}, optional
         ``"gradient"`` is as above; the division makes the fan-in means of the weights drift.
         ``"update"`` centralizes :math:`d_t` instead of the gradient; the means stay constant. This
-        is ``gc_loc=False`` in the authors' code, and their advice for Adam. None is plain Adam.
+        is ``gc_loc=False`` in the authors' code. :doc:`/where_in_the_step` says which to take.
+        None is plain Adam.
     betas : tuple of two floats, optional
         :math:`\beta_1` and :math:`\beta_2`, from 0 to below 1.
     eps : float, optional

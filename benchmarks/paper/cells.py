@@ -1,4 +1,4 @@
-"""What is compared, and what came out: shared by the study on digits and the one on CIFAR-100."""
+"""Cells and outcomes: shared by the study on small data and the one on CIFAR-100."""
 
 from __future__ import annotations
 

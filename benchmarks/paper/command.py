@@ -1,6 +1,7 @@
 """Train with Gradient Centralization and without, as in the paper, and compare.
 
-Without --data: small residual networks on scikit-learn's digits, on all cores of a CPU.
+Without --data: small networks on digits, MNIST, Indian Pines and a regression, on all cores of a
+CPU; all of this data ships in packages.
 With --data: ResNet-50 on CIFAR-100, on a GPU.
 What was cut short goes on where it was when it is started again.
 """
@@ -17,10 +18,14 @@ from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
 from benchmarks.paper.files import check_folder
 
-PARTS = ("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory")
+PARTS = (
+    *("table1", "table2", "regimes", "places", "rates", "libraries", "energy", "theory"),
+    *("tuning", "kinds", "mnist", "indian-pines", "drift"),
+)
+WITHOUT_SEEDS = {"energy", "theory", "drift"}
 
 
-DIGITS_ALONE = ("only", "brief")
+SMALL_ALONE = ("only", "brief")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,20 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", metavar="N", type=at_least(2), help="in each cell: an interval takes two"
     )
-    digits = parser.add_argument_group("digits, on a CPU")
-    digits.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
-    digits.add_argument("--brief", action="store_true", help="hardly train, to see that all runs")
+    small = parser.add_argument_group("small data, on a CPU")
+    small.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    small.add_argument("--brief", action="store_true", help="hardly train, to see that all runs")
     add_arguments(parser)
     options = parser.parse_args(arguments)
     is_cifar = bool(options.data or options.dry_run)
-    _refuse_options(parser, options, DIGITS_ALONE if is_cifar else DEFAULTS, is_cifar=is_cifar)
-    if options.seeds and options.only and set(options.only) <= {"energy", "theory"}:
-        parser.error("of no effect on energy and theory, which are of seed 0: --seeds")
+    _refuse_options(parser, options, SMALL_ALONE if is_cifar else DEFAULTS, is_cifar=is_cifar)
+    if options.seeds and options.only and set(options.only) <= WITHOUT_SEEDS:
+        parser.error(
+            "of no effect on energy, theory and drift, which have their own seeds: --seeds"
+        )
     folder = options.write or Path("paper-results-brief" if options.brief else "paper-results")
+    if options.brief:
+        print("A short run, to see that all works: its figures say nothing.", flush=True)
     try:
         if not options.dry_run:
             check_folder("--write", folder)
-        for path in (_cifar100 if is_cifar else _digits)(options, folder):
+        for path in (_cifar100 if is_cifar else _small_data)(options, folder):
             print(path, flush=True)
     except CannotRunError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -68,14 +77,16 @@ def _refuse_options(
     is_cifar: bool,
 ) -> None:
     """Refuse options that would be of no effect."""
-    where = "CIFAR-100 (--data, --dry-run)" if is_cifar else "digits, without --data or --dry-run"
+    where = (
+        "CIFAR-100 (--data, --dry-run)" if is_cifar else "small data, without --data or --dry-run"
+    )
     given = [f"--{name}" for name in names if getattr(options, name)]
     if given:
         parser.error(f"of no effect on {where}: {', '.join(given)}")
 
 
-def _digits(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
-    from benchmarks.paper.on_digits import sections
+def _small_data(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
+    from benchmarks.paper.small_data import sections
 
     return sections(options.only or PARTS, folder, seeds=options.seeds, hardly=options.brief)
 

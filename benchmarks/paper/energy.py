@@ -8,9 +8,9 @@ from typing import Any
 import optax
 
 import gcx.diagnostics.jax
-from benchmarks.paper.digits import ALL, BATCH
 from benchmarks.paper.markdown import table
 from benchmarks.paper.network import Network, Weights
+from benchmarks.paper.tasks import ALL, BATCH
 from benchmarks.paper.training import EVERY_WEIGHT
 from gcx.diagnostics import EnergyReport
 

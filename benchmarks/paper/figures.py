@@ -14,20 +14,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.paper.cells import BASE, Outcome
-from benchmarks.paper.labels import describe, in_common, varying
+from benchmarks.paper.cells import Outcome
+from benchmarks.paper.labels import ARM_WORDS, GC_ON, describe, in_common, varying
+from benchmarks.paper.losses import running_mean, window_for
 from benchmarks.paper.statistics import (
     CONFIDENCE,
     Comparison,
     Verdict,
-    running_mean,
-    window_for,
 )
 from benchmarks.paper.style import ARM_COLORS, BLUE, GRAY, MORE_COLORS, VERMILION, save
 
-__all__ = ["curves", "forest"]
+__all__ = ["VERDICT_STYLES", "curves", "forest"]
 
-_VERDICT_STYLES = {
+VERDICT_STYLES = {
     Verdict.HELPS: (BLUE, ">"),
     Verdict.NOT_SHOWN: (GRAY, "o"),
     Verdict.HURTS: (VERMILION, "<"),
@@ -82,11 +81,14 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     names = varying(cells)
     arms = list(dict.fromkeys(c.arm for c in comparisons))
     bases = dict.fromkeys(c.base_arm for c in comparisons)
-    what = f"Test accuracy: {' or '.join(arms)} minus {' or '.join(bases)}"
+    what = (
+        f"Test accuracy {' or '.join(ARM_WORDS[arm] for arm in arms)},\n"
+        f"minus {' or '.join(ARM_WORDS[base] for base in bases)}"
+    )
     figure = Figure(figsize=(9, 1.9 + 0.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
     for row, c in enumerate(comparisons):
-        color, marker = _VERDICT_STYLES[c.verdict]
+        color, marker = VERDICT_STYLES[c.verdict]
         filling = color if c.stands else "white"
         axes.plot([c.paired.low, c.paired.high], [row, row], color=color)
         axes.plot([c.paired.difference], [row], marker, color=color, markerfacecolor=filling)
@@ -160,7 +162,7 @@ def _add_arms(
     window = _range(window_for(outcome.loss) for outcome in outcomes)
     figure.legend(
         handles=[
-            Line2D([], [], color=color, linewidth=4, label=_arm_label(arm))
+            Line2D([], [], color=color, linewidth=4, label=ARM_WORDS[arm])
             for arm, color in colors.items()
         ],
         title=(
@@ -178,25 +180,21 @@ def _add_verdicts(figure: Figure, comparisons: Sequence[Comparison]) -> None:
     figure.legend(
         handles=[
             Line2D([], [], color=color, marker=marker, label=f"{verdict} ({counts[verdict]})")
-            for verdict, (color, marker) in _VERDICT_STYLES.items()
+            for verdict, (color, marker) in VERDICT_STYLES.items()
         ],
         title=(
             f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)}); "
             f"filled: stands after Holm's correction for all {len(comparisons)}"
         ),
         loc="outside lower center",
-        ncols=len(_VERDICT_STYLES),
+        ncols=len(VERDICT_STYLES),
         frameon=False,
     )
 
 
 def _row_label(comparison: Comparison, names: Sequence[str], arms: Sequence[str]) -> str:
-    arm = [comparison.arm] if len(arms) > 1 else []
+    arm = [f"GC on the {GC_ON[comparison.arm]}"] if len(arms) > 1 else []
     return ", ".join([*filter(None, [describe(comparison.cell, names)]), *arm])
-
-
-def _arm_label(arm: str) -> str:
-    return "without GC" if arm == BASE else f"with GC: {arm}"
 
 
 def _range(counts: Iterable[int]) -> str:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from benchmarks.paper.cells import Cell, Outcome
+from benchmarks.paper.cells import BASE, Cell, Outcome
 
-__all__ = ["describe", "grouped", "in_common", "title", "varying", "written"]
+__all__ = [
+    "ARM_WORDS",
+    "GC_ON",
+    "as_file_name",
+    "describe",
+    "grouped",
+    "in_common",
+    "title",
+    "varying",
+    "written",
+]
+
+# What each arm of a comparison has centralized.
+GC_ON = {"gradient": "gradient", "update": "update", "conv only": "gradient, convolutions alone"}
+ARM_WORDS = {BASE: "without GC", **{arm: f"with GC on the {on}" for arm, on in GC_ON.items()}}
 
 # As the supplement writes them: a learning rate of 0.0005, a weight decay of 5e-4.
 _PLAIN_FROM = {"learning_rate": 1e-4, "weight_decay": 1e-2}
@@ -59,3 +74,8 @@ def _short(value: float, *, plain_from: float) -> str:
         return f"{value:g}"
     mantissa, exponent = f"{value:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def as_file_name(words: str) -> str:
+    """Write words as a part of the name of a file."""
+    return re.sub(r"\W+", "-", words).strip("-").lower()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["CLASSES", "Network"]
+__all__ = ["CLASSES", "Network", "Statistics", "Weights", "he_normal"]
 
 CLASSES = 10
 GROUPS = 4
@@ -37,11 +37,18 @@ class Network:
         In each stage.
     width : int
         Channels of the first stage; the second has twice as many.
+    inputs, classes : int
+        Channels of the images, and outputs.
+    stem_stride : int
+        By how much the stem makes the image smaller; its kernel is 3 wide, or one more than that.
     """
 
     norm: str
     blocks: int = 1
     width: int = 16
+    inputs: int = 1
+    classes: int = CLASSES
+    stem_stride: int = 1
 
     @property
     def name(self) -> str:
@@ -51,7 +58,8 @@ class Network:
     def start(self, seed: int) -> tuple[Weights, Statistics]:
         """Draw initial weights, He normal, in NumPy: the same for every library."""
         rng = np.random.default_rng((seed, 0))
-        weights: Weights = {"stem": _convolution(rng, 1, self.width)}
+        stem = max(3, self.stem_stride + 1)
+        weights: Weights = {"stem": _convolution(rng, self.inputs, self.width, stem)}
         last = self.width
         for name, channels in self._stages():
             block = {
@@ -62,8 +70,8 @@ class Network:
                 block["shortcut"] = _convolution(rng, last, channels, size=1)
             weights[name], last = block, channels
         weights["head"] = {
-            "kernel": _he_normal(rng, (last, CLASSES)),
-            "bias": np.zeros(CLASSES, np.float32),
+            "kernel": he_normal(rng, (last, self.classes)),
+            "bias": np.zeros(self.classes, np.float32),
         }
         return weights, self._statistics(weights)
 
@@ -89,7 +97,18 @@ class Network:
         self, weights: Weights, statistics: Statistics, x: Any, *, training: bool
     ) -> tuple[Any, Statistics]:
         """Return logits (n, classes), and the running statistics after this batch."""
+        return self.look(weights, statistics, x, training=training)[:2]
+
+    def look(
+        self, weights: Weights, statistics: Statistics, x: Any, *, training: bool
+    ) -> tuple[Any, Statistics, list[Any]]:
+        """Return as well, for each ReLU, the share above 0 in each of its channels."""
         after: Statistics = {}
+        above: list[Any] = []
+
+        def rectified(x: Any) -> Any:
+            above.append((x > 0).mean((1, 2, 3)))
+            return jax.nn.relu(x)
 
         def convolved(name: str, layer: Weights, x: Any, stride: int = 1) -> Any:
             y = _convolve(layer["kernel"], x, stride)
@@ -100,28 +119,29 @@ class Network:
             return y * _by_channel(layer["scale"]) + _by_channel(layer["bias"])
 
         x = jnp.asarray(x).transpose(3, 1, 2, 0)
-        x = jax.nn.relu(convolved("stem", weights["stem"], x))
+        x = rectified(convolved("stem", weights["stem"], x, self.stem_stride))
         for name, _ in self._stages():
             block = weights[name]
             stride = 2 if "shortcut" in block else 1
-            y = jax.nn.relu(convolved(f"{name}/first", block["first"], x, stride))
+            y = rectified(convolved(f"{name}/first", block["first"], x, stride))
             y = convolved(f"{name}/second", block["second"], y)
             if "shortcut" in block:
                 x = convolved(f"{name}/shortcut", block["shortcut"], x, stride)
-            x = jax.nn.relu(x + y)
+            x = rectified(x + y)
         head = weights["head"]
-        return x.mean((1, 2)).T @ head["kernel"] + head["bias"], after
+        return x.mean((1, 2)).T @ head["kernel"] + head["bias"], after, above
 
 
 def _convolution(rng: np.random.Generator, last: int, channels: int, size: int = 3) -> Weights:
     return {
-        "kernel": _he_normal(rng, (size, size, last, channels)),
+        "kernel": he_normal(rng, (size, size, last, channels)),
         "scale": np.ones(channels, np.float32),
         "bias": np.zeros(channels, np.float32),
     }
 
 
-def _he_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+def he_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """Draw a kernel whose last axis is that of the outputs."""
     fan_in = np.prod(shape[:-1])
     return (rng.standard_normal(shape) * np.sqrt(2 / fan_in)).astype(np.float32)
 
@@ -140,7 +160,7 @@ def _convolutions(weights: Weights) -> list[tuple[str, Weights]]:
 def _convolve(kernel: Any, x: Any, stride: int) -> Any:
     """Convolve with same padding, as a matrix product over all patches."""
     size, _, _, channels = kernel.shape
-    _, height, width, n = x.shape
+    _, height, width, _ = x.shape
     around = size // 2
     padded = jnp.pad(x, ((0, 0), (around, around), (around, around), (0, 0)))
     shifts = [
@@ -150,7 +170,7 @@ def _convolve(kernel: Any, x: Any, stride: int) -> Any:
     ]
     patches = jnp.concatenate(shifts)
     product = kernel.reshape(-1, channels).T @ patches.reshape(len(patches), -1)
-    return product.reshape(channels, height // stride, width // stride, n)
+    return product.reshape(channels, *shifts[0].shape[1:])
 
 
 def _batch_norm(x: Any, running: Any, *, training: bool) -> tuple[Any, Any]:

@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 import gcx.torch
 from benchmarks.paper.cells import BASE, Outcome
-from benchmarks.paper.digits import Draw, Images, Task
+from benchmarks.paper.data import Samples
 from benchmarks.paper.network import EPSILON, GROUPS, RUNNING, Network, Weights
-from benchmarks.paper.training import CHECKPOINTS, MOMENTUM, Grid
+from benchmarks.paper.tasks import Draw, Task
+from benchmarks.paper.training import MOMENTUM, Grid
 
 __all__ = ["ResidualNetwork", "Trained", "outcomes", "train"]
 
@@ -70,6 +71,8 @@ def _outcome(grid: Grid, arm: str, seeds: tuple[int, ...], index: int) -> Outcom
 
 def train(grid: Grid, arm: str, seed: int, learning_rate: float, weight_decay: float) -> Trained:
     """One run."""
+    if not isinstance(grid.network, Network):
+        raise TypeError(grid.network)
     weights, _ = grid.network.start(seed)
     model = ResidualNetwork(grid.network, weights)
     if grid.pretraining is not None:
@@ -86,7 +89,7 @@ class ResidualNetwork(nn.Module):
     def __init__(self, network: Network, weights: Weights) -> None:
         super().__init__()
         blocks = [value for value in weights.values() if "first" in value]
-        self.stem = _convolution(network.norm, weights["stem"])
+        self.stem = _convolution(network.norm, weights["stem"], network.stem_stride)
         self.blocks = nn.Sequential(*(_Block(network.norm, block) for block in blocks))
         self.head = _dense(weights["head"])
 
@@ -164,7 +167,7 @@ def _fit(model: ResidualNetwork, optimizer: Optimizer, task: Task, draw: Draw) -
     labels = torch.tensor(draw.labels, dtype=torch.int64)
     schedule = _schedule(optimizer, task.steps)
     losses, accuracies = [], []
-    for batches in np.split(draw.batches, CHECKPOINTS):
+    for batches in np.split(draw.batches, task.checkpoints):
         model.train()
         for batch in torch.tensor(batches):
             optimizer.zero_grad()
@@ -189,7 +192,7 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def _tensors(images: Images) -> tuple[Tensor, Tensor]:
+def _tensors(images: Samples) -> tuple[Tensor, Tensor]:
     """Images (n, 1, height, width), and classes."""
     x = torch.tensor(images.x).permute(0, 3, 1, 2).contiguous()
     return x, torch.tensor(images.y, dtype=torch.int64)

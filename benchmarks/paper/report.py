@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.paper import figures, published, tables
+from benchmarks.paper import figures, published, rows, tables
 from benchmarks.paper.cells import BASE, Outcome
-from benchmarks.paper.labels import grouped
+from benchmarks.paper.labels import as_file_name, grouped
 from benchmarks.paper.statistics import Comparison, compare_all
 
 __all__ = [
     "Write",
+    "as_kinds",
     "as_map",
     "as_places",
     "as_rates",
     "as_table1",
     "as_table2",
+    "as_tuning",
     "write_comparisons",
     "write_section",
 ]
@@ -38,17 +39,17 @@ def write_comparisons(
     title: str, name: str, outcomes: Sequence[Outcome], folder: Path, write: Write
 ) -> Path:
     """Write a section that shows its figures, and all numbers as CSV in a folder of its name."""
-    tables.write_runs(outcomes, folder / name / "runs.csv")
-    tables.write_comparisons(compare_all(outcomes), folder / name / "comparisons.csv")
+    rows.write_runs(outcomes, folder / name / "runs.csv")
+    rows.write_comparisons(compare_all(outcomes), folder / name / "comparisons.csv")
     return write_section(title, name, write(outcomes, folder, name), folder)
 
 
 def as_table1(
-    outcomes: Sequence[Outcome], folder: Path, name: str, unit: str = "step"
+    outcomes: Sequence[Outcome], folder: Path, name: str, unit: str | None = None
 ) -> Iterator[str]:
-    """Write a table in the supplement's layout, and curves, for each task and network.
+    """Write a table in the supplement's layout for each task and network.
 
-    Curves are over steps or epochs, as `unit` says.
+    With a unit, such as ``"epoch"``, curves of the training are drawn over it.
     """
     yield from _tables(outcomes, folder, name, tables.table1, unit)
 
@@ -57,14 +58,15 @@ def as_table2(
     outcomes: Sequence[Outcome],
     folder: Path,
     name: str,
-    unit: str = "step",
-    rates: Mapping[str, Mapping[str, float]] | None = None,
+    unit: str | None = None,
+    rates: Mapping[tuple[str, str], Mapping[str, float]] | None = None,
 ) -> Iterator[str]:
-    """Write the same for Table 2; `rates` of a network stand for the paper's middle ones."""
+    """Write the same for Table 2; `rates` of task and network stand for the paper's middle ones."""
 
     def table(found: Sequence[Comparison], arm: str) -> str:
-        of_network = (rates or {}).get(found[0].cell.network, published.USUAL_RATE)
-        return tables.table2(found, arm, of_network)
+        cell = found[0].cell
+        here = (rates or {}).get((cell.task, cell.network), published.USUAL_RATE)
+        return tables.table2(found, arm, here)
 
     yield from _tables(outcomes, folder, name, table, unit)
 
@@ -83,15 +85,28 @@ def as_places(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[
     both = {outcome.cell for outcome in outcomes if outcome.arm == "update"}
     arms = [o for o in outcomes if o.cell in both and o.arm in {"gradient", "update"}]
     found = compare_all(arms, base="gradient")
-    tables.write_comparisons(found, folder / name / "update_against_gradient.csv")
+    rows.write_comparisons(found, folder / name / "update_against_gradient.csv")
     yield tables.comparisons(found)
+
+
+def as_kinds(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    """Write as `as_places` does, of tasks one of which is a regression."""
+    yield "Of the regression (diabetes) the accuracy is the share of the variance explained."
+    yield ""
+    yield from as_places(outcomes, folder, name)
 
 
 def as_rates(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
     """Write a map of all rates, and compare each arm at the rate that is best for it."""
     yield from as_map(outcomes, folder, name)
-    yield from ("### Each arm at its own best rate", "")
+    yield from ("### Each at its own best rate", "")
     yield tables.best_rates(outcomes)
+
+
+def as_tuning(outcomes: Sequence[Outcome], folder: Path, name: str) -> Iterator[str]:
+    """Write what each rate gave without GC; the best of each row is printed in bold."""
+    del folder, name
+    yield tables.tuning(outcomes)
 
 
 def _tables(
@@ -99,24 +114,21 @@ def _tables(
     folder: Path,
     name: str,
     table: Callable[[Sequence[Comparison], str], str],
-    unit: str,
+    unit: str | None,
 ) -> Iterator[str]:
     (arm,) = {outcome.arm for outcome in outcomes} - {BASE}
     found = compare_all(outcomes)
     yield from _forest(found, folder, name)
     for label, group in grouped(outcomes, "task", "network").items():
         cells = {outcome.cell for outcome in group}
-        curves = f"{name}-{_as_file_name(label)}.svg"
-        figures.curves(group, folder / curves, unit)
         yield from (f"### {label[0].upper()}{label[1:]}", "")
         yield table([c for c in found if c.cell in cells], arm)
-        yield from (f"![Training loss and test accuracy: {label}]({curves})", "")
+        if unit:
+            curves = f"{name}-{as_file_name(label)}.svg"
+            figures.curves(group, folder / curves, unit)
+            yield from (f"![Training loss and test accuracy: {label}]({curves})", "")
 
 
 def _forest(found: Sequence[Comparison], folder: Path, name: str) -> Iterator[str]:
     figures.forest(found, folder / f"{name}.svg")
     yield from (f"![Paired differences of the accuracy]({name}.svg)", "")
-
-
-def _as_file_name(label: str) -> str:
-    return re.sub(r"\W+", "-", label).strip("-").lower()

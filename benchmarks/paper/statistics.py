@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.paper.cells import BASE, Cell, Outcome
+from benchmarks.paper.losses import half_way_loss, steps_to
 
 __all__ = [
     "CONFIDENCE",
@@ -22,13 +23,9 @@ __all__ = [
     "as_family",
     "compare",
     "compare_all",
-    "half_way_loss",
     "holm",
     "paired",
-    "running_mean",
     "sign_flip_p",
-    "steps_to",
-    "window_for",
 ]
 
 CONFIDENCE = 0.95
@@ -36,8 +33,6 @@ CONFIDENCE = 0.95
 # Accuracies are counted in these parts of a point where the test of sign flips adds them up: many
 # in one image of a test set of thousands, so that rounding cannot be taken for an image.
 _PARTS_OF_A_POINT = 2500
-# The running mean of the loss is taken over this part of training.
-_WINDOWS_IN_TRAINING = 50
 
 
 class Verdict(StrEnum):
@@ -267,46 +262,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])
     return [float(value) for value in np.minimum(adjusted, 1)]
-
-
-def window_for(loss: Any) -> int:
-    """How many steps the running mean of losses of shape (seeds, steps) is taken over."""
-    return max(1, int(np.shape(loss)[1]) // _WINDOWS_IN_TRAINING)
-
-
-def running_mean(loss: Any) -> tuple[Any, Any]:
-    """Mean of the last losses, at each step that has a full window of them behind it.
-
-    Parameters
-    ----------
-    loss : array, shape (seeds, steps)
-        NaN counts as inf: it is of a run that diverged.
-
-    Returns
-    -------
-    steps : array, shape (steps - window + 1,)
-        After how many steps.
-    means : array, shape (seeds, steps - window + 1)
-        Over the last `window_for` losses.
-    """
-    loss = np.asarray(loss, dtype=np.float64)
-    window = window_for(loss)
-    finite = np.where(np.isnan(loss), np.inf, loss)
-    means = np.lib.stride_tricks.sliding_window_view(finite, window, axis=1).mean(axis=-1)
-    return np.arange(window, loss.shape[1] + 1), means
-
-
-def half_way_loss(loss: Any) -> float:
-    """Median over the runs of the running mean, where half of training is done."""
-    steps, means = running_mean(loss)
-    return float(np.median(means[:, np.searchsorted(steps, np.shape(loss)[1] // 2)]))
-
-
-def steps_to(loss: Any, level: float) -> Any:
-    """First step of each run at which the running mean is not above `level`; inf if none is."""
-    steps, means = running_mean(loss)
-    reached = np.isfinite(level) & (means <= level)
-    return np.where(reached.any(axis=1), steps[reached.argmax(axis=1)], np.inf)
 
 
 def _compare_steps(base: Outcome, other: Outcome) -> Steps:

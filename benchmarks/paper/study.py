@@ -7,40 +7,50 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from time import process_time
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.paper import on_torch, store, training
+from benchmarks.paper import store
 from benchmarks.paper.cells import Outcome
-from benchmarks.paper.digits import BATCH, TEST_PART
+from benchmarks.paper.data import BLOCK, MOST_TEST, MOST_TRAIN, PATCH, PIXELS_A_CLASS, TEST_PART
 from benchmarks.paper.grids import Study
+from benchmarks.paper.labels import as_file_name
 from benchmarks.paper.network import EPSILON, GROUPS, RUNNING
-from benchmarks.paper.training import CHECKPOINTS, MOMENTUM, Grid
+from benchmarks.paper.tasks import BATCH
+from benchmarks.paper.training import MOMENTUM, Grid
 from benchmarks.throughput.timing import machine
 
 __all__ = ["Results", "is_done", "results", "run"]
 
 
 class _Program(NamedTuple):
-    """Work for one process."""
+    """Work for one process: studies that have it in common have its outcomes in common."""
 
-    name: str
     library: str
     grids: tuple[Grid, ...]
     seeds: tuple[int, ...]
 
     def path(self, folder: Path) -> Path:
         """Where its outcomes are: with anything else asked, or another setting, somewhere else."""
-        asked = repr((_SETTING, self.grids, self.seeds))
-        return folder / f"{self.name}-{sha256(asked.encode()).hexdigest()[:12]}.npz"
+        asked = repr((_SETTING, self))
+        first = self.grids[0]
+        words = (first.task.name, first.network.name, first.optimizer, self.library)
+        name = as_file_name(" ".join(words))
+        return folder / f"{name}-{sha256(asked.encode()).hexdigest()[:12]}.npz"
+
+    @property
+    def runs(self) -> int:
+        """Count the trainings."""
+        return sum(len(grid.cells) * len(grid.arms) for grid in self.grids) * len(self.seeds)
 
 
 # What outcomes depend on beside the grid.
-_SETTING = (BATCH, TEST_PART, CHECKPOINTS, MOMENTUM, RUNNING, GROUPS, EPSILON)
+_PIXELS = (PATCH, BLOCK, PIXELS_A_CLASS, MOST_TRAIN, MOST_TEST)
+_SETTING = (BATCH, TEST_PART, _PIXELS, MOMENTUM, RUNNING, GROUPS, EPSILON)
 
 
 class Results(NamedTuple):
@@ -53,15 +63,17 @@ class Results(NamedTuple):
 
 def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> None:
     """Run what `folder` does not hold yet, with so many seeds or those that each study has."""
-    programs = [program for study in studies for program in _programs(study, seeds)]
+    programs = dict.fromkeys(program for study in studies for program in _programs(study, seeds))
     missing = [program for program in programs if not program.path(folder).exists()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         _cores(), context, initializer=_use_one_thread, max_tasks_per_child=1
     ) as pool:
-        futures = [pool.submit(_run, program, folder) for program in missing]
-        for future in tqdm(_finished(futures), "programs", len(futures), disable=None):
-            future.result()
+        runs = {pool.submit(_run, program, folder): program.runs for program in missing}
+        with tqdm(desc="trainings", total=sum(runs.values()), disable=not runs) as progress:
+            for future in _finished([*runs]):
+                future.result()
+                progress.update(runs[future])
 
 
 def is_done(study: Study, folder: Path, *, seeds: int | None = None) -> bool:
@@ -80,22 +92,21 @@ def results(study: Study, folder: Path, *, seeds: int | None = None) -> Results:
 
 
 def _programs(study: Study, seeds: int | None) -> list[_Program]:
-    chosen = tuple(range(seeds or study.seeds))
-    return [
-        _Program(f"{study.name}-{index}", study.library, grids, chosen)
-        for index, grids in enumerate(study.programs)
-    ]
+    first = study.first_seed
+    chosen = tuple(range(first, first + (seeds or study.seeds)))
+    return [_Program(study.library, grids, chosen) for grids in study.programs]
 
 
 def _use_one_thread() -> None:
     """Keep libraries from sharing matrices too small for that between threads."""
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # read when JAX first computes
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch
 
 
 def _run(program: _Program, folder: Path) -> None:
     start = process_time()  # of this process alone, however busy the machine is
-    found = _OUTCOMES[program.library](program.grids, program.seeds)
+    train = import_module(_MODULES[program.library])  # no process needs both
+    found = train.outcomes(program.grids, program.seeds)
     about = {"seconds": process_time() - start, "machine": f"{machine()}, {_cores()} cores"}
     store.save(program.path(folder), found, **about)
 
@@ -109,7 +120,7 @@ def _finished(futures: Sequence[Future[None]]) -> Iterator[Future[None]]:
             future.cancel()
 
 
-_OUTCOMES = {"jax": training.outcomes, "torch": on_torch.outcomes}
+_MODULES = {"jax": "benchmarks.paper.training", "torch": "benchmarks.paper.on_torch"}
 
 
 def _cores() -> int:

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from benchmarks.paper import published
 from benchmarks.paper.cells import BASE, Cell, Outcome
-from benchmarks.paper.labels import grouped, in_common, title, varying, written
+from benchmarks.paper.labels import ARM_WORDS, GC_ON, grouped, in_common, title, varying, written
 from benchmarks.paper.markdown import interval, p_value, spread, table, text
 from benchmarks.paper.statistics import (
     CONFIDENCE,
     Comparison,
-    Spread,
     Steps,
     Verdict,
     as_family,
     compare,
-    half_way_loss,
-    steps_to,
 )
 
-__all__ = ["best_rates", "comparisons", "table1", "table2", "write_comparisons", "write_runs"]
+__all__ = ["best_rates", "comparisons", "table1", "table2", "tuning"]
 
 Key = TypeVar("Key")
 
-_CELL_FIELDS = [f.name for f in fields(Cell)]
 _DIFFERENCE = f"difference [{CONFIDENCE:.0%} interval]"
-_MISSING = "not at hand"
 _NOT_RUN = "-"
-_RUN_COLUMNS = [*_CELL_FIELDS, "arm", "seed", "accuracy", "steps_to_loss"]
-_COMPARISON_COLUMNS = [
-    *_CELL_FIELDS,
-    *("base", "arm", "seeds", "base_mean", "base_sd", "arm_mean", "arm_sd"),
-    *("difference", "low", "high", "p_t", "p_sign_flips", "p_holm", "verdict", "stands_after_holm"),
-    *("loss_level", "steps_ratio", "p_steps"),
-]
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class _Column:
     """Of a table of the supplement: its figures, and what came out here."""
 
     heading: str
-    figures: published.Figures | None
+    figures: published.Figures
     ours: Comparison | None  # None where the cell was not run
 
 
@@ -134,13 +120,13 @@ def comparisons(found: Sequence[Comparison]) -> str:
     names = varying(c.cell for c in found)
     header = [
         *map(title, names),
-        *("arm", "seeds", f"accuracy {base}", "accuracy of the arm", _DIFFERENCE),
+        *("GC on", "pairs", f"accuracy {ARM_WORDS[base]}", "accuracy with it", _DIFFERENCE),
         *("p (t)", "p (Holm)", "steps to a loss", "verdict"),
     ]
     rows = [
         [
             *(written(name, getattr(c.cell, name)) for name in names),
-            *(c.arm, str(c.seeds), spread(c.base), spread(c.other), interval(c.paired)),
+            *(GC_ON[c.arm], str(c.seeds), spread(c.base), spread(c.other), interval(c.paired)),
             *(p_value(c.paired.p), p_value(c.p_holm), _ratio(c.steps), str(c.verdict)),
         ]
         for c in found
@@ -149,8 +135,8 @@ def comparisons(found: Sequence[Comparison]) -> str:
     caption = f"Test accuracy in percent, mean ± sd{f' ({alike})' if alike else ''}."
     of_steps = (
         "Steps to a loss: until the running mean of the training loss is as low as that of "
-        f"{base!r} at half of training; those of the arm over those of {base!r}, median over the "
-        "seeds, with the p of a sign test. Below 1 the arm is faster."
+        f"the runs {ARM_WORDS[base]} at half of training; over the steps that those take, median "
+        "over the pairs, with the p of a sign test. Below 1 is faster."
     )
     return text(caption, "", *table(header, rows), "", _summary(found), of_steps)
 
@@ -177,11 +163,31 @@ def best_rates(outcomes: Iterable[Outcome]) -> str:
         for (base, arm), c in zip(pairs, found, strict=True)
     ]
     caption = (
-        f"Each arm at the learning rate of its best mean accuracy: {found[0].base_arm}, "
-        f"{found[0].arm}. The rate is chosen on the test set, which flatters both."
+        f"Each at the learning rate of its best mean accuracy: {ARM_WORDS[found[0].base_arm]}, "
+        f"{ARM_WORDS[found[0].arm]}. The rate is chosen on the test set, which flatters both."
     )
     lines = table([*header, "p (t)", "p (Holm)", "verdict"], rows)
     return text(caption, "", *lines, "", _summary(found))
+
+
+def tuning(outcomes: Iterable[Outcome]) -> str:
+    """Mean accuracy at each learning rate that was tried; the best is printed in bold."""
+    lines = []
+    for label, group in grouped(outcomes, "task", "network", "optimizer").items():
+        means = {o.cell.learning_rate: float(np.mean(o.accuracy[:, -1])) for o in group}
+        best = max(means, key=means.__getitem__)
+        tried = (
+            _bold(f"{written('learning_rate', rate)}: {mean:.1f}", rate == best)
+            for rate, mean in means.items()
+        )
+        lines.append([label, ", ".join(tried)])
+    seeds = group[0].seeds
+    caption = (
+        "Mean test accuracy in percent (of the regression: variance explained) without GC, over "
+        f"seeds {seeds[0]} to {seeds[-1]}, which no comparison uses. The best rate, in bold, is "
+        "taken for the comparisons."
+    )
+    return text(caption, "", *table(["task, network, optimizer", "rate: accuracy"], lines))
 
 
 def _arms(outcomes: Sequence[Outcome]) -> list[str]:
@@ -192,16 +198,6 @@ def _arms(outcomes: Sequence[Outcome]) -> list[str]:
 def _at_best_rate(outcomes: Sequence[Outcome], arm: str) -> Outcome:
     of_arm = [outcome for outcome in outcomes if outcome.arm == arm]
     return max(of_arm, key=lambda outcome: float(np.mean(outcome.accuracy[:, -1])))
-
-
-def write_runs(outcomes: Sequence[Outcome], path: Path, base: str = BASE) -> None:
-    """Write a row for each run, as CSV."""
-    _write_rows(path, _RUN_COLUMNS, _run_rows(outcomes, base))
-
-
-def write_comparisons(found: Sequence[Comparison], path: Path) -> None:
-    """Write a row for each comparison, as CSV."""
-    _write_rows(path, _COMPARISON_COLUMNS, _comparison_rows(found))
 
 
 def _of_arm(comparisons: Iterable[Comparison], arm: str, may_vary: set[str]) -> list[Comparison]:
@@ -218,7 +214,7 @@ def _of_arm(comparisons: Iterable[Comparison], arm: str, may_vary: set[str]) -> 
 
 def _columns(
     found: Sequence[Comparison],
-    figures: Mapping[Key, published.Figures | None],
+    figures: Mapping[Key, published.Figures],
     *,
     belongs: Callable[[Cell, Key], bool],
     heading: Callable[[Key], str],
@@ -238,15 +234,15 @@ def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str
     found = [column.ours for column in columns if column.ours]
     arm, cells = found[0].arm, [c.cell for c in found]
 
-    def of_paper(write: Callable[[published.Figures], Spread]) -> list[str]:
-        return [spread(write(c.figures)) if c.figures else _MISSING for c in columns]
-
     def of_ours(write: Callable[[Comparison], str]) -> list[str]:
         return [write(c.ours) if c.ours else _NOT_RUN for c in columns]
 
     rows = [
-        ["paper, w/o GC", *of_paper(lambda figures: figures.without_gc)],
-        ["paper, w/ GC", *of_paper(lambda figures: figures.with_gc)],
+        [
+            "paper, w/o GC",
+            *(_bold(spread(c.figures.without_gc), c.figures.both_bold) for c in columns),
+        ],
+        ["paper, w/ GC", *(_bold(spread(c.figures.with_gc)) for c in columns)],
         ["ours, w/o GC", *of_ours(lambda c: spread(c.base))],
         ["ours, w/ GC", *of_ours(lambda c: spread(c.other))],
         [_DIFFERENCE, *of_ours(lambda c: interval(c.paired))],
@@ -257,11 +253,14 @@ def _supplement_table(name: str, corner: str, columns: Sequence[_Column]) -> str
     ]
     caption = (
         f"{name}. Test accuracy in percent, mean ± sd. Paper: {published.SETTING}. "
-        f"Ours: {in_common(cells)}, arm {arm!r}, {_seeds(found)} seeds."
+        f"Ours: {in_common(cells)}, {ARM_WORDS[arm]}, {_seeds(found)} pairs of runs."
     )
     lines = table([corner, *(column.heading for column in columns)], rows)
-    note = [] if all(column.figures for column in columns) else [published.NOT_AT_HAND]
-    return text(caption, "", *lines, "", _summary(found), *note)
+    return text(caption, "", *lines, "", _summary(found))
+
+
+def _bold(words: str, is_bold: bool = True) -> str:
+    return f"**{words}**" if is_bold else words
 
 
 def _summary(found: Sequence[Comparison]) -> str:
@@ -287,34 +286,3 @@ def _ratio(steps: Steps) -> str:
         return "never reached"
     ratio = "not reached" if math.isinf(steps.ratio) else f"{steps.ratio:.2f}"
     return f"{ratio} (p {p_value(steps.p)})"
-
-
-def _run_rows(outcomes: Sequence[Outcome], base: str) -> Iterator[list[Any]]:
-    levels = {o.cell: half_way_loss(o.loss) for o in outcomes if o.arm == base}
-    for outcome in outcomes:
-        steps = steps_to(outcome.loss, levels[outcome.cell])
-        final = np.asarray(outcome.accuracy, dtype=np.float64)[:, -1]
-        for seed, accuracy, taken in zip(outcome.seeds, final, steps, strict=True):
-            yield [*astuple(outcome.cell), outcome.arm, seed, f"{accuracy:.4f}", f"{taken:.0f}"]
-
-
-def _comparison_rows(found: Sequence[Comparison]) -> Iterator[list[Any]]:
-    for c in found:
-        accuracies = (c.base.mean, c.base.sd, c.other.mean, c.other.sd)
-        differences = (c.paired.difference, c.paired.low, c.paired.high)
-        p_values = (c.paired.p, c.paired.p_sign_flips, c.p_holm)
-        yield [
-            *(*astuple(c.cell), c.base_arm, c.arm, c.seeds),
-            *(f"{value:.4f}" for value in (*accuracies, *differences)),
-            *(f"{value:.6g}" for value in p_values),
-            *(c.verdict, "yes" if c.stands else "no"),
-            *(f"{value:.6g}" for value in (c.steps.level, c.steps.ratio, c.steps.p)),
-        ]
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -19,9 +19,9 @@ from jax.flatten_util import ravel_pytree
 import gcx
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.curvature import Norms, spectral_norms
-from benchmarks.paper.digits import FEW, Draw, Task
 from benchmarks.paper.grids import CALM_RATE, DECAY
 from benchmarks.paper.network import Network, Weights
+from benchmarks.paper.tasks import FEW, Draw, Task
 from benchmarks.paper.training import optimizer
 
 __all__ = ["BRIEF", "GAMMAS", "WHOLE", "Experiment", "Seen", "response", "see"]

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.paper.cells import BASE
-from benchmarks.paper.digits import BATCH
 from benchmarks.paper.labels import in_common
 from benchmarks.paper.style import ARM_COLORS, GRAY, MORE_COLORS, save
+from benchmarks.paper.tasks import BATCH
 from benchmarks.paper.theory import GAMMAS, WHOLE, Experiment, Seen, response, see
 
 __all__ = ["draw"]

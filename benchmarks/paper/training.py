@@ -6,10 +6,10 @@ weights a run takes twice as long, as products with a batch of matrices are slow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ import optax
 
 import gcx.optax
 from benchmarks.paper.cells import BASE, Cell, Outcome
-from benchmarks.paper.digits import BATCH, Draw, Images, Task
-from benchmarks.paper.network import Network, Statistics, Weights
+from benchmarks.paper.data import Parts, parts
+from benchmarks.paper.network import Statistics, Weights
+from benchmarks.paper.tasks import BATCH, Draw, Task
 
-__all__ = ["ARMS", "Grid", "Trained", "optimizer", "outcomes", "train"]
+__all__ = ["ARMS", "Grid", "Learner", "Trained", "optimizer", "outcomes", "start_of", "train"]
 
 Layouts = dict[str, str | None]
+Look = Callable[[Weights, Statistics], Any]
 
-CHECKPOINTS = 12
 MOMENTUM = 0.9
 
 # Which weights an arm centralizes, and where: the gradient with the decay in it, or the update.
@@ -45,12 +46,28 @@ RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+class Learner(Protocol):
+    """`Network`, or another whose weights are in a nested dict, all kernels with outputs last."""
+
+    @property
+    def name(self) -> str:
+        """Name it as tables do."""
+
+    def start(self, seed: int) -> tuple[Weights, Statistics]:
+        """Draw initial weights, in NumPy."""
+
+    def __call__(
+        self, weights: Weights, statistics: Statistics, x: Any, *, training: bool
+    ) -> tuple[Any, Statistics]:
+        """Return outputs (n, outputs), and the statistics after this batch."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Cells of one task, network and optimizer: pairs of learning rate and weight decay."""
 
     task: Task
-    network: Network
+    network: Learner
     optimizer: str
     cells: tuple[tuple[float, float], ...]
     arms: tuple[str, ...] = (BASE, "gradient")
@@ -63,7 +80,7 @@ class Grid:
     @property
     def checkpoints(self) -> Any:
         """After how many steps the accuracy is taken."""
-        return np.arange(1, CHECKPOINTS + 1) * (self.task.steps // CHECKPOINTS)
+        return np.arange(1, self.task.checkpoints + 1) * (self.task.steps // self.task.checkpoints)
 
 
 class Start(NamedTuple):
@@ -76,24 +93,25 @@ class Start(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Loss of each step, test images classified right at each checkpoint, and what was learned."""
+    """Loss of each step, what was seen at each checkpoint, and what was learned."""
 
     loss: Any
-    right: Any
+    seen: Any
     weights: Weights
     statistics: Statistics
 
 
 def outcomes(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Outcome]:
     """Train all arms of all cells with all seeds, in one program."""
-    starts = [_stacked([_start(grid, seed) for seed in seeds]) for grid in grids]
-    results = jax.jit(partial(_all_runs, grids))(starts)
+    starts = [_stacked([start_of(grid, seed) for seed in seeds]) for grid in grids]
+    data = {grid.task.data: parts(grid.task.data) for grid in grids}
+    results = jax.jit(partial(_all_runs, grids))(starts, data)
     return [
         Outcome(
             cell=grid.cell(index),
             arm=arm,
             seeds=tuple(seeds),
-            accuracy=100 * np.asarray(arms[arm].right, np.float64)[index] / len(grid.task.test().y),
+            accuracy=_percent(grid.task, np.asarray(arms[arm].seen, np.float64)[index]),
             loss=np.asarray(arms[arm].loss, np.float64)[index],
             checkpoints=grid.checkpoints,
         )
@@ -128,27 +146,50 @@ def optimizer(
     )
 
 
-def train(grid: Grid, arm: str, start: Start, learning_rate: Any, weight_decay: Any) -> Trained:
-    """One run, to be traced."""
+def train(
+    grid: Grid,
+    arm: str,
+    start: Start,
+    learning_rate: Any,
+    weight_decay: Any,
+    *,
+    data: Parts | None = None,
+    look: Look | None = None,
+) -> Trained:
+    """One run, to be traced; large data comes as an argument, as it would be compiled in.
+
+    At each checkpoint `look` sees the weights; without it the right answers are counted.
+    """
+    data = data or parts(grid.task.data)
     weights = start.weights
     if grid.pretraining is not None and start.pretraining is not None:
         base = optimizer(grid.optimizer, BASE, *grid.cells[0], grid.pretraining.steps)
-        before = _fit(grid.network, grid.pretraining, base, start, start.pretraining)
+        there = start._replace(draw=start.pretraining)
+        before = _fit(grid.network, grid.pretraining, base, there, data=data)
         weights = {**before.weights, "head": start.weights["head"]}
         start = start._replace(weights=weights, statistics=before.statistics)
     rule = optimizer(grid.optimizer, arm, learning_rate, weight_decay, grid.task.steps)
-    return _fit(grid.network, grid.task, rule, start, start.draw)
+    return _fit(grid.network, grid.task, rule, start, data=data, look=look)
 
 
 def _fit(
-    network: Network, task: Task, rule: optax.GradientTransformation, start: Start, draw: Draw
+    network: Learner,
+    task: Task,
+    rule: optax.GradientTransformation,
+    start: Start,
+    *,
+    data: Parts,
+    look: Look | None = None,
 ) -> Trained:
-    images = jnp.asarray(task.train().x)
+    samples, draw = jnp.asarray(data.train.x), start.draw
+    look = look or partial(_count_right, network, task, data)
 
     def loss(weights: Weights, statistics: Statistics, batch: Any) -> tuple[Any, Statistics]:
-        logits, after = network(weights, statistics, images[batch], training=True)
+        outputs, after = network(weights, statistics, samples[batch], training=True)
         labels = draw.labels[batch]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), after
+        if not task.classes:
+            return jnp.square(outputs[:, 0] - labels).mean(), after
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean(), after
 
     def step(carry: Any, batch: Any) -> Any:
         weights, statistics, state = carry
@@ -159,30 +200,49 @@ def _fit(
 
     def until_checkpoint(carry: Any, batches: Any) -> Any:
         carry, losses = jax.lax.scan(step, carry, batches)
-        return carry, (losses, _count_right(network, task, *carry[:2]))
+        return carry, (losses, look(*carry[:2]))
 
     carry = (start.weights, start.statistics, rule.init(start.weights))
-    batches = draw.batches.reshape(CHECKPOINTS, -1, draw.batches.shape[-1])
-    carry, (losses, right) = jax.lax.scan(until_checkpoint, carry, batches)
-    return Trained(losses.reshape(-1), right, carry[0], carry[1])
+    batches = draw.batches.reshape(task.checkpoints, -1, draw.batches.shape[-1])
+    carry, (losses, seen) = jax.lax.scan(until_checkpoint, carry, batches)
+    return Trained(losses.reshape(-1), seen, carry[0], carry[1])
 
 
-def _count_right(network: Network, task: Task, weights: Weights, statistics: Statistics) -> Any:
-    """Classify the test images batch by batch, which stays in the caches of a CPU."""
-    test = task.test()
-    missing = -len(test.y) % BATCH
-    x = np.pad(test.x, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    y = np.pad(test.y, (0, missing), constant_values=-1)  # no class: never right
+def _count_right(
+    network: Learner, task: Task, data: Parts, weights: Weights, statistics: Statistics
+) -> Any:
+    """Sum the scores of the test samples, batch by batch, which stays in the caches of a CPU.
 
-    def right(batch: Images) -> Any:
-        logits, _ = network(weights, statistics, batch.x, training=False)
-        return (logits.argmax(1) == batch.y).sum()
+    A sample scores 1 where it is classified right; in a regression, less its squared error.
+    """
+    chosen = task.chosen(parts(task.data).test.y)
+    x, y = (jnp.asarray(values)[chosen] for values in data.test)
+    missing = -len(y) % BATCH
+    x = jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
+    is_there = jnp.pad(jnp.ones(len(y), bool), (0, missing))
+    y = jnp.pad(y, (0, missing))
 
-    batches = Images(x.reshape(-1, BATCH, *x.shape[1:]), y.reshape(-1, BATCH))
-    return jax.lax.map(right, batches).sum()
+    def score(batch: Any) -> Any:
+        x, y, is_there = batch
+        outputs, _ = network(weights, statistics, x, training=False)
+        scores = outputs.argmax(1) == y if task.classes else -jnp.square(outputs[:, 0] - y)
+        return jnp.where(is_there, scores, 0).sum()
+
+    batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), (x, y, is_there))
+    return jax.lax.map(score, batches).sum()
 
 
-def _start(grid: Grid, seed: int) -> Start:
+def _percent(task: Task, scores: Any) -> Any:
+    """Give the accuracy; of a regression the variance explained, where 0 is that of the mean."""
+    y = task.test().y
+    if task.classes:
+        return 100 * scores / len(y)
+    explained = 100 * (1 + scores / np.square(y - y.mean(), dtype=np.float64).sum())
+    return np.maximum(np.nan_to_num(explained, nan=-100.0), -100.0)
+
+
+def start_of(grid: Grid, seed: int) -> Start:
+    """Draw what a seed decides."""
     pretraining = grid.pretraining.draw(seed) if grid.pretraining else None
     return Start(*grid.network.start(seed), grid.task.draw(seed), pretraining)
 
@@ -192,11 +252,15 @@ def _stacked(starts: Sequence[Start]) -> Start:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *starts)  # type: ignore[no-any-return]
 
 
-def _all_runs(grids: Sequence[Grid], starts: Sequence[Start]) -> list[dict[str, Trained]]:
-    return [_runs(grid, start) for grid, start in zip(grids, starts, strict=True)]
+def _all_runs(
+    grids: Sequence[Grid], starts: Sequence[Start], data: Mapping[str, Parts]
+) -> list[dict[str, Trained]]:
+    return [
+        _runs(grid, start, data[grid.task.data]) for grid, start in zip(grids, starts, strict=True)
+    ]
 
 
-def _runs(grid: Grid, starts: Start) -> dict[str, Trained]:
+def _runs(grid: Grid, starts: Start, data: Parts) -> dict[str, Trained]:
     """Arrays (cells, seeds, ...) of each arm."""
     seeds = len(starts.draw.batches)
     learning_rates, weight_decays = jnp.asarray(grid.cells, jnp.float32).T
@@ -205,7 +269,7 @@ def _runs(grid: Grid, starts: Start) -> dict[str, Trained]:
         cell, seed = index // seeds, index % seeds
         start = jax.tree.map(lambda leaf: leaf[seed], starts)
         return {
-            arm: train(grid, arm, start, learning_rates[cell], weight_decays[cell])
+            arm: train(grid, arm, start, learning_rates[cell], weight_decays[cell], data=data)
             for arm in grid.arms
         }
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from benchmarks.paper import on_torch, training
-from benchmarks.paper.digits import Task
 from benchmarks.paper.network import Network
+from benchmarks.paper.tasks import Task
 from benchmarks.paper.training import Grid, Start
 
 SEED = 0

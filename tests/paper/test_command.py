@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import command, on_digits
+from benchmarks.paper import command, small_data
 from benchmarks.paper.cifar100 import driver
 
 from outcomes import TABLE_1, arms
@@ -18,7 +18,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
     """What the command asks of the two studies, neither of which runs."""
     seen: dict = {}
 
-    def digits(parts, folder, **others):
+    def small_data_(parts, folder, **others):
         seen.update(parts=parts, folder=folder, **others)
         return iter([])
 
@@ -26,22 +26,25 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
         seen.update(data=data, folder=folder, **others)
         return []
 
-    monkeypatch.setattr(on_digits, "sections", digits)
+    monkeypatch.setattr(small_data, "sections", small_data_)
     monkeypatch.setattr(driver, "run", cifar100)
     monkeypatch.chdir(tmp_path)
     return seen
 
 
-def test_digits_by_default(asked: dict) -> None:
+def test_small_data_by_default(asked: dict) -> None:
     assert command.main([]) == 0
     assert asked == {
         "parts": command.PARTS, "folder": Path("paper-results"), "seeds": None, "hardly": False,
     }  # fmt: skip
 
 
-def test_a_brief_study_does_not_write_over_the_whole_one(asked: dict) -> None:
+def test_a_brief_study_says_so_and_does_not_write_over_the_whole_one(
+    asked: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.main(["--brief"]) == 0
     assert asked["folder"] == Path("paper-results-brief")
+    assert "A short run" in capsys.readouterr().out
 
 
 def test_cifar_100_as_in_the_paper_by_default(asked: dict) -> None:
@@ -63,9 +66,9 @@ def test_a_dry_run_makes_no_folder(asked: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        (["--epochs", "3", "--layers", "all"], "on digits, .*: --epochs, --layers"),
-        (["--device", "cpu"], "on digits, .*: --device"),
-        (["--only", "energy", "--seeds", "3"], "on energy and theory, .*: --seeds"),
+        (["--epochs", "3", "--layers", "all"], "on small data, .*: --epochs, --layers"),
+        (["--device", "cpu"], "on small data, .*: --device"),
+        (["--only", "energy", "--seeds", "3"], "on energy, theory and drift, .*: --seeds"),
         (["--data", "images", "--brief"], "on CIFAR-100 .*: --brief"),
         (["--dry-run", "--only", "table1"], "on CIFAR-100 .*: --only"),
     ],

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from benchmarks.paper import energy
-from benchmarks.paper.digits import ALL
 from benchmarks.paper.network import Network
+from benchmarks.paper.tasks import ALL
 
 import reference
 

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 import gcx.torch
 from benchmarks.paper import on_torch, training
 from benchmarks.paper.cells import BASE, Cell
-from benchmarks.paper.digits import Task
 from benchmarks.paper.network import EPSILON, GROUPS, Network
+from benchmarks.paper.tasks import Task
 from benchmarks.paper.training import Grid
 
 from reference import fan_in_means
@@ -89,7 +89,7 @@ def test_weights_statistics_and_accuracies_agree(norm, arm):
     of = grid(norm, "SGDM")
     run, trained = in_jax(of)[arm], in_torch(of, arm)
     right = np.array(trained.accuracy) * len(of.task.test().y) / 100
-    np.testing.assert_allclose(right, run.right)
+    np.testing.assert_allclose(right, run.seen)
     expected = dict(on_torch.ResidualNetwork(of.network, run.weights).named_parameters())
     for name, weight in trained.model.named_parameters():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_a_table_and_curves_for_each_network(
     assert text.startswith("## Title\n\n![")
     for network in NETWORKS:
         assert f"### Digits, 20 a class, {network}\n" in text
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["name.svg"]
+    text = section(outcomes, partial(write, unit="epoch"), tmp_path)
     names = {path.name for path in tmp_path.glob("*.svg")}
     assert names == {
         "name.svg",
@@ -69,7 +72,7 @@ def test_the_update_is_compared_with_the_gradient_where_both_are(tmp_path: Path)
     rows = [line for line in against.splitlines() if line.startswith("| update ")]
     assert len(rows) == 1
     assert "+3." in rows[0] or "+2.9" in rows[0]
-    assert "accuracy gradient" in against
+    assert "accuracy with GC on the gradient" in against
     assert "conv only" not in against
 
 

@@ -11,17 +11,15 @@ import pytest
 from scipy import stats
 
 from benchmarks.paper.cells import Cell, Outcome
+from benchmarks.paper.losses import half_way_loss, running_mean, steps_to
 from benchmarks.paper.statistics import (
     Verdict,
     as_family,
     compare,
     compare_all,
-    half_way_loss,
     holm,
     paired,
-    running_mean,
     sign_flip_p,
-    steps_to,
 )
 
 CELL = Cell("digits", "batch norm", "SGDM", 0.1, 5e-4)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.paper import published, tables
+from benchmarks.paper import rows as csv_rows
+from benchmarks.paper import tables
 from benchmarks.paper.cells import Cell, Outcome
 from benchmarks.paper.labels import grouped
-from benchmarks.paper.statistics import Spread, compare_all, holm
+from benchmarks.paper.statistics import compare_all, holm
 
 from outcomes import STEPS, TABLE_1, TABLE_2, arms
 
@@ -67,22 +68,15 @@ class TestTable1:
         rows = rows_of(tables.table1(compare_all(table_1[:4])))
         assert rows["verdict"] == ["helps", "no difference shown", "-", "-", "-"]
 
-    def test_the_papers_figures_stand_beside_ours(
-        self, table_1: list[Outcome], monkeypatch: pytest.MonkeyPatch
+    def test_the_papers_figures_stand_beside_ours_bold_as_printed(
+        self, table_1: list[Outcome], table_2: list[Outcome]
     ) -> None:
-        assert published.NOT_AT_HAND in tables.table1(compare_all(table_1))
-        figures = published.Figures(Spread(1.0, 0.5), Spread(2.0, 0.25))
-        monkeypatch.setattr(published, "TABLE_1", dict.fromkeys(published.TABLE_1, figures))
-        text = tables.table1(compare_all(table_1))
-        assert rows_of(text)["paper, w/o GC"] == ["1.00 ± 0.50"] * 5
-        assert rows_of(text)["paper, w/ GC"] == ["2.00 ± 0.25"] * 5
-        assert published.NOT_AT_HAND not in text
-
-    def test_figures_that_are_missing_are_said_to_be(self, table_1: list[Outcome]) -> None:
         rows = rows_of(tables.table1(compare_all(table_1)))
-        for title, figures in zip(rows["weight decay"], published.TABLE_1.values(), strict=True):
-            column = rows["weight decay"].index(title)
-            assert (rows["paper, w/ GC"][column] == "not at hand") == (figures is None)
+        assert rows["paper, w/o GC"][3] == "78.23 ± 0.42"
+        assert rows["paper, w/ GC"][3] == "**79.14 ± 0.33**"
+        rows = rows_of(tables.table2(compare_all(table_2)))
+        assert rows["paper, w/o GC"][4:] == ["71.64 ± 0.56", "**70.63 ± 0.44**"]  # bold, and lower
+        assert all(figures.startswith("**") for figures in rows["paper, w/ GC"])
 
     def test_another_arm(self, table_1: list[Outcome]) -> None:
         outcomes = [*table_1[:2], replace(table_1[5], cell=table_1[0].cell, arm="update")]
@@ -144,12 +138,12 @@ class TestComparisons:
             for line in tables.comparisons(compare_all(outcomes)).splitlines()
             if line.startswith("|")
         ]
-        assert header[:4] == ["optimizer", "learning rate", "arm", "seeds"]  # no more differ
+        assert header[:4] == ["optimizer", "learning rate", "GC on", "pairs"]  # no more differ
         assert [row[:3] for row in rows] == [
             ["SGDM", "0.2", "gradient"],
-            ["SGDM", "0.2", "conv only"],
+            ["SGDM", "0.2", "gradient, convolutions alone"],
             ["Adam", "0.0005", "gradient"],
-            ["Adam", "0.0005", "conv only"],
+            ["Adam", "0.0005", "gradient, convolutions alone"],
         ]
         assert [row[-1] for row in rows] == ["helps", "no difference shown"] * 2
         assert all(row[-2] == "1.00 (p 1.000)" for row in rows)  # the losses are the same
@@ -171,13 +165,23 @@ class TestComparisons:
             tables.comparisons(compare_all(arms(TABLE_1[0], {})))
 
 
+def test_the_best_rate_is_printed_in_bold() -> None:
+    outcomes = [arms(cell, {})[0] for cell in TABLE_2[:3]]
+    outcomes[1] = replace(outcomes[1], accuracy=outcomes[1].accuracy + 1)
+    text = tables.tuning(outcomes)
+    (row,) = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert row.count("**") == 2
+    assert ", **0.1: " in row
+    assert "over seeds 0 to 9" in text
+
+
 class TestCsv:
     def read(self, path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
     def test_a_row_for_each_run(self, table_1: list[Outcome], tmp_path: Path) -> None:
-        tables.write_runs(table_1, tmp_path / "new" / "runs.csv")
+        csv_rows.write_runs(table_1, tmp_path / "new" / "runs.csv")
         rows = self.read(tmp_path / "new" / "runs.csv")
         assert len(rows) == sum(len(o.seeds) for o in table_1)
         expected = table_1[1]
@@ -194,15 +198,15 @@ class TestCsv:
     ) -> None:
         high = np.full_like(table_1[1].loss, 50.0)
         outcomes = [table_1[0], replace(table_1[1], loss=high)]
-        tables.write_runs(outcomes, tmp_path / "runs.csv")
-        tables.write_comparisons(compare_all(outcomes), tmp_path / "comparisons.csv")
+        csv_rows.write_runs(outcomes, tmp_path / "runs.csv")
+        csv_rows.write_comparisons(compare_all(outcomes), tmp_path / "comparisons.csv")
         steps = [row["steps_to_loss"] for row in self.read(tmp_path / "runs.csv")]
         assert steps[10:] == ["inf"] * 10
         assert self.read(tmp_path / "comparisons.csv")[0]["steps_ratio"] == "inf"
 
     def test_a_row_for_each_comparison(self, table_1: list[Outcome], tmp_path: Path) -> None:
         found = compare_all(table_1)
-        tables.write_comparisons(found, tmp_path / "comparisons.csv")
+        csv_rows.write_comparisons(found, tmp_path / "comparisons.csv")
         rows = self.read(tmp_path / "comparisons.csv")
         assert [row["verdict"] for row in rows] == [str(c.verdict) for c in found]
         assert [row["stands_after_holm"] for row in rows] == ["yes", "no", "yes", "yes", "yes"]
@@ -212,12 +216,21 @@ class TestCsv:
             [c.paired.low for c in found], abs=1e-4
         )
 
+    def test_comparisons_can_be_read_again(self, table_1: list[Outcome], tmp_path: Path) -> None:
+        found = compare_all(table_1)
+        csv_rows.write_comparisons(found, tmp_path / "comparisons.csv")
+        again = csv_rows.read_comparisons(tmp_path / "comparisons.csv")
+        assert tables.table1(again).splitlines()[:5] == tables.table1(found).splitlines()[:5]
+        assert [(c.cell, c.arm, c.verdict, c.stands, c.family) for c in again] == [
+            (c.cell, c.arm, c.verdict, c.stands, c.family) for c in found
+        ]
+
     def test_the_same_outcomes_give_the_same_bytes(
         self, table_1: list[Outcome], tmp_path: Path
     ) -> None:
         for name in ("first", "second"):
-            tables.write_runs(table_1, tmp_path / name / "runs.csv")
-            tables.write_comparisons(compare_all(table_1), tmp_path / name / "comparisons.csv")
+            csv_rows.write_runs(table_1, tmp_path / name / "runs.csv")
+            csv_rows.write_comparisons(compare_all(table_1), tmp_path / name / "comparisons.csv")
         for file in ("runs.csv", "comparisons.csv"):
             first, second = ((tmp_path / n / file).read_bytes() for n in ("first", "second"))
             assert first == second

@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from benchmarks.paper import theory, theory_plots
 from benchmarks.paper.cells import BASE
 from benchmarks.paper.curvature import spectral_norms
-from benchmarks.paper.digits import BATCH
+from benchmarks.paper.tasks import BATCH
 from benchmarks.paper.theory import BRIEF, GAMMAS, Seen, hessian_product, kernels, response, see
 
 GC = "gradient"

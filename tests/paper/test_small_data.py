@@ -1,4 +1,4 @@
-"""All sections of the report on digits, of outcomes that are made up."""
+"""All sections of the report on small data, of outcomes that are made up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.paper import on_digits, store, study
+from benchmarks.paper import small_data, store, study
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.command import PARTS
 from benchmarks.paper.training import Grid
 
-TABLES = ["table1", "table2", "regimes", "places", "rates", "libraries", "energy"]
+TABLES = [
+    *("table1", "table2", "regimes", "places", "rates", "tuning", "kinds"),
+    *(
+        "mnist-table1",
+        "mnist-table2",
+        "indian-pines-table1",
+        "indian-pines-table2",
+        "libraries",
+        "energy",
+    ),
+]
 
 
 def made_up(grid: Grid, seeds: tuple[int, ...]) -> list[Outcome]:
@@ -41,11 +51,14 @@ def make_up(studies: list[study.Study], folder: Path, *, seeds: int | None) -> N
 
 def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(on_digits, "run", make_up)
-    monkeypatch.setattr(on_digits, "energy_table", lambda: ["a table"])
-    monkeypatch.setattr(on_digits, "draw", lambda folder, along: drawn.append(along) or [])
-    paths = list(on_digits.sections(PARTS, tmp_path, hardly=True))
-    assert [path.name for path in paths] == [f"{name}.md" for name in [*TABLES, "machine"]]
+    monkeypatch.setattr(small_data, "run", make_up)
+    monkeypatch.setattr(small_data, "energy_table", lambda: ["a table"])
+    monkeypatch.setattr(small_data, "draw", lambda folder, along: drawn.append(along) or [])
+    monkeypatch.setattr(small_data.drift, "write_drift", lambda folder, hardly: [])
+    paths = list(small_data.sections(PARTS, tmp_path, hardly=True))
+    names = [*(f"{name}.md" for name in TABLES), "overview.svg", "machine.md"]
+    assert [path.name for path in paths] == names
     assert all(path.read_text().strip() for path in paths)
+    assert all("short run" in path.read_text() for path in paths[:11])
     assert len(drawn) == 1
     assert "a machine" in paths[-1].read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from benchmarks.paper.digits import ALL, BATCH, FEW, Task
+from benchmarks.paper.tasks import ALL, BATCH, FEW, Task
 
 HALF = Task("5 to 9", images_a_class=20, classes=(5, 6, 7, 8, 9))
 TASKS = (ALL, FEW, HALF)

@@ -233,6 +233,7 @@ def sent_by_plain_expression() -> list[tuple[str, int]]:
     return train(model, optimizer, part, parts, centralize)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 sends sums for it")
 def test_plain_expression_gathers_the_gradient() -> None:
     """Or the tests above could not fail."""
     for sent in processes.run(2, sent_by_plain_expression):

@@ -25,6 +25,11 @@ def save(figure: Figure, path: Path) -> None:
     # Ids that are no random numbers, and words as words: outlines take ten times the bytes.
     with rc_context({"svg.hashsalt": "gcx", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if is_svg else None)
-    if is_svg:  # hundredths of a point are enough
+    if is_svg:
         drawn = path.read_text(encoding="utf-8")
-        path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", drawn), encoding="utf-8")
+        path.write_text(re.sub(r"<[^>]+>", _shorten, drawn), encoding="utf-8")
+
+
+def _shorten(tag: re.Match[str]) -> str:
+    """Leave hundredths of a point in a tag; words are outside of it."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])

@@ -42,7 +42,7 @@ def test_shares_are_those_of_the_start(watched):
 def test_a_unit_that_is_never_active():
     weights, statistics = NETWORK.start(0)
     weights["stem"]["bias"] -= np.array([1e6, 0, 0, 0], np.float32)
-    images = TASK.test().x[:16]
+    images = TASK.test().x[: drift.IMAGES]
     _, _, (stem, *others) = NETWORK.look(weights, statistics, images, training=False)
     assert [*(np.asarray(stem) == 0)] == [True, False, False, False]
     assert len(others) == 4

@@ -115,7 +115,9 @@ def _kinds() -> Study:
         arms = (BASE, "gradient") if optimizer == "SGDM" else (BASE, "gradient", "update")
         grid = Grid(task, network, optimizer, (_cell(optimizer, rate),), arms)
         programs[task, network] = (*programs.get((task, network), ()), grid)
-    return Study("kinds", "At the rates that are best without GC", tuple(programs.values()), seeds=PAIRS)
+    return Study(
+        "kinds", "At the rates that are best without GC", tuple(programs.values()), seeds=PAIRS
+    )
 
 
 def _both_tables(name: str, settings: Sequence[tuple[Task, Network]]) -> Study:

@@ -125,6 +125,7 @@ def curvature(experiment: Experiment, draw: Draw, images: Any, weights: Weights)
         single = jnp.asarray(vector, jnp.float32)
         return hessian_product(experiment, draw, images, weights, single)
 
+    @jax.jit
     def projection(vector: Any) -> Any:
         return ravel_pytree(centralized(unravel(jnp.asarray(vector, jnp.float32))))[0]
 
@@ -201,5 +202,6 @@ def _features(network: Network, weights: Weights, x: Any) -> Any:
     """Return what the network gives where its head is the identity: the inputs of the head."""
     fan_in = len(weights["head"]["kernel"])
     identity = {"kernel": np.eye(fan_in, dtype=np.float32), "bias": np.float32(0)}
-    features, _ = network({**weights, "head": identity}, {}, x, training=False)
+    apply = jax.jit(partial(network, training=False))  # one program in place of many
+    features, _ = apply({**weights, "head": identity}, {}, x)
     return np.asarray(features, np.float64)

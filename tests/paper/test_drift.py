@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from benchmarks.paper.other_grids import MNIST_TASKS
 from benchmarks.paper.training import Grid
 
 NETWORK = Network("group norm", width=4, stem_stride=4)
+look = jax.jit(partial(NETWORK.look, training=False))
 TASK = replace(MNIST_TASKS[0], steps=6, checkpoints=2)
 
 
@@ -32,7 +35,7 @@ def test_with_gc_the_mean_stays(watched):
 def test_shares_are_those_of_the_start(watched):
     weights, statistics = NETWORK.start(1)
     images = TASK.test().x[: drift.IMAGES]
-    _, _, shares = NETWORK.look(weights, statistics, images, training=False)
+    _, _, shares = look(weights, statistics, images)
     share = np.concatenate(shares)
     found = watched["without"]
     assert found.dead[1, 0] == pytest.approx(100 * (share == 0).mean())
@@ -43,7 +46,7 @@ def test_a_unit_that_is_never_active():
     weights, statistics = NETWORK.start(0)
     weights["stem"]["bias"] -= np.array([1e6, 0, 0, 0], np.float32)
     images = TASK.test().x[: drift.IMAGES]
-    _, _, (stem, *others) = NETWORK.look(weights, statistics, images, training=False)
+    _, _, (stem, *others) = look(weights, statistics, images)
     assert [*(np.asarray(stem) == 0)] == [True, False, False, False]
     assert len(others) == 4
 

@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "paste.md"
 
 @pytest.fixture(scope="module")
 def pasted() -> dict[str, Any]:
-    ((_, code),) = blocks(PAGE, "python")
+    ((_, code, _),) = blocks(PAGE, "python")
     assert len(code.splitlines()) <= 30
     names: dict[str, Any] = {}
     exec(code, names)  # noqa: S102 - to paste is the test
@@ -59,6 +59,16 @@ def test_torch_loop_does_what_the_plan_says(pasted: dict[str, Any]) -> None:
     pasted["centralize_grads_"](model)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name])
+
+
+def test_kernels_of_an_nnx_model(pasted: dict[str, Any]) -> None:
+    jax, nnx = pytest.importorskip("jax"), pytest.importorskip("flax.nnx")
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    grads = nnx.grad(lambda layer: (layer(jax.numpy.arange(8.0).reshape(2, 4)) ** 2).mean())(layer)
+    ours = pasted["centralize_kernels"](grads)
+    expected = gcx.centralize(grads["kernel"][...], layout="io")
+    np.testing.assert_allclose(ours["kernel"][...], expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(ours["bias"][...], grads["bias"][...])
 
 
 def test_kernels_of_a_flax_model_as_the_plan_says(pasted: dict[str, Any]) -> None:

@@ -59,7 +59,11 @@ STYLE = """
 
 def draw_all():
     """Return the text of each picture by its name."""
-    axes = {f"axes-{name}": draw_axes(name, kernels) for name, kernels in KERNELS.items()}
+    axes = {  # two pictures for each library, which a wide page shows side by side
+        f"axes-{name}-{half + 1}": draw_axes(name, kernels[2 * half : 2 * half + 2])
+        for name, kernels in KERNELS.items()
+        for half in (0, 1)
+    }
     bars = {"energy": draw_energy(), "speed": draw_speed()}
     others = {"centralize": draw_centralize(), "icon": draw_icon(), "modules": draw_modules()}
     return {**others, **bars, **axes}

@@ -17,7 +17,11 @@ html_static_path = ["_static"]
 html_css_files = ["gcx.css"]
 html_theme_options = {
     "top_of_page_buttons": [],
-    "dark_css_variables": {"filter-of-white": "invert(0.91) hue-rotate(180deg)"},
+    "light_css_variables": {"picture-scheme": "light", "filter-of-white": "none"},
+    "dark_css_variables": {
+        "picture-scheme": "dark",
+        "filter-of-white": "invert(0.91) hue-rotate(180deg)",
+    },
 }
 pygments_dark_style = "a11y-dark"
 html_math_renderer = "mathml"

@@ -15,6 +15,15 @@ html_theme = "furo"
 html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["gcx.css"]
+html_theme_options = {
+    "top_of_page_buttons": [],
+    "light_css_variables": {"picture-scheme": "light", "filter-of-white": "none"},
+    "dark_css_variables": {
+        "picture-scheme": "dark",
+        "filter-of-white": "invert(0.91) hue-rotate(180deg)",
+    },
+}
+pygments_dark_style = "a11y-dark"
 html_math_renderer = "mathml"
 exclude_patterns = ["_build", "_generated"]
 
@@ -41,9 +50,10 @@ napoleon_use_ivar = True
 
 
 def setup(app):
-    """Write formulas as MathML, and the title of its column in each cell of a table."""
+    """Write formulas as MathML, label the cells of tables, and mark pictures for the dark mode."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_display, None))
     app.connect("doctree-resolved", label_cells)
+    app.connect("doctree-resolved", mark_white_pictures)
 
 
 def visit_math(translator, node):
@@ -78,3 +88,10 @@ def label_cells(_app, document, _name):
         for cell, title in ((c, h) for row in rows for c, h in zip(row, header, strict=True)):
             if title.astext() and cell.astext():
                 cell.insert(0, nodes.container("", *title.deepcopy().children, classes=["label"]))
+
+
+def mark_white_pictures(_app, document, _name):
+    """Let gcx.css find the study's pictures, which matplotlib draws on white."""
+    for image in document.findall(nodes.image):
+        if image["uri"].startswith("_generated/paper/"):
+            image["classes"].append("on-white")

@@ -34,6 +34,17 @@ KERNELS = {
         ("DepthwiseConv2D", "h w channel multiplier", (2, 2, 2, 2), Layout("...oo")),
     ),
 }
+# Boxes of modules: left, top, width, and the words, with the title first.
+MODULES = (
+    (16, 92, 368, ("adapters", "torch/ optax/ keras/ thinc/", "lightning.py transformers.py")),
+    (16, 204, 176, ("the decision", "_rules.py", "_decisions.py", "plan.py")),
+    (208, 204, 176, ("the operator", "_centralize.py", "_layouts.py", "_outputs.py")),
+    (16, 324, 152, ("layout.py", "text to axes")),
+    (208, 324, 176, ("_dispatch.py", "array to backend")),
+    (208, 404, 176, ("backends/", "_numpy _torch", "_jax _cupy", "_array_api cuda/")),
+)
+DOWN = ((104, 68, 24), (296, 68, 24), (104, 164, 40), (296, 164, 40), (104, 296, 28))
+DOWN += ((296, 296, 28), (296, 376, 28))  # arrows between them: x, y and length
 FILLS = ("#8ecae6", "#ffd166", "#f4a6a6", "#a3d9a5")
 MINUS = "\N{MINUS SIGN}"
 BLUE, ORANGE = "#4a9fd8", "#e8833a"
@@ -48,9 +59,14 @@ STYLE = """
 
 def draw_all():
     """Return the text of each picture by its name."""
-    axes = {f"axes-{name}": draw_axes(name, kernels) for name, kernels in KERNELS.items()}
+    axes = {  # two pictures for each library, which a wide page shows side by side
+        f"axes-{name}-{half + 1}": draw_axes(name, kernels[2 * half : 2 * half + 2])
+        for name, kernels in KERNELS.items()
+        for half in (0, 1)
+    }
     bars = {"energy": draw_energy(), "speed": draw_speed()}
-    return {"centralize": draw_centralize(), "icon": draw_icon(), **bars, **axes}
+    others = {"centralize": draw_centralize(), "icon": draw_icon(), "modules": draw_modules()}
+    return {**others, **bars, **axes}
 
 
 def draw_icon():
@@ -157,6 +173,25 @@ def draw_speed():
     for x in (0.5, 1, 1.5):
         parts.append(text(left + (x - 0.5) * scale, top, f"{x:g}", "middle muted"))
     return svg("Time of gcx over the plain expression", top + 16, parts)
+
+
+def draw_modules():
+    """Draw the boxes of how_it_is_built.md."""
+    parts = []
+    for left, top, width, (title, *words) in MODULES:
+        height = 32 + 20 * len(words)
+        size = f'x="{left}" y="{top}" width="{width}" height="{height}"'
+        parts.append(f'<rect class="line" {size} rx="6" fill="{BLUE}" fill-opacity=".12"/>')
+        parts.append(text(left + width / 2, top + 21, title, "middle bold"))
+        for row, word in enumerate(words, 1):
+            parts.append(text(left + width / 2, top + 21 + 20 * row, word, "middle"))
+    for x, y, length in DOWN:
+        parts.append(line(x, y, x, y + length))
+        parts += [line(x, y + length, x + aside, y + length - 6) for aside in (-4, 4)]
+    parts += [line(208, 350, 168, 350), line(168, 350, 174, 346), line(168, 350, 174, 354)]
+    parts += [text(104, 62, "your model", "middle"), text(296, 62, "your step", "middle")]
+    parts += [text(114, 189, "layers", "muted"), text(306, 189, "gradients", "muted")]
+    return svg("The modules of gcx", 512, parts)
 
 
 def svg(title, height, parts):

@@ -123,7 +123,8 @@ def test_layers_of_a_stack_have_their_own_norms() -> None:
 
 def of_nnx() -> tuple[Any, Any]:
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs))
+    vector = nnx.Linear(3, 1, rngs=rngs)
+    model = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs), vector)
     return model, nnx.state(model, nnx.Param)
 
 
@@ -189,27 +190,35 @@ def in_nnx() -> Any:
     return nnx.state(model, nnx.Param), gcx.optax.layouts(model)
 
 
-def in_equinox(kind: Any) -> Any:
-    model = kind(4, 8, 3, groups=2, key=KEY)
+def in_equinox(kind: Any, *sizes: int, **options: Any) -> Any:
+    model = kind(4, 8, *sizes, **options, key=KEY)
     return eqx.filter(model, eqx.is_array), gcx.optax.layouts(model)
+
+
+def unrolled(cell: Any) -> Any:
+    core = cell(8)
+    return lambda x: hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))
 
 
 GROUPED = {
     "linen": lambda: in_linen(nn.Conv, 2),
     "scan": scanned,
     "nnx": in_nnx,
-    "equinox": lambda: in_equinox(eqx.nn.Conv1d),
-    "equinox, transposed": lambda: in_equinox(eqx.nn.ConvTranspose1d),
+    "equinox": lambda: in_equinox(eqx.nn.Conv1d, 3, groups=2),
+    "equinox, transposed": lambda: in_equinox(eqx.nn.ConvTranspose1d, 3, groups=2),
+    "equinox, GRU": lambda: in_equinox(eqx.nn.GRUCell),
+    "equinox, LSTM": lambda: in_equinox(eqx.nn.LSTMCell),
     "haiku": lambda: in_haiku(hk.Conv1D, output_channels=8, kernel_shape=3, feature_group_count=2),
+    "haiku, GRU": lambda: in_haiku(unrolled, cell=hk.GRU),
     "haiku, depthwise": lambda: in_haiku(hk.DepthwiseConv1D, channel_multiplier=2, kernel_shape=3),
 }
 
 
 @pytest.mark.parametrize("case", GROUPED)
-def test_groups_are_named(case: str) -> None:
+def test_groups_and_gates_are_named(case: str) -> None:
     params, layouts = GROUPED[case]()
     for given in (layouts, gcx.optax.plan(params, layouts)):
-        with pytest.raises(ValueError, match=r"name in exclude= .* in groups\)$"):
+        with pytest.raises(ValueError, match=r"name in exclude= .*( in groups|, all gates)\)$"):
             gcx.optax.muon_dimension_numbers(params, given)
     numbers = gcx.optax.muon_dimension_numbers(params, layouts, exclude="*")
     # Muon calls whatever is callable, such as the function for an Equinox layer.

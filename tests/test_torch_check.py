@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,6 +46,10 @@ def _tied(x: Tensor, weight: Tensor) -> Tensor:
 
 def _mixture(x: Tensor, weights: Tensor) -> Tensor:
     return x @ torch.einsum("e,eio->io", x.mean(0)[:2].softmax(0), weights.view(2, 4, 6))
+
+
+def _within(transform: Callable[..., Any]) -> Callable[[], nn.Module]:
+    return lambda: Uses(lambda x, w: transform(partial(F.linear, weight=w))(x), 3, 4)
 
 
 X = torch.rand(5, 4)
@@ -111,6 +116,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, Any, str]] = {
             Uses(lambda x, w: torch.einsum("bi,ri,or->bo", x, w, w[:, :3]), 3, 4)
         ),
         *(X, None, "unseen"),
+    ),
+    "vmap": (_within(torch.func.vmap), X, None, "unseen"),
+    "jacrev": (_within(torch.func.jacrev), X, None, "unseen"),
+    "parts, added": (
+        lambda: Uses(lambda x, w: x[:, :1] @ w[:, :1].T + x[:, 1:] @ w[:, 1:].T, 3, 4),
+        *(X, None, "from 1 output units of 4"),
     ),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), X, None, "unseen"),
     "LSTM": (lambda: nn.LSTM(4, 3, bias=False), X[None], None, "unseen"),

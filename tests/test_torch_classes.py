@@ -7,6 +7,7 @@ import pickle
 from abc import ABC
 from typing import Any
 
+import cloudpickle
 import pytest
 from torch import nn
 from torch.optim import SGD, Optimizer, RAdam
@@ -62,6 +63,14 @@ def test_a_pickled_class_takes_its_model_along() -> None:
     derived, copied = pickle.loads(pickle.dumps(pair))
     assert copied is not model
     assert_means_kept(copied, lambda: train(copied, derived(copied.parameters(), lr=0.01)))
+
+
+def test_cloudpickle_leaves_the_class_its_model() -> None:
+    model = new_layer()
+    derived = gcx.torch.derive_class(SGD, model)
+    held = cloudpickle.dumps(derived)
+    assert cloudpickle.loads(held) is derived  # in its own process
+    assert_means_kept(model, lambda: train(model, derived(model.parameters(), lr=0.01)))
 
 
 @pytest.mark.parametrize("held", ["model", "class"])

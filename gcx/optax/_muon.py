@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from gcx._names import match_all
 from gcx.optax._layouts import Layouts, plan
-from gcx.optax._models._parameters import IN_GROUPS
+from gcx.optax._models._parameters import SIDE_BY_SIDE
 from gcx.optax._names import is_none
 from gcx.plan import PlanRow
 
@@ -21,12 +22,15 @@ def muon_dimension_numbers(
     """Tell `optax.contrib.muon` which axes of each weight make a matrix, and which are a stack.
 
     The fan-in is the reduction axis, and ``o`` the output axis. Each entry of a stack (``b``) is a
-    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam.
-    Needs optax 0.2.6.
+    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam; so is
+    one with a single output, which is a vector. Needs optax 0.2.6.
 
     The dimension numbers cannot split an axis. A convolution in groups is a stack along its
-    outputs, so exclude it; this function names it if `layouts` is from the model. A mapping of your
-    own, or a preset, does not tell the groups.
+    outputs, and so is a weight that holds all gates of a recurrent layer. Exclude them. This
+    function names them if `layouts` is from the model: the groups, and the gates of Equinox and of
+    Haiku's GRU. It does not see the gates of other layers, which are one Linear or Conv to a plan:
+    ``dense_i`` and ``dense_h`` of nnx's GRUCell and OptimizedLSTMCell, Haiku's LSTM, and every
+    ConvLSTM. A mapping of your own, or a preset, tells neither groups nor gates.
 
     Parameters
     ----------
@@ -47,7 +51,8 @@ def muon_dimension_numbers(
     ------
     TypeError, ValueError
         As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter.
-        A ValueError that names the weights in groups, or with a layout that splits an axis.
+        A ValueError that names weights in groups, of all gates, or with a layout that splits an
+        axis.
 
     Examples
     --------
@@ -77,7 +82,7 @@ def muon_dimension_numbers(
 
 def _is_split(row: PlanRow) -> bool:
     """Return True for matrices that are a stack along a part of an axis."""
-    return row.layout is not None and (row.layout.is_split or row.reason.endswith(IN_GROUPS))
+    return row.layout is not None and (row.layout.is_split or row.reason.endswith(SIDE_BY_SIDE))
 
 
 def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
@@ -87,4 +92,6 @@ def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
     reduction, output = (
         tuple(axis for axis, found in enumerate(letters) if found == letter) for letter in "io"
     )
+    if prod(row.shape[axis] for axis in output) < 2:
+        return None
     return optax.contrib.MuonDimensionNumbers(reduction, output)

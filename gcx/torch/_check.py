@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
@@ -65,9 +66,12 @@ def check_plan(
     Notes
     -----
     A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
-    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint`, in
-    inference mode or of a complex model, and a kernel of which padding hides a part. A product
-    element by element, summed in a second operation, disagrees although the plan may be right.
+    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint` or a
+    transform of `torch.func`, such as ``vmap``. So is any weight in inference mode or of a complex
+    model, and a kernel of which padding hides a part.
+
+    Two uses disagree although the plan may be right: a product element by element, summed in a
+    second operation, and parts of one fan-in, used apart and then added.
 
     Examples
     --------
@@ -173,6 +177,8 @@ class _Uses(TorchFunctionMode):
         use: str,
     ) -> bool:
         """Record what the outputs depend on; return True if they do not depend on the data."""
+        if peek_interpreter_stack() is not None:
+            return False  # transforms of torch.func refuse random data and requires_grad_()
         # From 0.5 to 1.5: no product is zero.
         new = [(_draw(x, self._draws) + 0.5).requires_grad_() for x in data]
         with suppress(RuntimeError):  # random data can be refused, and so can a second derivative

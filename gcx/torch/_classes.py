@@ -43,6 +43,7 @@ def derive_class(
     -------
     type
         A subclass of `kind` with the same arguments. It can be pickled, and takes the model along.
+        In its own process, cloudpickle returns the class itself, which keeps its model.
 
     Raises
     ------
@@ -86,6 +87,11 @@ class _Derived(ABCMeta):  # some packages have abstract optimizers
         model, options = vars(cls)[_BINDING]
         kind = repr(cls.__base__).removesuffix(">")
         return f"{kind}, centralized for a {type(model).__name__}, where={options.where!r}>"
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # In its own process, cloudpickle loads the class itself, and a copy of the model.
+        if name != _BINDING or name not in vars(cls):
+            super().__setattr__(name, value)
 
 
 def _derive(kind: type[Optimizer]) -> Any:

@@ -15,20 +15,21 @@ from gcx.plan import LeaveAlone, PlanRow
 
 Shape = tuple[int, ...]
 
-IN_GROUPS = " in groups"  # ends the reason for such a convolution
+# Ends of the reason for a weight whose outputs belong to several maps, side by side.
+IN_GROUPS, ALL_GATES = SIDE_BY_SIDE = (" in groups", ", all gates")
 
 _AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
 
 
 class SingleLayer(NamedTuple):
-    """Answer of a rule that also knows the shape of the weight in a single layer, or has groups.
+    """Answer of a rule that also knows the shape of the weight in a single layer, or its maps.
 
     The shape tells the axes of a stack from the others.
     """
 
     layout: str
     shape: Shape | None = None
-    is_grouped: bool = False  # the outputs are in groups, each with inputs of its own
+    maps: str = ""  # one of SIDE_BY_SIDE, if it holds several
 
 
 LayerAnswer = Answer | SingleLayer
@@ -44,7 +45,7 @@ def decide_in_stack(
     """
     if isinstance(answer, SingleLayer):
         own_shape = answer.shape or own_shape
-        rule += IN_GROUPS if answer.is_grouped else ""
+        rule += answer.maps
         answer = answer.layout
     if isinstance(answer, LeaveAlone) and answer.reason.startswith("unknown"):
         own = shape if own_shape is None else own_shape

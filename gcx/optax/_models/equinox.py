@@ -10,7 +10,14 @@ from jax.tree_util import tree_leaves_with_path
 
 from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, LENGTH, NORM, SLOPE, Rule, Rules
-from gcx.optax._models._parameters import Answers, LayerAnswer, SingleLayer, decide_in_stack
+from gcx.optax._models._parameters import (
+    ALL_GATES,
+    IN_GROUPS,
+    Answers,
+    LayerAnswer,
+    SingleLayer,
+    decide_in_stack,
+)
 from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -69,13 +76,16 @@ def _convolution(layer: Any) -> Answers:
     # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
-    return {"weight": SingleLayer("o...", shape, is_grouped=layer.groups > 1), "bias": BIAS}
+    return {
+        "weight": SingleLayer("o...", shape, IN_GROUPS if layer.groups > 1 else ""),
+        "bias": BIAS,
+    }
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:
     return lambda layer: {
-        "weight_ih": SingleLayer("oi", (gates * layer.hidden_size, layer.input_size)),
-        "weight_hh": SingleLayer("oi", (gates * layer.hidden_size, layer.hidden_size)),
+        "weight_ih": SingleLayer("oi", (gates * layer.hidden_size, layer.input_size), ALL_GATES),
+        "weight_hh": SingleLayer("oi", (gates * layer.hidden_size, layer.hidden_size), ALL_GATES),
         "bias*": BIAS,
     }
 

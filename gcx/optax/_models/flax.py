@@ -8,6 +8,7 @@ from typing import Any
 from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, LENGTH, MASKED, NORM, SLOPE, Rule, Rules, kernel_letters
 from gcx.optax._models._parameters import (
+    IN_GROUPS,
     Answers,
     LayerAnswer,
     Seen,
@@ -137,7 +138,7 @@ def _convolution(layer: Any) -> Answers:
     layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
     is_grouped = getattr(layer, "feature_group_count", 1) > 1
     shape = getattr(layer, "kernel_shape", None)  # of nnx
-    kernel = SingleLayer(layout, shape, is_grouped=is_grouped)
+    kernel = SingleLayer(layout, shape, IN_GROUPS if is_grouped else "")
     return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 

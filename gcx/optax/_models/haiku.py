@@ -7,6 +7,8 @@ from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
 from gcx.optax._models._parameters import (
+    ALL_GATES,
+    IN_GROUPS,
     Answers,
     LayerAnswer,
     Seen,
@@ -56,7 +58,8 @@ def decide(
 
 def _convolution(layout: str) -> Rule[LayerAnswer]:
     def rule(layer: Any) -> Answers:
-        weight = SingleLayer(layout, is_grouped=getattr(layer, "feature_group_count", 1) > 1)
+        is_grouped = getattr(layer, "feature_group_count", 1) > 1
+        weight = SingleLayer(layout, maps=IN_GROUPS if is_grouped else "")
         return {"w": weight if layer.mask is None else MASKED, "b": BIAS}
 
     return rule
@@ -66,9 +69,9 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
     "haiku.*.ConvND": _convolution("...o"),
-    "haiku.*.DepthwiseConvND": {"w": SingleLayer("...o", is_grouped=True), "b": BIAS},
+    "haiku.*.DepthwiseConvND": {"w": SingleLayer("...o", maps=IN_GROUPS), "b": BIAS},
     "haiku.*.ConvNDTranspose": _convolution("...oi"),
-    "haiku.*.GRU": {"w_i": "io", "w_h": "io", "b": BIAS},
+    "haiku.*.GRU": {"w_[ih]": SingleLayer("io", maps=ALL_GATES), "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},
     "haiku.*Norm": {"scale": NORM, "offset": BIAS},

@@ -372,7 +372,7 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
             gcx.torch.centralize(other, layer)
     for other, message in ((layer.parameters(), "generator$"), (foreign, r"use gcx\.optax$")):
         with pytest.raises(TypeError, match=rf"model is a torch\.nn\.Module, not .*{message}"):
-            gcx.torch.plan(other)
+            gcx.torch.centralize(wrapper.optimizer, other)
     with pytest.raises(TypeError, match=r"got torch\.\S+\.Linear; .* gcx\.torch\.centralize$"):
         gcx.centralize(layer)
 

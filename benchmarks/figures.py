@@ -24,7 +24,7 @@ _LONGEST_FILE = 350
 # The layers, from the bottom: a module imports none that stands above it. The first entry that a
 # module's name begins with, behind "gcx.", counts; all others are adapters.
 _LAYERS = (
-    ("_version", "_table", "_compat", "_memory", "_names", "layout", "plan"),
+    ("_version", "_table", "_compat", "_frameworks", "_memory", "_names", "layout", "plan"),
     ("backends",),
     ("_dispatch",),
     ("_centralize", "_decisions", "_layouts", "_means", "_options", "_outputs", "_rules"),

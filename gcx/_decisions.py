@@ -100,8 +100,8 @@ def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
                 see_fan_in(array, row.layout, reproducible=True)
 
 
-def already_attached(kind: str) -> str:
-    return f"this {kind} has Gradient Centralization already; .remove() that handle first"
+def already_attached(kind: str, remedy: str) -> str:
+    return f"this {kind} has Gradient Centralization already; first call {remedy}"
 
 
 def narrow_weight(name: str, dtype: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from gcx._frameworks import hint_at_adapter, name_kind
 from gcx.backends import Backend
 from gcx.layout import Layout
 from gcx.plan import Plan
@@ -85,7 +86,8 @@ def _find(array: Any) -> Any:
 
 
 def _describe(value: Any) -> str:
-    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, (list, tuple, dict)):
+        name = name_kind(value)
         return f"a {name}; make it an array, or use gcx.centralize_many for a {name} of arrays"
-    return name
+    hint = hint_at_adapter(value)
+    return name_kind(value) + (hint and f"{hint}.centralize")

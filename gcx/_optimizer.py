@@ -12,6 +12,7 @@ from gcx import _compat
 from gcx._centralize import centralize, check_strength, see_fan_in
 from gcx._decisions import check_choice
 from gcx._dispatch import backend_for
+from gcx._frameworks import describe
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx._outputs import check_traits
@@ -165,7 +166,7 @@ class Optimizer:
 
 def _named_params(params: Any) -> list[tuple[str, Any]]:
     if not isinstance(params, (list, tuple, dict)):
-        msg = f"params is a list, tuple or dict of arrays, not {type(params).__name__}"
+        msg = f"params is a list, tuple or dict of arrays, not {describe(params)}"
         raise TypeError(msg)
     named = flatten(params)
     if not named:

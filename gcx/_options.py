@@ -67,3 +67,6 @@ class TakesOptions:
             overrides=overrides,
             reproducible=reproducible,
         )
+
+    # Python names the callback by this in its error for an unknown option.
+    __init__.__qualname__ = "GradientCentralization.__init__"

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import gcx.torch
+from gcx._frameworks import needing
 from gcx._options import TakesOptions
 from gcx.plan import Plan
 
-if not TYPE_CHECKING and find_spec("lightning") is None:
-    import pytorch_lightning as pl  # the same package by its older name
-else:
-    import lightning.pytorch as pl
+with needing("lightning", "lightning"):
+    if not TYPE_CHECKING and not find_spec("lightning") and find_spec("pytorch_lightning"):
+        import pytorch_lightning as pl  # the same package by its older name
+    else:
+        import lightning.pytorch as pl
 
 __all__ = ["GradientCentralization"]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
-
 import gcx.torch
+from gcx._frameworks import needing
 from gcx._options import TakesOptions
 from gcx.plan import Plan
 from gcx.torch._targets import keep_switches
+
+with needing("transformers", "transformers"):
+    from transformers import TrainerCallback, TrainerState
 
 __all__ = ["GradientCentralization"]
 

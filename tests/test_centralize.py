@@ -497,7 +497,7 @@ class TestRefused:
     def test_dtypes_that_are_not_floating(
         self, xp: ArrayLibrary, dtype: str, shape: tuple[int, ...]
     ) -> None:
-        with pytest.raises(TypeError, match=f"floating dtype, not .*{dtype}"):
+        with pytest.raises(TypeError, match=f"floating dtype, not .*{dtype}; convert the array"):
             gcx.centralize(xp.asarray(np.ones(shape), dtype))
 
     @pytest.mark.parametrize("dtype", ["O", "U3", "S3", "M8[s]", "m8[s]", "V4", [("a", "f4")]])

@@ -356,7 +356,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="the loss does not depend on any parameter"):
         energy_removed(model, batches, loss_of)
     parameters: Any = list(model.parameters())
-    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not a list"):
+    with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not list"):
         energy_removed(parameters, batches, loss_of)
 
 

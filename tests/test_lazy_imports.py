@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -60,6 +61,27 @@ def test_import_loads_no_compatibility_layer_and_no_backend() -> None:
     (modules,) = loaded_after("import gcx")
     assert {name for name in modules if "compat" in name} == set()
     assert {name for name in modules if name.startswith("gcx.backends.")} == set()
+
+
+def test_an_adapter_without_its_framework_says_what_to_install() -> None:
+    packages = {"optax": '"gcx[jax]"'}
+    packages |= {name: f'"gcx[{name}]"' for name in ("torch", "keras", "thinc")}
+    if find_spec("torch") is not None:
+        packages |= {name: name for name in ("lightning", "transformers")}
+    script = f"""
+from importlib import import_module
+from importlib.machinery import PathFinder as finder
+find = finder.find_spec
+for name in {list(packages)}:
+    hidden = name, "pytorch_lightning"
+    finder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
+    try: import_module("gcx." + name)
+    except ModuleNotFoundError as error: print(error.name, error, sep=": ")"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        f"{name}: No module named '{name}'; pip install {requirement}"
+        for name, requirement in packages.items()
+    ]
 
 
 def test_this_test_can_fail() -> None:

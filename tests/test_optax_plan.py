@@ -270,13 +270,25 @@ def test_function_gets_path_and_array() -> None:
 # --- errors come before training ------------------------------------------------------------------
 
 
-class OfAnotherLibrary:
+class OfTorch:
     """Stands in for a model of torch, which is callable."""
 
     __module__ = "torch.nn.modules.linear"
 
     def __call__(self, name: str, array: Any) -> None:
         """Return None, as if it left every parameter alone."""
+
+
+class OfKeras(OfTorch):
+    """Stands in for a layer of Keras on its torch backend."""
+
+    __module__ = "keras.src.layers.core.dense"
+
+
+FOREIGN = [
+    (model(), f"is a .*{model.__name__}; for {library} use gcx.{library}$")
+    for model, library in ((OfTorch, "torch"), (OfKeras, "keras"))
+]
 
 
 NO_LAYOUTS = (
@@ -288,14 +300,14 @@ PRESETS_ARE = "there are 'flax', 'haiku', 'equinox', 'keras'"
 NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
     *[
         (x, TypeError, re.escape(NO_LAYOUTS + type(x).__name__))
-        for x in (None, 3, ["...o"], Layout("...o"), {"kernel"})
+        for x in (3, ["...o"], Layout("...o"), {"kernel"})
     ],
     *[
         (x, ValueError, re.escape(f"no preset '{x}'; {PRESETS_ARE}"))
         for x in ("torch", "Flax", "...o", "")
     ],
     (KERNELS, TypeError, "layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the m"),
-    (OfAnotherLibrary(), TypeError, r"is a torch model .* use gcx\.torch"),
+    *[(model, TypeError, f"^layouts {message}") for model, message in FOREIGN],
     (Net, TypeError, r"layouts is the class Net, .* give a model.* Net\("),
 ]
 
@@ -310,6 +322,12 @@ def test_what_layouts_may_not_be(layouts: Any, error: type[Exception], message: 
 def test_layouts_are_required() -> None:
     with pytest.raises(TypeError, match="layouts"):
         gcx.optax.centralize()
+    with pytest.raises(TypeError, match=re.escape(f"{NO_LAYOUTS}NoneType")):
+        gcx.optax.centralize(None)
+    no_layers = "^a tree of arrays has no layers: give layouts, e.g. 'flax'"
+    for params, message in [(KERNELS, no_layers), *((m, f"^params {text}") for m, text in FOREIGN)]:
+        with pytest.raises(TypeError, match=message):
+            gcx.optax.plan(params)
 
 
 ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}

@@ -453,7 +453,11 @@ def test_init_refuses_layouts_that_do_not_fit(layouts: Any, error: Any, message:
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        (np.ones((2, 2)), TypeError, "params is a list, tuple or dict of arrays, not ndarray"),
+        (
+            np.ones((2, 2)),
+            TypeError,
+            "params is a list, tuple or dict of arrays, not numpy.ndarray",
+        ),
         ({}, ValueError, "params holds no array"),
         ({"w": None}, TypeError, "w: expected an array"),
         ({"w": np.ones((2, 2), int)}, TypeError, "w: .* floating dtype, not int64"),

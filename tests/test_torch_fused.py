@@ -410,7 +410,7 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
     for params in (model.parameters(), list(model.parameters()), groups_of(model)):
         with pytest.raises(TypeError, match=r"do not say where their fan-in is.*model="):
             typical(params)
-    with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a list"):
+    with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not list"):
         typical(model.parameters(), model=[model])
     with pytest.raises(ValueError, match="nothing to centralize in this"):
         typical(model[2])

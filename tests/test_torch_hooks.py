@@ -357,12 +357,24 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     wrapper = Wrapper(SGD(layer.parameters()))
     scheduler = torch.optim.lr_scheduler.ConstantLR(wrapper.optimizer)
     for other in (Wrapper(layer), scheduler):
-        with pytest.raises(TypeError, match=r"not a (Wrapper|ConstantLR).*\.optimizer"):
+        with pytest.raises(TypeError, match=r"not \S+\.(Wrapper|ConstantLR); .*\.optimizer"):
             gcx.torch.centralize(other, layer)
-    with pytest.raises(TypeError, match="not a list"):
-        gcx.torch.centralize([layer.weight], layer)
-    with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not a generator"):
-        gcx.torch.centralize(wrapper.optimizer, layer.parameters())
+    flattens = r"ZeRO\. DeepSpeed flattens .*: call gcx\.torch\.centralize_in_backward\(model\)"
+    zero = type("ZeRO", (), {"__module__": "deepspeed.runtime", "step": None})()
+    foreign = type("Linear", (), {"__module__": "flax.nnx"})()
+    for other, message in (
+        ([layer.weight], "list$"),
+        (gcx.optim.SGD(0.1), r"gcx\.optim\.SGD$"),
+        (foreign, r"flax\.nnx\.Linear; for flax use gcx\.optax$"),
+        (zero, flattens),
+    ):
+        with pytest.raises(TypeError, match=rf"is a torch\.optim\.Optimizer, not \S*{message}"):
+            gcx.torch.centralize(other, layer)
+    for other, message in ((layer.parameters(), "generator$"), (foreign, r"use gcx\.optax$")):
+        with pytest.raises(TypeError, match=rf"model is a torch\.nn\.Module, not .*{message}"):
+            gcx.torch.centralize(wrapper.optimizer, other)
+    with pytest.raises(TypeError, match=r"got torch\.\S+\.Linear; .* gcx\.torch\.centralize$"):
+        gcx.centralize(layer)
 
     class InBackward(Optimizer):
         """Updates in backward, as LOMO does."""

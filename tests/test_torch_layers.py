@@ -460,10 +460,12 @@ def test_layers_of_torch_jit_are_unknown(
 
 
 def test_models_without_shapes_are_an_error() -> None:
-    with pytest.raises(TypeError, match=r"a torch\.nn\.Module, not a list"):
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module, not list$"):
         gcx.torch.plan([nn.Linear(2, 2)])
     of_keras: Any = type("Dense", (), {"__module__": "keras.src.layers"})()
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module, not a Dense; .* use gcx\.keras"):
+    with pytest.raises(
+        TypeError, match=r"Module, not keras\.src\.layers\.Dense; .* use gcx\.keras"
+    ):
         gcx.torch.plan(of_keras)
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.zeros(12))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Never, Protocol, TypeVar, cast
 
 from gcx._memory import Memory
 
@@ -96,6 +96,11 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
         centralize(grad, fan_in, strength, out, reproducible)
         for grad, fan_in, out in zip(grads, axes, outs, strict=True)
     ]
+
+
+def refuse_dtype(dtype: object) -> Never:
+    msg = f"expected a real or complex floating dtype, not {dtype}; convert the array first"
+    raise TypeError(msg)
 
 
 def load(library: str) -> Library:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gcx import _compat
 from gcx._memory import Memory
-from gcx.backends import _canonical, one_by_one
+from gcx.backends import _canonical, one_by_one, refuse_dtype
 
 _FLOATING = ("real floating", "complex floating")
 
@@ -18,8 +18,7 @@ def check_dtype(grad: Any, /) -> None:
         raise TypeError(msg)
     xp = _compat.array_namespace(grad)
     if not xp.isdtype(grad.dtype, _FLOATING):
-        msg = f"expected a real or complex floating dtype, not {grad.dtype}"
-        raise TypeError(msg)
+        refuse_dtype(grad.dtype)
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:

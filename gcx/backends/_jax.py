@@ -14,15 +14,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from gcx._memory import Memory
-from gcx.backends import _canonical, _jax_canonical, one_by_one
+from gcx.backends import _canonical, _jax_canonical, one_by_one, refuse_dtype
 
 _SMALL = 1 << 13  # elements of an array that XLA on a CPU may add one by one
 
 
 def check_dtype(grad: jax.Array, /) -> None:
     if not is_floating(grad.dtype):
-        msg = f"expected a real or complex floating dtype, not {grad.dtype}"
-        raise TypeError(msg)
+        refuse_dtype(grad.dtype)
 
 
 def is_floating(dtype: Any, /) -> bool:

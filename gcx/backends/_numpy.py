@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gcx._memory import Memory, repeats_itself
-from gcx.backends import _canonical, one_by_one
+from gcx.backends import _canonical, one_by_one, refuse_dtype
 
 NDArray = npt.NDArray[Any]
 
@@ -33,8 +33,7 @@ _SHORT_ROW, _COLUMN_RUN = 128, 24
 
 def check_dtype(grad: Any, /) -> None:
     if grad.dtype.kind not in "fc" and not _is_ml_dtype(grad.dtype):
-        msg = f"expected a real or complex floating dtype, not {grad.dtype}"
-        raise TypeError(msg)
+        refuse_dtype(grad.dtype)
     if isinstance(grad, np.matrix):
         msg = "np.matrix is not supported: it has no axes to keep; use np.asarray(grad)"
         raise TypeError(msg)

@@ -12,7 +12,14 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gcx._memory import find_span
-from gcx.backends import _canonical, _torch_blocks, _torch_dtensor, _torch_memory, one_by_one
+from gcx.backends import (
+    _canonical,
+    _torch_blocks,
+    _torch_dtensor,
+    _torch_memory,
+    one_by_one,
+    refuse_dtype,
+)
 from gcx.backends._torch_dtensor import PLAIN, FanIn
 
 _DENSE = torch.strided
@@ -58,8 +65,7 @@ def check_dtype(grad: Tensor, /) -> None:
         msg = "expected a tensor with a shape, not a nested or uninitialized one"
         raise TypeError(msg)
     if grad.dtype not in _DTYPES:
-        msg = f"expected a real or complex floating dtype, not {grad.dtype}"
-        raise TypeError(msg)
+        refuse_dtype(grad.dtype)
 
 
 def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:

@@ -1,7 +1,10 @@
 """Gradient Centralization for Keras 3 optimizers, on the torch and JAX backends."""
 
-from gcx.keras._centralize import centralize
-from gcx.keras._optimizer import Centralized, GradientCentralization
-from gcx.keras._plan import plan, register_layer
+from gcx._frameworks import needing
+
+with needing("keras", '"gcx[keras]"'):
+    from gcx.keras._centralize import centralize
+    from gcx.keras._optimizer import Centralized, GradientCentralization
+    from gcx.keras._plan import plan, register_layer
 
 __all__ = ["Centralized", "GradientCentralization", "centralize", "plan", "register_layer"]

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from gcx._decisions import already_attached, check_reproducible, narrow_weight, refuse_empty
+from gcx._frameworks import describe
 from gcx._options import Decay, Layers, Options, Where
 from gcx.keras._optimizer import GradientCentralization, Projection
 from gcx.keras._plan import Overrides, decide, plan
@@ -140,10 +141,10 @@ def _check_optimizer(optimizer: Any) -> None:
         raise RuntimeError(msg)
     base, kind = keras.optimizers.Optimizer, type(optimizer)
     if not isinstance(optimizer, base):
-        msg = f"optimizer is a keras.optimizers.Optimizer, not a {kind.__name__}"
+        msg = f"optimizer is a keras.optimizers.Optimizer, not {describe(optimizer, 'keras')}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
-        raise ValueError(already_attached("optimizer"))
+        raise ValueError(already_attached(kind.__name__, "its .gradient_centralization.remove()"))
     is_keras_own = all(getattr(kind, name) is getattr(base, name) for name in _KERAS_OWN)
     if not is_keras_own or not all(hasattr(base, name) for name in _CHANGED):
         msg = (

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from gcx._decisions import decide_row, find_overrides, merge
+from gcx._frameworks import describe
 from gcx._options import Layers, Options
 from gcx._rules import (
     BIAS,
@@ -116,7 +117,7 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
 def decide(model: Any, options: Options) -> dict[int, PlanRow]:
     """Make the row of each variable, by the `id` of the variable."""
     if not isinstance(model, keras.Layer):
-        msg = f"model is a keras.Model or a keras.Layer, not a {type(model).__name__}"
+        msg = f"model is a keras.Model or a keras.Layer, not {describe(model, 'keras')}"
         raise TypeError(msg)
     if not model.built:
         msg = (

@@ -12,6 +12,7 @@ from typing import Any
 import optax
 
 from gcx._decisions import decide_row, no_fan_in
+from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._layouts import layouts_for
 from gcx._names import match_all
 from gcx._rules import Answer
@@ -164,8 +165,12 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     token          1x8      -       unknown: no rule for this name
     1 of 3 parameters centralized
     """
-    framework = framework_of(params) if layouts is None else None
-    if framework is not None:
+    if layouts is None:
+        framework = framework_of(params)
+        if framework is None:
+            _refuse_foreign(params, "params")
+            msg = "a tree of arrays has no layers: give layouts, e.g. 'flax'"
+            raise TypeError(msg)
         layouts = params
         params = framework.params(params) if framework.params else None
     return plan_of(params, source_of(layouts), {})
@@ -186,8 +191,7 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     try:
         is_numeric = is_floating(leaf.dtype)
     except TypeError:  # a dtype that neither JAX nor NumPy knows
-        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
-        msg = f"{name} is a {kind}: gcx.optax is for JAX and NumPy arrays"
+        msg = f"{name} is a {name_kind(leaf)}: gcx.optax is for JAX and NumPy arrays"
         raise TypeError(msg) from None
     if not is_numeric:
         return PlanRow(name, shape, None, "not of floating dtype")
@@ -233,10 +237,7 @@ def source_of(layouts: Layouts) -> Source:
         raise TypeError(msg)
     if isinstance(layouts, Mapping):
         return _from_mapping(layouts)
-    for library in ("torch", "keras", "thinc"):  # their models are callable
-        if any(kind.__module__.startswith(f"{library}.") for kind in type(layouts).__mro__):
-            msg = f"layouts is a {library} model ({type(layouts).__name__}): use gcx.{library}"
-            raise TypeError(msg)
+    _refuse_foreign(layouts, "layouts")  # models of other frameworks are callable
     if callable(layouts):
         return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
     msg = (
@@ -245,6 +246,12 @@ def source_of(layouts: Layouts) -> Source:
         f"({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
     raise TypeError(msg)
+
+
+def _refuse_foreign(model: object, name: str) -> None:
+    if hint := hint_at_adapter(model, "optax"):
+        msg = f"{name} is a {name_kind(model)}{hint}"
+        raise TypeError(msg)
 
 
 def _for_any_names(rule: NameRule) -> Source:

@@ -11,6 +11,7 @@ from thinc.backends import get_array_ops
 
 import gcx
 from gcx._decisions import already_attached, check_reproducible, refuse_empty
+from gcx._frameworks import describe
 from gcx._means import fan_in_mean, restore_mean, subtract_mean
 from gcx._options import Options, Where
 from gcx.layout import Layout
@@ -77,10 +78,10 @@ def centralize(
         where=where, strength=strength, overrides=overrides, reproducible=reproducible
     )
     if not isinstance(optimizer, Optimizer):
-        msg = f"optimizer is a thinc.api.Optimizer, not a {type(optimizer).__name__}"
+        msg = f"optimizer is a thinc.api.Optimizer, not {describe(optimizer, 'thinc')}"
         raise TypeError(msg)
     if hasattr(optimizer, "gradient_centralization"):
-        raise ValueError(already_attached("optimizer"))
+        raise ValueError(already_attached("optimizer", "its .gradient_centralization.remove()"))
     return GradientCentralization(optimizer, models, options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from thinc.api import Model
 
 from gcx._decisions import decide_row, find_overrides
+from gcx._frameworks import describe
 from gcx._options import Options
 from gcx._rules import BIAS, EMBEDDING, NORM, UNDECLARED, Answer, Rules
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -106,7 +107,7 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
 
 def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
     if not models or not all(isinstance(model, Model) for model in models):
-        kinds = ", ".join(type(model).__name__ for model in models) or "none"
+        kinds = ", ".join(describe(model, "thinc") for model in models) or "none"
         msg = f"give one or more thinc models; given: {kinds}"
         raise TypeError(msg)
     layers = list(walk(models))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx._decisions import already_attached
+from gcx._frameworks import describe
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide, hint_at_keras
+from gcx.torch._plan import Overrides, decide
 from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
 from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
 from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
@@ -118,8 +119,8 @@ class GradientCentralization:
         _check_steps(optimizer)
         self._kind = type(optimizer).__name__
         if centralized(optimizer) is not None:
-            msg = f"{already_attached(self._kind)}: gcx.torch.centralized(optimizer).remove()"
-            raise ValueError(msg)
+            remedy = "gcx.torch.centralized(optimizer).remove()"
+            raise ValueError(already_attached(self._kind, remedy))
         self._options = options
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
@@ -192,11 +193,11 @@ def _find_optimizer(optimizer: Optimizer) -> Optimizer:
         if "_optimizer_step_pre_hooks" in vars(found):
             return found
         found = getattr(found, "optimizer", None)
-    msg = (
-        f"optimizer is a torch.optim.Optimizer, not a {type(optimizer).__name__}; if that wraps "
-        "one, give the one inside (often its attribute .optimizer). For DeepSpeed, which flattens "
-        f"the weights: {IN_BACKWARD}{hint_at_keras(optimizer)}"
-    )
+    msg = f"optimizer is a torch.optim.Optimizer, not {describe(optimizer, 'torch')}"
+    if "deepspeed" in type(optimizer).__module__:
+        msg += f". DeepSpeed flattens the weights: {IN_BACKWARD}"
+    elif hasattr(optimizer, "step"):
+        msg += "; if that wraps one, give the one inside (often its attribute .optimizer)"
     raise TypeError(msg)
 
 

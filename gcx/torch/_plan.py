@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gcx._decisions import LEFT_ALONE, decide_row, merge
+from gcx._frameworks import describe, hint_at_adapter
 from gcx._names import match, no_match
 from gcx._options import Layers, Options
 from gcx._rules import MASKED, NOT_CONVOLUTION
@@ -102,7 +103,7 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
-        msg = f"model is a torch.nn.Module, not a {type(model).__name__}{hint_at_keras(model)}"
+        msg = f"model is a torch.nn.Module, not {describe(model, 'torch')}"
         raise TypeError(msg)
     options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
@@ -123,12 +124,6 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
     }
 
 
-def hint_at_keras(thing: object) -> str:
-    """Point to gcx.keras for an object of Keras, which may be a torch module too."""
-    packages = {base.__module__.partition(".")[0] for base in type(thing).__mro__}
-    return "; for Keras use gcx.keras" if "keras" in packages else ""
-
-
 def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
     # A module that knows how it uses the weights of its children takes precedence over these.
@@ -142,7 +137,7 @@ def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, st
         known = known[0], f"{known[1]}, {owned.objection.removeprefix('unknown: a ')}"
     if known is None:
         reason = answer_by_name(*owned.users[-1]).reason
-        return LeaveAlone(reason + hint_at_keras(owned.layer)), ""
+        return LeaveAlone(reason + hint_at_adapter(owned.layer, "torch")), ""
     if isinstance(known[0], OfRank) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):

@@ -458,7 +458,7 @@ def test_a_saved_optimizer_is_for_its_variables() -> None:
 def test_what_cannot_be_centralized_is_an_error() -> None:
     model, optimizer = kernel_model(), SGD(0.1)
     centralize = gcx.keras.centralize
-    with pytest.raises(TypeError, match=r"is a keras.optimizers.Optimizer, not a str"):
+    with pytest.raises(TypeError, match=r"is a keras.optimizers.Optimizer, not str$"):
         centralize("sgd", model)
     with pytest.raises(ValueError, match="nothing to centralize in net:\nparameter"):
         centralize(optimizer, model, layers="conv")
@@ -506,5 +506,8 @@ def test_gcx_torch_points_here() -> None:
     model = small_model()
     sgd = torch.optim.SGD(model.parameters())
     for optimizer, error in ((sgd, ValueError), (keras.optimizers.SGD(), TypeError)):
-        with pytest.raises(error, match=r"for Keras use gcx\.keras"):
+        with pytest.raises(error, match=r"for keras use gcx\.keras"):
             gcx.torch.centralize(optimizer, model)
+    for use in (gcx.keras.plan, lambda sgd: gcx.keras.centralize(sgd, model)):
+        with pytest.raises(TypeError, match=r"not torch\.\S+\.SGD; for torch use gcx\.torch"):
+            use(sgd)

@@ -291,5 +291,5 @@ def test_an_override_is_a_layout() -> None:
 def test_a_model_without_variables_is_an_error() -> None:
     with pytest.raises(ValueError, match="net has no variables yet: build it first"):
         gcx.keras.plan(keras.Sequential([layers.Dense(3)], name="net"))
-    with pytest.raises(TypeError, match=r"keras.Model or a keras.Layer, not a list"):
+    with pytest.raises(TypeError, match=r"keras.Model or a keras.Layer, not list$"):
         gcx.keras.plan([])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gcx._frameworks import describe
 from gcx._names import children
 from gcx._rules import Rules
 from gcx.optax._models import equinox, flax, haiku
@@ -66,7 +67,7 @@ def decide(
     is_tree = type(model) in (dict, list, tuple)
     if framework is None or (is_tree and framework.params is None):
         kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
-        msg = f"model is {kinds}, not {type(model).__name__}"
+        msg = f"model is {kinds}, not {describe(model, 'optax')}"
         raise TypeError(msg)
     if framework.params is None:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})

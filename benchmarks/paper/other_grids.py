@@ -109,7 +109,7 @@ def _tuning() -> Study:
 
 
 def _kinds() -> Study:
-    """One comparison an optimizer, at the rates that are best without GC."""
+    """One comparison an optimizer, at the rates that were best without GC, of two seeds."""
     programs: dict[tuple[Task, Learner], tuple[Grid, ...]] = {}
     for (task, network, optimizer), rate in TUNED.items():
         arms = (BASE, "gradient") if optimizer == "SGDM" else (BASE, "gradient", "update")

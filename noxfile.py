@@ -109,7 +109,7 @@ def tests(session: nox.Session, backend: str) -> None:
 def lowest(session: nox.Session, extra: str) -> None:
     """Run the tests with the oldest releases that an extra allows; needs uv."""
     session.install("--resolution", "lowest-direct", f"-e.[{extra}]")
-    install(session, "core-test")
+    install(session, *(("numpy", "test") if extra == "numpy" else ("core-test",)))
     # The oldest torch comes from PyPI, with gigabytes of CUDA libraries.
     run_pytest(session, f"--backends={extra}", *IN_PARALLEL)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gcx._names import match
 from gcx.layout import LayoutLike
@@ -46,6 +46,12 @@ def check_rule(rule: object, what: str) -> None:
     if not (callable(rule) or isinstance(rule, Mapping)):
         msg = f"{what} is a mapping or a function, not {rule!r}"
         raise TypeError(msg)
+
+
+class Register(Protocol):
+    """The type of `register_layer` in gcx.optax, gcx.keras and gcx.thinc."""
+
+    def __call__(self, kind: Callable[..., Any]) -> Callable[[RuleT], RuleT]: ...
 
 
 class Rules(Generic[AnswerT]):

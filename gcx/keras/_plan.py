@@ -17,6 +17,7 @@ from gcx._rules import (
     NOT_CONVOLUTION,
     SLOPE,
     Answer,
+    Register,
     Rule,
     Rules,
     kernel_letters,
@@ -67,7 +68,7 @@ _KERAS_LAYERS: Mapping[str, Rule[Answer]] = {
 RULES: Rules[Answer] = Rules(
     {f"keras.*.{kind}": rule for kind, rule in _KERAS_LAYERS.items()}, group="gcx.keras.layers"
 )
-register_layer = RULES.register
+register_layer: Register = RULES.register
 
 
 def is_convolution(layer: Any) -> bool:

@@ -11,7 +11,7 @@ from thinc.api import Model
 from gcx._decisions import decide_row, find_overrides
 from gcx._frameworks import describe
 from gcx._options import Options
-from gcx._rules import BIAS, EMBEDDING, NORM, UNDECLARED, Answer, Rules
+from gcx._rules import BIAS, EMBEDDING, NORM, UNDECLARED, Answer, Register, Rules
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
@@ -65,7 +65,7 @@ class _ByForward(Rules[Answer]):
 
 
 RULES = _ByForward(_LAYERS, group="gcx.thinc.layers")
-register_layer = RULES.register
+register_layer: Register = RULES.register
 
 
 def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gcx._frameworks import describe
 from gcx._names import children
-from gcx._rules import Rules
+from gcx._rules import Register, Rules
 from gcx.optax._models import equinox, flax, haiku
 from gcx.optax._models._parameters import LayerAnswer
 from gcx.plan import PlanRow
@@ -19,7 +19,7 @@ from gcx.plan import PlanRow
 RULES: Rules[LayerAnswer] = Rules(
     {**equinox.RULES, **flax.RULES, **haiku.RULES}, group="gcx.optax.layers"
 )
-register_layer = RULES.register
+register_layer: Register = RULES.register
 
 
 class Framework(NamedTuple):

@@ -29,6 +29,7 @@ def hint_at_adapter(thing: object, own: str = "") -> str:
 
 
 def describe(thing: object, own: str = "") -> str:
+    """Name the class of an object, and point to the adapter for it."""
     return name_kind(thing) + hint_at_adapter(thing, own)
 
 

@@ -1,4 +1,4 @@
-"""The study on other data than digits: the rates that are best without GC, and the comparisons."""
+"""The study on other data than digits: rates tuned without GC, and the comparisons."""
 
 from __future__ import annotations
 
@@ -109,15 +109,13 @@ def _tuning() -> Study:
 
 
 def _kinds() -> Study:
-    """One comparison an optimizer, at the rates that were best without GC, of two seeds."""
+    """One comparison an optimizer, at rates tuned without GC, on two seeds."""
     programs: dict[tuple[Task, Learner], tuple[Grid, ...]] = {}
     for (task, network, optimizer), rate in TUNED.items():
         arms = (BASE, "gradient") if optimizer == "SGDM" else (BASE, "gradient", "update")
         grid = Grid(task, network, optimizer, (_cell(optimizer, rate),), arms)
         programs[task, network] = (*programs.get((task, network), ()), grid)
-    return Study(
-        "kinds", "At the rates that are best without GC", tuple(programs.values()), seeds=PAIRS
-    )
+    return Study("kinds", "At rates tuned without GC", tuple(programs.values()), seeds=PAIRS)
 
 
 def _both_tables(name: str, settings: Sequence[tuple[Task, Network]]) -> Study:

@@ -1,4 +1,4 @@
-"""One picture of all studies: a dot with its interval for each, at the rate best without GC."""
+"""One picture of all studies: a dot with its interval for each, at the rate tuned without GC."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_overview(folder: Path) -> Iterator[Path]:
 
 
 def at_tuned_rates(found: Sequence[Comparison]) -> list[Comparison]:
-    """Choose those of the gradient at the rates that are best without GC, as one family."""
+    """Choose those of the gradient at rates tuned without GC, as one family."""
     return as_family([c for c in found if c.arm == "gradient" and _is_at_best_rate(c)])
 
 

@@ -38,7 +38,8 @@ class Weak(ref[T]):
 
     def __reduce__(self) -> Any:
         found = self()
-        return Weak, (set() if found is None else found,)  # a set of which nobody knows is freed
+        # Of a dead object the copy is dead too: nothing else holds this set.
+        return Weak, (set() if found is None else found,)
 
 
 class Targets:

@@ -28,5 +28,4 @@ def __getattr__(name: str) -> Any:
         return import_module(f"gcx.{name}")
     adapters = ("keras", "lightning", "optax", "thinc", "torch", "transformers")
     hint = f"; use `import gcx.{name}`" if name in adapters else ""
-    msg = f"module 'gcx' has no attribute {name!r}{hint}"
-    raise AttributeError(msg)
+    raise AttributeError(f"module 'gcx' has no attribute {name!r}{hint}")

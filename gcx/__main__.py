@@ -164,8 +164,9 @@ def _largest_error(library: str, device: str, dtype: str) -> float:
     for results in (alone, together):
         for x, grad, result, (_, _, fan_in) in zip(values, grads, results, _CASES, strict=True):
             if (result.shape, result.dtype) != (grad.shape, grad.dtype):
-                msg = f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
+                )
             exact = x.astype(np.float64)
             if fan_in:
                 exact -= exact.mean(fan_in, keepdims=True)

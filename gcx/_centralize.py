@@ -151,11 +151,10 @@ def centralize_many(
            [ 1.,  0.]]), 'bias': array([1., 1.])}}
     """
     if not isinstance(grads, (list, tuple, dict)):
-        msg = (
+        raise TypeError(
             f"gcx.centralize_many takes a list, tuple or dict of arrays, not "
             f"{type(grads).__name__}; for one array use gcx.centralize"
         )
-        raise TypeError(msg)
     strength = check_strength(strength)
     call = find_call(grads, layouts, out, reproducible)
     if call is not None and (repeated := call.repeat(strength)) is not None:
@@ -247,8 +246,7 @@ def _find_fan_in(
     view = shape
     if axis is not None:
         if layout is not OUTPUT_FIRST:
-            msg = "give layout or axis, not both: each says which axes are fan-in"
-            raise TypeError(msg)
+            raise TypeError("give layout or axis, not both: each says which axes are fan-in")
         axes = _check_axes(shape, axis)
     else:
         try:
@@ -259,8 +257,9 @@ def _find_fan_in(
                 axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
             is_told = str(tuple(shape)) in str(error)
-            msg = str(error) if is_told else f"{error} (gradient of shape {tuple(shape)})"
-            raise ValueError(msg) from None
+            raise ValueError(
+                str(error) if is_told else f"{error} (gradient of shape {tuple(shape)})"
+            ) from None
     size = 1
     for a in axes:
         if not isinstance(view[a], int):  # of a lazy array, or a symbol in a JAX export
@@ -275,15 +274,12 @@ def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, .
     try:
         axes = tuple(index(a) for a in given)
     except TypeError:
-        msg = f"axis is an integer or a sequence of integers, not {axis!r}"
-        raise TypeError(msg) from None
+        raise TypeError(f"axis is an integer or a sequence of integers, not {axis!r}") from None
     if any(not -ndim <= a < ndim for a in axes):
-        msg = f"axis {axis} is out of range for a gradient of shape {tuple(shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"axis {axis} is out of range for a gradient of shape {tuple(shape)}")
     axes = tuple(sorted(a % ndim for a in axes))
     if len(set(axes)) < len(axes):
-        msg = f"axis {axis} names an axis twice, for a gradient of shape {tuple(shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"axis {axis} names an axis twice, for a gradient of shape {tuple(shape)}")
     return axes
 
 
@@ -291,9 +287,11 @@ def check_strength(strength: float) -> float:
     """Return `strength` as a Python float; a ValueError unless it is from 0 to 1."""
     if hasattr(strength, "shape") and not isinstance(strength, Real):
         kind = type(strength).__name__
-        msg = f"strength is a Python number, not a {kind}: give float(strength), static in jax.jit"
-        raise TypeError(msg)
+        raise TypeError(
+            f"strength is a Python number, not a {kind}: give float(strength), static in jax.jit"
+        )
     if not (isinstance(strength, (float, Real)) and 0.0 <= strength <= 1.0):
-        msg = f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
+        )
     return float(strength)

@@ -88,8 +88,7 @@ def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        msg = f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
 def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:

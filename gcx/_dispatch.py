@@ -78,11 +78,10 @@ def _find(array: Any) -> Any:
         from gcx.backends import _array_api
 
         return _array_api
-    msg = (
+    raise TypeError(
         f"expected an array (NumPy, CuPy, torch, JAX, or any library of the array API standard), "
         f"got {_describe(array)}"
     )
-    raise TypeError(msg)
 
 
 def _describe(value: Any) -> str:

@@ -27,14 +27,16 @@ def layouts_for(
         leaves = leaves_like(like, layouts, what="layouts")
         return [None if leaf is None else as_layout(leaf) for leaf in leaves]
     if not isinstance(layouts, Mapping):
-        msg = f"layouts is a layout, list, tuple, mapping or plan, not {type(layouts).__name__}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"layouts is a layout, list, tuple, mapping or plan, not {type(layouts).__name__}"
+        )
     keys = match_all(layouts, [name for name, _ in named], what="layouts")
     parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
     for name, _ in named:
         if name not in keys:
-            msg = f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
-            raise ValueError(msg)
+            raise ValueError(
+                f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
+            )
     return [parsed[keys[name]] for name, _ in named]
 
 
@@ -43,11 +45,9 @@ def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
     try:
         row = plan[name]
     except KeyError as error:
-        msg = f"layouts: {error.args[0]}"
-        raise ValueError(msg) from None
+        raise ValueError(f"layouts: {error.args[0]}") from None
     shape = row.shape if array is None else tuple(array.shape)
     if shape != tuple(row.shape):
         with naming(name):
-            msg = f"the plan is for shape {row.shape}, this array has shape {shape}"
-            raise ValueError(msg)
+            raise ValueError(f"the plan is for shape {row.shape}, this array has shape {shape}")
     return row.layout

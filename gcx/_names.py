@@ -46,8 +46,7 @@ def match_all(
     known = set(names)
     for key in keys:
         if not isinstance(key, str):
-            msg = f"{what}: a key is the name of a parameter or a glob, not {key!r}"
-            raise TypeError(msg)
+            raise TypeError(f"{what}: a key is the name of a parameter or a glob, not {key!r}")
         if key not in known and not _may_match(key, hidden) and not match([key], names):
             raise ValueError(no_match(key, names, what=what))
     return match(keys, names)
@@ -129,8 +128,9 @@ def leaves_like(
         return [other]
     if mine is None or theirs is None or mine.keys() != theirs.keys():
         differ = sorted(_join(prefix, key) for key in (mine or {}).keys() ^ (theirs or {}).keys())
-        msg = f"{what} is not built like {like}: they differ in {(differ or [prefix])[0]!r}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{what} is not built like {like}: they differ in {(differ or [prefix])[0]!r}"
+        )
     leaves = (
         leaves_like(part, theirs[key], what=what, like=like, prefix=_join(prefix, key))
         for key, part in mine.items()
@@ -146,5 +146,4 @@ def naming(leaf: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         # type(error) may be a library's subclass with other arguments.
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        msg = f"{leaf}: {error}"
-        raise kind(msg) from error
+        raise kind(f"{leaf}: {error}") from error

@@ -60,12 +60,11 @@ class Optimizer:
         named = _named_params(params)
         if self.where is not None and not any(self._find_layouts(params)):
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in named)
-            msg = (
+            raise ValueError(
                 f"layouts={self.layouts!r} centralizes no parameter: at least one needs a layout, "
                 f"and a fan-in of at least 2; there are {shapes}. For no Gradient Centralization "
                 "use where=None"
             )
-            raise ValueError(msg)
         zeros = [
             [_compat.array_namespace(param).zeros_like(param) for _, param in named]
             for _ in self._buffers
@@ -137,11 +136,13 @@ class Optimizer:
         """List the layout, value, gradient, step and buffers of each parameter, once checked."""
         keys = ("step", *self._buffers)
         if not isinstance(state, Mapping):
-            msg = f"state comes from init(params) or the last update, not {type(state).__name__}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"state comes from init(params) or the last update, not {type(state).__name__}"
+            )
         if set(state) != set(keys):
-            msg = f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"state has {sorted(state)}, but {type(self).__name__} keeps {sorted(keys)}"
+            )
         names, weights = zip(*_named_params(params), strict=True)
         trees = {"grads": grads, **{f"state[{key!r}]": state[key] for key in keys}}
         columns = [
@@ -166,12 +167,10 @@ class Optimizer:
 
 def _named_params(params: Any) -> list[tuple[str, Any]]:
     if not isinstance(params, (list, tuple, dict)):
-        msg = f"params is a list, tuple or dict of arrays, not {describe(params)}"
-        raise TypeError(msg)
+        raise TypeError(f"params is a list, tuple or dict of arrays, not {describe(params)}")
     named = flatten(params)
     if not named:
-        msg = "params holds no array"
-        raise ValueError(msg)
+        raise ValueError("params holds no array")
     for name, param in named:
         with naming(name):
             backend_for(param).check_dtype(param)
@@ -181,8 +180,7 @@ def _named_params(params: Any) -> list[tuple[str, Any]]:
 def _check_fits(what: str, array: Any, param: Any) -> None:
     if backend_for(array) is not backend_for(param):
         kinds = type(array).__name__, type(param).__name__
-        msg = f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}"
-        raise TypeError(msg)
+        raise TypeError(f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}")
     check_traits(f"the {what}", array, "its parameter", param, ("shape", "dtype"))
 
 

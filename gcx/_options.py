@@ -38,8 +38,7 @@ class Options:
         check_choice("reproducible", self.reproducible, (True, False))
         object.__setattr__(self, "strength", check_strength(self.strength))
         if not isinstance(self.overrides, Mapping | None):
-            msg = f"overrides is a mapping from names to layouts, not {self.overrides!r}"
-            raise TypeError(msg)
+            raise TypeError(f"overrides is a mapping from names to layouts, not {self.overrides!r}")
         for key, value in (self.overrides or {}).items():
             if isinstance(value, str):
                 with naming(f"overrides: {key}"):

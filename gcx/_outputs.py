@@ -29,11 +29,10 @@ def check_apart(jobs: Sequence[Job]) -> None:
         for array in ((job.out,) if job.out is job.grad else (job.grad, job.out))
     ]
     for one, other in find_shared(uses):
-        msg = (
+        raise ValueError(
             f"the out of {jobs[one].name} or {jobs[other].name} is in the memory of the other; "
             "give each result an array of its own"
         )
-        raise ValueError(msg)
 
 
 def check_out(out: Any, grad: Any, backend: Backend) -> None:
@@ -43,15 +42,13 @@ def check_out(out: Any, grad: Any, backend: Backend) -> None:
             if found is backend:
                 backend.check_dtype(out)
         if found is not backend:
-            msg = f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}"
-            raise TypeError(msg)
+            raise TypeError(f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}")
     if not backend.is_writable(out, grad):
-        msg = (
+        raise TypeError(
             f"out cannot be written to: this {type(out).__name__} is immutable, read-only, an "
             "inference tensor, expanded or with elements that share memory; or autograd or "
             "torch.func watches (then use torch.no_grad(), or no out)"
         )
-        raise TypeError(msg)
     if out is grad:
         return
     check_traits("out", out, "the gradient", grad, ("shape", "dtype", "device"))
@@ -62,5 +59,4 @@ def check_traits(what: str, x: Any, whose: str, model: Any, traits: Sequence[str
         found: list[Any] = [getattr(array, trait, None) for array in (x, model)]
         if found[0] != found[1]:
             mine, theirs = [tuple(size) for size in found] if trait == "shape" else found
-            msg = f"{what} has {trait} {mine}, {whose} {theirs}"
-            raise ValueError(msg)
+            raise ValueError(f"{what} has {trait} {mine}, {whose} {theirs}")

@@ -37,15 +37,13 @@ def ask(rule: Rule[AnswerT], layer: object, kind: str) -> Mapping[str, AnswerT]:
     answers = rule if isinstance(rule, Mapping) else rule(layer)
     if not isinstance(answers, Mapping):
         remedy = "a rule returns a mapping from the names of parameters to their layouts"
-        msg = f"the rule of {kind} returned {answers!r}; {remedy}"
-        raise TypeError(msg)
+        raise TypeError(f"the rule of {kind} returned {answers!r}; {remedy}")
     return answers
 
 
 def check_rule(rule: object, what: str) -> None:
     if not (callable(rule) or isinstance(rule, Mapping)):
-        msg = f"{what} is a mapping or a function, not {rule!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{what} is a mapping or a function, not {rule!r}")
 
 
 class Register(Protocol):
@@ -114,8 +112,7 @@ class Rules(Generic[AnswerT]):
                 return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
         """
         if not self.is_kind(kind):
-            msg = f"register_layer takes {self.kind}, not {kind!r}"
-            raise TypeError(msg)
+            raise TypeError(f"register_layer takes {self.kind}, not {kind!r}")
 
         def decorator(rule: RuleT) -> RuleT:
             check_rule(rule, f"the rule of {_label(kind)}")
@@ -181,8 +178,9 @@ def _load(found: EntryPoint) -> Rule[Any]:
     try:
         rule: Rule[Any] = found.load()
     except Exception as error:
-        msg = f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
-        raise ImportError(msg) from error
+        raise ImportError(
+            f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
+        ) from error
     check_rule(rule, f"{source},")
     return rule
 

@@ -60,23 +60,22 @@ class Layout:
 
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str):
-            msg = f"a layout is a string such as 'o...' or a gcx.Layout, not {type(text).__name__}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"a layout is a string such as 'o...' or a gcx.Layout, not {type(text).__name__}"
+            )
         axes = _AXIS.findall(text)
         is_known = "".join(axes) == text and text.count(_ELLIPSIS) < 2
         if not is_known or any(a[0] == "(" and len({*_list_parts(a)}) < 2 for a in axes):
-            msg = (
+            raise ValueError(
                 f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit), 'i' "
                 "(fan-in) or 'b' (stack), at most one '...' for all the other axes, and "
                 "parentheses around two or more parts of an axis"
             )
-            raise ValueError(msg)
         if "i" not in text and _ELLIPSIS not in text:
-            msg = (
+            raise ValueError(
                 f"layout {text!r} names no fan-in axis ('i' or '...'), so there is no mean to "
                 "subtract; leave such a weight out instead"
             )
-            raise ValueError(msg)
         self._text = text
         self._sizes = _check_sizes(text, axes, sizes)
         self.is_split = "(" in text
@@ -106,8 +105,7 @@ class Layout:
         ((1,), ())
         """
         if self.is_split:
-            msg = f"{self!r} splits an axis of the array; use split(shape)"
-            raise ValueError(msg)
+            raise ValueError(f"{self!r} splits an axis of the array; use split(shape)")
         return self._by_rank[ndim] if ndim in self._by_rank else self._find_axes(ndim)
 
     def split(self, shape: Iterable[int]) -> tuple[Shape, tuple[int, ...]]:
@@ -147,8 +145,9 @@ class Layout:
         named = len(self._head) + len(self._tail)
         if ndim < named or (ndim > named and not self._is_variadic):
             at_least = "at least " if self._is_variadic else ""
-            msg = f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"layout {self._text!r} is for arrays of rank {at_least}{named}, not {ndim}"
+            )
         return [*self._head, *[["i"]] * (ndim - named), *self._tail]
 
     def _split_axis(self, axis: list[str], size: int, shape: Shape) -> list[int]:
@@ -158,8 +157,7 @@ class Layout:
         known = prod([given for given in sizes if given])
         if size % known or (0 not in sizes and size != known):
             wrong = "divisible by" if 0 in sizes else "equal to"
-            msg = f"{self!r} does not fit shape {shape}: {size} is not {wrong} {known}"
-            raise ValueError(msg)
+            raise ValueError(f"{self!r} does not fit shape {shape}: {size} is not {wrong} {known}")
         return [given or size // known for given in sizes]
 
     def __str__(self) -> str:
@@ -197,23 +195,21 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
     split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
         if letter not in split:
-            msg = f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
-            raise ValueError(msg)
+            raise ValueError(
+                f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
+            )
         if not hasattr(size, "__index__") or isinstance(size, bool):
-            msg = f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}"
-            raise TypeError(msg)
+            raise TypeError(f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}")
         if size < 1 or split.count(letter) > 1:
             wrong = f"at least 1, not {size}" if size < 1 else "of one part, and there are several"
-            msg = f"layout {text!r}: the size of {letter!r} is {wrong}"
-            raise ValueError(msg)
+            raise ValueError(f"layout {text!r}: the size of {letter!r} is {wrong}")
     for axis in axes:
         unknown = [part for part in _list_parts(axis) if part not in sizes]
         if axis[0] == "(" and len(unknown) > 1:
-            msg = (
+            raise ValueError(
                 f"layout {text!r} splits the axis {axis}: give the size of all parts but one, "
                 f"such as Layout({text!r}, {unknown[0]}=2)"
             )
-            raise ValueError(msg)
     return {letter: index(size) for letter, size in sorted(sizes.items())}
 
 

@@ -62,8 +62,7 @@ class GradientCentralization(TakesOptions, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, before a checkpoint is loaded into them."""
         if not trainer.optimizers:
-            msg = "there is nothing to centralize: the trainer has no optimizer"
-            raise ValueError(msg)
+            raise ValueError("there is nothing to centralize: the trainer has no optimizer")
         plan = gcx.torch.plan(
             pl_module, layers=self._options.layers, overrides=self._options.overrides
         )

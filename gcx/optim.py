@@ -84,11 +84,9 @@ class SGD(Optimizer):
         self._set_float("dampening", below=1.0)
         if self.nesterov and (not self.momentum or self.dampening):
             given = f"momentum={self.momentum}, dampening={self.dampening}"
-            msg = f"nesterov=True needs momentum and no dampening, not {given}"
-            raise ValueError(msg)
+            raise ValueError(f"nesterov=True needs momentum and no dampening, not {given}")
         if self.dampening and not self.momentum:
-            msg = f"dampening={self.dampening} does nothing with momentum=0.0"
-            raise ValueError(msg)
+            raise ValueError(f"dampening={self.dampening} does nothing with momentum=0.0")
 
     @property
     def _buffers(self) -> tuple[str, ...]:
@@ -160,8 +158,7 @@ class Adam(Optimizer):
         super().__post_init__()
         self._set_float("eps")
         if not (isinstance(self.betas, Sequence) and len(self.betas) == 2):
-            msg = f"betas must be two numbers, not {self.betas!r}"
-            raise ValueError(msg)
+            raise ValueError(f"betas must be two numbers, not {self.betas!r}")
         betas = tuple(as_float(f"betas[{k}]", beta, 1.0) for k, beta in enumerate(self.betas))
         object.__setattr__(self, "betas", betas)
 

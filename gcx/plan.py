@@ -175,8 +175,9 @@ class Plan(Sequence[PlanRow]):
             from difflib import get_close_matches
 
             near = get_close_matches(name, self._by_name, n=3) or [*self._by_name][:3]
-            msg = f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
-            raise KeyError(msg) from None
+            raise KeyError(
+                f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
+            ) from None
 
     def _kinds(self) -> Iterable[list[PlanRow]]:
         kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}

@@ -55,20 +55,19 @@ def assert_centralized(
     >>> assert_centralized(np.array([[3.0, 5.0]]), start=np.array([[4.0, 4.0]]))
     """
     if start is not None and tuple(start.shape) != tuple(x.shape):
-        msg = f"start has shape {tuple(start.shape)}, the weight {tuple(x.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"start has shape {tuple(start.shape)}, the weight {tuple(x.shape)}")
     x, axes = see_fan_in(x, layout, axis)
     if not axes or 0 in x.shape:
-        msg = f"nothing to check: no unit with a fan-in of at least 2 in shape {tuple(x.shape)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"nothing to check: no unit with a fan-in of at least 2 in shape {tuple(x.shape)}"
+        )
     start = None if start is None else see_fan_in(start, layout, axis)[0]
     xp = _compat.array_namespace(x)
     arrays = [_widen(array, rtol) for array in (x, start) if array is not None]
     tolerance = 64 * float(xp.finfo(arrays[0].dtype).eps) if rtol is None else rtol
     change = arrays[0] if start is None else arrays[0] - arrays[1]
     if start is not None and not bool(xp.any(change != 0)):
-        msg = "x equals start: nothing was trained, so nothing is shown"
-        raise AssertionError(msg)
+        raise AssertionError("x equals start: nothing was trained, so nothing is shown")
     mean = xp.abs(xp.mean(change, axis=axes, keepdims=True))
     # Rounding is relative to the weights, not to their change.
     scales = [xp.max(xp.abs(array), axis=axes, keepdims=True) for array in arrays]
@@ -96,7 +95,6 @@ def _widen(array: Any, rtol: float | None) -> Any:
     if getattr(array.dtype, "itemsize", 8) >= (8 if is_complex else 4):
         return array
     if rtol is None:
-        msg = f"give rtol: rounding to {array.dtype} is too coarse for a default"
-        raise ValueError(msg)
+        raise ValueError(f"give rtol: rounding to {array.dtype} is too coarse for a default")
     xp = _compat.array_namespace(array)
     return xp.astype(array, xp.complex64 if is_complex else xp.float32)

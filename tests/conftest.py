@@ -83,8 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
     names = asked.split(",") if asked else [n for n in libraries.MAKERS if libraries.installed(n)]
     unknown = set(names) - set(libraries.MAKERS)
     if unknown:
-        msg = f"--backends: no library {sorted(unknown)}; there are {list(libraries.MAKERS)}"
-        raise pytest.UsageError(msg)
+        raise pytest.UsageError(
+            f"--backends: no library {sorted(unknown)}; there are {list(libraries.MAKERS)}"
+        )
     config.stash[_NAMES] = names
 
 

@@ -28,8 +28,7 @@ def session_of(code: str) -> str:
     for name, packages in SESSIONS.items():
         if needed <= packages:
             return name
-    msg = f"no session has all of {sorted(needed)}"
-    raise ValueError(msg)
+    raise ValueError(f"no session has all of {sorted(needed)}")
 
 
 def imported(code: str) -> set[str]:

@@ -45,8 +45,7 @@ def doubled(*arguments: Any) -> Any:
 
 
 def raising(*_: Any) -> Any:
-    msg = "no kernel"
-    raise NotImplementedError(msg)
+    raise NotImplementedError("no kernel")
 
 
 def rounding_the_mean(grad: Any, axes: Any, *_: Any) -> Any:
@@ -145,8 +144,7 @@ class TestLibraries:
         self, function: str, monkeypatch: Patch, capsys: Printed
     ) -> None:
         def fail(*_: object) -> None:
-            msg = "libcuda.so is of the wrong age\nand more"
-            raise OSError(msg)
+            raise OSError("libcuda.so is of the wrong age\nand more")
 
         monkeypatch.setattr(__main__ if function == "load" else _numpy, function, fail)
         assert main([]) == 1

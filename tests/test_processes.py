@@ -18,8 +18,7 @@ def rank_after_barrier(offset: int) -> int:
 
 def fails_on_the_second() -> None:
     if distributed.get_rank() == 1:
-        msg = "this is the second"
-        raise ValueError(msg)
+        raise ValueError("this is the second")
     distributed.barrier()
 
 

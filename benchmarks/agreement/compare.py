@@ -51,8 +51,7 @@ def difference(answers: Mapping[str, Any], values: Any, case: Case, kind: Format
 def _answer(target: Target, grad: Any, case: Case) -> Any:
     result = target.centralize(grad, case)
     if not case.fan_in and result is not grad:
-        msg = "the gradient should have come back as it is"
-        raise ValueError(msg)
+        raise ValueError("the gradient should have come back as it is")
     check_kind(result, grad)
     return target.to_numpy(result)
 
@@ -62,8 +61,7 @@ def check_kind(result: Any, grad: Any) -> None:
     for trait in ("shape", "dtype", "device"):
         expected, found = getattr(grad, trait, None), getattr(result, trait, None)
         if expected != found:
-            msg = f"{trait} is {found}, not {expected}"
-            raise ValueError(msg)
+            raise ValueError(f"{trait} is {found}, not {expected}")
 
 
 def _distance(a: Any, b: Any, values: Any, case: Case, kind: Format) -> float:

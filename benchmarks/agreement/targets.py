@@ -44,11 +44,9 @@ class Target:
         """Make an array of that very dtype, which holds `values` unchanged, or raise."""
         array = self.asarray(values, kind.name)
         if not str(array.dtype).endswith(kind.name):
-            msg = f"made {array.dtype} when asked for {kind.name}"
-            raise TypeError(msg)
+            raise TypeError(f"made {array.dtype} when asked for {kind.name}")
         if not np.array_equal(self.to_numpy(array), values, equal_nan=True):
-            msg = f"does not hold every number of {kind.name}"
-            raise ValueError(msg)
+            raise ValueError(f"does not hold every number of {kind.name}")
         return array
 
 
@@ -72,8 +70,7 @@ def targets_of(library: LibraryInfo) -> list[Target]:
 def _numpy_alone(values: Any, dtype: str) -> Any:
     made = values.astype(np.dtype(dtype))
     if made.dtype.kind == "V":  # of the ml_dtypes package
-        msg = f"{dtype} is not a dtype of NumPy itself"
-        raise TypeError(msg)
+        raise TypeError(f"{dtype} is not a dtype of NumPy itself")
     return made
 
 

@@ -208,8 +208,7 @@ def _among(names: Collection[str]) -> Callable[[str], list[str]]:
         chosen = list(dict.fromkeys(text.split(",")))
         for name in chosen:
             if name not in names:
-                msg = f"there is no {name!r}, but {', '.join(names)}"
-                raise ArgumentTypeError(msg)
+                raise ArgumentTypeError(f"there is no {name!r}, but {', '.join(names)}")
         return chosen
 
     return parsed
@@ -217,13 +216,11 @@ def _among(names: Collection[str]) -> Callable[[str], list[str]]:
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        msg = f"{text!r} is not a whole number from 0 on"
-        raise ArgumentTypeError(msg)
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 
 def _positive(text: str) -> int:
     if not _count(text):
-        msg = "must be at least 1"
-        raise ArgumentTypeError(msg)
+        raise ArgumentTypeError("must be at least 1")
     return int(text)

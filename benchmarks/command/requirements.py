@@ -32,8 +32,7 @@ def require(*modules: str, install: str) -> None:
     for module in modules:
         _, error = attempt(partial(import_module, module))
         if error:
-            msg = f"this needs {module} ({error}): {install}"
-            raise CannotRunError(msg)
+            raise CannotRunError(f"this needs {module} ({error}): {install}")
 
 
 def check_picture(option: str, path: str) -> None:
@@ -52,8 +51,8 @@ def check_writable(option: str, path: str, endings: Collection[str]) -> None:
         If the folder does not exist, or the name has none of the endings.
     """
     if Path(path).suffix.removeprefix(".") not in endings:
-        msg = f"{option} {path}: the name must end in .{', .'.join(sorted(endings))}"
-        raise CannotRunError(msg)
+        raise CannotRunError(
+            f"{option} {path}: the name must end in .{', .'.join(sorted(endings))}"
+        )
     if not Path(path).parent.is_dir():
-        msg = f"{option} {path}: there is no folder {Path(path).parent}"
-        raise CannotRunError(msg)
+        raise CannotRunError(f"{option} {path}: there is no folder {Path(path).parent}")

@@ -43,8 +43,7 @@ class Part(NamedTuple):
         """Measure; what a file needs is imported now, and fails in this part alone."""
         lacking = [package for package in self.needs if find_spec(package) is None]
         if lacking:
-            msg = f"not installed: {', '.join(lacking)}"
-            raise NotRunError(msg)
+            raise NotRunError(f"not installed: {', '.join(lacking)}")
         function: Callable[[Gpu], Iterable[Measured]]
         function = getattr(import_module(f"benchmarks.gpu.{self.file}"), self.function)
         return function(gpu)
@@ -92,11 +91,9 @@ def run(*, command: str, is_brief: bool) -> GpuReport:
         If there is no CUDA device that torch can use.
     """
     if not torch.cuda.is_available():
-        msg = f"there is no CUDA device that torch {torch.__version__} can use"
-        raise CannotRunError(msg)
+        raise CannotRunError(f"there is no CUDA device that torch {torch.__version__} can use")
     if torch.version.hip:
-        msg = "this is ROCm, where gcx leaves the work to torch's own operations"
-        raise CannotRunError(msg)
+        raise CannotRunError("this is ROCm, where gcx leaves the work to torch's own operations")
     share_gpus()
     start = perf_counter()
     gpu = Gpu(is_brief=is_brief, until=start + _SECONDS)
@@ -150,8 +147,7 @@ def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
     """Put what a part gives into `found`; return the reason if it is optional and gives none."""
     reason = _torch_cuda.why_not()
     if reason:
-        msg = f"the kernels are not used: {reason}"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"the kernels are not used: {reason}")
     try:
         _see_that_there_is_time(gpu)
         for measured in part(gpu):
@@ -164,5 +160,4 @@ def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
 
 def _see_that_there_is_time(gpu: Gpu) -> None:
     if gpu.seconds_left() < 0:
-        msg = "the time was up"
-        raise TimeoutError(msg)
+        raise TimeoutError("the time was up")

@@ -25,8 +25,7 @@ def times(gpu: Gpu) -> Iterator[Measured]:
     """Time of a step of GPT-2, whose weights are (in, out)."""
     device = str(jax.devices()[0])
     if not device.startswith(gpu.device):
-        msg = f"the first device of JAX is {device}"
-        raise NotRunError(msg)
+        raise NotRunError(f"the first device of JAX is {device}")
     model = MODELS["gpt2"]
     layouts = {f"w{k}": weight.layout for k, weight in enumerate(model.weights)}
     places = {

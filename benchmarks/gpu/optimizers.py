@@ -191,8 +191,7 @@ def _make(pair: _Pair, module: nn.Module) -> Optimizer:
     optimizer = pair.of_gcx(module, overrides=layouts_of(module))
     reasons = [*filter(None, cast("Any", optimizer).fallbacks)]
     if reasons:
-        msg = f"torch makes the step: {reasons[0]}"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"torch makes the step: {reasons[0]}")
     return optimizer
 
 

@@ -53,12 +53,10 @@ def _stress(gpu: Gpu, where: str, *, processes: int) -> Iterator[Measured]:
 
 def _inspect(gpu: Gpu, tool: str) -> Iterator[Measured]:
     if gpu.is_brief:
-        msg = "only with --check"
-        raise NotRunError(msg)
+        raise NotRunError("only with --check")
     sanitizer = which("compute-sanitizer")
     if sanitizer is None:
-        msg = "compute-sanitizer is not on the PATH"
-        raise NotRunError(msg)
+        raise NotRunError("compute-sanitizer is not on the PATH")
     # torch and CUDA's libraries ask the driver for things that it may refuse, which is no error.
     options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [sanitizer, *options, sys.executable, "-m", "benchmarks.gpu.bits", gpu.device]
@@ -87,13 +85,13 @@ def outputs(
         try:
             printed = [process.communicate(timeout=seconds) for process in started]
         except subprocess.TimeoutExpired:
-            msg = f"not done after {seconds:.0f} seconds: {' '.join(commands[0])}"
-            raise RuntimeError(msg) from None
+            raise RuntimeError(
+                f"not done after {seconds:.0f} seconds: {' '.join(commands[0])}"
+            ) from None
     for process, (out, err) in zip(started, printed, strict=True):
         if process.returncode:
             lines = (err or out).strip().splitlines() or [""]
-            msg = f"exit code {process.returncode}: {lines[-1]}"
-            raise RuntimeError(msg)
+            raise RuntimeError(f"exit code {process.returncode}: {lines[-1]}")
     return [out for out, _ in printed]
 
 

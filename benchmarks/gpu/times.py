@@ -71,5 +71,4 @@ def against_loops(gpu: Gpu) -> Iterator[Measured]:
             limit = _OF_THE_LOOP if name == loop else None
             yield Measured(f"{model.title}, {dtype}: gcx over {name}", mine / seconds, limit)
     if not others:
-        msg = "not installed: pytorch_optimizer"
-        raise NotRunError(msg)
+        raise NotRunError("not installed: pytorch_optimizer")

@@ -116,8 +116,9 @@ def _matched(jax: Iterable[Outcome], torch: Iterable[Outcome]) -> list[tuple[Out
     matched = []
     for outcome in torch:
         if (outcome.cell, outcome.arm) not in by_name:
-            msg = f"{outcome.arm!r} of {outcome.cell} is not among the outcomes in JAX; run it"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{outcome.arm!r} of {outcome.cell} is not among the outcomes in JAX; run it"
+            )
         found = by_name[outcome.cell, outcome.arm]
         matched.append((_with_seeds(found, outcome.seeds), outcome))
     return matched
@@ -126,8 +127,9 @@ def _matched(jax: Iterable[Outcome], torch: Iterable[Outcome]) -> list[tuple[Out
 def _with_seeds(outcome: Outcome, seeds: tuple[int, ...]) -> Outcome:
     missing = set(seeds) - set(outcome.seeds)
     if missing:
-        msg = f"{outcome.arm!r} of {outcome.cell} in JAX: seeds {sorted(missing)} were not run"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{outcome.arm!r} of {outcome.cell} in JAX: seeds {sorted(missing)} were not run"
+        )
     rows = [outcome.seeds.index(seed) for seed in seeds]
     return replace(outcome, seeds=seeds, accuracy=outcome.accuracy[rows], loss=outcome.loss[rows])
 

@@ -143,8 +143,7 @@ def _shipped(package: str, path: str) -> Path:
     """Find a file of a package without importing it, which would import much else."""
     found = find_spec(package)
     if found is None or found.origin is None:
-        msg = f"{path} ships in the package {package}, which is not installed"
-        raise CannotRunError(msg)
+        raise CannotRunError(f"{path} ships in the package {package}, which is not installed")
     return Path(found.origin).parent / path
 
 

@@ -26,8 +26,9 @@ def check_folder(option: str, folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        msg = f"{option} {folder}: no file can be written there ({error}); name another folder"
-        raise CannotRunError(msg) from error
+        raise CannotRunError(
+            f"{option} {folder}: no file can be written there ({error}); name another folder"
+        ) from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -154,13 +154,13 @@ def compare_all(outcomes: Iterable[Outcome], base: str = BASE) -> list[Compariso
     for outcome in outcomes:
         name = (outcome.cell, outcome.arm)
         if name in by_name:
-            msg = f"{_name(outcome)}: given twice; give each arm of a cell once"
-            raise ValueError(msg)
+            raise ValueError(f"{_name(outcome)}: given twice; give each arm of a cell once")
         by_name[name] = outcome
     for outcome in outcomes:
         if (outcome.cell, base) not in by_name:
-            msg = f"{_name(outcome)}: its cell has no arm {base!r} to compare with; add it"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{_name(outcome)}: its cell has no arm {base!r} to compare with; add it"
+            )
     return as_family([compare(by_name[o.cell, base], o) for o in outcomes if o.arm != base])
 
 
@@ -183,14 +183,14 @@ def compare(base: Outcome, other: Outcome) -> Comparison:
         seeds; or where an accuracy is not finite: a run that diverged has that of chance.
     """
     if base.cell != other.cell:
-        msg = f"{_name(base)} and {_name(other)}: arms of one cell are compared, these are of two"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{_name(base)} and {_name(other)}: arms of one cell are compared, these are of two"
+        )
     if base.seeds != other.seeds:
-        msg = (
+        raise ValueError(
             f"{_name(other)}: seeds {other.seeds} are no pairs with the seeds {base.seeds} of "
             f"{base.arm!r}; train both arms with the same seeds, in the same order"
         )
-        raise ValueError(msg)
     before, after = _final_accuracy(base), _final_accuracy(other)
     difference = paired(after - before)
     return Comparison(
@@ -290,23 +290,22 @@ def _final_accuracy(outcome: Outcome) -> Any:
     """Of each run, once it is known to be one that can be compared."""
     seeds = outcome.seeds
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        msg = f"{_name(outcome)}: seeds {seeds}; an interval takes two or more, each another"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{_name(outcome)}: seeds {seeds}; an interval takes two or more, each another"
+        )
     for what, values in (("accuracy", outcome.accuracy), ("loss", outcome.loss)):
         if np.ndim(values) != 2 or np.shape(values)[0] != len(seeds):
-            msg = (
+            raise ValueError(
                 f"{_name(outcome)}: {what} has shape {np.shape(values)}; its rows are the runs of "
                 f"the {len(seeds)} seeds"
             )
-            raise ValueError(msg)
     final = np.asarray(outcome.accuracy, dtype=np.float64)[:, -1]
     for seed, value in zip(seeds, final, strict=True):
         if not np.isfinite(value):
-            msg = (
+            raise ValueError(
                 f"{_name(outcome)}, seed {seed}: its accuracy is {value}; count what a run that "
                 "diverged gets right"
             )
-            raise ValueError(msg)
     return final
 
 

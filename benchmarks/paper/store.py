@@ -44,8 +44,9 @@ def load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:
     try:
         return _load(path)
     except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
-        msg = f"{path} cannot be read ({error}): delete it, and its runs are done again"
-        raise CannotRunError(msg) from error
+        raise CannotRunError(
+            f"{path} cannot be read ({error}): delete it, and its runs are done again"
+        ) from error
 
 
 def _load(path: Path) -> tuple[list[Outcome], dict[str, Any]]:

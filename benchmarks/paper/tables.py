@@ -114,8 +114,7 @@ def comparisons(found: Sequence[Comparison]) -> str:
         Where there is nothing to compare.
     """
     if not found:
-        msg = "there is nothing to compare; give two arms of the same cells"
-        raise ValueError(msg)
+        raise ValueError("there is nothing to compare; give two arms of the same cells")
     base = found[0].base_arm
     names = varying(c.cell for c in found)
     header = [
@@ -203,12 +202,12 @@ def _at_best_rate(outcomes: Sequence[Outcome], arm: str) -> Outcome:
 def _of_arm(comparisons: Iterable[Comparison], arm: str, may_vary: set[str]) -> list[Comparison]:
     found = [c for c in comparisons if c.arm == arm]
     if not found:
-        msg = f"no outcome of the arm {arm!r} is there; train it, or name another"
-        raise ValueError(msg)
+        raise ValueError(f"no outcome of the arm {arm!r} is there; train it, or name another")
     varies = set(varying(c.cell for c in found)) - may_vary
     if varies:
-        msg = f"the cells differ in {sorted(varies)}; a table takes those of one value at a time"
-        raise ValueError(msg)
+        raise ValueError(
+            f"the cells differ in {sorted(varies)}; a table takes those of one value at a time"
+        )
     return found
 
 
@@ -222,8 +221,7 @@ def _columns(
     """Those of the supplement, each with the comparison that belongs there."""
     for c in found:
         if not any(belongs(c.cell, key) for key in figures):
-            msg = f"{c.cell} is in no column of the table; its columns are {[*figures]}"
-            raise ValueError(msg)
+            raise ValueError(f"{c.cell} is in no column of the table; its columns are {[*figures]}")
     return [
         _Column(heading(key), of_paper, next((c for c in found if belongs(c.cell, key)), None))
         for key, of_paper in figures.items()

@@ -40,8 +40,9 @@ class Task:
     def __post_init__(self) -> None:
         labelled = len(self.classes) * (self.images_a_class or BATCH)
         if self.classes and labelled < BATCH:
-            msg = f"{labelled} labelled images do not fill a batch of {BATCH}; label more"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{labelled} labelled images do not fill a batch of {BATCH}; label more"
+            )
 
     def train(self) -> Samples:
         """All samples of the training part, which `Draw` refers to."""

@@ -89,8 +89,7 @@ def run(
     ]
     if not places and all(library.state != "broken" for library in found):
         names = ", ".join(library.name for library in found)
-        msg = f"none of these has a {'GPU' if gpu_only else 'device'} here: {names}"
-        raise CannotRunError(msg)
+        raise CannotRunError(f"none of these has a {'GPU' if gpu_only else 'device'} here: {names}")
     outcomes = []
     for subject in track(list(_subjects(places, models, dtypes)), "measuring"):
         outcomes.append(_outcome(subject))

@@ -99,8 +99,9 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def refuse_dtype(dtype: object) -> Never:
-    msg = f"expected a real or complex floating dtype, not {dtype}; convert the array first"
-    raise TypeError(msg)
+    raise TypeError(
+        f"expected a real or complex floating dtype, not {dtype}; convert the array first"
+    )
 
 
 def load(library: str) -> Library:

@@ -14,8 +14,9 @@ _FLOATING = ("real floating", "complex floating")
 
 def check_dtype(grad: Any, /) -> None:
     if _compat.is_pydata_sparse_array(grad):
-        msg = "expected a dense array, not a sparse one; call .todense(), or leave it out"
-        raise TypeError(msg)
+        raise TypeError(
+            "expected a dense array, not a sparse one; call .todense(), or leave it out"
+        )
     xp = _compat.array_namespace(grad)
     if not xp.isdtype(grad.dtype, _FLOATING):
         refuse_dtype(grad.dtype)
@@ -33,8 +34,9 @@ def find_memory(array: Any, /) -> Memory:
 def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     del axes
     _canonical.check_dtype(str(grad.dtype).rpartition(".")[2])
-    msg = f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
-    raise TypeError(msg)
+    raise TypeError(
+        f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
+    )
 
 
 def reshape(array: Any, shape: tuple[int, ...], /) -> Any:

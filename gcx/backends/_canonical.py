@@ -31,8 +31,9 @@ _RUN = 1 << 12
 def check_dtype(name: str) -> None:
     """Raise a TypeError unless sums of this dtype have the same bits in every library."""
     if name not in DTYPES:
-        msg = f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast the gradient first"
-        raise TypeError(msg)
+        raise TypeError(
+            f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast the gradient first"
+        )
 
 
 def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) -> Any:

@@ -35,8 +35,7 @@ def find_memory(array: Any, /) -> Memory:
 def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     _canonical.check_dtype(grad.dtype.name)
     if cp.cuda.runtime.is_hip:
-        msg = "reproducible=True on CuPy is not for ROCm"
-        raise TypeError(msg)
+        raise TypeError("reproducible=True on CuPy is not for ROCm")
 
 
 reshape = _numpy.reshape

@@ -42,14 +42,16 @@ def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
     """Check the dtype, and the device; a traced array is checked when the program is compiled."""
     _canonical.check_dtype(grad.dtype.name)
     if not all(isinstance(grad.shape[axis], int) for axis in axes):
-        msg = f"reproducible=True needs a fan-in of known size, not axes {axes} of {grad.shape}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"reproducible=True needs a fan-in of known size, not axes {axes} of {grad.shape}"
+        )
     if isinstance(grad, jax.core.Tracer):
         return
     others = {device.platform for device in grad.devices()} - {"cpu"}
     if others:
-        msg = f"reproducible=True is for JAX on a CPU, and this array is on {', '.join(others)}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"reproducible=True is for JAX on a CPU, and this array is on {', '.join(others)}"
+        )
 
 
 def reshape(array: jax.Array, shape: tuple[int, ...], /) -> jax.Array:

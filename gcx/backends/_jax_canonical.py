@@ -88,8 +88,7 @@ batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), 
 def _refuse(context: Any, x: Any) -> Any:
     del x
     platforms = ", ".join(context.module_context.platforms)
-    msg = f"reproducible=True is for JAX on a CPU, and this is compiled for {platforms}"
-    raise TypeError(msg)
+    raise TypeError(f"reproducible=True is for JAX on a CPU, and this is compiled for {platforms}")
 
 
 mlir.register_lowering(_on_cpu, _refuse)

@@ -35,8 +35,7 @@ def check_dtype(grad: Any, /) -> None:
     if grad.dtype.kind not in "fc" and not _is_ml_dtype(grad.dtype):
         refuse_dtype(grad.dtype)
     if isinstance(grad, np.matrix):
-        msg = "np.matrix is not supported: it has no axes to keep; use np.asarray(grad)"
-        raise TypeError(msg)
+        raise TypeError("np.matrix is not supported: it has no axes to keep; use np.asarray(grad)")
 
 
 def is_writable(out: Any, _grad: Any, /) -> bool:
@@ -52,8 +51,7 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     _canonical.check_dtype(grad.dtype.name)
     if type(grad) not in (np.ndarray, np.memmap):
         kind = type(grad).__name__
-        msg = f"reproducible=True is for plain arrays, not {kind}; use np.asarray(grad)"
-        raise TypeError(msg)
+        raise TypeError(f"reproducible=True is for plain arrays, not {kind}; use np.asarray(grad)")
 
 
 def reshape(array: Any, shape: tuple[int, ...], /) -> Any:

@@ -56,14 +56,12 @@ def is_repeatable(grad: Tensor) -> bool:
 
 def check_dtype(grad: Tensor, /) -> None:
     if grad.layout is not _DENSE:
-        msg = (
+        raise TypeError(
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
             "or leave it out: a sparse gradient belongs to an embedding"
         )
-        raise TypeError(msg)
     if grad.is_nested or isinstance(grad, _UNINITIALIZED):
-        msg = "expected a tensor with a shape, not a nested or uninitialized one"
-        raise TypeError(msg)
+        raise TypeError("expected a tensor with a shape, not a nested or uninitialized one")
     if grad.dtype not in _DTYPES:
         refuse_dtype(grad.dtype)
 
@@ -73,8 +71,9 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
     kind = grad.device.type
     if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.version.hip):
         where = "ROCm" if kind == "cuda" else kind
-        msg = f"reproducible=True is for tensors on a CPU or on CUDA, not on {where}; use .cpu()"
-        raise TypeError(msg)
+        raise TypeError(
+            f"reproducible=True is for tensors on a CPU or on CUDA, not on {where}; use .cpu()"
+        )
     if type(grad) not in PLAIN and _torch_dtensor.is_dtensor(grad):
         _torch_dtensor.check_reproducible(grad, axes)
 

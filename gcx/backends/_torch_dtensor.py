@@ -33,11 +33,10 @@ def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
 def check_reproducible(x: DTensor, axes: Sequence[int]) -> None:
     """Raise a TypeError if a fan-in is spread over processes, in an unknown order."""
     if cuts_fan_in(x, axes):
-        msg = (
+        raise TypeError(
             f"reproducible=True needs each fan-in whole on one process, but over axes "
             f"{tuple(axes)} this DTensor is spread as {tuple(x.placements)}; shard another axis"
         )
-        raise TypeError(msg)
 
 
 def cuts_fan_in(x: DTensor, axes: Sequence[int]) -> bool:

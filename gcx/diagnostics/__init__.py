@@ -14,5 +14,4 @@ __all__ = ["EnergyReport", "EnergyRow", "Share", "energy_removed"]
 
 def __getattr__(name: str) -> Any:
     hint = f"; use `import gcx.diagnostics.{name}`" if name in ("jax", "torch") else ""
-    msg = f"module 'gcx.diagnostics' has no attribute {name!r}{hint}"
-    raise AttributeError(msg)
+    raise AttributeError(f"module 'gcx.diagnostics' has no attribute {name!r}{hint}")

@@ -66,8 +66,7 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     for tree in grads:
         if not isinstance(tree, (list, tuple, dict)):
             where = "where a list, tuple or dict of arrays should be (of a single batch: [grads])"
-            msg = f"grads is a list of batches; there is {type(tree).__name__} {where}"
-            raise TypeError(msg)
+            raise TypeError(f"grads is a list of batches; there is {type(tree).__name__} {where}")
         energies = {}
         named = flatten(tree)
         for (name, grad), layout in zip(named, layouts_for(named, layouts, like=tree), strict=True):
@@ -86,8 +85,7 @@ def _row(name: str, grad: Any, layout: Layout | None, known: PlanRow | None) -> 
         backend_for(grad)  # raises if it is no array
     shape = tuple(grad.shape)
     if known and known.reason != _ABSENT and known.shape != shape:
-        msg = f"{name} has shape {known.shape} in one batch, and {shape} in another"
-        raise ValueError(msg)
+        raise ValueError(f"{name} has shape {known.shape} in one batch, and {shape} in another")
     return decide_row(name, shape, layout or _LEFT_ALONE, "as given")
 
 

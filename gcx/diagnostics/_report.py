@@ -122,14 +122,14 @@ class EnergyReport:
         """
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:
-            msg = f"there is no share to draw:\n{self}"
-            raise ValueError(msg)
+            raise ValueError(f"there is no share to draw:\n{self}")
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import PercentFormatter
         except ImportError as error:
-            msg = f"bar_chart needs matplotlib ({error}): pip install matplotlib"
-            raise ImportError(msg) from error
+            raise ImportError(
+                f"bar_chart needs matplotlib ({error}): pip install matplotlib"
+            ) from error
         figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
         axes = figure.subplots()  # in colours that people who are colour-blind can tell apart
         places = range(len(shares))
@@ -186,11 +186,13 @@ def _share_cells(share: Share | None) -> tuple[str, str, str]:
 def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) -> EnergyReport:
     """Join the rows of a plan with the energies of each batch, by name."""
     if not batches:
-        msg = "batches is empty; if it is an iterator, it may have been gone through before"
-        raise ValueError(msg)
+        raise ValueError(
+            "batches is empty; if it is an iterator, it may have been gone through before"
+        )
     if not any(batches):
-        msg = "no parameter has a gradient in any batch: the loss does not depend on them"
-        raise ValueError(msg)
+        raise ValueError(
+            "no parameter has a gradient in any batch: the loss does not depend on them"
+        )
     rows, weighted = [], 0.0
     for row in plan:
         energies = [batch[row.name] for batch in batches if row.name in batch]

@@ -67,8 +67,7 @@ def energy_removed(
     leaves, structure = jax.tree.flatten(params, is_leaf=is_none)
     trained = {k: x for k, x in enumerate(leaves) if hasattr(x, "dtype") and is_floating(x.dtype)}
     if not trained:
-        msg = "there is no array of floating dtype in params, and so no gradient"
-        raise ValueError(msg)
+        raise ValueError("there is no array of floating dtype in params, and so no gradient")
 
     @jax.jit
     @jax.grad
@@ -77,8 +76,9 @@ def energy_removed(
         number = loss(jax.tree.unflatten(structure, whole), batch)
         if getattr(number, "shape", None) != ():
             what = f"an array of shape {number.shape}" if hasattr(number, "shape") else repr(number)
-            msg = f"loss(params, batch) is to return one number, without axes; not {what}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"loss(params, batch) is to return one number, without axes; not {what}"
+            )
         return number
 
     measured = []

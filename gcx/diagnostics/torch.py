@@ -71,19 +71,17 @@ def energy_removed(
     """
     if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
         name = getattr(loss, "__name__", type(loss).__name__)
-        msg = (
+        raise TypeError(
             f"loss is a function of the model and a batch, and {name} compares outputs with "
             "targets: give a function that calls the model on the batch, and then the criterion"
         )
-        raise TypeError(msg)
     decisions = decide(model, Options(layers=layers, overrides=overrides))
     if isinstance(model, DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
-        msg = (
+        raise RuntimeError(
             "the model is spread over processes: give the model as it is before that, or call "
             "backward() and give [{name: p.grad, ...}] to gcx.diagnostics.energy_removed, with "
             "layouts=gcx.torch.plan(model)"
         )
-        raise RuntimeError(msg)
     plan = plan_of(decisions)
     trained = {row: p for row, p in zip(plan, decisions, strict=True) if p.requires_grad}
     with _unchanged(model), torch.enable_grad():
@@ -97,14 +95,14 @@ def _energies(trained: dict[PlanRow, Tensor], loss: object) -> dict[str, Energy]
     """Measure the gradients of a loss; parameters that it does not depend on are left out."""
     if not isinstance(loss, Tensor) or loss.ndim:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        msg = f"loss(model, batch) is to return a tensor of one number, without axes; not {shape}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"loss(model, batch) is to return a tensor of one number, without axes; not {shape}"
+        )
     if not loss.requires_grad:
-        msg = (
+        raise ValueError(
             "the loss does not depend on any parameter that requires a gradient, or was computed "
             "under torch.no_grad() or torch.inference_mode()"
         )
-        raise ValueError(msg)
     # Not by backward(), which adds to .grad, and after which hooks may step an optimizer.
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     energies = {}

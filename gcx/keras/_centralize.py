@@ -95,11 +95,10 @@ def centralize(
         reproducible=reproducible,
     )
     if where == "gradient" and decay == "inside":
-        msg = (
+        raise ValueError(
             "decay='inside' needs where='update': Keras applies weight_decay apart from the "
             "gradient. A kernel_regularizer, which is part of it, is inside already"
         )
-        raise ValueError(msg)
     optimizer = _innermost(optimizer)
     _check_optimizer(optimizer)
     expected = plan(model, layers=layers, overrides=overrides)
@@ -111,11 +110,10 @@ def centralize(
         decided = decide(model, options)
         for variable in variables:
             if id(variable) not in decided:
-                msg = (
+                raise ValueError(
                     f"the optimizer is to train {variable.path}, which is not in the model given "
                     "to gcx.keras.centralize; give it the model that holds every variable"
                 )
-                raise ValueError(msg)
         return [decided[id(variable)] for variable in variables]
 
     projection = Projection(rows_of, expected, options)
@@ -137,21 +135,20 @@ def _innermost(optimizer: Any) -> Any:
 def _check_optimizer(optimizer: Any) -> None:
     if (backend := keras.backend.backend()) not in ("torch", "jax"):
         remedy = "set the environment variable KERAS_BACKEND before Keras is imported"
-        msg = f"gcx.keras needs the backend torch or jax, not {backend}; {remedy}"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"gcx.keras needs the backend torch or jax, not {backend}; {remedy}")
     base, kind = keras.optimizers.Optimizer, type(optimizer)
     if not isinstance(optimizer, base):
-        msg = f"optimizer is a keras.optimizers.Optimizer, not {describe(optimizer, 'keras')}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"optimizer is a keras.optimizers.Optimizer, not {describe(optimizer, 'keras')}"
+        )
     if hasattr(optimizer, "gradient_centralization"):
         raise ValueError(already_attached(kind.__name__, "its .gradient_centralization.remove()"))
     is_keras_own = all(getattr(kind, name) is getattr(base, name) for name in _KERAS_OWN)
     if not is_keras_own or not all(hasattr(base, name) for name in _CHANGED):
-        msg = (
+        raise TypeError(
             f"{kind.__name__} of Keras {keras.__version__} has a step of its own, which does not "
             "call what gcx.keras changes; if it holds other optimizers, centralize those"
         )
-        raise TypeError(msg)
 
 
 def _warn_of_low_precision(model: Any, expected: Plan) -> None:

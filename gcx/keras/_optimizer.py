@@ -135,12 +135,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         def saved_rows(variables: Sequence[Any]) -> list[PlanRow]:
             saved, found = [row.shape for row in rows], [tuple(v.shape) for v in variables]
             if saved != found:
-                msg = (
+                raise ValueError(
                     f"this centralized optimizer was saved for {len(saved)} variables of shapes "
                     f"{saved}, but is to train {len(found)} of shapes {found}. For another model "
                     "make a new optimizer and gcx.keras.centralize it"
                 )
-                raise ValueError(msg)
             return rows
 
         # Earlier configs have no strength.

@@ -118,14 +118,12 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
 def decide(model: Any, options: Options) -> dict[int, PlanRow]:
     """Make the row of each variable, by the `id` of the variable."""
     if not isinstance(model, keras.Layer):
-        msg = f"model is a keras.Model or a keras.Layer, not {describe(model, 'keras')}"
-        raise TypeError(msg)
+        raise TypeError(f"model is a keras.Model or a keras.Layer, not {describe(model, 'keras')}")
     if not model.built:
-        msg = (
+        raise ValueError(
             f"{model.name} has no variables yet: build it first, with keras.Input as its first "
             "layer, by model.build(input_shape), or by a call on some data"
         )
-        raise ValueError(msg)
     owned = list(_owned_variables(model))
     given = find_overrides(options.overrides or {}, [variable.path for _, variable in owned])
     decided: dict[int, PlanRow] = {}

@@ -169,8 +169,7 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
         framework = framework_of(params)
         if framework is None:
             _refuse_foreign(params, "params")
-            msg = "a tree of arrays has no layers: give layouts, e.g. 'flax'"
-            raise TypeError(msg)
+            raise TypeError("a tree of arrays has no layers: give layouts, e.g. 'flax'")
         layouts = params
         params = framework.params(params) if framework.params else None
     return plan_of(params, source_of(layouts), {})
@@ -191,8 +190,9 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     try:
         is_numeric = is_floating(leaf.dtype)
     except TypeError:  # a dtype that neither JAX nor NumPy knows
-        msg = f"{name} is a {name_kind(leaf)}: gcx.optax is for JAX and NumPy arrays"
-        raise TypeError(msg) from None
+        raise TypeError(
+            f"{name} is a {name_kind(leaf)}: gcx.optax is for JAX and NumPy arrays"
+        ) from None
     if not is_numeric:
         return PlanRow(name, shape, None, "not of floating dtype")
     chosen, reason = rule(name, leaf)
@@ -201,8 +201,7 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     try:
         row = decide_row(name, shape, chosen, reason)
     except ValueError as error:
-        msg = f"{error} (shape {shape})"
-        raise ValueError(msg) from None
+        raise ValueError(f"{error} (shape {shape})") from None
     if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
         return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
     return row
@@ -212,11 +211,10 @@ def source_of(layouts: Layouts) -> Source:
     """Read any form of `layouts`; an error for anything else."""
     if isinstance(layouts, str):
         if layouts not in PRESETS:
-            msg = (
+            raise ValueError(
                 f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
                 "To give every parameter one layout use a mapping: {'*': 'o...'}"
             )
-            raise ValueError(msg)
         return _for_any_names(partial(_from_preset, layouts))
     if isinstance(layouts, Plan):
         return _for_any_names(partial(_from_plan, layouts))
@@ -224,34 +222,32 @@ def source_of(layouts: Layouts) -> Source:
     framework = framework_of(layouts)
     if framework is not None:
         if framework.params is None:
-            msg = (
+            raise TypeError(
                 f"a {framework.module} model has no layers before it sees an input: give "
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-            raise TypeError(msg)
         return _for_any_names(partial(_from_model, decide(layouts)))
     if isinstance(layouts, type):
         name = layouts.__name__
-        msg = f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
-        raise TypeError(msg)
+        raise TypeError(
+            f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
+        )
     if isinstance(layouts, Mapping):
         return _from_mapping(layouts)
     _refuse_foreign(layouts, "layouts")  # models of other frameworks are callable
     if callable(layouts):
         return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
-    msg = (
+    raise TypeError(
         f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
         "layout or None, a function of path and array, a plan, or a preset "
         f"({_PRESET_NAMES}), not {type(layouts).__name__}"
     )
-    raise TypeError(msg)
 
 
 def _refuse_foreign(model: object, name: str) -> None:
     if hint := hint_at_adapter(model, "optax"):
-        msg = f"{name} is a {name_kind(model)}{hint}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} is a {name_kind(model)}{hint}")
 
 
 def _for_any_names(rule: NameRule) -> Source:
@@ -284,12 +280,11 @@ def _from_model(rows: Mapping[str, PlanRow], name: str, leaf: Any) -> tuple[Layo
 def _from_mapping(layouts: Mapping[str, Answer]) -> Source:
     for path, answer in layouts.items():
         if not isinstance(answer, (str, Layout, LeaveAlone, NoneType)):
-            msg = (
+            raise TypeError(
                 f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from the "
                 "path of a parameter to a layout, LeaveAlone or None. Parameters do not tell their "
                 f"fan-in: give the model, or a preset ({_PRESET_NAMES})"
             )
-            raise TypeError(msg)
     kept = dict(layouts)
 
     def source(names: Names) -> NameRule:

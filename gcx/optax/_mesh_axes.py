@@ -19,8 +19,9 @@ def check_names(axis_name: object) -> None:
     for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
         together = names if isinstance(names, tuple) else (names,)
         if names is not None and not all(isinstance(name, str) for name in together):
-            msg = f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
+            )
 
 
 def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
@@ -41,18 +42,16 @@ def centralize_split(
     if layout is None:
         return grad
     for axis in sorted(_jax.varying_axes(grad)) if axes is None else ():
-        msg = (
+        raise ValueError(
             f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
             f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
             f"a whole fan-in, axis_name={{{path!r}: None}}"
         )
-        raise ValueError(msg)
     if axes is not None and layout.is_split and (axes or _jax.varying_axes(grad)):
-        msg = (
+        raise ValueError(
             f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
             "give the weight an axis for each letter, or shard it by jit alone"
         )
-        raise ValueError(msg)
     if not axes:
         with naming(path):
             return centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
@@ -62,18 +61,16 @@ def centralize_split(
         return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
     except NameError as error:
         why = "It is for shard_map and pmap; leave it out under jit, where XLA communicates"
-        msg = f"{path}: axis_name {axes} is not bound here. {why}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{path}: axis_name {axes} is not bound here. {why}") from error
 
 
 def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
     """Raise a TypeError if a fan-in is split, whose elements then have no known order."""
     if axes:
-        msg = (
+        raise TypeError(
             f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "
             f"splits this one over {axes}; split another axis of the weight"
         )
-        raise TypeError(msg)
 
 
 def _as_tuple(names: _Names | None) -> tuple[str, ...]:

@@ -72,8 +72,9 @@ def muon_dimension_numbers(
     split = [row for row in rows if row.name not in excluded and _is_split(row)]
     if split:
         weights = ", ".join(f"{row.name} ({row.layout!r}, {row.reason})" for row in split)
-        msg = f"Muon's dimension numbers cannot split an axis: name in exclude= {weights}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"Muon's dimension numbers cannot split an axis: name in exclude= {weights}"
+        )
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
     structure = jax.tree.structure(params, is_leaf=is_none)
     tree = jax.tree.unflatten(structure, numbers)

@@ -52,12 +52,11 @@ class _Planner:
         ranks = self._ranks if params is None else _ranks(params)
         for name, rank in _ranks(grads).items():
             if rank > ranks.get(name, rank):
-                msg = (
+                raise ValueError(
                     f"{name}: the parameter has rank {ranks[name]}, and its gradient rank {rank}. "
                     "If these are gradients of single examples, put gcx.optax.centralize after "
                     "their average (optax.contrib.differentially_private_aggregate), or jax.vmap it"
                 )
-                raise ValueError(msg)
         planned = self._plan(grads)
         if len(self._known) == _PLANS_KEPT:
             self._known.clear()
@@ -141,11 +140,10 @@ def centralize(
     """
     planner = _Planner(source_of(layouts), axis_name)
     if isinstance(strength, jax.Array):
-        msg = (
+        raise TypeError(
             f"strength is the fraction of the mean, a Python number and not {strength!r}: "
             'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
         )
-        raise TypeError(msg)
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
     check_names(axis_name)
@@ -177,13 +175,12 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     if is_elsewhere or any(row.layout is not None for row in rows):
         return
     shown = (weights or rows)[0]
-    msg = (
+    raise ValueError(
         f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
         f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
         "gcx.optax.plan(params, layouts) for the others. optax.flatten hides the fan-in: put "
         "gcx.optax.centralize before it"
     )
-    raise ValueError(msg)
 
 
 def _check_reproducible(

@@ -78,8 +78,7 @@ def centralize(
         where=where, strength=strength, overrides=overrides, reproducible=reproducible
     )
     if not isinstance(optimizer, Optimizer):
-        msg = f"optimizer is a thinc.api.Optimizer, not {describe(optimizer, 'thinc')}"
-        raise TypeError(msg)
+        raise TypeError(f"optimizer is a thinc.api.Optimizer, not {describe(optimizer, 'thinc')}")
     if hasattr(optimizer, "gradient_centralization"):
         raise ValueError(already_attached("optimizer", "its .gradient_centralization.remove()"))
     return GradientCentralization(optimizer, models, options)
@@ -177,11 +176,10 @@ class GradientCentralization:
         if key[0] in {shim.id for _, layer in walk(self._models) for shim in layer.shims}:
             self._foreign.add(key)
             return None
-        msg = (
+        raise RuntimeError(
             f"the optimizer trains {key[1]!r} of a layer that is not in the models given to "
             "gcx.thinc.centralize; give it all of them: centralize(optimizer, *models)"
         )
-        raise RuntimeError(msg)
 
 
 def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:

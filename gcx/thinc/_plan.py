@@ -108,8 +108,7 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
 def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
     if not models or not all(isinstance(model, Model) for model in models):
         kinds = ", ".join(describe(model, "thinc") for model in models) or "none"
-        msg = f"give one or more thinc models; given: {kinds}"
-        raise TypeError(msg)
+        raise TypeError(f"give one or more thinc models; given: {kinds}")
     layers = list(walk(models))
     names = [f"{path}.{name}" for path, layer in layers for name in layer.param_names]
     given = find_overrides(overrides or {}, names)
@@ -118,8 +117,7 @@ def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
         for name in layer.param_names:
             whole = f"{path}.{name}"
             if not layer.has_param(name):
-                msg = f"{whole} has no value yet: call model.initialize(X, Y) first"
-                raise ValueError(msg)
+                raise ValueError(f"{whole} has no value yet: call model.initialize(X, Y) first")
             unknown = LeaveAlone(f"{UNDECLARED} {layer.name}.{name}")
             answer, _ = RULES.find(layer, name) or (unknown, "")
             rule = layer.name

@@ -119,8 +119,9 @@ class CentralizationInBackward:
         ]
         refuse_empty(self.plan, f"this {self._kind}", hint=HINT)
         if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
-            msg = f"this {self._kind} is centralized in backward already; .remove() that first"
-            raise ValueError(msg)
+            raise ValueError(
+                f"this {self._kind} is centralized in backward already; .remove() that first"
+            )
         self._passes = 0
         self._changes = 0  # of the first weight, by a few of its elements
         self._last: Tensor | None = None

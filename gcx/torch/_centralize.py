@@ -205,17 +205,17 @@ def _check_steps(optimizer: Optimizer) -> None:
     """Raise a TypeError unless this optimizer itself moves the weights, in its step."""
     kind = type(optimizer).__name__
     if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
-        msg = f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
+        )
     for name, value in vars(optimizer).items():
         values = value.values() if isinstance(value, dict) else value
         for one in values if isinstance(value, (dict, list, tuple)) else [value]:
             if isinstance(one, Optimizer) and one is not inner_optimizer(optimizer):
-                msg = (
+                raise TypeError(
                     f"{kind} moves the weights by another optimizer, whose steps may be called "
                     f"without its own: centralize that one, its attribute {name}"
                 )
-                raise TypeError(msg)
 
 
 def centralized(optimizer: Optimizer) -> GradientCentralization | None:
@@ -297,6 +297,7 @@ def _centralize_gradients(
     part_gradients(weights, parameters)
     gradients = with_gradient(weights)
     if not gradients:
-        msg = "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
-        raise ValueError(msg)
+        raise ValueError(
+            "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
+        )
     centralize_(gradients, strength=strength)

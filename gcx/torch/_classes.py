@@ -68,8 +68,7 @@ def derive_class(
         reproducible=reproducible,
     )
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        msg = f"kind is a torch optimizer class, such as torch.optim.RAdam, not {kind!r}"
-        raise TypeError(msg)
+        raise TypeError(f"kind is a torch optimizer class, such as torch.optim.RAdam, not {kind!r}")
     derived: type[Kind] = _derive(kind)
     _bind(derived, (model, options))
     return derived

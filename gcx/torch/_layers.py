@@ -148,11 +148,10 @@ def _ask_checked(
     known = {*dir(layer), *dict(children), *dict(parameters)}
     for key in answers:
         if not is_glob(key) and key.partition(".")[0] not in known:
-            msg = (
+            raise ValueError(
                 f"the rule of {kind.__name__} speaks of {key!r}, which this {type(layer).__name__} "
                 "does not have; a name that only some of the layers have can be a glob"
             )
-            raise ValueError(msg)
     return answers
 
 
@@ -172,8 +171,7 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
     try:
         return as_layout(found), rule
     except (TypeError, ValueError) as error:
-        msg = f"the rule of {rule} answers {found!r} for {name!r}: {error}"
-        raise type(error)(msg) from None
+        raise type(error)(f"the rule of {rule} answers {found!r} for {name!r}: {error}") from None
 
 
 # Parametrizations whose original has its fan-in where the weight has it.
@@ -292,8 +290,9 @@ def _join(path: str, key: str) -> str:
 
 def _check_has_shape(name: str, parameter: Tensor) -> None:
     if is_lazy(parameter):
-        msg = f"{name} has no shape yet: it is of a lazy layer; run one forward pass first"
-        raise RuntimeError(msg)
+        raise RuntimeError(
+            f"{name} has no shape yet: it is of a lazy layer; run one forward pass first"
+        )
     if getattr(parameter, "_is_flat_param", False):
         raise RuntimeError(flattened(name, "a flat buffer of several parameters"))
 

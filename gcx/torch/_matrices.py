@@ -113,11 +113,10 @@ class Matrices:
         """
         sharded = [name for name, weight in self.weights.items() if is_dtensor(weight)]
         if sharded:
-            msg = (
+            raise TypeError(
                 f"{sharded[0]} is a DTensor, and a shard may hold no whole matrix; in a step of "
                 "your own, split a full_tensor()"
             )
-            raise TypeError(msg)
         held = {
             name: [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())]
             for name, weight in self.weights.items()
@@ -174,11 +173,10 @@ class Matrices:
         here = {*self._model.parameters()}
         for name, weight in self.weights.items():
             if weight not in here:
-                msg = (
+                raise RuntimeError(
                     f"{name} was replaced in the model, and the optimizer would move the old one; "
                     "call gcx.torch.matrices and make the optimizer after that"
                 )
-                raise RuntimeError(msg)
 
 
 def _shapes_of(row: PlanRow) -> tuple[tuple[int, ...], list[int], list[int]]:

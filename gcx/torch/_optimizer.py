@@ -44,17 +44,15 @@ def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
     couples = _couples(optimizer, group)
     kind = type(optimizer).__name__
     if decay == "inside" and couples is False:
-        msg = (
+        raise ValueError(
             f"decay='inside' with where='gradient' needs an optimizer that adds weight_decay * w "
             f"to the gradient, and {kind} shrinks the weights apart; use where='update'"
         )
-        raise ValueError(msg)
     if decay is None and couples is None:
-        msg = (
+        raise ValueError(
             f"does {kind} add weight_decay * w to the gradient? Then say decay='inside', so that "
             "it is projected as well; if it shrinks the weights apart, say decay='outside'"
         )
-        raise ValueError(msg)
     is_inside = couples if decay is None else decay == "inside"
     if not is_inside or rate is None:
         return None
@@ -80,21 +78,19 @@ def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
         return None
     couples, rate, kind = _couples(optimizer, group), _rate(group), type(optimizer).__name__
     if couples:
-        msg = (
+        raise ValueError(
             f"decay='outside' with where='update' needs an optimizer that shrinks the weights "
             f"apart, and {kind} adds weight_decay * w to the gradient; use where='gradient'"
         )
-        raise ValueError(msg)
     if rate is None and "weight_decay" in group:
         return 1.0
     if couples is None or group["lr"] is None:
-        msg = (
+        raise ValueError(
             f"decay='outside' with where='update' needs to know by how much a step shrinks the "
             f"weights, and {kind} may have a rule of its own; leave decay inside. If each step "
             f"shrinks them by exactly lr * weight_decay, say so in the parameter groups: "
             f"{_DECOUPLES!r}: True"
         )
-        raise ValueError(msg)
     lost: float | Tensor = group["lr"] * (rate or 0.0)
     # Set by a GradScaler: unless zero, a fused optimizer leaves the weights where they are.
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)

@@ -103,8 +103,7 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
 def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
-        msg = f"model is a torch.nn.Module, not {describe(model, 'torch')}"
-        raise TypeError(msg)
+        raise TypeError(f"model is a torch.nn.Module, not {describe(model, 'torch')}")
     options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
@@ -217,11 +216,10 @@ def _covers(key: Key, name: str, parameter: Tensor) -> bool:
         return any(parameter is own for own in key.parameters())
     if isinstance(key, Tensor):
         return parameter is key
-    msg = (
+    raise TypeError(
         f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
         f"{key!r}; gcx.torch.register_layer is for a type of layer"
     )
-    raise TypeError(msg)
 
 
 def _covers_nothing(key: Key, leaves_alone: bool, names: list[str]) -> str:
@@ -243,27 +241,25 @@ def _read_override(value: Value, name: str, weight: Tensor) -> Layout | LeaveAlo
     else:
         layout = _layout_of_axes(value, name, weight.ndim)
     if not _has_fan_in(layout, weight):
-        msg = f"overrides: {name} of shape {tuple(weight.shape)} does not fit {layout!r}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"overrides: {name} of shape {tuple(weight.shape)} does not fit {layout!r}"
+        )
     if not _is_trainable(weight):
-        msg = f"overrides: {name} is of dtype {weight.dtype}, which has no gradient"
-        raise ValueError(msg)
+        raise ValueError(f"overrides: {name} is of dtype {weight.dtype}, which has no gradient")
     return layout
 
 
 def _layout_of_axes(value: int | Sequence[int], name: str, ndim: int) -> Layout:
     axes = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        msg = (
+        raise TypeError(
             f"overrides: the value for {name} is a layout, the axes of its fan-in, or None to "
             f"leave it alone, not {value!r}"
         )
-        raise TypeError(msg)
     if not axes or not all(-ndim <= axis < ndim for axis in axes):
-        msg = (
+        raise ValueError(
             f"overrides: {name} has rank {ndim}, and {value!r} is not fan-in axes of it; None "
             "leaves it alone"
         )
-        raise ValueError(msg)
     fan_in = {axis % ndim for axis in axes}
     return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

@@ -214,8 +214,7 @@ def is_on(group: Group) -> bool:
     """Return the switch of a parameter group; a TypeError if it is not a bool."""
     switch = group.get(SWITCH, True)
     if not isinstance(switch, bool):
-        msg = f"{SWITCH!r} in a parameter group is True or False, not {switch!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{SWITCH!r} in a parameter group is True or False, not {switch!r}")
     return switch
 
 

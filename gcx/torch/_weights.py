@@ -70,11 +70,10 @@ def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
     found = [(w, grad) for w in weights if (grad := w.parameter.grad) is not None]
     for weight, grad in found:
         if grad.layout is not _DENSE:
-            msg = (
+            raise TypeError(
                 f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
                 "fan-in; make it dense (sparse=False), or use where='update'"
             )
-            raise TypeError(msg)
         if weight.reproducible:
             weight.check(grad)
     return found

@@ -178,8 +178,7 @@ def test_first_difference_is_named(
 
 def test_refusal_on_a_cpu_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        msg = "reproducible=True is for others"
-        raise TypeError(msg)
+        raise TypeError("reproducible=True is for others")
 
     monkeypatch.setattr(_numpy, "check_reproducible", refuse)
     report = few(names=["numpy"])
@@ -189,8 +188,7 @@ def test_refusal_on_a_cpu_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refusal_elsewhere_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        msg = "reproducible=True is for others"
-        raise TypeError(msg)
+        raise TypeError("reproducible=True is for others")
 
     monkeypatch.setattr(_numpy, "check_reproducible", refuse)
     monkeypatch.setattr(_numpy, "devices", lambda: ["npu:0"])
@@ -202,8 +200,7 @@ def test_refusal_elsewhere_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_broken_library_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        msg = "a shared object is missing"
-        raise ImportError(msg)
+        raise ImportError("a shared object is missing")
 
     monkeypatch.setattr("gcx.__main__.load", fail)
     report = few(names=["numpy"])

@@ -210,8 +210,7 @@ class TestFrameworks:
 
     def test_broken_framework_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(name: str) -> None:
-            msg = "libtorch.so is missing"
-            raise OSError(msg)
+            raise OSError("libtorch.so is missing")
 
         monkeypatch.setattr(training, "import_module", fail)
         monkeypatch.setattr(training, "find_spec", lambda name: name == "torch" or None)

@@ -119,13 +119,11 @@ def gives_two(_: Any) -> Any:
 
 def raises_after_one(_: Any) -> Any:
     yield Measured("first", 1, 2)
-    msg = "an illegal memory access\nand more"
-    raise RuntimeError(msg)
+    raise RuntimeError("an illegal memory access\nand more")
 
 
 def need_not_run(_: Any) -> Any:
-    msg = "no such tool"
-    raise NotRunError(msg)
+    raise NotRunError("no such tool")
 
 
 class TestParts:
@@ -209,8 +207,7 @@ class TestParts:
         self, gpu: StandIn, kernels: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*_: Any) -> Any:
-            msg = "no such image"
-            raise RuntimeError(msg)
+            raise RuntimeError("no such image")
 
         monkeypatch.setattr(kernels.driver, "launch", fail)
         parts = [Part("name", "launches", "counted"), Part("name", "graphs", "replays")]

@@ -76,8 +76,7 @@ def doubled(*arguments: Any) -> Any:
 
 
 def raising(*_: Any) -> Any:
-    msg = "no kernel"
-    raise NotImplementedError(msg)
+    raise NotImplementedError("no kernel")
 
 
 def rounding_the_mean(grad: Any, axes: Any, *_: Any) -> Any:
@@ -169,8 +168,7 @@ class TestNumbers:
 
     def test_broken_library_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:
-            msg = "a shared object is missing"
-            raise ImportError(msg)
+            raise ImportError("a shared object is missing")
 
         monkeypatch.setattr("gcx.__main__.load", fail)
         report = self.check(names=["numpy"])

@@ -202,8 +202,7 @@ class TestRun:
 
     def test_library_that_fails_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail() -> None:
-            msg = "no kernel"
-            raise RuntimeError(msg)
+            raise RuntimeError("no kernel")
 
         calls = {COPY: int, GCX: fail, EXPRESSION: int}
         made = workload.Workload(calls, 100)
@@ -216,8 +215,7 @@ class TestRun:
 
     def failing(self, function: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> BenchReport:
         def fail(*_: object) -> None:
-            msg = "no such dtype"
-            raise TypeError(msg)
+            raise TypeError("no such dtype")
 
         monkeypatch.setattr(workload.load(LIBRARIES[0]), function, fail)
         report = run.run(command="", models=["resnet50"], dtypes=[dtype], libraries=LIBRARIES[:1])

@@ -81,14 +81,14 @@ def _contents(folder: Path, checksums: Checksums) -> dict[str, bytes]:
         packed = _bytes(folder / PACKED)
         _check(folder / PACKED, packed, checksums.packed)
         return _unpacked(packed, checksums.files)
-    msg = f"{folder} holds neither {PACKED} nor the folder {NAME}: {_remedy(folder)}"
-    raise CannotRunError(msg)
+    raise CannotRunError(
+        f"{folder} holds neither {PACKED} nor the folder {NAME}: {_remedy(folder)}"
+    )
 
 
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
-        msg = f"{path} is missing: {_remedy(path.parent)}"
-        raise CannotRunError(msg)
+        raise CannotRunError(f"{path} is missing: {_remedy(path.parent)}")
     return path.read_bytes()
 
 
@@ -96,11 +96,10 @@ def _check(path: Path, content: bytes, expected: str) -> None:
     # MD5 finds accidents and other files. What is forged all the same runs nothing: see pickles.py.
     found = md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
-        msg = (
+        raise CannotRunError(
             f"{path} is incomplete, was changed or is another file: it has {len(content)} bytes "
             f"with the MD5 checksum {found}, which ought to be {expected}: {_remedy(path.parent)}"
         )
-        raise CannotRunError(msg)
 
 
 def _remedy(folder: Path) -> str:

@@ -53,8 +53,9 @@ def load(path: Path, setting: Setting) -> Checkpoint:
         found, epochs, state = content["setting"], content["epochs"], content["state"]
     except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         # The words of torch advise to load what it does not trust.
-        msg = f"{path} is no whole checkpoint: delete it, and the run starts again"
-        raise CannotRunError(msg) from error
+        raise CannotRunError(
+            f"{path} is no whole checkpoint: delete it, and the run starts again"
+        ) from error
     _check(path, found, asdict(setting))
     return Checkpoint([Epoch(*row) for row in epochs], state)
 
@@ -66,8 +67,7 @@ def _check(path: Path, found: Mapping[str, object], asked: Mapping[str, object])
         if found.get(name) != value
     ]
     if differing:
-        msg = (
+        raise CannotRunError(
             f"{path} is of a run with {', '.join(differing)}: ask for the same again, write "
             "elsewhere, or delete it"
         )
-        raise CannotRunError(msg)

@@ -81,8 +81,7 @@ def run(
             print(line)
         return []
     if data is None:
-        msg = "there are no images to train on: name the folder of the archive"
-        raise ValueError(msg)
+        raise ValueError("there are no images to train on: name the folder of the archive")
     images = Data.on(place, read(data, checksums))
     for so_far in _completed(logs, images, write, place):
         after_run(outcomes(so_far))
@@ -102,19 +101,23 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        msg = f"--device {name}: torch knows no such device; give cuda, cuda:1 or cpu"
-        raise CannotRunError(msg) from error
+        raise CannotRunError(
+            f"--device {name}: torch knows no such device; give cuda, cuda:1 or cpu"
+        ) from error
     if device.type not in {"cuda", "cpu"}:
-        msg = f"--device {name}: it runs on no such device; give cuda, cuda:1 or cpu"
-        raise CannotRunError(msg)
+        raise CannotRunError(
+            f"--device {name}: it runs on no such device; give cuda, cuda:1 or cpu"
+        )
     if device.type == "cuda":
         there_are = torch.cuda.device_count()
         if not there_are:
-            msg = f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
-            raise CannotRunError(msg)
+            raise CannotRunError(
+                f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
+            )
         if (device.index or 0) >= there_are:
-            msg = f"--device {name}: torch finds {there_are} GPUs here, cuda:0 the first of them"
-            raise CannotRunError(msg)
+            raise CannotRunError(
+                f"--device {name}: torch finds {there_are} GPUs here, cuda:0 the first of them"
+            )
         torch.backends.cudnn.benchmark = True  # the fastest algorithms: shapes recur
     return device
 

@@ -17,8 +17,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            msg = f"{text!r} is not a whole number of {least} or more"
-            raise ArgumentTypeError(msg)
+            raise ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         return int(text)
 
     return read

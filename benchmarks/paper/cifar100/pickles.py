@@ -35,6 +35,7 @@ def load_data(content: bytes) -> Any:
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            msg = f"{module}.{name} is no part of a data set: this pickle is not the official one"
-            raise pickle.UnpicklingError(msg)
+            raise pickle.UnpicklingError(
+                f"{module}.{name} is no part of a data set: this pickle is not the official one"
+            )
         return _ALLOWED[module, name]

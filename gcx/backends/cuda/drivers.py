@@ -36,8 +36,7 @@ class Bindings:
         try:
             from cuda.bindings import driver, nvrtc
         except ImportError as error:
-            msg = f"{error} (pip install cuda-bindings)"
-            raise ImportError(msg) from error
+            raise ImportError(f"{error} (pip install cuda-bindings)") from error
         self._driver, self._nvrtc = driver, nvrtc
         self._launch = driver.cuLaunchKernel
 
@@ -119,8 +118,7 @@ class Cupy:
             nvrtc.compileProgram(program, tuple(options))
             code: bytes = nvrtc.getCUBIN(program)
         except nvrtc.NVRTCError as error:
-            msg = f"{error}: {nvrtc.getProgramLog(program)}"
-            raise RuntimeError(msg) from error
+            raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from error
         finally:
             nvrtc.destroyProgram(program)
         return code

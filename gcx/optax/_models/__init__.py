@@ -67,11 +67,11 @@ def decide(
     is_tree = type(model) in (dict, list, tuple)
     if framework is None or (is_tree and framework.params is None):
         kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
-        msg = f"model is {kinds}, not {describe(model, 'optax')}"
-        raise TypeError(msg)
+        raise TypeError(f"model is {kinds}, not {describe(model, 'optax')}")
     if framework.params is None:
         return framework.decide(RULES, model, inputs, keyword_inputs or {})
     if inputs or keyword_inputs:
-        msg = f"a {framework.module} module needs no example inputs: give the module alone"
-        raise TypeError(msg)
+        raise TypeError(
+            f"a {framework.module} module needs no example inputs: give the module alone"
+        )
     return framework.decide(RULES, model)

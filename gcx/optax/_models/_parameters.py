@@ -121,8 +121,7 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
     has_arrays = any(array is not None for array in arrays)
     for given in () if has_arrays else inputs:
         if isinstance(given, (list, tuple)):
-            msg = f"an example input is {_AN_ARRAY}, not {given!r}"
-            raise TypeError(msg)
+            raise TypeError(f"an example input is {_AN_ARRAY}, not {given!r}")
 
     def of_arrays(traced: list[Any]) -> Any:
         mixed = [x if t is None else t for t, x in zip(traced, leaves, strict=True)]

@@ -58,7 +58,7 @@ def centralize(
         ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``;
         ``"update"`` the displacement of the weights by the step, which keeps their means.
     decay : {"inside", "outside"}, optional
-        Whether weight decay is projected too. By default it is, but for decoupled decay (AdamW,
+        Whether weight decay is projected too. By default it is, except for decoupled decay (AdamW,
         Muon) with ``where="gradient"``. Optimizers of other packages need it.
     strength : float, optional
         The part of the mean to subtract, from 0 to 1.
@@ -110,8 +110,7 @@ class GradientCentralization:
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> handle = gcx.torch.centralize(optimizer, model, where="update")
+    >>> handle = gcx.torch.centralize(torch.optim.SGD(model.parameters()), model)
     >>> handle.plan["weight"].reason
     'Linear'
     >>> handle.remove()

@@ -60,17 +60,7 @@ def check_plan(
     -------
     NamedTuple
         ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
-        sentences. Raises what `plan` and the model raise.
-
-    Notes
-    -----
-    A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
-    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint` or a
-    transform of `torch.func`, such as ``vmap``. So is any weight in inference mode or of a complex
-    model, and a kernel of which padding hides a part.
-
-    Two uses disagree although the plan may be right: a product element by element, summed in a
-    second operation, and parts of one fan-in, used apart and then added.
+        sentences. Raises what `plan` and the model raise. :doc:`/torch_layers` tells the limits.
 
     Examples
     --------

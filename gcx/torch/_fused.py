@@ -42,8 +42,8 @@ class FusedOptimizer(Optimizer):
     _scalars: ClassVar[Sequence[str]]  # options that must not be tensors
     _memory: ClassVar[Sequence[str]]  # keys of the state that the kernels update
     # How far a parameter is: one stage, one launch. None: left to torch.
-    _find_stage: ClassVar[Callable[[Group, State], Hashable]]
-    _find_numbers: ClassVar[Callable[[Group, Any], _Numbers]]
+    _find_stage: ClassVar[Callable[..., Any]]
+    _find_numbers: ClassVar[Callable[..., _Numbers]]
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _find_fallback(self, group: Group) -> str:
         """Say why torch will step some parameters of a group; empty if the kernels step all."""
-        if reason := self.why_not(group):
+        if reason := self._why_not(group):
             return reason
         try:
             weights = {w.parameter: w for w in self._centralization.weights()}
@@ -172,7 +172,7 @@ class FusedOptimizer(Optimizer):
         reasons = (self._why_not_parameter(group, p, weights.get(p)) for p in trained)
         return next(filter(None, reasons), "")
 
-    def why_not(self, group: Group) -> str:
+    def _why_not(self, group: Group) -> str:
         """Say why the kernels step no parameter of a group; empty if they may step some."""
         if unwrap(type(self).step) is not unwrap(self._kind.step):
             return f"{type(self).__name__} has a step of its own"
@@ -226,7 +226,7 @@ class _StepHooks(GradientHooks):
         optimizer = cast("FusedOptimizer", self._targets.optimizer)
         for group in optimizer.param_groups:
             found = weights.get(id(group), [])
-            if not optimizer.why_not(group):
+            if not optimizer._why_not(group):  # noqa: SLF001
                 self.marked[id(group)] = {w.parameter: w for w, _ in with_gradient(found)}
             elif found:
                 left.append((group, found))

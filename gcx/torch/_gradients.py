@@ -120,14 +120,8 @@ def centralize_in_backward(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `centralize`; if the model has such a handle already. In backward, if the gradient of a
-        weight is sparse.
-
-    Warns
-    -----
-    UserWarning
-        If a weight got no gradient in 8 training passes after the first backward, or before
-        `remove`; if none got one while the weights changed 8 times; if a layer is gone.
+        As `centralize`; if the model has such a handle already; in backward, if the gradient of a
+        weight is sparse. :doc:`/torch_distributed` tells the limits, and the warnings.
 
     Examples
     --------

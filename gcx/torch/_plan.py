@@ -49,7 +49,9 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     Parameters
     ----------
     model : torch.nn.Module
-        Any model. The layer that owns a parameter decides, never the rank of the parameter.
+        Any model. The layer that owns a parameter decides, never the rank of the parameter. A
+        parameter that no rule knows is left alone; so is a weight that layers share, unless they
+        agree on its fan-in.
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
@@ -57,7 +59,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
         (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
         its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
         axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
-        `register_layer` declares a layer of your own once for all models.
 
     Returns
     -------
@@ -70,11 +71,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
         If `model` is not a module, or a key or value of `overrides` does not fit.
     RuntimeError
         If a parameter has no shape yet (lazy layers), or has lost it (FSDP1 flattens).
-
-    Notes
-    -----
-    Unknown parameters are left alone. So is a weight of several layers, such as an embedding that
-    is also a head, unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------
@@ -223,8 +219,9 @@ def _find_covered(
 
 
 def _read(value: LayoutLike | int | Sequence[int], name: str, weight: Tensor) -> Layout:
-    is_layout = isinstance(value, (Layout, str))
-    layout = as_layout(value) if is_layout else _layout_of_axes(value, name, weight.ndim)
+    if not isinstance(value, (Layout, str)):
+        value = _layout_of_axes(value, name, weight.ndim)
+    layout = as_layout(value)
     if fit(layout, weight) is None:
         shape = tuple(weight.shape)
         raise ValueError(f"overrides: {name} of shape {shape} does not fit {layout!r}")

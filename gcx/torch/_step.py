@@ -78,12 +78,11 @@ def warn_of_copies(optimizer: Optimizer, loss: str, remedy: str) -> None:
     find: Callable[[], Any] = Weak(optimizer)
 
     def reduce_with_warning(protocol: int) -> Any:
-        kind = type(find())
-        warn(
-            f"the copy of this {kind.__name__} {loss}: hooks are not copied. Call {remedy}; "
-            "or copy state_dict() instead"
-        )
-        return kind.__reduce_ex__(find(), protocol)
+        found: Optimizer = find()
+        kind = type(found).__name__
+        remedies = f"Call {remedy}; or copy state_dict() instead"
+        warn(f"the copy of this {kind} {loss}: hooks are not copied. {remedies}")
+        return type(found).__reduce_ex__(found, protocol)
 
     # They ask the instance first.
     vars(optimizer)["__reduce_ex__"] = reduce_with_warning

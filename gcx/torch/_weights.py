@@ -192,7 +192,8 @@ class Targets:
     def _look(self) -> None:
         """Find the weights of each group, and all that has to stay as it is for them to hold."""
         decisions, groups = self._decide(), self.optimizer.param_groups
-        found, on = [], []
+        found: list[tuple[Group, list[Weight]]] = []
+        on: list[tuple[Tensor, Decision]] = []
         for group in filter(is_on, groups):
             of_group = [(p, decisions[p]) for p in group["params"]]
             if weights := [*weights_of(of_group, reproducible=self._options.reproducible)]:

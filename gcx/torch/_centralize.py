@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from gcx._decisions import already_attached
 from gcx._frameworks import describe
@@ -208,8 +209,7 @@ def _check_steps(optimizer: Optimizer) -> None:
             f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         )
     for name, value in vars(optimizer).items():
-        values = value.values() if isinstance(value, dict) else value
-        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+        for one in tree_leaves(value):
             if isinstance(one, Optimizer) and one is not inner_optimizer(optimizer):
                 raise TypeError(
                     f"{kind} moves the weights by another optimizer, whose steps may be called "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from ctypes import c_float
-from inspect import unwrap
+from inspect import Signature, signature, unwrap
 from itertools import chain
 from math import sqrt
 from typing import Any, ClassVar, cast
@@ -27,7 +27,7 @@ from gcx.torch._plan import Overrides
 from gcx.torch._step import GradientHooks, not_compiled
 from gcx.torch._weights import Group, Weight, centralize_, with_gradient
 
-# If the user asks for foreach, fused or differentiable, torch makes the step.
+# With other values of these, torch makes the step.
 _OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
 
 # The name of a rule in kernels.cu; the strength, the rate and the numbers of this rule.
@@ -89,8 +89,8 @@ class FusedOptimizer(Optimizer):
     def __repr__(self) -> str:
         options = super().__repr__().removesuffix(")")
         lines = ["Gradient Centralization", f"    plan: {self.plan!r}"]
-        for k, reason in enumerate(self.fallbacks):
-            way = f"by torch ({reason})" if reason else "in one launch for each kernel and dtype"
+        for k, why in enumerate(self.fallbacks):
+            way = f"by torch ({why})" if why else "in one launch for each kernel and dtype"
             lines.append(f"    step of group {k}: {way}")
         return options + "\n".join(lines) + "\n)"
 
@@ -140,8 +140,7 @@ class FusedOptimizer(Optimizer):
         roles = [see_all(tensors, fan_ins, grads) for tensors in lists]
         axes = [axes for _, axes in fan_ins]
         launches = kernels.find_launches(rule, roles, axes, self._options.reproducible)
-        results = launches.run(roles, numbers)
-        done = [k for k, result in enumerate(results) if result is not None]
+        done = [k for k, found in enumerate(launches.run(roles, numbers)) if found is not None]
         increment_version([tensors[k] for tensors in lists[1:] for k in done])
         for key, tensors in memory.items():
             for k in done:
@@ -168,7 +167,7 @@ class FusedOptimizer(Optimizer):
             weights = {w.parameter: w for w in self._centralization.weights()}
         except RuntimeError as error:  # a step would raise it
             return str(error)
-        trained = (p for p in group["params"] if p.requires_grad)
+        trained = [p for p in group["params"] if p.requires_grad]
         reasons = (self._why_not_parameter(group, p, weights.get(p)) for p in trained)
         return next(filter(None, reasons), "")
 
@@ -243,6 +242,12 @@ def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
     return (parameter.shape, ()) if weight is None else weight.fan_in
 
 
+def _sign_as(kind: type[Optimizer]) -> Signature:
+    """Show torch's arguments in help(), and those of gcx after them."""
+    own = [p for p in signature(FusedOptimizer).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return Signature([*signature(kind).parameters.values(), *own])
+
+
 class AdamW(FusedOptimizer, torch.optim.AdamW):
     """AdamW with Gradient Centralization: kernels step first on CUDA, and torch steps the rest.
 
@@ -254,8 +259,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     params : torch.nn.Module or iterable
         A model; or, together with `model`, parameters or parameter groups as torch takes them. A
         group with ``"centralize": False`` is left alone.
-    *args, **kwargs
-        As in `torch.optim.AdamW`: ``lr``, ``betas``, ``eps``, ``weight_decay`` and others.
+    lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused
+        As in `torch.optim.AdamW`.
     model : torch.nn.Module, optional
         The model that holds every parameter; needed if `params` is not a model.
     strength, layers, overrides, reproducible
@@ -271,6 +276,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     ['no parameter on a CUDA device', 'no parameter on a CUDA device']
     """
 
+    __signature__ = _sign_as(torch.optim.AdamW)
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
     _kind = torch.optim.AdamW
@@ -279,8 +285,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     _memory = ("exp_avg", "exp_avg_sq")
 
     @staticmethod
-    def _find_stage(group: Group, state: State) -> tuple[float, bool] | None:
-        del group
+    def _find_stage(_: Group, state: State) -> tuple[float, bool] | None:
         # The state may be of another optimizer. Reading steps from a GPU would wait for it.
         if not (state.keys() >= {"step", "exp_avg", "exp_avg_sq"} and state["step"].is_cpu):
             return None
@@ -309,8 +314,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     ----------
     params, model, strength, layers, overrides, reproducible
         As in `AdamW`, and the same errors.
-    *args, **kwargs
-        As in `torch.optim.SGD`: ``lr``, ``momentum``, ``weight_decay``, ``nesterov`` and others.
+    lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
+        As in `torch.optim.SGD`.
 
     Examples
     --------
@@ -325,6 +330,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
+    __signature__ = _sign_as(torch.optim.SGD)
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
     _kind = torch.optim.SGD
     _fixed = _OF_TORCH

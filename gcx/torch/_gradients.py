@@ -236,8 +236,9 @@ class CentralizationInBackward:
         """Look at the first weight that is there; return the number of its changes so far."""
         weights = (place.tensor() for place in self._places)
         weight = next((weight for weight in weights if weight is not None), None)
-        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if weight is None or is_captured or is_functorch_wrapped_tensor(weight):
+        if weight is None or is_functorch_wrapped_tensor(weight):
+            return 0
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return 0
         here = weight.to_local() if is_dtensor(weight) else weight
         now = here.detach().reshape(-1)[:64].clone()

@@ -112,16 +112,13 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
 
 
 # By step: True if decay is added to the gradient, False if it shrinks the weights by
-# lr * weight_decay; the last three of these know no decay, and Muon came with torch 2.9.
-_KINDS = {
-    True: "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD",
-    False: "Adafactor AdamW Muon LBFGS Rprop SparseAdam",
-}
+# lr * weight_decay; the last three of these know no decay.
+_COUPLED = "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD"
+_APART = "Adafactor AdamW Muon LBFGS Rprop SparseAdam"
 _COUPLES = {
-    _step_of(getattr(torch.optim, name)): couples
-    for couples, names in _KINDS.items()
+    _step_of(getattr(torch.optim, name)): names is _COUPLED
+    for names in (_COUPLED, _APART)
     for name in names.split()
-    if hasattr(torch.optim, name)
 }
 
 

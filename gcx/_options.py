@@ -16,7 +16,7 @@ Decay = Literal["inside", "outside"] | None
 Layers = Literal["all", "conv"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Options:
     """The choice of weights, the place of the projection, and its strength.
 
@@ -58,14 +58,7 @@ class TakesOptions:
         overrides: Mapping[Any, Any] | None = None,
         reproducible: bool = False,
     ) -> None:
-        self._options = Options(
-            where=where,
-            decay=decay,
-            strength=strength,
-            layers=layers,
-            overrides=overrides,
-            reproducible=reproducible,
-        )
+        self._options = Options(where, decay, strength, layers, overrides, reproducible)
 
     # Python names the callback by this in its error for an unknown option.
     __init__.__qualname__ = "GradientCentralization.__init__"

@@ -47,7 +47,7 @@ def check_rule(rule: object, what: str) -> None:
 
 
 class Register(Protocol):
-    """The type of `register_layer` in gcx.optax, gcx.keras and gcx.thinc."""
+    """The type of `register_layer` in each adapter."""
 
     def __call__(self, kind: Callable[..., Any]) -> Callable[[RuleT], RuleT]: ...
 
@@ -75,12 +75,17 @@ class Rules(Generic[AnswerT]):
     def is_kind(self, kind: object) -> bool:
         return isinstance(kind, type)
 
+    def checked(self, rule: Rule[AnswerT], kind: Any) -> Rule[AnswerT]:
+        """Return a rule of a user, or one that checks its own answers."""
+        del kind
+        return rule
+
     def kinds_of(self, layer: Any) -> Sequence[Any]:
         """List the keys of a layer in the table; the first whose rule has a name decides."""
         return type(layer).__mro__
 
     def register(self, kind: Callable[..., Any]) -> Callable[[RuleT], RuleT]:
-        """Declare the parameters of a layer type, for the plans of this framework.
+        """Declare where the parameters of a layer type have their fan-in, for all plans.
 
         Parameters
         ----------
@@ -91,23 +96,41 @@ class Rules(Generic[AnswerT]):
         Returns
         -------
         callable
-            Decorator for a rule: a mapping from names of the layer's own parameters, or globs, to
-            layouts, `gcx.plan.LeaveAlone` or None; or a function of a layer that returns one. A
-            later rule replaces an earlier one. In gcx.optax, layouts are for a single layer (gcx
-            adds the axes of a stack), and the function gets a linen or Haiku layer while it is
-            called. Entry points are as in `gcx.torch.register_layer`, of the group
-            ``gcx.optax.layers``, ``gcx.keras.layers`` or ``gcx.thinc.layers``.
+            A decorator for a rule: a mapping, or a function of a layer that returns one. Its keys
+            are names or globs of the layer's own parameters, its values layouts,
+            `gcx.plan.LeaveAlone` with the reason, or None. The first name that matches counts; the
+            base classes answer for names that none matches. A later rule replaces an earlier one.
+
+            In gcx.torch, a name with dots belongs to a child (``"scale.weight"``), or to a list or
+            dict of parameters (``"codes.*"``), and takes precedence over the child's own rule. In
+            gcx.optax, layouts are for a single layer (gcx adds the axes of a stack), and the
+            function gets a linen or Haiku layer while it is called.
 
         Raises
         ------
         TypeError
             If `kind` is of another type, or the rule neither a mapping nor a function.
+        ValueError
+            When gcx.torch makes a plan: for a name in the rule, unless a glob, that the layer does
+            not have.
+
+        Notes
+        -----
+        A subclass of a known layer is assumed to use its weight as that layer does. Register a rule
+        for one that does not, for example a `torch.nn.Linear` that holds (in, out).
+
+        A package can declare its rules without importing gcx, by entry points of the group
+        ``gcx.torch.layers``, ``gcx.optax.layers``, ``gcx.keras.layers`` or ``gcx.thinc.layers``.
+        Their names are the qualified names of layers, or globs of them::
+
+            [project.entry-points."gcx.torch.layers"]
+            "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
 
         Examples
         --------
-        With `gcx.keras.register_layer` and `gcx.thinc.register_layer` it is the same::
+        It is the same in each adapter::
 
-            @gcx.optax.register_layer(Experts)
+            @gcx.torch.register_layer(Experts)
             def experts(layer):
                 return {"w_in": "bio", "w_out": "bio", "router": "io", "bias_*": None}
         """
@@ -116,7 +139,7 @@ class Rules(Generic[AnswerT]):
 
         def decorator(rule: RuleT) -> RuleT:
             check_rule(rule, f"the rule of {_label(kind)}")
-            self._by_type[kind] = rule
+            self._by_type[kind] = self.checked(rule, kind)
             self._found.clear()
             return rule
 

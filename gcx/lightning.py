@@ -13,6 +13,7 @@ import gcx.torch
 from gcx._frameworks import needing
 from gcx._options import TakesOptions
 from gcx.plan import Plan
+from gcx.torch._plan import decide
 
 with needing("lightning", "lightning"):
     if not TYPE_CHECKING and not find_spec("lightning") and find_spec("pytorch_lightning"):
@@ -63,11 +64,8 @@ class GradientCentralization(TakesOptions, pl.Callback):
         """Attach to the optimizers, before a checkpoint is loaded into them."""
         if not trainer.optimizers:
             raise ValueError("there is nothing to centralize: the trainer has no optimizer")
-        plan = gcx.torch.plan(
-            pl_module, layers=self._options.layers, overrides=self._options.overrides
-        )
-        rows = [row for row in plan if row.layout is not None]
-        weights: set[Tensor] = {pl_module.get_parameter(row.name) for row in rows}
+        decisions = decide(pl_module, self._options).items()
+        weights = {weight for weight, decision in decisions if decision.row.layout is not None}
         concerned = [opt for opt in trainer.optimizers if _has_some_of(weights, opt)]
         handles = self._handles = []
         for optimizer in concerned or trainer.optimizers:  # an error says why, if none is concerned

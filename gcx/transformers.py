@@ -9,7 +9,7 @@ import gcx.torch
 from gcx._frameworks import needing
 from gcx._options import TakesOptions
 from gcx.plan import Plan
-from gcx.torch._targets import keep_switches
+from gcx.torch._step import keep_switches
 
 with needing("transformers", "transformers"):
     from transformers import TrainerCallback, TrainerState

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import gcx.torch
-from gcx.torch import _fused_step
+from gcx.torch import _fused
 from gcx.torch._fused import SGD, AdamW
 
 from torch_kernels import (
@@ -133,5 +133,5 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     """Make a device on which the optimizers find kernels; on a CPU, the hooks do not."""
     device = Device(name, patch)
     if device.type == "cpu":
-        patch.setattr(_fused_step, "is_for_kernels", lambda _: True)
+        patch.setattr(_fused, "is_for_kernels", lambda _: True)
     return device

@@ -3,16 +3,19 @@
 from gcx._frameworks import needing
 
 with needing("torch", '"gcx[torch]"'):
-    from gcx.torch._backward import CentralizationInBackward, centralize_in_backward
     from gcx.torch._centralize import (
         GradientCentralization,
         centralize,
-        centralize_grads_,
         centralized,
+        derive_class,
     )
     from gcx.torch._check import check_plan
-    from gcx.torch._classes import derive_class
     from gcx.torch._fused import SGD, AdamW
+    from gcx.torch._gradients import (
+        CentralizationInBackward,
+        centralize_grads_,
+        centralize_in_backward,
+    )
     from gcx.torch._layers import register_layer
     from gcx.torch._matrices import Matrices, matrices
     from gcx.torch._plan import plan

@@ -1,25 +1,38 @@
-"""Gradient Centralization for an optimizer, or for the gradients that there are now."""
+"""Gradient Centralization for an optimizer, or for a class of optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copyreg
+from abc import ABCMeta
 from copy import copy
+from functools import wraps
 from inspect import unwrap
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from gcx._decisions import already_attached
 from gcx._frameworks import describe
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
+from gcx.torch._gradients import centralize_gradients
 from gcx.torch._optimizer import inner_optimizer
-from gcx.torch._plan import Overrides, decide
-from gcx.torch._step import GradientHooks, UpdateHooks, not_compiled, warn, warn_of_copies
-from gcx.torch._targets import IN_BACKWARD, Targets, find_owner, keep_switches
-from gcx.torch._weights import Weight, centralize_, part_gradients, weights_of, with_gradient
+from gcx.torch._plan import Overrides
+from gcx.torch._step import (
+    GradientHooks,
+    UpdateHooks,
+    find_owner,
+    keep_switches,
+    not_compiled,
+    warn,
+    warn_of_copies,
+)
+from gcx.torch._weights import IN_BACKWARD, Targets
+
+Kind = TypeVar("Kind", bound=Optimizer)
 
 
 def centralize(
@@ -44,12 +57,10 @@ def centralize(
         The model that holds every parameter of the optimizer. Its layers declare the fan-in.
     where : {"gradient", "update"}, optional
         ``"gradient"`` centralizes what the optimizer uses as the gradient, in place in ``.grad``;
-        ``"update"`` the displacement of the weights by the step. With any optimizer, that keeps the
-        mean of each weight over its fan-in constant.
+        ``"update"`` the displacement of the weights by the step, which keeps their means.
     decay : {"inside", "outside"}, optional
-        Whether weight decay is projected too. With ``where="gradient"`` the default is inside for
-        decay that the optimizer adds to the gradient (SGD, Adam), and outside for decoupled decay
-        (AdamW, Muon); with ``where="update"`` it is inside. Optimizers of other packages need it.
+        Whether weight decay is projected too. By default it is, except for decoupled decay (AdamW,
+        Muon) with ``where="gradient"``. Optimizers of other packages need it.
     strength : float, optional
         The part of the mean to subtract, from 0 to 1.
     layers, overrides
@@ -83,14 +94,7 @@ def centralize(
     >>> abs(model.weight.mean().item() - start) < 1e-6
     True
     """
-    options = Options(
-        where=where,
-        decay=decay,
-        strength=strength,
-        layers=layers,
-        overrides=overrides,
-        reproducible=reproducible,
-    )
+    options = Options(where, decay, strength, layers, overrides, reproducible)
     return GradientCentralization(optimizer, model, options)
 
 
@@ -107,8 +111,7 @@ class GradientCentralization:
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> handle = gcx.torch.centralize(optimizer, model, where="update")
+    >>> handle = gcx.torch.centralize(torch.optim.SGD(model.parameters()), model)
     >>> handle.plan["weight"].reason
     'Linear'
     >>> handle.remove()
@@ -125,7 +128,7 @@ class GradientCentralization:
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
         self._handles = self._make_hooks().handles
-        self._targets.note_states()
+        self._targets.were_bypassed()
         copy(self)._attach(optimizer)  # noqa: SLF001
         self._optimizer = optimizer  # but not in the copy, which the optimizer holds
 
@@ -139,7 +142,7 @@ class GradientCentralization:
     def centralize_grads_(self) -> None:
         """Centralize the gradients now, in place: `gcx.torch.centralize_grads_` by this plan."""
         weights = [*self._targets.weights()]
-        _centralize_gradients(weights, self._targets.parameters, self._options.strength)
+        centralize_gradients(weights, self._targets.parameters, self._options.strength)
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second time does nothing."""
@@ -166,16 +169,13 @@ class GradientCentralization:
             optimizer.register_load_state_dict_post_hook(self._warn_if_idle),
             optimizer.register_state_dict_pre_hook(self._warn_if_bypassed),
         ]
-        warn_of_copies(
-            optimizer,
-            f"the copy of this {self._kind} does not centralize: hooks are not copied. Call "
-            "gcx.torch.centralize for the copy and its model; or copy state_dict() instead",
-        )
+        remedy = "gcx.torch.centralize for the copy and its model"
+        warn_of_copies(optimizer, "does not centralize", remedy)
 
     def _warn_if_idle(self, _: Optimizer) -> None:
         if not any(self._targets.weights()):
             warn(f"the checkpoint switches off all that there is to centralize in {self._kind}")
-        self._targets.note_states()
+        self._targets.were_bypassed()
 
     def _warn_if_bypassed(self, *_: Any) -> None:
         if self._targets.were_bypassed():
@@ -209,8 +209,7 @@ def _check_steps(optimizer: Optimizer) -> None:
             f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         )
     for name, value in vars(optimizer).items():
-        values = value.values() if isinstance(value, dict) else value
-        for one in values if isinstance(value, (dict, list, tuple)) else [value]:
+        for one in tree_leaves(value):
             if isinstance(one, Optimizer) and one is not inner_optimizer(optimizer):
                 raise TypeError(
                     f"{kind} moves the weights by another optimizer, whose steps may be called "
@@ -230,11 +229,7 @@ def centralized(optimizer: Optimizer) -> GradientCentralization | None:
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = torch.optim.SGD(model.parameters())
-    >>> _ = gcx.torch.centralize(optimizer, model)
-    >>> gcx.torch.centralized(optimizer).remove()
-    >>> gcx.torch.centralized(optimizer) is None
+    >>> gcx.torch.centralized(torch.optim.SGD(torch.nn.Linear(3, 2).parameters())) is None
     True
     """
     hooks = vars(_find_optimizer(optimizer))["_optimizer_load_state_dict_post_hooks"]
@@ -244,60 +239,93 @@ def centralized(optimizer: Optimizer) -> GradientCentralization | None:
     return found
 
 
-@not_compiled
-@torch.no_grad()
-def centralize_grads_(
+def derive_class(
+    kind: type[Kind],
     model: nn.Module,
     *,
+    where: Where = "gradient",
+    decay: Decay = None,
     strength: float = 1.0,
     layers: Layers = "all",
     overrides: Overrides | None = None,
     reproducible: bool = False,
-) -> None:
-    """Centralize the gradients of a model now, in place in ``.grad``.
-
-    It is for loops that need centralized gradients before the step, for example to clip their norm.
-    With `centralize`, whose handle has a method of this name, the step centralizes again: that
-    changes nothing at full strength, and includes weight decay.
+) -> type[Kind]:
+    """Derive an optimizer class that calls `centralize`, for a trainer that takes a class.
 
     Parameters
     ----------
+    kind : type
+        The class of the optimizer, such as ``torch.optim.RAdam``.
     model : torch.nn.Module
-        The model, after ``backward()``. Parameters without a gradient are passed over.
-    strength, layers, overrides, reproducible
+        The model that will hold every parameter of the optimizer.
+    where, decay, strength, layers, overrides, reproducible
         As in `centralize`.
+
+    Returns
+    -------
+    type
+        A subclass of `kind` with the same arguments. It can be pickled, and takes the model along.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `centralize`; if there is no gradient to centralize, or one is sparse.
+        If `kind` is not a torch optimizer class, or an option has no such value; when an optimizer
+        is made, as `centralize`.
 
     Examples
     --------
     >>> import torch
     >>> import gcx.torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> model(torch.rand(8, 3)).square().sum().backward()
-    >>> gcx.torch.centralize_grads_(model)
-    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
-    True
-    >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    >>> gcx.torch.derive_class(torch.optim.RAdam, model, where="update")
+    <class 'torch.optim.radam.RAdam', centralized for a Linear, where='update'>
     """
-    options = Options(
-        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
-    )
-    decisions = decide(model, options)
-    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
-    _centralize_gradients(weights, decisions, options.strength)
+    options = Options(where, decay, strength, layers, overrides, reproducible)
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise TypeError(f"kind is a torch optimizer class, such as torch.optim.RAdam, not {kind!r}")
+    derived: type[Kind] = _derive(kind)
+    _bind(derived, (model, options))
+    return derived
 
 
-def _centralize_gradients(
-    weights: Sequence[Weight], parameters: Iterable[Tensor], strength: float
-) -> None:
-    part_gradients(weights, parameters)
-    gradients = with_gradient(weights)
-    if not gradients:
-        raise ValueError(
-            "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
-        )
-    centralize_(gradients, strength=strength)
+_BINDING = "_gcx_binding"  # of a derived class: its model and its options
+
+
+class _Derived(ABCMeta):  # some packages have abstract optimizers
+    """Class of the classes that `derive_class` makes: it prints and pickles them."""
+
+    def __repr__(cls) -> str:
+        if _BINDING not in vars(cls):  # a subclass of a derived one, by a class statement
+            return super().__repr__()
+        model, options = vars(cls)[_BINDING]
+        kind = repr(cls.__base__).removesuffix(">")
+        return f"{kind}, centralized for a {type(model).__name__}, where={options.where!r}>"
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        # In its own process, cloudpickle loads the class itself, and a copy of the model.
+        if name != _BINDING or name not in vars(cls):
+            super().__setattr__(name, value)
+
+
+def _derive(kind: type[Optimizer]) -> Any:
+    @wraps(kind.__init__)
+    def initialize(self: Optimizer, *arguments: Any, **named: Any) -> None:
+        kind.__init__(self, *arguments, **named)
+        GradientCentralization(self, *vars(derived)[_BINDING])
+
+    derived = _Derived(kind.__name__, (kind,), {"__init__": initialize})
+    return derived
+
+
+def _bind(derived: type, binding: tuple[nn.Module, Options]) -> None:
+    setattr(derived, _BINDING, binding)
+
+
+def _reduce(cls: type) -> Any:
+    if _BINDING not in vars(cls):
+        return cls.__qualname__
+    # Bound at last, since the model may hold the class.
+    return _derive, (cls.__base__,), vars(cls)[_BINDING], None, None, _bind
+
+
+copyreg.pickle(_Derived, _reduce)

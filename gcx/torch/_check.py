@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gcx._options import Options
-from gcx.layout import Layout
-from gcx.torch._plan import Decision, Overrides, decide
+from gcx.plan import PlanRow
+from gcx.torch._plan import Overrides, decide
 
 _OUTPUTS_TRIED = 4
 # Operations that sum products: a constant that enters one with a weight counts as data.
@@ -61,17 +60,7 @@ def check_plan(
     -------
     NamedTuple
         ``agree`` and ``unseen`` hold names of centralized weights, ``disagree`` maps names to
-        sentences. Raises what `plan` and the model raise.
-
-    Notes
-    -----
-    A weight is unseen if the pass does not use it, or uses it within one fused operation (LSTM,
-    attention) or not linearly (spectral norm). So is a weight inside `torch.utils.checkpoint` or a
-    transform of `torch.func`, such as ``vmap``. So is any weight in inference mode or of a complex
-    model, and a kernel of which padding hides a part.
-
-    Two uses disagree although the plan may be right: a product element by element, summed in a
-    second operation, and parts of one fan-in, used apart and then added.
+        sentences. Raises what `plan` and the model raise. :doc:`/torch_layers` tells the limits.
 
     Examples
     --------
@@ -88,10 +77,18 @@ def check_plan(
     'layout o..., but one output of linear takes 3 entries from 3 output units of 8'
     """
     decisions = decide(model, Options(overrides=overrides))
-    weights = {p: d for p, d in decisions.items() if d.row.layout is not None}
-    with _requiring_grad(weights), _Uses(weights, (inputs, kwargs)) as uses:
-        model(*inputs, **kwargs)
-    names = [decision.row.name for decision in weights.values()]
+    weights = {p: d.row for p, d in decisions.items() if d.row.layout is not None}
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    uses = _Uses(weights, (inputs, kwargs))
+    try:
+        for weight in frozen:
+            weight.requires_grad_()
+        with torch.enable_grad(), uses:
+            model(*inputs, **kwargs)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    names = [row.name for row in weights.values()]
     return PlanCheck(
         tuple(name for name in names if uses.found.get(name) == ""),
         {name: uses.found[name] for name in names if uses.found.get(name)},
@@ -99,31 +96,17 @@ def check_plan(
     )
 
 
-@contextmanager
-def _requiring_grad(weights: Mapping[Tensor, object]) -> Iterator[None]:
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_()
-        with torch.enable_grad():
-            yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
 class _Uses(TorchFunctionMode):
     """Follow weights through everything that is made of weights alone, up to where data enter."""
 
-    def __init__(self, weights: Mapping[Tensor, Decision], data: Any) -> None:
+    def __init__(self, weights: Mapping[Tensor, PlanRow], data: Any) -> None:
         super().__init__()
         self.found: dict[str, str] = {}  # by weight: how a use contradicts the plan, or ""
-        self._weights = {decision.row.name: weight for weight, decision in weights.items()}
-        self._layouts = {d.row.name: d.row.layout for d in weights.values() if d.row.layout}
+        self._weights = {row.name: (weight, row.layout) for weight, row in weights.items()}
         # By tensor: the weights that it is made of, or _DATA.
         self._origin: Any = WeakIdKeyDictionary()
-        for name, weight in self._weights.items():
-            self._origin[weight] = frozenset({name})
+        for weight, row in weights.items():
+            self._origin[weight] = frozenset({row.name})
         self._mark(data, _DATA)
         self._draws = torch.Generator().manual_seed(0)  # the global one is the user's
 
@@ -134,13 +117,13 @@ class _Uses(TorchFunctionMode):
         origin = [
             self._origin.get(x, _CONSTANT) if isinstance(x, Tensor) else _CONSTANT for x in leaves
         ]
-        names = frozenset(name for found in origin if found != _DATA for name in found)
+        names = _CONSTANT.union(*origin) - _DATA
         is_sum = bool(names) and _SUM.fullmatch(func.__name__) is not None
         kinds = (_DATA, _CONSTANT) if is_sum else (_DATA,)
         data = [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and origin[k] in kinds]
         numbers = [k for k in data if leaves[k].is_floating_point() or leaves[k].is_complex()]
         changed = args[:1] if _IN_PLACE.fullmatch(func.__name__) else ()
-        is_weight = bool(names)
+        is_weight = bool(names) and not numbers
         if names and numbers and not changed:
 
             def again(new: Sequence[Tensor]) -> Any:
@@ -150,11 +133,8 @@ class _Uses(TorchFunctionMode):
                 return func(*new_args, **new_kwargs)
 
             made = [leaf for leaf, found in zip(leaves, origin, strict=True) if found - _DATA]
-            is_weight = self._examine(
-                again, [leaves[k] for k in numbers], made, names, func.__name__
-            )
-        elif numbers:
-            is_weight = False
+            given = [leaves[k] for k in numbers]
+            is_weight = self._examine(again, given, made, names, func.__name__)
         result = func(*args, **(kwargs or {}))
         # Integers only choose among weights.
         if data and not is_weight:
@@ -173,22 +153,21 @@ class _Uses(TorchFunctionMode):
         again: Callable[..., Any],
         data: list[Tensor],
         made: list[Tensor],
-        names: Iterable[str],
+        names: frozenset[str],
         use: str,
     ) -> bool:
         """Record what the outputs depend on; return True if they do not depend on the data."""
-        if peek_interpreter_stack() is not None:
-            return False  # transforms of torch.func refuse random data and requires_grad_()
-        # From 0.5 to 1.5: no product is zero.
-        new = [(_draw(x, self._draws) + 0.5).requires_grad_() for x in data]
-        with suppress(RuntimeError):  # random data can be refused, and so can a second derivative
+        # Random data can be refused, and a second derivative; transforms of torch.func refuse both.
+        with suppress(RuntimeError):
+            # From 0.5 to 1.5: no product is zero.
+            new = [(_draw(x, self._draws) + 0.5).requires_grad_() for x in data]
             results = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
             numbers = [x.flatten() for x in results if x.is_floating_point()]
             output = torch.cat(numbers) if numbers else torch.zeros(1)
             if not any(map(_is_any, _derivatives(output.sum(), new))):
                 return True
             for name in names:
-                weight, layout = self._weights[name], self._layouts[name]
+                weight, layout = self._weights[name]
                 problems = _compare(output, new, made, weight, layout, draws=self._draws, use=use)
                 for problem in problems:
                     self.found[name] = self.found.get(name) or problem
@@ -200,7 +179,7 @@ def _compare(
     data: Sequence[Tensor],
     made: Sequence[Tensor],
     weight: Tensor,
-    layout: Layout,
+    layout: Any,
     *,
     draws: torch.Generator,
     use: str,

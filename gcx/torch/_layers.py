@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +17,40 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from gcx._decisions import left_alone_by
 from gcx._names import is_glob, match
-from gcx._rules import BIAS, EMBEDDING, NORM, Answer, Rule, Rules, RuleT, ask, unknown
+from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Register, Rule, Rules, ask, unknown
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone
-from gcx.torch._packages import NAMES_ANYWHERE, PACKAGES
+from gcx.torch._packages import NAMES_ANYWHERE, PACKAGES, Answer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-_OUTPUT_FIRST = Layout("o...")
+# By rank: a weight of another rank was flattened by a wrapper, or is read in another way.
+_RANK_2, _RANK_3, _RANK_4, _RANK_5 = ({rank: Layout("o...")} for rank in (2, 3, 4, 5))
+_NORM, _EMBEDDING = {"weight": NORM, "bias": BIAS}, {"weight": EMBEDDING}
+_RECURRENT: Mapping[str, Answer] = {"weight_*": _RANK_2, "bias_*": BIAS}
 
 
-class OfRank(NamedTuple):
-    """Layout of a weight that has one rank in all layers of a type.
-
-    Another rank means that a wrapper has flattened the weight.
-    """
-
-    layout: Layout
-    ndim: int
-
-
-def _transposed_convolution(
-    layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-) -> Mapping[str, OfRank | LeaveAlone]:
+def _transposed_convolution(layer: Any) -> Mapping[str, Answer]:
     # (in, out / groups, kernel...): an output of a group sees the inputs of that group alone.
     groups = layer.groups
     layout = Layout("io...") if groups == 1 else Layout("(bi)o...", b=groups)
-    return {"weight": OfRank(layout, 2 + len(layer.kernel_size)), "bias": BIAS}
+    return {"weight": {2 + len(layer.kernel_size): layout}, "bias": BIAS}
 
 
-_ATTENTION: Mapping[str, OfRank | Answer] = {
-    "*_proj_weight": OfRank(_OUTPUT_FIRST, 2),
-    "*_proj_bias": BIAS,
-    "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
-}
-_RECURRENT: Mapping[str, OfRank | Answer] = {"weight_*": OfRank(_OUTPUT_FIRST, 2), "bias_*": BIAS}
-_EMBEDDING = {"weight": EMBEDDING}
-_NORM = {"weight": NORM, "bias": BIAS}
-
-TORCH_NN: Mapping[type[nn.Module], Rule[OfRank | Answer]] = {
-    nn.Linear: {"weight": OfRank(_OUTPUT_FIRST, 2), "bias": BIAS},
-    nn.Bilinear: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
-    nn.MultiheadAttention: _ATTENTION,
-    nn.PReLU: {"weight": LeaveAlone("slope of an activation")},
+TORCH_NN: Mapping[type[nn.Module], Rule[Answer]] = {
+    nn.Linear: {"weight": _RANK_2, "bias": BIAS},
+    nn.Bilinear: {"weight": _RANK_3, "bias": BIAS},
+    nn.MultiheadAttention: {
+        "*_proj_weight": _RANK_2,
+        "*_proj_bias": BIAS,
+        "bias_[kv]": LeaveAlone("token: appended to the keys and values"),
+    },
+    nn.PReLU: {"weight": SLOPE},
     # (out, in / groups, kernel...): an output of a group sees its inputs alone.
-    nn.Conv1d: {"weight": OfRank(_OUTPUT_FIRST, 3), "bias": BIAS},
-    nn.Conv2d: {"weight": OfRank(_OUTPUT_FIRST, 4), "bias": BIAS},
-    nn.Conv3d: {"weight": OfRank(_OUTPUT_FIRST, 5), "bias": BIAS},
+    nn.Conv1d: {"weight": _RANK_3, "bias": BIAS},
+    nn.Conv2d: {"weight": _RANK_4, "bias": BIAS},
+    nn.Conv3d: {"weight": _RANK_5, "bias": BIAS},
     **dict.fromkeys(TRANSPOSED, _transposed_convolution),
     **dict.fromkeys((nn.RNNBase, nn.RNN, nn.LSTM, nn.GRU), _RECURRENT),
     **dict.fromkeys((nn.RNNCellBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell), _RECURRENT),
@@ -74,88 +60,35 @@ TORCH_NN: Mapping[type[nn.Module], Rule[OfRank | Answer]] = {
     **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _NORM),
 }
 
-_RULES: Rules[OfRank | Answer] = Rules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
+
+class _TorchRules(Rules[Answer]):
+    def checked(self, rule: Rule[Any], kind: Any) -> Rule[Any]:
+        """Let a rule raise a ValueError if it names something that its layer does not have."""
+        return partial(_ask_checked, rule, kind.__name__)
 
 
-def register_layer(kind: type[nn.Module]) -> Callable[[RuleT], RuleT]:
-    """Declare where the parameters of a layer type have their fan-in.
-
-    Parameters
-    ----------
-    kind : type
-        The class of the layer. Its subclasses follow the rule, unless they have their own.
-
-    Returns
-    -------
-    callable
-        A decorator for the rule: a mapping, or a function of a layer that returns one. Its keys
-        are names or globs of the layer's own parameters, its values layouts (``"o..."``, ``"io"``,
-        ``gcx.Layout("(bi)o...", b=4)``), or `gcx.plan.LeaveAlone` with the reason, or None.
-
-        The first name that matches counts; the base classes answer for names that none matches. A
-        name with dots belongs to a child (``"scale.weight"``), or to a list or dict of parameters
-        (``"codes.*"``), and takes precedence over the child's own rule.
-
-    Raises
-    ------
-    TypeError
-        If `kind` is not a class, or the rule neither a mapping nor a function.
-    ValueError
-        When a plan is made, for a name in the rule that the layer does not have, unless a glob.
-
-    Notes
-    -----
-    A subclass of a torch layer is assumed to use its weight as that layer does. Register a rule for
-    one that does not, for example a `torch.nn.Linear` that holds (in, out).
-
-    A package can declare its rules without importing gcx, by entry points of the group
-    ``gcx.torch.layers``. Their names are the qualified names of layers, or globs of them::
-
-        [project.entry-points."gcx.torch.layers"]
-        "mypackage.layers.InputFirst" = "mypackage.gcx_rules:input_first"
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> class InputFirst(torch.nn.Module):
-    ...     def __init__(self, inputs: int, outputs: int) -> None:
-    ...         super().__init__()
-    ...         self.weight = torch.nn.Parameter(torch.randn(inputs, outputs))
-    >>> @gcx.torch.register_layer(InputFirst)
-    ... def input_first(layer):
-    ...     return {"weight": "io"}
-    >>> gcx.torch.plan(InputFirst(4, 3))["weight"].layout
-    Layout('io')
-    """
-    registered = _RULES.register(kind)
-
-    def decorator(rule: RuleT) -> RuleT:
-        is_rule = callable(rule) or isinstance(rule, Mapping)
-        registered(partial(_ask_checked, rule, kind) if is_rule else rule)
-        return rule
-
-    return decorator
+_RULES = _TorchRules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
+register_layer: Register = _RULES.register
 
 
-def _ask_checked(
-    rule: Rule[Answer], kind: type[nn.Module], layer: nn.Module
-) -> Mapping[str, Answer]:
-    """Ask a rule; a ValueError if it names something that the layer does not have."""
-    answers = ask(rule, layer, kind.__name__)
+def _ask_checked(rule: Rule[Any], kind: str, layer: nn.Module) -> Mapping[str, Any]:
+    answers = ask(rule, layer, kind)
     # hasattr() would compute parametrized weights, and dir() leaves out names of digits.
     children, parameters = layer.named_children(), layer.named_parameters(recurse=False)
     known = {*dir(layer), *dict(children), *dict(parameters)}
     for key in answers:
         if not is_glob(key) and key.partition(".")[0] not in known:
             raise ValueError(
-                f"the rule of {kind.__name__} speaks of {key!r}, which this {type(layer).__name__} "
-                "does not have; a name that only some of the layers have can be a glob"
+                f"the rule of {kind} speaks of {key!r}, which this {type(layer).__name__} does not "
+                "have; a name that only some of the layers have can be a glob"
             )
     return answers
 
 
-def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, str] | None:
+Found = Layout | LeaveAlone | Mapping[int, Layout | str | LeaveAlone]
+
+
+def answer(layer: nn.Module, name: str) -> tuple[Found, str] | None:
     """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
 
     None means that no rule knows the parameter.
@@ -166,7 +99,7 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
     found, rule = known
     if found is None:
         return left_alone_by(rule), rule
-    if isinstance(found, (LeaveAlone, OfRank)):
+    if isinstance(found, (LeaveAlone, Mapping)):
         return found, rule
     try:
         return as_layout(found), rule
@@ -174,11 +107,23 @@ def answer(layer: nn.Module, name: str) -> tuple[OfRank | Layout | LeaveAlone, s
         raise type(error)(f"the rule of {rule} answers {found!r} for {name!r}: {error}") from None
 
 
+def fit(found: Found, weight: Tensor) -> Layout | LeaveAlone | None:
+    """Choose the answer for the rank of a weight; None if its shape does not fit."""
+    one = found.get(weight.ndim) if isinstance(found, Mapping) else found
+    if one is None or isinstance(one, LeaveAlone):
+        return one
+    layout = as_layout(one)
+    try:
+        _, axes = layout.split(tuple(weight.shape))
+    except ValueError:
+        return None
+    return layout if axes else None
+
+
 # Parametrizations whose original has its fan-in where the weight has it.
 _KEEP_FAN_IN = (_WeightNorm, _SpectralNorm)
 _UNITS_TRIED = 4
 _LENGTH = "weight_norm g: the length of a weight"
-_COORDINATES = "orthogonal: coordinates of a rotation"
 # Modules that hold parameters for the module around them.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
@@ -240,7 +185,12 @@ def owned_parameters(model: nn.Module) -> Iterator[Owned]:
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             weight, objection = _weight_of(path, module, key)
             name = _join(path, key)
-            _check_has_shape(name, parameter)
+            if is_lazy(parameter):
+                raise RuntimeError(
+                    f"{name} has no shape yet: it is of a lazy layer; run one forward pass first"
+                )
+            if getattr(parameter, "_is_flat_param", False):
+                raise RuntimeError(flattened(name, "a flat buffer of several parameters"))
             yield Owned(name, parameter, module, key, _users(modules, weight), objection)
 
 
@@ -266,7 +216,7 @@ def _objection(parametrization: ParametrizationList, original: Tensor) -> str:
     if isinstance(parametrization[0], _WeightNorm) and original is parametrization.original0:
         return _LENGTH
     if any(isinstance(step, _Orthogonal) for step in parametrization):
-        return _COORDINATES
+        return "orthogonal: coordinates of a rotation"
     if all(isinstance(step, _KEEP_FAN_IN) for step in parametrization):
         return ""
     kinds = ", ".join(type(step).__name__ for step in parametrization)
@@ -286,15 +236,6 @@ def _by_hook(layer: nn.Module, key: str) -> tuple[str, str]:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-def _check_has_shape(name: str, parameter: Tensor) -> None:
-    if is_lazy(parameter):
-        raise RuntimeError(
-            f"{name} has no shape yet: it is of a lazy layer; run one forward pass first"
-        )
-    if getattr(parameter, "_is_flat_param", False):
-        raise RuntimeError(flattened(name, "a flat buffer of several parameters"))
 
 
 def flattened(name: str, what: str) -> str:

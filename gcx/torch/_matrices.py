@@ -111,8 +111,7 @@ class Matrices:
         ``zero_grad()``. Raises a TypeError if a weight is a DTensor; in a step, a RuntimeError if
         one was replaced in the model. Copies of the optimizer move nothing, and warn.
         """
-        sharded = [name for name, weight in self.weights.items() if is_dtensor(weight)]
-        if sharded:
+        if sharded := [name for name, weight in self.weights.items() if is_dtensor(weight)]:
             raise TypeError(
                 f"{sharded[0]} is a DTensor, and a shard may hold no whole matrix; in a step of "
                 "your own, split a full_tensor()"
@@ -145,15 +144,15 @@ class Matrices:
             zero_grad()
 
         def load_after(closure: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                loss = closure(*args)
-                load()
-                return loss
-
-            return call
+            return lambda *args: (closure(*args), load())[0]
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._check_model()
+            here = {*self._model.parameters()}
+            if gone := [name for name, weight in self.weights.items() if weight not in here]:
+                raise RuntimeError(
+                    f"{gone[0]} was replaced in the model, and the optimizer would move the old "
+                    "one; call gcx.torch.matrices and make the optimizer after that"
+                )
             load()
             return wrap_closures(load_after, args, kwargs)
 
@@ -161,22 +160,8 @@ class Matrices:
         optimizer.register_step_pre_hook(before_step)
         optimizer.register_step_post_hook(store)
         vars(optimizer)["zero_grad"] = zero_grad
-        warn_of_copies(
-            optimizer,
-            f"the copy of this {type(optimizer).__name__} moves no weights: hooks are not copied. "
-            "Call gcx.torch.matrices for the copy of the model; or copy state_dict() instead",
-        )
+        warn_of_copies(optimizer, "moves no weights", "gcx.torch.matrices for the copied model")
         return optimizer
-
-    def _check_model(self) -> None:
-        """Raise a RuntimeError if a weight is no longer in the model."""
-        here = {*self._model.parameters()}
-        for name, weight in self.weights.items():
-            if weight not in here:
-                raise RuntimeError(
-                    f"{name} was replaced in the model, and the optimizer would move the old one; "
-                    "call gcx.torch.matrices and make the optimizer after that"
-                )
 
 
 def _shapes_of(row: PlanRow) -> tuple[tuple[int, ...], list[int], list[int]]:
@@ -194,7 +179,7 @@ def _row_of_matrices(decision: Decision) -> PlanRow:
     if row.layout is None:
         return row
     count = _count_maps(decision.layer, row.shape[0])
-    if count > 1 and str(row.layout) == "o..." and row.reason != "override":
+    if count > 1 and str(row.layout) == "o...":
         row = row._replace(layout=Layout("(bo)...", b=count), reason=f"{row.reason}, {count} maps")
     if _shapes_of(row)[2][1] < 2:
         row = row._replace(layout=None, reason=f"{row.reason}: one output unit, so a vector")

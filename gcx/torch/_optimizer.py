@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from ctypes import c_float
+from collections.abc import Callable, Iterable, Iterator
 from inspect import unwrap
 from math import prod, sqrt
 from typing import Any, NamedTuple
@@ -14,23 +13,17 @@ from torch.optim import LBFGS, Optimizer
 
 from gcx._options import Decay
 from gcx.backends import _torch
-from gcx.torch._weights import Rate, Weight
+from gcx.torch._weights import Group, Rate, Weight
 
-Group = dict[str, Any]
 State = dict[str, Any]  # of one parameter
 Means = dict[str, Tensor]  # by a key of the state
-Scalars = Mapping[str, float | bool]
 
 # By this key a parameter group says that a step shrinks the weights, apart from the gradient.
 _DECOUPLES = "decoupled_weight_decay"
 
-# Keys of running sums of gradients, in the state of a parameter.
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-# Beside these keys, the sum is of gradients already divided: RMSprop, Adafactor of transformers.
-_DIVIDES_BEFORE = {"exp_avg": {"exp_avg_sq_row"}, "momentum_buffer": {"square_avg"}}
-# Keys of LBFGS, which keeps all parameters in one vector.
-_FLAT = ("d", "prev_flat_grad")
-_FLAT_HISTORIES = ("old_dirs", "old_stps")
+# Keys of running sums of gradients, in the state of a parameter. Beside the second key, the sum is
+# of gradients already divided: Adafactor of transformers, RMSprop.
+_MOMENTA = {"exp_avg": "exp_avg_sq_row", "momentum_buffer": "square_avg"}
 
 
 def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
@@ -119,16 +112,13 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
 
 
 # By step: True if decay is added to the gradient, False if it shrinks the weights by
-# lr * weight_decay; the last three of these know no decay, and Muon came with torch 2.9.
-_KINDS = {
-    True: "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD",
-    False: "Adafactor AdamW Muon LBFGS Rprop SparseAdam",
-}
+# lr * weight_decay; the last three of these know no decay.
+_COUPLED = "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD"
+_APART = "Adafactor AdamW Muon LBFGS Rprop SparseAdam"
 _COUPLES = {
-    _step_of(getattr(torch.optim, name)): couples
-    for couples, names in _KINDS.items()
+    _step_of(getattr(torch.optim, name)): names is _COUPLED
+    for names in (_COUPLED, _APART)
     for name in names.split()
-    if hasattr(torch.optim, name)
 }
 
 
@@ -187,20 +177,17 @@ def centralize_momentum(
     Returns the names of its weights, and of those whose momentum has another form.
     """
     keeper = inner_optimizer(optimizer)
-    momentum = [
-        (weight, buffer) for weight in weights for buffer in _buffers(keeper, weight.parameter)
-    ]
-    changed, unknown = [], []
-    for weight, buffer in momentum:
-        try:
-            if buffer.shape != weight.parameter.shape:
-                unknown.append(weight.name)
-            elif _has_mean(weight, buffer):
-                weight.subtract_(buffer, weight.mean(buffer))
-                changed.append(weight.name)
-        except (NotImplementedError, TypeError):  # such as the 8-bit state in torchao, or integers
-            unknown.append(weight.name)
-    return [*dict.fromkeys(changed)], [*dict.fromkeys(unknown)]
+    changed: dict[str, None] = {}
+    unknown: dict[str, None] = {}
+    for weight in weights:
+        for buffer in _buffers(keeper, weight.parameter):
+            try:
+                if _has_mean(weight, buffer):
+                    weight.subtract_(buffer, weight.mean(buffer))
+                    changed[weight.name] = None
+            except (NotImplementedError, TypeError):  # such as the 8-bit state in torchao
+                unknown[weight.name] = None
+    return [*changed], [*unknown]
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
@@ -208,17 +195,17 @@ def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
     if isinstance(optimizer, LBFGS):
         yield from _parts_of_flat_memory(optimizer, parameter)
         return
-    state: dict[str, Any] = optimizer.state.get(parameter, {})
-    for key in _FIRST_MOMENTS:
-        if isinstance(state.get(key), Tensor) and not _DIVIDES_BEFORE[key] & state.keys():
+    state: State = optimizer.state.get(parameter, {})
+    for key, beside in _MOMENTA.items():
+        if isinstance(state.get(key), Tensor) and beside not in state:
             yield state[key]
 
 
 def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tensor]:
     parameters: list[Tensor] = optimizer.param_groups[0]["params"]
     memory = optimizer.state.get(parameters[0], {})
-    flat = [memory[key] for key in _FLAT if isinstance(memory.get(key), Tensor)]
-    flat += [vector for key in _FLAT_HISTORIES for vector in memory.get(key, ())]
+    flat = [memory[key] for key in ("d", "prev_flat_grad") if isinstance(memory.get(key), Tensor)]
+    flat += [*memory.get("old_dirs", ()), *memory.get("old_stps", ())]
     sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
     position = next(k for k, p in enumerate(parameters) if p is parameter)
     for vector in flat:
@@ -229,88 +216,14 @@ def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tenso
 
 
 def _has_mean(weight: Weight, buffer: Tensor) -> bool:
-    """Return True if the mean over the fan-in is more than rounding."""
+    """Return True if the mean over the fan-in is more than rounding; a TypeError without a mean."""
     if buffer.numel() == 0:
         return False
+    if buffer.shape != weight.parameter.shape:
+        raise TypeError
     _torch.check_dtype(buffer)
     mean = weight.mean(buffer)
     of_mean, of_elements = (torch.finfo(x.dtype).eps for x in (mean, buffer))
     shape, axes = weight.fan_in
     rounding = of_mean + of_elements / sqrt(prod([shape[axis] for axis in axes]))
     return bool(mean.abs().max() > 16 * rounding * buffer.abs().max())
-
-
-# If the user asks for foreach, fused or differentiable, torch makes the step.
-_OF_TORCH: Mapping[str, object] = {"differentiable": False, "foreach": None, "fused": None}
-_SCALARS_OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
-_ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # a checkpoint of another optimizer may lack it
-
-
-# The name of a rule in kernels.cu; the strength, the rate and the numbers of this rule.
-Numbers = tuple[str, Sequence[float]]
-
-
-class Rule(NamedTuple):
-    """An optimizer, described for the kernels."""
-
-    kind: type[Optimizer]
-    fixed: Mapping[str, object]  # options that must have these values
-    scalars: tuple[str, ...]  # options that must not be tensors
-    memory: tuple[str, ...]  # keys of the state that the kernels update
-    # How far a parameter is: one stage, one launch. None: left to torch.
-    find_stage: Callable[[Group, State], Hashable]
-    find_numbers: Callable[[Group, Any], Numbers]
-
-
-def _find_stage_of_adamw(_: Group, state: State) -> tuple[float, bool] | None:
-    # Reading steps from a GPU would wait for it.
-    if not (state.keys() >= _ADAMW_STATE and state["step"].is_cpu):
-        return None
-    return state["step"].item(), state["exp_avg"].dtype is torch.float64
-
-
-def _find_numbers_of_adamw(group: Group, stage: tuple[float, bool]) -> Numbers:
-    steps, is_double = stage
-    # As in torch's fused step on CUDA.
-    rounded = float if is_double else lambda number: c_float(number).value
-    lr, decay = rounded(group["lr"]), rounded(group["weight_decay"])
-    beta1, beta2 = map(rounded, group["betas"])
-    correction1, correction2 = (rounded(1 - rounded(b ** (steps + 1))) for b in (beta1, beta2))
-    moments = beta1, beta2, rounded(lr / correction1), rounded(sqrt(correction2))
-    return "AdamW", (1.0, 0.0, _sign(group), rounded(lr * decay), *moments, group["eps"])
-
-
-def _find_stage_of_sgd(group: Group, state: State) -> bool:
-    return group["momentum"] != 0 and state.get("momentum_buffer") is None
-
-
-def _find_numbers_of_sgd(group: Group, is_first: bool) -> Numbers:
-    lr, momentum, dampening, decay = (group[name] for name in _SCALARS_OF_SGD)
-    sign = _sign(group)
-    name = "Sgd" + "Momentum" * (momentum != 0) + "Rate" * (decay != 0)
-    of_momentum = momentum, 1 - dampening, is_first, group["nesterov"]
-    return name, (1.0, sign * decay, sign, -lr, *of_momentum)
-
-
-def _sign(group: Group) -> float:
-    return -1.0 if group["maximize"] else 1.0
-
-
-RULES = (
-    Rule(
-        kind=torch.optim.AdamW,
-        fixed={"amsgrad": False, "capturable": False, **_OF_TORCH},
-        scalars=("lr", "betas", "weight_decay", "eps"),
-        memory=("exp_avg", "exp_avg_sq"),
-        find_stage=_find_stage_of_adamw,
-        find_numbers=_find_numbers_of_adamw,
-    ),
-    Rule(
-        kind=torch.optim.SGD,
-        fixed=_OF_TORCH,
-        scalars=_SCALARS_OF_SGD,
-        memory=("momentum_buffer",),
-        find_stage=_find_stage_of_sgd,
-        find_numbers=_find_numbers_of_sgd,
-    ),
-)

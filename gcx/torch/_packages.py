@@ -12,7 +12,9 @@ from gcx._rules import BIAS, EMBEDDING, NORM, Rule
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone
 
-Answer = Layout | str | LeaveAlone
+# For one shape, or by rank.
+_Answer = Layout | str | LeaveAlone
+Answer = _Answer | Mapping[int, _Answer] | None
 
 _SCALE = LeaveAlone("scale of a layer, a norm or logits")
 _TOKEN = LeaveAlone("token: an input of the layers after it")
@@ -33,9 +35,95 @@ _EDGE = LeaveAlone("of one edge alone: a curve, a scale or a mask")
 _DIAGONAL = LeaveAlone("its diagonal may stay zero, and the mean would move it")
 _OF_ONE_SIGN = LeaveAlone("enters as its magnitude, so no mean of it is kept")
 
+
+def _experts(layer: Any) -> Mapping[str, Answer]:
+    """Stacks (experts, out, in), or (experts, in, out): which of the two, the layer must say."""
+    is_transposed = getattr(layer, "is_transposed", None)
+    return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
+
+
+def _cond_conv(layer: Any) -> Mapping[str, Answer]:
+    """Read kernels (out, in / groups, height, width), one flattened kernel a row."""
+    groups, outputs = layer.groups, layer.out_channels
+    if groups == 1:
+        return {"weight": Layout("b(oi...)", o=outputs)}
+    return {"weight": Layout("b(boi...)", b=groups, o=outputs // groups)}
+
+
+def _lily(layer: Any) -> Mapping[str, Answer]:
+    """Stacks B (num_B * rank, out), which multiply from the right."""
+    stacks = layer.num_B.items()
+    return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
+
+
+def _lokr(layer: Any) -> Mapping[str, Answer]:
+    """Read the parts of a Kronecker product: its rows are made of one row of each."""
+    tucker = {f"lokr_w2_?.{name}": _PRODUCT for name in layer.lokr_t2}
+    return {**tucker, "lokr_t2.*": _PRODUCT, "lokr_w[12].*": "o...", "lokr_w[12]_[ab].*": "oi"}
+
+
+def _read(names: Mapping[LeaveAlone, str]) -> Mapping[str, LeaveAlone]:
+    return {name: reason for reason, line in names.items() for name in line.split()}
+
+
+# Names of parameters that mean the same in every package, by their reason.
+NAMES_ANYWHERE = _read(
+    {
+        _POSITION: "*pos_emb* *positional_* *position_embedding* *position_bias* *rel_pos_* "
+        "attention_biases",
+        _TOKEN: "*_token *_tokens class_embedding mem_kv mem_[kv] null_kv latents slot_embeds",
+        BIAS: "bias *_bias *bias_[uv] beta",
+        _SCALE: "gamma gamma.* layer_scale* *logit_scale temperature q_scale k_scale *_q_scale "
+        "*_k_scale head_scale* scale_shift_table",
+        _RECURRENCE: "A_log",
+    }
+)
+
+# Names that mean the same throughout transformers and timm.
+_NAMES = _read(
+    {
+        _POSITION: "*pos_emb* *position* *rel_pos_* *_pos *_rel attention_biases emb_rel_[kv] "
+        "freqs img_temporal_embedding.* index_kpool_compress_ape relative_attention_bias rpb "
+        "time_embeddings",
+        BIAS: "bias *_bias bias_[uv] pos_bias_[uv] b[12] beta translate",
+        _TOKEN: "*_token *_tokens cls_token* segment_token_* type_token_* *_feature_extensor "
+        "*_query class_embedding cls_emb dummy_node latent latents* mask.* mask_emb "
+        "no_memory_embedding no_object_pointer occlusion_spatial_embedding_parameter pad_* "
+        "padding.* probe query text_prompt",
+        EMBEDDING: "codevectors label_embeddings_concat level_embed seg_embed",
+        _SCALE: "alpha* gain gamma* layer_scale* log_scale logit_scale scale temperature",
+        _RECURRENCE: "A_log D time_mix_*",
+    }
+)
+
 # By the qualified names of the classes. Globs are as narrow as they can be: a class of the same
 # name elsewhere is another class.
-_BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
+PACKAGES: Mapping[str, Rule[Any]] = {
+    "transformers.models.*Experts": _experts,
+    # (experts * hidden, width), the last of which leads from hidden to width.
+    "transformers.models.dbrx.*ExpertGLU": lambda layer: {
+        "[vw]1": "oi",
+        "w2": Layout("(bi)o", b=layer.moe_num_experts),
+    },
+    # A (experts * rank, in) and B (out, rank * experts), each row of which is of all experts.
+    "peft.tuners.lora.layer.ParamWrapper": lambda layer: (
+        {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
+    ),
+    "peft.tuners.lily.layer.*": _lily,
+    "peft.tuners.lokr.layer.*": _lokr,
+    # The weight may be (in, out), as in GPT-2.
+    "loralib.layers.*Linear": lambda layer: {
+        "lora_[AB]": "oi",
+        **({"weight": "io"} if layer.fan_in_fan_out else {}),
+    },
+    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
+    # A stack of matrices (in, out), one for each Fourier mode.
+    "neuralop.layers.spectral_convolution.SpectralConv": lambda layer: {
+        "weight.tensor": _PRODUCT if layer.separable else "io" + "b" * layer.order
+    },
+    "deepctr_torch.layers.interaction.CrossNet": lambda layer: {
+        "kernels": "bio" if layer.parameterization == "vector" else "boi"
+    },
     # The linear layer of GPT-2, not a convolution.
     "transformers.pytorch_utils.Conv1D": {"weight": "io"},
     "transformers.models.*Router": {"weight": "oi"},
@@ -93,6 +181,8 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "peft.tuners.lora.dora.*": {"weight": _LENGTH},
     "peft.tuners.lora.layer.Embedding": {"lora_*_A.*": EMBEDDING, "lora_*_B.*": "oi"},
     "peft.tuners.lora.variants.BlockDiagonalLinear": {"weight": "oi"},
+    # Blocks that multiply sums of inputs from the right, or a stack of square blocks.
+    "peft.tuners.miss.layer.*": {"miss_block.*": {2: "io", 3: _BOTH_SIDES}},
     "peft.tuners.multitask_prompt_tuning.*": {"prefix_task_*": _TOKEN},
     "peft.tuners.oft.*": {"weight": _DIRECTIONS},
     "peft.tuners.osf.*": {"osf_svd_params.*.[UV]_low": _ORTHOGONAL},
@@ -122,6 +212,12 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "denoising_diffusion_pytorch.*": {"g": NORM, "weights": _POSITION},
     "e3nn.nn._fc._Layer": {"weight": "io"},
     "gpytorch.variational.*": {"inducing_points": _TOKEN, "chol_variational_covar": _SPREAD},
+    # Maps from a stream to its coefficients; there may be a stack of them.
+    "hyper_connections.*": {
+        "dynamic_alpha_fn": {2: "io", 3: "bio"},
+        "dynamic_beta_fn": {1: _MIXING, 2: "io"},
+        "static_*": _MIXING,
+    },
     "kan.KANLayer.KANLayer": {"*": _EDGE},
     "litgpt.lora.*": {"lora_[AB]": "oi"},
     "litgpt.model.*Router": {"weight": "oi"},
@@ -153,9 +249,20 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "torch_geometric.nn.models.dimenet.InteractionBlock": {"W": "oii"},
     "torch_geometric.nn.*.gated_graph_conv.*": {"weight": "bio"},
     "torch_geometric.nn.*.han_conv.*": {"lin_src.*": _ATTENTION, "lin_dst.*": _ATTENTION},
+    # Matrices of relations or of bases, or of the blocks of a relation.
+    "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": {
+        "weight": {3: "bio", 4: "bbio"},
+        "basis": "bio",
+        "root": "io",
+        "[qke]": "io",
+        "comp": _MIXING,
+        "att": _MIXING,
+        "[lb][12]": _SCALE,
+    },
     "torch_geometric.*": {"att*": _ATTENTION, "q": _ATTENTION, "p_rel.*": _SCALE},
     "vector_quantize_pytorch.*": {"embed": EMBEDDING},
     "vit_pytorch.*": {"scale": _SCALE, "mix_heads_*": _MIXING, "reattn_weights": _MIXING},
+    "zuko.nn.Linear": {"weight": {2: "oi", 3: "boi"}, "bias": BIAS},
     "zuko.nn.MonotonicLinear": {"weight": _OF_ONE_SIGN},
     # Names that mean something else elsewhere.
     "transformers.models.*Norm": {"weight": NORM},
@@ -163,133 +270,6 @@ _BY_CLASS: Mapping[str, Mapping[str, Answer]] = {
     "transformers.models.*PositionEmbedding*": {"embedding": _POSITION, "weights.*": _POSITION},
     "transformers.models.ibert.*QuantEmbedding": {"weight": EMBEDDING},
     "transformers.integrations.*": {"*scale*": _QUANTIZATION},
-}
-
-
-def _experts(layer: Any) -> Mapping[str, Answer]:
-    """Stacks (experts, out, in), or (experts, in, out): which of the two, the layer must say."""
-    is_transposed = getattr(layer, "is_transposed", None)
-    return {} if is_transposed is None else {"*_proj": "bio" if is_transposed else "boi"}
-
-
-def _cond_conv(layer: Any) -> Mapping[str, Answer]:
-    """Read kernels (out, in / groups, height, width), one flattened kernel a row."""
-    groups, outputs = layer.groups, layer.out_channels
-    if groups == 1:
-        return {"weight": Layout("b(oi...)", o=outputs)}
-    return {"weight": Layout("b(boi...)", b=groups, o=outputs // groups)}
-
-
-def _lily(layer: Any) -> Mapping[str, Answer]:
-    """Stacks B (num_B * rank, out), which multiply from the right."""
-    stacks = layer.num_B.items()
-    return {f"lily_B.{name}.weight": Layout("(bi)o", b=number) for name, number in stacks}
-
-
-def _lokr(layer: Any) -> Mapping[str, Answer]:
-    """Read the parts of a Kronecker product: its rows are made of one row of each."""
-    tucker = {f"lokr_w2_?.{name}": _PRODUCT for name in layer.lokr_t2}
-    return {**tucker, "lokr_t2.*": _PRODUCT, "lokr_w[12].*": "o...", "lokr_w[12]_[ab].*": "oi"}
-
-
-def _miss(layer: Any) -> Mapping[str, Answer]:
-    """Read blocks that multiply sums of inputs from the right, or a stack of square blocks."""
-    blocks = layer.miss_block.items()
-    return {
-        f"miss_block.{name}": "io" if block.ndim == 2 else _BOTH_SIDES for name, block in blocks
-    }
-
-
-def _rgcn(layer: Any) -> Mapping[str, Answer]:
-    """Matrices of relations or of bases, (relations, in, out), or of blocks of a relation."""
-    found = {"weight": "bio" if layer.num_blocks is None else "bbio", "basis": "bio", "root": "io"}
-    return {**found, "[qke]": "io", "comp": _MIXING, "att": _MIXING, "[lb][12]": _SCALE}
-
-
-def _hyper_connection(layer: Any) -> Mapping[str, Answer]:
-    """Read maps from a stream to its coefficients; there may be a stack of them."""
-    into = getattr(layer, "dynamic_alpha_fn", None)
-    back = getattr(layer, "dynamic_beta_fn", None)
-    return {
-        "dynamic_alpha_fn": "bio" if getattr(into, "ndim", 2) == 3 else "io",
-        "dynamic_beta_fn": "io" if getattr(back, "ndim", 1) == 2 else _MIXING,
-        "static_*": _MIXING,
-    }
-
-
-def _spectral(layer: Any) -> Mapping[str, Answer]:
-    """Read a stack of matrices (in, out), one for each Fourier mode."""
-    modes = "b" * layer.order
-    return {"weight.tensor": _PRODUCT if layer.separable else f"io{modes}"}
-
-
-def _cross_net(layer: Any) -> Mapping[str, Answer]:
-    return {"kernels": "bio" if layer.parameterization == "vector" else "boi"}
-
-
-def _read(names: Mapping[LeaveAlone, str]) -> Mapping[str, LeaveAlone]:
-    return {name: reason for reason, line in names.items() for name in line.split()}
-
-
-# Names of parameters that mean the same in every package, by their reason.
-NAMES_ANYWHERE = _read(
-    {
-        _POSITION: "*pos_emb* *positional_* *position_embedding* *position_bias* *rel_pos_* "
-        "attention_biases",
-        _TOKEN: "*_token *_tokens class_embedding mem_kv mem_[kv] null_kv latents slot_embeds",
-        BIAS: "bias *_bias *bias_[uv] beta",
-        _SCALE: "gamma gamma.* layer_scale* *logit_scale temperature q_scale k_scale *_q_scale "
-        "*_k_scale head_scale* scale_shift_table",
-        _RECURRENCE: "A_log",
-    }
-)
-
-# Names that mean the same throughout transformers and timm.
-_NAMES = _read(
-    {
-        _POSITION: "*pos_emb* *position* *rel_pos_* *_pos *_rel attention_biases emb_rel_[kv] "
-        "freqs img_temporal_embedding.* index_kpool_compress_ape relative_attention_bias rpb "
-        "time_embeddings",
-        BIAS: "bias *_bias bias_[uv] pos_bias_[uv] b[12] beta translate",
-        _TOKEN: "*_token *_tokens cls_token* segment_token_* type_token_* *_feature_extensor "
-        "*_query class_embedding cls_emb dummy_node latent latents* mask.* mask_emb "
-        "no_memory_embedding no_object_pointer occlusion_spatial_embedding_parameter pad_* "
-        "padding.* probe query text_prompt",
-        EMBEDDING: "codevectors label_embeddings_concat level_embed seg_embed",
-        _SCALE: "alpha* gain gamma* layer_scale* log_scale logit_scale scale temperature",
-        _RECURRENCE: "A_log D time_mix_*",
-    }
-)
-
-PACKAGES: Mapping[str, Rule[Any]] = {
-    "transformers.models.*Experts": _experts,
-    # (experts * hidden, width), the last of which leads from hidden to width.
-    "transformers.models.dbrx.*ExpertGLU": lambda layer: {
-        "[vw]1": "oi",
-        "w2": Layout("(bi)o", b=layer.moe_num_experts),
-    },
-    # A (experts * rank, in) and B (out, rank * experts), each row of which is of all experts.
-    "peft.tuners.lora.layer.ParamWrapper": lambda layer: (
-        {"lora_B.*.weight": _INTERLEAVED} if layer.num_experts > 1 else {}
-    ),
-    "peft.tuners.lily.layer.*": _lily,
-    "peft.tuners.lokr.layer.*": _lokr,
-    "peft.tuners.miss.layer.*": _miss,
-    # The weight may be (in, out), as in GPT-2.
-    "loralib.layers.*Linear": lambda layer: {
-        "lora_[AB]": "oi",
-        **({"weight": "io"} if layer.fan_in_fan_out else {}),
-    },
-    "timm.layers.cond_conv2d.CondConv2d": _cond_conv,
-    "hyper_connections.*": _hyper_connection,
-    "neuralop.layers.spectral_convolution.SpectralConv": _spectral,
-    "deepctr_torch.layers.interaction.CrossNet": _cross_net,
-    "torch_geometric.nn.conv.rg[ca][nt]_conv.*Conv": _rgcn,
-    **_BY_CLASS,
-    "zuko.nn.Linear": lambda layer: {
-        "weight": "boi" if layer.weight.ndim == 3 else "oi",
-        "bias": BIAS,
-    },
     "transformers.models.*": _NAMES,
     "timm.*": _NAMES,
     "*Norm": {"g": NORM, "b": BIAS, "gain": NORM, "scale": NORM},

@@ -17,10 +17,11 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import (
     CONVOLUTIONS,
     TRANSPOSED,
-    OfRank,
+    Found,
     Owned,
     answer,
     answer_by_name,
+    fit,
     flattened,
     owned_parameters,
 )
@@ -34,12 +35,12 @@ Overrides = Mapping[Key, Value]
 
 
 class Decision(NamedTuple):
-    """The row of one parameter, the module that registers it, and the layer that uses it."""
+    """The row of one parameter, the module that registers it, and the layer that decided."""
 
     row: PlanRow
     holder: nn.Module | None  # None if the model does not hold the parameter
     key: str  # of the parameter in its holder
-    layer: nn.Module | None = None
+    layer: nn.Module | None = None  # None if an override decided
 
 
 def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | None = None) -> Plan:
@@ -48,7 +49,9 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     Parameters
     ----------
     model : torch.nn.Module
-        Any model. The layer that owns a parameter decides, never the rank of the parameter.
+        Any model. The layer that owns a parameter decides, never the rank of the parameter. A
+        parameter that no rule knows is left alone; so is a weight that layers share, unless they
+        agree on its fan-in.
     layers : {"all", "conv"}, optional
         ``"conv"`` is the paper's variant for convolutions alone, of any rank.
     overrides : mapping, optional
@@ -56,7 +59,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
         (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
         its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
         axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
-        `register_layer` declares a layer of your own once for all models.
 
     Returns
     -------
@@ -69,11 +71,6 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
         If `model` is not a module, or a key or value of `overrides` does not fit.
     RuntimeError
         If a parameter has no shape yet (lazy layers), or has lost it (FSDP1 flattens).
-
-    Notes
-    -----
-    Unknown parameters are left alone. So is a weight of several layers, such as an embedding that
-    is also a head, unless all of them average over the same axes. `overrides` can decide otherwise.
 
     Examples
     --------
@@ -110,12 +107,10 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
     given = _find_overrides(options.overrides or {}, named)
     decisions: dict[Tensor, list[Decision]] = {}
     for owned in owned_by_all:
-        found: OfRank | Layout | LeaveAlone | None = given.get(owned.parameter)
-        rule = "override"
-        if found is None:
-            found, rule = _ask(owned, options.layers)
-        row = _row(owned, found, rule)
-        decision = Decision(row, owned.holder, owned.key, owned.layer)
+        override = given.get(owned.parameter)
+        found, rule = _ask(owned, options.layers) if override is None else (override, "override")
+        layer = owned.layer if override is None else None
+        decision = Decision(_row(owned, found, rule), owned.holder, owned.key, layer)
         decisions.setdefault(owned.parameter, []).append(decision)
     return {
         parameter: each[0]._replace(row=merge([decision.row for decision in each]))
@@ -123,25 +118,25 @@ def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Dec
     }
 
 
-def _ask(owned: Owned, layers: Layers) -> tuple[OfRank | Layout | LeaveAlone, str]:
+def _ask(owned: Owned, layers: Layers) -> tuple[Found, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
     # A module that knows how it uses the weights of its children takes precedence over these.
-    known = next(filter(None, (answer(*user) for user in owned.users)), None)
-    if known is not None and isinstance(known[0], LeaveAlone):
-        return known
+    found, rule = next(filter(None, (answer(*user) for user in owned.users)), (None, ""))
+    if isinstance(found, LeaveAlone):
+        return found, rule
     if owned.objection:
-        layout = known and (known[0].layout if isinstance(known[0], OfRank) else known[0])
-        if known is None or not isinstance(layout, Layout) or not owned.keeps_units(layout):
+        layout = found and fit(found, owned.parameter)
+        if not isinstance(layout, Layout) or not owned.keeps_units(layout):
             return LeaveAlone(owned.objection), ""
-        known = known[0], f"{known[1]}, {owned.objection.removeprefix('unknown: a ')}"
-    if known is None:
+        rule = f"{rule}, {owned.objection.removeprefix('unknown: a ')}"
+    if found is None:
         reason = answer_by_name(*owned.users[-1]).reason
         return LeaveAlone(reason + hint_at_adapter(owned.layer, "torch")), ""
-    if isinstance(known[0], OfRank) and _is_masked(owned):
+    if isinstance(found, Mapping) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
         return NOT_CONVOLUTION, ""
-    return known
+    return found, rule
 
 
 def _is_masked(owned: Owned) -> bool:
@@ -150,28 +145,18 @@ def _is_masked(owned: Owned) -> bool:
     return isinstance(mask, Tensor) and mask.shape == owned.parameter.shape
 
 
-def _row(owned: Owned, found: OfRank | Layout | LeaveAlone, rule: str) -> PlanRow:
+def _row(owned: Owned, found: Found, rule: str) -> PlanRow:
     parameter, shape = owned.parameter, tuple(owned.parameter.shape)
     if not _is_trainable(parameter):
         reason = f"dtype {parameter.dtype}".replace("torch.", "")
         return PlanRow(owned.name, shape, None, reason)
-    layout, rank = found if isinstance(found, OfRank) else (found, len(shape))
-    fits = isinstance(layout, LeaveAlone) or (rank == len(shape) and _has_fan_in(layout, parameter))
-    if not fits:
-        raise RuntimeError(_misfit(owned, layout, rank, rule))
-    row = decide_row(owned.name, shape, layout, rule)
+    fitting = fit(found, parameter)
+    if fitting is None:
+        raise RuntimeError(_misfit(owned, found, rule))
+    row = decide_row(owned.name, shape, fitting, rule)
     sizes = row.layout.sizes.items() if row.layout is not None else ()
     parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
     return row._replace(reason=", ".join([row.reason, *parts]))
-
-
-def _has_fan_in(layout: Layout, weight: Tensor) -> bool:
-    """Return True if the layout fits the shape of a weight, and finds fan-in axes."""
-    try:
-        _, axes = layout.split(tuple(weight.shape))
-    except ValueError:
-        return False
-    return bool(axes)
 
 
 def _is_trainable(weight: Tensor) -> bool:
@@ -180,9 +165,11 @@ def _is_trainable(weight: Tensor) -> bool:
     return is_number and weight.dtype.itemsize > 1
 
 
-def _misfit(owned: Owned, layout: object, rank: int, rule: str) -> str:
+def _misfit(owned: Owned, found: object, rule: str) -> str:
     shape = tuple(owned.parameter.shape)
-    expected = f"rank {rank}" if rank != len(shape) else f"{layout!r}"
+    expected = repr(found)
+    if isinstance(found, Mapping) and len(shape) not in found:
+        expected = f"rank {' or '.join(map(str, found))}"
     what = f"of rank {len(shape)}, where a {rule} has {expected}"
     if len(shape) < 2:
         return flattened(owned.name, what)
@@ -198,68 +185,58 @@ def _find_overrides(
     """Give each parameter the answer of the first key that covers it; see `plan` for errors."""
     found: dict[Tensor, Layout | LeaveAlone] = {}
     for key, value in overrides.items():
-        covered = [(name, p) for name, p in named if _covers(key, name, p)]
-        leaves_alone = value is None or isinstance(value, LeaveAlone)
-        if isinstance(key, nn.Module) and not leaves_alone:
-            covered = [(name, p) for name, p in covered if p.ndim > 1]  # vectors are biases
-        if not covered:
-            raise ValueError(_covers_nothing(key, leaves_alone, [name for name, _ in named]))
-        for name, parameter in covered:
-            found.setdefault(parameter, _read_override(value, name, parameter))
+        alone = LEFT_ALONE if value is None else value
+        for name, parameter in _find_covered(key, isinstance(alone, LeaveAlone), named):
+            given = alone if isinstance(alone, LeaveAlone) else _read(alone, name, parameter)
+            found.setdefault(parameter, given)
     return found
 
 
-def _covers(key: Key, name: str, parameter: Tensor) -> bool:
+def _find_covered(
+    key: Key, leaves_alone: bool, named: Sequence[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """List the parameters that a key covers; a ValueError if there is none."""
     if isinstance(key, str):
-        return bool(match([key], [name]))
-    if isinstance(key, nn.Module):
-        return any(parameter is own for own in key.parameters())
-    if isinstance(key, Tensor):
-        return parameter is key
-    raise TypeError(
-        f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
-        f"{key!r}; gcx.torch.register_layer is for a type of layer"
-    )
-
-
-def _covers_nothing(key: Key, leaves_alone: bool, names: list[str]) -> str:
-    if isinstance(key, nn.Module):
+        names = [name for name, _ in named]
+        matches, problem = match([key], names), no_match(key, names, what="overrides")
+        found = [(name, p) for name, p in named if name in matches]
+    elif isinstance(key, nn.Module):
+        own = {*key.parameters()}  # of which vectors are biases
+        found = [(name, p) for name, p in named if p in own and (leaves_alone or p.ndim > 1)]
         what = "parameters of the model" + ("" if leaves_alone else " with two axes or more")
-        return f"overrides: a {type(key).__name__} holds no {what}"
-    if isinstance(key, Tensor):
-        return f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
-    return no_match(key, names, what="overrides")
-
-
-def _read_override(value: Value, name: str, weight: Tensor) -> Layout | LeaveAlone:
-    if value is None:
-        return LEFT_ALONE
-    if isinstance(value, LeaveAlone):
-        return value
-    if isinstance(value, (Layout, str)):
-        layout = as_layout(value)
+        problem = f"overrides: a {type(key).__name__} holds no {what}"
+    elif isinstance(key, Tensor):
+        found = [(name, p) for name, p in named if p is key]
+        problem = f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
     else:
-        layout = _layout_of_axes(value, name, weight.ndim)
-    if not _has_fan_in(layout, weight):
-        raise ValueError(
-            f"overrides: {name} of shape {tuple(weight.shape)} does not fit {layout!r}"
+        raise TypeError(
+            f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
+            f"{key!r}; gcx.torch.register_layer is for a type of layer"
         )
+    if not found:
+        raise ValueError(problem)
+    return found
+
+
+def _read(value: LayoutLike | int | Sequence[int], name: str, weight: Tensor) -> Layout:
+    if not isinstance(value, (Layout, str)):
+        value = _layout_of_axes(value, name, weight.ndim)
+    layout = as_layout(value)
+    if fit(layout, weight) is None:
+        shape = tuple(weight.shape)
+        raise ValueError(f"overrides: {name} of shape {shape} does not fit {layout!r}")
     if not _is_trainable(weight):
         raise ValueError(f"overrides: {name} is of dtype {weight.dtype}, which has no gradient")
     return layout
 
 
-def _layout_of_axes(value: int | Sequence[int], name: str, ndim: int) -> Layout:
+def _layout_of_axes(value: object, name: str, ndim: int) -> Layout:
     axes = tuple(value) if isinstance(value, Sequence) else (value,)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        raise TypeError(
-            f"overrides: the value for {name} is a layout, the axes of its fan-in, or None to "
-            f"leave it alone, not {value!r}"
-        )
+        remedy = "a layout, the axes of its fan-in, or None to leave it alone"
+        raise TypeError(f"overrides: the value for {name} is {remedy}, not {value!r}")
     if not axes or not all(-ndim <= axis < ndim for axis in axes):
-        raise ValueError(
-            f"overrides: {name} has rank {ndim}, and {value!r} is not fan-in axes of it; None "
-            "leaves it alone"
-        )
+        problem = f"{value!r} is not fan-in axes of it; None leaves it alone"
+        raise ValueError(f"overrides: {name} has rank {ndim}, and {problem}")
     fan_in = {axis % ndim for axis in axes}
     return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

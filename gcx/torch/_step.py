@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import currentframe
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from gcx._decisions import narrow_weight
 from gcx._options import Options
 from gcx.torch._optimizer import (
-    Group,
     Means,
     centralize_momentum,
     coupled_rate,
@@ -29,35 +28,38 @@ from gcx.torch._optimizer import (
     moves_by_gradient_only,
     shrinkage,
 )
-from gcx.torch._targets import Targets, Weak
-from gcx.torch._weights import Rate, Weight, centralize_, part_gradients, with_gradient
+from gcx.torch._weights import (
+    SWITCH,
+    Group,
+    Rate,
+    T,
+    Targets,
+    Weak,
+    Weight,
+    centralize_,
+    part_gradients,
+    with_gradient,
+)
 
 P = ParamSpec("P")
-ResultT = TypeVar("ResultT")
-# Arguments of a step.
-Args = tuple[Any, ...]
+Args = tuple[Any, ...]  # of a step
 Kwargs = dict[str, Any]
 
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = "accelerate", "lightning", "pytorch_lightning", "transformers"
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch", *_TRAINERS})
-
 _WEIGHTS = itemgetter(1)  # of a group
 
 
-def not_compiled(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
-    """Keep a function out of torch.compile.
-
-    A compiled program would treat the parameters of a model as constants, which each step has to
-    check.
-    """
+def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep a function out of compiled programs, to which the parameters of a model are constant."""
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
         # Not where the function is defined: this loads the compiler, which takes seconds.
-        as_it_is: Callable[P, ResultT] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        as_it_is: Callable[P, T] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         return as_it_is(*args, **kwargs)
 
     return call
@@ -71,17 +73,38 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def warn_of_copies(optimizer: Optimizer, message: str) -> None:
+def warn_of_copies(optimizer: Optimizer, loss: str, remedy: str) -> None:
     """Let pickle and copy.deepcopy of an optimizer warn: torch drops the hooks."""
     find: Callable[[], Any] = Weak(optimizer)
 
     def reduce_with_warning(protocol: int) -> Any:
-        warn(message)
         found: Optimizer = find()
+        kind = type(found).__name__
+        remedies = f"Call {remedy}; or copy state_dict() instead"
+        warn(f"the copy of this {kind} {loss}: hooks are not copied. {remedies}")
         return type(found).__reduce_ex__(found, protocol)
 
     # They ask the instance first.
     vars(optimizer)["__reduce_ex__"] = reduce_with_warning
+
+
+def find_owner(hooks: Mapping[int, object], kind: type[T]) -> T | None:
+    """Find the object of a class among those whose methods are hooks."""
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
+
+
+def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Keep the switches of parameter groups that a checkpoint does not mention.
+
+    A hook for `Optimizer.register_load_state_dict_pre_hook`.
+    """
+    here = [{k: v for k, v in g.items() if k == SWITCH} for g in optimizer.param_groups]
+    saved = state_dict["param_groups"]
+    if len(here) != len(saved):
+        return state_dict  # torch has an error for that
+    groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
+    return {**state_dict, "param_groups": groups}
 
 
 class GradientHooks:
@@ -115,7 +138,7 @@ class GradientHooks:
         def wrap(closure: Callable[..., Any]) -> Callable[..., Any]:
             def centralized(*args: Any, **kwargs: Any) -> Any:
                 while means:
-                    _restore_mean_of_gradient(*means.pop())
+                    _restore_mean(*means.pop())
                 loss = closure(*args, **kwargs)
                 if self.handles:  # none if the closure has removed them
                     centralize()
@@ -151,31 +174,23 @@ class GradientHooks:
         if self._options.strength != 1.0:  # the momentum of such a run has a mean
             return
         optimizer, decay = self._targets.optimizer, self._options.decay
-        weights = [
-            weight
-            for group, weights in self._groups
-            if not momentum_has_mean(optimizer, group, decay)
-            for weight in weights
-        ]
-        names, unknown = centralize_momentum(optimizer, weights)
+        due = [w for g, w in self._groups if not momentum_has_mean(optimizer, g, decay)]
+        names, unknown = centralize_momentum(optimizer, chain.from_iterable(due))
         if unknown:
             warn(
                 f"the momentum of {len(unknown)} weights ({unknown[0]}, ...) is kept in a form "
-                "without a mean. If it comes from gradients that were not centralized, it moves "
-                "the means of these weights until it has decayed"
+                "without a mean; if it is from before centralization, it moves their means"
             )
         if names:
             warn(
-                f"the momentum of {len(names)} weights ({names[0]}, ...) comes from gradients that "
-                "were not centralized, and would have gone on moving their means: it was "
-                "centralized too"
+                f"the momentum of {len(names)} weights ({names[0]}, ...) is from before "
+                "centralization, and would have gone on moving their means: it was centralized too"
             )
 
 
 @torch.no_grad()
-def _restore_mean_of_gradient(weight: Weight, mean: Tensor) -> None:
-    grad = weight.parameter.grad
-    if grad is not None:
+def _restore_mean(weight: Weight, mean: Tensor) -> None:
+    if (grad := weight.parameter.grad) is not None:
         weight.subtract_(grad, weight.mean(grad) - mean)
 
 
@@ -216,7 +231,7 @@ class UpdateHooks:
                 mean, beside = weight.mean(parameter), {}
                 if average is not None:
                     beside = average.find_means(group, state.get(parameter, {}), weight, mean)
-                is_due = self._moves_others and parameter.grad is not None and not has_closure
+                is_due = parameter.grad is not None and not has_closure
                 baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         # A closure may add groups, or switch them on.
         others = self._targets.others() if has_closure else ()
@@ -249,17 +264,15 @@ class UpdateHooks:
                 self._restore(weight, known[key], beside[key])
             if self._may_hide_average and not beside.keys() & known.keys():
                 self._may_hide_average = False
-                warn(_UNKNOWN_AVERAGE.format(type(optimizer).__name__))
+                warn(
+                    f"{type(optimizer).__name__} has an eval(), which seems to put other weights "
+                    "into the model. gcx does not know where they are kept: the means of the "
+                    "weights in training stay, and theirs may move"
+                )
 
     def _restore(self, weight: Weight, tensor: Tensor, mean: Tensor) -> None:
         moved, strength = weight.mean(tensor) - mean, self._options.strength
         weight.subtract_(tensor, moved if strength == 1.0 else moved * strength)
-
-
-_UNKNOWN_AVERAGE = (
-    "{} has an eval(), which seems to put other weights into the model. gcx does not know where "
-    "they are kept: the means of the weights in training stay, and theirs may move"
-)
 
 
 class _Baseline(NamedTuple):
@@ -269,7 +282,7 @@ class _Baseline(NamedTuple):
     mean: Tensor
     shrinkage: Rate
     beside: Means  # of the weights that the optimizer keeps beside it, after the step
-    is_due: bool  # the step will use the gradient, and may free it, as steps in torch do not
+    is_due: bool  # the step will use the gradient, and may free it
 
 
 def _has_closure(args: Args, kwargs: Kwargs) -> bool:

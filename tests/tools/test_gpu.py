@@ -48,7 +48,7 @@ from benchmarks.throughput import cuda
 from benchmarks.throughput.models import DTYPES, MODELS, Model, Weight
 from benchmarks.throughput.setting import setting
 from gcx.backends import _torch
-from gcx.torch import _fused_step
+from gcx.torch import _fused
 
 import reference
 from gpu_standin import StandIn
@@ -627,7 +627,7 @@ class TestEmulatedSteps:
         monkeypatch.setattr(optimizers, "_OPTIMIZERS", pairs)
         monkeypatch.setattr(optimizers, "_small", lambda: COLUMNS)
         monkeypatch.setattr(optimizers, "_STEPS", 6)
-        monkeypatch.setattr(_fused_step, "is_for_kernels", lambda _: True)
+        monkeypatch.setattr(_fused, "is_for_kernels", lambda _: True)
 
     def test_parameters_are_close_to_those_of_torch(self, gpu: StandIn, kernels: Device) -> None:
         assert all(row.ok for row in optimizers.distances(gpu))

@@ -1,8 +1,8 @@
-"""Gradients centralized while backward computes them, before a wrapper can flatten them."""
+"""The gradients of a model, centralized now, or while backward computes them."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,13 +20,75 @@ from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
-from gcx.torch._step import not_compiled, warn
-from gcx.torch._targets import Weak, find_owner
-from gcx.torch._weights import Weight, weights_of
+from gcx.torch._step import find_owner, not_compiled, warn
+from gcx.torch._weights import (
+    Weak,
+    Weight,
+    centralize_,
+    part_gradients,
+    weights_of,
+    with_gradient,
+)
 
-# Training-mode forward passes, counted from the first backward, after which a weight that never
-# got a gradient is reported; or changes of a weight without Gradient Centralization.
+# Passes after which a weight without a gradient is reported; or changes of one without any.
 _PASSES = 8
+
+
+@not_compiled
+@torch.no_grad()
+def centralize_grads_(
+    model: nn.Module,
+    *,
+    strength: float = 1.0,
+    layers: Layers = "all",
+    overrides: Overrides | None = None,
+    reproducible: bool = False,
+) -> None:
+    """Centralize the gradients of a model now, in place in ``.grad``.
+
+    It is for loops that clip the norm of centralized gradients, say. With `centralize`, whose
+    handle has a method of this name, the step does it again: that includes weight decay, and else
+    changes nothing at full strength.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, after ``backward()``. Parameters without a gradient are passed over.
+    strength, layers, overrides, reproducible
+        As in `centralize`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `centralize`; if there is no gradient to centralize, or one is sparse.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import gcx.torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> model(torch.rand(8, 3)).square().sum().backward()
+    >>> gcx.torch.centralize_grads_(model)
+    >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
+    True
+    >>> norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """
+    options = Options("gradient", None, strength, layers, overrides, reproducible)
+    decisions = decide(model, options)
+    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
+    centralize_gradients(weights, decisions, options.strength)
+
+
+def centralize_gradients(
+    weights: Sequence[Weight], parameters: Iterable[Tensor], strength: float
+) -> None:
+    part_gradients(weights, parameters)
+    gradients = with_gradient(weights)
+    if not gradients:
+        raise ValueError(
+            "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
+        )
+    centralize_(gradients, strength=strength)
 
 
 def centralize_in_backward(
@@ -39,10 +101,9 @@ def centralize_in_backward(
 ) -> CentralizationInBackward:
     """Let backward centralize the gradients of a model, from its next forward pass on.
 
-    It is for wrappers that flatten parameters, or update them without a step: FSDP1, DeepSpeed
-    ZeRO, optimizers that work in backward. Otherwise prefer `centralize`, which also handles weight
-    decay and momentum. ``torch.autograd.grad`` and ``torch.func`` return centralized gradients too.
-    Layers that are added later are not covered. A copy of the model centralizes, without a handle.
+    It is for wrappers that flatten parameters, or update them without a step (FSDP1, DeepSpeed
+    ZeRO). Otherwise prefer `centralize`, which also handles weight decay and momentum. Layers that
+    are added later are not covered. A copy of the model centralizes, without a handle.
 
     Parameters
     ----------
@@ -59,15 +120,8 @@ def centralize_in_backward(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `centralize`; if the model has such a handle already. In backward, if the gradient of a
-        weight is sparse.
-
-    Warns
-    -----
-    UserWarning
-        If a weight got no gradient while others did: after 8 training-mode forward passes, counted
-        from the first backward, or when the handle is removed. If none got one: after 8 changes. If
-        a layer is gone.
+        As `centralize`; if the model has such a handle already; in backward, if the gradient of a
+        weight is sparse. :doc:`/torch_distributed` tells the limits, and the warnings.
 
     Examples
     --------
@@ -80,9 +134,7 @@ def centralize_in_backward(
     >>> bool(model.weight.grad.sum(1).abs().max() < 1e-5)
     True
     """
-    options = Options(
-        strength=strength, layers=layers, overrides=overrides, reproducible=reproducible
-    )
+    options = Options("gradient", None, strength, layers, overrides, reproducible)
     return CentralizationInBackward(model, options)
 
 
@@ -106,7 +158,6 @@ class CentralizationInBackward:
     >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
     >>> handle.plan["weight"].reason
     'Linear'
-    >>> handle.remove()
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -161,17 +212,16 @@ class CentralizationInBackward:
         if not (model.training and torch.is_grad_enabled()):
             return
         inside = {*model.modules()}
-        gone = [place for place in self._places if place.holder() not in inside]
-        if gone:
+        if gone := [place for place in self._places if place.holder() not in inside]:
             self._places = [place for place in self._places if place not in gone]
             warn(
                 f"the layer of {gone[0].name} was replaced or removed, and backward centralizes no "
                 "layer that came later; .remove() this handle, and call centralize_in_backward anew"
             )
-        # Not before the first backward: an unrolled cell makes many passes.
         if self._passes == _PASSES:
             return
-        if self._has_seen_one():
+        # Not before the first backward: an unrolled cell makes many passes.
+        if any(place.has_seen_one for place in self._places):
             self._passes += 1
             if self._passes == _PASSES:
                 self._warn_of_idle()
@@ -197,13 +247,10 @@ class CentralizationInBackward:
         self._last = now
         return self._changes
 
-    def _has_seen_one(self) -> bool:
-        return any(place.has_seen_one for place in self._places)
-
     def _warn_of_idle(self) -> None:
         unseen = [place for place in self._places if not place.has_seen_one]
         idle = [place.name for place in unseen if place.find_trained() is not None]
-        if idle and self._has_seen_one():
+        if idle and len(unseen) < len(self._places):
             warn(
                 f"no gradient of {len(idle)} weights ({idle[0]}, ...) was there to centralize, "
                 "while those of others were: the loss does not depend on them, or they are used "
@@ -228,14 +275,13 @@ class _Place:
     def __init__(self, weight: Weight, decision: Decision, strength: float) -> None:
         assert decision.holder is not None
         self.holder, self._key = Weak(decision.holder), decision.key
-        self._shape = decision.row.shape
-        # Without the parameter, whose memory a wrapper may want to free.
-        self._weight = weight._replace(parameter=torch.empty(0))
-        self._strength = strength
         self.name, self.has_seen_one = weight.name, False
+        # Without the parameter, whose memory a wrapper may want to free.
+        self._weight, self._shape = weight._replace(parameter=torch.empty(0)), decision.row.shape
+        self._strength = strength
 
     def tensor(self) -> Tensor | None:
-        """Return the tensor if it has the shape of the weight and will get a gradient."""
+        """Return the tensor if it has the shape of the weight, and will get a gradient."""
         found = self.find_trained()
         if found is None or found.shape != self._shape:
             return None

@@ -93,11 +93,8 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
 
     Raises
     ------
-    TypeError
-        If `model` is not a layer, or a value of `overrides` has another type.
-    ValueError
-        If the model is not built, an option has no such value, or a key of `overrides` matches no
-        variable, or its layout does not fit.
+    TypeError, ValueError
+        If `model` is not a layer or not built, or an option does not fit.
 
     Examples
     --------

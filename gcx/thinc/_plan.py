@@ -76,18 +76,15 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     Parameters
     ----------
     *models : thinc.model.Model
-        Initialized models. The layer that owns a parameter decides, never its rank; a layer without
-        a rule is left alone.
+        Initialized models. The layer that owns a parameter decides, never its rank.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Answers that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
         (``"*.softmax.*"``); the first key that matches counts.
 
     Raises
     ------
-    TypeError
-        If there is no model, or an argument or a value of `overrides` has a wrong type.
-    ValueError
-        If a model is not initialized, or a key or a layout in `overrides` does not fit.
+    TypeError, ValueError
+        If a model is not a thinc model or not initialized, or `overrides` does not fit.
 
     Examples
     --------

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import optax
-from jax.tree_util import GetAttrKey, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
 # Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
@@ -55,16 +55,9 @@ def _is_masked(node: object) -> bool:
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """Keys of a path joined by ``/``."""
-    return "/".join(map(_key_text, path))
+    return keystr(path, simple=True, separator="/")
 
 
 def _is_box(node: object) -> bool:
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(node).__mro__]
     return any(fnmatchcase(kind, box) for kind in kinds for box in _BOXES)
-
-
-def _key_text(key: object) -> str:
-    # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
-    texts = [getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)]
-    return str(texts[0] if texts else key)

@@ -331,7 +331,7 @@ def test_layouts_are_required() -> None:
 
 
 ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}
-MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2.*\(shape \(4, 3\)\)$"
+MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2$"
 ABSENT = r"'Dense_7/\*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
 NOTHING = "(?s)there is nothing to centralize.*"
 REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {

@@ -104,10 +104,8 @@ def centralize(
         decided = decide(model, options)
         for variable in variables:
             if id(variable) not in decided:
-                raise ValueError(
-                    f"the optimizer is to train {variable.path}, which is not in the model given "
-                    "to gcx.keras.centralize; give it the model that holds every variable"
-                )
+                why = "which is not in the model given to gcx.keras.centralize"
+                raise ValueError(f"the optimizer is to train {variable.path}, {why}")
         return [decided[id(variable)] for variable in variables]
 
     handle = GradientCentralization(optimizer, rows_of, expected, options)
@@ -140,9 +138,9 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ValueError(already_attached(kind.__name__, "its .gradient_centralization.remove()"))
     is_keras_own = all(getattr(kind, name) is getattr(base, name) for name in _KERAS_OWN)
     if not is_keras_own or not all(hasattr(base, name) for name in _CHANGED):
+        remedy = "if it holds other optimizers, centralize those"
         raise TypeError(
-            f"{kind.__name__} of Keras {keras.__version__} has a step of its own, which does not "
-            "call what gcx.keras changes; if it holds other optimizers, centralize those"
+            f"{kind.__name__} of Keras {keras.__version__} has a step of its own; {remedy}"
         )
 
 
@@ -164,8 +162,7 @@ def _renew_compiled_step(model: Any, optimizer: Any) -> None:
             model.make_train_function(force=True)
     elif int(optimizer.iterations) and keras.backend.backend() == "jax":
         msg = (
-            "this optimizer has taken steps already, and a step that JAX has compiled goes on "
-            "without Gradient Centralization. Compile it again: "
-            "model.make_train_function(force=True), or jax.jit of a new function"
+            "this optimizer has taken steps already; compile a jitted step again, or it goes on "
+            "without Gradient Centralization: model.make_train_function(force=True)"
         )
         warnings.warn(msg, UserWarning, stacklevel=3)

@@ -194,10 +194,7 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if chosen is None:
         vector = no_fan_in(shape) if reason.startswith("unknown") else ""
         return PlanRow(name, shape, None, vector or reason)
-    try:
-        row = decide_row(name, shape, chosen, reason)
-    except ValueError as error:
-        raise ValueError(f"{error} (shape {shape})") from None
+    row = decide_row(name, shape, chosen, reason)
     if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
         return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
     return row
@@ -228,9 +225,7 @@ def source_of(layouts: Layouts) -> Source:
         return lambda _: lambda name, _leaf: found.get(name, absent)
     if isinstance(layouts, type):
         name = layouts.__name__
-        raise TypeError(
-            f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
-        )
+        raise TypeError(f"layouts is the class {name}, not yet a model: give a model, {name}(...)")
     if isinstance(layouts, Mapping):
         return _read_mapping(layouts)
     _refuse_foreign(layouts, "layouts")  # models of other frameworks are callable
@@ -269,9 +264,8 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
     for path, answer in layouts.items():
         if not isinstance(answer, Answer):
             raise TypeError(
-                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from the "
-                "path of a parameter to a layout, LeaveAlone or None. Parameters do not tell their "
-                f"fan-in: give the model, or a preset ({_PRESET_NAMES})"
+                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from path to "
+                f"layout, LeaveAlone or None: give the model, or a preset ({_PRESET_NAMES})"
             )
     found = {path: _as_given(answer) for path, answer in layouts.items()}
 

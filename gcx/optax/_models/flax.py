@@ -41,19 +41,18 @@ def decide_nnx(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
         answer, rule = rules.answer(layers.get(owner, model), _joined(rest))
         return decide_in_stack(_joined((*owner, *rest)), param.shape, answer, rule)
 
-    paths, decisions = {}, {}
+    rows: dict[int, list[PlanRow]] = {}
     for path, param in nodes:
         if isinstance(param, nnx.Param):
             above = (path[:k] for k in range(len(path), -1, -1))
             owner = next((place for place in above if place in layers), ())
-            paths[id(param)] = path
-            decisions[path] = of(param, owner, path[len(owner) :])
+            rows[id(param)] = [of(param, owner, path[len(owner) :])]
+    # Each node comes once; a tied parameter belongs to further layers.
     for owner, layer in layers.items():
         for key, param in vars(layer).items():
-            first = paths.get(id(param))
-            if first is not None and first != (*owner, key):  # tied: this layer holds it too
-                decisions[first] = merge([decisions[first], of(param, owner, (key,))])
-    return {_joined(path): decision for path, decision in decisions.items()}
+            if id(param) in rows:
+                rows[id(param)].append(of(param, owner, (key,)))
+    return {of_one[0].name: merge(of_one) for of_one in rows.values()}
 
 
 def _joined(path: tuple[Any, ...]) -> str:

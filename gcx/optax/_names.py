@@ -24,14 +24,12 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
 
     Names leave out the ``value`` of Flax boxes.
     """
-    leaves = []
-    boxes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
-    for path, node in boxes:
-        inner = tree_leaves_with_path(node, is_leaf=is_leaf) if _is_box(node) else [((), node)]
-        for rest, leaf in inner:
-            inside = rest[:-1] if rest[-1:] == _VALUE else rest
-            leaves.append((name_of(path + inside), leaf))
-    return leaves
+    nodes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    return [
+        (name_of(path + (inside[:-1] if inside[-1:] == _VALUE else inside)), leaf)
+        for path, node in nodes
+        for inside, leaf in tree_leaves_with_path(node, is_leaf=is_leaf)
+    ]
 
 
 class Names(NamedTuple):

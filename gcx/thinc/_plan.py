@@ -131,13 +131,10 @@ def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
 def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
     """Yield each layer once, with its positions in the layers around it and its name."""
     seen: set[int] = set()
-
-    def below(layer: Model[Any, Any], place: str) -> Iterator[tuple[str, Model[Any, Any]]]:
+    rest = [(f"{k}." if len(models) > 1 else "", model) for k, model in enumerate(models)]
+    while rest:
+        place, layer = rest.pop(0)
         if layer.id not in seen:
             seen.add(layer.id)
             yield f"{place}{layer.name}", layer
-            for position, child in enumerate(layer.layers):
-                yield from below(child, f"{place}{position}.")
-
-    for position, model in enumerate(models):
-        yield from below(model, f"{position}." if len(models) > 1 else "")
+            rest = [(f"{place}{k}.", child) for k, child in enumerate(layer.layers)] + rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,12 +71,10 @@ def _convolution(layer: Any) -> Answers:
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:
-    def weight(units: int, inputs: int) -> SingleLayer:
-        return SingleLayer("oi", (gates * units, inputs), all_gates=True)
-
+    weight = partial(SingleLayer, "oi", all_gates=True)
     return lambda layer: {
-        "weight_ih": weight(layer.hidden_size, layer.input_size),
-        "weight_hh": weight(layer.hidden_size, layer.hidden_size),
+        "weight_ih": weight((gates * layer.hidden_size, layer.input_size)),
+        "weight_hh": weight((gates * layer.hidden_size, layer.hidden_size)),
         "bias*": BIAS,
     }
 

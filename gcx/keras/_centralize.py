@@ -104,7 +104,7 @@ def centralize(
         decided = decide(model, options)
         for variable in variables:
             if id(variable) not in decided:
-                why = "which is not in the model given to gcx.keras.centralize"
+                why = "which is not in the model; give gcx.keras.centralize one with every variable"
                 raise ValueError(f"the optimizer is to train {variable.path}, {why}")
         return [decided[id(variable)] for variable in variables]
 

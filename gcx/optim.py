@@ -52,8 +52,8 @@ class SGD(Optimizer):
     -----
     The formulas follow ``torch.optim.SGD``. The state is ``{"step": ..., "momentum": ...}``. Each
     parameter counts its own steps, those with a gradient. Weights of float16 or bfloat16 are
-    updated in their own precision, so float32 is better. :doc:`/reproducible` says what
-    `reproducible` promises of a step.
+    updated in their own precision, so float32 is better. The promises of `reproducible` for a
+    step are on :doc:`/reproducible`.
 
     References
     ----------

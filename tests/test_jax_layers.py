@@ -161,7 +161,7 @@ def test_a_function_may_say_why() -> None:
 
 def test_only_reasons_are_nothing_to_centralize() -> None:
     optimizer = gcx.optax.centralize({"a": LeaveAlone("token")})
-    with pytest.raises(ValueError, match=r"'a', is left alone for this reason: token\. Print"):
+    with pytest.raises(ValueError, match=r"nothing to centralize in (?s:.*)\na .* token"):
         optimizer.init({"a": jnp.zeros((2, 3))})
 
 

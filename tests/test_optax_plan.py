@@ -331,7 +331,7 @@ def test_layouts_are_required() -> None:
 
 
 ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}
-MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2.*\(shape \(4, 3\)\)$"
+MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2$"
 ABSENT = r"'Dense_7/\*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
 NOTHING = "(?s)there is nothing to centralize.*"
 REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
@@ -340,7 +340,7 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "a rank by a function": (lambda path, array: "ioo", ONE, ValueError, MISFIT),
     "a text": ({"*/kernel": "channels_last"}, ONE, ValueError, "layout 'channels_last' is not va"),
     "no text": (lambda path, array: (0,), ONE, TypeError, "^Dense_0/kernel: a layout is a string"),
-    "another library's names": ("haiku", KERNELS, ValueError, f"{NOTHING}'Dense_0/kernel'"),
+    "another library's names": ("haiku", KERNELS, ValueError, f"{NOTHING}Dense_0/kernel .*unknown"),
     "flattened": ("flax", normal(1, 12), ValueError, f"{NOTHING}a vector has no fan-in"),
     "left alone": ({"*": None}, KERNELS, ValueError, f"{NOTHING}as given"),
 }
@@ -378,7 +378,7 @@ def test_key_that_matches_nothing_though_leaves_are_hidden(mask: Any, key: str) 
 
 def test_unknown_weights_are_an_error_though_leaves_are_hidden() -> None:
     masked = optax.masked(gcx.optax.centralize({"Dense_1/kernel": "...o"}), FIRST_ONLY)
-    with pytest.raises(ValueError, match=r"nothing to centralize .* 'Dense_0/kernel'.*unknown"):
+    with pytest.raises(ValueError, match=f"{NOTHING}Dense_0/kernel .*unknown"):
         masked.init(KERNELS)
 
 

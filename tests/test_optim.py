@@ -28,8 +28,6 @@ OPTIMIZERS = {
     "sgd-decay": SGD(0.05, weight_decay=0.1),
     "momentum": SGD(0.05, momentum=0.9),
     "momentum-decay": SGD(0.05, momentum=0.9, weight_decay=0.1),
-    "dampening": SGD(0.05, momentum=0.9, dampening=0.4),
-    "dampening-decay": SGD(0.05, momentum=0.9, dampening=0.4, weight_decay=0.1),
     "nesterov": SGD(0.05, momentum=0.9, nesterov=True),
     "nesterov-decay": SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": Adam(),
@@ -41,7 +39,7 @@ OPTIMIZERS = {
 }
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-one_of_each = pytest.mark.parametrize("name", ["sgd", "dampening", "adam", "adamw"])
+one_of_each = pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
 every_place = pytest.mark.parametrize("place", ["gradient", "update"])
 
 Tree = dict[str, Any]
@@ -58,7 +56,7 @@ def reference_sgd(w: Any, grads: list[Any], p: Project, o: SGD) -> Any:
     for grad in grads:
         d = p(grad + o.weight_decay * w)
         if o.momentum:
-            buffer = d if buffer is None else o.momentum * buffer + (1 - o.dampening) * d
+            buffer = d if buffer is None else o.momentum * buffer + d
             d = d + o.momentum * buffer if o.nesterov else buffer
         w = w - o.lr * d
     return w
@@ -387,7 +385,7 @@ def test_repr_shows_the_hyperparameters() -> None:
     )
     assert repr(SGD(1, momentum=np.float32(0.5))) == (
         "SGD(lr=1.0, weight_decay=0.0, where='gradient', layouts='o...', "
-        "strength=1.0, reproducible=False, momentum=0.5, dampening=0.0, nesterov=False)"
+        "strength=1.0, reproducible=False, momentum=0.5, nesterov=False)"
     )
 
 
@@ -410,14 +408,7 @@ def test_only_the_learning_rate_goes_without_a_name_and_none_changes(kind: Any) 
         (lambda: SGD(lambda step: 0.1 / step), r"lr must be .* schedule use dataclasses.replace"),
         (lambda: Adam(np.array(0.1)), r"lr must be .* array.* schedule use dataclasses.replace"),
         (lambda: SGD(0.1, momentum=1.0), r"momentum must be a number in \[0, 1.0\), not 1.0"),
-        (lambda: SGD(0.1, dampening=-1), "dampening must be .* not -1"),
-        (lambda: SGD(0.1, momentum=0.9, dampening=1.0), "dampening must be .* not 1.0"),
-        (lambda: SGD(0.1, dampening=0.5), "dampening=0.5 does nothing with momentum=0"),
         (lambda: SGD(0.1, nesterov=True), "nesterov=True needs .* not momentum=0.0"),
-        (
-            lambda: SGD(0.1, nesterov=True, momentum=0.9, dampening=0.5),
-            "nesterov=True needs .* dampening=0.5",
-        ),
         (lambda: SGD(0.1, weight_decay=-1e-4), "weight_decay must be .* not -0.0001"),
         (lambda: SGD(0.1, where="weights"), "where is one of .* not 'weights'"),
         (lambda: Adam(betas=(0.9, 1.0)), r"betas\[1\] must be .* not 1.0"),

@@ -15,7 +15,7 @@ from gcx._centralize import check_strength
 from gcx._decisions import check_choice, check_reproducible
 from gcx._names import naming
 from gcx.backends import _canonical
-from gcx.optax._layouts import Layouts, Source, plan_of, source_of
+from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
 from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_names, check_whole
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan
@@ -178,7 +178,8 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     raise ValueError(
         f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
         f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
-        "gcx.optax.plan(params, layouts) for the others. optax.flatten hides the fan-in: put "
+        "gcx.optax.plan(params, layouts) for the others, and give the model, or a preset that has "
+        f"such names ({', '.join(map(repr, PRESETS))}). optax.flatten hides the fan-in: put "
         "gcx.optax.centralize before it"
     )
 

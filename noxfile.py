@@ -10,6 +10,7 @@ that the pins of a group hold for the whole environment.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -177,6 +178,8 @@ def wheel(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))
     if lacking := files_of_the_package() - set(ZipFile(built_wheel()).namelist()):
         session.error(f"the wheel lacks {sorted(lacking)}")
+    if relative := re.findall(r"\]\((?!https:).*?\)", description_of(built_wheel())):
+        session.error(f"the long description has links to files beside it: {relative}")
     for extra in ("cupy12", "cupy13"):  # of no use without a GPU, but their versions must exist
         session.install("--dry-run", f"{built_wheel()}[{extra}]")
 
@@ -331,6 +334,13 @@ def built_wheel() -> Path:
     """Find the wheel that the session of this name has built."""
     (path,) = DIST.glob("*.whl")
     return path
+
+
+def description_of(wheel: Path) -> str:
+    """Read the long description, which follows the headers of the metadata."""
+    with ZipFile(wheel) as files:
+        (metadata,) = (name for name in files.namelist() if name.endswith("/METADATA"))
+        return files.read(metadata).decode().partition("\n\n")[2]
 
 
 def files_of_the_package() -> set[str]:

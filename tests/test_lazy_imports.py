@@ -64,23 +64,26 @@ def test_import_loads_no_compatibility_layer_and_no_backend() -> None:
 
 
 def test_an_adapter_without_its_framework_says_what_to_install() -> None:
-    packages = {"optax": '"gcx[jax]"'}
-    packages |= {name: f'"gcx[{name}]"' for name in ("torch", "keras", "thinc")}
+    extras = {"optax": '"gcx[jax]"'} | {
+        name: f'"gcx[{name}]"' for name in ("torch", "keras", "thinc")
+    }
+    lacking = {(name, name): extra for name, extra in extras.items()}
+    lacking |= {(name, "torch"): extras["torch"] for name in ("lightning", "transformers")}
     if find_spec("torch") is not None:
-        packages |= {name: name for name in ("lightning", "transformers")}
+        lacking |= {(name, name): name for name in ("lightning", "transformers")}
     script = f"""
 from importlib import import_module
 from importlib.machinery import PathFinder as finder
 find = finder.find_spec
-for name in {list(packages)}:
-    hidden = name, "pytorch_lightning"
+for name, package in {list(lacking)}:
+    hidden = package, "pytorch_lightning"
     finder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
     try: import_module("gcx." + name)
     except ModuleNotFoundError as error: print(error.name, error, sep=": ")"""
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
-        f"{name}: No module named '{name}'; pip install {requirement}"
-        for name, requirement in packages.items()
+        f"{package}: No module named '{package}'; pip install {requirement}"
+        for (_, package), requirement in lacking.items()
     ]
 
 

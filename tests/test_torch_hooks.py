@@ -364,6 +364,7 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     foreign = type("Linear", (), {"__module__": "flax.nnx"})()
     for other, message in (
         ([layer.weight], "list$"),
+        (SGD, r"the class torch\.optim\.sgd\.SGD$"),
         (gcx.optim.SGD(0.1), r"gcx\.optim\.SGD$"),
         (foreign, r"flax\.nnx\.Linear; for flax use gcx\.optax$"),
         (zero, flattens),

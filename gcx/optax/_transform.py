@@ -15,7 +15,7 @@ from gcx._centralize import check_strength
 from gcx._decisions import check_choice, check_reproducible, refuse_empty
 from gcx._names import naming
 from gcx.backends import _canonical
-from gcx.optax._layouts import Layouts, Source, plan_of, source_of
+from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
 from gcx.optax._mesh_axes import (
     AxisName,
     MeshAxes,
@@ -172,7 +172,9 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     are_unknown = weights and all(row.reason.startswith("unknown") for row in weights)
     if are_unknown or not names_of(params).hidden:
         owner = "these parameters (optax.flatten hides the fan-in: put gcx.optax.centralize first)"
-        refuse_empty(rows, owner)
+        presets = ", ".join(map(repr, PRESETS))
+        hint = f"give the model, or a preset that has such names ({presets})"
+        refuse_empty(rows, owner, hint=hint)
 
 
 def _check_reproducible(params: optax.Params, rows: Plan, mesh_axes: MeshAxes) -> None:

@@ -53,6 +53,8 @@ AROUND = {
     "keras": ("keras", "keras", "--examples=keras"),
     "thinc": ("thinc", "thinc", "--examples=thinc"),
 }
+# Of tests/examples; what else is there runs in `agreement`.
+EXAMPLES = ("tests/examples/test_documents.py", "tests/examples/test_doctests.py")
 PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
@@ -134,7 +136,7 @@ def integrations(session: nox.Session, around: str) -> None:
         session.install("--no-deps", *TIMM, *LAYERS)
     arguments = ["tests/test_canary.py", "tests/adapters", f"tests/around_{around}"]
     if examples:
-        arguments += ["tests/examples", *examples]
+        arguments += [*EXAMPLES, *examples]
     arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
@@ -276,6 +278,8 @@ def bench(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
+    if "--brief" in session.posargs:
+        session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # to compile takes longer than to train
     run_tool(session, "paper", *session.posargs)
 
 

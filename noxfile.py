@@ -269,6 +269,7 @@ def mutants(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
+    compile_in_haste_if_brief(session)
     run_tool(session, "cpu", *session.posargs)
     run_tool(session, "jax-axes")
     run_tool(session, "throughput", "--models", "resnet50", "--dtypes", "float32")
@@ -278,8 +279,7 @@ def bench(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
-    if "--brief" in session.posargs:
-        session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # to compile takes longer than to train
+    compile_in_haste_if_brief(session)
     run_tool(session, "paper", *session.posargs)
 
 
@@ -310,6 +310,12 @@ def install(session: nox.Session, *names: str) -> None:
     wanted = [name for name in names if name not in groups]
     required = nox.project.dependency_groups(PYPROJECT, *(n for n in names if n in groups))
     session.install(*wanted, *required)
+
+
+def compile_in_haste_if_brief(session: nox.Session) -> None:
+    """Spare XLA its optimizations where it compiles longer than the programs run."""
+    if "--brief" in session.posargs:
+        session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def build_docs(session: nox.Session, group: str) -> None:

@@ -38,8 +38,15 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_svg = path.suffix == ".svg"
     if words := _MARK.get():
-        across = {"ha": "center", "va": "center", "rotation": 30, "alpha": 0.4}
-        figure.text(0.5, 0.5, words, color=VERMILION, fontsize="x-large", **across)
+        figure.text(
+            *(0.5, 0.5, words),
+            color=VERMILION,
+            fontsize="x-large",
+            ha="center",
+            va="center",
+            rotation=30,
+            alpha=0.4,
+        )
     # Ids that are no random numbers, and words as words: outlines take ten times the bytes.
     with rc_context({"svg.hashsalt": "gcx", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if is_svg else None)

@@ -85,8 +85,9 @@ class Seen:
 def see(experiment: Experiment = WHOLE) -> dict[str, Seen]:
     """Train without GC and with it, in one program, and measure."""
     draw = experiment.task.draw(SEED)
-    runs = jax.jit(lambda draw: {arm: _train(experiment, arm, draw) for arm in (BASE, GC)})(draw)
-    return {arm: _measure(experiment, draw, *run) for arm, run in runs.items()}
+    arms = (BASE, GC)
+    runs = jax.jit(lambda draw: [_train(experiment, arm, draw) for arm in arms])(draw)
+    return {arm: _measure(experiment, draw, *run) for arm, run in zip(arms, runs, strict=True)}
 
 
 def _measure(experiment: Experiment, draw: Draw, path: Weights, norms: dict[str, Any]) -> Seen:

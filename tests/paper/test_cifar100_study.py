@@ -266,7 +266,7 @@ def test_other_images_are_trained_on_as_those_of_the_archive(tmp_path, name, cla
         assert (split.images.dtype, split.images.shape[1:]) == (np.uint8, (32, 32, 3))
         np.testing.assert_array_equal(split.labels, samples.y)
         seen = split.images[: len(samples.x), 12:20, 12:20, 0].reshape(len(samples.x), -1)
-        edge = (samples.x.shape[1] - 8) // 2
+        edge = 12 - (32 - samples.x.shape[1]) // 2
         inside = samples.x[:, edge : edge + 8, edge : edge + 8, 0].reshape(len(seen), -1)
         assert np.corrcoef(seen.ravel(), inside.ravel())[0, 1] > 0.99
     few = [Split(s.images[:16], s.labels[:16]) for s in (archive.train, archive.test)]

@@ -54,6 +54,8 @@ AROUND = {
     "keras": ("keras", "keras", "--examples=keras"),
     "thinc": ("thinc", "thinc", "--examples=thinc"),
 }
+# Of tests/examples; what else is there runs in `agreement`.
+EXAMPLES = ("tests/examples/test_documents.py", "tests/examples/test_doctests.py")
 PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
@@ -135,7 +137,7 @@ def integrations(session: nox.Session, around: str) -> None:
         session.install("--no-deps", *TIMM, *LAYERS)
     arguments = ["tests/test_canary.py", "tests/adapters", f"tests/around_{around}"]
     if examples:
-        arguments += ["tests/examples", *examples]
+        arguments += [*EXAMPLES, *examples]
     arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
@@ -270,6 +272,7 @@ def mutants(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
+    compile_in_haste_if_brief(session)
     run_tool(session, "cpu", *session.posargs)
     run_tool(session, "jax-axes")
     run_tool(session, "throughput", "--models", "resnet50", "--dtypes", "float32")
@@ -279,6 +282,7 @@ def bench(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
+    compile_in_haste_if_brief(session)
     run_tool(session, "paper", *session.posargs)
 
 
@@ -309,6 +313,12 @@ def install(session: nox.Session, *names: str) -> None:
     wanted = [name for name in names if name not in groups]
     required = nox.project.dependency_groups(PYPROJECT, *(n for n in names if n in groups))
     session.install(*wanted, *required)
+
+
+def compile_in_haste_if_brief(session: nox.Session) -> None:
+    """Spare XLA its optimizations where it compiles longer than the programs run."""
+    if "--brief" in session.posargs:
+        session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def build_docs(session: nox.Session, group: str) -> None:

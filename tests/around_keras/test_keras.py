@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -425,21 +426,23 @@ def test_the_config_of_the_plain_optimizer_is_one_level_down() -> None:
 
 LOAD = """
 import keras
-try:
-    keras.saving.load_model("model.keras")
-except TypeError as error:
-    print(error)
+for kind in ("SGD", "Adam"):
+    try:
+        keras.saving.load_model(f"{kind}.keras")
+    except TypeError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
-def test_loading_without_gcx_is_an_error(kind: str, tmp_path: Path) -> None:
-    model = centralized_model(getattr(keras.optimizers, kind)(0.01))
-    model.save(tmp_path / "model.keras")
+def test_loading_without_gcx_is_an_error(tmp_path: Path) -> None:
+    for kind in ("SGD", "Adam"):
+        model = centralized_model(getattr(keras.optimizers, kind)(0.01))
+        model.save(tmp_path / f"{kind}.keras")
     environment = {**os.environ, "KERAS_BACKEND": ASKED_BACKEND}
     command = [sys.executable, "-c", LOAD]
     printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
-    assert f"Could not locate class 'Centralized{kind}'" in printed
+    found = re.findall(r"Could not locate class '(\w+)'", printed)
+    assert list(dict.fromkeys(found)) == ["CentralizedSGD", "CentralizedAdam"]
 
 
 def test_a_saved_optimizer_is_for_its_variables() -> None:

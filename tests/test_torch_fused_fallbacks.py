@@ -30,12 +30,7 @@ from torch_fused_steps import (
     step_by_closure,
     train,
 )
-from torch_kernels import (
-    EMULATED,
-    Device,
-    assert_equal,
-    give_gradients,
-)
+from torch_kernels import EMULATED, Device, assert_equal, give_gradients
 
 
 @pytest.fixture

@@ -13,12 +13,7 @@ from torch.optim import SGD, Adam, RMSprop
 import gcx.torch
 from gcx.testing import assert_centralized
 
-from torch_training import (
-    RTOL,
-    change_of,
-    loss_of,
-    train,
-)
+from torch_training import RTOL, change_of, loss_of, train
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])

@@ -15,10 +15,7 @@ import gcx.torch
 from gcx.torch import _fused_step
 from gcx.torch._fused import SGD, AdamW
 
-from torch_kernels import (
-    Device,
-    give_gradients,
-)
+from torch_kernels import Device, give_gradients
 
 STEPS = 6
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}

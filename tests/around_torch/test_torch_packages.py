@@ -240,10 +240,7 @@ MODELS: dict[str, dict[str, str]] = {
     "gpt2": {"Conv1D.weight": "io"},
     "gpt_oss": _experts_and_router("GptOss", "bio"),
     "ibert": {"QuantLinear.weight": "oi"},
-    "llama4_text": {
-        "Llama4TextExperts.gate_up_proj": "bio",
-        "Llama4TextExperts.down_proj": "bio",
-    },
+    "llama4_text": {"Llama4TextExperts.gate_up_proj": "bio", "Llama4TextExperts.down_proj": "bio"},
     "mixtral": _experts_and_router("Mixtral"),
     "qwen3_moe": _experts_and_router("Qwen3Moe"),
     "qwen3_next": _experts_and_router("Qwen3Next"),

@@ -36,7 +36,7 @@ class Shrinking(SGD):
     ("kind", "options"),
     [
         (SGD, {}),
-        (partial(SGD, maximize=True, momentum=0.9), {}),
+        (partial(SGD, maximize=True), {}),
         (SGD, {"where": "update"}),
         (AdamW, {}),
         (AdamW, {"where": "update"}),

@@ -21,26 +21,23 @@ from torch_training import assert_means_kept, backward, deeper, train
 @pytest.mark.parametrize("kind", [SGD, Adam])
 def test_momentum_from_before_is_centralized(kind: Any, is_loaded: bool, layer: nn.Linear) -> None:
     key, options = ("momentum_buffer", {"momentum": 0.9}) if kind is SGD else ("exp_avg", {})
-    plain, resumed = (kind(layer.parameters(), lr=0.01, **options) for _ in range(2))
-    train(layer, plain)
-    momentum, of_bias = (plain.state[p][key].clone() for p in (layer.weight, layer.bias))
-    attach = partial(gcx.torch.centralize, resumed if is_loaded else plain, layer)
+    optimizer, resumed = (kind(layer.parameters(), lr=0.01, **options) for _ in range(2))
+    train(layer, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    call = partial(gcx.torch.centralize, optimizer, layer)
     if is_loaded:
-        handle, attach = (
-            attach(),
-            partial(resumed.load_state_dict, copy.deepcopy(plain.state_dict())),
-        )
+        gcx.torch.centralize(optimizer := resumed, layer)
+        call = partial(optimizer.load_state_dict, copy.deepcopy(saved))
     with pytest.warns(UserWarning, match=r"momentum of 1 weights \(weight") as caught:
-        attach()
+        call()
     assert caught[0].filename == __file__
-    state = (resumed if is_loaded else plain).state
-    expected = momentum - momentum.mean(1, keepdim=True)
-    torch.testing.assert_close(state[layer.weight][key], expected, rtol=0, atol=1e-14)
-    assert torch.equal(state[layer.bias][key], of_bias)
-    if is_loaded:
-        handle.remove()
-        attach()
-        assert torch.equal(resumed.state[layer.weight][key], momentum)
+    momentum, of_bias = (saved["state"][k][key] for k in (0, 1))
+    found, expected = optimizer.state[layer.weight][key], momentum - momentum.mean(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert torch.equal(optimizer.state[layer.bias][key], of_bias)
+    gcx.torch.centralized(optimizer).remove()
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[layer.weight][key], momentum)
 
 
 @pytest.mark.parametrize("pack", [Tensor.byte, Tensor.flatten], ids=["integers", "shape"])

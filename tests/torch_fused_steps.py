@@ -72,6 +72,7 @@ def new_net(device: Device, **options: Any) -> Any:
 
 
 def hooked(model: nn.Module, kind: Any, groups: Any = None, **options: Any) -> Optimizer:
+    """Make torch's optimizer, with the hooks."""
     optimizer = BASES[kind](groups or model.parameters(), **options)
     gcx.torch.centralize(optimizer, model)
     return optimizer
@@ -132,3 +133,8 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     if device.type == "cpu":
         patch.setattr(_fused_step, "is_for_kernels", lambda _: True)
     return device
+
+
+def launched(device: Device) -> int:
+    """Count the tensors that kernels have made a step of."""
+    return sum(device.tensors.values())

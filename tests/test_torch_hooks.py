@@ -25,6 +25,7 @@ from torch_training import (
     assert_means_kept,
     attached,
     change_of,
+    keeps_means,
     loss_of,
     new_layer,
     train,
@@ -175,8 +176,7 @@ def off_and_on(layer: nn.Linear) -> tuple[nn.Sequential, SGD]:
 
 
 def is_centralized(weight: Tensor, optimizer: Optimizer, model: nn.Module) -> bool:
-    change = change_of(weight, lambda: train(model, optimizer))
-    return bool(change.mean(1).abs().max() < RTOL * change.abs().max())
+    return keeps_means(weight, lambda: train(model, optimizer))
 
 
 def test_group_that_is_switched_off(where: Any, layer: nn.Linear) -> None:

@@ -56,6 +56,11 @@ def change_of(weight: nn.Linear | Tensor, training: Callable[[], object]) -> Ten
     return change
 
 
+def keeps_means(weight: nn.Linear | Tensor, training: Callable[[], object]) -> bool:
+    change = change_of(weight, training)
+    return bool(change.mean(1).abs().max() < RTOL * change.abs().max())
+
+
 def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]) -> None:
     """Corollary 4.1."""
     assert_centralized(change_of(weight, training), rtol=RTOL)

@@ -118,6 +118,12 @@ def layer() -> Any:
     return new_layer()
 
 
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a device of torch_kernels as the file of the test does; it is emulated by default."""
+    return request.module.make_device(getattr(request, "param", "emulated"), monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """Programs that run once, and whose last bits nobody looks at: XLA takes longer than they."""

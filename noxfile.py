@@ -262,10 +262,9 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def mutants(session: nox.Session) -> None:
-    """Change gcx in small ways, and see if a test fails; ``-- 'gcx.layout*'`` takes one module."""
+    """Change gcx in small ways, and see if a test fails; ``-- --only gcx.plan`` tries one."""
     install(session, "-e.", *FRAMEWORKS, "peers", "mutants")
-    session.run("mutmut", "run", *session.posargs)
-    session.run("mutmut", "results")
+    run_tool(session, "mutants", *session.posargs)
 
 
 @nox.session(python=RUNNING)

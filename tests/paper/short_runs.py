@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.paper import on_torch, training
 from benchmarks.paper.network import Network
 from benchmarks.paper.tasks import Task
-from benchmarks.paper.training import Grid, Start
+from benchmarks.paper.training import Grid
 
 SEED = 0
 NORMS = ("batch norm", "group norm", "no norm")
@@ -33,32 +33,16 @@ def grid(
 
 
 FINE_TUNING = grid("batch norm", "SGDM", ("gradient",), pretraining=BEFORE)
-GRIDS = (
-    *(grid(norm, "SGDM") for norm in NORMS),
-    grid("batch norm", "Adam"),
-    grid("group norm", "Adam", ("gradient",)),
-    grid("no norm", "AdamW", ("gradient", "update")),
-    FINE_TUNING,
-)
-
-
-def in_jax(of: Grid) -> dict[str, training.Trained]:
-    """One run of each arm of one of the grids."""
-    return _all_in_jax()[GRIDS.index(of)]
 
 
 @cache
-def _all_in_jax() -> list[dict[str, training.Trained]]:
-    """Train all in one program: compiled one by one, they take twice as long."""
+def in_jax(of: Grid) -> dict[str, training.Trained]:
+    """One run of each arm; kept, as they take seconds to compile."""
 
-    def runs(starts: list[Start]) -> list[dict[str, training.Trained]]:
-        return [
-            {arm: training.train(of, arm, start, *of.cells[0]) for arm in of.arms}
-            for of, start in zip(GRIDS, starts, strict=True)
-        ]
+    def runs(start: training.Start) -> dict[str, training.Trained]:
+        return {arm: training.train(of, arm, start, *of.cells[0]) for arm in of.arms}
 
-    starts = [training.start_of(of, SEED) for of in GRIDS]
-    return jax.tree.map(np.asarray, jax.jit(runs)(starts))
+    return jax.tree.map(np.asarray, jax.jit(runs)(training.start_of(of, SEED)))
 
 
 def in_torch(of: Grid, arm: str) -> on_torch.Trained:

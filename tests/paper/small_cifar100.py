@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from benchmarks.paper.cells import Cell
 from benchmarks.paper.cifar100.archive import NAME, PACKED, Checksums
+from benchmarks.paper.cifar100.settings import Scale, Setting
 
 CLASSES = 5
 TRAIN, TEST = 40, 16  # images
+
+CPU = torch.device("cpu")
+SMALL = Scale(blocks=(1, 1), width=4, batch=8)
+CELL = Cell("CIFAR-100", "ResNet-50", "SGDM", 0.1, 5e-4)
+SETTING = Setting(CELL, "conv only", seed=0, epochs=4, scale=SMALL, precision="float32", data="")
+
+
+def checkpoint_of(setting: Setting, study: Path) -> Path:
+    return study / setting.folder / "checkpoint.pt"
 
 
 class SmallArchive(NamedTuple):

@@ -10,28 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.paper.cells import BASE, Cell
-from benchmarks.paper.cifar100.archive import read
+from benchmarks.paper.cells import BASE
 from benchmarks.paper.cifar100.augmentation import DEVIATION, MEAN, batches, normalized, padded
 from benchmarks.paper.cifar100.resnet import RESNET_50, ResNet
-from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
-from benchmarks.paper.cifar100.training import Data, Training
+from benchmarks.paper.cifar100.settings import PAPER
+from benchmarks.paper.cifar100.training import Training
 from benchmarks.throughput.models import MODELS
 
 from reference import fan_in_means
-from small_cifar100 import CLASSES, TRAIN, write_archive
+from small_cifar100 import CELL, CLASSES, CPU, SETTING, SMALL, TRAIN
 
-CPU = torch.device("cpu")
-SMALL = Scale(blocks=(1, 1), width=4, batch=8)
-SGDM = Cell("CIFAR-100", "ResNet-50", "SGDM", 0.1, 5e-4)
-ADAM = replace(SGDM, optimizer="Adam", learning_rate=0.001)
-SETTING = Setting(SGDM, BASE, seed=0, epochs=3, scale=SMALL, precision="float32", data="")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    written = write_archive(tmp_path_factory.mktemp("cifar"))
-    return Data.on(CPU, read(written.folder, written.checksums))
+ADAM = replace(CELL, optimizer="Adam", learning_rate=0.001)
+BARE = replace(SETTING, arm=BASE, epochs=3)
 
 
 def train(training: Training, epochs: int = 3) -> None:
@@ -85,7 +75,7 @@ def test_normalization_is_that_of_the_authors():
 
 def test_pairs_have_equal_weights_and_batches_also_after_training(data):
     without, centralized = (
-        Training(replace(SETTING, arm=arm), data, CPU) for arm in (BASE, "conv only")
+        Training(replace(BARE, arm=arm), data, CPU) for arm in (BASE, "conv only")
     )
     start = without.model.state_dict()
     for name, value in centralized.model.state_dict().items():
@@ -99,14 +89,14 @@ def test_pairs_have_equal_weights_and_batches_also_after_training(data):
 
 
 def test_seeds_differ_in_weights_and_batches(data):
-    first, second = (Training(replace(SETTING, seed=seed), data, CPU) for seed in (0, 1))
+    first, second = (Training(replace(BARE, seed=seed), data, CPU) for seed in (0, 1))
     assert not torch.equal(*(next(t.model.parameters()) for t in (first, second)))
     assert not torch.equal(*(next(t.batches())[0] for t in (first, second)))
 
 
 def test_the_generator_of_the_caller_is_left_alone(data):
     before = torch.get_rng_state()
-    train(Training(SETTING, data, CPU), 1)
+    train(Training(BARE, data, CPU), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -138,10 +128,10 @@ def test_images_are_reduced_by_8_before_the_mean():
 
 
 def test_the_settings_are_those_of_the_paper(data):
-    (sgd,) = Training(replace(SETTING, epochs=200), data, CPU)._optimizer.param_groups
+    (sgd,) = Training(replace(BARE, epochs=200), data, CPU)._optimizer.param_groups
     asked = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "dampening": 0}
     assert asked.items() <= sgd.items()
-    training = Training(replace(SETTING, cell=ADAM), data, CPU)
+    training = Training(replace(BARE, cell=ADAM), data, CPU)
     (adam,) = training._optimizer.param_groups
     asked = {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 5e-4}
     assert asked.items() <= adam.items()
@@ -150,8 +140,8 @@ def test_the_settings_are_those_of_the_paper(data):
 
 
 def test_the_learning_rate_falls_as_in_the_paper(data):
-    assert Training(replace(SETTING, epochs=200), data, CPU)._schedule.step_size == 60
-    training = Training(replace(SETTING, epochs=10), data, CPU)
+    assert Training(replace(BARE, epochs=200), data, CPU)._schedule.step_size == 60
+    training = Training(replace(BARE, epochs=10), data, CPU)
     rates = [training.epoch(k + 1, lambda: None).learning_rate for k in range(10)]
     expected = [0.1] * 3 + [0.01] * 3 + [0.001] * 3 + [0.0001]
     assert rates == pytest.approx(expected)
@@ -165,7 +155,7 @@ def test_the_learning_rate_falls_as_in_the_paper(data):
     [(BASE, ()), ("conv only", (nn.Conv2d,)), ("gradient", (nn.Conv2d, nn.Linear))],
 )
 def test_means_of_centralized_weights_stay_put_and_others_move(data, arm, kinds):
-    training = Training(replace(SETTING, arm=arm), data, CPU)
+    training = Training(replace(BARE, arm=arm), data, CPU)
     layers = [m for m in training.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     start = [_means(layer) for layer in layers]
     train(training)
@@ -183,7 +173,7 @@ def _means(layer: nn.Module) -> np.ndarray:
 
 
 def test_mixed_precision_keeps_weights_in_float32_and_their_means(data):
-    setting = replace(SETTING, arm="conv only", precision="bfloat16")
+    setting = replace(BARE, arm="conv only", precision="bfloat16")
     mixed, full = (Training(s, data, CPU) for s in (setting, replace(setting, precision="float32")))
     dtypes = []
     stem = mixed.model[0]
@@ -207,7 +197,7 @@ def test_mixed_precision_keeps_weights_in_float32_and_their_means(data):
 
 
 def test_scores_are_those_of_all_images(data):
-    training = Training(SETTING, data, CPU)
+    training = Training(BARE, data, CPU)
     train(training, 1)
     loss, accuracy = training.test()
     training.model.eval()
@@ -219,7 +209,7 @@ def test_scores_are_those_of_all_images(data):
 
 
 def test_the_network_learns(data):
-    training = Training(replace(SETTING, epochs=8), data, CPU)
+    training = Training(replace(BARE, epochs=8), data, CPU)
     rows = [training.epoch(k + 1, lambda: None) for k in range(8)]
     assert rows[-1].training_loss < 0.8 * rows[0].training_loss
     assert rows[-1].training_accuracy > 100 / CLASSES
@@ -227,5 +217,5 @@ def test_the_network_learns(data):
 
 def test_tick_is_called_after_each_batch(data):
     ticks = []
-    Training(SETTING, data, CPU).epoch(1, lambda: ticks.append(None))
+    Training(BARE, data, CPU).epoch(1, lambda: ticks.append(None))
     assert len(ticks) == TRAIN // SMALL.batch

@@ -58,8 +58,8 @@ def distance(of: Grid, arm: str) -> float:
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize(
-    ("norm", "optimizer"),
-    [("batch norm", "Adam"), ("group norm", "SGDM"), ("no norm", "SGDM")],
+    ("norm", "optimizer"),  # each norm and each optimizer, as a program takes long to compile
+    [("batch norm", "SGDM"), ("group norm", "Adam"), ("no norm", "SGDM")],
 )
 def test_losses_agree_step_by_step(norm, optimizer, arm):
     assert distance(grid(norm, optimizer), arm) < TOLERANCE
@@ -171,8 +171,7 @@ FAULTS = {
 )
 def test_a_fault_would_show(fault, optimizer, monkeypatch):
     monkeypatch.setattr(on_torch, *FAULTS[fault])
-    of = grid("group norm", optimizer, ARMS if optimizer == "SGDM" else ("gradient",))
-    assert distance(of, "gradient") > TOLERANCE
+    assert distance(grid("group norm", optimizer), "gradient") > TOLERANCE
 
 
 # Corollary 4.1

@@ -38,7 +38,7 @@ def test_sgdm_moves_alike_with_gradient_and_update_centralized(norm):
 
 
 def test_adam_does_not():
-    runs = in_jax(grid("batch norm", "Adam"))
+    runs = in_jax(grid("group norm", "Adam"))
     assert np.abs(runs["gradient"].loss / runs["update"].loss - 1).max() > 1e-3
 
 
@@ -53,7 +53,7 @@ def test_adam_does_not():
     ],
 )
 def test_where_the_fan_in_means_stay(optimizer, arm, where):
-    of = grid("batch norm", optimizer)
+    of = grid("group norm", optimizer)
     before, after = of.network.start(SEED)[0], in_jax(of)[arm].weights
     kernels = {
         "stem": lambda weights: weights["stem"]["kernel"],

@@ -1,4 +1,4 @@
-"""Models of Flax, Equinox and Haiku with every kind of layer, and what gcx plans for them."""
+"""Models of Flax, Equinox and Haiku with every kind of layer, and their plans."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 # The plan, the number of parameters, and the names of those with a fan-in, by its axes; others are
-# left alone. The last is what stands around the names of the weights.
+# left alone. The last is the path to a weight, with {} for its name.
 MODELS: dict[str, tuple[Callable[[], Plan], int, dict[tuple[int, ...], str], str]] = {
     "linen": (
         lambda: plan_of(OfLinen(), IMAGES),

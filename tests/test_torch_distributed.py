@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 import gcx
 import gcx.torch
 from gcx import Layout
-from gcx.backends import _torch
 
 import processes
 from sharded_training import (
@@ -71,12 +70,7 @@ def sharded(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def ddp(hidden: int) -> Spread:
-    return by_data(DistributedDataParallel, hidden)
-
-
-def fsdp2(hidden: int) -> Spread:
-    return by_data(sharded, hidden)
+ddp, fsdp2 = partial(by_data, DistributedDataParallel), partial(by_data, sharded)
 
 
 def fsdp2_along_fan_in(hidden: int) -> Spread:
@@ -112,18 +106,24 @@ def in_parallel(model: Net, mesh: Any) -> Net:
     return parallelize_module(model, mesh, plan)
 
 
-class Outcome(NamedTuple):
-    weights: Weights
-    sent: list[tuple[str, int]]
+Outcome = tuple[Weights, list[tuple[str, int]]]  # and what a step has sent
 
 
-def trained(spread: Callable[[int], Spread], hidden: int, where: Any) -> Outcome:
+def trained(
+    spread: Callable[[int], Spread],
+    hidden: int,
+    where: Any,
+    *,
+    is_centralized: bool = True,
+    **zero: Any,
+) -> Outcome:
     """Train on this process."""
     model, part, parts = spread(hidden)
-    optimizer = (sgd if where == "gradient" else adamw)(model.parameters())
-    gcx.torch.centralize(optimizer, model, where=where)
+    optimizer = (sgd if where == "gradient" else adamw)(model.parameters(), **zero)
+    if is_centralized:
+        gcx.torch.centralize(optimizer, model, where=where)
     sent = train(model, optimizer, part, parts)
-    return Outcome(whole_weights(model), sent)
+    return whole_weights(model), sent
 
 
 # How many means of each weight there are, where a fan-in is cut, as a step adds them up.
@@ -157,15 +157,11 @@ def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where
 
 
 def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.optim import ZeroRedundancyOptimizer as kind
 
-    model, part, parts = ddp(EVEN)
-    make, kind = (sgd, torch.optim.SGD) if where == "gradient" else (adamw, torch.optim.AdamW)
-    optimizer = make(model.parameters(), ZeroRedundancyOptimizer, optimizer_class=kind)
-    if is_centralized:
-        gcx.torch.centralize(optimizer, model, where=where)
-    sent = train(model, optimizer, part, parts)
-    return Outcome(whole_weights(model), sent)
+    of = torch.optim.SGD if where == "gradient" else torch.optim.AdamW
+    options: Any = {"kind": kind, "optimizer_class": of, "is_centralized": is_centralized}
+    return trained(ddp, EVEN, where, **options)
 
 
 @pytest.mark.parametrize("where", EXPECTED)
@@ -191,11 +187,11 @@ def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
         gcx.torch.centralize(optimizer, model)
     before_step = [centralize_whole_gradients] if is_written_out else []
     sent = train(model, optimizer, distributed.get_rank(), 2, *before_step)
-    return Outcome(whole_weights(model), sent)
+    return whole_weights(model), sent
 
 
 def test_mixed_precision() -> None:
-    expected = processes.run(2, trained_in_mixed_precision, True)[0].weights
+    expected = processes.run(2, trained_in_mixed_precision, True)[0][0]
     for weights, sent in processes.run(2, trained_in_mixed_precision, False):
         assert_weights(weights, expected, atol=1e-6)
         assert sent == [("all_reduce", UP)]
@@ -322,29 +318,39 @@ WEIGHTS = [
 ]
 
 
+def holding(weight: Tensor) -> nn.Module:
+    model = nn.Module()
+    model.weight = nn.Parameter(weight)
+    return model
+
+
 def on_every_placement(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
-    """Centralize in place and not, however a tensor is cut, and compare with the whole of it."""
+    """Centralize in backward and in place, however a gradient is cut; compare with its whole."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     full = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    fan_in = layout.split(shape)
-    expected = _torch.centralize_over(full, fan_in, 1.0, False)
-    kinds = [*map(Shard, range(len(shape))), Replicate(), Partial(), Partial("avg")]
-    for kind in kinds:
-        is_sum = kind == Partial()
-        spread = (
-            DTensor.from_local(full / mesh.size() if is_sum else full, mesh, [kind])
+    view, fan_in = layout.split(shape)
+    means = full.numel() // prod(view[axis] for axis in fan_in)
+    expected, overrides = gcx.centralize(full, layout=layout), {"weight": layout}
+    model, plain = (holding(distribute_tensor(full, mesh, [Replicate()])) for _ in range(2))
+    gcx.torch.centralize_in_backward(model, overrides=overrides)
+    for kind in [*map(Shard, range(len(shape))), Replicate(), Partial(), Partial("avg")]:
+        part = full / mesh.size() if kind == Partial() else full
+        grad = (
+            DTensor.from_local(part, mesh, [kind])
             if kind.is_partial()
             else distribute_tensor(full.clone(), mesh, [kind])
         )
+        model.weight.grad, plain.weight.grad = None, grad
+        calls = [partial(gcx.torch.centralize_grads_, plain, overrides=overrides)]
+        if not kind.is_partial():  # autograd adds these up
+            calls.append(partial(model.weight.backward, grad.clone()))
         with Sent() as sent:
-            result = _torch.centralize_over(spread, fan_in, 1.0, False)
-            _torch.subtract_means_([spread], [fan_in], [spread])
-        for found in (result, spread):
+            for call in calls:
+                call()
+        for found in (grad, model.weight.grad)[: len(calls)]:
             assert found.placements == (kind,)
             assert found.dtype == dtype
-            assert found.shape == full.shape
             torch.testing.assert_close(found.full_tensor(), expected)
-        means = full.numel() // prod(fan_in[0][axis] for axis in fan_in[1])
         assert kind == Partial("avg") or all(size <= means for _, size in sent.messages)
 
 
@@ -378,7 +384,6 @@ def by_the_core() -> None:
 def reproducibly() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full = torch.randn(6, 5, 4, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
-    grouped = Layout("(bi)o...", b=2).split(full.shape)
     for cut in (Shard(0), Replicate()):
         grad = distribute_tensor(full.clone(), mesh, [cut])
         with Sent() as sent:
@@ -390,10 +395,17 @@ def reproducibly() -> None:
             assert found.placements == (cut,)
             assert torch.equal(found.full_tensor(), expected)
     # Kept axes after the groups may be cut; a group may not, even where the cut is between two.
-    spread = distribute_tensor(full, mesh, [Shard(1)])
-    expected = _torch.centralize_over(full, grouped, 1.0, True)
-    found = _torch.centralize_over(spread, grouped, 1.0, True)
-    assert torch.equal(found.full_tensor(), expected)
+    grouped = Layout("(bi)o...", b=2)
+    options: dict[str, Any] = {"overrides": {"weight": grouped}, "reproducible": True}
+    spread, cut_in_groups = (
+        holding(distribute_tensor(full, mesh, [Shard(axis)])) for axis in (1, 0)
+    )
+    gcx.torch.centralize_in_backward(spread, **options)
+    spread.weight.backward(spread.weight.detach().clone())
+    expected = gcx.centralize(full, layout=grouped, reproducible=True)
+    assert torch.equal(spread.weight.grad.full_tensor(), expected)
+    with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
+        gcx.torch.centralize_in_backward(cut_in_groups, **options)
 
     by_columns = {"layout": "...o", "reproducible": True}
     for cut, options in [
@@ -406,8 +418,6 @@ def reproducibly() -> None:
         with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
             gcx.centralize(grad, out=grad, **options)
         assert torch.equal(grad.to_local(), full)
-    with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
-        _torch.check_reproducible_over(distribute_tensor(full, mesh, [Shard(0)]), grouped)
 
 
 def differentiated() -> None:

@@ -24,6 +24,7 @@ from torch_training import (
     Own,
     assert_means_kept,
     attached,
+    backward,
     change_of,
     keeps_means,
     loss_of,
@@ -338,15 +339,13 @@ def test_step_that_raises_leaves_the_next_ones_right(layer: nn.Linear) -> None:
 
 
 def test_not_an_optimizer(layer: nn.Linear) -> None:
-    wrapper = Wrapper(SGD(layer.parameters()))
-    scheduler = torch.optim.lr_scheduler.ConstantLR(wrapper.optimizer)
-    for other in (Wrapper(layer), scheduler):
-        with pytest.raises(TypeError, match=r"not \S+\.(Wrapper|ConstantLR); .*\.optimizer"):
-            gcx.torch.centralize(other, layer)
-    flattens = r"ZeRO\. DeepSpeed flattens .*: call gcx\.torch\.centralize_in_backward\(model\)"
+    optimizer = SGD(layer.parameters())
     zero = type("ZeRO", (), {"__module__": "deepspeed.runtime", "step": None})()
-    foreign = type("Linear", (), {"__module__": "flax.nnx"})()
+    foreign: Any = type("Linear", (), {"__module__": "flax.nnx"})()
+    flattens = r"ZeRO\. DeepSpeed flattens .*: call gcx\.torch\.centralize_in_backward\(model\)"
     for other, message in (
+        (Wrapper(layer), r"\.Wrapper; .*\.optimizer"),
+        (torch.optim.lr_scheduler.ConstantLR(optimizer), r"\.ConstantLR; .*\.optimizer"),
         ([layer.weight], "list$"),
         (SGD, r"the class torch\.optim\.sgd\.SGD$"),
         (gcx.optim.SGD(0.1), r"gcx\.optim\.SGD$"),
@@ -357,20 +356,17 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
             gcx.torch.centralize(other, layer)
     for other, message in ((layer.parameters(), "generator$"), (foreign, r"use gcx\.optax$")):
         with pytest.raises(TypeError, match=rf"model is a torch\.nn\.Module, not .*{message}"):
-            gcx.torch.centralize(wrapper.optimizer, other)
+            gcx.torch.centralize(optimizer, other)
     with pytest.raises(TypeError, match=r"got torch\.\S+\.Linear; .* gcx\.torch\.centralize$"):
         gcx.centralize(layer)
-
-    class InBackward(Optimizer):
-        """Updates in backward, as LOMO does."""
-
+    in_backward = type("InBackward", (Optimizer,), {})  # updates in backward, as LOMO does
     with pytest.raises(TypeError, match=r"InBackward has no step.*centralize_in_backward"):
-        gcx.torch.centralize(InBackward(layer.parameters(), {}), layer)
+        gcx.torch.centralize(in_backward(layer.parameters(), {}), layer)
 
 
 @pytest.mark.parametrize("limit", [0.5, float("inf")])
 def test_closure_that_accumulates_and_clips(limit: float, where: Any, layer: nn.Linear) -> None:
-    """What is clipped is the whole gradient, as in a loop without a closure."""
+    """It clips the whole gradient, as in a loop without a closure."""
     twin = copy.deepcopy(layer)
     optimizer, other = (attached(one, where, weight_decay=0.1) for one in (layer, twin))
 
@@ -380,8 +376,7 @@ def test_closure_that_accumulates_and_clips(limit: float, where: Any, layer: nn.
 
     for _ in range(4):
         for model in (layer, twin):
-            model.zero_grad()
-            loss_of(model).backward()
+            backward(model, optimizer if model is layer else other)
         optimizer.step(lambda: closure(layer))
         closure(twin)
         other.step()

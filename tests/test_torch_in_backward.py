@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp import ShardingStrategy as Strategy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, Optimizer
@@ -56,12 +58,8 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(x).tanh())
-        x = (
-            checkpoint(self.block, x, **self._checkpointing)
-            if self._checkpointing
-            else self.block(x)
-        )
-        return self.last(x)
+        options = self._checkpointing
+        return self.last(checkpoint(self.block, x, **options) if options else self.block(x))
 
 
 def built(**checkpointing: bool) -> Model:
@@ -73,8 +71,11 @@ def backward(model: nn.Module, part: int = 0, parts: int = 1) -> None:
     (model(X[part::parts]) - 1).square().mean().backward()
 
 
-def optimizer_of(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.1, momentum=0.9)
+sgd = partial(SGD, lr=0.1, momentum=0.9)
+
+
+def loss_of(layer: nn.Module) -> Tensor:
+    return layer(X.float()).square().sum()
 
 
 def train(model: nn.Module, optimizer: Optimizer, part: int = 0, parts: int = 1) -> None:
@@ -88,7 +89,7 @@ def train(model: nn.Module, optimizer: Optimizer, part: int = 0, parts: int = 1)
 def expected() -> Weights:
     """What centralizing at the step comes to."""
     model = built()
-    optimizer = optimizer_of(model)
+    optimizer = sgd(model.parameters())
     gcx.torch.centralize(optimizer, model)
     train(model, optimizer)
     return whole_weights(model)
@@ -105,7 +106,7 @@ PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant":
 def test_as_at_the_step(checkpointing: Any, expected: Weights) -> None:
     model = built(**checkpointing)
     gcx.torch.centralize_in_backward(model)
-    train(model, optimizer_of(model))
+    train(model, sgd(model.parameters()))
     assert_weights(whole_weights(model), expected)
     weights = [p for p in model.block.parameters() if p.ndim == 2]
     assert [len(p._backward_hooks or ()) for p in weights] == [1] * 4  # they do not pile up
@@ -125,7 +126,7 @@ def test_accumulated_gradients() -> None:
 def test_optimizer_in_backward(expected: Weights) -> None:
     model = built()
     gcx.torch.centralize_in_backward(model)
-    optimizers = {p: SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+    optimizers = {p: sgd([p]) for p in model.parameters()}
 
     def step(parameter: Tensor) -> None:
         optimizers[parameter].step()
@@ -141,10 +142,9 @@ def test_optimizer_in_backward(expected: Weights) -> None:
 def test_gradients_of_autograd() -> None:
     layer = nn.Linear(6, 4)
     gcx.torch.centralize_in_backward(layer)
-    loss = layer(X.float()).square().sum()
-    (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
-    assert_centralized(grad)
-    (second,) = torch.autograd.grad(grad.square().sum(), layer.weight)
+    (first,) = torch.autograd.grad(loss_of(layer), layer.weight, create_graph=True)
+    assert_centralized(first)
+    (second,) = torch.autograd.grad(first.square().sum(), layer.weight)
     assert second.abs().max() > 0
 
 
@@ -156,7 +156,7 @@ def test_parameter_that_is_replaced_or_unfrozen_is_found_in_the_next_pass() -> N
     for state in (None, nn.Linear(6, 4).state_dict()):
         if state is not None:
             layer.load_state_dict(state, assign=True)
-        layer(X.float()).square().sum().backward()
+        loss_of(layer).backward()
         assert_centralized(layer.weight.grad)
 
 
@@ -166,13 +166,11 @@ def pulled_back(loss: Callable[..., Tensor], weights: dict[str, Tensor]) -> Any:
 
 
 BY_FUNC: dict[str, Callable[..., Any]] = {
-    "grad": lambda loss, weights: torch.func.grad(loss)(weights, X),
+    "grad": lambda loss, weights: grad(loss)(weights, X),
     "vjp": pulled_back,
     "jacrev": lambda loss, weights: torch.func.jacrev(loss)(weights, X),
-    "per example": lambda loss, weights: torch.func.vmap(torch.func.grad(loss), (None, 0))(
-        weights, X
-    ),
-    "ensemble": lambda loss, weights: torch.func.vmap(torch.func.grad(loss), (0, None))(
+    "per example": lambda loss, weights: vmap(grad(loss), (None, 0))(weights, X),
+    "ensemble": lambda loss, weights: vmap(grad(loss), (0, None))(
         {name: torch.stack([weight, -weight]) for name, weight in weights.items()}, X
     ),
 }
@@ -190,21 +188,21 @@ def test_gradients_of_torch_func(differentiate: Callable[..., Any]) -> None:
     handle = gcx.torch.centralize_in_backward(model)
     found = differentiate(loss, weights)
     handle.remove()
-    for name, grad in expected.items():
-        mean = grad.mean(-1, keepdim=True) if "weight" in name else 0.0
-        torch.testing.assert_close(found[name], grad - mean, rtol=0, atol=1e-14)
+    for name, whole in expected.items():
+        mean = whole.mean(-1, keepdim=True) if "weight" in name else 0.0
+        torch.testing.assert_close(found[name], whole - mean, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copy_of_a_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Linear(6, 4)
     handle = gcx.torch.centralize_in_backward(model)
-    model(X.float()).square().sum().backward()
+    loss_of(model).backward()
     twin = copied(model)
     handle.remove()
     for each in (model, twin):
         each.zero_grad()
-        each(X.float()).square().sum().backward()
+        loss_of(each).backward()
     assert_centralized(twin.weight.grad)
     assert model.weight.grad.mean(1).abs().max() > 0.01
 
@@ -213,11 +211,10 @@ def test_remove() -> None:
     model, plain = built(), built()
     handle = gcx.torch.centralize_in_backward(model)
     backward(model)
-    model.zero_grad()
     handle.remove()
     handle.remove()
-    train(model, optimizer_of(model))
-    train(plain, optimizer_of(plain))
+    for each in (model, plain):
+        train(each, sgd(each.parameters()))
     assert_weights(whole_weights(model), whole_weights(plain), atol=0)
     gcx.torch.centralize_in_backward(model)  # which a second handle would refuse
 
@@ -235,8 +232,7 @@ def test_compiled_model() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
     gcx.torch.centralize_in_backward(model)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(X.float()).square().sum().backward()
+    loss_of(torch.compile(model, backend="aot_eager")).backward()
     assert_centralized(model[0].weight.grad)
     assert_centralized(model[2].weight.grad)
 
@@ -270,9 +266,11 @@ def watched() -> tuple[nn.Sequential, Any]:
 
 def test_gradients_that_go_another_way_are_noticed(watched: Any) -> None:
     model, handle = watched
-    idle = r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
+    idle = pytest.warns(
+        UserWarning, match=r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
+    )
     for passed in range(1, 10):
-        with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
+        with idle if passed == 8 else nullcontext():
             model[1](X.float()).sum().backward()
             model(X.float())
     handle.remove()
@@ -287,9 +285,8 @@ def test_gradients_that_never_came_are_noticed_at_the_end(watched: Any) -> None:
 
 
 def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
-    cell = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    cell, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), X.float()
     handle = gcx.torch.centralize_in_backward(cell)
-    x = X.float()
     for _ in range(10):
         x = cell(x)
     x.sum().backward()
@@ -303,16 +300,12 @@ def test_weights_that_change_without_a_gradient_are_noticed() -> None:
     """As where the loop estimates gradients by itself."""
     layer = nn.Linear(6, 6)
     gcx.torch.centralize_in_backward(layer)
-    for k in range(9):
-        with (
-            pytest.warns(UserWarning, match="no gradient of this Linear")
-            if k == 8
-            else nullcontext()
-        ):
+    warns = pytest.warns(UserWarning, match="no gradient of this Linear")
+    for k in range(10):  # it warns once
+        with warns if k == 8 else nullcontext():
             layer(X.float())
         layer.weight.grad = torch.ones_like(layer.weight)
         SGD(layer.parameters(), lr=0.1).step()
-    layer(X.float())  # warns no more
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
@@ -368,7 +361,7 @@ def under_fsdp1(
         model.block = FullyShardedDataParallel(model.block, **options)
         model.last = FullyShardedDataParallel(model.last, **options)
     wrapped = FullyShardedDataParallel(model, **options)
-    optimizer = optimizer_of(wrapped)
+    optimizer = sgd(wrapped.parameters())
     for _ in range(STEPS):
         optimizer.zero_grad()
         if micro_steps == 1:
@@ -400,13 +393,15 @@ OF_ONE_PROCESS: dict[str, tuple[Any, ...]] = {
 
 
 def step_under_fsdp1_that_came_too_late(kind: str) -> None:
-    layers = {"linear": nn.Linear(6, 6), "groups": nn.ConvTranspose2d(4, 6, 3, groups=2)}
-    inputs = {"linear": (2, 6), "groups": (2, 4, 5, 5)}
-    model = nn.Sequential(layers[kind])
-    optimizer = optimizer_of(model)
+    layer, shape = {
+        "linear": (nn.Linear(6, 6), (2, 6)),
+        "groups": (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    }[kind]
+    model = nn.Sequential(layer)
+    optimizer = sgd(model.parameters())
     gcx.torch.centralize(optimizer, model)
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, **CPU)
-    wrapped(torch.rand(inputs[kind])).square().sum().backward()
+    wrapped(torch.rand(shape)).square().sum().backward()
     with pytest.raises(RuntimeError, match=r"0\.weight is of rank 1.*centralize_in_backward"):
         optimizer.step()
 
@@ -422,7 +417,7 @@ def change_under_fsdp1_in_mixed_precision() -> Tensor:
     gcx.torch.centralize_in_backward(layer)
     mixed = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = FullyShardedDataParallel(layer, mixed_precision=mixed, use_orig_params=True, **CPU)
-    optimizer = optimizer_of(model)
+    optimizer = sgd(model.parameters())
     for step in range(STEPS):
         optimizer.zero_grad()
         x = torch.rand(8, 64, generator=torch.Generator().manual_seed(step))
@@ -439,12 +434,10 @@ def test_fsdp1_in_mixed_precision() -> None:
 
 
 def under_ddp() -> Weights:
-    rank = distributed.get_rank()
     model = built()
     gcx.torch.centralize_in_backward(model)
     wrapped = DistributedDataParallel(model)
-    optimizer = optimizer_of(wrapped)
-    train(wrapped, optimizer, rank, 2)
+    train(wrapped, sgd(wrapped.parameters()), distributed.get_rank(), 2)
     return whole_weights(model)
 
 
@@ -453,7 +446,7 @@ def under_fsdp2() -> Weights:
     gcx.torch.centralize_in_backward(model)
     for part in (model.block, model):
         fully_shard(part)
-    train(model, optimizer_of(model), distributed.get_rank(), 2)
+    train(model, sgd(model.parameters()), distributed.get_rank(), 2)
     return whole_weights(model)
 
 
@@ -478,5 +471,5 @@ def gradients_in_parallel() -> tuple[Tensor, Tensor]:
 
 def test_tensor_parallel() -> None:
     for gradients in processes.run(2, gradients_in_parallel):
-        for grad in gradients:
-            assert_centralized(grad)
+        for each in gradients:
+            assert_centralized(each)

@@ -21,6 +21,7 @@ import canonical_order
 import processes
 from same_bits import assert_same_bits
 from sharded_training import whole
+from torch_kernels import give_gradients, to_numpy
 from torch_training import WAYS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -41,14 +42,6 @@ def new_model(dtype: torch.dtype = torch.float32) -> Model:
     return Model().to(dtype)
 
 
-def random_gradients(model: nn.Module, seed: int = 0) -> None:
-    """Set gradients to numbers that depend on nothing but the seed, in the strides of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        grad = 0.3 + torch.randn(parameter.shape, generator=generator)
-        parameter.grad = torch.empty_like(parameter).copy_(grad)
-
-
 def weights(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
     """List the weights, with the shape in which the layout sees them, and their fan-in axes."""
     found = {}
@@ -60,11 +53,6 @@ def weights(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[
     return found
 
 
-def numbers(tensor: Tensor) -> Any:
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(wide).contiguous().numpy()
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -73,7 +61,7 @@ def by_reference(model: nn.Module) -> dict[str, Any]:
     """Centralize the gradients of a model, outside of gcx."""
     expected = {}
     for name, (parameter, view, axes) in weights(model).items():
-        grad = numbers(parameter.grad).reshape(view)
+        grad = to_numpy(parameter.grad).reshape(view)
         result = canonical_order.centralized(grad, axes, name_of(parameter.dtype))
         expected[name] = result.reshape(parameter.shape)
     return expected
@@ -88,7 +76,7 @@ STRIDES: dict[str, Callable[[Model], Model]] = {
 def by_unit(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], compute: Any) -> Any:
     """Compute the numbers of each output unit of each weight from those of two tensors."""
     for name, (parameter, view, axes) in weights(model).items():
-        one, other = (numbers(x).reshape(view) for x in pairs[name])
+        one, other = (to_numpy(x).reshape(view) for x in pairs[name])
         result = np.empty_like(one)
         for unit in canonical_order.output_units(view, axes):
             result[unit] = compute(one[unit], other[unit])
@@ -107,11 +95,11 @@ def test_gradients_have_the_canonical_bits(
     centralize: Callable[..., None], dtype: torch.dtype, strides: str
 ) -> None:
     model = STRIDES[strides](new_model(dtype))
-    random_gradients(model)
+    give_gradients(0, model)
     expected = by_reference(model)
     centralize(model, reproducible=True)
     for name, grad in expected.items():
-        assert_same_bits(numbers(model.get_parameter(name).grad), grad)
+        assert_same_bits(to_numpy(model.get_parameter(name).grad), grad)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -119,20 +107,20 @@ def test_gradients_have_the_canonical_bits(
 def test_decay_is_added_before_the_mean(maximize: bool, strides: str) -> None:
     """The mean is that of ``grad + rate * weight`` in float32."""
     model = STRIDES[strides](new_model())
-    random_gradients(model)
+    give_gradients(0, model)
     rate = np.float32(-0.1 if maximize else 0.1)
     pairs = {name: (p.grad.clone(), p.detach().clone()) for name, p in model.named_parameters()}
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1, maximize=maximize)
     gcx.torch.centralize(optimizer, model, reproducible=True)
     optimizer.step()
     for name, expected in by_unit(model, pairs, lambda g, w: g - mean(g + rate * w)):
-        assert_same_bits(numbers(model.get_parameter(name).grad), expected)
+        assert_same_bits(to_numpy(model.get_parameter(name).grad), expected)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
 def test_update_restores_the_canonical_mean(strides: str) -> None:
     model = STRIDES[strides](new_model())
-    random_gradients(model)
+    give_gradients(0, model)
     plain, start = copy.deepcopy(model), copy.deepcopy(model)
     for one in (model, plain):
         optimizer = AdamW(one.parameters(), lr=0.1, foreach=False)
@@ -143,7 +131,7 @@ def test_update_restores_the_canonical_mean(strides: str) -> None:
         optimizer.step()
     pairs = {name: (p, plain.get_parameter(name)) for name, p in start.named_parameters()}
     for name, expected in by_unit(model, pairs, lambda old, new: new - (mean(new) - mean(old))):
-        assert_same_bits(numbers(model.get_parameter(name)), expected)
+        assert_same_bits(to_numpy(model.get_parameter(name)), expected)
 
 
 sgd = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
@@ -153,11 +141,11 @@ adamw = partial(AdamW, lr=0.1, foreach=False)
 def run(model: Model, make: Any, **options: Any) -> list[Any]:
     """Train on recorded gradients, the first ones without centralization."""
     optimizer = make(model.parameters())
-    random_gradients(model, seed=100)
+    give_gradients(100, model)
     optimizer.step()
     gcx.torch.centralize(optimizer, model, **options)  # and momentum from before
     for seed in range(3):
-        random_gradients(model, seed)
+        give_gradients(seed, model)
         optimizer.step()
     # A closure that adds to the gradients finds them as they were.
     generator = torch.Generator().manual_seed(200)
@@ -168,7 +156,7 @@ def run(model: Model, make: Any, **options: Any) -> list[Any]:
             parameter.grad += grad
 
     optimizer.step(closure)
-    return [numbers(parameter) for parameter in model.parameters()]
+    return [to_numpy(parameter) for parameter in model.parameters()]
 
 
 @pytest.mark.filterwarnings("ignore:the momentum of 3 weights:UserWarning")
@@ -235,7 +223,7 @@ def sharded_step(placement: Placement, where: str) -> tuple[Any, Any]:
         gcx.torch.centralize(optimizer, layer, where=where, reproducible=True)
         layer.weight.grad = grad
         optimizer.step()
-        results.append(numbers(whole(layer.weight.detach())))
+        results.append(to_numpy(whole(layer.weight.detach())))
     return results[0], results[1]
 
 

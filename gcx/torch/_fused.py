@@ -222,7 +222,7 @@ class _StepHooks(GradientHooks):
         weights = {id(group): found for group, found in super()._by_group()}
         self.marked.clear()
         left = []
-        optimizer = cast("FusedOptimizer", self._targets.optimizer)
+        optimizer = cast("FusedOptimizer", self._targets.get_optimizer())
         for group in optimizer.param_groups:
             found = weights.get(id(group), [])
             if not optimizer._why_not(group):  # noqa: SLF001

@@ -31,7 +31,6 @@ Rate = float | Tensor | None
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
 _NAMELESS = "?"  # a parameter that was never in the model
-_STRANGER = "unknown: it is not in the model"
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
@@ -66,9 +65,6 @@ class Weight(NamedTuple):
         if self.reproducible:
             with naming(self.name):
                 _torch.check_reproducible_over(tensor, self.fan_in)
-
-
-Gradients = Sequence[tuple[Weight, Tensor]]
 
 
 def weights_of(
@@ -222,8 +218,8 @@ class Targets:
             if parameter not in found:
                 before = self._decisions.get(parameter)
                 name = _NAMELESS if before is None else before.row.name
-                row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
-                found[parameter] = Decision(row, None, "")
+                shape, reason = tuple(parameter.shape), "unknown: it is not in the model"
+                found[parameter] = Decision(PlanRow(name, shape, None, reason), None, "")
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,7 +302,9 @@ def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     return not overlap(starts, map(count, grads))
 
 
-def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:
+def centralize_(
+    gradients: Sequence[tuple[Weight, Tensor]], rate: Rate = None, strength: float = 1.0
+) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not gradients:
         return

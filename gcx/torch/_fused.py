@@ -243,7 +243,7 @@ def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
 
 
 def _sign_as(kind: type[Optimizer]) -> Signature:
-    """Show torch's arguments in help(), and those of gcx after them."""
+    """Let help() show torch's arguments, and then gcx's own."""
     own = [p for p in signature(FusedOptimizer).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return Signature([*signature(kind).parameters.values(), *own])
 

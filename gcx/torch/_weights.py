@@ -87,7 +87,7 @@ class Weak(ref[T]):
 
     def __reduce__(self) -> Any:
         found = self()
-        # Of a dead object the copy is dead too: nothing else holds this set.
+        # The copy of a dead one is dead too: this set goes at once.
         return Weak, (set() if found is None else found,)
 
 

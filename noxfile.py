@@ -10,6 +10,7 @@ that the pins of a group hold for the whole environment.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ AROUND = {
     "keras": ("keras", "keras", "--examples=keras"),
     "thinc": ("thinc", "thinc", "--examples=thinc"),
 }
+# Of tests/examples; what else is there runs in `agreement`.
+EXAMPLES = ("tests/examples/test_documents.py", "tests/examples/test_doctests.py")
 PEERS = "flax,haiku,equinox,pytorch_optimizer,matplotlib,scipy,ml_dtypes"
 
 # timm asks for torchvision, of which there is no build for the CPU on PyPI, and runs without.
@@ -134,7 +137,7 @@ def integrations(session: nox.Session, around: str) -> None:
         session.install("--no-deps", *TIMM, *LAYERS)
     arguments = ["tests/test_canary.py", "tests/adapters", f"tests/around_{around}"]
     if examples:
-        arguments += ["tests/examples", *examples]
+        arguments += [*EXAMPLES, *examples]
     arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
@@ -177,6 +180,8 @@ def wheel(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))
     if lacking := files_of_the_package() - set(ZipFile(built_wheel()).namelist()):
         session.error(f"the wheel lacks {sorted(lacking)}")
+    if relative := re.findall(r"\]\((?!https:).*?\)", description_of(built_wheel())):
+        session.error(f"the long description has links to files beside it: {relative}")
     for extra in ("cupy12", "cupy13"):  # of no use without a GPU, but their versions must exist
         session.install("--dry-run", f"{built_wheel()}[{extra}]")
 
@@ -257,16 +262,16 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def mutants(session: nox.Session) -> None:
-    """Change gcx in small ways, and see if a test fails; ``-- 'gcx.layout*'`` takes one module."""
+    """Change gcx in small ways, and see if a test fails; ``-- --only gcx.plan`` tries one."""
     install(session, "-e.", *FRAMEWORKS, "peers", "mutants")
-    session.run("mutmut", "run", *session.posargs)
-    session.run("mutmut", "results")
+    run_tool(session, "mutants", *session.posargs)
 
 
 @nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure accuracy and speed on this machine's CPU, and write the table of the docs."""
     install(session, "-e.", *FRAMEWORKS, "peers")
+    compile_in_haste_if_brief(session)
     run_tool(session, "cpu", *session.posargs)
     run_tool(session, "jax-axes")
     run_tool(session, "throughput", "--models", "resnet50", "--dtypes", "float32")
@@ -276,6 +281,7 @@ def bench(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """Train with GC and without on real data, and write the paper's tables with what came out."""
     install(session, "-e.", "paper")
+    compile_in_haste_if_brief(session)
     run_tool(session, "paper", *session.posargs)
 
 
@@ -308,6 +314,12 @@ def install(session: nox.Session, *names: str) -> None:
     session.install(*wanted, *required)
 
 
+def compile_in_haste_if_brief(session: nox.Session) -> None:
+    """Spare XLA its optimizations where it compiles longer than the programs run."""
+    if "--brief" in session.posargs:
+        session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
 def build_docs(session: nox.Session, group: str) -> None:
     """Build the documentation anew, so that no page of an earlier build is left."""
     install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", group)
@@ -331,6 +343,13 @@ def built_wheel() -> Path:
     """Find the wheel that the session of this name has built."""
     (path,) = DIST.glob("*.whl")
     return path
+
+
+def description_of(wheel: Path) -> str:
+    """Read the long description, which follows the headers of the metadata."""
+    with ZipFile(wheel) as files:
+        (metadata,) = (name for name in files.namelist() if name.endswith("/METADATA"))
+        return files.read(metadata).decode().partition("\n\n")[2]
 
 
 def files_of_the_package() -> set[str]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": Command("train on digits in every framework, with GC and without", _REPORTS, "demo"),
     "agreement": Command("compare the numbers of all libraries, or bits", _REPORTS, "agreement"),
     "fuzz": Command("call gcx with random arguments, right and wrong", _REPORTS, "fuzz"),
+    "mutants": Command("change gcx, and see if a test fails", "benchmarks.mutants.run"),
     "throughput": Command("time gcx on the gradients of real models", _REPORTS, "throughput"),
     "gpu": Command("measure on a CUDA device all that gcx promises there", _REPORTS, "gpu"),
     "cpu": Command("time gcx on one core, and measure its errors", "benchmarks.cpu.report"),

@@ -1,5 +1,7 @@
 """Sphinx configuration: ``nox -s docs``."""
 
+from html import escape
+
 import latex2mathml.converter
 from docutils import nodes
 from sphinx.util.math import get_node_equation_number
@@ -87,7 +89,8 @@ def label_cells(_app, document, _name):
             table["classes"].append("wide")
         for cell, title in ((c, h) for row in rows for c, h in zip(row, header, strict=True)):
             if title.astext() and cell.astext():
-                cell.insert(0, nodes.container("", *title.deepcopy().children, classes=["label"]))
+                label = f'<span class="label" data-title="{escape(title.astext())}"></span>'
+                cell.insert(0, nodes.raw("", label, format="html"))
 
 
 def mark_white_pictures(_app, document, _name):

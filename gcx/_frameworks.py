@@ -17,7 +17,9 @@ _ADAPTERS = {
 
 def name_kind(thing: object) -> str:
     """Name the class of an object with its module, unless that is builtins."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
+    kind = thing if isinstance(thing, type) else type(thing)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return f"the class {name}" if kind is thing else name
 
 
 def hint_at_adapter(thing: object, own: str = "") -> str:

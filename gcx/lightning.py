@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.optim import Optimizer
-
 import gcx.torch
 from gcx._frameworks import needing
 from gcx._options import TakesOptions
@@ -20,6 +17,10 @@ with needing("lightning", "lightning"):
         import pytorch_lightning as pl  # the same package by its older name
     else:
         import lightning.pytorch as pl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 __all__ = ["GradientCentralization"]
 

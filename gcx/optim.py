@@ -24,7 +24,7 @@ class SGD(Optimizer):
 
     .. math::
         g_t &= P(\nabla_t + \lambda w_{t-1}) \\
-        b_t &= \mu b_{t-1} + (1 - \tau) g_t, \qquad b_1 = g_1 \\
+        b_t &= \mu b_{t-1} + g_t, \qquad b_0 = 0 \\
         w_t &= w_{t-1} - \eta b_t
 
     Parameters
@@ -37,11 +37,9 @@ class SGD(Optimizer):
         Centralize the gradient with its weight decay, as above, or the displacement of the weight.
         For SGD they differ by rounding alone. None is plain SGD, and ignores `layouts`.
     layouts, strength, reproducible : optional
-        As in `gcx.centralize_many`; see the notes.
+        As in `gcx.centralize_many`.
     momentum : float, optional
         :math:`\mu`, from 0 to below 1. With 0 there is no buffer, and :math:`b_t` is :math:`g_t`.
-    dampening : float, optional
-        :math:`\tau`, from 0 to below 1; does not act at the first step.
     nesterov : bool, optional
         Step against :math:`g_t + \mu b_t` instead of :math:`b_t`.
 
@@ -54,11 +52,8 @@ class SGD(Optimizer):
     -----
     The formulas follow ``torch.optim.SGD``. The state is ``{"step": ..., "momentum": ...}``. Each
     parameter counts its own steps, those with a gradient. Weights of float16 or bfloat16 are
-    updated in their own precision, so float32 is better.
-
-    With `reproducible`, equal gradients give weights of equal bits on NumPy, torch on a CPU and JAX
-    on a CPU, in float32 and float64. Exceptions are subnormal numbers in JAX, and `jax.jit` and
-    `torch.compile`, which round the rest of the step in their own ways.
+    updated in their own precision, so float32 is better. The promises of `reproducible` for a
+    step are on :doc:`/reproducible`.
 
     References
     ----------
@@ -75,30 +70,22 @@ class SGD(Optimizer):
     """
 
     momentum: float = 0.0
-    dampening: float = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set_float("momentum", below=1.0)
-        self._set_float("dampening", below=1.0)
-        if self.nesterov and (not self.momentum or self.dampening):
-            given = f"momentum={self.momentum}, dampening={self.dampening}"
-            raise ValueError(f"nesterov=True needs momentum and no dampening, not {given}")
-        if self.dampening and not self.momentum:
-            raise ValueError(f"dampening={self.dampening} does nothing with momentum=0.0")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=True needs momentum, not momentum=0.0")
 
     @property
     def _buffers(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def _find_direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
+    def _find_direction(self, grad: Any, _step: Any, *buffers: Any) -> tuple[Any, ...]:
         if not buffers:
             return (grad,)
-        # The buffer starts at zero, so the first step sets it to the gradient, without dampening.
-        # A product instead of an `if`, since the step has no value inside jax.jit.
-        share = 1 - self.dampening * (step > 1)
-        buffer = self.momentum * buffers[0] + share * grad
+        buffer = self.momentum * buffers[0] + grad
         return (grad + self.momentum * buffer if self.nesterov else buffer), buffer
 
 

@@ -34,7 +34,6 @@ def sgd(
     where: str = "gradient",
     weight_decay: float = 0.0,
     momentum: float = 0.0,
-    dampening: float = 0.0,
     nesterov: bool = False,
 ) -> Any:
     """Train a weight, each operation rounded by itself; without axes, it is not centralized."""
@@ -46,8 +45,7 @@ def sgd(
     for grad in grads:
         d = project(grad + number(weight_decay) * weight, "gradient")
         if momentum:
-            damped = number(1 - dampening) * d
-            buffer = d if buffer is None else number(momentum) * buffer + damped
+            buffer = d if buffer is None else number(momentum) * buffer + d
             d = d + number(momentum) * buffer if nesterov else buffer
         weight = weight - number(lr) * project(d, "update")
     return weight

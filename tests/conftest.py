@@ -19,7 +19,7 @@ import libraries
 from example_sessions import SESSIONS
 
 # The files of tests that need a package.
-MODELS = "*/test_jax_layers_* *_jax_models.py */test_optax_models.py *_muon.py"
+MODELS = "*/test_jax_layers_* *_jax_models.py *_muon.py"
 NEEDS = {
     "torch": "*torch* */test_processes.py */kernels/* *_deepspeed.py",
     "optax": "*jax* *optax*",
@@ -116,6 +116,12 @@ def layer() -> Any:
     from torch_training import new_layer
 
     return new_layer()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make a device of torch_kernels as the file of the test does; it is emulated by default."""
+    return request.module.make_device(getattr(request, "param", "emulated"), monkeypatch)
 
 
 @pytest.fixture(scope="module")

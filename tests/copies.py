@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from typing import Any
 
 
-def saved_by_torch(value: Any) -> Any:
+def saved_by_torch(value: Any, weights_only: bool = False) -> Any:
     import torch
 
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=weights_only)
 
 
 COPIES = {

@@ -49,16 +49,32 @@ def in_shard_map(
     return facts(devices, mapped, sharded(devices, spec, shape, dtype))
 
 
-def explicit(spec: P) -> Facts:
-    devices = mesh(kind=AxisType.Explicit)
-    function = partial(gcx.centralize, layout="...o")
-    return facts(devices, function, sharded(devices, spec, SHAPE))
+def by_itself(spec: P, layout: str = "...o", kind: AxisType = AxisType.Auto) -> Facts:
+    """Call gcx.centralize on a whole array, whose parts are on all devices."""
+    devices = mesh(kind=kind)
+    function = partial(gcx.centralize, layout=layout)
+    axis = 1 if layout == "o..." else 0
+    return facts(devices, function, sharded(devices, spec, SHAPE), axis)
 
 
-def facts(devices: Any, function: Function, grad: Any) -> Facts:
+explicit = partial(by_itself, kind=AxisType.Explicit)
+
+
+def on_one_device() -> Facts:
+    grad = jax.device_put(rows_and_columns(), jax.devices()[3])
+    result = gcx.centralize(grad)
+    error = np.abs(np.asarray(result) - centralized(rows_and_columns(), (1,))).max()
+    return {"collectives": {}, "error": [error], "keeps": result.devices() == {jax.devices()[3]}}
+
+
+def rows_and_columns() -> Any:
+    return np.random.default_rng(0).normal(size=SHAPE).astype("float32")
+
+
+def facts(devices: Any, function: Function, grad: Any, axis: int = 0) -> Facts:
     """Call it, compile it, and compare; a ValueError is a fact too."""
     numbers = whole(devices, grad)
-    expected = centralized(numbers, (0,)) if len(numbers) > 1 else numbers
+    expected = centralized(numbers, (axis,)) if len(numbers) > 1 else numbers
     try:
         program = jax.jit(function).lower(grad).compile()
         results = (program(grad), function(grad))
@@ -84,7 +100,7 @@ def averaged(grad: Any) -> Any:
 
 def in_pmap(split: Function, function: Function, join: Function) -> Facts:
     """With one part a device."""
-    numbers = np.random.default_rng(0).normal(size=SHAPE).astype("float32")
+    numbers = rows_and_columns()
     mapped = jax.pmap(function, axis_name="x")
     parts = split(numbers)
     result = np.asarray(mapped(parts))
@@ -156,10 +172,7 @@ CASES: dict[str, tuple[dict[str, int] | str, Callable[[], Facts]]] = {
         {"all-reduce 24": 2},
         partial(in_shard_map, P("x"), jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2)),
     ),
-    "pmap, fan-in": (
-        MEANS,
-        partial(in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE)),
-    ),
+    "pmap, fan-in": (MEANS, partial(in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE))),
     "pmap, averaged": (
         GRADIENT,
         partial(
@@ -173,6 +186,15 @@ CASES: dict[str, tuple[dict[str, int] | str, Callable[[], Facts]]] = {
     "explicit, fan-in": (MEANS, partial(explicit, P("x"))),
     "explicit, fan-out": (NOTHING, partial(explicit, P(None, "x"))),
     "explicit, fan-in and fan-out": (HALF, partial(explicit, P("x", "y"))),
+    "on one device": (NOTHING, on_one_device),
+    "alone, whole": (NOTHING, partial(by_itself, P())),
+    "alone, fan-in": (MEANS, partial(by_itself, P("x"))),
+    "alone, fan-out": (NOTHING, partial(by_itself, P(None, "x"))),
+    "alone, fan-in and fan-out": (HALF, partial(by_itself, P("x", "y"))),
+    "alone, fan-in over two axes": (MEANS, partial(by_itself, P(("x", "y")))),
+    "rows, fan-in": ({"all-reduce 16": 1}, partial(by_itself, P(None, "y"), "o...")),
+    "rows, fan-out over two axes": (NOTHING, partial(by_itself, P(("x", "y")), "o...")),
+    "rows, fan-in and fan-out": ({"all-reduce 4": 1}, partial(by_itself, P("x", "y"), "o...")),
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 
 
+def values(*shape: int, seed: int = 0) -> Any:
+    """Draw numbers whose mean is not zero."""
+    return np.random.default_rng(seed).normal(loc=3.0, size=shape)
+
+
 def fan_in_means(x: Any, axes: tuple[int, ...]) -> Any:
     """Exactly rounded float64 (or complex128) means over `axes`, which stay with size 1."""
     wide = _wide(x)

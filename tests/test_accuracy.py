@@ -67,6 +67,14 @@ def test_float32(xp: ArrayLibrary, kind: str, place: str, size: tuple[int, int, 
     assert (error / put(np.broadcast_to(ulp, rows.shape))).max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", ["float64", "complex64", "complex128"])
+def test_long_sums_in_other_dtypes(xp: ArrayLibrary, dtype: str) -> None:
+    rows = np.random.default_rng(0).normal(0.5, 1.0, (3, 5000)).astype(dtype)
+    result = xp.numpy(gcx.centralize(xp.asarray(rows, dtype)))
+    atol = 2 * np.finfo(dtype).eps * np.abs(rows).max()
+    np.testing.assert_allclose(result, centralized(rows, (1,)), rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("fan_in", [9, 128, 512, 1000, 4097, 8192, 69_632])
 @pytest.mark.parametrize("place", PLACES)
 def test_equal_numbers(xp: ArrayLibrary, fan_in: int, place: str) -> None:

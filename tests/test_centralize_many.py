@@ -12,19 +12,15 @@ import pytest
 
 import gcx
 from gcx._dispatch import backend_for
-from gcx._names import flatten
+from gcx._names import flatten, rebuild
 
 from libraries import ArrayLibrary
-from reference import centralized
+from reference import centralized, values
 
 
 class Pair(NamedTuple):
     kernel: Any
     bias: Any
-
-
-def values(*shape: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).normal(loc=3.0, size=shape)
 
 
 def read(xp: ArrayLibrary, tree: Any) -> dict[str, Any]:
@@ -141,27 +137,6 @@ class TestTrees:
         assert result == empty
         assert type(result) is type(empty)
 
-    def test_input_keeps_its_arrays(self, xp: ArrayLibrary) -> None:
-        kernel = xp.asarray(values(3, 4))
-        grads = {"a": [kernel]}
-        gcx.centralize_many(grads)
-        assert grads["a"][0] is kernel
-        np.testing.assert_array_equal(xp.numpy(kernel), values(3, 4))
-
-    def test_strength(self, xp: ArrayLibrary) -> None:
-        grad = values(3, 4)
-        (result,) = gcx.centralize_many([xp.asarray(grad)], strength=0.25)
-        expected = 0.75 * grad + 0.25 * centralized(grad, (1,))
-        np.testing.assert_allclose(xp.numpy(result), expected, rtol=0, atol=1e-14)
-
-    def test_arrays_of_this_library_beside_numpy(self, xp: ArrayLibrary) -> None:
-        mine, numpys = gcx.centralize_many((xp.asarray(values(3, 4)), values(3, 4)))
-        assert type(mine) is type(xp.asarray(values(3, 4)))
-        assert type(numpys) is np.ndarray
-        for result in (xp.numpy(mine), numpys):
-            expected = centralized(values(3, 4), (1,))
-            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-14)
-
     def test_each_library_is_called_once(
         self, xp: ArrayLibrary, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -197,67 +172,44 @@ def assert_same_structure(result: Any, grads: Any) -> None:
             assert_same_structure(mine, value)
 
 
-class TestLayouts:
-    def test_one_for_all(self, xp: ArrayLibrary) -> None:
-        grads = {"a": values(3, 4), "b": [values(2, 2, 3)]}
-        result = gcx.centralize_many(
-            {"a": xp.asarray(grads["a"]), "b": [xp.asarray(grads["b"][0])]}, layouts="...o"
-        )
-        expected = {"a": centralized(grads["a"], (0,)), "b/0": centralized(grads["b"][0], (0, 1))}
-        assert_leaves(read(xp, result), expected)
+K, B = values(3, 4), values(5)
+MANY = {
+    "encoder": [{"kernel": K, "bias": B}],
+    "query": {"kernel": values(4, 2, 3)},
+    "embedding": K,
+    "frozen": None,
+}
+GLOBS = {"query/kernel": "ioo", "*/kernel": "...o", "*bias": None, "em*": None, "frozen": "o..."}
+OF_A_LIST = ["o...", gcx.Layout("...o"), None]
+# Gradients, layouts, and the fan-in axes of those that are not left alone.
+LAYOUTS: dict[str, tuple[Any, Any, dict[str, tuple[int, ...]]]] = {
+    "one": ({"a": K, "b": [values(2, 2, 3)]}, "...o", {"a": (0,), "b/0": (0, 1)}),
+    "list": ([values(3, 4, seed=k) for k in range(3)], OF_A_LIST, {"0": (1,), "1": (0,)}),
+    "tuple": ([values(3, 4, seed=k) for k in range(3)], (*OF_A_LIST,), {"0": (1,), "1": (0,)}),
+    "nested": ([K, {"a": K}], ["...o", {"a": "o..."}], {"0": (0,), "1/a": (1,)}),
+    "globs": (MANY, GLOBS, {"encoder/0/kernel": (0,), "query/kernel": (0,)}),
+    "any mapping": ({"a": K}, MappingProxyType({"a": "...o"}), {"a": (0,)}),
+}
 
-    @pytest.mark.parametrize("container", [list, tuple])
-    def test_a_list(self, xp: ArrayLibrary, container: Any) -> None:
-        grads = [values(3, 4, seed=k) for k in range(3)]
-        layouts = container(["o...", gcx.Layout("...o"), None])
-        result = gcx.centralize_many([xp.asarray(grad) for grad in grads], layouts=layouts)
-        expected = {
-            "0": centralized(grads[0], (1,)),
-            "1": centralized(grads[1], (0,)),
-            "2": grads[2],
-        }
-        assert_leaves(read(xp, result), expected)
 
-    def test_a_nested_list(self) -> None:
-        grads = [values(3, 4), {"a": values(3, 4)}]
-        result = gcx.centralize_many(grads, layouts=["...o", {"a": "o..."}])
-        np.testing.assert_allclose(result[0], centralized(values(3, 4), (0,)), atol=1e-14)
-        np.testing.assert_allclose(result[1]["a"], centralized(values(3, 4), (1,)), atol=1e-14)
+@pytest.mark.parametrize(("numbers", "layouts", "axes"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(xp: ArrayLibrary, numbers: Any, layouts: Any, axes: Any) -> None:
+    leaves = dict(flatten(numbers))
+    grads = rebuild(numbers, [x if x is None else xp.asarray(x) for x in leaves.values()])
+    result = gcx.centralize_many(grads, layouts=layouts)
+    assert_leaves(
+        read(xp, result),
+        {name: centralized(x, axes[name]) if name in axes else x for name, x in leaves.items()},
+    )
+    for (name, before), (_, after) in zip(flatten(grads), flatten(result), strict=True):
+        assert (before is after) == (name not in axes)
+    assert_leaves(read(xp, grads), leaves)
 
-    def test_a_mapping_with_globs(self, xp: ArrayLibrary) -> None:
-        kernel, bias = values(3, 4), values(5)
-        grads = {
-            "encoder": [{"kernel": xp.asarray(kernel), "bias": xp.asarray(bias)}],
-            "query": {"kernel": xp.asarray(values(4, 2, 3))},
-            "embedding": xp.asarray(kernel),
-            "frozen": None,
-        }
-        layouts = {
-            "query/kernel": "ioo",
-            "*/kernel": "...o",
-            "*bias": None,
-            "em*": None,
-            "frozen": "o...",
-        }
-        result = gcx.centralize_many(grads, layouts=layouts)
-        expected = {
-            "encoder/0/kernel": centralized(kernel, (0,)),
-            "encoder/0/bias": bias,
-            "query/kernel": centralized(values(4, 2, 3), (0,)),
-            "embedding": kernel,
-            "frozen": None,
-        }
-        assert_leaves(read(xp, result), expected)
-        assert result["embedding"] is grads["embedding"]
 
-    def test_any_mapping(self) -> None:
-        result = gcx.centralize_many({"a": values(3, 4)}, layouts=MappingProxyType({"a": "...o"}))
-        np.testing.assert_allclose(result["a"], centralized(values(3, 4), (0,)), atol=1e-14)
-
-    def test_arrays_left_alone_may_have_any_dtype(self) -> None:
-        tokens = np.arange(6)
-        result = gcx.centralize_many([tokens, values(3, 4)], layouts=[None, "o..."])
-        assert result[0] is tokens
+def test_arrays_left_alone_may_have_any_dtype() -> None:
+    tokens = np.arange(6)
+    result = gcx.centralize_many([tokens, values(3, 4)], layouts=[None, "o..."])
+    assert result[0] is tokens
 
 
 class TestOut:

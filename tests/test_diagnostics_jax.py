@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,15 +15,12 @@ import gcx.optax
 from gcx.diagnostics import EnergyReport, Share
 from gcx.diagnostics.jax import energy_removed
 
+from optax_training import normal
 from reference import fan_in_means
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
-AXES = {"Conv_0/kernel": (0, 1), "Dense_0/kernel": (0,), "query/kernel": (0,)}
-
-
-def normal(seed: int, *shape: int, dtype: str = "float64") -> Any:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+CENTRALIZED = {"Conv_0/kernel", "Dense_0/kernel", "query/kernel"}
 
 
 def new_params(dtype: str = "float64") -> dict[str, Any]:
@@ -62,40 +59,32 @@ def reasons(report: EnergyReport) -> dict[str, str]:
     return {row.name: row.reason for row in report.rows}
 
 
-@pytest.fixture(params=[True, False], ids=["64 bits", "32 bits"])
-def _x64(request: pytest.FixtureRequest) -> Iterator[None]:
-    jax.config.update("jax_enable_x64", request.param)
-    yield
-    jax.config.update("jax_enable_x64", True)
-
-
-@pytest.mark.usefixtures("_x64")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shares_are_those_of_the_gradients(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("x64", "dtype", "sizes"),
+    [
+        *[(x64, dtype, (8, 8)) for x64 in (True, False) for dtype in ("float32", "bfloat16")],
+        (True, "float64", (8, 3)),
+    ],
+)
+def test_shares_are_those_of_the_gradients(x64: bool, dtype: str, sizes: tuple[int, ...]) -> None:
     """Summed in double precision, whether JAX has it or not."""
-    params, batches = new_params(dtype), new_batches(8, 8, dtype=dtype)
-    report = energy_removed(params, batches, loss_of, layouts="flax")
-    gradients = jax.jit(jax.grad(loss_of))
-    wide = [
-        jax.tree.map(lambda g: np.asarray(g, float), gradients(params, batch)) for batch in batches
-    ]
+    jax.config.update("jax_enable_x64", x64)
+    try:
+        params, batches = new_params(dtype), new_batches(*sizes, dtype=dtype)
+        report = energy_removed(params, iter(batches), loss_of, layouts="flax")
+        gradients = jax.jit(jax.grad(loss_of))
+        grads = [gradients(params, batch) for batch in batches]
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    wide = jax.tree.map(lambda g: np.asarray(g, float), grads)
     layouts = {row.name: row.layout for row in gcx.optax.plan(params, "flax")}
     expected = gcx.diagnostics.energy_removed(wide, layouts=layouts)
-    for name in AXES:
+    rel = 1e-9 if dtype == "float64" else 1e-12
+    for name in CENTRALIZED:
         found = share(report, name)
-        assert found == pytest.approx(share(expected, name), rel=1e-12)
+        assert found == pytest.approx(share(expected, name), rel=rel)
         assert found.lowest < found.removed < found.highest
-    assert report.total == pytest.approx(expected.total, rel=1e-12)
-
-
-def test_double_precision_and_batches_of_several_sizes() -> None:
-    params, batches = new_params(), new_batches(8, 3)
-    report = energy_removed(params, iter(batches), loss_of, layouts="flax")
-    grads = [jax.jit(jax.grad(loss_of))(params, batch) for batch in batches]
-    layouts = {row.name: row.layout for row in gcx.optax.plan(params, "flax")}
-    expected = gcx.diagnostics.energy_removed(grads, layouts=layouts)
-    for name in AXES:
-        assert share(report, name) == pytest.approx(share(expected, name), rel=1e-9)
+    assert report.total == pytest.approx(expected.total, rel=rel)
 
 
 def test_rows_are_those_of_the_plan() -> None:
@@ -103,7 +92,7 @@ def test_rows_are_those_of_the_plan() -> None:
     report = energy_removed(params, new_batches(4), loss_of, layouts="flax")
     plan = gcx.optax.plan(params, "flax")
     assert [row[:3] for row in report.rows] == [row[:3] for row in plan]
-    assert {row.name for row in report.rows if row.share is not None} == set(AXES)
+    assert {row.name for row in report.rows if row.share is not None} == CENTRALIZED
     told = reasons(report)
     assert told["unused/kernel"] == "guess by name: kernel; zero gradient"
     assert {text for text in told.values() if "unknown" in text} == {

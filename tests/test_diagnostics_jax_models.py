@@ -15,16 +15,14 @@ import gcx.diagnostics
 from gcx import Layout
 from gcx.diagnostics.jax import energy_removed
 
+from optax_training import normal
+
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
-
-def normal(seed: int, *shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), "float32")
 
 
 def test_equinox_modules_as_they_are() -> None:
     model = eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))
-    batches = [normal(k, 5, 4) for k in range(2)]
+    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
 
     def loss(model: Any, x: Any) -> Any:
         return jnp.mean(jax.vmap(model)(x) ** 2)
@@ -47,7 +45,7 @@ def test_nnx_modules_by_their_state() -> None:
     def loss(params: Any, x: Any) -> Any:
         return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
 
-    batches = [normal(k, 5, 4) for k in range(2)]
+    batches = [normal(k, 5, 4, dtype="float32") for k in range(2)]
     report = energy_removed(params, batches, loss, layouts=model)
     assert [(row.name, row.layout) for row in report.rows if row.share] == [
         ("layers/0/kernel", Layout("io")),

@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 import gcx.diagnostics
 import gcx.torch
 from gcx.diagnostics.torch import energy_removed
 
-import processes
-import sharded_training
 from reference import fan_in_means
 
 
@@ -42,12 +37,8 @@ class Net(nn.Module):
         return self.head(self.dropout(self.up(self.norm(self.conv(x)).relu())).flatten(1))
 
 
-# The fan-in axes of what is centralized, and the shape in which they are counted.
-AXES = {
-    "conv.weight": ((6, 3, 3), (1, 2)),
-    "up.weight": ((2, 3, 2, 2), (1, 3)),
-    "head.weight": ((3, 12), (1,)),
-}
+# The fan-in of each weight with a share.
+FAN_IN = {"conv.weight": 9, "up.weight": 6, "head.weight": 12}
 
 
 def new_net(dtype: torch.dtype = torch.float64) -> Net:
@@ -92,11 +83,11 @@ def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> No
         loss_of(model, ids).backward()
         seen.append({n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None})
     expected = gcx.diagnostics.energy_removed(seen, layouts=gcx.torch.plan(model))
-    for name, (shape, axes) in AXES.items():
+    for name, fan_in in FAN_IN.items():
         found = share(report, name)
         assert found == pytest.approx(share(expected, name), rel=1e-12)
         assert found.lowest < found.removed < found.highest
-        assert found.by_chance == pytest.approx(1 / np.prod([shape[axis] for axis in axes]))
+        assert found.by_chance == pytest.approx(1 / fan_in)
     assert report.total == pytest.approx(expected.total, rel=1e-12)
     assert report.batches == 3
 
@@ -126,7 +117,7 @@ def test_rows_are_those_of_the_plan() -> None:
     model, batches = new_net(), new_batches()
     report, plan = energy_removed(model, batches, loss_of), gcx.torch.plan(model)
     assert [row[:3] for row in report.rows] == [row[:3] for row in plan]
-    assert shared(report) == list(AXES)
+    assert shared(report) == list(FAN_IN)
     assert reason(report, "tokens.weight") == "embedding: a row is an input, not an output unit"
     assert reason(report, "unused.weight") == "Linear; no gradient"
     assert reason(report, "up.weight") == "ConvTranspose1d, 2 groups"
@@ -172,7 +163,7 @@ def test_a_sparse_gradient_counts_in_the_total() -> None:
         energy_removed(sparse, new_batches(), loss_of, overrides={"tokens.weight": "o..."})
 
 
-def test_complex_weights() -> None:
+def test_complex_weights_and_what_is_not_finite() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, dtype=torch.complex64)
     x = torch.randn(4, 3, dtype=torch.complex64)
@@ -182,6 +173,10 @@ def test_complex_weights() -> None:
     grad = layer.weight.grad.numpy().astype(complex)
     expected = 3 * np.sum(np.abs(fan_in_means(grad, (1,))) ** 2) / np.sum(np.abs(grad) ** 2)
     assert share(report, "weight").removed == pytest.approx(expected, rel=1e-12)
+    batches = [torch.ones(1, 3), torch.full((1, 3), torch.inf)]
+    report = energy_removed(nn.Linear(3, 2), batches, loss_of_squares)
+    assert reason(report, "weight") == "Linear; NaN or infinity in the gradient of 1 of 2 batches"
+    assert report.total is None
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -195,15 +190,6 @@ def test_the_mode_of_the_model_is_that_of_the_measurement(mode: bool) -> None:
 
     energy_removed(model, new_batches(1), loss)
     assert seen == [mode]
-
-
-def test_what_is_not_finite_is_told() -> None:
-    layer = nn.Linear(3, 2)
-    report = energy_removed(
-        layer, [torch.ones(1, 3), torch.full((1, 3), torch.inf)], loss_of_squares
-    )
-    assert reason(report, "weight") == "Linear; NaN or infinity in the gradient of 1 of 2 batches"
-    assert report.total is None
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
@@ -358,43 +344,3 @@ def test_errors() -> None:
     parameters: Any = list(model.parameters())
     with pytest.raises(TypeError, match=r"model is a torch.nn.Module, not list"):
         energy_removed(parameters, batches, loss_of)
-
-
-def loss_of_part(model: nn.Module, part: slice) -> Tensor:
-    return nn.functional.mse_loss(model(sharded_training.DATA[part]), sharded_training.TARGET[part])
-
-
-def refused(wrap: Callable[[nn.Module], nn.Module]) -> str:
-    try:
-        energy_removed(wrap(sharded_training.net(8)), [slice(4)], loss_of_part)
-    except RuntimeError as error:
-        return str(error)
-    return "it was not refused"
-
-
-def shares_after_backward() -> tuple[list[Any], Any]:
-    model = fully_shard(sharded_training.net(8))
-    rank = torch.distributed.get_rank()
-    loss_of_part(model, slice(4 * rank, 4 * rank + 4)).backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    assert all(isinstance(grad, DTensor) for grad in grads.values())
-    report = gcx.diagnostics.energy_removed([grads], layouts={"up*": "io...", "*": "o..."})
-    return list(report.rows), report.total
-
-
-@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
-def test_a_model_on_several_processes_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    for message in processes.run(2, refused, wrap):
-        assert message.startswith("the model is spread over processes")
-
-
-def test_sharded_gradients_are_measured_as_whole_ones() -> None:
-    model = sharded_training.net(8)
-    loss_of_part(model, slice(8)).backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    expected = gcx.diagnostics.energy_removed([grads], layouts={"up*": "io...", "*": "o..."})
-    for rows, total in processes.run(2, shares_after_backward):
-        assert total == pytest.approx(expected.total, rel=1e-12)
-        for row, wanted in zip(rows, expected.rows, strict=True):
-            assert row[:4] == wanted[:4]
-            assert row.share == (wanted.share and pytest.approx(wanted.share, rel=1e-12))

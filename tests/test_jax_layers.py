@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
-
-import pytest
-
-pytest.importorskip("optax")
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import gcx.optax
 from gcx import Layout
 from gcx._decisions import merge
-from gcx.optax._models import RULES
 from gcx.optax._models._parameters import SingleLayer, decide_in_stack, trace_shapes
 from gcx.optax._models.flax import einsum_layout
 from gcx.plan import LeaveAlone, PlanRow
@@ -161,11 +155,11 @@ def test_a_function_may_say_why() -> None:
 
 def test_only_reasons_are_nothing_to_centralize() -> None:
     optimizer = gcx.optax.centralize({"a": LeaveAlone("token")})
-    with pytest.raises(ValueError, match=r"'a', is left alone for this reason: token\. Print"):
+    with pytest.raises(ValueError, match=r"nothing to centralize in (?s:.*)\na .* token"):
         optimizer.init({"a": jnp.zeros((2, 3))})
 
 
-# --- errors, and rules of others ------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
@@ -181,14 +175,3 @@ def test_layouts_of_what_is_no_model(model: Any) -> None:
 def test_register_layer_takes_a_class() -> None:
     with pytest.raises(TypeError, match="register_layer takes the class of a layer, not 'Experts'"):
         gcx.optax.register_layer("Experts")  # type: ignore[arg-type]
-
-
-def test_packages_bring_rules_by_entry_points_of_this_group() -> None:
-    assert RULES._group == "gcx.optax.layers"  # test_rules.py has what comes of it
-
-
-def test_frameworks_are_not_imported_before_a_model_of_them_comes_along() -> None:
-    script = "import sys; import gcx.optax; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "gcx.optax._models.equinox" in run.stdout.split()
-    assert {"flax", "equinox", "haiku"} & set(run.stdout.split()) == set()

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import gcx.optax
 
-import devices
+from jax_meshes import seen_by
 from jax_shards import CASES
 from jax_train_steps import CASES as STEPS
 from reference import centralized
@@ -21,7 +21,7 @@ from reference import centralized
 
 @pytest.fixture(scope="module")
 def seen() -> Any:
-    return devices.seen_by("jax_shards.py")
+    return seen_by("jax_shards.py")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,8 +43,8 @@ IN_TWO_PROCESSES = ("mlp, fan-in", "mlp, tensor parallel", "convolution, fan-out
 @pytest.fixture(scope="module")
 def steps() -> Any:
     return {
-        1: devices.seen_by("jax_train_steps.py"),
-        2: devices.seen_by("jax_train_steps.py", *IN_TWO_PROCESSES, processes=2),
+        1: seen_by("jax_train_steps.py"),
+        2: seen_by("jax_train_steps.py", *IN_TWO_PROCESSES, processes=2),
     }
 
 
@@ -83,9 +83,7 @@ def test_each_parameter_is_split_in_its_own_way(axis_name: Any) -> None:
     updates, _ = jax.vmap(update, axis_name="parts")(GRADS)
     for part in range(4):
         np.testing.assert_allclose(
-            updates["up"]["kernel"][part],
-            centralized(GRADS["up"]["kernel"][part], (0,)),
-            atol=1e-6,
+            updates["up"]["kernel"][part], centralized(GRADS["up"]["kernel"][part], (0,)), atol=1e-6
         )
     np.testing.assert_allclose(
         updates["down"]["kernel"], centralized(GRADS["down"]["kernel"], (0, 1)), atol=1e-6

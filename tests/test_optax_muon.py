@@ -18,22 +18,16 @@ from optax.contrib import MuonDimensionNumbers
 import gcx.optax
 from gcx import Layout
 
+from jax_models import KEY, Stacked, params_of
 from optax_training import normal, normal_like, struct
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
-KEY = jax.random.key(0)
 RATE = 0.1
 
 
 def muon(numbers: Any) -> Any:
     return optax.contrib.muon(RATE, muon_weight_dimension_numbers=numbers)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, _: Any) -> Any:
-        return jnp.tanh(nn.Dense(4)(x)), None
 
 
 class Model(nn.Module):
@@ -43,7 +37,7 @@ class Model(nn.Module):
         x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
         x = nn.Conv(6, (3,))(x)
         x = nn.ConvTranspose(4, (3,), transpose_kernel=True, use_bias=False)(x)
-        x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+        x, _ = nn.scan(Stacked, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
             name="scanned"
         )(x, None)
         x = nn.DenseGeneral((2, 4))(x)
@@ -90,8 +84,8 @@ def by_layer(grad: Any, stack: Any, fan_in: Any, outputs: Any) -> Any:
 
 
 def test_every_weight_of_a_model_is_orthogonalized_by_its_layer() -> None:
-    shapes = jax.eval_shape(Model().init, KEY, TOKENS)["params"]
-    params = normal_like(1, jax.tree.map(lambda x: struct(*x.shape), shapes))
+    shapes = jax.tree.map(lambda x: struct(*x.shape), params_of(Model(), TOKENS))
+    params = normal_like(1, shapes)
     grads = normal_like(100, params)
     layouts = gcx.optax.layouts(Model(), TOKENS)
     numbers = gcx.optax.muon_dimension_numbers(params, layouts, exclude="head/*")
@@ -121,21 +115,15 @@ def test_layers_of_a_stack_have_their_own_norms() -> None:
     assert norms(gcx.optax.muon_dimension_numbers(grads, {"stack": "oio"}))[1] < 1e-2
 
 
-def of_nnx() -> tuple[Any, Any]:
-    rngs = nnx.Rngs(0)
-    vector = nnx.Linear(3, 1, rngs=rngs)
-    model = nnx.Sequential(nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs), vector)
-    return model, nnx.state(model, nnx.Param)
+RNGS = nnx.Rngs(0)
+OF_NNX = nnx.Sequential(
+    nnx.Embed(7, 4, rngs=RNGS), nnx.Linear(4, 3, rngs=RNGS), nnx.Linear(3, 1, rngs=RNGS)
+)
 
 
-def of_equinox() -> tuple[Any, Any]:
-    model = eqx.nn.MLP(4, 3, 5, 1, key=KEY)
-    return model, eqx.filter(model, eqx.is_array)
-
-
-@pytest.mark.parametrize(("make", "matrices"), [(of_nnx, 1), (of_equinox, 2)])
-def test_trees_of_modules(make: Any, matrices: int) -> None:
-    model, params = make()
+@pytest.mark.parametrize(("model", "matrices"), [(OF_NNX, 1), (eqx.nn.MLP(4, 3, 5, 1, key=KEY), 2)])
+def test_trees_of_modules(model: Any, matrices: int) -> None:
+    params = params_of(model)
     optimizer = muon(gcx.optax.muon_dimension_numbers(params, model))
     state = optimizer.init(params)
     momentum = jax.tree.leaves(state.inner_states["muon"].inner_state[0].mu)
@@ -157,42 +145,18 @@ def test_numbers_serve_galore() -> None:
     assert np.linalg.matrix_rank(updates["query"].reshape(4, 6)) == 1
 
 
-def in_haiku(kind: Any, **options: Any) -> Any:
-    def call(x: Any) -> Any:
-        layer = kind(**options)
-        return layer(x)
-
-    model, x = hk.transform(call), struct(1, 5, 4)
-    return jax.eval_shape(model.init, KEY, x), gcx.optax.layouts(model, x)
-
-
-def in_linen(kind: Any, groups: int) -> Any:
-    model, x = kind(8, (3,), feature_group_count=groups), struct(1, 5, 4)
-    params = jax.eval_shape(model.init, KEY, x)["params"]
-    return params, gcx.optax.layouts(model, x)
-
-
-def scanned() -> Any:
-    layers = nn.scan(Grouped, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
-    x = struct(1, 5, 4)
-    params = jax.eval_shape(layers.init, KEY, x, None)["params"]
-    return params, gcx.optax.layouts(layers, x, None)
-
-
 class Grouped(nn.Module):
     @nn.compact
     def __call__(self, x: Any, _: Any) -> Any:
         return nn.Conv(4, (3,), feature_group_count=2)(x), None
 
 
-def in_nnx() -> Any:
-    model = nnx.Conv(4, 8, (3,), feature_group_count=2, rngs=nnx.Rngs(0))
-    return nnx.state(model, nnx.Param), gcx.optax.layouts(model)
+def in_haiku(kind: Any, *sizes: int, **options: Any) -> Any:
+    def call(x: Any) -> Any:
+        layer = kind(*sizes, **options)
+        return layer(x)
 
-
-def in_equinox(kind: Any, *sizes: int, **options: Any) -> Any:
-    model = kind(4, 8, *sizes, **options, key=KEY)
-    return eqx.filter(model, eqx.is_array), gcx.optax.layouts(model)
+    return hk.transform(call)
 
 
 def unrolled(cell: Any) -> Any:
@@ -200,34 +164,37 @@ def unrolled(cell: Any) -> Any:
     return lambda x: hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))
 
 
-GROUPED = {
-    "linen": lambda: in_linen(nn.Conv, 2),
-    "scan": scanned,
-    "nnx": in_nnx,
-    "equinox": lambda: in_equinox(eqx.nn.Conv1d, 3, groups=2),
-    "equinox, transposed": lambda: in_equinox(eqx.nn.ConvTranspose1d, 3, groups=2),
-    "equinox, GRU": lambda: in_equinox(eqx.nn.GRUCell),
-    "equinox, LSTM": lambda: in_equinox(eqx.nn.LSTMCell),
-    "haiku": lambda: in_haiku(hk.Conv1D, output_channels=8, kernel_shape=3, feature_group_count=2),
-    "haiku, GRU": lambda: in_haiku(unrolled, cell=hk.GRU),
-    "haiku, depthwise": lambda: in_haiku(hk.DepthwiseConv1D, channel_multiplier=2, kernel_shape=3),
+X, TWO = struct(1, 5, 4), {"feature_group_count": 2}
+SCANNED = nn.scan(Grouped, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+GROUPED: dict[str, tuple[Any, ...]] = {
+    "linen": (nn.Conv(8, (3,), **TWO), X),
+    "scan": (SCANNED(), X, None),
+    "nnx": (nnx.Conv(4, 8, (3,), **TWO, rngs=RNGS),),
+    "equinox": (eqx.nn.Conv1d(4, 8, 3, groups=2, key=KEY),),
+    "equinox, transposed": (eqx.nn.ConvTranspose1d(4, 8, 3, groups=2, key=KEY),),
+    "equinox, GRU": (eqx.nn.GRUCell(4, 8, key=KEY),),
+    "equinox, LSTM": (eqx.nn.LSTMCell(4, 8, key=KEY),),
+    "haiku": (in_haiku(hk.Conv1D, 8, 3, **TWO), X),
+    "haiku, GRU": (in_haiku(unrolled, hk.GRU), X),
+    "haiku, depthwise": (in_haiku(hk.DepthwiseConv1D, 2, 3), X),
 }
 
 
-@pytest.mark.parametrize("case", GROUPED)
-def test_groups_and_gates_are_named(case: str) -> None:
-    params, layouts = GROUPED[case]()
+@pytest.mark.parametrize("model", GROUPED.values(), ids=GROUPED)
+def test_groups_and_gates_are_named(model: tuple[Any, ...]) -> None:
+    params, layouts = params_of(*model), gcx.optax.layouts(*model)
     for given in (layouts, gcx.optax.plan(params, layouts)):
         with pytest.raises(ValueError, match=r"name in exclude= .*( in groups|, all gates)\)$"):
             gcx.optax.muon_dimension_numbers(params, given)
     numbers = gcx.optax.muon_dimension_numbers(params, layouts, exclude="*")
     # Muon calls whatever is callable, such as the function for an Equinox layer.
     assert jax.tree.leaves(numbers(params) if callable(numbers) else numbers) == []
-    params, layouts = in_linen(nn.Conv, 1)
-    assert gcx.optax.muon_dimension_numbers(params, layouts)["kernel"] == ((0, 1), (2,))
 
 
 def test_errors() -> None:
+    whole = nn.Conv(8, (3,)), X
+    numbers = gcx.optax.muon_dimension_numbers(params_of(*whole), gcx.optax.layouts(*whole))
+    assert numbers["kernel"] == ((0, 1), (2,))  # without groups it is none
     params = {"w": normal(1, 4, 3), "v": normal(2, 4)}
     with pytest.raises(ValueError, match="exclude: 'head' matches no parameter; there are: v, w"):
         gcx.optax.muon_dimension_numbers(params, {"w": "io"}, exclude=["head"])

@@ -15,10 +15,8 @@ from gcx._names import flatten, rebuild
 from gcx.optim import SGD, Adam, AdamW
 from gcx.testing import assert_centralized
 
-import canonical_order
 import libraries
 import reference
-from same_bits import assert_same_bits, promises_bits
 
 LAYOUTS = {"conv": "o...", "*kernel": "...o", "*": None}
 FAN_INS = {"conv": (1, 2, 3), "dense/kernel": (0,)}  # what LAYOUTS says, in axes
@@ -28,8 +26,6 @@ OPTIMIZERS = {
     "sgd-decay": SGD(0.05, weight_decay=0.1),
     "momentum": SGD(0.05, momentum=0.9),
     "momentum-decay": SGD(0.05, momentum=0.9, weight_decay=0.1),
-    "dampening": SGD(0.05, momentum=0.9, dampening=0.4),
-    "dampening-decay": SGD(0.05, momentum=0.9, dampening=0.4, weight_decay=0.1),
     "nesterov": SGD(0.05, momentum=0.9, nesterov=True),
     "nesterov-decay": SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": Adam(),
@@ -41,9 +37,7 @@ OPTIMIZERS = {
 }
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-one_of_each = pytest.mark.parametrize("name", ["sgd", "dampening", "adam", "adamw"])
-every_place = pytest.mark.parametrize("place", ["gradient", "update"])
-
+one_of_each = pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
 Tree = dict[str, Any]
 Project = Callable[[Any], Any]
 
@@ -58,7 +52,7 @@ def reference_sgd(w: Any, grads: list[Any], p: Project, o: SGD) -> Any:
     for grad in grads:
         d = p(grad + o.weight_decay * w)
         if o.momentum:
-            buffer = d if buffer is None else o.momentum * buffer + (1 - o.dampening) * d
+            buffer = d if buffer is None else o.momentum * buffer + d
             d = d + o.momentum * buffer if o.nesterov else buffer
         w = w - o.lr * d
     return w
@@ -122,11 +116,6 @@ def arrays(xp: libraries.ArrayLibrary, tree: Tree, dtype: str = "float64") -> Tr
     return rebuild(tree, [xp.asarray(leaf, dtype) for leaf in leaves(tree).values()])
 
 
-def steps_for(xp: libraries.ArrayLibrary, steps: int) -> int:
-    """Few for a lazy library, whose graph grows with each step until somebody reads it."""
-    return 3 if xp.name == "dask" else steps
-
-
 def trained(
     xp: libraries.ArrayLibrary, optimizer: Any, steps: int, dtype: str = "float64"
 ) -> tuple[Tree, Tree]:
@@ -146,22 +135,18 @@ def assert_close(xp: libraries.ArrayLibrary, actual: Tree, desired: Tree, rtol: 
         np.testing.assert_allclose(found, want, rtol=0, atol=atol, err_msg=key)
 
 
+@pytest.mark.parametrize("place", [None, "gradient", "update"])
 @every_optimizer
-def test_without_centralization_it_is_the_known_optimizer(xp: Any, name: str) -> None:
-    steps = steps_for(xp, 100)
-    params, _ = trained(xp, replace(OPTIMIZERS[name], where=None), steps)
-    assert_close(xp, params, expected(name, None, steps), rtol=1e-13)
-
-
-@every_place
-@every_optimizer
-def test_with_centralization_it_is_the_algorithm_of_the_authors(
+def test_it_is_the_known_optimizer_or_the_algorithm_of_the_authors(
     xp: Any, name: str, place: Any
 ) -> None:
-    steps = steps_for(xp, 30)
-    optimizer = replace(OPTIMIZERS[name], where=place, layouts=LAYOUTS)
-    params, _ = trained(xp, optimizer, steps)
-    assert_close(xp, params, expected(name, place, steps), rtol=1e-13)
+    layouts = LAYOUTS if place else "o..."
+    optimizer = replace(OPTIMIZERS[name], where=place, layouts=layouts)
+    few = 3 if xp.name == "dask" else 100  # the graph of dask grows until somebody reads it
+    for dtype, rtol, many in (("float64", 1e-13, 30 if place else 100), ("float32", 4e-6, 10)):
+        steps = min(few, many)
+        params, _ = trained(xp, optimizer, steps, dtype)
+        assert_close(xp, params, expected(name, place, steps), rtol)
 
 
 @every_optimizer
@@ -192,45 +177,6 @@ def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
     grads = [xp.asarray(grad, "complex128")]
     (new,), _ = optimizer.update(params, grads, optimizer.init(params))
     np.testing.assert_allclose(xp.numpy(new), -grad / np.abs(grad), rtol=1e-12)
-
-
-@every_place
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if isinstance(OPTIMIZERS[name], SGD)])
-def test_reproducible_steps_end_in_the_same_bits(
-    xp: Any, name: str, dtype: str, place: Any
-) -> None:
-    """200 steps, on large fan-ins too, against a step written for NumPy alone."""
-    optimizer = replace(OPTIMIZERS[name], where=place, reproducible=True)
-    if not promises_bits(xp):
-        with pytest.raises(TypeError, match="0: reproducible=True"):
-            optimizer.init([xp.asarray(np.ones((3, 4)), dtype)])
-        return
-    if xp.device != "cpu":
-        return
-    rng = np.random.default_rng(0)
-    start, *grads = rng.normal(0.3, 1.0, (201, 4, 300)).astype(dtype)
-    params = [xp.asarray(start, dtype)]
-    state = optimizer.init(params)
-    for grad in grads:
-        params, state = optimizer.update(params, [xp.asarray(grad, dtype)], state)
-    own = ("layouts", "strength", "reproducible")
-    options = {name: value for name, value in vars(optimizer).items() if name not in own}
-    assert_same_bits(xp.numpy(params[0]), canonical_order.sgd(start, grads, (1,), **options))
-
-
-@one_of_each
-def test_reproducible_is_refused_before_a_step(name: str) -> None:
-    optimizer = replace(OPTIMIZERS[name], reproducible=True)
-    params = {"good": np.ones((2, 3)), "bad": np.ones((2, 3), complex)}
-    plain = replace(optimizer, reproducible=False)
-    with pytest.raises(TypeError, match=r"^bad: reproducible=True.*complex128"):
-        optimizer.init(params)
-    with pytest.raises(TypeError, match=r"^bad: reproducible=True.*complex128"):
-        optimizer.update(params, params, plain.init(params))
-    layouts = {"good": "o...", "bad": None}  # which leaves nothing to be summed
-    state = replace(optimizer, layouts=layouts).init(params)
-    replace(optimizer, layouts=layouts).update(params, params, state)
 
 
 @one_of_each
@@ -298,11 +244,8 @@ def test_arrays_keep_library_dtype_and_shape(xp: Any, name: str) -> None:
         for key, want in leaves(start).items():
             found = leaves(tree)[key]
             assert (found.dtype, found.shape) == (want.dtype, want.shape)
-            assert library_of(found) == library_of(want)
-
-
-def library_of(array: Any) -> str:
-    return type(array).__module__.partition(".")[0]
+            ours, theirs = (type(leaf).__module__.partition(".")[0] for leaf in (found, want))
+            assert ours == theirs
 
 
 @pytest.mark.parametrize("number", [np.float64, np.float32], ids=lambda number: number.__name__)
@@ -380,133 +323,18 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
     assert new.dtype == state["first_moment"][0].dtype == "float32"
 
 
-def test_repr_shows_the_hyperparameters() -> None:
+def test_a_value_that_shows_its_hyperparameters() -> None:
     assert repr(Adam(layouts="...o")) == (
         "Adam(lr=0.001, weight_decay=0.0, where='gradient', layouts='...o', "
         "strength=1.0, reproducible=False, betas=(0.9, 0.999), eps=1e-08)"
     )
     assert repr(SGD(1, momentum=np.float32(0.5))) == (
         "SGD(lr=1.0, weight_decay=0.0, where='gradient', layouts='o...', "
-        "strength=1.0, reproducible=False, momentum=0.5, dampening=0.0, nesterov=False)"
+        "strength=1.0, reproducible=False, momentum=0.5, nesterov=False)"
     )
-
-
-@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-def test_only_the_learning_rate_goes_without_a_name_and_none_changes(kind: Any) -> None:
-    assert kind(0.5).lr == 0.5
-    with pytest.raises(TypeError, match="positional"):
-        kind(0.5, 0.9)
-    with pytest.raises(FrozenInstanceError):
-        kind(0.5).lr = 1.0
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SGD(-0.1), r"lr must be a number in \[0, inf\), not -0.1"),
-        (lambda: SGD(math.nan), "lr must be .* not nan"),
-        (lambda: SGD(math.inf), "lr must be .* not inf"),
-        (lambda: SGD("0.1"), "lr must be .* not '0.1'"),
-        (lambda: SGD(lambda step: 0.1 / step), r"lr must be .* schedule use dataclasses.replace"),
-        (lambda: Adam(np.array(0.1)), r"lr must be .* array.* schedule use dataclasses.replace"),
-        (lambda: SGD(0.1, momentum=1.0), r"momentum must be a number in \[0, 1.0\), not 1.0"),
-        (lambda: SGD(0.1, dampening=-1), "dampening must be .* not -1"),
-        (lambda: SGD(0.1, momentum=0.9, dampening=1.0), "dampening must be .* not 1.0"),
-        (lambda: SGD(0.1, dampening=0.5), "dampening=0.5 does nothing with momentum=0"),
-        (lambda: SGD(0.1, nesterov=True), "nesterov=True needs .* not momentum=0.0"),
-        (
-            lambda: SGD(0.1, nesterov=True, momentum=0.9, dampening=0.5),
-            "nesterov=True needs .* dampening=0.5",
-        ),
-        (lambda: SGD(0.1, weight_decay=-1e-4), "weight_decay must be .* not -0.0001"),
-        (lambda: SGD(0.1, where="weights"), "where is one of .* not 'weights'"),
-        (lambda: Adam(betas=(0.9, 1.0)), r"betas\[1\] must be .* not 1.0"),
-        (lambda: Adam(betas=(-0.1, 0.9)), r"betas\[0\] must be .* not -0.1"),
-        (lambda: Adam(betas=(0.9,)), r"betas must be two numbers, not \(0.9,\)"),
-        (lambda: Adam(betas=0.9), "betas must be two numbers, not 0.9"),
-        (lambda: AdamW(eps=-1e-8), "eps must be .* not -1e-08"),
-    ],
-)
-def test_a_wrong_hyperparameter_is_named(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("layouts", "error", "message"),
-    [
-        ("x", ValueError, "layout 'x' is not valid"),
-        ("oi", ValueError, "conv: layout 'oi' is for arrays of rank 2, not 4"),
-        ({"*": None}, ValueError, r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None"),
-        ({"*weight": "o..."}, ValueError, r"'\*weight' matches no parameter"),
-        ({"conv": "o..."}, ValueError, "no key matches 'dense/kernel'"),
-        ({"conv": "o...", "dense": None, "scale": None}, ValueError, "matches no parameter"),
-        (["o..."], ValueError, "layouts is not built like"),
-        (7, TypeError, "not int"),
-    ],
-)
-def test_init_refuses_layouts_that_do_not_fit(layouts: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        SGD(0.1, layouts=layouts).init(problem(0)[0])
-
-
-@pytest.mark.parametrize(
-    ("params", "error", "message"),
-    [
-        (
-            np.ones((2, 2)),
-            TypeError,
-            "params is a list, tuple or dict of arrays, not numpy.ndarray",
-        ),
-        ({}, ValueError, "params holds no array"),
-        ({"w": None}, TypeError, "w: expected an array"),
-        ({"w": np.ones((2, 2), int)}, TypeError, "w: .* floating dtype, not int64"),
-        ({"b": np.ones(2), "w": np.ones((1, 2)).T}, ValueError, r"centralizes no .*w \(2, 1\)"),
-    ],
-)
-def test_init_refuses_params_it_cannot_train(params: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        SGD(0.1).init(params)
-
-
-def test_update_refuses_what_does_not_fit(xp: Any) -> None:
-    start, grads = [arrays(xp, tree) for tree in problem(1)]
-    optimizer = SGD(0.1, momentum=0.9, layouts=LAYOUTS)
-    state = optimizer.init(start)
-
-    def refuses(message: str, **wrong: Any) -> None:
-        given = {"params": start, "grads": grads, "state": state} | wrong
-        with pytest.raises(ValueError, match=message):
-            optimizer.update(**given)
-
-    refuses("grads is not built like", grads={"conv": grads["conv"]})
-    refuses(
-        r"scale: the gradient has shape \(3,\), its parameter \(\)",
-        grads={**grads, "scale": grads["dense"]["bias"]},
-    )
-    refuses(
-        "conv: the gradient has dtype .*float32, its parameter .*float64",
-        grads={**grads, "conv": xp.asarray(np.ones((4, 3, 2, 2)), "float32")},
-    )
-    with pytest.raises(TypeError, match=r"state comes from init\(params\) .* not NoneType"):
-        optimizer.update(start, grads, None)
-    refuses(r"state has \['step'\], but SGD keeps \['momentum', 'step'\]", state={"step": {}})
-    refuses(r"state\['momentum'\] is not built like", state={**state, "momentum": {}})
-    bias = grads["dense"]["bias"]
-    for each in (optimizer, Adam(layouts=LAYOUTS)):
-        optimizer, state = each, each.init(start)
-        for buffer in state.keys() - {"step"}:
-            message = rf"scale: the {buffer} has shape \(3,\), its parameter \(\)"
-            refuses(message, state={**state, buffer: {**state[buffer], "scale": bias}})
-
-
-def test_update_refuses_gradients_of_another_library(xp: Any) -> None:
-    stranger: Any = np.ones((2, 2))
-    if xp.backend == "numpy":
-        import array_api_strict
-
-        stranger = array_api_strict.asarray(stranger)
-    params = {"w": xp.asarray(np.ones((2, 2)))}
-    optimizer = SGD(0.1)
-    with pytest.raises(TypeError, match=r"w: the gradient is a .*, its parameter a "):
-        optimizer.update(params, {"w": stranger}, optimizer.init(params))
+    for kind in (SGD, Adam, AdamW):
+        assert kind(0.5).lr == 0.5
+        with pytest.raises(TypeError, match="positional"):
+            kind(0.5, 0.9)
+        with pytest.raises(FrozenInstanceError):
+            kind(0.5).lr = 1.0

@@ -11,6 +11,7 @@ import gcx
 from gcx.testing import assert_centralized
 
 from libraries import ArrayLibrary
+from reference import values
 
 WIDE_DTYPES = ["float32", "float64", "complex64", "complex128"]
 EPSILON = {
@@ -20,10 +21,6 @@ EPSILON = {
     "float8_e4m3fn": 2**-3,
     "float8_e5m2": 2**-2,
 }
-
-
-def values(*shape: int) -> Any:
-    return np.random.default_rng(0).normal(loc=3.0, size=shape)
 
 
 @pytest.mark.parametrize(

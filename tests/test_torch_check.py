@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,91 +48,83 @@ def _mixture(x: Tensor, weights: Tensor) -> Tensor:
     return x @ torch.einsum("e,eio->io", x.mean(0)[:2].softmax(0), weights.view(2, 4, 6))
 
 
+def uses(use: Callable[[Tensor, Tensor], Any], *shape: int) -> Callable[[], nn.Module]:
+    return lambda: Uses(use, *shape)
+
+
 def _within(transform: Callable[..., Any]) -> Callable[[], nn.Module]:
-    return lambda: Uses(lambda x, w: transform(partial(F.linear, weight=w))(x), 3, 4)
+    return uses(lambda x, w: transform(partial(F.linear, weight=w))(x), 3, 4)
 
 
-X = torch.rand(5, 4)
+class Case(NamedTuple):
+    """A model with one weight, the verdict on it, its layout if the layer has another, an input."""
+
+    make: Callable[[], nn.Module]
+    verdict: str = "agree"
+    layout: Any = None
+    x: Tensor = torch.rand(5, 4)
+
+
 MIXTURE = Layout("(bi)o", b=2)
-# The model, its input, the layout of the only weight (None: of the layer), and the verdict.
-CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, Any, str]] = {
-    "linear": (lambda: nn.Linear(4, 3), X, None, "agree"),
-    "frozen, by its parent": (lambda: Uses(F.linear, 3, 4), X, None, "agree"),
-    "transposed": (lambda: Uses(lambda x, w: x @ w, 4, 3), X, None, "4 entries from 4"),
-    "transposed, and told": (lambda: Uses(lambda x, w: x @ w, 4, 3), X, "io", "agree"),
-    "tied": (lambda: Uses(_tied, 3, 4), X, None, "3 entries from 3 output units of 4"),
-    "mixture of a stack": (lambda: Uses(_mixture, 8, 6), X, MIXTURE, "unseen"),
-    "mixture, as rows": (lambda: Uses(_mixture, 8, 6), X, None, "2 entries from 2"),
-    "chosen of a stack": (
-        lambda: Uses(lambda x, w: x @ w.view(2, 4, 6)[x.argmax() % 2], 8, 6),
-        *(X, MIXTURE, "agree"),
+IN_GROUPS, IMAGE = partial(nn.ConvTranspose1d, 4, 6, 3, groups=2), torch.rand(1, 2, 5, 5)
+SEQUENCE, OF_FOUR = torch.rand(1, 4, 5), torch.rand(1, 4, 1, 1)
+CASES = {
+    "linear": Case(lambda: nn.Linear(4, 3)),
+    "frozen, by its parent": Case(uses(F.linear, 3, 4)),
+    "transposed": Case(uses(lambda x, w: x @ w, 4, 3), "4 entries from 4"),
+    "transposed, and told": Case(uses(lambda x, w: x @ w, 4, 3), layout="io"),
+    "tied": Case(uses(_tied, 3, 4), "3 entries from 3 output units of 4"),
+    "mixture of a stack": Case(uses(_mixture, 8, 6), "unseen", MIXTURE),
+    "mixture, as rows": Case(uses(_mixture, 8, 6), "2 entries from 2"),
+    "chosen of a stack": Case(
+        uses(lambda x, w: x @ w.view(2, 4, 6)[x.argmax() % 2], 8, 6), layout=MIXTURE
     ),
-    "element by element": (lambda: Uses(lambda x, w: x[:3] * w, 3, 4), X, None, "1 entries from 1"),
-    "shaped like data": (lambda: Uses(lambda x, w: x @ w.to(x).T, 3, 4), X, None, "agree"),
-    "in place": (lambda: Uses(lambda x, w: x[:3].add_(w) @ w.T, 3, 4), X, None, "agree"),
-    "not used": (lambda: Uses(lambda x, w: x, 3, 4), X, None, "unseen"),
-    "without gradients": (
-        lambda: Uses(lambda x, w: F.linear(x, w.detach()), 3, 4),
-        *(X, None, "unseen"),
+    "element by element": Case(uses(lambda x, w: x[:3] * w, 3, 4), "1 entries from 1"),
+    "shaped like data": Case(uses(lambda x, w: x @ w.to(x).T, 3, 4)),
+    "in place": Case(uses(lambda x, w: x[:3].add_(w) @ w.T, 3, 4)),
+    "not used": Case(uses(lambda x, w: x, 3, 4), "unseen"),
+    "without gradients": Case(uses(lambda x, w: F.linear(x, w.detach()), 3, 4), "unseen"),
+    "constants times a weight": Case(uses(lambda x, w: (torch.eye(4) @ w.T) * x.T[:, :3], 3, 4)),
+    "convolution, at its edges": Case(
+        lambda: nn.Conv2d(2, 3, 5, padding=2), x=torch.rand(1, 2, 3, 3)
     ),
-    "constants times a weight": (
-        lambda: Uses(lambda x, w: (torch.eye(4) @ w.T) * x.T[:, :3], 3, 4),
-        *(X, None, "agree"),
+    "convolution in groups, transposed": Case(IN_GROUPS, x=SEQUENCE),
+    "grouped, read as one": Case(IN_GROUPS, "from 2 output units of 9", "o...", SEQUENCE),
+    "convolution, padding hides a part": Case(
+        lambda: nn.Conv2d(4, 4, 5, padding=2), "unseen", x=OF_FOUR
     ),
-    "convolution, at its edges": (
-        lambda: nn.Conv2d(2, 3, 5, padding=2),
-        *(torch.rand(1, 2, 3, 3), None, "agree"),
+    "convolution, a mask hides a part": Case(
+        uses(lambda x, w: F.conv1d(x, w * (w < 9).triu(), padding=1), 3, 2, 3),
+        *("from 1 output units of 6", "oii", IMAGE[0, :, 0][None]),
     ),
-    "convolution in groups, transposed": (
-        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
-        *(torch.rand(1, 4, 5), None, "agree"),
+    "convolution, too fine": Case(
+        lambda: nn.Conv2d(2, 4, 3), "18 entries from 2 output units of 9", "ooii", IMAGE
     ),
-    "grouped, read as one": (
-        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
-        *(torch.rand(1, 4, 5), "o...", "from 2 output units of 9"),
+    "linear, too fine": Case(
+        lambda: nn.Linear(4, 3), "4 entries from 2 output units of 2", Layout("o(oi)", o=2)
     ),
-    "convolution, padding hides a part": (
-        lambda: nn.Conv2d(4, 4, 5, padding=2),
-        *(torch.rand(1, 4, 1, 1), None, "unseen"),
+    "a stack, mixed in one operation": Case(
+        uses(lambda x, w: torch.einsum("eb,eoi,bi->bo", x.T[:2], w, x), 2, 3, 4), "unseen", "boi"
     ),
-    "convolution, a mask hides a part": (
-        lambda: Uses(lambda x, w: F.conv1d(x, w * (w < 9).triu(), padding=1), 3, 2, 3),
-        *(torch.rand(1, 2, 5), "oii", "from 1 output units of 6"),
+    "two layers in one operation": Case(
+        uses(lambda x, w: torch.einsum("bi,ri,or->bo", x, w, w[:, :3]), 3, 4), "unseen"
     ),
-    "convolution, too fine": (
-        lambda: nn.Conv2d(2, 4, 3),
-        *(torch.rand(1, 2, 5, 5), "ooii", "18 entries from 2 output units of 9"),
+    "vmap": Case(_within(torch.func.vmap), "unseen"),
+    "jacrev": Case(_within(torch.func.jacrev), "unseen"),
+    "parts, added": Case(
+        uses(lambda x, w: x[:, :1] @ w[:, :1].T + x[:, 1:] @ w[:, 1:].T, 3, 4),
+        "from 1 output units of 4",
     ),
-    "linear, too fine": (
-        lambda: nn.Linear(4, 3),
-        *(X, Layout("o(oi)", o=2), "4 entries from 2 output units of 2"),
-    ),
-    "a stack, mixed in one operation": (
-        lambda: Uses(lambda x, w: torch.einsum("eb,eoi,bi->bo", x.T[:2], w, x), 2, 3, 4),
-        *(X, "boi", "unseen"),
-    ),
-    "two layers in one operation": (
-        lambda: nn.Sequential(
-            Uses(lambda x, w: torch.einsum("bi,ri,or->bo", x, w, w[:, :3]), 3, 4)
-        ),
-        *(X, None, "unseen"),
-    ),
-    "vmap": (_within(torch.func.vmap), X, None, "unseen"),
-    "jacrev": (_within(torch.func.jacrev), X, None, "unseen"),
-    "parts, added": (
-        lambda: Uses(lambda x, w: x[:, :1] @ w[:, :1].T + x[:, 1:] @ w[:, 1:].T, 3, 4),
-        *(X, None, "from 1 output units of 4"),
-    ),
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), X, None, "unseen"),
-    "LSTM": (lambda: nn.LSTM(4, 3, bias=False), X[None], None, "unseen"),
-    "masked, and told": (lambda: Masked(4), X, "oi", "from 1 output units of 4"),
+    "weight norm": Case(lambda: parametrizations.weight_norm(nn.Linear(4, 3)), "unseen"),
+    "LSTM": Case(lambda: nn.LSTM(4, 3, bias=False), "unseen", x=torch.rand(1, 5, 4)),
+    "masked, and told": Case(lambda: Masked(4), "from 1 output units of 4", "oi"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_check(case: str) -> None:
     torch.manual_seed(0)
-    make, x, layout, verdict = CASES[case]
+    make, verdict, layout, x = CASES[case]
     model = make()
     overrides = {"*weight*": layout} if layout else None
     requires_grad = [p.requires_grad for p in model.parameters()]

@@ -50,8 +50,7 @@ def rows(page: str, columns: int) -> list[tuple[str, ...]]:
 
 @pytest.mark.filterwarnings("ignore:the momentum of 1 weights .* was centralized too")
 @pytest.mark.parametrize(
-    ("optimizer", "options", "loop", "means"),
-    [row[1:] for row in rows("where_in_the_step.md", 5)],
+    ("optimizer", "options", "loop", "means"), [row[1:] for row in rows("where_in_the_step.md", 5)]
 )
 def test_means_do_as_the_table_says(optimizer: str, options: str, loop: str, means: str) -> None:
     assert loop in LOOPS

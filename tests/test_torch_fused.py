@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +17,12 @@ from torch.optim import Optimizer, lr_scheduler
 import gcx.torch
 from gcx.torch import SGD, AdamW
 
-from copies import COPIES
+from copies import COPIES, saved_by_torch
+from torch_fused_steps import BASES, hooked
 from torch_training import GRAD
 
 STEPS = 6
 DATA = torch.rand(8, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-# The optimizers of torch that ours are made of.
-BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
 
 Pair = tuple[nn.Sequential, Optimizer]
 
@@ -38,45 +35,32 @@ def new_model() -> nn.Sequential:
     return nn.Sequential(*first, up, nn.Tanh(), nn.Flatten(), nn.Linear(150, 3)).double()
 
 
-def ours(kind: Any, **options: Any) -> Pair:
-    model = new_model()
-    return model, kind(model, **options)
-
-
-def hooked(kind: Any, **options: Any) -> Pair:
-    """What ours have to equal."""
-    model = new_model()
-    optimizer = BASES[kind](model.parameters(), **options)
-    gcx.torch.centralize(optimizer, model)
-    return model, optimizer
-
-
 def both(kind: Any, **options: Any) -> tuple[Pair, Pair]:
-    return ours(kind, **options), hooked(kind, **options)
+    model, twin = new_model(), new_model()
+    return (model, kind(model, **options)), (twin, hooked(twin, kind, **options))
 
 
 def loss_of(model: nn.Module) -> Tensor:
     return (model(DATA) - 1).square().mean()
 
 
+def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    return loss
+
+
 def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS) -> None:
     for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model).backward()
+        backward(model, optimizer)
         optimizer.step()
 
 
 def train_by_closure(model: nn.Module, optimizer: Optimizer) -> None:
     """As Lightning does in every step."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
     for _ in range(STEPS):
-        assert isinstance(optimizer.step(closure), Tensor)
+        assert isinstance(optimizer.step(partial(backward, model, optimizer)), Tensor)
 
 
 def train_by_adding_closure(model: nn.Module, optimizer: Optimizer) -> None:
@@ -87,8 +71,7 @@ def train_by_adding_closure(model: nn.Module, optimizer: Optimizer) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
     for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model).backward()
+        backward(model, optimizer)
         optimizer.step(closure)
 
 
@@ -102,8 +85,7 @@ def train_with_zeros(model: nn.Module, optimizer: Optimizer) -> None:
 def train_with_gaps(model: nn.Sequential, optimizer: Optimizer) -> None:
     """Not every weight has a gradient in each step."""
     for k in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model).backward()
+        backward(model, optimizer)
         if k % 2:
             model[3].weight.grad = model[6].bias.grad = None
         optimizer.step()
@@ -133,26 +115,15 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 }
 
 
-def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["param_groups"] == expected["param_groups"]
-    assert found["state"].keys() == expected["state"].keys()
-    for k, state in expected["state"].items():
-        assert found["state"][k].keys() == state.keys()
-        for key, value in state.items():
-            same = found["state"][k][key]
-            assert torch.equal(same, value)
-            assert (same.dtype, same.device, same.stride()) == (
-                value.dtype,
-                value.device,
-                value.stride(),
-            )
-
-
 def assert_same(one: Pair, other: Pair) -> None:
     """Equal bits, of the parameters and of all that the optimizers remember."""
-    for found, expected in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        assert torch.equal(found, expected)
-    assert_same_state(one[1].state_dict(), other[1].state_dict())
+    (found, state), (expected, expected_state) = (
+        ([*model.parameters()], optimizer.state_dict()) for model, optimizer in (one, other)
+    )
+    assert state["param_groups"] == expected_state["param_groups"]
+    pairs = (found, expected), (state["state"], expected_state["state"])
+    for one_part, other_part in pairs:
+        torch.testing.assert_close(one_part, other_part, rtol=0, atol=0, check_stride=True)
 
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -178,7 +149,7 @@ TYPICAL = {"adamw": OPTIONS["adamw"], "sgd": OPTIONS["sgd-momentum"]}
 
 @pytest.fixture(params=TYPICAL)
 def typical(request: pytest.FixtureRequest) -> Any:
-    """What makes an optimizer for a model or parameters."""
+    """Makes an optimizer for a model or parameters."""
     kind, options = TYPICAL[request.param]
     return partial(kind, **{"lr": 0.01, **options})
 
@@ -194,18 +165,17 @@ TRAININGS: list[tuple[Callable[..., None], str]] = [
 @pytest.mark.parametrize(("training", "case"), TRAININGS)
 def test_same_as_torch_with_hooks(training: Callable[..., None], case: str) -> None:
     kind, options = {**OPTIONS, **TYPICAL}[case]
-    one, other = both(kind, **{"lr": 0.01, **options})
-    training(*one)
-    training(*other)
-    assert_same(one, other)
-    for found, expected in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        assert found.grad is expected.grad is None or torch.equal(found.grad, expected.grad)
+    pairs = both(kind, **{"lr": 0.01, **options})
+    for pair in pairs:
+        training(*pair)
+    assert_same(*pairs)
+    found, expected = ([p.grad for p in model.parameters()] for model, _ in pairs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_same_arguments_as_torch(kind: Any) -> None:
-    found = signature(kind).parameters
-    expected = signature(BASES[kind]).parameters
+    found, expected = (signature(each).parameters for each in (kind, BASES[kind]))
     assert [*found] == [*expected, "model", "strength", "layers", "overrides", "reproducible"]
     for name, parameter in expected.items():
         assert (found[name].default, found[name].kind) == (parameter.default, parameter.kind)
@@ -224,13 +194,12 @@ def test_parameter_groups(kind: Any) -> None:
     model, twin = new_model(), new_model()
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
     optimizer = kind(groups_of(model), model=model, **options)
-    other = BASES[kind](groups_of(twin), **options)
-    gcx.torch.centralize(other, twin)
     assert [row.name for row in optimizer.plan if row.layout] == ["0.weight", "3.weight"]
     assert optimizer.plan[-2].reason.startswith("switched off")
-    for pair in ((model, optimizer), (twin, other)):
+    pairs = (model, optimizer), (twin, hooked(twin, kind, groups_of(twin), **options))
+    for pair in pairs:
         train(*pair)
-    assert_same((model, optimizer), (twin, other))
+    assert_same(*pairs)
 
 
 def test_parameters_named_and_given_beside_the_model(typical: Any) -> None:
@@ -252,15 +221,11 @@ def test_layers_and_overrides(typical: Any) -> None:
 
 def test_group_added_later_and_layer_unfrozen(typical: Any) -> None:
     pairs = []
-    for is_ours in (True, False):
+    for make in (typical, partial(hooked, kind=typical.func, **typical.keywords)):
         model = new_model()
         model[0].requires_grad_(requires_grad=False)
         first = [*model[0].parameters(), *model[3].parameters()]
-        if is_ours:
-            optimizer = typical(first, model=model)
-        else:
-            optimizer = BASES[typical.func](first, **typical.keywords)
-            gcx.torch.centralize(optimizer, model)
+        optimizer = make(first, model=model) if make is typical else make(model, groups=first)
         train(model, optimizer)
         optimizer.add_param_group({"params": model[6].parameters(), "lr": 0.02})
         model[0].requires_grad_()
@@ -272,81 +237,57 @@ def test_group_added_later_and_layer_unfrozen(typical: Any) -> None:
 def test_sparse_gradient_of_an_embedding() -> None:
     model = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3))
     twin = copy.deepcopy(model)
-    optimizer, other = SGD(model, lr=0.1), BASES[SGD](twin.parameters(), lr=0.1)
-    gcx.torch.centralize(other, twin)
-    for pair in ((model, optimizer), (twin, other)):
-        for _ in range(STEPS):
-            pair[1].zero_grad()
-            pair[0](torch.tensor([1, 2])).square().sum().backward()
-            pair[1].step()
-    assert_same((model, optimizer), (twin, other))
+    pairs = (model, SGD(model, lr=0.1)), (twin, hooked(twin, SGD, lr=0.1))
+    for _ in range(STEPS):
+        for each, optimizer in pairs:
+            optimizer.zero_grad()
+            each(torch.tensor([1, 2])).square().sum().backward()
+            optimizer.step()
+    assert_same(*pairs)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 def test_compiled_step(typical: Any) -> None:
-    one, other = ours(typical.func, **typical.keywords), ours(typical.func, **typical.keywords)
-
-    @torch.compile(backend="aot_eager")
-    def step() -> None:
-        one[1].step()
-
+    one, other = ((model, typical(model)) for model in (new_model(), new_model()))
+    step = torch.compile(one[1].step, backend="aot_eager")
     for _ in range(STEPS):
-        one[1].zero_grad()
-        loss_of(one[0]).backward()
+        backward(*one)
         step()
     torch.compiler.reset()
     train(*other)
     assert_same(one, other)
 
 
-def saved(optimizer: Optimizer) -> Any:
-    """Through a file, as checkpoints go."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file)
-
-
 def resumed(pair: Pair, make: Callable[[nn.Module], Optimizer]) -> Pair:
+    """Go on from a file, as checkpoints go."""
     model = copy.deepcopy(pair[0])
     optimizer = make(model)
-    optimizer.load_state_dict(saved(pair[1]))
+    optimizer.load_state_dict(saved_by_torch(pair[1].state_dict(), weights_only=True))
     return model, optimizer
 
 
 def test_checkpoint_of_ours_resumes_in_torch(typical: Any) -> None:
     """And goes on as it would have done where it comes from, but for the centralization."""
-    base = BASES[typical.func]
-    pair, reference = both(typical.func, **typical.keywords)
-    train(*pair)
-    train(*reference)
-    plain = resumed(pair, lambda model: base(model.parameters()))
-    expected = resumed(reference, lambda model: base(model.parameters()))
-    train(*plain)
-    train(*expected)
-    assert_same(plain, expected)
+    pairs = []
+    for pair in both(typical.func, **typical.keywords):
+        train(*pair)
+        pairs.append(resumed(pair, lambda model: BASES[typical.func](model.parameters())))
+        train(*pairs[-1])
+    assert_same(*pairs)
 
 
 def test_checkpoint_of_torch_resumes_in_ours(typical: Any) -> None:
     """Its momentum is treated as `centralize` treats it."""
-    base = BASES[typical.func]
     model = new_model()
-    pair = (model, base(model.parameters(), **typical.keywords))
+    pair = (model, BASES[typical.func](model.parameters(), **typical.keywords))
     train(*pair)
-
-    def with_hooks(model: nn.Module) -> Optimizer:
-        optimizer = base(model.parameters())
-        gcx.torch.centralize(optimizer, model)
-        return optimizer
-
-    with pytest.warns(UserWarning, match="momentum of 3 weights") as caught:
-        found = resumed(pair, typical)
-    assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="momentum of 3 weights"):
-        expected = resumed(pair, with_hooks)
-    train(*found)
-    train(*expected)
-    assert_same(found, expected)
+    pairs = []
+    for make in (typical, lambda model: hooked(model, typical.func)):
+        with pytest.warns(UserWarning, match="momentum of 3 weights") as caught:
+            pairs.append(resumed(pair, make))
+        assert caught[0].filename == __file__
+        train(*pairs[-1])
+    assert_same(*pairs)
 
 
 def test_switches_survive_checkpoints_that_do_not_know_them(typical: Any) -> None:
@@ -359,22 +300,11 @@ def test_switches_survive_checkpoints_that_do_not_know_them(typical: Any) -> Non
     assert optimizer.param_groups[1]["centralize"] is False
 
 
-class Module(nn.Module):
-    """Holds its optimizer, so that to copy the one is to copy the other."""
-
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.net = new_model()
-        self.optimizer = make(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("first", ["model", "optimizer"])
 def test_copies_of_a_model_that_holds_its_optimizer(first: str, how: str, typical: Any) -> None:
-    model = Module(typical)
+    model: Any = new_model()
+    model.optimizer = typical(model)
     train(model, model.optimizer)
     pair = (model, model.optimizer) if first == "model" else (model.optimizer, model)
     twin = next(each for each in COPIES[how](pair) if isinstance(each, nn.Module))
@@ -384,22 +314,21 @@ def test_copies_of_a_model_that_holds_its_optimizer(first: str, how: str, typica
 
 
 def test_hooks_of_others_are_not_copied(typical: Any) -> None:
-    """As with any optimizer of torch."""
-    model, optimizer = ours(typical.func, **typical.keywords)
+    """As with any torch optimizer."""
+    model = new_model()
+    optimizer = typical(model)
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    train(model, optimizer, steps=1)
-    assert calls == ["before", "after"]
-    train(*copy.deepcopy((model, optimizer)), steps=1)
-    assert calls == ["before", "after"]
+    for pair in ((model, optimizer), copy.deepcopy((model, optimizer))):
+        train(*pair, steps=1)
+        assert calls == ["before", "after"]
 
 
 def test_repr_shows_options_plan_and_who_steps() -> None:
-    _, optimizer = ours(SGD, lr=0.01, foreach=False)
-    base = repr(hooked(SGD, lr=0.01, foreach=False)[1])
+    (_, optimizer), (_, reference) = both(SGD, lr=0.01, foreach=False)
     assert repr(optimizer) == (
-        base.removesuffix(")") + "Gradient Centralization\n"
+        repr(reference).removesuffix(")") + "Gradient Centralization\n"
         "    plan: <gcx plan: 3 of 8 parameters centralized>\n"
         f"    step of group 0: by torch ({optimizer.fallbacks[0]})\n)"
     )
@@ -412,12 +341,8 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
             typical(params)
     with pytest.raises(TypeError, match=r"model is a torch\.nn\.Module, not list"):
         typical(model.parameters(), model=[model])
-    with pytest.raises(ValueError, match="nothing to centralize in this"):
-        typical(model[2])
     with pytest.raises(RuntimeError, match="that is not in the model"):
         typical(model.parameters(), model=model[0])
-    with pytest.raises(ValueError, match="overrides"):
-        typical(model, overrides={"nothing.*": None})
     with pytest.raises(ValueError, match="Invalid learning rate"):
         typical(model, lr=-1.0)
 
@@ -425,8 +350,7 @@ def test_models_and_options_that_are_refused(typical: Any) -> None:
 def test_errors_of_a_step_come_before_anything_is_changed(typical: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3).double(), nn.Linear(5, 3).double())
-    groups = [{"params": layer.parameters()} for layer in model]
-    optimizer = typical(groups, model=model)
+    optimizer = typical([{"params": layer.parameters()} for layer in model], model=model)
     before = copy.deepcopy(model.state_dict())
     model[0].weight.grad, model[1].weight.grad = GRAD.clone(), GRAD.to_sparse()
     with pytest.raises(TypeError, match=r"1\.weight has a gradient of layout torch\.sparse_coo"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.optim import Optimizer
 
 from gcx.backends import _torch_cuda
 from gcx.torch._fused import SGD, AdamW
@@ -25,22 +25,13 @@ from torch_fused_steps import (
     assert_close_states,
     both,
     hooked,
-    make_device,
+    launched,
+    make_device,  # noqa: F401 - of the fixture `device`
     step,
     step_by_closure,
     train,
 )
-from torch_kernels import (
-    EMULATED,
-    Device,
-    assert_equal,
-    give_gradients,
-)
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    return make_device(getattr(request, "param", EMULATED), monkeypatch)
+from torch_kernels import Device, assert_equal, give_gradients
 
 
 @pytest.mark.parametrize("case", TYPICAL)
@@ -74,7 +65,7 @@ def test_what_the_kernels_do_not_take_is_centralized_for_torch(
     assert torch.equal(ours[0].down.weight, reference[0].down.weight)
     assert_close(ours[0], reference[0])
     assert_close_states(ours[1], reference[1])
-    assert sum(device.tensors.values()) == (0 if alone else 9 * STEPS)
+    assert launched(device) == (0 if alone else 9 * STEPS)
     (reason,) = ours[1].fallbacks
     assert "do not take a Tensor of torch.float32 and shape (5, 7, 3)" in reason
 
@@ -97,7 +88,7 @@ def test_what_the_kernels_refuse_when_it_comes_to_it(case: str, device: Device) 
     counts = [0]
     for k, device.refused in enumerate([{single, half}, set(), {single}, {half}]):
         train([k], ours, reference)
-        counts.append(sum(device.tensors.values()))
+        counts.append(launched(device))
     assert counts == [0, 0, 10, 12, 20]
     assert_close(ours[0], reference[0])
     states = zip(ours[1].state.values(), reference[1].state.values(), strict=True)
@@ -108,7 +99,7 @@ def test_what_the_kernels_refuse_when_it_comes_to_it(case: str, device: Device) 
 def test_kernels_are_asked_for_on_the_device_of_the_parameters(
     kind: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_torch_cuda, "why_not", lambda device: f"no kernels on {device}")
+    monkeypatch.setattr(_torch_cuda, "why_not", "no kernels on {}".format)
     assert kind(Net()).fallbacks == ["no kernels on cpu"]
 
 
@@ -126,31 +117,26 @@ def test_steps_are_counted_whatever_the_default_device_is(device: Device) -> Non
 @pytest.mark.parametrize("case", TYPICAL)
 def test_gradient_that_is_in_memory_in_another_way(case: str, device: Device) -> None:
     """Expanded from one element, or transposed; it may be like its parameter in a later step."""
-    ours, reference = both(case, nn.Linear(3, 4))
+    pairs = both(case, nn.Linear(3, 4))
+    (model, optimizer), (twin, _) = pairs
     grads = [torch.rand(1).expand(4, 3), torch.rand(3, 4).t(), torch.rand(4, 3), torch.rand(4, 3)]
-    reasons, counts = [], []
-    for grad in grads:
-        for model, _ in (ours, reference):
-            model.weight.grad = grad.clone() if grad.stride(0) else grad
-            model.bias.grad = torch.ones(4)
-        reasons += ours[1].fallbacks
-        ours[1].step()
-        reference[1].step()
-        counts.append(sum(device.tensors.values()))
-    assert_close(ours[0], reference[0])
-    assert counts == [1, 2, 4, 6]
-    assert [bool(reason) for reason in reasons] == [True, True, False, False]
+    for grad, is_left, count in zip(grads, (1, 1, 0, 0), (1, 2, 4, 6), strict=True):
+        for each in (model, twin):
+            each.weight.grad = grad.clone() if grad.stride(0) else grad
+            each.bias.grad = torch.ones(4)
+        assert [bool(reason) for reason in optimizer.fallbacks] == [is_left]
+        for _, each in pairs:
+            each.step()
+        assert launched(device) == count
+    assert_close(model, twin)
 
 
 def test_sparse_gradient_of_an_embedding(device: Device) -> None:
-    def train_on_tokens(k: int, model: nn.Module, optimizer: Optimizer) -> None:
+    ours, reference = both("sgd", nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3)))
+    for model, optimizer in (ours, reference) * STEPS:
         optimizer.zero_grad()
         model(torch.tensor([1, 2])).square().sum().backward()
         optimizer.step()
-
-    model = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3))
-    ours, reference = both("sgd", model)
-    train(range(STEPS), ours, reference, training=train_on_tokens)
     assert_close(ours[0], reference[0])
     assert device.tensors == {"Sgd": 2 * STEPS}
 
@@ -174,14 +160,8 @@ def test_numbers_of_adamw_are_those_of_float32(
     """Torch's fused step on CUDA has these; float64 would lead away from it, bit by bit."""
     model = nn.Linear(3, 2, bias=False)
     optimizer = AdamW(model, lr=0.5, weight_decay=0.25)
-    found = []
-    prepare = device.launcher.prepare
-
-    def remember(*arguments: Any) -> Any:
-        found.append(arguments[-1])
-        return prepare(*arguments)
-
-    monkeypatch.setattr(device.launcher, "prepare", remember)
+    prepare = Mock(wraps=device.launcher.prepare)
+    monkeypatch.setattr(device.launcher, "prepare", prepare)
     step(0, model, optimizer)
     optimizer.state[model.weight]["step"].fill_(1e6)
     optimizer.step()
@@ -189,6 +169,7 @@ def test_numbers_of_adamw_are_those_of_float32(
     one = torch.tensor(1.0)
     corrected = (0.5 / (one - beta1)).item(), (one - beta2).sqrt().item()
     start = (1.0, 0.0, 1.0, 0.125, beta1, beta2)
+    found = [call.args[-1] for call in prepare.call_args_list]
     assert found == [(*start, *corrected, 1e-8), (*start, 0.5, 1.0, 1e-8)]
 
 
@@ -211,17 +192,17 @@ def test_numbers_of_adamw_are_those_of_float32(
 def test_options_of_torch_alone(
     kind: Any, options: dict[str, Any], reason: str, device: Device
 ) -> None:
-    def groups(model: Net) -> list[dict[str, Any]]:
-        group = {"params": [*model.head.parameters()], **options}
-        return [{"params": [*model.conv.parameters()]}, group]
-
     model, twin = Net(), Net()
-    optimizer = kind(groups(model), model=model)
+    groups, of_twin = (
+        [{"params": [*net.conv.parameters()]}, {"params": [*net.head.parameters()], **options}]
+        for net in (model, twin)
+    )
+    optimizer = kind(groups, model=model)
     assert optimizer.fallbacks == ["", reason]
     assert f"step of group 1: by torch ({reason})" in repr(optimizer)
     if options.keys() & {"capturable", "differentiable"}:
         return  # which are not for a CPU, or for leaves
-    train(range(3), (model, optimizer), (twin, hooked(twin, kind, groups(twin))))
+    train(range(3), (model, optimizer), (twin, hooked(twin, kind, of_twin)))
     assert device.tensors == {"AdamW" if kind is AdamW else "Sgd": 6}
     assert_close(model, twin)
     assert torch.equal(model.head.weight, twin.head.weight)
@@ -247,16 +228,13 @@ def test_subclass_with_a_step_of_its_own(device: Device) -> None:
         def step(self, closure: Any = None) -> Any:
             return super().step(closure)
 
-    class Renamed(SGD):
-        pass
-
     models = [Net(), Net(), Net()]
-    optimizers = [Printing(models[0], lr=0.1), Renamed(models[1], lr=0.1)]
-    optimizers.append(hooked(models[2], SGD, lr=0.1))
-    train([0], *zip(models, optimizers, strict=True))
-    assert_close(models[0], models[2])
-    assert_close(models[1], models[2])
-    assert optimizers[0].fallbacks == ["Printing has a step of its own"]
+    kinds = Printing, type("Renamed", (SGD,), {})
+    optimizers = [kind(model, lr=0.1) for kind, model in zip(kinds, models[:2], strict=True)]
+    train([0], *zip(models, [*optimizers, hooked(models[2], SGD, lr=0.1)], strict=True))
+    for model in models[:2]:
+        assert_close(model, models[2])
+    assert [each.fallbacks for each in optimizers] == [["Printing has a step of its own"], [""]]
     assert device.tensors == {"Sgd": 10}
 
 
@@ -274,7 +252,7 @@ def test_grad_scaler(case: str, device: Device) -> None:
             scaler.step(optimizer)
             scaler.update()
     assert_close(ours[0], reference[0])
-    assert sum(device.tensors.values()) == 30
+    assert launched(device) == 30
     ours[1].grad_scale = torch.ones(())
     assert ours[1].fallbacks == ["grad_scale is set"]
 
@@ -304,23 +282,23 @@ def test_parts_of_dtensors_with_whole_fan_ins(case: str, device: Device, mesh: A
     """FSDP has such parts. The fan-in of one weight is cut, and torch makes its step."""
     model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(8, 4), nn.Linear(8, 4, bias=False))
     twin = copy.deepcopy(model)
-
     for layer, axis in zip(model, (0, 0, 1), strict=True):
         for name, p in [*layer.named_parameters()]:
             part = distribute_tensor(p.detach(), mesh, [Shard(axis)])
             layer.register_parameter(name, nn.Parameter(part))
     kind, options = CASES[case]
     optimizer, reference = kind(model, **options), hooked(twin, kind, **options)
+    pairs = [*zip(model.parameters(), twin.parameters(), strict=True)]
     for k in range(3):
         give_gradients(k, twin)
-        for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        for p, of_twin in pairs:
             p.grad = distribute_tensor(of_twin.grad, mesh, p.placements)
-        versions = [p._version for p in model.parameters()]
+        versions = [p._version for p, _ in pairs]
         optimizer.step()
         reference.step()
-        assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
-    for p, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        assert all(p._version > v for (p, _), v in zip(pairs, versions, strict=True))
+    for p, of_twin in pairs:
         torch.testing.assert_close(p.full_tensor(), of_twin, rtol=4e-6, atol=1e-6)
-    assert sum(device.tensors.values()) == 3 * 4
+    assert launched(device) == 3 * 4
     (reason,) = optimizer.fallbacks
     assert "do not take a DTensor of torch.float32 and shape (4, 8)" in reason

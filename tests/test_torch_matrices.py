@@ -46,10 +46,7 @@ CASES: dict[str, tuple[nn.Module, str, Layout | str | None, Slices]] = {
     "grouped conv, declared whole": (nn.Conv1d(4, 6, 3, groups=2), "weight", "o...", flat),
     "transposed conv": (nn.ConvTranspose2d(4, 6, 3), "weight", None, transposed(1)),
     "grouped transposed conv": (
-        nn.ConvTranspose1d(4, 6, 3, groups=2),
-        "weight",
-        None,
-        transposed(2),
+        *(nn.ConvTranspose1d(4, 6, 3, groups=2), "weight", None, transposed(2)),
     ),
     "attention": (nn.MultiheadAttention(4, 2), "in_proj_weight", None, parts(3)),
     "attention key": (nn.MultiheadAttention(4, 2, kdim=6), "k_proj_weight", None, flat),
@@ -59,23 +56,16 @@ CASES: dict[str, tuple[nn.Module, str, Layout | str | None, Slices]] = {
     "gru cell": (nn.GRUCell(3, 4), "weight_ih", None, parts(3)),
     "experts": (Stack(3, 5, 4), "weight", "bio", lambda w: [one.T for one in w]),
     "fused, input first": (
-        Stack(4, 15),
-        "weight",
-        Layout("i(bo)", b=3),
+        *(Stack(4, 15), "weight", Layout("i(bo)", b=3)),
         lambda w: [one.T for one in w.chunk(3, dim=1)],
     ),
     "experts, fused": (
-        Stack(2, 6, 4),
-        "weight",
-        Layout("b(bo)i", b=2),
+        *(Stack(2, 6, 4), "weight", Layout("b(bo)i", b=2)),
         lambda w: [part for one in w for part in one.chunk(2)],
     ),
     "heads": (Stack(6, 2, 3), "weight", "ioo", lambda w: [w.flatten(1).T]),
     "experts, flattened": (
-        Stack(3, 20),
-        "weight",
-        Layout("b(oi...)", o=4),
-        lambda w: [*w.reshape(3, 4, 5)],
+        *(Stack(3, 20), "weight", Layout("b(oi...)", o=4), lambda w: [*w.reshape(3, 4, 5)]),
     ),
 }
 
@@ -145,7 +135,6 @@ def test_muon_moves_each_matrix_as_one_of_its_own(how: str) -> None:
     model = Mixed()
     if how == "channels_last":
         model = model.to(memory_format=torch.channels_last)
-    batches = torch.randn(4, 3, 2, 9, 9)
     found = gcx.torch.matrices(model)
     assert found.weights.keys() == SLICES.keys()
     optimizer = found.make_optimizer(torch.optim.Muon, **OPTIONS)
@@ -154,26 +143,26 @@ def test_muon_moves_each_matrix_as_one_of_its_own(how: str) -> None:
         for name, slices in SLICES.items()
     }
     reference = torch.optim.Muon([one for own in twins.values() for one in own], **OPTIONS)
-    for batch in batches:
+    for batch in torch.randn(4, 3, 2, 9, 9):
         if how == "resumed":
             state = copy.deepcopy(optimizer.state_dict())
             optimizer = gcx.torch.matrices(model).make_optimizer(torch.optim.Muon, **OPTIONS)
             optimizer.load_state_dict(state)
-        grads = torch.autograd.grad(model(batch), [*found.weights.values()])
-        for (name, slices), grad in zip(SLICES.items(), grads, strict=True):
-            for twin, part in zip(twins[name], slices(grad), strict=True):
-                twin.grad = part
-        reference.step()
 
         def backward(batch: Tensor = batch) -> Tensor:
             loss: Tensor = model(batch)
             loss.backward()
             return loss
 
+        backward()
+        for name, slices in SLICES.items():
+            for twin, part in zip(twins[name], slices(model.get_parameter(name).grad), strict=True):
+                twin.grad = part.clone()
+        reference.step()
         if how == "closure":
+            optimizer.zero_grad()
             assert optimizer.step(backward) > 0
         else:
-            backward()
             optimizer.step()
         optimizer.zero_grad()  # the gradients of the weights went with the step
         for name, slices in SLICES.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,29 +13,31 @@ from torch import Tensor, nn, optim
 from torch.optim import SGD, Adam, RMSprop
 
 import gcx.torch
-from gcx.testing import assert_centralized
 
-from torch_training import (
-    RTOL,
-    change_of,
-    loss_of,
-    train,
-)
+from torch_training import assert_means_kept, backward, deeper, train
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
 @pytest.mark.parametrize("kind", [SGD, Adam])
-def test_momentum_from_before_is_centralized(kind: Any, layer: nn.Linear) -> None:
-    options = {"momentum": 0.9} if kind is SGD else {}
-    optimizer = kind(layer.parameters(), lr=0.01, **options)
+def test_momentum_from_before_is_centralized(kind: Any, is_loaded: bool, layer: nn.Linear) -> None:
+    key, options = ("momentum_buffer", {"momentum": 0.9}) if kind is SGD else ("exp_avg", {})
+    optimizer, resumed = (kind(layer.parameters(), lr=0.01, **options) for _ in range(2))
     train(layer, optimizer)
-    key = "momentum_buffer" if kind is SGD else "exp_avg"
-    momentum, of_bias = (optimizer.state[p][key] for p in (layer.weight, layer.bias))
-    expected, bias_before = momentum - momentum.mean(1, keepdim=True), of_bias.clone()
+    saved = copy.deepcopy(optimizer.state_dict())
+    call = partial(gcx.torch.centralize, optimizer, layer)
+    if is_loaded:
+        gcx.torch.centralize(optimizer := resumed, layer)
+        call = partial(optimizer.load_state_dict, copy.deepcopy(saved))
     with pytest.warns(UserWarning, match=r"momentum of 1 weights \(weight") as caught:
-        gcx.torch.centralize(optimizer, layer)
+        call()
     assert caught[0].filename == __file__
-    torch.testing.assert_close(momentum, expected, rtol=0, atol=1e-14)
-    assert torch.equal(of_bias, bias_before)
+    momentum, of_bias = (saved["state"][k][key] for k in (0, 1))
+    found, expected = optimizer.state[layer.weight][key], momentum - momentum.mean(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert torch.equal(optimizer.state[layer.bias][key], of_bias)
+    gcx.torch.centralized(optimizer).remove()
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[layer.weight][key], momentum)
 
 
 @pytest.mark.parametrize("pack", [Tensor.byte, Tensor.flatten], ids=["integers", "shape"])
@@ -44,22 +48,6 @@ def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> 
     with pytest.warns(UserWarning, match=r"1 weights \(weight, .* form without a mean"):
         gcx.torch.centralize(optimizer, layer)
     assert bool((packed == 1).all())
-
-
-def test_momentum_of_a_loaded_checkpoint_is_centralized(layer: nn.Linear) -> None:
-    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9)
-    train(layer, optimizer)
-    plain = optimizer.state_dict()
-    resumed = SGD(layer.parameters(), lr=0.01, momentum=0.9)
-    handle = gcx.torch.centralize(resumed, layer)
-    with pytest.warns(UserWarning, match="momentum") as caught:
-        resumed.load_state_dict(plain)
-    assert caught[0].filename == __file__
-    assert_centralized(change_of(layer, lambda: train(layer, resumed)), rtol=RTOL)
-    handle.remove()
-    resumed.load_state_dict(plain)
-    momentum = resumed.state[layer.weight]["momentum_buffer"]
-    assert torch.equal(momentum, optimizer.state[layer.weight]["momentum_buffer"])
 
 
 def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
@@ -77,22 +65,17 @@ def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
 
 
 def test_memory_of_lbfgs_is_centralized(layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+    model = deeper(layer)
     optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
+    def training() -> None:
+        for _ in range(3):
+            optimizer.step(partial(backward, model, optimizer))
 
-    for _ in range(3):
-        optimizer.step(closure)
+    training()
     with pytest.warns(UserWarning, match=r"momentum of 2 weights \(0.weight"):
         gcx.torch.centralize(optimizer, model)
-    for one in (model[0], layer):
-        change = change_of(one, lambda: [optimizer.step(closure) for _ in range(3)])
-        assert_centralized(change, rtol=RTOL)
+    assert_means_kept(model[0], lambda: assert_means_kept(layer, training))
 
 
 def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:

@@ -18,9 +18,10 @@ from gcx import Layout
 from gcx import optim as ours
 from gcx.testing import assert_centralized
 
-from sharded_training import DATA, TARGET, Net, net
+from sharded_training import DATA, TARGET, Net, net, whole_weights
 
 STEPS = 30
+LAYOUTS: Any = {"up.weight": Layout("(bi)o...", b=3), "*weight": "o...", "*": None}
 
 
 @pytest.fixture
@@ -47,20 +48,14 @@ def train_by_closure(model: nn.Module, optimizer: Optimizer) -> None:
         optimizer.step(closure) if k % 2 else optimizer.step(closure=closure)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def assert_means_kept(model: nn.Module, start: dict[str, Tensor]) -> None:
     """Corollary 4.1: training moves every parameter, and no mean over a fan-in."""
-    for name, now in weights_of(model).items():
+    for name, now in whole_weights(model).items():
         change = now - start[name]
         assert change.abs().max() > 1e-5, name
-        # Weights of size 1, changes of 1e-5, float64: 1e-9 is rounding.
-        if name == "up.weight":
-            assert_centralized(change.unflatten(0, (3, 2)), layout="oio...", rtol=1e-9)
-        elif name.endswith("weight"):
-            assert_centralized(change, rtol=1e-9)
+        if name.endswith("weight"):
+            # Weights of size 1, changes of 1e-5, float64: 1e-9 is rounding.
+            assert_centralized(change, layout=LAYOUTS.get(name, "o..."), rtol=1e-9)
 
 
 Make = Callable[[Any], Optimizer]
@@ -107,7 +102,7 @@ def trainings(kinds: Any) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("kind", "training"), trainings(LINEAR))
 def test_gradient_of_linear_optimizers_keeps_means(kind: str, training: str, model: Net) -> None:
-    optimizer, start = LINEAR[kind](model.parameters()), weights_of(model)
+    optimizer, start = LINEAR[kind](model.parameters()), whole_weights(model)
     gcx.torch.centralize(optimizer, model)
     TRAININGS[training](model, optimizer)
     assert_means_kept(model, start)
@@ -118,14 +113,14 @@ def test_gradient_of_linear_optimizers_keeps_means(kind: str, training: str, mod
     [*trainings(["momentum", "lbfgs"]), ("adamw", "closure"), *[(k, "plain") for k in ADAPTIVE]],
 )
 def test_update_of_any_optimizer_keeps_means(kind: str, training: str, model: Net) -> None:
-    optimizer, start = {**LINEAR, **ADAPTIVE}[kind](model.parameters()), weights_of(model)
+    optimizer, start = {**LINEAR, **ADAPTIVE}[kind](model.parameters()), whole_weights(model)
     gcx.torch.centralize(optimizer, model, where="update")
     TRAININGS[training](model, optimizer)
     assert_means_kept(model, start)
 
 
 def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> None:
-    start, twin = weights_of(model), copy.deepcopy(model)
+    start, twin = whole_weights(model), copy.deepcopy(model)
     options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
     up = optim.SGD(twin.parameters(), maximize=True, **options)
     down = optim.SGD(model.parameters(), **options)
@@ -134,12 +129,11 @@ def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> N
     train(twin, up, sign=-1.0)
     train(model, down)
     assert_means_kept(twin, start)
-    assert_close(twin, weights_of(model))
+    assert_close(twin, whole_weights(model))
 
 
 # The steps of the paper's own optimizers and of AdamW, as gcx.optim makes them in NumPy.
 LR, DECAY = 0.01, 0.1
-LAYOUTS = {"up.weight": Layout("(bi)o...", b=3), "*weight": "o...", "*": None}
 OURS: Any = {"lr": LR, "weight_decay": DECAY, "layouts": LAYOUTS}
 OF_SGD, OF_ADAM, OF_ADAMW = ours.SGD(momentum=0.9, **OURS), ours.Adam(**OURS), ours.AdamW(**OURS)
 IN_UPDATE = replace(OF_ADAMW, where="update")
@@ -167,13 +161,13 @@ TRAJECTORIES: dict[str, tuple[Any, Make, dict[str, str]]] = {
 
 
 def assert_close(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    for name, found in weights_of(model).items():
+    for name, found in whole_weights(model).items():
         torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-9)
 
 
 def train_in_numpy(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Train by gcx.optim, with decay outside where it has none of its own."""
-    weights = {name: w.numpy() for name, w in weights_of(model).items()}
+    weights = {name: w.numpy() for name, w in whole_weights(model).items()}
     state = optimizer.init(weights)
     for _ in range(STEPS):
         leaves = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
@@ -200,32 +194,28 @@ def test_trajectory_is_that_of_gcx_optim(case: str, model: Net) -> None:
     assert_close(model, expected)
 
 
-def peer(name: str, **options: Any) -> Make:
-    """An optimizer of pytorch_optimizer."""
-    kinds = pytest.importorskip("pytorch_optimizer")
-    return lambda p: getattr(kinds, name)(p, **options)
+def peer(name: str, **options: Any) -> tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]:
+    """An optimizer of pytorch_optimizer, whose mode for evaluation brings other weights."""
+
+    def make() -> Make:
+        kinds = pytest.importorskip("pytorch_optimizer")
+        return partial(getattr(kinds, name), **options)
+
+    return make, lambda _, optimizer: optimizer.eval()
 
 
 def average_of_asgd(model: nn.Module, optimizer: Any) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(optimizer.state[parameter]["ax"])
-
-
-def mode_for_evaluation(_: nn.Module, optimizer: Any) -> None:
-    optimizer.eval()
+    for parameter in model.parameters():
+        parameter.data.copy_(optimizer.state[parameter]["ax"])
 
 
 # An optimizer, and how its other weights come into the model.
 BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] = {
     "asgd": (lambda: partial(optim.ASGD, lr=0.05, lambd=0, t0=5), average_of_asgd),
-    "schedule-free-sgd": (lambda: peer("ScheduleFreeSGD", lr=0.05), mode_for_evaluation),
-    "schedule-free-adamw": (
-        lambda: peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
-        mode_for_evaluation,
-    ),
-    "schedule-free-radam": (lambda: peer("ScheduleFreeRAdam", lr=0.01), mode_for_evaluation),
-    "splus": (lambda: peer("SPlus", lr=0.1, ema_rate=0.9), mode_for_evaluation),
+    "schedule-free-sgd": peer("ScheduleFreeSGD", lr=0.05),
+    "schedule-free-adamw": peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
+    "schedule-free-radam": peer("ScheduleFreeRAdam", lr=0.01),
+    "splus": peer("SPlus", lr=0.1, ema_rate=0.9),
 }
 
 
@@ -233,7 +223,7 @@ BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] =
 @pytest.mark.parametrize("kind", BESIDE)
 def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
     make, evaluate = BESIDE[kind]
-    optimizer, start = make()(model.parameters()), weights_of(model)
+    optimizer, start = make()(model.parameters()), whole_weights(model)
     gcx.torch.centralize(optimizer, model, where="update")
     train(model, optimizer)
     assert_means_kept(model, start)
@@ -248,18 +238,18 @@ def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None
 def test_weights_beside_are_those_of_the_gradient(kind: str, strength: float, model: Net) -> None:
     """Both are linear in the gradient, so that it does not matter where GC goes."""
     make, evaluate = BESIDE[kind]
-    wheres: list[Any] = ["gradient", "update"]
-    models = [model, copy.deepcopy(model)]
-    for each, where in zip(models, wheres, strict=True):
+    other = copy.deepcopy(model)
+    for each, where in ((model, "gradient"), (other, "update")):
         optimizer = make()(each.parameters())
-        gcx.torch.centralize(optimizer, each, where=where, strength=strength)
+        options: Any = {"where": where, "strength": strength}
+        gcx.torch.centralize(optimizer, each, **options)
         train(each, optimizer)
         evaluate(each, optimizer)
-    assert_close(models[1], weights_of(models[0]))
+    assert_close(other, whole_weights(model))
 
 
 def test_average_kept_by_an_earlier_hook(model: Net) -> None:
-    average, start = torch.optim.swa_utils.AveragedModel(model), weights_of(model)
+    average, start = torch.optim.swa_utils.AveragedModel(model), whole_weights(model)
     optimizer = adamw(model.parameters())
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     gcx.torch.centralize(optimizer, model, where="update")
@@ -278,15 +268,10 @@ def test_options_of_the_same_name_are_no_average(model: Net) -> None:
     assert own == 1.0
 
 
-class Hiding(optim.SGD):
-    """Evaluates other weights, which it keeps where nobody finds them."""
-
-    def eval(self) -> None:
-        raise NotImplementedError
-
-
 def test_weights_beside_that_are_unknown(model: Net) -> None:
-    optimizer = Hiding(model.parameters(), lr=0.1)
+    """It evaluates other weights, which it keeps where nobody finds them."""
+    hiding = type("Hiding", (optim.SGD,), {"eval": lambda self: None})
+    optimizer = hiding(model.parameters(), lr=0.1)
     gcx.torch.centralize(optimizer, model, where="update")
     optimizer.step()  # without gradients: nothing to tell yet
     with pytest.warns(UserWarning, match=r"Hiding has an eval\(\).*does not know") as caught:

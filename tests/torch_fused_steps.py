@@ -15,10 +15,7 @@ import gcx.torch
 from gcx.torch import _fused
 from gcx.torch._fused import SGD, AdamW
 
-from torch_kernels import (
-    Device,
-    give_gradients,
-)
+from torch_kernels import Device, give_gradients
 
 STEPS = 6
 BASES: dict[Any, Any] = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
@@ -75,6 +72,7 @@ def new_net(device: Device, **options: Any) -> Any:
 
 
 def hooked(model: nn.Module, kind: Any, groups: Any = None, **options: Any) -> Optimizer:
+    """Make torch's optimizer, with the hooks."""
     optimizer = BASES[kind](groups or model.parameters(), **options)
     gcx.torch.centralize(optimizer, model)
     return optimizer
@@ -135,3 +133,8 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     if device.type == "cpu":
         patch.setattr(_fused, "is_for_kernels", lambda _: True)
     return device
+
+
+def launched(device: Device) -> int:
+    """Count the tensors that kernels have made a step of."""
+    return sum(device.tensors.values())

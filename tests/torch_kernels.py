@@ -42,7 +42,7 @@ class Device:
         self.runs: list[tuple[str, int]] = []  # the rule of a launch, and its number of tensors
         self.refused: set[str] = set()  # dtypes; as where a CUDA graph is captured too early
         self.host: Any = None
-        patch.setattr(_torch_cuda, "recent", {})
+        patch.setattr(_torch_cuda, "_recent", {})
         if name == "cuda":
             found = _torch_cuda.find_launcher()
             assert isinstance(found, Launcher)

@@ -15,6 +15,7 @@ from gcx.testing import assert_centralized
 # Weights of size 1 in float64 after some steps: means are kept to rounding.
 RTOL = 1e-9
 X = torch.rand(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
 GRAD = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
@@ -23,14 +24,25 @@ def new_layer(seed: int = 0) -> nn.Linear:
     return nn.Linear(5, 3).double()
 
 
+def deeper(layer: nn.Linear) -> nn.Sequential:
+    """A network that ends in the layer."""
+    return nn.Sequential(nn.Linear(5, 5).double(), nn.Tanh(), layer)
+
+
 def loss_of(layer: nn.Module, x: Tensor = X) -> Tensor:
     return (layer(x) - 1).square().sum()
 
 
+def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    return loss
+
+
 def train(layer: nn.Module, optimizer: Optimizer, steps: int = 5) -> None:
     for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(layer).backward()
+        backward(layer, optimizer)
         optimizer.step()
 
 
@@ -42,6 +54,11 @@ def change_of(weight: nn.Linear | Tensor, training: Callable[[], object]) -> Ten
     change = weight.detach() - start
     assert change.abs().max() > 1e-5
     return change
+
+
+def keeps_means(weight: nn.Linear | Tensor, training: Callable[[], object]) -> bool:
+    change = change_of(weight, training)
+    return bool(change.mean(1).abs().max() < RTOL * change.abs().max())
 
 
 def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]) -> None:

@@ -193,8 +193,10 @@ def _judge(target: Target, kind: Format, trial: Trial) -> tuple[float, str]:
         problem = "" if trial.fault else f"{type(error).__name__}: {error}"
     except Exception as error:  # noqa: BLE001 - any other error is a fault of gcx
         problem = f"{type(error).__name__}: {error}"
-    is_pure = trial.fault or call.outs is None
-    if is_pure and not all(map(_are_equal, before, call.read(target))):
+    unchanged = None  # all arrays; the gradients come first
+    if call.outs and not trial.fault:
+        unchanged = len(call.grads) if trial.out == "other" else 0
+    if not all(map(_are_equal, before[:unchanged], call.read(target))):
         problem = problem or "an array was changed"
     if problem or trial.fault:
         return 0.0, problem

@@ -2,7 +2,7 @@
 
 Without --data: small networks on digits, MNIST, Indian Pines and a regression, on all cores of a
 CPU; all of this data ships in packages.
-With --data: ResNet-50 on CIFAR-100, on a GPU.
+With --data: ResNet-50 on CIFAR-100, on a GPU, or on other images to see that it trains there.
 What was cut short goes on where it was when it is started again.
 """
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command.requirements import CannotRunError
-from benchmarks.paper.cifar100.options import DEFAULTS, add_arguments, at_least
+from benchmarks.paper.cifar100.options import DEFAULTS, STAND_INS, add_arguments, at_least
 from benchmarks.paper.files import check_folder
 
 PARTS = (
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         type=Path,
         help="for the report, and below it for the runs "
-        "(default: paper-results; with --brief: paper-results-brief)",
+        "(default: paper-results); with --brief the folder brief in it",
     )
     parser.add_argument(
         "--seeds", metavar="N", type=at_least(2), help="in each cell: an interval takes two"
@@ -55,9 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             "of no effect on energy, theory and drift, which have their own seeds: --seeds"
         )
-    folder = options.write or Path("paper-results-brief" if options.brief else "paper-results")
+    folder = options.write or Path("paper-results")
     if options.brief:
+        folder /= "brief"  # so that it never takes the place of a report
         print("A short run, to see that all works: its figures say nothing.", flush=True)
+    if str(options.data) in STAND_INS:
+        folder /= options.data
     try:
         if not options.dry_run:
             check_folder("--write", folder)
@@ -97,12 +101,13 @@ def _cifar100(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     chosen: dict[str, Any] = {
         name: getattr(options, name) or default for name, default in DEFAULTS.items()
     }
+    write = partial(sections, folder=folder, data=options.data)
     outcomes = run(
         options.data,
         folder / "runs",
         seeds=options.seeds or 5,
         dry_run=options.dry_run,
-        after_run=lambda found: [*sections(found, folder)],
+        after_run=lambda found: [*write(found)],
         **chosen,
     )
-    return sections(outcomes, folder)
+    return write(outcomes)

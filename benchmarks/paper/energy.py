@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import optax
@@ -21,6 +22,7 @@ BATCHES = 10
 NORMS = ("batch norm", "group norm", "no norm")
 
 
+@cache
 def energy_removed(network: Network) -> EnergyReport:
     """Measure the gradients of the first batches, all at the initial weights."""
     weights, statistics = network.start(SEED)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from benchmarks.paper.cells import BASE
 from benchmarks.paper.network import Network
 from benchmarks.paper.tasks import ALL, FEW, Task
-from benchmarks.paper.training import Grid
+from benchmarks.paper.training import Grid, Learner
 
 __all__ = [
     "ADAM_RATE",
@@ -47,7 +48,8 @@ WIDE_RATES = {
     "Adam": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02),
 }
 
-BRIEF_STEPS = 24
+BRIEF_STEPS = 12
+_BRIEF_WIDTH = 8
 
 # For what is varied one by one: below the best, so that no harder case is one of a rate too high.
 CALM_RATE = 0.05
@@ -158,8 +160,15 @@ IN_JAX, IN_TORCH = _in("jax"), _in("torch")
 
 
 def brief(study: Study) -> Study:
-    """Hardly a training: its first program, with two seeds and few steps."""
-    grids = tuple(
-        replace(grid, task=replace(grid.task, steps=BRIEF_STEPS)) for grid in study.programs[0]
-    )
-    return replace(study, programs=(grids,), seeds=2)
+    """Hardly a training: each network once, all narrow and in one program, few steps, two seeds."""
+    first: dict[Learner, tuple[Grid, ...]] = {}
+    for grids in study.programs:
+        first.setdefault(grids[0].network, grids)
+    hardly = tuple(_hardly(grid) for grids in first.values() for grid in grids)
+    return replace(study, programs=(hardly,), seeds=2)
+
+
+def _hardly(grid: Grid) -> Grid:
+    network: Any = grid.network
+    task = replace(grid.task, steps=BRIEF_STEPS)
+    return replace(grid, task=task, network=replace(network, width=_BRIEF_WIDTH))

@@ -27,13 +27,14 @@ from benchmarks.paper.report import (
     write_section,
 )
 from benchmarks.paper.study import Results, is_done, results, run
+from benchmarks.paper.style import marked
 from benchmarks.paper.tasks import ALL, FEW
 from benchmarks.paper.theory_plots import draw
 
 __all__ = ["sections"]
 
 LIBRARIES, ENERGY, THEORY, DRIFT = "libraries", "energy", "theory", "drift"
-SHORT = " (a short run: its figures say nothing)"
+MARK = "a short run: its figures say nothing"
 
 # What stands for the paper's middle learning rates, in each task and network.
 MIDDLE_RATES = {
@@ -59,7 +60,14 @@ def sections(
     hardly : bool
         Only some of it, with few steps, to see that it runs.
     """
-    note = SHORT if hardly else ""
+    with marked(MARK if hardly else ""):
+        yield from _written(parts, folder, seeds, hardly=hardly)
+
+
+def _written(
+    parts: Collection[str], folder: Path, seeds: int | None, *, hardly: bool
+) -> Iterator[Path]:
+    note = f" ({MARK})" if hardly else ""
     every = [*STUDIES, TUNING, KINDS, MNIST, INDIAN_PINES, IN_JAX, IN_TORCH]
     if hardly:
         every = [*map(brief, every)]

@@ -17,15 +17,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import gcx
-from benchmarks.paper.cells import Cell
+from benchmarks.paper.cells import BASE, Cell
 from benchmarks.paper.curvature import Norms, spectral_norms
 from benchmarks.paper.grids import CALM_RATE, DECAY
 from benchmarks.paper.network import Network, Weights
 from benchmarks.paper.tasks import FEW, Draw, Task
 from benchmarks.paper.training import optimizer
 
-__all__ = ["BRIEF", "GAMMAS", "WHOLE", "Experiment", "Seen", "response", "see"]
+__all__ = ["BRIEF", "GAMMAS", "GC", "WHOLE", "Experiment", "Seen", "response", "see"]
 
+GC = "gradient"
 LAYOUT = "...o"
 
 SEED = 0
@@ -47,7 +48,8 @@ class Experiment:
 
 
 WHOLE = Experiment(FEW, Network("group norm"), points=10)
-BRIEF = Experiment(replace(FEW, steps=12), Network("group norm", width=4), points=2)
+FEWER = replace(FEW, name="digits, 4 images a class", images_a_class=4, steps=12)
+BRIEF = Experiment(FEWER, Network("group norm", width=4), points=2)
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,17 @@ class Seen:
     heads: Any
 
 
-def see(arm: str, experiment: Experiment = WHOLE) -> Seen:
-    """Train with an arm of `training.ARMS`, and measure."""
+def see(experiment: Experiment = WHOLE) -> dict[str, Seen]:
+    """Train without GC and with it, in one program, and measure."""
+    draw = experiment.task.draw(SEED)
+    arms = (BASE, GC)
+    runs = jax.jit(lambda draw: [_train(experiment, arm, draw) for arm in arms])(draw)
+    return {arm: _measure(experiment, draw, *run) for arm, run in zip(arms, runs, strict=True)}
+
+
+def _measure(experiment: Experiment, draw: Draw, path: Weights, norms: dict[str, Any]) -> Seen:
     task, network = experiment.task, experiment.network
-    draw = task.draw(SEED)
     labelled = np.unique(draw.batches)
-    path, norms = jax.jit(partial(_train, experiment, arm))(draw)
     steps = np.unique(np.linspace(0, task.steps, experiment.points).round().astype(int))
     head = path["head"]["kernel"]
     return Seen(
@@ -119,17 +126,15 @@ def centralized(kernels: list[Any]) -> list[Any]:
 
 def curvature(experiment: Experiment, draw: Draw, images: Any, weights: Weights) -> Norms:
     """Norms of the Hessian of the mean loss of some images, with regard to the kernels alone."""
-    flat, unravel = ravel_pytree(kernels(weights))
 
     def hessian(vector: Any) -> Any:
         single = jnp.asarray(vector, jnp.float32)
         return hessian_product(experiment, draw, images, weights, single)
 
-    @jax.jit
     def projection(vector: Any) -> Any:
-        return ravel_pytree(centralized(unravel(jnp.asarray(vector, jnp.float32))))[0]
+        return _projected(weights, jnp.asarray(vector, jnp.float32))
 
-    return spectral_norms(hessian, projection, flat.size)
+    return spectral_norms(hessian, projection, sum(kernel.size for kernel in kernels(weights)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -143,6 +148,13 @@ def hessian_product(
         return _loss(experiment, draw, images, with_kernels(weights, unravel(flat)))
 
     return jax.jvp(jax.grad(loss), (flat,), (vector,))[1]
+
+
+@jax.jit
+def _projected(weights: Weights, vector: Any) -> Any:
+    """Apply P to a vector of all kernels."""
+    _, unravel = ravel_pytree(kernels(weights))
+    return ravel_pytree(centralized(unravel(vector)))[0]
 
 
 def response(features: Any, weights: Any) -> Any:

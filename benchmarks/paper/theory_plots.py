@@ -13,11 +13,10 @@ from benchmarks.paper.cells import BASE
 from benchmarks.paper.labels import in_common
 from benchmarks.paper.style import ARM_COLORS, GRAY, MORE_COLORS, save
 from benchmarks.paper.tasks import BATCH
-from benchmarks.paper.theory import GAMMAS, WHOLE, Experiment, Seen, response, see
+from benchmarks.paper.theory import GAMMAS, GC, WHOLE, Experiment, Seen, response, see
 
 __all__ = ["draw"]
 
-GC = "gradient"
 ARMS = {BASE: "without GC", GC: "with GC"}
 BEFORE_P, AFTER_P = ARM_COLORS[BASE], ARM_COLORS[GC]
 STEP = f"step (batches of {BATCH})"
@@ -36,7 +35,7 @@ def draw(folder: Path, experiment: Experiment = WHOLE) -> list[Path]:
     list of Path
         Of the drift, the gradient, the curvature, and the answer to a shift.
     """
-    runs = {arm: see(arm, experiment) for arm in ARMS}
+    runs = see(experiment)
     trained = in_common([experiment.cell])
     paths = []
     for name, (title, picture) in PICTURES.items():

@@ -162,9 +162,13 @@ def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
     shape, axes = fan_in
     if len(shape) == x.ndim:
         return fan_in_mean(x, axes, reproducible)
-    if _torch_dtensor.is_split(x, fan_in):
-        return _mean_of_groups(x, shape[0], axes, reproducible)
-    return fan_in_mean(x.view(shape), axes, reproducible)
+    if not _torch_dtensor.is_split(x, fan_in):
+        return fan_in_mean(x.view(shape), axes, reproducible)
+    if reproducible:  # no group is cut: see `check_reproducible_over`
+        return fan_in_mean(x.view(shape), axes, True).squeeze(1)
+    wide = x.to(_WIDE.get(x.dtype, x.dtype))
+    assert _torch_dtensor.is_dtensor(wide)
+    return _torch_dtensor.fan_in_mean_of_groups(wide, shape[0], axes)
 
 
 def subtract_mean_(x: Tensor, mean: Tensor, fan_in: FanIn) -> None:
@@ -246,22 +250,6 @@ def check_reproducible_over(x: Tensor, fan_in: FanIn) -> None:
     # In the DTensor itself, groups and rows are one axis.
     own = tuple([axis - 1 for axis in axes]) if _torch_dtensor.is_split(x, fan_in) else axes
     check_reproducible(x, own)
-
-
-def _mean_of_groups(x: Tensor, groups: int, axes: tuple[int, ...], reproducible: bool) -> Tensor:
-    """Average a DTensor, split into (groups, rows, ...), over `axes`."""
-    if x.dtype in _WIDE:
-        x = x.to(_WIDE[x.dtype])
-    assert _torch_dtensor.is_dtensor(x)
-    if not reproducible:
-        return _torch_dtensor.fan_in_mean_of_groups(x, groups, axes)
-
-    def repeat_mean(here: Tensor) -> Tensor:
-        rows = len(here) // groups
-        mean = fan_in_mean(here.view(groups, rows, *here.shape[1:]), axes, True)
-        return mean.expand(-1, rows, *mean.shape[2:]).flatten(0, 1)
-
-    return _torch_dtensor.of_parts(x, repeat_mean)
 
 
 def _canonical_mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:

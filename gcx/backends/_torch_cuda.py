@@ -6,9 +6,9 @@ the first tensor on a CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeVar, cast
@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
@@ -34,7 +35,6 @@ Roles = Sequence[Sequence[Tensor | None]]  # see `Launches`
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _MOST_LISTS = 128  # an optimizer has one for each parameter group
 _is_on_cuda = attrgetter("is_cuda")
-_SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -124,22 +124,34 @@ def find_launches(rule: str, roles: Roles, axes: Sequence[Axes], reproducible: b
     in_place = roles[1] is roles[0]
     is_new = () if in_place else tuple([out is None for out in roles[1]])
     tensors = [x for role in roles[in_place:] for x in role if x is not None]
-    key = (rule, reproducible, tuple(axes), is_new, *forms(tensors))
-    return recall(key, partial(Launches, rule, roles, axes, reproducible))
+    key = (rule, reproducible, tuple(axes), is_new)
+    if (found := recall(key, tensors)) is None:
+        remember(key, tensors, found := Launches(rule, roles, axes, reproducible))
+    return found  # type: ignore[no-any-return]
 
 
-recent: dict[Hashable, Any] = {}  # a cache
+_recent: dict[Hashable, tuple[tuple[TensorGuards, Any], ...]] = {}  # a cache
 
 
-def recall(key: Hashable, make: Callable[[], T]) -> T:
-    """Return the latest object of a key, or make it."""
-    found: T | None = recent.pop(key, None)
-    if found is None:
-        found = make()
-    recent[key] = found  # at the end: the first is the one that was used least recently
-    for oldest in [*recent][:-_MOST_LISTS]:
-        recent.pop(oldest, None)  # another thread may have removed it
-    return found
+def recall(key: Hashable, tensors: Sequence[Tensor]) -> Any:
+    """Find the object that `remember` kept for this number of tensors in these forms, or None.
+
+    A form is what torch.compile looks at: type, device, dtype, shape, strides, negation, and if
+    autograd records. A check of a whole list is one call.
+    """
+    for guards, found in _recent.get((key, len(tensors)), ()):
+        if guards.check(*tensors):
+            return found
+    return None
+
+
+def remember(key: Hashable, tensors: Sequence[Tensor], found: object) -> None:
+    """Keep an object for `recall`."""
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    key = key, len(tensors)
+    _recent[key] = ((guards, found), *_recent.get(key, ()))[:_MOST_LISTS]
+    for oldest in [*_recent][:-_MOST_LISTS]:
+        _recent.pop(oldest, None)  # another thread may have removed it
 
 
 class Launches:
@@ -166,7 +178,6 @@ class Launches:
         self._sizes = [*map(count_bytes, grads)]
         new = [out is None for out in pick(self._places, roles[1])]
         self._makes_new, self._makes_all = any(new), all(new)
-        self._are_dense = all(is_dense(x.shape, x.stride()) for x in grads)
         self._apart: list[int] = []  # the last addresses that did not overlap
         if arrays:
             found = find_launcher()
@@ -179,6 +190,8 @@ class Launches:
         None stands for a tensor that is left to PyTorch: all of them are if two share memory.
         """
         results: list[Tensor | None] = [None] * len(roles[0])
+        if not self._places:
+            return results
         chosen: list[Any] = [*roles]
         if not self.is_whole:
             chosen = [pick(self._places, role) for role in roles]
@@ -189,8 +202,8 @@ class Launches:
             chosen[1] = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
         addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
         every = [*chain(*addresses)]
-        obstacle = has_obstacle([*chain(*chosen)], every, self._are_dense)
-        if obstacle or not (self._makes_all or self._are_apart(every)):
+        # At 0 is memory that FSDP has freed, or that was never there.
+        if 0 in every or not (self._makes_all or self._are_apart(every)):
             return results
         left = self._schedule.run(addresses[:in_place] + addresses, numbers)
         done = [n for n in range(len(self._places)) if n not in left]
@@ -210,37 +223,28 @@ class Launches:
         return True
 
 
-def forms(tensors: Sequence[Tensor]) -> list[Any]:
-    """List the types, devices, dtypes, shapes and strides of tensors.
-
-    Every training step does this. Going attribute by attribute is fastest. A sparse tensor has
-    strides of 0.
-    """
-    return [
-        *map(type, tensors),
-        *map(Tensor.get_device, tensors),
-        *map(_DTYPE, tensors),
-        *map(_SHAPE, tensors),
-        *map(Tensor.stride, tensors),
-    ]
+def form(x: Tensor) -> tuple[object, ...]:
+    """Return all that a tensor must have in common with those beside it."""
+    return x.get_device(), x.dtype, x.shape, x.stride()
 
 
 def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
     """See a tensor as the kernels do; None if they do not take it.
 
-    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know. Tensors
-    `beside` it, such as its weight, must have the same form. A tensor without axes is not
-    centralized, but a part of an optimizer's step.
+    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know, but none
+    that autograd watches, or that torch negates when it is read. Tensors `beside` it, such as its
+    weight, must have the same form. A tensor without axes is not centralized, but a part of an
+    optimizer's step.
     """
+    is_recorded = torch.is_grad_enabled()
     ordinary = all(
         type(x) in PLAIN and x.layout is torch.strided and not x.is_neg() for x in (grad, *beside)
-    )
+    ) and not (is_recorded and any(x.requires_grad for x in (grad, *beside)))
     name = _NAMES.get(grad.dtype)
     if not ordinary or name is None or not _is_on_cuda(grad) or why_not(grad.device):
         return None
-    first, *others = (forms([x])[1:] for x in (grad, *beside))
     walk = find_walk(grad.shape, grad.stride(), axes, any_order=not reproducible)
-    if walk is None or any(other != first for other in others):
+    if walk is None or any(form(x) != form(grad) for x in beside):
         return None
     return grad.get_device(), name, walk
 
@@ -257,15 +261,4 @@ def is_traced() -> bool:
         or peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack() > 0
         or vars(forward_ad)["_current_level"] >= 0
-    )
-
-
-def has_obstacle(tensors: Sequence[Tensor], starts: list[int], are_dense: bool = False) -> bool:
-    """Return True if there is no tensor to launch, or more to one than its form shows."""
-    return (
-        not starts
-        or 0 in starts  # FSDP has freed the memory, or it was never there
-        or (torch.is_grad_enabled() and True in map(_REQUIRES_GRAD, tensors))
-        # torch negates some views when they are read, such as the imaginary part of a conjugate.
-        or not (are_dense or not any(map(Tensor.is_neg, tensors)))
     )

@@ -45,22 +45,19 @@ def cuts_fan_in(x: DTensor, axes: Sequence[int]) -> bool:
 
 
 def _spread(
-    here: Tensor, like: DTensor, shape: Sequence[int], placements: Sequence[Placement]
+    here: Tensor,
+    like: DTensor,
+    shape: Sequence[int] | None = None,
+    placements: Sequence[Placement] | None = None,
 ) -> DTensor:
-    """Make a contiguous DTensor on the processes of another, from the part on this one."""
+    """Make a DTensor like another from the part on this process; contiguous if a shape is given."""
     from torch.distributed.tensor import DTensor
 
-    whole = torch.empty(shape, device="meta")
+    whole = like if shape is None else torch.empty(shape, device="meta")
+    placements = placements or like.placements
     return DTensor.from_local(
         here, like.device_mesh, placements, shape=whole.shape, stride=whole.stride()
     )
-
-
-def _spread_like(x: DTensor, here: Tensor) -> DTensor:
-    """Make a DTensor like `x` from the part on this process."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
 
 
 def see_all(
@@ -88,7 +85,7 @@ def see_here(x: Tensor, fan_in: FanIn, like: Tensor) -> Tensor:
 
 def restore(result: Tensor, grad: Tensor) -> Tensor:
     """Return the tensor whose part is `result`."""
-    return _spread_like(grad, result) if is_dtensor(grad) else result.view(grad.shape)
+    return _spread(result, grad) if is_dtensor(grad) else result.view(grad.shape)
 
 
 def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
@@ -97,7 +94,7 @@ def of_parts(x: DTensor, mean_here: Callable[[Tensor], Tensor]) -> Tensor:
     mean = mean_here(here)
     sizes = zip(mean.shape, here.shape, x.shape, strict=True)
     shape = [whole if of_mean == part else of_mean for of_mean, part, whole in sizes]
-    return _spread(mean, x, shape, x.placements)
+    return _spread(mean, x, shape)
 
 
 def is_split(x: Tensor, fan_in: FanIn) -> bool:
@@ -149,7 +146,7 @@ def subtract(
     if out is x:
         subtract_here(x_here, mean_here, x_here)
         return x
-    difference: Tensor = _spread_like(x, subtract_here(x_here, mean_here, None))
+    difference: Tensor = _spread(subtract_here(x_here, mean_here, None), x)
     return difference.to(x_here.device) if out is None else out.copy_(difference)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcx.backends import _torch, _torch_cuda
-from gcx.backends._torch_cuda import Launches, find_launches, forms, is_traced, pick, recall
+from gcx.backends import _torch
+from gcx.backends._torch_cuda import Launches, find_launches, is_traced, pick, recall, remember
 from gcx.backends._torch_dtensor import PLAIN
 from gcx.backends.cuda.walks import Axes
 
@@ -35,27 +35,24 @@ class Call:
         self._grads: Sequence[Any] = [*grads.values()] if self._kind is dict else grads
         self._layouts, self._reproducible = layouts, reproducible
         self._is_in_place = out is not None
-        self._key: tuple[Any, ...] | None = None
-        is_plain = {*map(type, self._grads)}.issubset(PLAIN) and {*map(type, self._names)} <= {str}
-        if is_plain and not is_traced():
-            how = (id(layouts), reproducible, self._is_in_place, self._names)
-            self._key = (*how, *forms(self._grads))
+        # 1 and True are equal, and have other names in a plan.
+        names = *map(type, self._names), *self._names
+        self._key = id(layouts), reproducible, self._is_in_place, names
 
     def remember(self, axes: Sequence[Axes]) -> None:
         """Keep the fan-in axes of each gradient for the next call; none for one left alone."""
-        if self._key is None or not all(map(_is_ordinary, self._grads)):
+        if is_traced() or not all(map(_is_ordinary, self._grads)):
             return
         places = [k for k, fan_in in enumerate(axes) if fan_in]
         chosen, fan_ins = pick(places, self._grads), pick(places, axes)
         roles = [chosen, self._find_outs(chosen)]
         launches = find_launches("Store", roles, fan_ins, self._reproducible)
         if launches.is_whole:
-            known = _Known(self._layouts, places, fan_ins, launches)
-            recall(self._key, lambda: known)
+            remember(self._key, self._grads, _Known(self._layouts, places, fan_ins, launches))
 
     def repeat(self, strength: float) -> Any:
         """Centralize the gradients if a call of `remember` has the answers; else return None."""
-        known: _Known | None = _torch_cuda.recent.get(self._key)
+        known: _Known | None = None if is_traced() else recall(self._key, self._grads)
         if known is None:
             return None
         chosen = pick(known.places, self._grads)
@@ -80,4 +77,4 @@ class Call:
 
 def _is_ordinary(x: Tensor) -> bool:
     """Return True if the form of a tensor shows all that is checked; a list may hold anything."""
-    return x.layout is torch.strided and _torch.is_for_kernels(x)
+    return type(x) in PLAIN and x.layout is torch.strided and _torch.is_for_kernels(x)

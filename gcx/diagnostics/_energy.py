@@ -40,10 +40,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
 
     Raises
     ------
-    TypeError
-        If a batch is not a list, tuple or dict, or a gradient is not a dense floating array.
-    ValueError
-        If there are no gradients, `layouts` does not fit them, or the batches differ in shapes.
+    TypeError, ValueError
+        If a gradient is not a dense floating array, there is none, or batches or `layouts` differ.
 
     References
     ----------

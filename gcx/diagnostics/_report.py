@@ -30,10 +30,8 @@ class Share(NamedTuple):
 
     Attributes
     ----------
-    removed : float
-        The energy removed in all batches, divided by their energy.
-    lowest, highest : float
-        The least and the largest share in a single batch.
+    removed, lowest, highest : float
+        The share in all batches, and the least and the largest in a single one.
     by_chance : float
         The expected share of independent elements of equal variance and mean zero: 1 / fan-in.
 
@@ -56,9 +54,10 @@ class EnergyRow(NamedTuple):
     Attributes
     ----------
     name, shape, layout, reason
-        As in `gcx.plan.PlanRow`. If there is a layout but no share, the reason says why.
+        As in `gcx.plan.PlanRow`.
     share : Share or None
-        None if the parameter is left alone, or its gradient is absent, zero or not finite.
+        None if the parameter is left alone, or its gradient is absent, zero or not finite; the
+        reason says so.
 
     Examples
     --------
@@ -83,7 +82,7 @@ class EnergyReport:
     rows : tuple of EnergyRow
         One per parameter, including those left alone.
     total : Share or None
-        The share in the gradient of all parameters together; None if that is zero or not finite.
+        As in a row, of all parameters together.
     batches : int
         The number of batches.
 
@@ -103,11 +102,8 @@ class EnergyReport:
     def to_dict(self) -> dict[str, Any]:
         """Give plain Python values, for JSON.
 
-        Returns
-        -------
-        dict
-            ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, where
-            ``...`` is as in `gcx.plan.Plan.to_dict`; a share is a dict of its attributes or None.
+        ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, where
+        ``...`` is as in `gcx.plan.Plan.to_dict`, and a share is a dict of its attributes or None.
         """
         parameters = self._plan().to_dict()
         for row in self.rows:
@@ -133,22 +129,17 @@ class EnergyReport:
         figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
         axes = figure.subplots()  # in colours that people who are colour-blind can tell apart
         places = range(len(shares))
-        removed, *_, by_chance = zip(*shares.values(), strict=True)
-        # Rounding may put the share outside its range.
-        below = [max(0.0, share.removed - share.lowest) for share in shares.values()]
-        above = [max(0.0, share.highest - share.removed) for share in shares.values()]
+        removed, lowest, highest, by_chance = zip(*shares.values(), strict=True)
         axes.barh(places, removed, color="#0072B2", label="all batches")
         label = "least and most in a batch"
-        whiskers: dict[str, Any] = {"fmt": "none", "ecolor": "black", "capsize": 3, "label": label}
-        axes.errorbar(removed, places, xerr=(below, above), **whiskers)
-        (marks,) = axes.plot(by_chance, places, "|", color="#D55E00", label="by chance: 1 / fan-in")
-        marks.set(markersize=12, markeredgewidth=2)
+        axes.hlines(places, lowest, highest, color="black", label=label)
+        label = "by chance: 1 / fan-in"
+        axes.plot(by_chance, places, "|", color="#D55E00", label=label, ms=12, mew=2)
         axes.set_yticks(places, list(shares))
         axes.invert_yaxis()
         axes.set(xlim=(0, None), xlabel="share of the gradient's energy that GC removes")
-        axes.set(title=f"Gradient Centralization, {self._batches()}", axisbelow=True)
+        axes.set_title(f"Gradient Centralization, {self._batches()}")
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.grid(axis="x", alpha=0.3)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         return figure
 
@@ -164,8 +155,10 @@ class EnergyReport:
 
     def _cells(self) -> list[tuple[str, ...]]:
         reason = "zero or not finite" if self.total is None else ""
-        found = zip(map(cells, self._plan()), (row.share for row in self.rows), strict=True)
-        rows = [(*of_row, *_share_cells(share), why) for (*of_row, why), share in found]
+        rows = [
+            (*cells(plain)[:3], *_share_cells(row.share), row.reason)
+            for plain, row in zip(self._plan(), self.rows, strict=True)
+        ]
         return [_HEADER, *rows, ("whole gradient", "", "", *_share_cells(self.total), reason)]
 
     def _counts(self) -> str:
@@ -205,15 +198,13 @@ def report_of(plan: Iterable[PlanRow], batches: Sequence[Mapping[str, Energy]]) 
 
 
 def _row(row: PlanRow, energies: Sequence[Energy]) -> EnergyRow:
-    share, obstacle = None, ""
+    share = None if row.layout is None else _share(energies, _by_chance(row))
+    reasons = [row.reason]
     if infinite := sum(not isfinite(energy.total) for energy in energies):
-        obstacle = f"NaN or infinity in the gradient of {infinite} of {len(energies)} batches"
-    if row.layout is not None:
-        share = _share(energies, _by_chance(row))
-        if share is None and not obstacle:
-            obstacle = "zero gradient" if energies else "no gradient"
-    reason = f"{row.reason}; {obstacle}" if obstacle else row.reason
-    return EnergyRow(row.name, row.shape, row.layout, reason, share)
+        reasons.append(f"NaN or infinity in the gradient of {infinite} of {len(energies)} batches")
+    elif row.layout is not None and share is None:
+        reasons.append("zero gradient" if energies else "no gradient")
+    return EnergyRow(row.name, row.shape, row.layout, "; ".join(reasons), share)
 
 
 def _share(energies: Sequence[Energy], by_chance: float) -> Share | None:

@@ -48,8 +48,8 @@ def energy_removed(
     Raises
     ------
     TypeError, ValueError
-        As `gcx.optax.plan`; a TypeError if `loss` returns anything but one number, and a ValueError
-        if there are no batches, or no floating arrays in `params`.
+        As `gcx.optax.plan`; if `loss` returns anything but one number, there are no batches, or
+        `params` has no floating arrays.
 
     Examples
     --------

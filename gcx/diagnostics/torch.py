@@ -50,13 +50,10 @@ def energy_removed(
 
     Raises
     ------
-    TypeError
-        As `gcx.torch.plan`; if `loss` is a criterion of ``torch.nn``, or returns anything but a
-        tensor of one number; or if a weight to centralize has a sparse gradient.
-    ValueError
-        As `gcx.torch.plan`; if there are no batches, or the loss depends on no parameter.
-    RuntimeError
-        As `gcx.torch.plan`; if FSDP or DistributedDataParallel spreads the model over processes.
+    TypeError, ValueError, RuntimeError
+        As `gcx.torch.plan`; if there are no batches, or `loss` does not return one number that
+        depends on a parameter; if a weight to centralize has a sparse gradient; if FSDP or
+        DistributedDataParallel spreads the model over processes.
 
     Examples
     --------

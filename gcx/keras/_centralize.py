@@ -11,9 +11,9 @@ import keras
 from gcx._decisions import already_attached, check_reproducible, narrow_weight, refuse_empty
 from gcx._frameworks import describe
 from gcx._options import Decay, Layers, Options, Where
-from gcx.keras._optimizer import GradientCentralization, Projection
+from gcx.keras._optimizer import GradientCentralization
 from gcx.keras._plan import Overrides, decide, plan
-from gcx.plan import Plan, PlanRow
+from gcx.plan import PlanRow
 
 # Methods that a centralized optimizer overrides, and Keras's methods that call them.
 _CHANGED = ("_apply_weight_decay", "_backend_update_step")
@@ -59,14 +59,9 @@ def centralize(
 
     Raises
     ------
-    TypeError
-        As `plan`; if `optimizer` is not a Keras optimizer, or has its own kind of step, such as
-        `MultiOptimizer`; if `reproducible` is not possible.
-    ValueError
-        As `plan`; if `where` and `decay` contradict each other, the optimizer is centralized
-        already, or there is nothing to centralize; later, if the model lacks a variable.
-    RuntimeError
-        If the backend is not torch or JAX.
+    TypeError, ValueError, RuntimeError
+        As `plan`; if optimizer, model and options do not fit, there is nothing to centralize, or
+        the backend is not torch or JAX; later, if the model lacks a variable.
 
     Warns
     -----
@@ -85,10 +80,9 @@ def centralize(
     >>> model.compile(optimizer, loss="mse")
     >>> handle.remove()
     """
-    default: Decay = "inside" if where == "update" else "outside"
     options = Options(
         where=where,
-        decay=default if decay is None else decay,
+        decay=("inside" if where == "update" else "outside") if decay is None else decay,
         strength=strength,
         layers=layers,
         overrides=overrides,
@@ -110,18 +104,17 @@ def centralize(
         decided = decide(model, options)
         for variable in variables:
             if id(variable) not in decided:
-                raise ValueError(
-                    f"the optimizer is to train {variable.path}, which is not in the model given "
-                    "to gcx.keras.centralize; give it the model that holds every variable"
-                )
+                why = "which is not in the model; give gcx.keras.centralize one with every variable"
+                raise ValueError(f"the optimizer is to train {variable.path}, {why}")
         return [decided[id(variable)] for variable in variables]
 
-    projection = Projection(rows_of, expected, options)
-    handle = GradientCentralization(optimizer, projection)
-    if where == "update":
-        _warn_of_low_precision(model, expected)
-    else:
-        _centralize_momentum(optimizer, projection)
+    handle = GradientCentralization(optimizer, rows_of, expected, options)
+    if where == "gradient":
+        _centralize_momentum(optimizer, handle)
+    for variable, row in zip(model.trainable_variables, expected, strict=True):
+        if where == "update" and row.layout and variable.dtype in ("float16", "bfloat16"):
+            warnings.warn(narrow_weight(row.name, variable.dtype), UserWarning, stacklevel=2)
+            break
     _renew_compiled_step(model, optimizer)
     return handle
 
@@ -145,27 +138,19 @@ def _check_optimizer(optimizer: Any) -> None:
         raise ValueError(already_attached(kind.__name__, "its .gradient_centralization.remove()"))
     is_keras_own = all(getattr(kind, name) is getattr(base, name) for name in _KERAS_OWN)
     if not is_keras_own or not all(hasattr(base, name) for name in _CHANGED):
+        remedy = "if it holds other optimizers, centralize those"
         raise TypeError(
-            f"{kind.__name__} of Keras {keras.__version__} has a step of its own, which does not "
-            "call what gcx.keras changes; if it holds other optimizers, centralize those"
+            f"{kind.__name__} of Keras {keras.__version__} has a step of its own; {remedy}"
         )
 
 
-def _warn_of_low_precision(model: Any, expected: Plan) -> None:
-    for variable, row in zip(model.trainable_variables, expected, strict=True):
-        if row.layout and variable.dtype in ("float16", "bfloat16"):
-            warnings.warn(narrow_weight(row.name, variable.dtype), UserWarning, stacklevel=3)
-            return
-
-
-def _centralize_momentum(optimizer: Any, projection: Projection) -> None:
+def _centralize_momentum(optimizer: Any, handle: GradientCentralization) -> None:
     """Subtract the fan-in mean from momentum that uncentralized gradients left."""
-    is_whole = projection.options.strength == 1.0  # otherwise momentum rightly has a mean
+    is_whole = handle.options.strength == 1.0  # otherwise momentum rightly has a mean
     is_sgd = optimizer.built and isinstance(optimizer, keras.optimizers.SGD)
     if is_whole and is_sgd and optimizer.momentum:
-        variables = vars(optimizer)["_trainable_variables"]
         values = [buffer.value for buffer in optimizer.momentums]
-        centralized = projection.centralized(values, variables)
+        centralized = handle.centralized(values, vars(optimizer)["_trainable_variables"])
         for buffer, value in zip(optimizer.momentums, centralized, strict=True):
             buffer.assign(value)
 
@@ -177,8 +162,7 @@ def _renew_compiled_step(model: Any, optimizer: Any) -> None:
             model.make_train_function(force=True)
     elif int(optimizer.iterations) and keras.backend.backend() == "jax":
         msg = (
-            "this optimizer has taken steps already, and a step that JAX has compiled goes on "
-            "without Gradient Centralization. Compile it again: "
-            "model.make_train_function(force=True), or jax.jit of a new function"
+            "this optimizer has taken steps already; compile a jitted step again, or it goes on "
+            "without Gradient Centralization: model.make_train_function(force=True)"
         )
         warnings.warn(msg, UserWarning, stacklevel=3)

@@ -14,48 +14,6 @@ from gcx._options import Options
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow
 
-
-class Projection:
-    """Centralizes the gradients of an optimizer, or the displacement of its weights."""
-
-    def __init__(
-        self, find_rows: Callable[[Sequence[Any]], list[PlanRow]], plan: Plan, options: Options
-    ) -> None:
-        self.plan: Plan = plan  # until the variables of the optimizer are known
-        self.options: Options = options
-        self._how: dict[str, Any] = {"strength": options.strength}
-        self._how["reproducible"] = options.reproducible
-        self._find_rows = find_rows
-        self._layouts: dict[int, Layout] = {}
-        self._held: dict[int, Any] = {}
-
-    def bind(self, variables: Sequence[Any]) -> None:
-        rows = self._find_rows(variables)
-        pairs = zip(variables, rows, strict=True)
-        self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
-        self.plan = Plan(rows)
-
-    def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        layouts = [self._layouts.get(id(variable)) for variable in variables]
-        return [
-            array if layout is None else gcx.centralize(array, layout=layout, **self._how)
-            for array, layout in zip(arrays, layouts, strict=True)
-        ]
-
-    def hold_means(self, variables: Sequence[Any]) -> None:
-        for v in variables:
-            if layout := self._layouts.get(id(v)):
-                weight = keras.ops.stop_gradient(v.value)
-                mean = fan_in_mean(weight, layout, reproducible=self.options.reproducible)
-                self._held[id(v)] = mean
-
-    def restore_means(self, variables: Sequence[Any]) -> None:
-        for v in variables:
-            if id(v) in self._held:
-                weight, mean = keras.ops.stop_gradient(v.value), self._held.pop(id(v))
-                v.assign(restore_mean(weight, mean, self._layouts[id(v)], **self._how))
-
-
 _SAVED = ("where", "decay", "strength", "reproducible")  # the plan holds the other options
 _register = keras.saving.register_keras_serializable("gcx", "Centralized")
 
@@ -65,18 +23,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     """Class that `gcx.keras.centralize` puts in front of an optimizer's own.
 
     Keras saves a centralized optimizer under this name, and loads it with its plan. Import
-    ``gcx.keras`` before that; without it, loading raises an error.
-
-    Examples
-    --------
-    >>> import keras
-    >>> import gcx.keras
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> optimizer = keras.optimizers.SGD(0.1)
-    >>> handle = gcx.keras.centralize(optimizer, model)
-    >>> config = keras.optimizers.serialize(optimizer)
-    >>> keras.optimizers.deserialize(config).gradient_centralization
-    <GradientCentralization of SGD, where='gradient', <gcx plan: 1 of 2 parameters centralized>>
+    ``gcx.keras`` before that; without it, loading raises an error. See :doc:`/keras`.
     """
 
     gradient_centralization: GradientCentralization  # also after loading
@@ -85,42 +32,40 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Settle the layouts of the variables, and create the optimizer's own variables."""
         # The legacy .h5 format knows no variables yet. Keras refuses to train such a model.
         if variables:
-            self._projection.bind(variables)
+            self.gradient_centralization.bind(variables)
         super().build(variables)
 
     # In each step that changes the weights, Keras calls these two in a row: after accumulation and
     # clipping of the gradients, before moving averages and constraints of the weights.
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        options = self._projection.options
-        if options.where == "update" and options.decay == "inside":
-            self._projection.hold_means(variables)
+        handle = self.gradient_centralization
+        is_inside = handle.options.decay == "inside"
+        if is_inside:
+            handle.hold_means(variables)
         super()._apply_weight_decay(variables)
-        if options.where == "update" and options.decay == "outside":
-            self._projection.hold_means(variables)
+        if not is_inside:
+            handle.hold_means(variables)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        if self._projection.options.where == "gradient":
-            grads = self._projection.centralized(grads, trainable_variables)
+        handle = self.gradient_centralization
+        if handle.options.where == "gradient":
+            grads = handle.centralized(grads, trainable_variables)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
-        self._projection.restore_means(trainable_variables)
-
-    @property
-    def _projection(self) -> Projection:
-        return self.gradient_centralization.projection
+        handle.restore_means(trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
         """Describe the optimizer and the plan of its variables."""
-        handle, options = self.gradient_centralization, self._projection.options
+        handle = self.gradient_centralization
         return {
             "optimizer": keras.optimizers.serialize(handle.plain_optimizer()),
             "plan": [
                 [name, shape, layout and (str(layout), layout.sizes), reason]
                 for name, shape, layout, reason in handle.plan
             ],
-            **{name: getattr(options, name) for name in _SAVED},
+            **{name: getattr(handle.options, name) for name in _SAVED},
         }
 
     @classmethod
@@ -144,28 +89,40 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
         # Earlier configs have no strength.
         options = Options(**{name: config[name] for name in _SAVED if name in config})
-        GradientCentralization(optimizer, Projection(saved_rows, Plan(rows), options))
+        GradientCentralization(optimizer, saved_rows, Plan(rows), options)
         return optimizer
 
 
 class GradientCentralization:
-    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`."""
+    """Handle for the Gradient Centralization of one optimizer, from `gcx.keras.centralize`.
 
-    def __init__(self, optimizer: Any, projection: Projection) -> None:
+    Attributes
+    ----------
+    plan : gcx.plan.Plan
+        The decision on each variable of the optimizer, with its reason.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        find_rows: Callable[[Sequence[Any]], list[PlanRow]],
+        plan: Plan,
+        options: Options,
+    ) -> None:
+        self.plan: Plan = plan  # until the variables of the optimizer are known
+        self.options: Options = options
+        self._how: dict[str, Any] = {"strength": options.strength}
+        self._how["reproducible"] = options.reproducible
+        self._find_rows = find_rows
+        self._layouts: dict[int, Layout] = {}
+        self._held: dict[int, Any] = {}
         kind: type = type(optimizer)
-        self.projection = projection
-        self._optimizer = optimizer
-        self._kind = kind
+        self._optimizer, self._kind = optimizer, kind
         if optimizer.built:
-            projection.bind(vars(optimizer)["_trainable_variables"])
+            self.bind(vars(optimizer)["_trainable_variables"])
         # A new optimizer would lack the fast steps that Keras has for torch.
         optimizer.__class__ = _centralized(kind)
         optimizer.gradient_centralization = self
-
-    @property
-    def plan(self) -> Plan:
-        """The decision on each variable of the optimizer, with its reason."""
-        return self.projection.plan
 
     def remove(self) -> None:
         """Leave the optimizer as it was before; a second call does nothing.
@@ -185,7 +142,35 @@ class GradientCentralization:
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__
-        return f"<{name} of {kind}, where={self.projection.options.where!r}, {self.plan!r}>"
+        return f"<{name} of {kind}, where={self.options.where!r}, {self.plan!r}>"
+
+    # For the steps of `Centralized`.
+
+    def bind(self, variables: Sequence[Any]) -> None:
+        rows = self._find_rows(variables)
+        pairs = zip(variables, rows, strict=True)
+        self._layouts = {id(variable): row.layout for variable, row in pairs if row.layout}
+        self.plan = Plan(rows)
+
+    def centralized(self, arrays: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        layouts = [self._layouts.get(id(variable)) for variable in variables]
+        return [
+            array if layout is None else gcx.centralize(array, layout=layout, **self._how)
+            for array, layout in zip(arrays, layouts, strict=True)
+        ]
+
+    def hold_means(self, variables: Sequence[Any]) -> None:
+        for v in variables if self.options.where == "update" else ():
+            if layout := self._layouts.get(id(v)):
+                weight = keras.ops.stop_gradient(v.value)
+                mean = fan_in_mean(weight, layout, reproducible=self.options.reproducible)
+                self._held[id(v)] = mean
+
+    def restore_means(self, variables: Sequence[Any]) -> None:
+        for v in variables:
+            if id(v) in self._held:
+                weight, mean = keras.ops.stop_gradient(v.value), self._held.pop(id(v))
+                v.assign(restore_mean(weight, mean, self._layouts[id(v)], **self._how))
 
 
 @cache

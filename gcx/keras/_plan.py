@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -93,11 +94,8 @@ def plan(model: Any, *, layers: Layers = "all", overrides: Overrides | None = No
 
     Raises
     ------
-    TypeError
-        If `model` is not a layer, or a value of `overrides` has another type.
-    ValueError
-        If the model is not built, an option has no such value, or a key of `overrides` matches no
-        variable, or its layout does not fit.
+    TypeError, ValueError
+        If `model` is not a layer or not built, or an option does not fit.
 
     Examples
     --------
@@ -139,18 +137,12 @@ def decide(model: Any, options: Options) -> dict[int, PlanRow]:
     return decided
 
 
-def _owned_variables(layer: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:
+def _owned_variables(model: Any) -> Iterator[tuple[Any, Any]]:
     """Yield each layer with its own variables; a tied variable comes with each of its layers."""
-    seen = set() if seen is None else seen
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    # `layer.variables` includes the variables of sublayers, and does not tell the owner.
-    own = vars(layer)
-    # A wrapper, such as SpectralNormalization, may hold the variables of its layer as well.
-    wrapped = layer.layer.variables if isinstance(layer, keras.layers.Wrapper) else ()
-    for variable in own["_trainable_variables"]:
-        if all(variable is not other for other in wrapped):
-            yield layer, variable
-    for sublayer in own["_layers"]:
-        yield from _owned_variables(sublayer, seen)
+    for layer in attrgetter("_flatten_layers")(model)():
+        # A wrapper, such as SpectralNormalization, may hold the variables of its layer as well.
+        wrapped = layer.layer.variables if isinstance(layer, keras.layers.Wrapper) else ()
+        # `layer.variables` includes the variables of sublayers, and does not tell the owner.
+        for variable in vars(layer)["_trainable_variables"]:
+            if all(variable is not other for other in wrapped):
+                yield layer, variable

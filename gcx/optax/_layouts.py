@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import optax
@@ -26,7 +25,8 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 Layouts = str | Plan | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
 
 # From name and array to layout (or None) and reason.
-NameRule = Callable[[str, Any], tuple[LayoutLike | None, str]]
+Found = tuple[LayoutLike | None, str]
+NameRule = Callable[[str, Any], Found]
 
 # From the names in a tree to a rule.
 Source = Callable[[Names], NameRule]
@@ -44,24 +44,17 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"DenseGeneral_[^/]*/kernel", "io", "kernel"),
         (r"(DenseGeneral|Einsum|ConvLocal|ConvTranspose)_[^/]*/kernel", None, _AMBIGUOUS),
         (r"/kernel", "...o", "kernel"),
-        (r"/embedding", None, "embedding"),
-        (r"/bias", None, "bias"),
-        (r"/scale", None, "norm"),
     ),
     "haiku": (
         (r"__layer_stack[^/]*/.*conv[^/]*_transpose[^/]*/w", "b...oi", "stack of convolutions"),
         (r"__layer_stack[^/]*/.*/(w|w_i|w_h)", "b...o", "stack of weights"),
         (r"conv[^/]*_transpose[^/]*/w", "...oi", "transposed convolution"),
         (r"/(w|w_i|w_h)", "...o", "weight"),
-        (r"/embeddings", None, "embedding"),
-        (r"/(b|offset)", None, "bias"),
-        (r"/scale", None, "norm"),
     ),
     "equinox": (
         (r"embed[^/]*/weight", None, "embedding"),
         (r"norm[^/]*/weight", None, "norm"),
         (r"/(weight|weight_ih|weight_hh)", "o...", "weight"),
-        (r"/(bias|bias_n)", None, "bias"),
     ),
     "keras": (
         (r"(query|key|value)/kernel", "ioo", "attention projection"),
@@ -71,22 +64,27 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"/depthwise_kernel", "...oo", "depthwise convolution"),
         (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
         (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
-        (r"/(embeddings|reverse_embeddings)", None, "embedding"),
-        (r"/(bias|beta)", None, "bias"),
-        (r"/(gamma|scale)", None, "norm"),
     ),
 }
 
+# The last rows of every preset.
+_NO_KERNELS: tuple[tuple[str, None, str], ...] = (
+    (r"/(embeddings?|reverse_embeddings)", None, "embedding"),
+    (r"/(b|bias|bias_n|beta|offset)", None, "bias"),
+    (r"/(scale|gamma)", None, "norm"),
+)
+
 _PRESET_NAMES = ", ".join(map(repr, PRESETS))
+_NO_RULE = None, "unknown: no rule for this name"
 
 
 def layouts(
     model: object, /, *example_inputs: Any, **keyword_inputs: Any
 ) -> dict[str, Layout | LeaveAlone]:
-    """Read the layout of each parameter off a model.
+    """Read the layout of each parameter off a model, by the type of the layer that owns it.
 
-    The type of the layer that owns a parameter decides, never a name or a rank. The axes of a stack
-    of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A layer without a rule is left alone.
+    The axes of a stack of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A layer without a
+    rule is left alone.
 
     Parameters
     ----------
@@ -125,11 +123,9 @@ class _LayerLayout(Layout):
 
     __slots__ = ("layer",)
 
-    layer: str
-
     def __init__(self, layout: Layout, layer: str) -> None:
         super().__init__(str(layout), **layout.sizes)
-        self.layer = layer
+        self.layer: str = layer
 
 
 def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
@@ -150,8 +146,7 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     TypeError
         If `layouts` has none of these forms, or gives anything but a layout, None or `LeaveAlone`.
     ValueError
-        If a key of a mapping matches no parameter; if a plan lacks a parameter, or has another
-        shape for it; if a layout is not valid or does not fit the rank.
+        If a key matches no parameter, a plan lacks one, or a layout does not fit the shape.
 
     Examples
     --------
@@ -197,11 +192,9 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
         return PlanRow(name, shape, None, "not of floating dtype")
     chosen, reason = rule(name, leaf)
     if chosen is None:
-        return PlanRow(name, shape, None, reason)
-    try:
-        row = decide_row(name, shape, chosen, reason)
-    except ValueError as error:
-        raise ValueError(f"{error} (shape {shape})") from None
+        vector = no_fan_in(shape) if reason.startswith("unknown") else ""
+        return PlanRow(name, shape, None, vector or reason)
+    row = decide_row(name, shape, chosen, reason)
     if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
         return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
     return row
@@ -215,9 +208,9 @@ def source_of(layouts: Layouts) -> Source:
                 f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
                 "To give every parameter one layout use a mapping: {'*': 'o...'}"
             )
-        return _for_any_names(partial(_from_preset, layouts))
+        return lambda _: partial(_guess, layouts)
     if isinstance(layouts, Plan):
-        return _for_any_names(partial(_from_plan, layouts))
+        return lambda _: partial(_look_up, layouts)
     # Before the other forms: a model may be callable, or a mapping.
     framework = framework_of(layouts)
     if framework is not None:
@@ -227,17 +220,17 @@ def source_of(layouts: Layouts) -> Source:
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-        return _for_any_names(partial(_from_model, decide(layouts)))
+        found = {name: (row.layout, row.reason) for name, row in decide(layouts).items()}
+        absent = None, "unknown: the model has no parameter of this name"
+        return lambda _: lambda name, _leaf: found.get(name, absent)
     if isinstance(layouts, type):
         name = layouts.__name__
-        raise TypeError(
-            f"layouts is the class {name}, which has no shapes: give a model, such as {name}(...)"
-        )
+        raise TypeError(f"layouts is the class {name}, not yet a model: give a model, {name}(...)")
     if isinstance(layouts, Mapping):
-        return _from_mapping(layouts)
+        return _read_mapping(layouts)
     _refuse_foreign(layouts, "layouts")  # models of other frameworks are callable
     if callable(layouts):
-        return _for_any_names(lambda name, leaf: _as_given(layouts(name, leaf)))
+        return lambda _: lambda name, leaf: _as_given(layouts(name, leaf))
     raise TypeError(
         f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
         "layout or None, a function of path and array, a plan, or a preset "
@@ -250,12 +243,8 @@ def _refuse_foreign(model: object, name: str) -> None:
         raise TypeError(f"{name} is a {name_kind(model)}{hint}")
 
 
-def _for_any_names(rule: NameRule) -> Source:
-    return lambda _names: rule
-
-
-def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
-    for pattern, layout, reason in PRESETS[preset]:
+def _guess(preset: str, name: str, leaf: Any) -> Found:
+    for pattern, layout, reason in (*PRESETS[preset], *_NO_KERNELS):
         if not re.search(f"{pattern}$", f"/{name}"):
             continue
         if layout is None:
@@ -263,44 +252,31 @@ def _from_preset(preset: str, name: str, leaf: Any) -> tuple[LayoutLike | None, 
         with suppress(ValueError):  # of another rank
             if as_layout(layout).fan_in_axes(leaf.ndim):
                 return layout, f"guess by name: {reason}"
-    return None, _no_rule(leaf)
+    return _NO_RULE
 
 
-def _from_plan(plan: Plan, name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
+def _look_up(plan: Plan, name: str, leaf: Any) -> Found:
     (layout,) = layouts_for([(name, leaf)], plan, like=None)
     return layout, plan[name].reason
 
 
-def _from_model(rows: Mapping[str, PlanRow], name: str, leaf: Any) -> tuple[LayoutLike | None, str]:
-    if name in rows:
-        return rows[name].layout, rows[name].reason
-    return None, no_fan_in(leaf.shape) or "unknown: the model has no parameter of this name"
-
-
-def _from_mapping(layouts: Mapping[str, Answer]) -> Source:
+def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
     for path, answer in layouts.items():
-        if not isinstance(answer, (str, Layout, LeaveAlone, NoneType)):
+        if not isinstance(answer, Answer):
             raise TypeError(
-                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from the "
-                "path of a parameter to a layout, LeaveAlone or None. Parameters do not tell their "
-                f"fan-in: give the model, or a preset ({_PRESET_NAMES})"
+                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from path to "
+                f"layout, LeaveAlone or None: give the model, or a preset ({_PRESET_NAMES})"
             )
-    kept = dict(layouts)
+    found = {path: _as_given(answer) for path, answer in layouts.items()}
 
     def source(names: Names) -> NameRule:
-        keys = match_all(kept, names.visible, what="layouts", hidden=names.hidden)
-        return lambda name, leaf: (
-            _as_given(kept[keys[name]]) if name in keys else (None, _no_rule(leaf))
-        )
+        keys = match_all(found, names.visible, what="layouts", hidden=names.hidden)
+        return lambda name, _leaf: found[keys[name]] if name in keys else _NO_RULE
 
     return source
 
 
-def _as_given(answer: Answer) -> tuple[LayoutLike | None, str]:
+def _as_given(answer: Answer) -> Found:
     if isinstance(answer, LeaveAlone):
         return None, answer.reason
     return answer, answer.layer if isinstance(answer, _LayerLayout) else "as given"
-
-
-def _no_rule(leaf: Any) -> str:
-    return no_fan_in(leaf.shape) or "unknown: no rule for this name"

@@ -11,27 +11,32 @@ from gcx.backends import _jax
 from gcx.optax._names import Names
 from gcx.plan import PlanRow
 
-_Names = str | tuple[str, ...]
-AxisName = _Names | Mapping[str, _Names | None] | None
+_Names = str | tuple[str, ...] | None
+AxisName = _Names | Mapping[str, _Names]
+MeshAxes = Mapping[str, tuple[str, ...]]  # () if the fan-in is whole
 
 
-def check_names(axis_name: object) -> None:
-    for names in axis_name.values() if isinstance(axis_name, Mapping) else (axis_name,):
-        together = names if isinstance(names, tuple) else (names,)
-        if names is not None and not all(isinstance(name, str) for name in together):
-            raise TypeError(
-                f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
-            )
-
-
-def axes_by_path(axis_name: AxisName, names: Names) -> dict[str, tuple[str, ...]]:
-    """Find the mesh axes of the paths that `axis_name` mentions: ``()`` if the fan-in is whole."""
+def read_axis_name(axis_name: AxisName) -> MeshAxes:
+    """Read the argument `axis_name` into mesh axes by path or glob."""
     if axis_name is None:
         return {}
-    if not isinstance(axis_name, Mapping):
-        return dict.fromkeys(names.visible, _as_tuple(axis_name))
-    keys = match_all(axis_name, names.visible, what="axis_name", hidden=names.hidden)
-    return {path: _as_tuple(axis_name[key]) for path, key in keys.items()}
+    given = axis_name if isinstance(axis_name, Mapping) else {"*": axis_name}
+    return {path: _as_tuple(names) for path, names in given.items()}
+
+
+def _as_tuple(names: _Names) -> tuple[str, ...]:
+    axes = () if names is None else names if isinstance(names, tuple) else (names,)
+    if not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(
+            f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
+        )
+    return axes
+
+
+def axes_by_path(mesh_axes: MeshAxes, names: Names) -> MeshAxes:
+    """Find the mesh axes of each path that the argument mentions."""
+    keys = match_all(mesh_axes, names.visible, what="axis_name", hidden=names.hidden)
+    return {path: mesh_axes[key] for path, key in keys.items()}
 
 
 def centralize_split(
@@ -41,13 +46,14 @@ def centralize_split(
     path, _, layout, _ = row
     if layout is None:
         return grad
-    for axis in sorted(_jax.varying_axes(grad)) if axes is None else ():
+    varying = sorted(_jax.varying_axes(grad))
+    if varying and axes is None:
         raise ValueError(
-            f"{path}: this gradient differs along the mesh axis {axis!r}, and its fan-in may be "
-            f"split over it. If it is, give axis_name={{{path!r}: {axis!r}}}; if each device holds "
-            f"a whole fan-in, axis_name={{{path!r}: None}}"
+            f"{path}: this gradient differs along the mesh axis {varying[0]!r}, and its fan-in may "
+            f"be split over it. If it is, give axis_name={{{path!r}: {varying[0]!r}}}; if each "
+            f"device holds a whole fan-in, axis_name={{{path!r}: None}}"
         )
-    if axes is not None and layout.is_split and (axes or _jax.varying_axes(grad)):
+    if layout.is_split and (axes or varying):
         raise ValueError(
             f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
             "give the weight an axis for each letter, or shard it by jit alone"
@@ -71,9 +77,3 @@ def check_whole(axes: tuple[str, ...] | None, path: str) -> None:
             f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "
             f"splits this one over {axes}; split another axis of the weight"
         )
-
-
-def _as_tuple(names: _Names | None) -> tuple[str, ...]:
-    if isinstance(names, tuple):
-        return names
-    return () if names is None else (names,)

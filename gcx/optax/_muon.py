@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -25,20 +25,16 @@ def muon_dimension_numbers(
     matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam; so is
     one with a single output, which is a vector. Needs optax 0.2.6.
 
-    The dimension numbers cannot split an axis. A convolution in groups is a stack along its
-    outputs, and so is a weight that holds all gates of a recurrent layer. Exclude them. This
-    function names them if `layouts` is from the model: the groups, and the gates of Equinox and of
-    Haiku's GRU. It does not see the gates of other layers, which are one Linear or Conv to a plan:
-    ``dense_i`` and ``dense_h`` of nnx's GRUCell and OptimizedLSTMCell, Haiku's LSTM, and every
-    ConvLSTM. A mapping of your own, or a preset, tells neither groups nor gates.
+    The dimension numbers cannot split an axis, so exclude convolutions in groups and weights of all
+    gates. An error names them if `layouts` is from the model. :doc:`/plans_for_others` lists the
+    gates that are one Linear or Conv to a plan. A mapping of your own, or a preset, tells neither.
 
     Parameters
     ----------
     params, layouts
         As in `plan`.
     exclude : str or sequence of str, optional
-        Paths or globs of further weights for Adam. The head is an ordinary layer to a plan, so
-        name it here: ``exclude="lm_head/*"``.
+        Paths or globs of further weights for Adam, such as the head: ``exclude="lm_head/*"``.
 
     Returns
     -------
@@ -50,9 +46,7 @@ def muon_dimension_numbers(
     Raises
     ------
     TypeError, ValueError
-        As `plan`; a TypeError if `exclude` is no name, a ValueError if it matches no parameter.
-        A ValueError that names weights in groups, of all gates, or with a layout that splits an
-        axis.
+        As `plan`; if `exclude` matches no parameter, or a weight is a stack along part of an axis.
 
     Examples
     --------
@@ -66,8 +60,7 @@ def muon_dimension_numbers(
     >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
     """
     rows = plan(params, layouts)
-    is_several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
-    keys: Iterable[Any] = exclude if is_several else [exclude]
+    keys: Any = exclude if isinstance(exclude, (list, tuple, set)) else [exclude]
     excluded = match_all(keys, [row.name for row in rows], what="exclude")
     split = [row for row in rows if row.name not in excluded and _is_split(row)]
     if split:
@@ -76,8 +69,7 @@ def muon_dimension_numbers(
             f"Muon's dimension numbers cannot split an axis: name in exclude= {weights}"
         )
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
-    structure = jax.tree.structure(params, is_leaf=is_none)
-    tree = jax.tree.unflatten(structure, numbers)
+    tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_none), numbers)
     return (lambda _: tree) if callable(tree) else tree
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import optax
-from jax.tree_util import GetAttrKey, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
 # Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
@@ -24,14 +24,12 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
 
     Names leave out the ``value`` of Flax boxes.
     """
-    leaves = []
-    boxes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
-    for path, node in boxes:
-        inner = tree_leaves_with_path(node, is_leaf=is_leaf) if _is_box(node) else [((), node)]
-        for rest, leaf in inner:
-            inside = rest[:-1] if rest[-1:] == _VALUE else rest
-            leaves.append((name_of(path + inside), leaf))
-    return leaves
+    nodes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    return [
+        (name_of(path + (inside[:-1] if inside[-1:] == _VALUE else inside)), leaf)
+        for path, node in nodes
+        for inside, leaf in tree_leaves_with_path(node, is_leaf=is_leaf)
+    ]
 
 
 class Names(NamedTuple):
@@ -55,16 +53,9 @@ def _is_masked(node: object) -> bool:
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """Keys of a path joined by ``/``."""
-    return "/".join(map(_key_text, path))
+    return keystr(path, simple=True, separator="/")
 
 
 def _is_box(node: object) -> bool:
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(node).__mro__]
     return any(fnmatchcase(kind, box) for kind in kinds for box in _BOXES)
-
-
-def _key_text(key: object) -> str:
-    # Attributes of DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
-    texts = [getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)]
-    return str(texts[0] if texts else key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,25 +12,30 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from gcx._centralize import check_strength
-from gcx._decisions import check_choice, check_reproducible
+from gcx._decisions import check_choice, check_reproducible, refuse_empty
 from gcx._names import naming
 from gcx.backends import _canonical
-from gcx.optax._layouts import Layouts, Source, plan_of, source_of
-from gcx.optax._mesh_axes import AxisName, axes_by_path, centralize_split, check_names, check_whole
+from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
+from gcx.optax._mesh_axes import (
+    AxisName,
+    MeshAxes,
+    axes_by_path,
+    centralize_split,
+    check_whole,
+    read_axis_name,
+)
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan
 
-_PLANS_KEPT = 8  # one transformation may serve several trees of gradients
-
 # The plan of a tree, and the mesh axes over which its fan-ins are split.
-_Planned = tuple[Plan, Mapping[str, tuple[str, ...]]]
+_Planned = tuple[Plan, MeshAxes]
 
 
 class _Planner:
     """Plans the trees that pass a transformation, and remembers their plans."""
 
-    def __init__(self, source: Source, axis_name: AxisName) -> None:
-        self._source, self._axis_name = source, axis_name
+    def __init__(self, source: Source, mesh_axes: MeshAxes) -> None:
+        self._source, self._mesh_axes = source, mesh_axes
         self._known: dict[Any, _Planned] = {}
         self._ranks: dict[str, int] = {}
 
@@ -58,14 +63,12 @@ class _Planner:
                     "their average (optax.contrib.differentially_private_aggregate), or jax.vmap it"
                 )
         planned = self._plan(grads)
-        if len(self._known) == _PLANS_KEPT:
-            self._known.clear()
         with suppress(TypeError):
             self._known[form] = planned
         return planned
 
     def _plan(self, tree: Any) -> _Planned:
-        axes = axes_by_path(self._axis_name, names_of(tree))
+        axes = axes_by_path(self._mesh_axes, names_of(tree))
         return plan_of(tree, self._source, axes), axes
 
 
@@ -113,17 +116,14 @@ def centralize(
     Returns
     -------
     optax.GradientTransformation
-        Without state. Its ``init`` raises the errors of `plan`, a ValueError if there is nothing to
-        centralize, and a TypeError if `reproducible` is not possible; its ``update`` a ValueError
-        if gradients have too many axes, or `axis_name` does not fit the mesh.
+        Without state. Its ``init`` raises the errors of `plan`, and others if there is nothing to
+        centralize, or `reproducible` is not possible; its ``update``, if gradients have too many
+        axes, or `axis_name` does not fit the mesh.
 
     Raises
     ------
-    TypeError
-        If `layouts` or `axis_name` has none of these forms (give a linen or Haiku model to
-        `layouts`), or `strength` is an array.
-    ValueError
-        If there is no such preset, or `strength` is not a number from 0 to 1.
+    TypeError, ValueError
+        If an option has none of these forms; a linen or Haiku model goes through `layouts`.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def centralize(
     >>> updates["dense"]["kernel"].tolist(), updates["dense"]["bias"].tolist()
     ([[1.0, -0.0], [-1.0, -0.0]], [-1.0, -1.0])
     """
-    planner = _Planner(source_of(layouts), axis_name)
+    planner = _Planner(source_of(layouts), read_axis_name(axis_name))
     if isinstance(strength, jax.Array):
         raise TypeError(
             f"strength is the fraction of the mean, a Python number and not {strength!r}: "
@@ -146,7 +146,6 @@ def centralize(
         )
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
-    check_names(axis_name)
     centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -170,22 +169,15 @@ def centralize(
 
 def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     weights = [row for row in rows if len(row.shape) > 1]
-    is_known = not all(row.reason.startswith("unknown") for row in weights)
-    is_elsewhere = names_of(params).hidden and (is_known or not weights)
-    if is_elsewhere or any(row.layout is not None for row in rows):
-        return
-    shown = (weights or rows)[0]
-    raise ValueError(
-        f"there is nothing to centralize in these {len(rows)} parameters; the first weight, "
-        f"{shown.name!r}, is left alone for this reason: {shown.reason}. Print "
-        "gcx.optax.plan(params, layouts) for the others. optax.flatten hides the fan-in: put "
-        "gcx.optax.centralize before it"
-    )
+    are_unknown = weights and all(row.reason.startswith("unknown") for row in weights)
+    if are_unknown or not names_of(params).hidden:
+        owner = "these parameters (optax.flatten hides the fan-in: put gcx.optax.centralize first)"
+        presets = ", ".join(map(repr, PRESETS))
+        hint = f"give the model, or a preset that has such names ({presets})"
+        refuse_empty(rows, owner, hint=hint)
 
 
-def _check_reproducible(
-    params: optax.Params, rows: Plan, mesh_axes: Mapping[str, tuple[str, ...]]
-) -> None:
+def _check_reproducible(params: optax.Params, rows: Plan, mesh_axes: MeshAxes) -> None:
     """Raise a TypeError that names the first parameter whose bits cannot be promised."""
     for (path, leaf), row in zip(named_leaves(params), rows, strict=True):
         if row.layout is not None:

@@ -39,8 +39,7 @@ def centralize(
     *models : thinc.model.Model
         All models that the optimizer trains, initialized. In spaCy: the models of the components.
     where : {"gradient", "update"}, optional
-        Centralize the gradient that the optimizer uses, in place; or the displacement of the
-        weights by the step.
+        Centralize the gradient, in place, or the displacement of the weights by the step.
     strength, reproducible, overrides
         As in `gcx.centralize` and `plan`.
 
@@ -51,11 +50,8 @@ def centralize(
 
     Raises
     ------
-    TypeError
-        As `plan`; if `optimizer` is not a thinc optimizer, or `reproducible` is not possible.
-    ValueError
-        As `plan`; if an option has no such value, the optimizer is centralized already, or there is
-        nothing to centralize.
+    TypeError, ValueError
+        As `plan`; if optimizer and options do not fit, or there is nothing to centralize.
     RuntimeError
         In a step: if the parameter is in none of the models.
 
@@ -88,19 +84,17 @@ class GradientCentralization:
     """Handle for the Gradient Centralization of one optimizer, from `gcx.thinc.centralize`."""
 
     def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
-        self._models = models
-        self._optimizer = optimizer
-        self._options = options
+        self._models, self._optimizer, self._options = models, optimizer, options
         self._kind = kind = type(optimizer)
         self._how: dict[str, Any] = {"strength": options.strength}
         self._how["reproducible"] = options.reproducible
-        self._rows = decide(models, options.overrides)
+        self._layouts: dict[Key, Layout | None] = {}
+        self._decide()
         refuse_empty(self.plan, "these models")
         if options.reproducible:
             for _, layer in walk(models):
                 rows = [self._rows[layer.id, name] for name in layer.param_names]
                 check_reproducible(rows, map(layer.get_param, layer.param_names))
-        self._foreign: set[Key] = set()  # parameters of shims
         step = self._update_step if options.where == "update" else self._gradient_step
 
         def call(optimizer: Any, key: Key, *args: Any, **options: Any) -> Any:
@@ -165,33 +159,31 @@ class GradientCentralization:
             ops.update_averages(averages[key], weights, optimizer.nr_update[key])
         return weights, gradient
 
+    def _decide(self) -> None:
+        self._rows = decide(self._models, self._options.overrides)
+        self._layouts |= {key: row.layout for key, row in self._rows.items()}
+
     def _layout_of(self, key: Key) -> Layout | None:
-        if key in self._foreign:
-            return None
-        if key not in self._rows:  # layers may have been added or replaced
-            self._rows = decide(self._models, self._options.overrides)
-        if key in self._rows:
-            return self._rows[key].layout
-        # Checked last: layers and shims are counted apart, so a new layer may have a shim's id.
-        if key[0] in {shim.id for _, layer in walk(self._models) for shim in layer.shims}:
-            self._foreign.add(key)
-            return None
-        raise RuntimeError(
-            f"the optimizer trains {key[1]!r} of a layer that is not in the models given to "
-            "gcx.thinc.centralize; give it all of them: centralize(optimizer, *models)"
-        )
+        if key not in self._layouts:
+            self._decide()  # layers may have been added or replaced
+        if key not in self._layouts:
+            # Checked last: layers and shims are counted apart, so one may have the other's id.
+            if key[0] not in {shim.id for _, layer in walk(self._models) for shim in layer.shims}:
+                raise RuntimeError(
+                    f"the optimizer trains {key[1]!r} of a layer that is not in the models given "
+                    "to gcx.thinc.centralize; give it all of them: centralize(optimizer, *models)"
+                )
+            self._layouts[key] = None
+        return self._layouts[key]
 
 
 def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
     """Copy or pickle a centralized optimizer as a plain one, with a warning."""
     centralized = type(optimizer)
     (kind,) = centralized.__bases__
-    warnings.warn(
-        f"the copy of this {kind.__name__} does not centralize: call gcx.thinc.centralize for the "
-        "copy and the models that it trains",
-        UserWarning,
-        stacklevel=2,
-    )
+    remedy = "call gcx.thinc.centralize for the copy and the models that it trains"
+    msg = f"the copy of this {kind.__name__} does not centralize: {remedy}"
+    warnings.warn(msg, UserWarning, stacklevel=2)
     optimizer.__class__ = kind
     try:
         plain = copy.copy(optimizer)

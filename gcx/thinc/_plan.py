@@ -76,18 +76,15 @@ def plan(*models: Model[Any, Any], overrides: Overrides | None = None) -> Plan:
     Parameters
     ----------
     *models : thinc.model.Model
-        Initialized models. The layer that owns a parameter decides, never its rank; a layer without
-        a rule is left alone.
+        Initialized models. The layer that owns a parameter decides, never its rank.
     overrides : mapping from str to Layout, str, LeaveAlone or None, optional
         Answers that take precedence over the rules, by name in the plan (``"0.maxout.W"``) or glob
         (``"*.softmax.*"``); the first key that matches counts.
 
     Raises
     ------
-    TypeError
-        If there is no model, or an argument or a value of `overrides` has a wrong type.
-    ValueError
-        If a model is not initialized, or a key or a layout in `overrides` does not fit.
+    TypeError, ValueError
+        If a model is not a thinc model or not initialized, or `overrides` does not fit.
 
     Examples
     --------
@@ -134,13 +131,10 @@ def decide(models: Models, overrides: Overrides | None) -> dict[Key, PlanRow]:
 def walk(models: Models) -> Iterator[tuple[str, Model[Any, Any]]]:
     """Yield each layer once, with its positions in the layers around it and its name."""
     seen: set[int] = set()
-
-    def below(layer: Model[Any, Any], place: str) -> Iterator[tuple[str, Model[Any, Any]]]:
+    rest = [(f"{k}." if len(models) > 1 else "", model) for k, model in enumerate(models)]
+    while rest:
+        place, layer = rest.pop(0)
         if layer.id not in seen:
             seen.add(layer.id)
             yield f"{place}{layer.name}", layer
-            for position, child in enumerate(layer.layers):
-                yield from below(child, f"{place}{position}.")
-
-    for position, model in enumerate(models):
-        yield from below(model, f"{position}." if len(models) > 1 else "")
+            rest = [(f"{place}{k}.", child) for k, child in enumerate(layer.layers)] + rest

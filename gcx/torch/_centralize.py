@@ -196,7 +196,7 @@ def _find_optimizer(optimizer: Optimizer) -> Optimizer:
     msg = f"optimizer is a torch.optim.Optimizer, not {describe(optimizer, 'torch')}"
     if "deepspeed" in type(optimizer).__module__:
         msg += f". DeepSpeed flattens the weights: {IN_BACKWARD}"
-    elif hasattr(optimizer, "step"):
+    elif hasattr(optimizer, "step") and not isinstance(optimizer, type):
         msg += "; if that wraps one, give the one inside (often its attribute .optimizer)"
     raise TypeError(msg)
 

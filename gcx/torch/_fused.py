@@ -202,7 +202,7 @@ class FusedOptimizer(Optimizer):
             if self._find_stage(group, state) is None:
                 return "the state is from another optimizer, or the steps are counted on the GPU"
             tensors += chain(*self._find_memory(group, [state], [grad]).values())
-        if any(kernels.forms([tensor])[1:] != kernels.forms([parameter])[1:] for tensor in tensors):
+        if any(kernels.form(tensor) != kernels.form(parameter) for tensor in tensors):
             return "a gradient or state differs from its parameter in dtype, shape or strides"
         fan_in = _find_fan_in(parameter, weight)
         if kernels.see(see_here(grad, fan_in, grad), fan_in[1]):

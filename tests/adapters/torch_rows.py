@@ -41,10 +41,7 @@ class OfTorch(Adapter):
     names: ClassVar = {name: f"{name}.weight" for name in WEIGHTS}
     warns_of_momentum = True
     optimizers: ClassVar[Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    options: ClassVar[Any] = {
-        "sgd": {"lr": RATE, "momentum": MOMENTUM},
-        "adam": {"lr": ADAM_RATE},
-    }
+    options: ClassVar[Any] = {"sgd": {"lr": RATE, "momentum": MOMENTUM}, "adam": {"lr": ADAM_RATE}}
 
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
         self.kind, self.folder = kind, folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,23 +18,6 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.aria.modeling_aria import AriaExperts
-from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
-from transformers.models.csm.modeling_csm import CsmCodebooksHead
-from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.inkling.modeling_inkling import InklingSharedExperts
-from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
-from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
-from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
-from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
-from transformers.models.swiftformer.modeling_swiftformer import (
-    SwiftFormerEfficientAdditiveAttention,
-)
 from transformers.pytorch_utils import Conv1D
 
 import gcx.torch
@@ -49,18 +34,21 @@ from torch_fan_in import (
 WIDTH, EXPERTS = 4, 2
 
 
-Output = tuple[nn.Module, Tensor, str]
-
-
-def _filled(layer: nn.Module) -> nn.Module:
+def _layer(qualified: str, *args: Any) -> nn.Module:
+    """Make a layer of a model, such as "aria.AriaExperts"."""
+    name, _, kind = qualified.partition(".")
+    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    layer: nn.Module = getattr(module, kind)(*args)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     return layer
 
 
+Output = tuple[nn.Module, Tensor, str]
+
+
 def _only(name: str, layer: nn.Module) -> nn.Module:
     """Experts that mix nothing after the weight of this name."""
-    _filled(layer)
     if name != "down_proj":
         layer.down_proj.data.copy_(torch.eye(WIDTH))
     return layer
@@ -90,17 +78,17 @@ def _config(*experts: str, **more: Any) -> SimpleNamespace:
 
 
 def _mixtral() -> nn.Module:
-    return MixtralExperts(_config("num_local_experts"))
+    return _layer("mixtral.MixtralExperts", LOCAL)
 
 
 def _nemotron() -> nn.Module:
     config = _config("n_routed_experts", moe_latent_size=None, mlp_hidden_act="tanh")
-    return NemotronHExperts(config)
+    return _layer("nemotron_h.NemotronHExperts", config)
 
 
 def _dbrx(name: str) -> Output:
     config = _config("moe_num_experts", ffn_hidden_size=WIDTH, ffn_act_fn={"name": "tanh"})
-    layer = _filled(DbrxExpertGLU(config))
+    layer = _layer("dbrx.DbrxExpertGLU", config)
     stacks = [w.view(EXPERTS, WIDTH, WIDTH) for w in (layer.w1, layer.v1, layer.w2)]
     if name != "w2":
         stacks[-1].data.copy_(torch.eye(WIDTH))
@@ -110,24 +98,26 @@ def _dbrx(name: str) -> Output:
 
 def _router() -> Output:
     sizes = SimpleNamespace(num_experts_per_tok=1, num_local_experts=3, hidden_size=5)
-    layer = _filled(MixtralTopKRouter(sizes))
+    layer = _layer("mixtral.MixtralTopKRouter", sizes)
     return layer, features(layer(torch.rand(2, 5))[0]), "weight"
 
 
 def _each(layer: nn.Module, *inputs: Any) -> Output:
     """One output for each place and feature."""
-    return layer, _filled(layer)(*inputs).flatten(), "weight"
+    return layer, layer(*inputs).flatten(), "weight"
 
 
 def _features(layer: nn.Module, *shape: int) -> Output:
-    return layer, features(_filled(layer)(torch.rand(shape))), "weight"
+    return layer, features(layer(torch.rand(shape))), "weight"
 
 
 GPT_OSS = _config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0)
 LONGCAT = _config("n_routed_experts", zero_expert_num=0, expert_ffn_hidden_size=WIDTH)
-LOCAL = _config("num_local_experts")
-INKLING = _config("n_shared_experts")
-ARIA = _config("moe_num_experts")
+LOCAL, ARIA = _config("num_local_experts"), _config("moe_num_experts")
+_gpt_oss = partial(_layer, "gpt_oss.GptOssExperts", GPT_OSS)
+_longcat = partial(_layer, "longcat_flash.LongcatFlashExperts", LONGCAT)
+_llama4 = partial(_layer, "llama4.Llama4TextExperts", LOCAL)
+_inkling = partial(_layer, "inkling.InklingSharedExperts", _config("n_shared_experts"))
 
 SUPPORT: dict[str, tuple[Callable[[], Output], int]] = {
     "Conv1D": (lambda: _features(Conv1D(3, 5), 2, 5), 1),
@@ -136,37 +126,35 @@ SUPPORT: dict[str, tuple[Callable[[], Output], int]] = {
     "experts (E, 2 out, in)": (lambda: _experts(_mixtral(), "gate_up_proj"), 2),
     "experts without gate": (lambda: _experts(_nemotron()), 1),
     "experts without gate, up": (lambda: _experts(_nemotron(), "up_proj"), 1),
-    "experts (E, in, out)": (lambda: _experts(GptOssExperts(GPT_OSS)), 1),
-    "experts (E, in, 2 out)": (lambda: _experts(GptOssExperts(GPT_OSS), "gate_up_proj"), 2),
-    "experts (E, in, out), Aria": (lambda: _experts(AriaExperts(ARIA)), 1),
-    "experts of LongcatFlash": (lambda: _experts(LongcatFlashExperts(LONGCAT)), 1),
-    "experts of LongcatFlash, up": (
-        lambda: _experts(LongcatFlashExperts(LONGCAT), "gate_up_proj"),
-        2,
-    ),
-    "experts of Step": (lambda: _experts(Step3p7Experts(LOCAL)), 1),
-    "experts of Llama 4": (lambda: _all_experts(Llama4TextExperts(LOCAL), "down_proj"), 1),
-    "experts of Llama 4, up": (lambda: _all_experts(Llama4TextExperts(LOCAL), "gate_up_proj"), 2),
-    "shared experts of Inkling": (
-        lambda: _all_experts(InklingSharedExperts(INKLING), "down_proj", torch.eye(2)),
-        1,
-    ),
-    "shared experts of Inkling, up": (
-        lambda: _all_experts(InklingSharedExperts(INKLING), "up_proj", torch.eye(2)),
-        1,
-    ),
+    "experts (E, in, out)": (lambda: _experts(_gpt_oss()), 1),
+    "experts (E, in, 2 out)": (lambda: _experts(_gpt_oss(), "gate_up_proj"), 2),
+    "experts (E, in, out), Aria": (lambda: _experts(_layer("aria.AriaExperts", ARIA)), 1),
+    "experts of LongcatFlash": (lambda: _experts(_longcat()), 1),
+    "experts of LongcatFlash, up": (lambda: _experts(_longcat(), "gate_up_proj"), 2),
+    "experts of Step": (lambda: _experts(_layer("step3p7.Step3p7Experts", LOCAL)), 1),
+    "experts of Llama 4": (lambda: _all_experts(_llama4(), "down_proj"), 1),
+    "experts of Llama 4, up": (lambda: _all_experts(_llama4(), "gate_up_proj"), 2),
+    "shared experts of Inkling": (lambda: _all_experts(_inkling(), "down_proj", torch.eye(2)), 1),
+    "shared experts, up": (lambda: _all_experts(_inkling(), "up_proj", torch.eye(2)), 1),
     "experts of DBRX": (lambda: _dbrx("w2"), 1),
     "experts of DBRX, up": (lambda: _dbrx("v1"), 1),
     "experts of JetMoe": (
-        lambda: _each(JetMoeParallelExperts(EXPERTS, 5, 3), torch.rand(2, 5), [1, 1]),
+        lambda: _each(
+            _layer("jetmoe.JetMoeParallelExperts", EXPERTS, 5, 3), torch.rand(2, 5), [1, 1]
+        ),
         1,
     ),
-    "codebooks (N, out, in)": (lambda: _each(MoshiFlexibleLinear(5, 4, 2), torch.rand(1, 2, 5)), 1),
+    "codebooks (N, out, in)": (
+        lambda: _each(_layer("moshi.MoshiFlexibleLinear", 5, 4, 2), torch.rand(1, 2, 5)),
+        1,
+    ),
     "codebooks (N, in, out)": (
-        lambda: _each(CsmCodebooksHead(5, 3, 4), torch.rand(1, 2, 5), torch.arange(1, 3)),
+        lambda: _each(
+            _layer("csm.CsmCodebooksHead", 5, 3, 4), torch.rand(1, 2, 5), torch.arange(1, 3)
+        ),
         1,
     ),
-    "groups": (lambda: _features(GroupedLinearLayer(6, 4, 2), 1, 3, 6), 1),
+    "groups": (lambda: _features(_layer("convbert.GroupedLinearLayer", 6, 4, 2), 1, 3, 6), 1),
 }
 
 
@@ -181,7 +169,7 @@ def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
     """An input of mean zero does not see a constant that is added to a weight over its fan-in."""
     torch.manual_seed(0)
     config = SimpleNamespace(num_attention_heads=2, lru_width=8)
-    layer = _filled(RecurrentGemmaRglru(config))
+    layer = _layer("recurrent_gemma.RecurrentGemmaRglru", config)
     x = torch.randn(1, 3, 2, 4)
     x = (x - x.mean(-1, keepdim=True)).flatten(2)
     positions = torch.arange(3)[None]
@@ -196,7 +184,8 @@ def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
 
 
 def test_swiftformer_multiplies_from_the_right() -> None:
-    layer = SwiftFormerEfficientAdditiveAttention(SimpleNamespace(), 4)
+    kind = "swiftformer.SwiftFormerEfficientAdditiveAttention"
+    layer = _layer(kind, SimpleNamespace(), 4)
     assert str(declared_layout(layer, "w_g")) == "io"
 
 
@@ -240,10 +229,7 @@ MODELS: dict[str, dict[str, str]] = {
     "gpt2": {"Conv1D.weight": "io"},
     "gpt_oss": _experts_and_router("GptOss", "bio"),
     "ibert": {"QuantLinear.weight": "oi"},
-    "llama4_text": {
-        "Llama4TextExperts.gate_up_proj": "bio",
-        "Llama4TextExperts.down_proj": "bio",
-    },
+    "llama4_text": {"Llama4TextExperts.gate_up_proj": "bio", "Llama4TextExperts.down_proj": "bio"},
     "mixtral": _experts_and_router("Mixtral"),
     "qwen3_moe": _experts_and_router("Qwen3Moe"),
     "qwen3_next": _experts_and_router("Qwen3Next"),

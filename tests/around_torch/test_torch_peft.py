@@ -80,10 +80,8 @@ def test_lora_of_rank_one_is_not_frozen() -> None:
 
 
 def test_lora_of_experts_does_not_mix_them() -> None:
-    sizes = SimpleNamespace(
-        num_local_experts=2, hidden_size=4, intermediate_size=3, hidden_act="relu"
-    )
-    model = nn.Sequential(MixtralExperts(sizes))
+    sizes = {"num_local_experts": 2, "hidden_size": 4, "intermediate_size": 3}
+    model = nn.Sequential(MixtralExperts(SimpleNamespace(**sizes, hidden_act="relu")))
     config = peft.LoraConfig(target_modules=[], target_parameters=["0.down_proj"], r=2)
     found = _adapters(model, config)
     assert found["0.lora_A.weight"] == ("o...", "Linear")

@@ -21,6 +21,10 @@ from benchmarks.paper.cifar100.training import Data
 
 from small_cifar100 import SmallArchive
 
+# From a process that has imported torch once, and has no threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "gcx.torch"])
+
 
 def die_in_step(count: int) -> None:
     register_optimizer_step_post_hook(_on_call(count))
@@ -69,7 +73,7 @@ def run_until_killed(
         "study": study,
         "threads": torch.get_num_threads(),  # sums may depend on it
     }
-    process = multiprocessing.get_context("spawn").Process(target=_run, kwargs=job)
+    process = PROCESSES.Process(target=_run, kwargs=job)
     process.start()
     process.join()
     return process.exitcode

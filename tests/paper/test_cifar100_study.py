@@ -18,13 +18,15 @@ import torch
 from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cells import BASE, Cell
 from benchmarks.paper.cifar100 import checkpoint, driver
-from benchmarks.paper.cifar100.archive import OFFICIAL, read
+from benchmarks.paper.cifar100.archive import OFFICIAL, Archive, Split, read
 from benchmarks.paper.cifar100.estimate import random_archive, spoken
 from benchmarks.paper.cifar100.grid import CELLS, TABLE_1, TABLE_2, outcomes, settings
 from benchmarks.paper.cifar100.log import Epoch
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
+from benchmarks.paper.cifar100.stand_ins import as_archive
 from benchmarks.paper.cifar100.training import Data, Training
+from benchmarks.paper.data import parts
 
 from killed_cifar100 import die_before_log, die_in_save, die_in_step, run_until_killed
 from outcomes import arms
@@ -256,6 +258,32 @@ def test_the_whole_study(tmp_path, written, capsys, monkeypatch):
         np.testing.assert_array_equal(old.accuracy, new.accuracy)
 
 
+@pytest.mark.parametrize(("name", "classes"), [("MNIST", 10), ("Indian Pines", 13)])
+def test_other_images_are_trained_on_as_those_of_the_archive(tmp_path, name, classes):
+    archive = as_archive(name)
+    assert archive.classes == classes == len(set(archive.train.labels))
+    for split, samples in zip((archive.train, archive.test), parts(name), strict=True):
+        assert (split.images.dtype, split.images.shape[1:]) == (np.uint8, (32, 32, 3))
+        np.testing.assert_array_equal(split.labels, samples.y)
+        seen = split.images[: len(samples.x), 12:20, 12:20, 0].reshape(len(samples.x), -1)
+        edge = 12 - (32 - samples.x.shape[1]) // 2
+        inside = samples.x[:, edge : edge + 8, edge : edge + 8, 0].reshape(len(seen), -1)
+        assert np.corrcoef(seen.ravel(), inside.ravel())[0, 1] > 0.99
+    few = [Split(s.images[:16], s.labels[:16]) for s in (archive.train, archive.test)]
+    setting = replace(SETTING, epochs=1, data=name)
+    data = Data.on(CPU, Archive(*few, classes))
+    (epoch,) = complete(setting, data, tmp_path, CPU)
+    assert np.isfinite(epoch.training_loss)
+    assert log_of(setting, tmp_path) == [epoch]
+
+
+def test_the_tables_name_other_images(tmp_path):
+    found = [o for cell in CELLS for o in arms(cell, {"conv only": 1.0})]
+    paths = [*driver.sections(found, tmp_path, Path("Indian Pines"))]
+    assert [path.name for path in paths] == [f"indian-pines-table{n}.md" for n in (1, 2)]
+    assert all("CIFAR-100" not in path.read_text().splitlines()[0] for path in paths)
+
+
 def test_other_settings_are_refused_before_anything_is_done(tmp_path, written, monkeypatch):
     last = settings(
         seeds=2, epochs=3, layers="conv", scale=SMALL, precision="float32",
@@ -278,7 +306,7 @@ def test_tables_are_written_of_cells_with_two_seeds(tmp_path):
     few = [replace(o, seeds=(0,), accuracy=o.accuracy[:1], loss=o.loss[:1]) for o in second]
     assert list(driver.sections(few, tmp_path)) == []
     (path,) = driver.sections([*first, *few], tmp_path)
-    assert path == tmp_path / "cifar100-table1.md"
+    assert path == tmp_path / "cifar-100-table1.md"
     (verdicts,) = [line for line in path.read_text().splitlines() if line.startswith("| verdict")]
     assert verdicts == "| verdict | helps | - | - | - | - |"
 

@@ -42,9 +42,10 @@ def test_small_data_by_default(asked: dict) -> None:
 def test_a_brief_study_says_so_and_does_not_write_over_the_whole_one(
     asked: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["--brief"]) == 0
-    assert asked["folder"] == Path("paper-results-brief")
-    assert "A short run" in capsys.readouterr().out
+    for options, folder in ((), "paper-results"), (("--write", "report"), "report"):
+        assert command.main(["--brief", *options]) == 0
+        assert asked["folder"] == Path(folder, "brief")
+        assert "A short run" in capsys.readouterr().out
 
 
 def test_cifar_100_as_in_the_paper_by_default(asked: dict) -> None:
@@ -56,6 +57,14 @@ def test_cifar_100_as_in_the_paper_by_default(asked: dict) -> None:
     }  # fmt: skip
     after_run(arms(TABLE_1[0], {"gradient": 1.0}))  # of no cell of CIFAR-100
     assert [path.name for path in Path("paper-results").iterdir()] == []
+
+
+def test_other_images_have_a_folder_of_their_own(asked: dict) -> None:
+    assert command.main(["--data", "Indian Pines"]) == 0
+    assert (asked["data"], asked["folder"]) == (
+        Path("Indian Pines"),
+        Path("paper-results/Indian Pines/runs"),
+    )
 
 
 def test_a_dry_run_makes_no_folder(asked: dict, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.paper import small_data, store, study
 from benchmarks.paper.cells import Outcome
 from benchmarks.paper.command import PARTS
+from benchmarks.paper.grids import STUDIES, brief
+from benchmarks.paper.other_grids import INDIAN_PINES, KINDS, MNIST, TUNING
 from benchmarks.paper.training import Grid
 
 TABLES = [
@@ -49,6 +51,16 @@ def make_up(studies: list[study.Study], folder: Path, *, seeds: int | None) -> N
             store.save(program.path(folder), found, seconds=60.0, machine="a machine")
 
 
+@pytest.mark.parametrize(
+    "whole", [*STUDIES, TUNING, KINDS, MNIST, INDIAN_PINES], ids=lambda s: s.name
+)
+def test_a_short_run_has_each_network_once(whole: study.Study) -> None:
+    (grids,) = brief(whole).programs
+    assert {grid.network.name for grid in grids} == {
+        grids[0].network.name for grids in whole.programs
+    }
+
+
 def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(small_data, "run", make_up)
@@ -59,6 +71,8 @@ def test_every_section_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names = [*(f"{name}.md" for name in TABLES), "overview.svg", "machine.md"]
     assert [path.name for path in paths] == names
     assert all(path.read_text().strip() for path in paths)
-    assert all("short run" in path.read_text() for path in paths[:11])
+    pictures = [*tmp_path.glob("*.svg")]
+    assert len(pictures) == 11
+    assert all("a short run" in path.read_text() for path in (*paths[:13], *pictures))
     assert len(drawn) == 1
     assert "a machine" in paths[-1].read_text()

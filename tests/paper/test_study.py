@@ -23,7 +23,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_only_what_is_missing_is_run(tmp_path):
+def test_only_what_is_missing_is_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # what takes long is to compile
     run([JAX, TORCH], tmp_path)
     before = contents(tmp_path)
     assert ["-jax-" in name or "-torch-" in name for name in before] == [True, True]

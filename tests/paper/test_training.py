@@ -38,7 +38,7 @@ def test_sgdm_moves_alike_with_gradient_and_update_centralized(norm):
 
 
 def test_adam_does_not():
-    runs = in_jax(grid("group norm", "Adam"))
+    runs = in_jax(grid("batch norm", "Adam"))
     assert np.abs(runs["gradient"].loss / runs["update"].loss - 1).max() > 1e-3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -114,6 +115,15 @@ def site() -> Iterator[Site]:
 def test_links_lead_to_every_page(site: Site) -> None:
     built = {path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")}
     assert set(site.links) == built
+
+
+def test_pages_are_short() -> None:
+    """Tables and code count, each piece of a line of code by itself, as it is marked up."""
+    words = {}
+    for path in SITE.rglob("*.html"):
+        (article,) = re.findall(r"<article.*</article>", path.read_text("utf-8"), re.DOTALL)
+        words[path.name] = len(re.sub(r"<[^>]*>", " ", article).split())
+    assert {name: count for name, count in words.items() if count > 2000} == {}
 
 
 def test_no_link_is_broken(site: Site) -> None:

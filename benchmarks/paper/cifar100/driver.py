@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from tqdm import tqdm
 
 from benchmarks.command.requirements import CannotRunError
 from benchmarks.paper.cells import Outcome
-from benchmarks.paper.cifar100.archive import OFFICIAL, Checksums, read
+from benchmarks.paper.cifar100.archive import OFFICIAL, Archive, Checksums, read
 from benchmarks.paper.cifar100.estimate import random_archive, seconds_of_an_epoch, spoken
 from benchmarks.paper.cifar100.grid import CELLS, TABLE_1, TABLE_2, outcomes, settings
 from benchmarks.paper.cifar100.log import Epoch
+from benchmarks.paper.cifar100.options import STAND_INS
 from benchmarks.paper.cifar100.runs import complete, log_of
 from benchmarks.paper.cifar100.settings import PAPER, Scale, Setting
+from benchmarks.paper.cifar100.stand_ins import as_archive
 from benchmarks.paper.cifar100.training import Data
+from benchmarks.paper.labels import as_file_name
 from benchmarks.paper.report import as_table1, as_table2, write_comparisons
 from benchmarks.throughput.timing import machine
 
@@ -44,7 +48,8 @@ def run(
     Parameters
     ----------
     data : Path or None
-        Folder with the archive, packed or unpacked. None, for a dry run, measures random images.
+        Folder with the archive, packed or unpacked, or one of `STAND_INS`. None, for a dry run,
+        measures random images.
     write : Path
         Folder for checkpoints and logs; what is there already is gone on from.
     layers : {"conv", "all"}
@@ -71,30 +76,37 @@ def run(
         layers=layers,
         scale=scale,
         precision="bfloat16" if place.type == "cuda" else "float32",
-        data=checksums.files["train"],
+        data=str(data) if str(data) in STAND_INS else checksums.files["train"],
     )
     logs = {setting: log_of(setting, write) for setting in every}
     if dry_run:
-        images = Data.on(place, read(data, checksums) if data else random_archive())
-        print(f"images: {data}, which is the right archive" if data else "images: random")
+        images = Data.on(place, _archive(data, checksums) if data else random_archive())
+        is_official = data and str(data) not in STAND_INS
+        print(f"images: {data or 'random'}{', which is the right archive' * bool(is_official)}")
         for line in _report(logs, images, place):
             print(line)
         return []
     if data is None:
         raise ValueError("there are no images to train on: name the folder of the archive")
-    images = Data.on(place, read(data, checksums))
+    images = Data.on(place, _archive(data, checksums))
     for so_far in _completed(logs, images, write, place):
         after_run(outcomes(so_far))
     return outcomes(so_far)
 
 
-def sections(outcomes: Sequence[Outcome], folder: Path) -> Iterator[Path]:
+def sections(outcomes: Sequence[Outcome], folder: Path, data: Path | None = None) -> Iterator[Path]:
     """Write the tables so far as their runs are finished: of cells with two seeds or more."""
+    of = str(data) if str(data) in STAND_INS else "CIFAR-100"
     for number, cells, as_table in ((1, TABLE_1, as_table1), (2, TABLE_2, as_table2)):
         finished = [o for o in outcomes if o.cell in cells and len(o.seeds) > 1]
         if finished:
-            title, name = f"CIFAR-100: Table {number}", f"cifar100-table{number}"
-            yield write_comparisons(title, name, finished, folder, partial(as_table, unit="epoch"))
+            named = [replace(o, cell=replace(o.cell, task=of)) for o in finished]
+            title, name = f"{of}: Table {number}", f"{as_file_name(of)}-table{number}"
+            yield write_comparisons(title, name, named, folder, partial(as_table, unit="epoch"))
+
+
+def _archive(data: Path, checksums: Checksums) -> Archive:
+    return as_archive(str(data)) if str(data) in STAND_INS else read(data, checksums)
 
 
 def _device(name: str) -> torch.device:

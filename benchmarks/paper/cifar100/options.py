@@ -6,10 +6,12 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["DEFAULTS", "add_arguments", "at_least"]
+__all__ = ["DEFAULTS", "STAND_INS", "add_arguments", "at_least"]
 
 # Of options that are None where they are not given, so that it can be told.
 DEFAULTS = {"epochs": 200, "layers": "conv", "device": "cuda"}
+# Data that ships in packages, and takes the place of the archive.
+STAND_INS = ("MNIST", "Indian Pines")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -27,7 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add them, in a group of their own; torch is not imported."""
     group = parser.add_argument_group("CIFAR-100 with ResNet-50, on a GPU")
     group.add_argument(
-        "--data", metavar="DIR", type=Path, help="folder of cifar-100-python.tar.gz, or unpacked"
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="folder of cifar-100-python.tar.gz, or unpacked; "
+        f"or, to try this on other images, {' or '.join(map(repr, STAND_INS))}",
     )
     group.add_argument(
         "--dry-run", action="store_true", help="print the grid and its estimated time, and stop"

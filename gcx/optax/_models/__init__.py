@@ -41,17 +41,12 @@ _FRAMEWORKS = (
 
 
 def framework_of(model: object) -> Framework | None:
-    """Find the framework of a model; None if it is not a model.
-
-    A dict, list or tuple that holds modules has their framework.
-    """
+    """Find the framework of a model, or of the modules in a dict, list or tuple; None if none."""
     for framework in _FRAMEWORKS:
         # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
-        if module is not None:
-            kinds = tuple(getattr(module, name) for name in framework.models)
-            if _holds(model, kinds):
-                return framework
+        if module and _holds(model, tuple(getattr(module, name) for name in framework.models)):
+            return framework
     return None
 
 

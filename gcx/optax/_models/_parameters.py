@@ -16,20 +16,21 @@ from gcx.plan import LeaveAlone, PlanRow
 Shape = tuple[int, ...]
 
 # Ends of the reason for a weight whose outputs belong to several maps, side by side.
-IN_GROUPS, ALL_GATES = SIDE_BY_SIDE = (" in groups", ", all gates")
+_IN_GROUPS, _ALL_GATES = SIDE_BY_SIDE = (" in groups", ", all gates")
 
 _AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
 
 
 class SingleLayer(NamedTuple):
-    """Answer of a rule that also knows the shape of the weight in a single layer, or its maps.
+    """Answer of a rule that knows more of the weight in a single layer.
 
     The shape tells the axes of a stack from the others.
     """
 
     layout: str
     shape: Shape | None = None
-    maps: str = ""  # one of SIDE_BY_SIDE, if it holds several
+    in_groups: bool = False
+    all_gates: bool = False
 
 
 LayerAnswer = Answer | SingleLayer
@@ -45,7 +46,7 @@ def decide_in_stack(
     """
     if isinstance(answer, SingleLayer):
         own_shape = answer.shape or own_shape
-        rule += answer.maps
+        rule += _IN_GROUPS * answer.in_groups + _ALL_GATES * answer.all_gates
         answer = answer.layout
     if isinstance(answer, LeaveAlone) and answer.reason.startswith("unknown"):
         own = shape if own_shape is None else own_shape
@@ -87,8 +88,37 @@ class Seen(NamedTuple):
 
 _UNSEEN = Seen(LeaveAlone("unknown: it belongs to no module"), "", None)
 
+# Gets the context of a call, and returns a function, or None to pass over the call. After the call
+# the function gets the parameters seen inside, and adds the module's own.
+Enter = Callable[[Any], Callable[[dict[str, Seen]], None] | None]
 
-def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
+
+def decide_by_calls(
+    intercept: Any, enter: Enter, init: Callable[..., Any], inputs: Any, keyword_inputs: Any
+) -> dict[str, PlanRow]:
+    """Decide on each parameter that `init` makes, by the calls of the layers inside."""
+    calls: list[dict[str, Seen]] = [{}]  # of the active calls, the innermost last
+
+    def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        leave = enter(context)
+        if leave is None:
+            return method(*args, **kwargs)
+        calls.append({})
+        output = method(*args, **kwargs)
+        seen = calls.pop()
+        leave(seen)
+        calls[-1] = _join(calls[-1], seen)
+        return output
+
+    with intercept(watch):
+        shapes = trace_shapes(init, inputs, keyword_inputs)
+    return {
+        name: decide_in_stack(name, leaf.shape, *calls[0].get(name, _UNSEEN))
+        for name, leaf in named_leaves(shapes)
+    }
+
+
+def _join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
     """Join the parameters of two calls; where they differ, a parameter is unknown.
 
     A layer that runs the ``init`` of another model starts its names anew.
@@ -102,35 +132,24 @@ def join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Se
     return joined
 
 
-def decide_all(seen: Mapping[str, Seen], shapes: Any) -> dict[str, PlanRow]:
-    """Make the row of each parameter of a model with these shapes, by the calls of its layers."""
-    return {
-        name: decide_in_stack(name, leaf.shape, *seen.get(name, _UNSEEN))
-        for name, leaf in named_leaves(shapes)
-    }
-
-
 def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any) -> Any:
     """Trace ``function(*inputs, **keyword_inputs)``, and return the shapes of its results.
 
-    Arrays and `jax.ShapeDtypeStruct` are traced; other arguments, such as ``train=True``, stay as
-    they are.
+    Only arrays and `jax.ShapeDtypeStruct` are traced, unlike other arguments (``train=True``).
     """
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
-    arrays = [x if hasattr(x, "shape") and hasattr(x, "dtype") else None for x in leaves]
-    has_arrays = any(array is not None for array in arrays)
-    for given in () if has_arrays else inputs:
-        if isinstance(given, (list, tuple)):
-            raise TypeError(f"an example input is {_AN_ARRAY}, not {given!r}")
+    arrays = {k: x for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
+    if not arrays and any(isinstance(given, (list, tuple)) for given in inputs):
+        raise TypeError(f"an example input is {_AN_ARRAY}, not {inputs!r}")
 
-    def of_arrays(traced: list[Any]) -> Any:
-        mixed = [x if t is None else t for t, x in zip(traced, leaves, strict=True)]
+    def of_arrays(traced: Mapping[int, Any]) -> Any:
+        mixed = [traced.get(k, leaf) for k, leaf in enumerate(leaves)]
         inputs, keyword_inputs = jax.tree.unflatten(structure, mixed)
         return function(*inputs, **keyword_inputs)
 
     try:
         return jax.eval_shape(of_arrays, arrays)
     except Exception as error:
-        if not has_arrays:
+        if not arrays:
             error.add_note(f"no example input is {_AN_ARRAY}")
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,14 +11,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, LENGTH, NORM, SLOPE, Rule, Rules
-from gcx.optax._models._parameters import (
-    ALL_GATES,
-    IN_GROUPS,
-    Answers,
-    LayerAnswer,
-    SingleLayer,
-    decide_in_stack,
-)
+from gcx.optax._models._parameters import Answers, LayerAnswer, SingleLayer, decide_in_stack
 from gcx.optax._names import name_of
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -31,21 +25,18 @@ def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
     """Decide on each array of a tree of Equinox modules, by its name in ``equinox.filter``."""
     import equinox as eqx
 
-    decided = [*_decide_each(rules, model)]
-    decisions = {row.name: row for _, row in decided}
-    names = {id(leaf): row.name for leaf, row in decided}
-
     def is_shared(node: object) -> bool:
         return isinstance(node, eqx.nn.Shared)
 
+    decided = [*_decide_each(rules, model)]
+    names = {id(leaf): row.name for leaf, row in decided}
+    rows = {row.name: [row] for _, row in decided}
     for shared in filter(is_shared, jax.tree.leaves(model, is_leaf=is_shared)):
-        found: dict[str, PlanRow] = {}
         # The call puts the shared array back into every layer that uses it.
         for leaf, row in _decide_each(rules, shared()):
-            if name := names.get(id(leaf)):
-                found[name] = merge([found.get(name, row), row])
-        decisions |= found
-    return decisions
+            if id(leaf) in names:
+                rows[names[id(leaf)]].insert(-1, row)
+    return {name: merge(of_one) for name, of_one in rows.items()}
 
 
 def _decide_each(
@@ -76,16 +67,14 @@ def _convolution(layer: Any) -> Answers:
     # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
     per_group = layer.in_channels // layer.groups
     shape = (layer.out_channels, per_group, *layer.kernel_size)
-    return {
-        "weight": SingleLayer("o...", shape, IN_GROUPS if layer.groups > 1 else ""),
-        "bias": BIAS,
-    }
+    return {"weight": SingleLayer("o...", shape, in_groups=layer.groups > 1), "bias": BIAS}
 
 
 def _recurrent(gates: int) -> Rule[LayerAnswer]:
+    weight = partial(SingleLayer, "oi", all_gates=True)
     return lambda layer: {
-        "weight_ih": SingleLayer("oi", (gates * layer.hidden_size, layer.input_size), ALL_GATES),
-        "weight_hh": SingleLayer("oi", (gates * layer.hidden_size, layer.hidden_size), ALL_GATES),
+        "weight_ih": weight((gates * layer.hidden_size, layer.input_size)),
+        "weight_hh": weight((gates * layer.hidden_size, layer.hidden_size)),
         "bias*": BIAS,
     }
 

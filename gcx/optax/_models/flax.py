@@ -8,15 +8,12 @@ from typing import Any
 from gcx._decisions import merge
 from gcx._rules import BIAS, EMBEDDING, LENGTH, MASKED, NORM, SLOPE, Rule, Rules, kernel_letters
 from gcx.optax._models._parameters import (
-    IN_GROUPS,
     Answers,
     LayerAnswer,
     Seen,
     SingleLayer,
-    decide_all,
+    decide_by_calls,
     decide_in_stack,
-    join,
-    trace_shapes,
 )
 from gcx.optax._names import named_leaves
 from gcx.plan import LeaveAlone, PlanRow
@@ -44,19 +41,18 @@ def decide_nnx(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
         answer, rule = rules.answer(layers.get(owner, model), _joined(rest))
         return decide_in_stack(_joined((*owner, *rest)), param.shape, answer, rule)
 
-    paths, decisions = {}, {}
+    rows: dict[int, list[PlanRow]] = {}
     for path, param in nodes:
         if isinstance(param, nnx.Param):
             above = (path[:k] for k in range(len(path), -1, -1))
             owner = next((place for place in above if place in layers), ())
-            paths[id(param)] = path
-            decisions[path] = of(param, owner, path[len(owner) :])
+            rows[id(param)] = [of(param, owner, path[len(owner) :])]
+    # Each node comes once; a tied parameter belongs to further layers.
     for owner, layer in layers.items():
         for key, param in vars(layer).items():
-            first = paths.get(id(param))
-            if first is not None and first != (*owner, key):  # tied: this layer holds it too
-                decisions[first] = merge([decisions[first], of(param, owner, (key,))])
-    return {_joined(path): decision for path, decision in decisions.items()}
+            if id(param) in rows:
+                rows[id(param)].append(of(param, owner, (key,)))
+    return {of_one[0].name: merge(of_one) for of_one in rows.values()}
 
 
 def _joined(path: tuple[Any, ...]) -> str:
@@ -70,29 +66,23 @@ def decide_linen(
     import jax
     from flax import linen as nn
 
-    # Parameters that the active calls have seen, the innermost call last.
-    calls: list[dict[str, Seen]] = [{}]
-
-    def watch(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def enter(context: Any) -> Callable[[dict[str, Seen]], None]:
         module = context.module
         before = _parameters(module)
-        calls.append({})
-        output = method(*args, **kwargs)
-        seen = calls.pop()
-        for name, leaf in _parameters(module).items():
-            full_name = "/".join([*module.path, name])
-            # True if this call made it, and not a call inside.
-            if name not in before and full_name not in seen:
-                seen[full_name] = Seen(*rules.answer(module, name), leaf.shape)
-        calls[-1] = join(calls[-1], seen)
-        return output
 
-    def params(*inputs: Any, **keyword_inputs: Any) -> Any:
+        def leave(seen: dict[str, Seen]) -> None:
+            for name, leaf in _parameters(module).items():
+                full_name = "/".join([*module.path, name])
+                # True if this call made it, and not a call inside.
+                if name not in before and full_name not in seen:
+                    seen[full_name] = Seen(*rules.answer(module, name), leaf.shape)
+
+        return leave
+
+    def init(*inputs: Any, **keyword_inputs: Any) -> Any:
         return model.init(jax.random.key(0), *inputs, **keyword_inputs).get("params", {})
 
-    with nn.intercept_methods(watch):
-        shapes = trace_shapes(params, inputs, keyword_inputs)
-    return decide_all(calls[0], shapes)
+    return decide_by_calls(nn.intercept_methods, enter, init, inputs, keyword_inputs)
 
 
 def _parameters(module: Any) -> dict[str, Any]:
@@ -136,9 +126,8 @@ def _linen_dense_general(layer: Any) -> Answers:
 def _convolution(layer: Any) -> Answers:
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
     layout = "...oi" if getattr(layer, "transpose_kernel", False) else "...o"
-    is_grouped = getattr(layer, "feature_group_count", 1) > 1
     shape = getattr(layer, "kernel_shape", None)  # of nnx
-    kernel = SingleLayer(layout, shape, IN_GROUPS if is_grouped else "")
+    kernel = SingleLayer(layout, shape, in_groups=getattr(layer, "feature_group_count", 1) > 1)
     return {"kernel": kernel if layer.mask is None else MASKED, "bias": BIAS}
 
 
@@ -153,7 +142,6 @@ def _length(number_or_sequence: Any) -> int:
 
 
 _DENSE: Answers = {"kernel": "io", "bias": BIAS}
-_NORM: Answers = {"scale": NORM, "bias": BIAS}
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.linen.*.Dense": _DENSE,
@@ -169,5 +157,5 @@ RULES: dict[str, Rule[LayerAnswer]] = {
     "flax.*.Einsum": _einsum,
     "flax.*.Embed": {"embedding": EMBEDDING},
     "flax.*.PReLU": {"negative_slope": SLOPE},
-    "flax.*Norm": _NORM,
+    "flax.*Norm": {"scale": NORM, "bias": BIAS},
 }

@@ -1,0 +1,221 @@
+"""gcx.optax.layouts on Flax modules: how they are made, called, wrapped, tied and masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import gcx.optax
+from gcx.plan import LeaveAlone
+
+from jax_models import KEY, KEYS, Stacked, axes_of, plan_of, said
+
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
+X = jnp.zeros((2, 3))
+
+
+class ByUseOfSetup(nn.Module):
+    """Shares layers, and leaves one unused."""
+
+    def setup(self) -> None:
+        self.embed = nn.Embed(7, 4)
+        self.blocks = [nn.Dense(4), nn.Dense(4)]
+        self.unused_in_call = nn.Dense(9)
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.embed.attend(self.blocks[0](x))
+
+
+class Wrapped(nn.Module):
+    """Modules in transformations: the stack of the second has its axis in the middle."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        stacked = {"split_rngs": {"params": True}}
+        x = nn.vmap(nn.Dense, variable_axes={"params": 0}, in_axes=-2, out_axes=-2, **stacked)(
+            4, name="vmapped"
+        )(x)
+        x, _ = nn.scan(Stacked, variable_axes={"params": 1}, length=3, **stacked)(name="scanned")(
+            x, None
+        )
+        x = nn.remat(nn.Dense)(5, name="rematerialized")(x)
+        x = nn.jit(nn.Dense)(4, name="compiled")(x)
+        x = nn.RNN(nn.OptimizedLSTMCell(3))(x)
+        x = nn.WeightNorm(nn.Dense(2))(x)
+        return nn.SpectralNorm(nn.Dense(2))(x, update_stats=True)
+
+
+def test_modules_in_transformations() -> None:
+    found = axes_of(plan_of(Wrapped(), jax.ShapeDtypeStruct((2, 6, 8), "float32")))
+    names = ["Dense_0", "Dense_1", "compiled", "rematerialized", "scanned/Dense_0"]  # (4, 3, 4)
+    names += [f"OptimizedLSTMCell_0/{a}{b}" for a in "ih" for b in "ifgo"]
+    expected = {f"{name}/kernel": (0,) for name in names} | {"vmapped/kernel": (1,)}  # (6, 8, 4)
+    assert {name: axes for name, axes in found.items() if axes} == expected
+    assert len(found) == 25
+
+
+class Adapted(nn.Module):
+    """Puts its own parameters beside those of the layer that it wraps."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = nn.Dense(4)
+        nn.share_scope(self, layer)
+        low = x @ self.param("down", nn.initializers.lecun_normal(), (x.shape[-1], 2))
+        return layer(x) + low @ self.param("up", nn.initializers.zeros, (2, 4))
+
+
+class Mine(nn.Dense):
+    """Follows the rule of its base class."""
+
+
+class Transposed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.ConvTranspose(4, (3, 3), transpose_kernel=True, name="c")(x)
+
+
+class WithAnother(nn.Module):
+    """Calls the init of another model, which has a layer of the same name."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        Transposed(parent=None).init(KEY, x)
+        return nn.Conv(4, (3, 3), name="c", use_bias=False)(x)
+
+
+DENSE = {"bias": "bias", "kernel": "io Dense"}
+LINEAR = {"bias": "bias", "kernel": "io Linear"}
+BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+LINEN: dict[str, tuple[nn.Module, Any, dict[str, str]]] = {
+    "boxed": (nn.Dense(4, kernel_init=BOXED), X, DENSE),
+    "subclass": (Mine(4), X, DENSE),
+    "shared scope": (
+        Adapted(),
+        X,
+        DENSE | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")},
+    ),
+    "setup": (
+        ByUseOfSetup(),
+        jnp.zeros((2, 3), int),
+        {f"blocks_{k}/{name}": text for k in range(2) for name, text in DENSE.items()}
+        | {"embed/embedding": "embedding: a row is an input, not an output unit"},
+    ),
+    "another inside": (
+        WithAnother(),
+        jnp.ones((1, 8, 8, 4)),
+        {"c/kernel": "unknown: two layers have this name, a ConvTranspose and a Conv"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "x", "expected"), LINEN.values(), ids=LINEN)
+def test_modules_of_linen(model: nn.Module, x: Any, expected: dict[str, str]) -> None:
+    assert said(plan_of(model, x)) == expected
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(4, kernel_init=_traced)(x)
+
+    def encode(self, x: Any) -> Any:
+        return self(x, train=False)
+
+
+def _traced(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    value = jax.random.normal(key, shape, dtype)
+    assert isinstance(value, jax.core.Tracer)
+    return value
+
+
+def test_linen_is_traced_and_nothing_computed() -> None:
+    x = jax.ShapeDtypeStruct((2, 3), "float32")
+    names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
+    assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
+    assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
+
+
+X1, MASK, RNGS = jnp.zeros((1, 7, 3)), jnp.tril(jnp.ones((3, 3, 4))), nnx.Rngs(0)
+MASKED: dict[str, tuple[Any, ...]] = {
+    "linen": (nn.Conv(4, (3,), mask=MASK), X1),
+    "linen, transposed": (nn.ConvTranspose(4, (3,), mask=MASK), X1),
+    "linen, local": (nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4), X.dtype)), X1),
+    "nnx": (nnx.Conv(3, 4, (3,), mask=MASK, rngs=RNGS),),
+    "nnx, transposed": (nnx.ConvTranspose(3, 4, (3,), mask=MASK, rngs=RNGS),),
+}
+
+
+@pytest.mark.parametrize("model", MASKED.values(), ids=MASKED)
+def test_masked_convolutions_are_left_alone(model: tuple[Any, ...]) -> None:
+    masked = "masked: the mean would take in the entries behind the mask"
+    assert said(plan_of(*model)) == {"bias": "bias", "kernel": masked}
+
+
+# --- nnx: modules that hold modules, lists and each other's parameters ----------------------------
+
+
+class Held(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.tokens = nnx.Param(jnp.zeros((1, 4)))
+        self.listed = nnx.List([nnx.Linear(4, 2, rngs=rngs), nnx.Param(jnp.zeros((2, 2)))])
+        self.by_name = nnx.Dict(inner=nnx.Linear(4, 2, rngs=rngs))
+        self.twice = self.by_name.inner
+        self.statistics = nnx.BatchStat(jnp.zeros((2, 2)))
+
+
+def test_parameters_in_lists_and_dicts() -> None:
+    assert said(plan_of(Held())) == {
+        **{
+            f"by_name/inner/{name}": text.replace("Dense", "Linear") for name, text in DENSE.items()
+        },
+        **{f"listed/0/{name}": text.replace("Dense", "Linear") for name, text in DENSE.items()},
+        "listed/1": "unknown: nobody declared Held.listed/1",
+        "tokens": "unknown: nobody declared Held.tokens",
+    }
+
+
+class Tied(nnx.Module):
+    def __init__(self, other: Callable[[], nnx.Module], name: str) -> None:
+        self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.second = other()
+        setattr(self.second, name, self.first.kernel)
+
+
+def test_tied_parameters_of_nnx() -> None:
+    alike = Tied(lambda: nnx.Linear(4, 4, rngs=RNGS), "kernel")
+    assert axes_of(plan_of(alike))["first/kernel"] == (0,)
+    table = Tied(lambda: nnx.Embed(4, 4, rngs=RNGS), "embedding")
+    layouts = gcx.optax.layouts(table)
+    assert set(layouts) == {"first/bias", "first/kernel"}
+    assert layouts["first/kernel"] == LeaveAlone(
+        "tied, and the rules differ: Linear; "
+        "second/embedding: embedding: a row is an input, not an output unit"
+    )
+
+
+def test_axis_of_a_stack_of_nnx_may_be_another() -> None:
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+    model = nnx.vmap(lambda key: nnx.Linear(4, 6, rngs=nnx.Rngs(key)), out_axes=axes)(KEYS)
+    assert model.kernel.shape == (4, 3, 6)
+    assert axes_of(plan_of(model)) == {"bias": None, "kernel": (0,)}
+
+
+def test_weight_of_another_shape_than_its_layer_has() -> None:
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(jnp.zeros((6, 4)))
+    reason = "unknown: the shape is (6, 4), but a Linear has (4, 6)"
+    assert said(plan_of(model))["kernel"] == reason

@@ -151,7 +151,7 @@ class GradientCentralization:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        vars(self._targets.optimizer).pop("__reduce_ex__", None)
+        vars(self._targets.get_optimizer()).pop("__reduce_ex__", None)
 
     def __repr__(self) -> str:
         where, strength = self._options.where, self._options.strength

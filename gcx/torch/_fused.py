@@ -222,7 +222,7 @@ class _StepHooks(GradientHooks):
         weights = {id(group): found for group, found in super()._by_group()}
         self.marked.clear()
         left = []
-        optimizer = cast("FusedOptimizer", self._targets.optimizer)
+        optimizer = cast("FusedOptimizer", self._targets.get_optimizer())
         for group in optimizer.param_groups:
             found = weights.get(id(group), [])
             if not optimizer._why_not(group):  # noqa: SLF001
@@ -243,7 +243,7 @@ def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
 
 
 def _sign_as(kind: type[Optimizer]) -> Signature:
-    """Show torch's arguments in help(), and those of gcx after them."""
+    """Let help() show torch's arguments, and then gcx's own."""
     own = [p for p in signature(FusedOptimizer).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return Signature([*signature(kind).parameters.values(), *own])
 

@@ -113,7 +113,7 @@ class GradientHooks:
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
-        optimizer = targets.optimizer
+        optimizer = targets.get_optimizer()
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, options.decay)  # raises here what a step would raise
         self._centralize_momentum()
@@ -149,7 +149,7 @@ class GradientHooks:
         return wrap_closures(wrap, args, kwargs)
 
     def _centralize(self) -> None:
-        decay, optimizer = self._options.decay, self._targets.optimizer
+        decay, optimizer = self._options.decay, self._targets.get_optimizer()
         groups = self._by_group()
         marked = chain.from_iterable(map(_WEIGHTS, groups))
         part_gradients(marked, self._targets.parameters)
@@ -173,7 +173,7 @@ class GradientHooks:
         self._groups = self._targets.by_group()
         if self._options.strength != 1.0:  # the momentum of such a run has a mean
             return
-        optimizer, decay = self._targets.optimizer, self._options.decay
+        optimizer, decay = self._targets.get_optimizer(), self._options.decay
         due = [w for g, w in self._groups if not momentum_has_mean(optimizer, g, decay)]
         names, unknown = centralize_momentum(optimizer, chain.from_iterable(due))
         if unknown:
@@ -200,7 +200,7 @@ class UpdateHooks:
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
-        optimizer = targets.optimizer
+        optimizer = targets.get_optimizer()
         for group, _ in targets.by_group():
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
         self._moves_others = not moves_by_gradient_only(optimizer)

@@ -31,7 +31,6 @@ Rate = float | Tensor | None
 # The key by which a parameter group switches Gradient Centralization off; it is on by default.
 SWITCH = "centralize"
 _NAMELESS = "?"  # a parameter that was never in the model
-_STRANGER = "unknown: it is not in the model"
 _SWITCHED_OFF = f"switched off: {SWITCH!r} is False in its parameter group"
 
 # Advice for wrappers that flatten weights, or update them without a step.
@@ -68,9 +67,6 @@ class Weight(NamedTuple):
                 _torch.check_reproducible_over(tensor, self.fan_in)
 
 
-Gradients = Sequence[tuple[Weight, Tensor]]
-
-
 def weights_of(
     decisions: Iterable[tuple[Tensor, Decision]], *, reproducible: bool
 ) -> Iterator[Weight]:
@@ -91,7 +87,7 @@ class Weak(ref[T]):
 
     def __reduce__(self) -> Any:
         found = self()
-        # Of a dead object the copy is dead too: nothing else holds this set.
+        # The copy of a dead one is dead too: this set goes at once.
         return Weak, (set() if found is None else found,)
 
 
@@ -99,7 +95,7 @@ class Targets:
     """The weights of an optimizer that are centralized; changes of the model are followed."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
-        self._optimizer: Callable[[], Any] = Weak(optimizer)
+        self.get_optimizer: Callable[[], Any] = Weak(optimizer)  # the user's handle keeps it
         self._model = model
         self._options = options
         self._decisions: dict[Tensor, Decision] = {}
@@ -110,12 +106,6 @@ class Targets:
         self._missing: Sequence[Tensor] = ()
         self._seen: Sequence[object] = ()
         self._uses = self._states = 0  # calls of `by_group`, which each step makes
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer, which the handle of the user keeps."""
-        optimizer: Optimizer = self._optimizer()
-        return optimizer
 
     def by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the groups with something to centralize, each with its weights.
@@ -135,7 +125,7 @@ class Targets:
 
     def others(self) -> Iterator[Weight]:
         """List the weights of the model that are in no group that is switched on."""
-        on = {p for g in self.optimizer.param_groups if is_on(g) for p in g["params"]}
+        on = {p for g in self.get_optimizer().param_groups if is_on(g) for p in g["params"]}
         pairs = self._decisions.items()
         rest = [(p, d) for p, d in pairs if p not in on and p.shape == d.row.shape]
         return weights_of(rest, reproducible=self._options.reproducible)
@@ -143,7 +133,7 @@ class Targets:
     def plan(self) -> Plan:
         """Show the decision on each parameter of the optimizer, by the model as it is now."""
         self._seen = ()  # the rules of layers may have changed too
-        held = {p: is_on(group) for group in self.optimizer.param_groups for p in group["params"]}
+        held = {p: is_on(g) for g in self.get_optimizer().param_groups for p in g["params"]}
         rows = [(d.row, held[p]) for p, d in self._decide().items() if p in held]
         return Plan(
             row if on or not row.layout else row._replace(layout=None, reason=_SWITCHED_OFF)
@@ -157,13 +147,13 @@ class Targets:
         plan = self.plan()
         if all(row.name == _NAMELESS for row in plan):
             raise RuntimeError(_why_missing(plan[0]))
-        kind = type(self.optimizer).__name__
+        kind = type(self.get_optimizer()).__name__
         raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
 
     def were_bypassed(self) -> bool:
         """Return True if states are new since the last call, and the step did not make them."""
         uses, states = self._uses, self._states
-        self._uses, self._states = 0, sum(map(bool, self.optimizer.state.values()))
+        self._uses, self._states = 0, sum(map(bool, self.get_optimizer().state.values()))
         return not uses and self._states > states
 
     def _is_current(self) -> bool:
@@ -181,7 +171,7 @@ class Targets:
     def _see(self) -> list[object]:
         """List what may be replaced; each step does, so this makes no call for each parameter."""
         seen: list[object] = []
-        for group in self._optimizer().param_groups:
+        for group in self.get_optimizer().param_groups:
             seen += group, group.get(SWITCH, True)
             seen += group["params"]
         seen += map(getitem, self._tables, self._keys)
@@ -191,7 +181,7 @@ class Targets:
 
     def _look(self) -> None:
         """Find the weights of each group, and all that has to stay as it is for them to hold."""
-        decisions, groups = self._decide(), self.optimizer.param_groups
+        decisions, groups = self._decide(), self.get_optimizer().param_groups
         found: list[tuple[Group, list[Weight]]] = []
         on: list[tuple[Tensor, Decision]] = []
         for group in filter(is_on, groups):
@@ -224,12 +214,12 @@ class Targets:
     def _decide(self) -> dict[Tensor, Decision]:
         """Look at the model as it is, and list parameters that are not in it too."""
         found = decide(self._model, self._options)
-        for parameter in [p for group in self.optimizer.param_groups for p in group["params"]]:
+        for parameter in [p for g in self.get_optimizer().param_groups for p in g["params"]]:
             if parameter not in found:
                 before = self._decisions.get(parameter)
                 name = _NAMELESS if before is None else before.row.name
-                row = PlanRow(name, tuple(parameter.shape), None, _STRANGER)
-                found[parameter] = Decision(row, None, "")
+                shape, reason = tuple(parameter.shape), "unknown: it is not in the model"
+                found[parameter] = Decision(PlanRow(name, shape, None, reason), None, "")
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,7 +302,9 @@ def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     return not overlap(starts, map(count, grads))
 
 
-def centralize_(gradients: Gradients, rate: Rate = None, strength: float = 1.0) -> None:
+def centralize_(
+    gradients: Sequence[tuple[Weight, Tensor]], rate: Rate = None, strength: float = 1.0
+) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not gradients:
         return

@@ -151,8 +151,9 @@ def integrations(session: nox.Session, around: str) -> None:
 def kernels(session: nox.Session) -> None:
     """Test the GPU kernels without a GPU: emulated on the CPU, and compiled."""
     install(session, "-e.", "kernels")
-    packages = "--packages=cupy,cuda.bindings.nvrtc,ml_dtypes"
-    run_pytest(session, "tests/test_canary.py", "tests/kernels", packages, "--backends=numpy,torch")
+    session.env.setdefault("OMP_NUM_THREADS", "1")
+    options = ("--packages=cupy,cuda.bindings.nvrtc,ml_dtypes", "--backends=numpy,torch")
+    run_pytest(session, "tests/test_canary.py", "tests/kernels", *options, *IN_PARALLEL)
 
 
 @nox.session(python=RUNNING)

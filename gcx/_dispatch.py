@@ -10,8 +10,8 @@ from gcx.backends import Backend
 from gcx.layout import Layout
 from gcx.plan import Plan
 
-# A cache: `_find` would find the same backends again.
-_by_type: dict[type, Backend] = {}
+# A cache: `_find` would find the same backends again. Enter a backend from outside of gcx here.
+by_type: dict[type, Backend] = {}
 
 
 def backend_for(array: Any) -> Backend:
@@ -21,10 +21,10 @@ def backend_for(array: Any) -> Backend:
     of a type, a call costs one dictionary access.
     """
     try:
-        return _by_type[type(array)]
+        return by_type[type(array)]
     except KeyError:
         backend: Backend = _find(array)
-        _by_type[type(array)] = backend
+        by_type[type(array)] = backend
         return backend
 
 
@@ -35,7 +35,7 @@ def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
     """
     kind = type(grads)
     first = next(iter(grads.values() if kind is dict else grads), None)
-    is_repeatable = getattr(_by_type.get(type(first)), "is_repeatable", None)
+    is_repeatable = getattr(by_type.get(type(first)), "is_repeatable", None)
     if is_repeatable is None or not is_repeatable(first) or kind not in (list, tuple, dict):
         return None
     if not isinstance(layouts, (str, Layout, Plan)) or not (out is None or out is grads):

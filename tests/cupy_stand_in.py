@@ -91,5 +91,5 @@ def install(patch: pytest.MonkeyPatch, cupy: StandIn, make_driver: Any = None) -
     spec.loader.exec_module(module)
     if make_driver is not None:
         module.Cupy = make_driver
-    patch.setattr(_dispatch, "_by_type", {Array: module})
+    patch.setattr(_dispatch, "by_type", {Array: module})
     return module

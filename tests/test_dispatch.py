@@ -16,7 +16,7 @@ from gcx._dispatch import backend_for
 @pytest.fixture(autouse=True)
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """No type has been seen before."""
-    monkeypatch.setattr(_dispatch, "_by_type", {})
+    monkeypatch.setattr(_dispatch, "by_type", {})
 
 
 def name_of(backend: Any) -> str:

@@ -57,7 +57,7 @@ class TestCompile:
         with torch.no_grad():
             expected = PROGRAMS[program](grad)
             if not is_warm:
-                monkeypatch.setattr(_dispatch, "_by_type", {})
+                monkeypatch.setattr(_dispatch, "by_type", {})
             # Which goes on where "eager" ends: with the graph that has been traced.
             result = torch.compile(PROGRAMS[program], fullgraph=True, backend="aot_eager")(grad)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-15)

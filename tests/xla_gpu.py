@@ -148,7 +148,7 @@ def test_other_optimizers(h200: Any, optimizer: Any, plain: int, with_gc: int, l
 def test_the_count_tells_when_the_means_are_not_kept(
     h200: Any, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    monkeypatch.setattr(_jax, "_compute_once", lambda mean: mean)
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda mean: mean)
     weight = jax.ShapeDtypeStruct((2048, 1024), jnp.float32, sharding=h200)  # of no other test
     gc = gcx.optax.centralize({"weight": layout})
     expected = {"o...": 40, "...o": 32}  # columns are two kernels anyway

@@ -150,7 +150,9 @@ def _centralize(
     if axis_names:
         mean = jax.lax.pmean(mean, axis_names)  # type: ignore[no-untyped-call]
     if in_program:
-        mean = _compute_once(mean)
+        # Otherwise XLA on a GPU computes the mean again in each kernel that uses the result. Adam
+        # has two such kernels, and each would read the whole gradient for it.
+        mean = jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
     if strength is not None:
         mean = strength * mean
     return (wide - mean).astype(grad.dtype)
@@ -205,19 +207,6 @@ _centralize_in_order = jax.jit(
     static_argnums=2,
 )
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
-
-
-@jax.custom_jvp  # JAX before 0.6 cannot differentiate a barrier
-def _compute_once(mean: jax.Array) -> Any:
-    """Return the mean, and make XLA store it.
-
-    Otherwise XLA on a GPU computes the mean again in each kernel that uses the centralized
-    gradient. Adam has two such kernels, and each would read the whole gradient for it.
-    """
-    return jax.lax.optimization_barrier(mean)  # type: ignore[no-untyped-call]
-
-
-_compute_once.defjvps(lambda tangent, _result, _mean: tangent)
 
 
 def _working_dtype(dtype: Any) -> Any:

@@ -19,7 +19,7 @@ BATCH = 1 << 19
 _VECTORS = 1 << 5
 
 # Neighbours in memory that stay together.
-_RUN = 1 << 7
+_RUN = 1 << 8
 
 
 def is_large(x: Tensor, axes: tuple[int, ...]) -> bool:

@@ -141,6 +141,22 @@ def test_lists_may_change_from_call_to_call() -> None:
         torch.testing.assert_close(tensors, expected)
 
 
+def test_tensors_may_change_from_call_to_call(device: Device) -> None:
+    tensors = [torch.randn(4, 8), torch.randn(4, 8)]
+    x = tensors[1]
+
+    def replace() -> None:
+        x.data = torch.randn(4, 6).double()
+
+    for change in (x.clone, x.t_, lambda: x.resize_(4, 6), replace, x.requires_grad_):
+        change()
+        for _ in range(2):
+            found = gcx.centralize_many(tensors)
+            torch.testing.assert_close(found, [centralized(tensor, 1) for tensor in tensors])
+            assert [each.requires_grad for each in found] == [False, x.requires_grad]
+    assert device.tensors["Store"] == 2 * (4 * 2 + 1)  # all but those that autograd watches
+
+
 def test_current_stream(device: Device) -> None:
     for stream in (3, 0, 9):
         device.host.current_stream = stream

@@ -507,3 +507,4 @@ def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> No
     assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
     handle.remove()
     assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")
+    copy.deepcopy(optimizer)  # loses nothing, and does not warn

@@ -51,6 +51,7 @@ def test_options_are_those_of_centralize() -> None:
     model = nn.Linear(1000, 3)
     other = copy.deepcopy(model)
     options: Any = {"where": "update", "strength": 0.5, "reproducible": True}
+    options["overrides"] = {"weight": "io"}
     optimizer = SGD(other.parameters())
     gcx.torch.centralize(optimizer, other, **options)
     derived = gcx.torch.derive_class(SGD, model, **options)(model.parameters())
@@ -58,6 +59,8 @@ def test_options_are_those_of_centralize() -> None:
         layer(torch.linspace(0, 1, 1000)).square().sum().backward()
         steps.step()
     assert torch.equal(model.weight, other.weight)
+    with pytest.raises(ValueError, match="there is nothing to centralize"):
+        gcx.torch.derive_class(SGD, model, layers="conv")(model.parameters())
 
 
 def test_prints_kind_model_and_place() -> None:

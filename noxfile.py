@@ -264,7 +264,9 @@ def fuzz(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def mutants(session: nox.Session) -> None:
     """Change gcx in small ways, and see if a test fails; ``-- --only gcx.plan`` tries one."""
-    install(session, "-e.", *FRAMEWORKS, "peers", "mutants")
+    install(session, "-e.", *FRAMEWORKS, "peers", "around-torch", "keras", "thinc", "mutants")
+    session.install("--no-deps", *LAYERS)
+    session.env["KERAS_BACKEND"] = "torch"
     run_tool(session, "mutants", *session.posargs)
 
 

@@ -54,10 +54,6 @@ class Layout:
     ((2, 4, 4, 3, 3), (1, 3, 4))
     """
 
-    __slots__ = ("_by_rank", "_head", "_is_variadic", "_sizes", "_tail", "_text", "is_split")
-
-    is_split: bool
-
     def __init__(self, text: str, **sizes: int) -> None:
         if not isinstance(text, str):
             raise TypeError(
@@ -85,7 +81,7 @@ class Layout:
         self._head, self._tail = parts[:place], parts[place + 1 :]
         # Computed once for the usual ranks, since each call of `centralize` needs it.
         self._by_rank: dict[int, tuple[int, ...]] = {}
-        for ndim in () if self.is_split else range(_USUAL_RANKS):
+        for ndim in range(_USUAL_RANKS):
             with suppress(ValueError):
                 self._by_rank[ndim] = self._find_axes(ndim)
 

@@ -279,6 +279,17 @@ class TestOut:
         with pytest.raises(ValueError, match="memory of the other"):
             gcx.centralize_many(parts, out=parts)
 
+    def test_memory_is_counted_in_bytes(self) -> None:
+        buffer = bytearray(92)
+        parts = [np.frombuffer(buffer, "f8", 6, start).reshape(2, 3) for start in (0, 44)]
+        with pytest.raises(ValueError, match="memory of the other"):
+            gcx.centralize_many(parts, out=parts)
+
+    def test_arrays_without_memory_share_none(self) -> None:
+        torch = pytest.importorskip("torch")
+        parts = [torch.empty(3, 4, device="meta") for _ in range(2)]
+        assert gcx.centralize_many(parts, out=parts)[1] is parts[1]
+
     @pytest.mark.parametrize("keys", [("a", "b"), (1, "1")], ids=["others", "read the same"])
     def test_may_have_its_keys_in_another_order(self, keys: Any) -> None:
         grads = {key: values(3, 4, seed=k) for k, key in enumerate(keys)}

@@ -94,7 +94,17 @@ def test_a_part_may_have_a_fan_in_of_one() -> None:
     params = {"kernel": np.zeros((1, 4))}
     with pytest.raises(ValueError, match="nothing to centralize"):
         gcx.optax.centralize("flax").init(params)
-    gcx.optax.centralize("flax", axis_name="x").init(params)
+    optimizer = gcx.optax.centralize("flax", axis_name="x", strength=0.5)
+    optimizer.init(params)
+    parts = {"kernel": random(2, 1, 4)}
+    updates, _ = jax.vmap(lambda p: optimizer.update(p, optax.EmptyState()), axis_name="x")(parts)
+    expected = (parts["kernel"] + centralized(parts["kernel"], (0, 1))) / 2
+    np.testing.assert_allclose(updates["kernel"], expected, atol=1e-6)
+
+
+def test_hidden_leaves_may_match_the_key() -> None:
+    optimizer = gcx.optax.centralize("flax", axis_name={"up/*": "x", "down/*": None})
+    optax.masked(optimizer, {"up": True, "down": False}).init(GRADS)
 
 
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])

@@ -66,6 +66,13 @@ def test_reproducible_bits(xp: ArrayLibrary, dtype: str, strength: float) -> Non
     assert_same_bits(xp.numpy(found), by_hand(before, after, strength))
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e5m2"])
+def test_dtypes_without_an_order_are_refused(xp: ArrayLibrary, dtype: str) -> None:
+    if promises_bits(xp):
+        with pytest.raises(TypeError, match="reproducible"):
+            fan_in_mean(xp.asarray(np.ones((2, 3)), dtype), "oi", reproducible=True)
+
+
 def by_hand(before: Any, after: Any, strength: float) -> Any:
     start, end = (
         np.array([[canonical_order.scaled_mean(row, 1.0)] for row in x]) for x in (before, after)

@@ -166,6 +166,8 @@ def test_rows_are_found_by_name() -> None:
     assert Plan([*PLAN, PLAN[0]._replace(reason="again")])["conv.weight"] is PLAN[0]
     with pytest.raises(KeyError, match=r"no row 'conv.wieght'; the nearest are 'conv.weight'"):
         PLAN["conv.wieght"]
+    with pytest.raises(KeyError, match=r"are '[^,]+', '[^,]+', '[^,]+'\W$"):
+        LONG_PLAN["blocks.1.norm.weight"]
 
 
 def test_in_a_notebook_it_is_an_html_table() -> None:

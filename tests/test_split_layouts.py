@@ -134,7 +134,7 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
         ("(bi)o", {"b": 0}, ValueError, "at least 1, not 0"),
         ("(bi)o", {"b": 2.0}, TypeError, "an integer, not 2.0"),
         ("(bi)o", {"b": True}, TypeError, "an integer, not True"),
-        ("(bi)(bo)", {"b": 2}, ValueError, "of one part"),
+        ("(bi)(bo)", {"b": 1}, ValueError, "of one part"),
         *[
             (text, {}, ValueError, "is not valid")
             for text in ("(b)i", "(bi", "bi)", "((bi))o", "(ii)o", "()i", "(b....)", "...(b...)")

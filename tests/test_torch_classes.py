@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 from abc import ABC
@@ -9,6 +10,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer, RAdam
 
@@ -34,6 +36,22 @@ def test_is_the_class_and_centralize(kind: Any) -> None:
     assert_means_kept(model, lambda: train(model, optimizer))
     train(other, attached(other, where="update", kind=kind))
     assert_same(model, other)
+
+
+def test_options_are_those_of_centralize() -> None:
+    model = nn.Linear(1000, 3)
+    other = copy.deepcopy(model)
+    options: Any = {"where": "update", "strength": 0.5, "reproducible": True}
+    options["overrides"] = {"weight": "io"}
+    optimizer = SGD(other.parameters())
+    gcx.torch.centralize(optimizer, other, **options)
+    derived = gcx.torch.derive_class(SGD, model, **options)(model.parameters())
+    for layer, steps in ((model, derived), (other, optimizer)):
+        layer(torch.linspace(0, 1, 1000)).square().sum().backward()
+        steps.step()
+    assert torch.equal(model.weight, other.weight)
+    with pytest.raises(ValueError, match="there is nothing to centralize"):
+        gcx.torch.derive_class(SGD, model, layers="conv")(model.parameters())
 
 
 def test_prints_kind_model_and_place() -> None:

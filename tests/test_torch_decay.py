@@ -207,3 +207,15 @@ def test_resumed_training_has_the_same_decay(where: Any, decay: Any, layer: nn.L
     for one, other in ((layer, optimizer), (twin, resumed)):
         train(one, other)
     assert torch.equal(layer.weight, twin.weight)
+
+
+def test_large_narrow_weights_with_decay() -> None:
+    layer = nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16)
+    weight, grad = torch.randint(-8, 9, (2, 512, 1024), generator=torch.manual_seed(0)).double()
+    layer.weight.data.copy_(weight)
+    layer.weight.grad = grad.bfloat16()
+    optimizer = SGD(layer.parameters(), lr=0.0, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, layer, decay="inside")
+    optimizer.step()
+    expected = grad - (grad + 0.5 * weight).mean(1, keepdim=True)
+    assert torch.equal(layer.weight.grad, expected.bfloat16())

@@ -461,3 +461,4 @@ def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> No
     assert torch.equal(layer.weight.grad, GRAD)
     handle.remove()
     assert repr(handle).startswith("<GradientCentralization of SGD, removed, ")
+    copy.deepcopy(optimizer)  # loses nothing, and does not warn

@@ -56,7 +56,7 @@ def draw(mutants: Iterable[Mutant], share: int, seed: int) -> list[Mutant]:
 
 
 _LITERAL = re.compile(r'f?"(?:[^"\\]|\\.)*"')
-_NEUTRAL = re.compile(r",? ?strict=\w+,? ?|\s|,(?=\))")
+_NEUTRAL = re.compile(r",? ?strict=\w+,? ?|,?\s*(?=\))|\s")
 
 
 def _plain(code: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks.mutants.report import survivors, table
 __all__ = ["main"]
 
 _FOLDER = Path("mutants")
+_RESULTS = "results.jsonl"
 _GROUPS = Path(__file__).with_name("groups.toml")
 _COPIED = ("gcx", "tests", "benchmarks", "docs", "README.md", "noxfile.py", "pyproject.toml")
 
@@ -37,16 +38,18 @@ def main(arguments: Sequence[str]) -> int:
     for name in _COPIED:
         copy = shutil.copy2 if Path(name).is_file() else _copy_folder
         copy(name, _FOLDER / name)
+    groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
+    drawn: dict[str, list[Mutant]] = {}
     rows = []
-    for group in tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values():
-        mutants = []
-        for module in group["modules"].split():
-            path = Path("gcx", *module.split(".")).with_suffix(".py")
-            made = make(path, _FOLDER / path)
-            if fnmatch(f"gcx.{module}", options.only):
-                mutants += (drawn := draw(made, options.share, options.seed))
-                rows.append((module, len(made), drawn))
-        _run(mutants, group)
+    for module in sorted({name for group in groups for name in group["modules"].split()}):
+        path = Path("gcx", *module.split(".")).with_suffix(".py")
+        made = make(path, _FOLDER / path)
+        if fnmatch(f"gcx.{module}", options.only):
+            drawn[module] = draw(made, options.share, options.seed)
+            rows.append((module, len(made), drawn[module]))
+    for group in groups:
+        modules = group["modules"].split()
+        _run([mutant for name in modules for mutant in drawn.get(name, ())], group)
     killers = _read()
     print("\n".join(table(rows, killers)))
     if options.write:
@@ -63,18 +66,18 @@ def _copy_folder(name: str, copy: Path) -> None:
 
 def _run(mutants: Iterable[Mutant], group: Mapping[str, str]) -> None:
     killers = _read()
-    names = "\n".join(mutant.name for mutant in mutants if not killers.get(mutant))
-    if not names:
-        return
-    files = [f"tests/test_{name}.py" for name in group["tests"].split()]
+    left = [mutant for mutant in mutants if not killers.get(mutant)]
+    files = [f"tests/{name}.py" for name in group["tests"].split()]
     backends = f"--backends={group['libraries']}"
-    command = [sys.executable, "-m", "benchmarks.mutants.forks", backends, *files]
+    command = [sys.executable, "-m", "benchmarks.mutants.forks", _RESULTS, backends, *files]
     environment = os.environ | {"PYTHONPATH": str(_FOLDER.absolute()), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, input=names, text=True, cwd=_FOLDER, env=environment, check=True)
+    if left:
+        text = json.dumps(left)
+        subprocess.run(command, input=text, text=True, cwd=_FOLDER, env=environment, check=True)
 
 
 def _read() -> dict[Mutant, str | None]:
     """Read the killer of each mutant; the last result counts."""
-    path = _FOLDER / "results.jsonl"
+    path = _FOLDER / _RESULTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {Mutant(*mutant): killer for mutant, killer in map(json.loads, lines)}

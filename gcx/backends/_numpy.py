@@ -119,7 +119,7 @@ def _dtype(name: str) -> Any:
 
 
 def _is_narrow(array: NDArray) -> bool:
-    return array.dtype.itemsize < 4 or array.dtype.kind == "V"
+    return array.dtype.itemsize < 4
 
 
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:

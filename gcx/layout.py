@@ -74,7 +74,7 @@ class Layout:
             )
         self._text = text
         self._sizes = _check_sizes(text, axes, sizes)
-        self.is_split = "(" in text
+        self.is_split: bool = "(" in text
         self._is_variadic = _ELLIPSIS in axes
         place = axes.index(_ELLIPSIS) if self._is_variadic else len(axes)
         parts = [*map(_list_parts, axes)]

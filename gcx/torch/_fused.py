@@ -276,7 +276,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     ['no parameter on a CUDA device', 'no parameter on a CUDA device']
     """
 
-    __signature__ = _sign_as(torch.optim.AdamW)
+    __signature__: Signature = _sign_as(torch.optim.AdamW)
     # torch.compile would not know the kernels.
     step: Callable[..., Any] = not_compiled(torch.optim.AdamW.step)
     _kind = torch.optim.AdamW
@@ -330,7 +330,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     True
     """
 
-    __signature__ = _sign_as(torch.optim.SGD)
+    __signature__: Signature = _sign_as(torch.optim.SGD)
     step: Callable[..., Any] = not_compiled(torch.optim.SGD.step)
     _kind = torch.optim.SGD
     _fixed = _OF_TORCH

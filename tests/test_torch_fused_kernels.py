@@ -251,6 +251,18 @@ def test_options_turned_in_mid_training(device: Device) -> None:
     assert launched(device) == 30
 
 
+def test_errors_come_before_anything_is_changed(device: Device) -> None:
+    model = Net()
+    groups = [{"params": layer.parameters()} for layer in (model.conv, model.head)]
+    optimizer, before = SGD(groups, model=model), copy.deepcopy(model)
+    give_gradients(0, model)
+    model.head.weight.grad = model.head.weight.grad.to_sparse()
+    with pytest.raises(TypeError, match=r"head\.weight has a gradient of layout torch\.sparse"):
+        optimizer.step()
+    assert_equal(model, before)
+    assert not device.runs
+
+
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock(wraps=Schedule)
     monkeypatch.setattr(_torch_cuda, "Schedule", made)

@@ -26,7 +26,7 @@ from torch_fused_steps import (
     both,
     hooked,
     launched,
-    make_device,  # noqa: F401 - of the fixture `device`
+    make_device,  # noqa: F401 - for the fixture `device`
     step,
     step_by_closure,
     train,

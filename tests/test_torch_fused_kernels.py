@@ -35,7 +35,7 @@ from torch_fused_steps import (
     both,
     hooked,
     launched,
-    make_device,  # noqa: F401 - of the fixture `device`
+    make_device,  # noqa: F401 - for the fixture `device`
     new_net,
     step,
     step_by_closure,
@@ -249,6 +249,18 @@ def test_options_turned_in_mid_training(device: Device) -> None:
         train([k], ours, reference)
     assert_close(ours[0], reference[0])
     assert launched(device) == 30
+
+
+def test_errors_come_before_anything_is_changed(device: Device) -> None:
+    model = Net()
+    groups = [{"params": layer.parameters()} for layer in (model.conv, model.head)]
+    optimizer, before = SGD(groups, model=model), copy.deepcopy(model)
+    give_gradients(0, model)
+    model.head.weight.grad = model.head.weight.grad.to_sparse()
+    with pytest.raises(TypeError, match=r"head\.weight has a gradient of layout torch\.sparse"):
+        optimizer.step()
+    assert_equal(model, before)
+    assert not device.runs
 
 
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

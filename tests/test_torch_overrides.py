@@ -55,7 +55,8 @@ def test_names() -> None:
     layer = nn.Linear(3, 2)
     assert plan(layer, {layer: None}) == {"weight": AS_GIVEN, "bias": AS_GIVEN}
     twice = nn.ModuleDict({"encoder": layer, "decoder": layer})
-    assert plan(twice, {"decoder.weight": "io"})["encoder.weight"] == ("io", "override")
+    found = plan(twice, {"decoder.weight": "io"})
+    assert found == {"encoder.weight": ("io", "override"), "encoder.bias": (None, "bias")}
 
 
 @pytest.mark.parametrize(

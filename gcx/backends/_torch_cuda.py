@@ -136,8 +136,8 @@ _recent: dict[Hashable, tuple[tuple[TensorGuards, Any], ...]] = {}  # a cache
 def recall(key: Hashable, tensors: Sequence[Tensor]) -> Any:
     """Find the object that `remember` kept for this number of tensors in these forms, or None.
 
-    A form is what torch.compile looks at: type, device, dtype, shape, strides, negation, and if
-    autograd records. A check of a whole list is one call.
+    The guards of torch.compile check a whole list in one call: types, devices, dtypes, shapes,
+    strides, negation, and whether autograd watches.
     """
     for guards, found in _recent.get((key, len(tensors)), ()):
         if guards.check(*tensors):
@@ -231,10 +231,10 @@ def form(x: Tensor) -> tuple[object, ...]:
 def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
     """See a tensor as the kernels do; None if they do not take it.
 
-    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know, but none
-    that autograd watches, or that torch negates when it is read. Tensors `beside` it, such as its
-    weight, must have the same form. A tensor without axes is not centralized, but a part of an
-    optimizer's step.
+    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know. Autograd
+    may not watch them, and torch may not negate them when they are read. Tensors `beside` it, such
+    as its weight, must have the same form. A tensor without axes is not centralized, but a part of
+    an optimizer's step.
     """
     is_recorded = torch.is_grad_enabled()
     ordinary = all(

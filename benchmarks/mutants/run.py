@@ -39,13 +39,14 @@ def main(arguments: Sequence[str]) -> int:
         copy = shutil.copy2 if Path(name).is_file() else _copy_folder
         copy(name, _FOLDER / name)
     groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
+    chosen = {m for group in groups for m in group["modules"].split() if fnmatch(m, options.only)}
     made: dict[str, list[Mutant]] = {}
-    for module in sorted({name for group in groups for name in group["modules"].split()}):
+    for module in sorted(chosen):
         path = Path("gcx", *module.split(".")).with_suffix(".py")
         made[module] = make(path, _FOLDER / path)
     for group in groups:
-        modules = [name for name in group["modules"].split() if fnmatch(name, options.only)]
-        drawn = (draw(made[name], options.share, options.seed) for name in modules)
+        modules = [module for module in group["modules"].split() if module in made]
+        drawn = (draw(made[module], options.share, options.seed) for module in modules)
         _run([mutant for mutants in drawn for mutant in mutants], group)
     killers = _read()
     print("\n".join(table(made, killers)))

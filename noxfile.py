@@ -265,7 +265,6 @@ def fuzz(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Change gcx in small ways, and see if a test fails; ``-- --only gcx.plan`` tries one."""
     install(session, "-e.", *FRAMEWORKS, "peers", "around-torch", "keras", "thinc", "mutants")
-    session.install("--no-deps", *LAYERS)
     session.env["KERAS_BACKEND"] = "torch"
     run_tool(session, "mutants", *session.posargs)
 

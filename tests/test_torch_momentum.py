@@ -115,3 +115,13 @@ def test_momentum_without_a_mean_does_not_keep_a_checkpoint_from_loading(layer: 
         momentum = optimizer.state[layer.weight]["momentum_buffer"]
         assert isinstance(momentum, Packed)
         assert torch.equal(momentum.as_subclass(Tensor), before)
+
+
+def test_momentum_with_a_mean_of_decay_is_left_alone(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    train(layer, optimizer)
+    before = optimizer.state[layer.weight]["momentum_buffer"].clone()
+    gcx.torch.centralize(optimizer, layer, decay="outside")  # without a warning
+    assert torch.equal(optimizer.state[layer.weight]["momentum_buffer"], before)
+    with pytest.raises(ValueError, match=r"first call gcx\.torch\.centralized\(optimizer\)"):
+        gcx.torch.centralize(optimizer, layer)

@@ -307,6 +307,7 @@ def _inference() -> Any:
 REFUSED: dict[str, Callable[[], tuple[Any, Any]]] = {
     "recorded": lambda: (weight(4, 3).requires_grad_(), weight(4, 3)),
     "recorded, in place": lambda: (weight(4, 3).requires_grad_()[:],) * 2,
+    "a leaf, in place": lambda: (weight(4, 3).requires_grad_(),) * 2,
     "inference": lambda: (weight(4, 3), _inference()),
     "elements that overlap": lambda: (weight(4, 3), weight(4, 3).as_strided((4, 3), (1, 1))),
     "uninitialized": lambda: (weight(4, 3), torch.nn.UninitializedParameter()),

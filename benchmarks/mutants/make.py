@@ -33,7 +33,7 @@ def make(path: Path, copy: Path) -> list[Mutant]:
 
     def body(name: str) -> list[str]:
         span = mutated.line_span_by_function_name[name]
-        return [line.strip() for line in lines[span.start : span.end]]
+        return [line.strip().replace(name, "f") for line in lines[span.start - 1 : span.end]]
 
     mutants = []
     for name in mutated.mutant_names:

@@ -15,42 +15,43 @@ from benchmarks.throughput.timing import machine
 
 __all__ = ["survivors", "table"]
 
-# A module, the number of its mutants, and those that were drawn.
-Rows = Sequence[tuple[str, int, Sequence[Mutant]]]
+Made = Mapping[str, Sequence[Mutant]]  # by module
 Killers = Mapping[Mutant, str | None]
 
 _WORDS = Path(__file__).with_name("words.txt")
 _PACKAGES = ("mutmut", "torch", "jax", "numpy")
 
 
-def table(rows: Rows, killers: Killers) -> Iterator[str]:
-    """Write one row a module, and the sum."""
+def table(made: Made, killers: Killers) -> Iterator[str]:
+    """Write one row a module of which mutants were tried, and the sum."""
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     today = datetime.now(UTC).date().isoformat()
     yield f"Taken on {today} of gcx {gcx.__version__}: {machine()}, one core."
     yield f"Python {platform.python_version()}, {versions}."
     yield ""
-    yield "| module | mutants | drawn | killed | of those drawn |"
+    yield "| module | mutants | tried, drawn at random | killed | of those tried |"
     yield "|---|---:|---:|---:|---:|"
     sums = [0, 0, 0]
-    for module, made, drawn in rows:
-        counts = made, len(drawn), sum(killers[mutant] is not None for mutant in drawn)
-        sums = [*map(add, sums, counts)]
-        yield _row(f"`{module}`", *counts)
+    for module, mutants in made.items():
+        found = [killers[mutant] is not None for mutant in mutants if mutant in killers]
+        if found:
+            counts = len(mutants), len(found), sum(found)
+            sums = [*map(add, sums, counts)]
+            yield _row(f"`{module}`", *counts)
     yield _row("all", *sums)
 
 
-def _row(name: str, made: int, drawn: int, killed: int) -> str:
-    return f"| {name} | {made:,} | {drawn:,} | {killed:,} | {killed / drawn:.1%} |"
+def _row(name: str, made: int, tried: int, killed: int) -> str:
+    return f"| {name} | {made:,} | {tried:,} | {killed:,} | {killed / tried:.1%} |"
 
 
-def survivors(rows: Rows, killers: Killers) -> Iterator[str]:
+def survivors(made: Made, killers: Killers) -> Iterator[str]:
     """Write each survivor as a difference, below the words for its kind."""
     classes, words = _read_words()
     yield from (f"{word}: {meaning}" for word, meaning in classes.items())
-    for _, _, drawn in rows:
-        for mutant in sorted(drawn):
-            if killers[mutant] is None:
+    for mutants in made.values():
+        for mutant in mutants:
+            if killers.get(mutant, "") is None:
                 word = words.get(f"{_function(mutant)}: {mutant.after}", "open")
                 yield from ("", f"{_function(mutant)}  ({word})", f"- {mutant.before}")
                 yield f"+ {mutant.after}"

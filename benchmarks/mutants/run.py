@@ -25,11 +25,11 @@ _COPIED = ("gcx", "tests", "benchmarks", "docs", "README.md", "noxfile.py", "pyp
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a campaign; mutants that an earlier one killed are not run again."""
+    """Run a campaign, or a part of one: results add up, and what was killed is not run again."""
     parser = ArgumentParser(prog="python -m benchmarks mutants", description=__doc__)
     for option, kind, default, text in (
-        ("only", str, "*", "modules, such as 'gcx.torch.*'"),
-        ("share", int, 60, "mutants of a module, drawn at random"),
+        ("only", str, "*", "modules, such as 'torch.*'"),
+        ("share", int, 60, "mutants of a module, drawn at random; 0 runs none"),
         ("seed", int, 0, "of the draw"),
     ):
         parser.add_argument(f"--{option}", type=kind, default=default, help=f"{text} (%(default)s)")
@@ -39,21 +39,19 @@ def main(arguments: Sequence[str]) -> int:
         copy = shutil.copy2 if Path(name).is_file() else _copy_folder
         copy(name, _FOLDER / name)
     groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
-    drawn: dict[str, list[Mutant]] = {}
-    rows = []
-    for module in sorted({name for group in groups for name in group["modules"].split()}):
+    chosen = {m for group in groups for m in group["modules"].split() if fnmatch(m, options.only)}
+    made: dict[str, list[Mutant]] = {}
+    for module in sorted(chosen):
         path = Path("gcx", *module.split(".")).with_suffix(".py")
-        made = make(path, _FOLDER / path)
-        if fnmatch(f"gcx.{module}", options.only):
-            drawn[module] = draw(made, options.share, options.seed)
-            rows.append((module, len(made), drawn[module]))
+        made[module] = make(path, _FOLDER / path)
     for group in groups:
-        modules = group["modules"].split()
-        _run([mutant for name in modules for mutant in drawn.get(name, ())], group)
+        modules = [module for module in group["modules"].split() if module in made]
+        drawn = (draw(made[module], options.share, options.seed) for module in modules)
+        _run([mutant for mutants in drawn for mutant in mutants], group)
     killers = _read()
-    print("\n".join(table(rows, killers)))
+    print("\n".join(table(made, killers)))
     if options.write:
-        texts = {"mutants.md": table(rows, killers), "mutants.txt": survivors(rows, killers)}
+        texts = {"mutants.md": table(made, killers), "mutants.txt": survivors(made, killers)}
         for name, lines in texts.items():
             (options.write / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0

@@ -90,8 +90,8 @@ def torch_table(jax: Iterable[Outcome], torch: Iterable[Outcome]) -> str:
     names = varying(cells)
     fields = [title(name) for name in names]
     apart = f"torch less JAX [{CONFIDENCE:.0%} interval]"
-    accuracy_header = ["arm", "JAX", "torch", apart, "p (Holm)", "seed by seed", "first losses"]
-    effect_header = ["arm", "JAX", "torch", apart, "p (Holm)"]
+    accuracy_header = ["GC on", "JAX", "torch", apart, "p (Holm)", "seed by seed", "first losses"]
+    effect_header = ["GC on", "JAX", "torch", apart, "p (Holm)"]
     seeds = of_arms[0].comparison.seeds
     return text(
         f"PyTorch and JAX. {in_common(cells)}, {seeds} seeds, the same in both.",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
 from time import process_time
 from typing import NamedTuple
 
@@ -66,9 +69,10 @@ def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> 
     programs = dict.fromkeys(program for study in studies for program in _programs(study, seeds))
     missing = [program for program in programs if not program.path(folder).exists()]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        _cores(), context, initializer=_use_one_thread, max_tasks_per_child=1
-    ) as pool:
+    with (
+        ProcessPoolExecutor(_cores(), context, initializer=_prepare, max_tasks_per_child=1) as pool,
+        _ends_at_once(),
+    ):
         runs = {pool.submit(_run, program, folder): program.runs for program in missing}
         with tqdm(desc="trainings", total=sum(runs.values()), disable=not runs) as progress:
             for future in _finished([*runs]):
@@ -97,8 +101,21 @@ def _programs(study: Study, seeds: int | None) -> list[_Program]:
     return [_Program(study.library, grids, chosen) for grids in study.programs]
 
 
-def _use_one_thread() -> None:
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """At Ctrl-C, end the programs that are running: the pool would wait for them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; programs that were finished are kept", file=sys.stderr)
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+
+
+def _prepare() -> None:
     """Keep libraries from sharing matrices too small for that between threads."""
+    signal(SIGINT, SIG_IGN)  # the parent ends this process
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # read when JAX first computes
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch
 

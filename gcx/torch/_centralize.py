@@ -122,7 +122,7 @@ class GradientCentralization:
         _check_steps(optimizer)
         self._kind = type(optimizer).__name__
         if centralized(optimizer) is not None:
-            remedy = "gcx.torch.centralized(optimizer).remove()"
+            remedy = "gcx.torch.centralized(optimizer).remove(), or drop this call or callback"
             raise ValueError(already_attached(self._kind, remedy))
         self._options = options
         self._targets = Targets(optimizer, model, options)

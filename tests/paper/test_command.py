@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +115,21 @@ def test_a_folder_that_is_none_is_said_before_anything_is_done(
     assert command.main(["--write", "file/below"]) == 2
     assert asked == {}
     assert "--write file/below: no file can be written there" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_programs_that_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "paper", "--only", "kinds", "--brief"]
+    with subprocess.Popen(
+        [*command, "--write", str(tmp_path)],
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        printed = ""
+        while "trainings" not in printed:
+            assert process.poll() is None
+            printed += process.stderr.read(1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "programs that were finished are kept" in process.stderr.read()
+    assert process.returncode == 130

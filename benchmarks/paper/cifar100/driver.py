@@ -124,7 +124,7 @@ def _device(name: str) -> torch.device:
         there_are = torch.cuda.device_count()
         if not there_are:
             raise CannotRunError(
-                f"--device {name}: torch finds no GPU here; --device cpu is for a --dry-run"
+                f"--device {name}: torch finds no GPU here; --device cpu is for a trial"
             )
         if (device.index or 0) >= there_are:
             raise CannotRunError(

@@ -67,7 +67,7 @@ def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_memory_of_lbfgs_is_centralized(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(5, size, dtype=dtype) for size in (5, 3)))
+    model: Any = nn.Sequential(*(nn.Linear(5, size, dtype=dtype) for size in (5, 3)))
     optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
 
     def closure() -> Any:

@@ -165,6 +165,7 @@ def test_a_model_is_layouts_and_parameters(make: Callable[[], Any]) -> None:
     params = eqx.filter(model, eqx.is_array) if of_equinox else nnx.state(model, nnx.Param)
     plan = gcx.optax.plan(params, model)
     assert gcx.optax.layouts(shapes) == gcx.optax.layouts(model)
+    assert gcx.optax.plan(params, gcx.optax.layouts(model)) == plan
     assert gcx.optax.plan(model) == gcx.optax.plan(shapes) == plan
     grads = jax.tree.map(lambda a: jax.random.normal(KEY, a.shape), params)
     results = []

@@ -83,16 +83,18 @@ def by_hand(before: Any, after: Any, strength: float) -> Any:
 @pytest.mark.skipif(not installed("jax"), reason="needs jax")
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_inside_jit(strength: float, reproducible: bool) -> None:
+@pytest.mark.parametrize(("layout", "shape"), [("oi", (5, 1000)), ("io", (7, 300))])
+def test_inside_jit(layout: str, shape: Any, strength: float, reproducible: bool) -> None:
     import jax
 
     @jax.jit
     def step(before: Any, after: Any) -> Any:
-        mean = fan_in_mean(before, "oi", reproducible=reproducible)
-        return restore_mean(after, mean, "oi", strength=strength, reproducible=reproducible)
+        mean = fan_in_mean(before, layout, reproducible=reproducible)
+        return restore_mean(after, mean, layout, strength=strength, reproducible=reproducible)
 
-    before, after = (x.astype("float32") for x in before_and_after((5, 1000)))
-    found, expected = np.array(step(before, after)), by_hand(before, after, strength)
+    before, after = (x.astype("float32") for x in before_and_after(shape))
+    turn = np.transpose if layout == "io" else np.asarray
+    found, expected = step(before, after), turn(by_hand(turn(before), turn(after), strength))
     if reproducible:
-        assert_same_bits(found, expected)
+        assert_same_bits(np.array(found), expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

@@ -117,7 +117,7 @@ def test_layers_of_a_stack_have_their_own_norms() -> None:
 
 RNGS = nnx.Rngs(0)
 OF_NNX = nnx.Sequential(
-    nnx.Embed(7, 4, rngs=RNGS), nnx.Linear(4, 3, rngs=RNGS), nnx.Linear(3, 1, rngs=RNGS)
+    nnx.Embed(7, 4, rngs=RNGS), nnx.Linear(4, 2, rngs=RNGS), nnx.Linear(2, 1, rngs=RNGS)
 )
 
 

@@ -44,6 +44,12 @@ def _tied(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(F.linear(x, weight), weight.t())
 
 
+def _written(x: Tensor, weight: Tensor) -> Tensor:
+    buffer = torch.zeros(3, 4)
+    buffer[:] = x[:3]
+    return buffer * weight
+
+
 def _mixture(x: Tensor, weights: Tensor) -> Tensor:
     return x @ torch.einsum("e,eio->io", x.mean(0)[:2].softmax(0), weights.view(2, 4, 6))
 
@@ -80,6 +86,8 @@ CASES = {
         uses(lambda x, w: x @ w.view(2, 4, 6)[x.argmax() % 2], 8, 6), layout=MIXTURE
     ),
     "element by element": Case(uses(lambda x, w: x[:3] * w, 3, 4), "1 entries from 1"),
+    "written into a buffer": Case(uses(_written, 3, 4), "1 entries from 1"),
+    "beside data": Case(uses(lambda x, w: torch.cat([x[:1], w]), 3, 4), "unseen"),
     "shaped like data": Case(uses(lambda x, w: x @ w.to(x).T, 3, 4)),
     "in place": Case(uses(lambda x, w: x[:3].add_(w) @ w.T, 3, 4)),
     "not used": Case(uses(lambda x, w: x, 3, 4), "unseen"),

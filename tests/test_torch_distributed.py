@@ -397,15 +397,16 @@ def reproducibly() -> None:
     # Kept axes after the groups may be cut; a group may not, even where the cut is between two.
     grouped = Layout("(bi)o...", b=2)
     options: dict[str, Any] = {"overrides": {"weight": grouped}, "reproducible": True}
-    spread, cut_in_groups = (
-        holding(distribute_tensor(full, mesh, [Shard(axis)])) for axis in (1, 0)
-    )
+    spread = holding(distribute_tensor(full, mesh, [Shard(1)]))
     gcx.torch.centralize_in_backward(spread, **options)
     spread.weight.backward(spread.weight.detach().clone())
     expected = gcx.centralize(full, layout=grouped, reproducible=True)
     assert torch.equal(spread.weight.grad.full_tensor(), expected)
-    with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
-        gcx.torch.centralize_in_backward(cut_in_groups, **options)
+    for layout, axis in ((grouped, 0), (Layout("o..."), 3)):
+        cut_in_units = holding(distribute_tensor(full, mesh, [Shard(axis)]))
+        options["overrides"] = {"weight": layout}
+        with pytest.raises(TypeError, match=r"reproducible=True needs each fan-in whole"):
+            gcx.torch.centralize_in_backward(cut_in_units, **options)
 
     by_columns = {"layout": "...o", "reproducible": True}
     for cut, options in [

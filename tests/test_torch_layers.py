@@ -213,6 +213,7 @@ head.bias                  7        -         bias
 def _decision(model: nn.Module, name: str) -> Layout | str:
     """Layout of a parameter, or the reason to leave it alone."""
     row = gcx.torch.plan(model)[name]
+    assert row.shape == dict(model.named_parameters(remove_duplicate=False))[name].shape
     return row.layout or row.reason
 
 
@@ -297,6 +298,10 @@ def _norm_by_hooks() -> nn.Module:
     return nn.Sequential(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2), dim=1))
 
 
+def _attention_by_hooks() -> nn.Module:
+    return nn.utils.weight_norm(nn.MultiheadAttention(4, 2, add_bias_kv=True), "in_proj_weight")
+
+
 def _codebook() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.codebook = layer.weight
@@ -305,6 +310,7 @@ def _codebook() -> nn.Module:
 
 BY_ROWS = Layout("o...")
 LENGTH = "weight_norm g: the length of a weight"
+APPENDED = "token: appended to the keys and values"
 EMBEDDING = "embedding: a row is an input, not an output unit"
 FAN_IN_ONE = "fan-in 1: subtracting its mean would freeze it"
 TIED = "tied, and the rules differ: "
@@ -348,6 +354,7 @@ ORIGINAL = "parametrizations.weight.original"
         (lambda: _norm(nn.Conv2d(3, 4, 3)), {f"0.{ORIGINAL}0": LENGTH, f"0.{ORIGINAL}1": BY_ROWS}),
         (lambda: _norm(_Mine(3, 4))[0], {f"{ORIGINAL}0": LENGTH, f"{ORIGINAL}1": MINE}),
         (_norm_by_hooks, {"0.weight_g": LENGTH, "0.weight_v": Layout("(bi)o...", b=2)}),
+        (_attention_by_hooks, {"in_proj_weight_v": BY_ROWS, "bias_v": APPENDED}),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), {ORIGINAL: BY_ROWS}),
         (lambda: nn.utils.spectral_norm(nn.Linear(4, 3)), {"weight_orig": BY_ROWS}),
         (_pruned, {"weight_orig": BY_ROWS, "bias_orig": "bias"}),
@@ -358,6 +365,10 @@ ORIGINAL = "parametrizations.weight.original"
             dict.fromkeys((f"{ORIGINAL}0", f"{ORIGINAL}1"), f"{BY_UNKNOWN}_Product"),
         ),
         (lambda: _linear(weight=_length()), {ORIGINAL: BY_ROWS}),
+        (
+            lambda: _linear(weight=parametrizations.weight_norm(nn.Linear(4, 4))),
+            {f"parametrizations.weight.0.{ORIGINAL}1": BY_ROWS},
+        ),
         (lambda: _linear(weight=_length()).to("meta"), {ORIGINAL: f"{BY_UNKNOWN}_Length"}),
         (
             lambda: register_parametrization(nn.Linear(4, 4), "weight", _transposed()),

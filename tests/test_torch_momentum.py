@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, RMSprop
 
 import gcx.torch
 
-from torch_training import assert_means_kept, backward, deeper, train
+from torch_training import X, assert_means_kept, train
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
@@ -64,18 +64,26 @@ def test_momentum_of_bfloat16_is_told_from_rounding() -> None:
         assert found < 1e-3
 
 
-def test_memory_of_lbfgs_is_centralized(layer: nn.Linear) -> None:
-    model = deeper(layer)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_memory_of_lbfgs_is_centralized(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(nn.Linear(5, size, dtype=dtype) for size in (5, 3)))
     optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = (model(X.to(dtype)) - 1).abs().square().sum()
+        loss.backward()
+        return loss
 
     def training() -> None:
         for _ in range(3):
-            optimizer.step(partial(backward, model, optimizer))
+            optimizer.step(closure)
 
     training()
     with pytest.warns(UserWarning, match=r"momentum of 2 weights \(0.weight"):
         gcx.torch.centralize(optimizer, model)
-    assert_means_kept(model[0], lambda: assert_means_kept(layer, training))
+    assert_means_kept(model[0], lambda: assert_means_kept(model[1], training))
 
 
 def test_momentum_of_what_is_no_gradient_stays(layer: nn.Linear) -> None:

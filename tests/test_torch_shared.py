@@ -25,15 +25,18 @@ class Named(Tensor):
         lambda g: (g[:2], g[1:3]),
         lambda g: (g[:2].as_subclass(Named),) * 2,
         lambda g: (g[:3:2], g[2:]),
+        lambda g: (torch.view_as_complex(g.view(2, 2, 2)), g.view(2, 2, 2)[..., 1]),
     ],
-    ids=["one", "overlapping", "subclass", "reaching"],
+    ids=["one", "overlapping", "subclass", "reaching", "imaginary part"],
 )
 def test_each_weight_gets_its_own_share_of_a_gradient(
     shared: Any, layers: tuple[Any, Any], weight_decay: float
 ) -> None:
-    model: Any = nn.ModuleList([kind(2, 2) for kind in layers])
-    decayed = []
-    for layer, grad in zip(model, shared(torch.arange(8.0).view(4, 2) ** 2), strict=True):
+    grads, decayed = shared(torch.arange(8.0).view(4, 2) ** 2), []
+    model: Any = nn.ModuleList(
+        [kind(2, 2, dtype=grad.dtype) for kind, grad in zip(layers, grads, strict=True)]
+    )
+    for layer, grad in zip(model, grads, strict=True):
         layer.weight.grad = grad
         expected = grad + weight_decay * layer.weight.detach()
         if isinstance(layer, nn.Linear):

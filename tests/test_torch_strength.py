@@ -70,10 +70,11 @@ def test_gradients(centralize: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_coupled_decay_is_inside() -> None:
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_coupled_decay_is_inside(reproducible: bool) -> None:
     model = new_model()
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.2)
-    gcx.torch.centralize(optimizer, model, strength=STRENGTH)
+    gcx.torch.centralize(optimizer, model, strength=STRENGTH, reproducible=reproducible)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     used = {name: grad + 0.2 * before[name] for name, grad in gradients(model).items()}
     expected = centralized(model, used)

@@ -71,10 +71,15 @@ class TestCompile:
         assert found.abs().max() <= 8 * 2**-10
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    def test_in_place(self, backend: str) -> None:
+    @pytest.mark.parametrize(
+        "function",
+        [lambda g: gcx.centralize(g, out=g), lambda g: gcx.centralize_many([g], out=[g])[0]],
+        ids=["one", "many"],
+    )
+    def test_in_place(self, function: Callable[[Any], Any], backend: str) -> None:
         grad = weight(4, 3)
         expected = gcx.centralize(grad)
-        program = torch.compile(lambda g: gcx.centralize(g, out=g), fullgraph=True, backend=backend)
+        program = torch.compile(function, fullgraph=True, backend=backend)
         assert program(grad) is grad
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-15)
 
@@ -330,6 +335,8 @@ def test_out_is_checked_before_anything_is_written(make: Callable[[], tuple[Any,
 def test_out_in_vmap() -> None:
     with pytest.raises(TypeError, match=r"torch\.func"):
         torch.vmap(lambda g: gcx.centralize(g, out=torch.zeros(4, 3)))(weight(2, 4, 3))
+    found = torch.vmap(lambda g: gcx.centralize_many([g], out=[g])[0])(weight(2, 4, 3))
+    torch.testing.assert_close(found, gcx.centralize(weight(2, 4, 3), layout="boi"))
 
 
 def test_out_may_overlap_and_be_empty() -> None:

@@ -154,7 +154,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
     return x
 
 
-def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool = False) -> Tensor:
+def mean_over(x: Tensor, fan_in: FanIn, reproducible: bool) -> Tensor:
     """Average over a fan-in, in float32 or wider.
 
     The mean of a DTensor may be a partial sum; `subtract_mean_` adds up the parts.
@@ -216,7 +216,7 @@ def subtract_means_(
             else:
                 mean = mean_over(grad, fan_ins[k], reproducible)
                 if rate is not None:
-                    mean = mean + rate * mean_over(weight, fan_ins[k])
+                    mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
             subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
             continue
         if len(shape) != grad.ndim:

@@ -110,9 +110,8 @@ class FusedOptimizer(Optimizer):
         if marked is None:  # the hooks have centralized it, or there are none in this step
             return collect(group, *lists)
         parameters = [p for p in group["params"] if p.grad is not None]
-        if new := [p for p in parameters if not self.state.get(p)]:
-            apart = ([] if isinstance(each, list) else each for each in lists)
-            collect({**group, "params": new}, *apart)
+        if not all(map(self.state.get, parameters)):
+            collect(group, *([] if isinstance(each, list) else each for each in lists))
         by_stage: dict[Hashable, list[Tensor]] = {}
         for p in parameters:
             stage = self._find_stage(group, self.state.get(p, {}))

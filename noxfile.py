@@ -263,7 +263,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def mutants(session: nox.Session) -> None:
-    """Change gcx in small ways, and see if a test fails; ``-- --only gcx.plan`` tries one."""
+    """Change gcx in small ways, and see if a test fails; ``-- --only plan`` takes one module."""
     install(session, "-e.", *FRAMEWORKS, "peers", "around-torch", "keras", "thinc", "mutants")
     session.env["KERAS_BACKEND"] = "torch"
     run_tool(session, "mutants", *session.posargs)

@@ -42,7 +42,7 @@ def table(made: Made, killers: Killers) -> Iterator[str]:
 
 
 def _row(name: str, made: int, tried: int, killed: int) -> str:
-    return f"| {name} | {made:,} | {tried:,} | {killed:,} | {killed / tried:.1%} |"
+    return f"| {name} | {made:,} | {tried:,} | {killed:,} | {killed / max(tried, 1):.1%} |"
 
 
 def survivors(made: Made, killers: Killers) -> Iterator[str]:

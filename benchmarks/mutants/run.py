@@ -35,11 +35,14 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{option}", type=kind, default=default, help=f"{text} (%(default)s)")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write mutants.md and .txt")
     options = parser.parse_args(arguments)
+    groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
+    modules = [*dict.fromkeys(m for group in groups for m in group["modules"].split())]
+    chosen = [module for module in modules if fnmatch(module, options.only)]
+    if not chosen:
+        parser.error(f"--only {options.only} is none of {', '.join(modules)}")
     for name in _COPIED:
         copy = shutil.copy2 if Path(name).is_file() else _copy_folder
         copy(name, _FOLDER / name)
-    groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
-    chosen = {m for group in groups for m in group["modules"].split() if fnmatch(m, options.only)}
     made: dict[str, list[Mutant]] = {}
     for module in sorted(chosen):
         path = Path("gcx", *module.split(".")).with_suffix(".py")

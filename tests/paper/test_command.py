@@ -119,12 +119,15 @@ def test_a_folder_that_is_none_is_said_before_anything_is_done(
 
 def test_ctrl_c_ends_the_programs_that_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "paper", "--only", "kinds", "--brief"]
+    # A process inherits it if this one ignores the signal, as a background job does.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [*command, "--write", str(tmp_path)],
         text=True,
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as process:
+        signal.signal(signal.SIGINT, before)
         assert process.stderr is not None
         printed = ""
         while "trainings" not in printed:

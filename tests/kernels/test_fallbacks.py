@@ -246,10 +246,9 @@ def test_torch_without_a_private_name(name: str, monkeypatch: Patch) -> None:
     grad = torch.arange(12.0).reshape(3, 4) ** 2
     expected = grad - grad.mean(1, keepdim=True)
     with pytest.warns(RuntimeWarning, match=name.rpartition(".")[2]) as told:
-        for out in (None, [grad]):
-            (result,) = gcx.centralize_many([grad], out=out)
-            assert torch.equal(result, expected)
+        results = [gcx.centralize_many([grad], out=out)[0] for out in (None, [grad])]
     assert len(told) == 1
+    assert all(torch.equal(result, expected) for result in results)
     assert name.rpartition(".")[2] in made_anew.find_launcher()
 
 

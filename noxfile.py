@@ -302,7 +302,7 @@ def tool_tests(session: nox.Session) -> None:
     install(session, "-e.", "tools")
     session.install("--no-deps", *TIMM)
     session.env["KERAS_BACKEND"] = "torch"
-    packages = f"--packages={PEERS},keras,sklearn,transformers,timm_models"
+    packages = f"--packages={PEERS},keras,sklearn,transformers,timm_models,mutmut"
     run_pytest(
         session, "tests/test_canary.py", "tests/tools", packages, "--backends=numpy,torch,jax"
     )

@@ -59,8 +59,7 @@ def is_glob(key: str) -> bool:
 def no_match(key: str, names: Sequence[str], *, what: str) -> str:
     """Write the error for a key of the mapping `what` that matches no name."""
     listed = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-    linen = '; give variables["params"]' if f"params/{key}" in names else ""
-    return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}{linen}"
+    return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
 
 
 def _covers(glob: str, name: str, separator: str | None) -> bool:

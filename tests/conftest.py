@@ -28,6 +28,7 @@ NEEDS = {
     "cuda": "*/kernels/*",
     "cupy": "*/test_cupy_cuda.py",
     "deepspeed": "*_deepspeed.py",
+    "mutmut": "*/test_mutants.py",
     "keras": "*/around_keras/*",
     "thinc": "*/around_thinc/*",
 }

@@ -337,8 +337,7 @@ def test_flatten_before_it_is_an_error_with_a_model_too() -> None:
 def test_names_of_linen_are_those_within_params() -> None:
     model, x = nn.Dense(4), jnp.zeros((2, 3))
     variables, layouts = model.init(KEY, x), gcx.optax.layouts(model, x)
-    message = r"'bias' matches no parameter; .* params/kernel; give variables\[.params.\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"these are names in variables\[.params.\]"):
         gcx.optax.centralize(layouts).init(variables)
     whole = {f"params/{name}": layout for name, layout in layouts.items()}
     gcx.optax.centralize(whole).init(variables)

@@ -41,6 +41,23 @@ def raising(*_: Any) -> Any:
     raise NotImplementedError("no kernel")
 
 
+def off_by(ulps: float, dtype: str) -> Callable[..., Any]:
+    """Round all numbers but one, which has this error if the dtype is this one."""
+
+    def centralize(grad: Any, axes: Any, _: Any, out: Any, *__: Any) -> Any:
+        wide = grad.astype("float64")
+        exact = wide - wide.mean(axis=axes, keepdims=True)
+        largest = np.maximum(np.abs(wide), np.abs(exact)).max(axis=axes, keepdims=True)
+        ulp = np.broadcast_to(np.spacing(largest.astype(grad.dtype)).astype("float64"), exact.shape)
+        place = np.unravel_index(np.abs(exact / ulp).argmin(), exact.shape)
+        exact[place] += ulps * ulp[place] * (grad.dtype == dtype)
+        if out is not None:
+            out[...] = exact
+        return exact.astype(grad.dtype)
+
+    return centralize
+
+
 AS_GIVEN = "not float32 of (32, 64)"
 # A fault, and the verdict on float32; that on float16 is always that it failed.
 FAULTS: list[tuple[Callable[..., Any], str]] = [
@@ -106,6 +123,13 @@ class TestReport:
         assert shown["checks"][1]["verdict"].startswith("FAILED")
         assert main([]) == 1
         assert "FAILED: something above is wrong" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("dtype", "limit"), [("float32", 4.0), ("float16", 0.51)])
+    @pytest.mark.usefixtures("numpy_alone")
+    def test_limit(self, dtype: str, limit: float, monkeypatch: Patch) -> None:
+        for ulps, code in ((limit - 0.05, 0), (limit + 0.05, 1)):
+            monkeypatch.setattr(_numpy, "centralize", off_by(ulps, dtype))
+            assert main([]) == code
 
 
 class TestLibraries:

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from mutmut.mutation import trampoline
 from mutmut.mutation.trampoline import set_mutant_under_test
-from mutmut.state import state
 
 _OPTIONS = (
     *("-q", "--no-showlocals", "--tb=no", "-pno:cacheprovider"),
@@ -33,7 +32,7 @@ trampoline.__name__ = "gcx.trampoline"
 sys.exit(pytest.main(sys.argv[1:]))
 """
 _BUDGET = 30.0  # seconds for the tests of one mutant
-_PATIENCE = 5.0  # how many times as long a mutant may take, that loops say
+PATIENCE = 5.0  # how many times as long a mutant may take, that loops say
 
 # The seconds of each test, and the functions that it reaches.
 Reached = dict[str, tuple[float, list[str]]]
@@ -150,7 +149,7 @@ def run(mutants: Sequence[Sequence[str]], tests: Collected | Collecting, results
             spent = [*accumulate(seconds_of[name] for name in names)]
             names = [name for name, total in zip(names, spent, strict=True) if total < left]
             if names and killer is None:
-                limit = _PATIENCE * (5 + spent[len(names) - 1])
+                limit = PATIENCE * (5 + spent[len(names) - 1])
                 killer = in_fork(limit, tests.find_killer, mutant[0], names)
                 left -= spent[len(names) - 1]
         kills[module, _file(killer or "")] += 1
@@ -158,12 +157,18 @@ def run(mutants: Sequence[Sequence[str]], tests: Collected | Collecting, results
             print(json.dumps([mutant, killer]), file=file)
 
 
+_reached: set[str] = set()
+
+
 def reached_so_far() -> set[str]:
     """List the functions that ran since the last call, if no mutant is chosen."""
-    names = state()._stats  # noqa: SLF001
-    found = set(names)
-    names.clear()
+    found = {*_reached}
+    _reached.clear()
     return found
+
+
+def _record(name: str, **_: object) -> None:
+    _reached.add(name)
 
 
 def in_fork(limit: float, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -201,6 +206,7 @@ def main(*arguments: str) -> None:
     mutants, options = json.load(sys.stdin), [*_OPTIONS, *rest]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     trampoline.__name__ = "gcx.trampoline"  # its frames are for warnings to pass over
+    trampoline.record_trampoline_hit = _record
     set_mutant_under_test("stats")
     warnings.simplefilter("ignore")
     if any("jax" in option for option in rest if option.startswith("--backends")):

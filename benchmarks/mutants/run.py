@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _FOLDER = Path("mutants")
 _RESULTS = "results.jsonl"
-_GROUPS = Path(__file__).with_name("groups.toml")
+GROUPS = Path(__file__).with_name("groups.toml")
 _COPIED = ("gcx", "tests", "benchmarks", "docs", "README.md", "noxfile.py", "pyproject.toml")
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{option}", type=kind, default=default, help=f"{text} (%(default)s)")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write mutants.md and .txt")
     options = parser.parse_args(arguments)
-    groups = tomllib.loads(_GROUPS.read_text(encoding="utf-8")).values()
+    groups = tomllib.loads(GROUPS.read_text(encoding="utf-8")).values()
     modules = [*dict.fromkeys(m for group in groups for m in group["modules"].split())]
     chosen = [module for module in modules if fnmatch(module, options.only)]
     if not chosen:

@@ -15,9 +15,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._dynamo.guards import TensorGuards
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -28,6 +25,16 @@ from gcx.backends.cuda import launcher
 from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
 from gcx.backends.cuda.walks import Axes, find_walk, is_dense
+
+_private_error: Exception | None = None
+try:  # these names are private, so a release of torch may lack one
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._functorch import peek_interpreter_stack
+
+    vars(forward_ad)["_current_level"]
+except (ImportError, KeyError) as error:
+    _private_error = error
 
 T = TypeVar("T")
 Roles = Sequence[Sequence[Tensor | None]]  # see `Launches`
@@ -54,7 +61,13 @@ def why_not(device: torch.device | None = None) -> str:
 @cache
 def find_launcher() -> Launcher | str:
     """Load the driver; the reason if it is not there."""
-    return launcher.find_launcher(Bindings, _Host())
+    return launcher.find_launcher(_load_driver, _Host())
+
+
+def _load_driver() -> Bindings:
+    if _private_error is not None:
+        raise _private_error
+    return Bindings()
 
 
 class _Host:
@@ -254,7 +267,10 @@ def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:
 
 
 def is_traced() -> bool:
-    """Return True if a compiler or a transformation records operations."""
+    """Return True if a compiler or a transformation records operations, or if torch cannot tell."""
+    if _private_error is not None:
+        find_launcher()  # which warns once
+        return True
     return (
         torch.compiler.is_compiling()
         or _get_tracing_state() is not None

@@ -53,7 +53,8 @@ def centralize_grads_(
     Parameters
     ----------
     model : torch.nn.Module
-        The model, after ``backward()``. Parameters without a gradient are passed over.
+        The model, after ``backward()``. Parameters without a gradient are passed over. Give the
+        whole model: a part does not show which of its parameters other layers share.
     strength, layers, overrides, reproducible
         As in `centralize`.
 

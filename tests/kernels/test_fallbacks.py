@@ -223,6 +223,35 @@ def test_no_driver(hinder: Callable[[Patch], None], reason: str, monkeypatch: Pa
         launcher.find_launcher(fail_with(MemoryError()), host)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._C._get_tracing_state",
+        "torch._C._len_torch_dispatch_stack",
+        "torch._C._dynamo.guards.TensorGuards",
+        "torch.autograd.forward_ad._current_level",
+    ],
+)
+def test_torch_without_a_private_name(name: str, monkeypatch: Patch) -> None:
+    torch = pytest.importorskip("torch")
+    from gcx.backends import _torch, _torch_cuda, _torch_repeats  # noqa: F401 - to be restored
+
+    for module in ("_torch_cuda", "_torch_repeats"):
+        monkeypatch.delitem(sys.modules, f"gcx.backends.{module}")
+        monkeypatch.delattr(f"gcx.backends.{module}")
+    with monkeypatch.context() as patch:
+        patch.delattr(name)
+        from gcx.backends import _torch_cuda as made_anew
+    monkeypatch.setattr(_torch, "is_for_kernels", lambda _: True)
+    grad = torch.arange(12.0).reshape(3, 4) ** 2
+    expected = grad - grad.mean(1, keepdim=True)
+    with pytest.warns(RuntimeWarning, match=name.rpartition(".")[2]) as told:
+        results = [gcx.centralize_many([grad], out=out)[0] for out in (None, [grad])]
+    assert len(told) == 1
+    assert all(torch.equal(result, expected) for result in results)
+    assert name.rpartition(".")[2] in made_anew.find_launcher()
+
+
 def test_cupy_without_nvrtc(monkeypatch: Patch) -> None:
     import cupy_stand_in
 

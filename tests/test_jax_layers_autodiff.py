@@ -93,22 +93,14 @@ class Case(NamedTuple):
     fixed: tuple[tuple[str, Any], ...] = ()
 
 
-def linen(make: Any, *inputs: Any, weight: str = "kernel", **told: Any) -> Case:
-    return Case(of_linen, make, inputs, weight, **told)
+def case(
+    framework: Any, usual: str, make: Any, *inputs: Any, weight: str = "", **told: Any
+) -> Case:
+    return Case(framework, make, inputs, weight or usual, **told)
 
 
-def in_nnx(make: Any, *inputs: Any, weight: str = "kernel", **told: Any) -> Case:
-    return Case(of_nnx, make, inputs, weight, **told)
-
-
-def equinox(make: Any, *inputs: Any, weight: str = "weight", **told: Any) -> Case:
-    return Case(of_equinox, make, inputs, weight, **told)
-
-
-def haiku(weight: str, make: Any, *inputs: Any, **told: Any) -> Case:
-    return Case(of_haiku, make, inputs, weight, **told)
-
-
+linen, in_nnx = partial(case, of_linen, "kernel"), partial(case, of_nnx, "kernel")
+equinox, haiku = partial(case, of_equinox, "weight"), partial(case, of_haiku)
 FLAT, IMAGE, CHANNELS_FIRST = normal(3, 5), normal(2, 7, 7, 4), normal(2, 4, 7, 7)
 HEADS, STATE = normal(3, 2, 5), normal(3, 4)
 

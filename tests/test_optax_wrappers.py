@@ -49,6 +49,7 @@ SAME_BY_PATH: dict[str, Any] = {
     "preset": "flax",
     "mapping": {"Dense_0/kernel": "...o", "Dense_1/kernel": Layout("...o"), "*": None},
     "function": lambda path, array: "...o" if path.endswith("kernel") else None,
+    "plan": gcx.optax.plan(KERNELS, "flax"),
 }
 
 
@@ -195,13 +196,6 @@ def test_members_of_an_ensemble_are_trained_apart() -> None:
         )
 
 
-def test_replicas_in_pmap() -> None:
-    replicated = jax.tree.map(lambda a: jnp.asarray(a)[None], START)
-    found, _ = jax.pmap(step_of_paper)(replicated, jax.pmap(PAPER.init)(replicated))
-    expected, _ = step_of_paper(START, PAPER.init(START))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-12), found, expected)
-
-
 def test_inject_hyperparams_of_the_transformation_itself() -> None:
     inject = optax.inject_hyperparams(gcx.optax.centralize, static_args=("layouts", "strength"))
     optimizer = inject("flax", strength=0.5)
@@ -211,16 +205,6 @@ def test_inject_hyperparams_of_the_transformation_itself() -> None:
     dynamic = optax.inject_hyperparams(gcx.optax.centralize)("flax", strength=0.5)
     with pytest.raises(TypeError, match=r"strength is .* a Python number .*static_args="):
         dynamic.init(grads)
-
-
-def test_centralizes_the_mean_of_accumulated_gradients() -> None:
-    def second_update(optimizer: Any) -> Any:
-        steps = optax.MultiSteps(optimizer, every_k_schedule=2)
-        _, state = steps.update(normal_like(30, KERNELS), steps.init(KERNELS), KERNELS)
-        return steps.update(normal_like(60, KERNELS), state, KERNELS)[0]["Dense_0"]["kernel"]
-
-    found = second_update(optax.chain(GC, SGD))
-    np.testing.assert_allclose(found, centralized(second_update(SGD), (0,)), atol=1e-15)
 
 
 def gradients_of_examples(params: Any) -> Any:
@@ -261,10 +245,3 @@ def test_gradients_of_single_examples_are_refused_though_their_plan_is_known() -
         with pytest.raises(ValueError, match=r"kernel: the parameter has rank 2, .* rank 3"):
             gc.update(grads, state, *of_weights)
         gc = gcx.optax.centralize("flax")
-
-
-def test_gradients_of_single_examples_under_vmap() -> None:
-    grads = normal_like(40, {"kernel": normal(1, 5, 4, 3)})
-    state = GC.init({"kernel": normal(1, 4, 3)})
-    updates = jax.vmap(lambda g: GC.update(g, state)[0])(grads)
-    np.testing.assert_allclose(updates["kernel"], centralized(grads["kernel"], (1,)), atol=1e-15)

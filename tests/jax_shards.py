@@ -1,4 +1,4 @@
-"""Program: GC of gradients in parts, in shard_map, pmap, vmap and under explicit sharding."""
+"""Program: GC of gradients in parts, in shard_map, pmap, train steps and by explicit sharding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import gcx
 import gcx.optax
+from gcx import Layout
 
 from jax_meshes import Facts, collectives, mesh, sharded, whole, write_facts
 from reference import centralized
@@ -49,12 +51,17 @@ def in_shard_map(
     return facts(devices, mapped, sharded(devices, spec, shape, dtype))
 
 
-def by_itself(spec: P, layout: str = "...o", kind: AxisType = AxisType.Auto) -> Facts:
+def by_itself(
+    spec: P,
+    layout: str = "...o",
+    kind: AxisType = AxisType.Auto,
+    shape: tuple[int, ...] = SHAPE,
+) -> Facts:
     """Call gcx.centralize on a whole array, whose parts are on all devices."""
     devices = mesh(kind=kind)
     function = partial(gcx.centralize, layout=layout)
-    axis = 1 if layout == "o..." else 0
-    return facts(devices, function, sharded(devices, spec, SHAPE), axis)
+    axes = Layout(layout).fan_in_axes(len(shape))
+    return facts(devices, function, sharded(devices, spec, shape), axes)
 
 
 explicit = partial(by_itself, kind=AxisType.Explicit)
@@ -71,10 +78,10 @@ def rows_and_columns() -> Any:
     return np.random.default_rng(0).normal(size=SHAPE).astype("float32")
 
 
-def facts(devices: Any, function: Function, grad: Any, axis: int = 0) -> Facts:
+def facts(devices: Any, function: Function, grad: Any, axes: tuple[int, ...] = (0,)) -> Facts:
     """Call it, compile it, and compare; a ValueError is a fact too."""
     numbers = whole(devices, grad)
-    expected = centralized(numbers, (axis,)) if len(numbers) > 1 else numbers
+    expected = centralized(numbers, axes) if len(numbers) > 1 else numbers
     try:
         program = jax.jit(function).lower(grad).compile()
         results = (program(grad), function(grad))
@@ -84,7 +91,8 @@ def facts(devices: Any, function: Function, grad: Any, axis: int = 0) -> Facts:
         "collectives": collectives(program),
         "error": [np.abs(whole(devices, r) - expected).max() for r in results],
         "keeps": all(
-            r.sharding.is_equivalent_to(grad.sharding, 2) and r.dtype == grad.dtype for r in results
+            r.sharding.is_equivalent_to(grad.sharding, r.ndim) and r.dtype == grad.dtype
+            for r in results
         ),
     }
 
@@ -113,6 +121,42 @@ def in_pmap(split: Function, function: Function, join: Function) -> Facts:
 
 def rows(numbers: Any) -> Any:
     return numbers.reshape(8, 2, 24)
+
+
+def in_train_step(up: P, down: P) -> Facts:
+    """Compare a train step of two layers under `jax.jit` with GC to one without."""
+    devices, axes = mesh(), {"up": (0,), "bias": (), "down": (0,)}
+    shapes = {"up": (16, 32), "bias": (32,), "down": (32, 24)}
+    specs = {"up": up, "bias": P(*up[1:]), "down": down}
+    params = {name: sharded(devices, specs[name], shape) for name, shape in shapes.items()}
+    x = sharded(devices, P("x"), (32, 16))
+    gc, sgd = gcx.optax.centralize({"bias": None, "*": "...o"}), optax.sgd(50.0)
+    plain, with_gc = (train_step(tx, params, x) for tx in (sgd, optax.chain(gc, sgd)))
+    new = with_gc(params, x)
+    start, end, by_plain = (whole(devices, p) for p in (params, new, plain(params, x)))
+    keeps, errors = [], []
+    for name, weight in new.items():
+        move = by_plain[name] - start[name]
+        assert np.abs(move).max() > 1e-2
+        expected = centralized(move, axes[name]) if axes[name] else move
+        errors.append(np.abs(end[name] - start[name] - expected).max())
+        keeps.append(weight.sharding.is_equivalent_to(params[name].sharding, weight.ndim))
+    added, gone = collectives(with_gc), collectives(plain)
+    assert not gone - added
+    return {"collectives": added - gone, "error": errors, "keeps": all(keeps)}
+
+
+def train_step(optimizer: optax.GradientTransformation, params: Any, x: Any) -> Any:
+    def loss(params: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ params["up"] + params["bias"])
+        return (jnp.tanh(hidden @ params["down"]) ** 2).mean()
+
+    def step(params: Any, x: Any) -> Any:
+        grads = jax.grad(loss)(params, x)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    return jax.jit(step).lower(params, x).compile()
 
 
 # Beside each case: its communication for a kernel of shape (16, 24) on 4 x 2 devices, or how its
@@ -195,6 +239,34 @@ CASES: dict[str, tuple[dict[str, int] | str, Callable[[], Facts]]] = {
     "rows, fan-in": ({"all-reduce 16": 1}, partial(by_itself, P(None, "y"), "o...")),
     "rows, fan-out over two axes": (NOTHING, partial(by_itself, P(("x", "y")), "o...")),
     "rows, fan-in and fan-out": ({"all-reduce 4": 1}, partial(by_itself, P("x", "y"), "o...")),
+    "convolution, fan-in": (
+        {"all-reduce 16": 1},
+        partial(by_itself, P(None, None, "x"), shape=(3, 3, 8, 16)),
+    ),
+    "convolution, fan-out": (
+        NOTHING,
+        partial(by_itself, P(None, None, None, "x"), shape=(3, 3, 8, 16)),
+    ),
+    "query, fan-in": (
+        {"all-reduce 16": 1},
+        partial(by_itself, P("x", "y"), "ioo", shape=(16, 4, 8)),
+    ),
+    "query, fan-out": (NOTHING, partial(by_itself, P(None, "x", "y"), "ioo", shape=(16, 4, 8))),
+    "step, whole": (NOTHING, partial(in_train_step, P(), P())),
+    "step, fan-out": (NOTHING, partial(in_train_step, P(None, "x"), P(None, "x"))),
+    "step, fan-in": (
+        {"all-reduce 32": 1, "all-reduce 24": 1},
+        partial(in_train_step, P("x"), P("x")),
+    ),
+    "step, tensor parallel": (MEANS, partial(in_train_step, P(None, "y"), P("y"))),
+    "step, fan-in and fan-out": (
+        {"all-reduce 16": 1, "all-reduce 12": 1},
+        partial(in_train_step, P("x", "y"), P("x", "y")),
+    ),
+    "step, over all devices": (
+        {"all-reduce 32": 1},
+        partial(in_train_step, P(("x", "y")), P(None, ("x", "y"))),
+    ),
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from gcx._memory import find_span
 from gcx.backends import (
@@ -38,7 +38,6 @@ _WIDE = {
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # Two floating dtypes are excluded: float8_e8m0fnu has no sign, float4_e2m1fn_x2 packs two numbers.
 _DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128, *_WIDE))
-_UNINITIALIZED = (UninitializedBuffer, UninitializedParameter)
 
 # Elements of a block in the canonical order: 2 MiB of float32. It fits into the second-level cache,
 # and is large enough to hide the overhead of a torch call.
@@ -60,7 +59,7 @@ def check_dtype(grad: Tensor, /) -> None:
             f"expected a dense tensor, not one of layout {grad.layout}; call .to_dense(), "
             "or leave it out: a sparse gradient belongs to an embedding"
         )
-    if grad.is_nested or isinstance(grad, _UNINITIALIZED):
+    if grad.is_nested or isinstance(grad, UninitializedTensorMixin):
         raise TypeError("expected a tensor with a shape, not a nested or uninitialized one")
     if grad.dtype not in _DTYPES:
         refuse_dtype(grad.dtype)

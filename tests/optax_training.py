@@ -34,16 +34,6 @@ class Linear:
     bias: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class Net:
-    """Modules as attributes and in lists, and None for what a layer does without: Equinox."""
-
-    embedding: Any
-    norm: Any
-    layers: list[Any]
-
-
 KERNELS = {
     "Dense_0": {"kernel": normal(1, 4, 3), "bias": normal(2, 3)},
     "Dense_1": {"kernel": normal(3, 3, 2), "bias": normal(4, 2)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import PathFinder
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,8 @@ def test_chart_shows_the_shares(report: EnergyReport, tmp_path: Path) -> None:
 def test_no_chart(report: EnergyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"there is no share to draw:(?s:.*)zero gradient"):
         energy_removed([[np.zeros((2, 2))]]).bar_chart()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"bar_chart needs matplotlib .* pip install matplotlib"):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda *_: None)
+    with pytest.raises(ImportError, match=r"matplotlib.*; pip install matplotlib$"):
         report.bar_chart()

@@ -165,6 +165,11 @@ HAIKU: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "b/layer/w": "bioi ConvNDTranspose",
         },
     ),
+    "LSTM": (
+        lambda x: hk.LSTM(4)(x, hk.LSTMState(*jnp.zeros((2, 2, 4)))),
+        X,
+        {"lstm/linear/b": "bias", "lstm/linear/w": "io Linear"},
+    ),
     "stack and head": (
         lambda x: hk.Linear(3)(stack(made(hk.Linear, 8))(x)),
         jnp.ones((2, 8)),

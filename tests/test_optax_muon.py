@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -82,18 +81,6 @@ def test_every_weight_of_a_model_is_orthogonalized_by_its_layer() -> None:
         axes = MATRICES.get(row.name)
         expected = -RATE * by_layer(np.asarray(grad), *axes) if axes else plain
         np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9, err_msg=row.name)
-
-
-def test_layers_of_a_stack_have_their_own_norms() -> None:
-    grads = {"stack": normal(1, 3, 16, 16) * jnp.array([1.0, 1e-3, 1.0])[:, None, None]}
-
-    def norms(numbers: Any) -> Any:
-        updates, _ = muon(numbers).update(grads, muon(numbers).init(grads), grads)
-        return np.linalg.norm(updates["stack"], axis=(1, 2))
-
-    assert np.ptp(norms(gcx.optax.muon_dimension_numbers(grads, {"stack": "bio"}))) < 0.1
-    # The stack as outputs, as in a layout without `b`, lets one layer starve.
-    assert norms(gcx.optax.muon_dimension_numbers(grads, {"stack": "oio"}))[1] < 1e-2
 
 
 RNGS = nnx.Rngs(0)

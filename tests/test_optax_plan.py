@@ -16,7 +16,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
-from optax_training import FIRST_ONLY, KERNELS, Linear, Net, normal, normal_like, struct
+from optax_training import FIRST_ONLY, KERNELS, Linear, normal, normal_like, struct
 from reference import centralized
 
 
@@ -260,7 +260,7 @@ NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
     ],
     (KERNELS, TypeError, "layouts: 'Dense_0' has a dict, but a mapping goes from .*: give the m"),
     *[(model, TypeError, f"^layouts {message}") for model, message in FOREIGN],
-    (Net, TypeError, r"layouts is the class Net, .* give a model.* Net\("),
+    (Linear, TypeError, r"layouts is the class Linear, .* give a model.* Linear\("),
 ]
 
 

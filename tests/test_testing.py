@@ -95,17 +95,10 @@ def test_nothing_to_check_is_an_error(xp: ArrayLibrary, shape: tuple[int, ...]) 
 
 
 def test_arguments_are_those_of_centralize(xp: ArrayLibrary) -> None:
-    x = xp.asarray(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match=r"layout 'ioo' .*rank 3"):
-        assert_centralized(x, layout="ioo")
-    with pytest.raises(ValueError, match="axis 2 is out of range"):
-        assert_centralized(x, axis=2)
     with pytest.raises(TypeError, match="layout or axis, not both"):
-        assert_centralized(x, axis=1, layout="...o")
+        assert_centralized(xp.asarray(np.zeros((3, 4))), axis=1, layout="...o")
     with pytest.raises(TypeError, match=r"not .*int64"):
         assert_centralized(xp.asarray(np.zeros((3, 4)), "int64"))
-    with pytest.raises(TypeError, match="expected an array"):
-        assert_centralized([[0.0, 0.0]])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

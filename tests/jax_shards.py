@@ -170,102 +170,88 @@ UNTOLD = (
     "it. If it is, give axis_name={'dense/kernel': 'x'}; if each device holds a whole fan-in, "
     "axis_name={'dense/kernel': None}"
 )
-CASES: dict[str, tuple[dict[str, int] | str, Callable[[], Facts]]] = {
-    "fan-in": (MEANS, partial(in_shard_map, P("x"), gc("x"))),
-    "fan-in, by path": (MEANS, partial(in_shard_map, P("x"), gc({"*/kernel": "x"}))),
-    "fan-in, unchecked": (MEANS, partial(in_shard_map, P("x"), gc("x"), check_vma=False)),
-    "fan-in, untold": (UNTOLD, partial(in_shard_map, P("x"), gc())),
-    "fan-in over two axes": (MEANS, partial(in_shard_map, P(("x", "y")), gc(("x", "y")))),
-    "fan-in over two axes, one automatic": (
-        MEANS,
-        partial(in_shard_map, P("x"), gc("x"), axis_names={"x"}),
+Case = tuple[dict[str, int] | str, Callable[[], Facts]]
+
+
+def case(expected: dict[str, int] | str, run: Callable[..., Facts], *args: Any, **kw: Any) -> Case:
+    return expected, partial(run, *args, **kw)
+
+
+CASES: dict[str, Case] = {
+    "fan-in": case(MEANS, in_shard_map, P("x"), gc("x")),
+    "fan-in, by path": case(MEANS, in_shard_map, P("x"), gc({"*/kernel": "x"})),
+    "fan-in, unchecked": case(MEANS, in_shard_map, P("x"), gc("x"), check_vma=False),
+    "fan-in, untold": case(UNTOLD, in_shard_map, P("x"), gc()),
+    "fan-in over two axes": case(MEANS, in_shard_map, P(("x", "y")), gc(("x", "y"))),
+    "fan-in over two axes, one automatic": case(
+        MEANS, in_shard_map, P("x"), gc("x"), axis_names={"x"}
     ),
-    "fan-in and fan-out": (HALF, partial(in_shard_map, P("x", "y"), gc("x"))),
-    "fan-in, one element a device": (
-        {"all-reduce 6": 1},
-        partial(in_shard_map, P("x"), gc("x"), shape=(4, 6)),
+    "fan-in and fan-out": case(HALF, in_shard_map, P("x", "y"), gc("x")),
+    "fan-in, one element a device": case(
+        {"all-reduce 6": 1}, in_shard_map, P("x"), gc("x"), shape=(4, 6)
     ),
-    "fan-in of one element": (
-        NOTHING,
-        partial(in_shard_map, P("x"), gc("x"), shape=(1, 6), x=1, y=8),
+    "fan-in of one element": case(NOTHING, in_shard_map, P("x"), gc("x"), shape=(1, 6), x=1, y=8),
+    "fan-in, bfloat16": case(MEANS, in_shard_map, P("x"), gc("x"), dtype="bfloat16"),
+    "fan-out": case(NOTHING, in_shard_map, P(None, "x"), gc({"*": None})),
+    "fan-out, unchecked": case(NOTHING, in_shard_map, P(None, "x"), gc(), check_vma=False),
+    "fan-out, untold": case(UNTOLD, in_shard_map, P(None, "x"), gc()),
+    "whole": case(NOTHING, in_shard_map, P(), gc()),
+    "whole, told": case(NOTHING, in_shard_map, P(), gc("x")),
+    "whole, fan-in of one, told": case(NOTHING, in_shard_map, P(), gc("x"), shape=(1, 6)),
+    "wrong name": case(
+        "dense/kernel: axis_name ('z',) is not bound here.", in_shard_map, P("x"), gc("z")
     ),
-    "fan-in, bfloat16": (MEANS, partial(in_shard_map, P("x"), gc("x"), dtype="bfloat16")),
-    "fan-out": (NOTHING, partial(in_shard_map, P(None, "x"), gc({"*": None}))),
-    "fan-out, unchecked": (NOTHING, partial(in_shard_map, P(None, "x"), gc(), check_vma=False)),
-    "fan-out, untold": (UNTOLD, partial(in_shard_map, P(None, "x"), gc())),
-    "whole": (NOTHING, partial(in_shard_map, P(), gc())),
-    "whole, told": (NOTHING, partial(in_shard_map, P(), gc("x"))),
-    "whole, fan-in of one, told": (NOTHING, partial(in_shard_map, P(), gc("x"), shape=(1, 6))),
-    "wrong name": (
-        "dense/kernel: axis_name ('z',) is not bound here.",
-        partial(in_shard_map, P("x"), gc("z")),
+    "averaged, then centralized": case(
+        GRADIENT, in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))
     ),
-    "averaged, then centralized": (
-        GRADIENT,
-        partial(in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))),
+    "centralized, then averaged": case(
+        GRADIENT, in_shard_map, P(), lambda grad: averaged(gc({"*": None})(of_this_device(grad)))
     ),
-    "centralized, then averaged": (
-        GRADIENT,
-        partial(in_shard_map, P(), lambda grad: averaged(gc({"*": None})(of_this_device(grad)))),
+    "not averaged, untold": case(
+        UNTOLD, in_shard_map, P(), lambda grad: averaged(gc()(of_this_device(grad)))
     ),
-    "not averaged, untold": (
-        UNTOLD,
-        partial(in_shard_map, P(), lambda grad: averaged(gc()(of_this_device(grad)))),
-    ),
-    "derivative": (
+    "derivative": case(
         {"all-reduce 24": 2},
-        partial(in_shard_map, P("x"), jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2)),
+        in_shard_map,
+        P("x"),
+        jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2),
     ),
-    "pmap, fan-in": (MEANS, partial(in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE))),
-    "pmap, averaged": (
+    "pmap, fan-in": case(MEANS, in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE)),
+    "pmap, averaged": case(
         GRADIENT,
-        partial(
-            in_pmap,
-            lambda numbers: np.stack([numbers * k / 3.5 for k in range(8)]),
-            lambda grad: gc()(averaged(grad)),
-            lambda results: results[5],
-        ),
+        in_pmap,
+        lambda numbers: np.stack([numbers * k / 3.5 for k in range(8)]),
+        lambda grad: gc()(averaged(grad)),
+        lambda results: results[5],
     ),
-    "explicit, whole": (NOTHING, partial(explicit, P())),
-    "explicit, fan-in": (MEANS, partial(explicit, P("x"))),
-    "explicit, fan-out": (NOTHING, partial(explicit, P(None, "x"))),
-    "explicit, fan-in and fan-out": (HALF, partial(explicit, P("x", "y"))),
-    "on one device": (NOTHING, on_one_device),
-    "alone, whole": (NOTHING, partial(by_itself, P())),
-    "alone, fan-in": (MEANS, partial(by_itself, P("x"))),
-    "alone, fan-out": (NOTHING, partial(by_itself, P(None, "x"))),
-    "alone, fan-in and fan-out": (HALF, partial(by_itself, P("x", "y"))),
-    "alone, fan-in over two axes": (MEANS, partial(by_itself, P(("x", "y")))),
-    "rows, fan-in": ({"all-reduce 16": 1}, partial(by_itself, P(None, "y"), "o...")),
-    "rows, fan-out over two axes": (NOTHING, partial(by_itself, P(("x", "y")), "o...")),
-    "rows, fan-in and fan-out": ({"all-reduce 4": 1}, partial(by_itself, P("x", "y"), "o...")),
-    "convolution, fan-in": (
-        {"all-reduce 16": 1},
-        partial(by_itself, P(None, None, "x"), shape=(3, 3, 8, 16)),
+    "explicit, whole": case(NOTHING, explicit, P()),
+    "explicit, fan-in": case(MEANS, explicit, P("x")),
+    "explicit, fan-out": case(NOTHING, explicit, P(None, "x")),
+    "explicit, fan-in and fan-out": case(HALF, explicit, P("x", "y")),
+    "on one device": case(NOTHING, on_one_device),
+    "alone, whole": case(NOTHING, by_itself, P()),
+    "alone, fan-in": case(MEANS, by_itself, P("x")),
+    "alone, fan-out": case(NOTHING, by_itself, P(None, "x")),
+    "alone, fan-in and fan-out": case(HALF, by_itself, P("x", "y")),
+    "alone, fan-in over two axes": case(MEANS, by_itself, P(("x", "y"))),
+    "rows, fan-in": case({"all-reduce 16": 1}, by_itself, P(None, "y"), "o..."),
+    "rows, fan-out over two axes": case(NOTHING, by_itself, P(("x", "y")), "o..."),
+    "rows, fan-in and fan-out": case({"all-reduce 4": 1}, by_itself, P("x", "y"), "o..."),
+    "convolution, fan-in": case(
+        {"all-reduce 16": 1}, by_itself, P(None, None, "x"), shape=(3, 3, 8, 16)
     ),
-    "convolution, fan-out": (
-        NOTHING,
-        partial(by_itself, P(None, None, None, "x"), shape=(3, 3, 8, 16)),
+    "convolution, fan-out": case(NOTHING, by_itself, P(None, None, None, "x"), shape=(3, 3, 8, 16)),
+    "query, fan-in": case({"all-reduce 16": 1}, by_itself, P("x", "y"), "ioo", shape=(16, 4, 8)),
+    "query, fan-out": case(NOTHING, by_itself, P(None, "x", "y"), "ioo", shape=(16, 4, 8)),
+    "step, whole": case(NOTHING, in_train_step, P(), P()),
+    "step, fan-out": case(NOTHING, in_train_step, P(None, "x"), P(None, "x")),
+    "step, fan-in": case({"all-reduce 32": 1, "all-reduce 24": 1}, in_train_step, P("x"), P("x")),
+    "step, tensor parallel": case(MEANS, in_train_step, P(None, "y"), P("y")),
+    "step, fan-in and fan-out": case(
+        {"all-reduce 16": 1, "all-reduce 12": 1}, in_train_step, P("x", "y"), P("x", "y")
     ),
-    "query, fan-in": (
-        {"all-reduce 16": 1},
-        partial(by_itself, P("x", "y"), "ioo", shape=(16, 4, 8)),
-    ),
-    "query, fan-out": (NOTHING, partial(by_itself, P(None, "x", "y"), "ioo", shape=(16, 4, 8))),
-    "step, whole": (NOTHING, partial(in_train_step, P(), P())),
-    "step, fan-out": (NOTHING, partial(in_train_step, P(None, "x"), P(None, "x"))),
-    "step, fan-in": (
-        {"all-reduce 32": 1, "all-reduce 24": 1},
-        partial(in_train_step, P("x"), P("x")),
-    ),
-    "step, tensor parallel": (MEANS, partial(in_train_step, P(None, "y"), P("y"))),
-    "step, fan-in and fan-out": (
-        {"all-reduce 16": 1, "all-reduce 12": 1},
-        partial(in_train_step, P("x", "y"), P("x", "y")),
-    ),
-    "step, over all devices": (
-        {"all-reduce 32": 1},
-        partial(in_train_step, P(("x", "y")), P(None, ("x", "y"))),
+    "step, over all devices": case(
+        {"all-reduce 32": 1}, in_train_step, P(("x", "y")), P(None, ("x", "y"))
     ),
 }
 

@@ -58,13 +58,19 @@ def two_layers(params: Any) -> Any:
     return jnp.sum((hidden @ second["kernel"] + second["bias"] - Y) ** 2) / 2
 
 
-def train(optimizer: Any, loss: Any, params: Any, *, steps: int = 10) -> Any:
+def train(
+    optimizer: Any, loss: Any, params: Any, *, steps: int = 10, searches: bool = False
+) -> tuple[Any, Any]:
+    """Return the parameters and the state after training; a line search needs the loss."""
+
     @jax.jit
     def step(params: Any, state: Any) -> Any:
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        value, grads = jax.value_and_grad(loss)(params)
+        given = {"value": value, "grad": grads, "value_fn": loss} if searches else {}
+        updates, state = optimizer.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
     for _ in range(steps):
         params, state = step(params, state)
-    return params
+    return params, state

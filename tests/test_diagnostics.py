@@ -148,11 +148,10 @@ def test_zero_gradient_has_no_share() -> None:
 
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_what_is_not_finite_is_told(bad: float, xp: ArrayLibrary) -> None:
-    weight = xp.asarray([[bad, 1.0], [2.0, 3.0]], "float32")
-    bias, good = xp.asarray([bad, 1.0], "float32"), xp.asarray([[1.0, 2.0]], "float32")
-    fine = {"weight": good[:, :], "bias": xp.asarray([1.0, 1.0], "float32"), "good": good}
-    fine["weight"] = xp.asarray([[1.0, 1.0], [2.0, 3.0]], "float32")
-    report = energy_removed([{"weight": weight, "bias": bias, "good": good}, fine])
+    numbers = {"weight": [[1.0, 1.0], [2.0, 3.0]], "bias": [1.0, 1.0], "good": [[1.0, 2.0]]}
+    fine = {name: xp.asarray(x, "float32") for name, x in numbers.items()}
+    wrong = {name: xp.asarray(np.full_like(numbers[name], bad)) for name in ("weight", "bias")}
+    report = energy_removed([fine | wrong, fine])
     told = "NaN or infinity in the gradient of 1 of 2 batches"
     assert [row.reason.partition("; ")[2] for row in report.rows] == [told, told, ""]
     assert [row.share is None for row in report.rows] == [True, True, False]

@@ -142,10 +142,7 @@ def stacked_along_axis_1() -> nnx.Module:
 X1, MASK, RNGS = jnp.zeros((1, 7, 3)), jnp.tril(jnp.ones((3, 3, 4))), nnx.Rngs(0)
 DENSE = {"bias": "bias", "kernel": "io Dense"}
 LINEAR = {"bias": "bias", "kernel": "io Linear"}
-MASKED = {
-    "bias": "bias",
-    "kernel": "masked: the mean would take in the entries behind the mask",
-}
+MASKED = {"bias": "bias", "kernel": "masked: the mean would take in the entries behind the mask"}
 BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
 # A model with its inputs, and its plan.
 MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
@@ -178,10 +175,7 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
         }
         | {name: f"unknown: nobody declared Held.{name}" for name in ("listed/1", "tokens")},
     ),
-    "nnx, stacked": (
-        (stacked_along_axis_1(),),
-        {"bias": "bias", "kernel": "ibo Linear"},
-    ),
+    "nnx, stacked": ((stacked_along_axis_1(),), {"bias": "bias", "kernel": "ibo Linear"}),
     "nnx, another shape": (
         (of_another_shape(),),
         {"bias": "bias", "kernel": "unknown: the shape is (6, 4), but a Linear has (4, 6)"},

@@ -256,7 +256,7 @@ def test_filtered_trees_of_equinox() -> None:
 
 def test_energy_of_equinox_modules_as_they_are() -> None:
     model = eqx.nn.MLP(4, 3, 8, 1, key=KEY)
-    batches = [jax.random.normal(key, (5, 4)) for key in KEYS]
+    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
 
     def loss(model: Any, x: Any) -> Any:
         return jnp.mean(jax.vmap(model)(x) ** 2)
@@ -279,7 +279,7 @@ def test_energy_of_nnx_modules_by_their_state() -> None:
     def loss(params: Any, x: Any) -> Any:
         return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
 
-    batches = [jax.random.normal(key, (5, 4)) for key in KEYS]
+    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
     report = energy_removed(params, batches, loss, layouts=model)
     assert [(row.name, row.layout) for row in report.rows if row.share] == [
         ("layers/0/kernel", Layout("io")),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import gcx.optax
 from gcx import Layout
 from gcx.layout import as_layout
-from gcx.optax._models._parameters import SingleLayer, decide_in_stack, trace_shapes
+from gcx.optax._models._parameters import SingleLayer, decide_in_stack
 from gcx.optax._models.flax import einsum_layout
 from gcx.plan import LeaveAlone, PlanRow
 
@@ -90,21 +89,6 @@ EINSUMS = {
 @pytest.mark.parametrize(("subscripts", "expected"), EINSUMS.items())
 def test_fan_in_of_an_einsum_is_what_it_sums_over(subscripts: Any, expected: Any) -> None:
     assert einsum_layout(subscripts) == expected
-
-
-def test_tracing_takes_shapes_and_leaves_options_alone() -> None:
-    def model(x: Any, scale: float, *, train: bool, more: Any) -> Any:
-        assert isinstance(x, jax.core.Tracer)
-        assert isinstance(more["y"], jax.core.Tracer)
-        return x * scale @ more["y"] if train else x
-
-    def shape(train: bool) -> Any:
-        struct = jax.ShapeDtypeStruct((2, 3), "float32")
-        options = {"train": train, "more": {"y": jnp.ones((3, 4))}}
-        return trace_shapes(model, (struct, 2.0), options).shape
-
-    assert shape(train=True) == (2, 4)
-    assert shape(train=False) == (2, 3)
 
 
 @pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import gcx.optax
+from gcx import Layout
 from gcx.plan import LeaveAlone
 
 from jax_models import KEY, KEYS, Stacked, axes_of, plan_of, said
@@ -96,7 +97,10 @@ class WithAnother(nn.Module):
 
 class Noisy(nn.Module):
     @nn.compact
-    def __call__(self, x: Any, *, train: bool) -> Any:
+    def __call__(self, x: Any, *, train: bool, scale: Any = 1, more: Any = None) -> Any:
+        if more is not None:
+            assert isinstance(more["y"], jax.core.Tracer)
+            x = x @ (more["y"] if scale == 2 else 0)
         x = nn.BatchNorm(use_running_average=not train)(x)
         x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.Dense(4, kernel_init=_traced)(x)
@@ -116,6 +120,8 @@ def test_linen_is_traced_and_nothing_computed() -> None:
     names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
     assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
     assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
+    options = {"train": False, "scale": 2, "more": {"y": jnp.ones((3, 4))}}
+    assert gcx.optax.layouts(Noisy(), x, **options)["Dense_0/kernel"] == Layout("io")
 
 
 class Held(nnx.Module):

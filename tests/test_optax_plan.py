@@ -6,7 +6,6 @@ import re
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,34 +23,10 @@ class Boxed(NamedTuple):
     value: Any
 
 
-class NamedByItself:
-    """A node whose keys are not of the four types of JAX."""
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
-
-
-jax.tree_util.register_pytree_with_keys(
-    NamedByItself,
-    lambda node: ([("weight", node.weight)], None),
-    lambda _, leaves: NamedByItself(*leaves),
-)
-
-
-class Unnamed(NamedByItself):
-    """A node without keys."""
-
-
-jax.tree_util.register_pytree_node(
-    Unnamed, lambda node: ([node.weight], None), lambda _, leaves: Unnamed(*leaves)
-)
-
 NODES = {
     "DictKey": ({"weight": struct(3, 2)}, "weight"),
     "SequenceKey": ([struct(3, 2)], "0"),
     "GetAttrKey": (Linear(struct(3, 2), None), "weight"),
-    "any other": (NamedByItself(struct(3, 2)), "weight"),
-    "FlattenedIndexKey": (Unnamed(struct(3, 2)), "0"),
     "no key": (struct(3, 2), ""),
     "a field called value": ({"a": Boxed(struct(3, 2))}, "a/value"),
     "keys called value": ({"value": {"value": struct(3, 2)}}, "value/value"),

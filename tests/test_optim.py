@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -300,18 +300,8 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
     assert new.dtype == state["first_moment"][0].dtype == "float32"
 
 
-def test_a_value_that_shows_its_hyperparameters() -> None:
-    assert repr(Adam(layouts="...o")) == (
-        "Adam(lr=0.001, weight_decay=0.0, where='gradient', layouts='...o', "
-        "strength=1.0, reproducible=False, betas=(0.9, 0.999), eps=1e-08)"
-    )
-    assert repr(SGD(1, momentum=np.float32(0.5))) == (
-        "SGD(lr=1.0, weight_decay=0.0, where='gradient', layouts='o...', "
-        "strength=1.0, reproducible=False, momentum=0.5, nesterov=False)"
-    )
-    for kind in (SGD, Adam, AdamW):
-        assert kind(0.5).lr == 0.5
-        with pytest.raises(TypeError, match="positional"):
-            kind(0.5, 0.9)
-        with pytest.raises(FrozenInstanceError):
-            kind(0.5).lr = 1.0
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+def test_the_learning_rate_alone_is_positional(kind: Any) -> None:
+    assert kind(0.5).lr == 0.5
+    with pytest.raises(TypeError, match="positional"):
+        kind(0.5, 0.9)

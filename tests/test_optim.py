@@ -225,7 +225,7 @@ def read(xp: libraries.ArrayLibrary, leaf: Any) -> Any:
 
 @one_of_each
 def test_arrays_keep_library_dtype_and_shape(xp: Any, name: str) -> None:
-    """Hyperparameters that are numbers of NumPy do not widen the steps."""
+    """NumPy numbers as hyperparameters do not widen the steps."""
     numbers: Tree = {"lr": 0.1, "weight_decay": 0.1}
     numbers |= {"betas": (0.9, 0.99)} if "adam" in name else {}
     optimizer = replace(OPTIMIZERS[name], layouts=LAYOUTS, **numbers)

@@ -222,8 +222,7 @@ class GradientCentralization:
     def __init__(self, optimizer: Any, models: Models, options: Options) -> None:
         self._models, self._optimizer, self._options = models, optimizer, options
         self._kind = kind = type(optimizer)
-        self._how: dict[str, Any] = {"strength": options.strength}
-        self._how["reproducible"] = options.reproducible
+        self._how: Any = {"strength": options.strength, "reproducible": options.reproducible}
         self._layouts: dict[Key, Layout | None] = {}
         self._decide()
         refuse_empty(self.plan, "these models")

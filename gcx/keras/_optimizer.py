@@ -86,14 +86,9 @@ def centralize(
     >>> model.compile(optimizer, loss="mse")
     >>> handle.remove()
     """
-    options = Options(
-        where=where,
-        decay=("inside" if where == "update" else "outside") if decay is None else decay,
-        strength=strength,
-        layers=layers,
-        overrides=overrides,
-        reproducible=reproducible,
-    )
+    if decay is None:
+        decay = "inside" if where == "update" else "outside"
+    options = Options(where, decay, strength, layers, overrides, reproducible)
     if where == "gradient" and decay == "inside":
         raise ValueError(
             "decay='inside' needs where='update': Keras applies weight_decay apart from the "
@@ -267,8 +262,7 @@ class GradientCentralization:
     ) -> None:
         self.plan: Plan = plan  # until the variables of the optimizer are known
         self.options: Options = options
-        self._how: dict[str, Any] = {"strength": options.strength}
-        self._how["reproducible"] = options.reproducible
+        self._how: Any = {"strength": options.strength, "reproducible": options.reproducible}
         self._find_rows = find_rows
         self._layouts: dict[int, Layout] = {}
         self._held: dict[int, Any] = {}

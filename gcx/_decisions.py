@@ -8,7 +8,7 @@ from typing import Any
 
 from gcx._centralize import see_fan_in
 from gcx._names import match_all, naming
-from gcx._rules import UNDECLARED, Answer
+from gcx._rules import NO_RULE, UNDECLARED, Answer
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
@@ -23,7 +23,7 @@ def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> 
     if answer is None:
         answer = left_alone_by(rule)
     if isinstance(answer, LeaveAlone):
-        vector = no_fan_in(shape) if answer.reason.startswith(UNDECLARED) else ""
+        vector = no_fan_in(shape) if answer.reason.startswith((UNDECLARED, NO_RULE)) else ""
         return PlanRow(name, shape, None, vector or answer.reason)
     with naming(name):
         layout = as_layout(answer)

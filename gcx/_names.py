@@ -18,9 +18,6 @@ def match(
     """Find the first key that equals or matches each name; leave out names without a key.
 
     A ``*`` matches any text; with a separator, only text without it.
-
-    >>> match(["a", "*/w"], ["a", "b/w", "b/c/w", "d"])
-    {'a': 'a', 'b/w': '*/w', 'b/c/w': '*/w'}
     """
     order = {key: k for k, key in reversed([*enumerate(keys)])}
     globs = [key for key in order if is_glob(key)]
@@ -72,11 +69,7 @@ def _may_match(key: str, hidden: Iterable[str]) -> bool:
 
 
 def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """List the name and the value of each leaf; a name is the path, joined by ``/``.
-
-    >>> flatten({"a": [1, 2], "b": 3})
-    [('a/0', 1), ('a/1', 2), ('b', 3)]
-    """
+    """List the name and the value of each leaf; a name is the path, joined by ``/``."""
     parts = children(tree)
     if parts is None:
         return [(prefix, tree)]
@@ -96,11 +89,7 @@ def _join(prefix: str, key: Any) -> str:
 
 
 def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
-    """Replace the leaves of a tree by others, in the order of `flatten`.
-
-    >>> rebuild({"a": [1, 2], "b": 3}, "xyz")
-    {'a': ['x', 'y'], 'b': 'z'}
-    """
+    """Replace the leaves of a tree by others, in the order of `flatten`."""
     left = iter(leaves)
     if isinstance(tree, dict):
         parts = {key: rebuild(value, left) for key, value in tree.items()}

@@ -29,6 +29,7 @@ LENGTH = LeaveAlone("weight norm: the length of a weight")
 SLOPE = LeaveAlone("slope of an activation")
 MASKED = LeaveAlone("masked: the mean would take in the entries behind the mask")
 UNDECLARED = "unknown: nobody declared"
+NO_RULE = "unknown: no rule for this name"
 NOT_CONVOLUTION = LeaveAlone("not a convolution, and layers='conv'")
 
 
@@ -209,11 +210,7 @@ def _load(found: EntryPoint) -> Rule[Any]:
 
 
 def kernel_letters(equation: str) -> str:
-    """Find the layout of an einsum kernel, the second operand: ``i`` for the axes that are summed.
-
-    >>> kernel_letters("abc, cd -> abd")
-    'io'
-    """
+    """Find the layout of an einsum kernel, the second operand: ``i`` for axes that are summed."""
     operands, output = equation.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")[:2]
     return "".join("i" if a not in output else "b" if a in inputs else "o" for a in kernel)

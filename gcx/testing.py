@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from gcx import _compat
@@ -70,8 +71,8 @@ def assert_centralized(
         raise AssertionError("x equals start: nothing was trained, so nothing is shown")
     mean = xp.abs(xp.mean(change, axis=axes, keepdims=True))
     # Rounding is relative to the weights, not to their change.
-    scales = [xp.max(xp.abs(array), axis=axes, keepdims=True) for array in arrays]
-    scale = scales[0] if start is None else xp.where(scales[0] > scales[1], *scales)
+    magnitude = reduce(xp.maximum, map(xp.abs, arrays))
+    scale = xp.max(magnitude, axis=axes, keepdims=True)
     relative = xp.where(scale > 0, mean / xp.where(scale > 0, scale, xp.ones_like(scale)), mean)
     worst = float(xp.max(relative))
     if not worst <= tolerance:

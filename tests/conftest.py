@@ -19,7 +19,7 @@ import libraries
 from example_sessions import SESSIONS
 
 # The files of tests that need a package.
-MODELS = "*/test_jax_layers_* *_jax_models.py *_muon.py"
+MODELS = "*/test_jax_layers_* *_muon.py"
 NEEDS = {
     "torch": "*torch* */test_processes.py */kernels/* *_deepspeed.py",
     "optax": "*jax* *optax*",

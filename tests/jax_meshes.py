@@ -82,7 +82,9 @@ def seen_by(program: str, *cases: str, processes: int = 1) -> Any:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         path = Path(__file__).parent / program
-        command = [sys.executable, str(path), str(report), _free_port(), str(processes)]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])  # which is free
+        command = [sys.executable, str(path), str(report), port, str(processes)]
         started = [
             subprocess.Popen(
                 [*command, str(k), *cases],
@@ -100,9 +102,3 @@ def seen_by(program: str, *cases: str, processes: int = 1) -> Any:
         for stderr, process in ends:
             assert process.returncode == 0, stderr.decode()
         return json.loads(report.read_text(encoding="utf-8"))
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

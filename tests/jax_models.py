@@ -109,14 +109,3 @@ class OfEquinox(eqx.Module):
             eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 6, key=key))(KEYS),
             eqx.nn.Linear("scalar", 4, key=KEY),
         ]
-
-
-def of_haiku(images: Any) -> Any:
-    x = hk.Conv2D(4, 3)(images)
-    x = hk.DepthwiseConv2D(2, 3, with_bias=False)(x)
-    x = hk.Conv2DTranspose(5, 3, with_bias=False, name="up")(x)
-    x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x).mean((1, 2))
-    x = x + hk.Embed(7, 5)(jnp.arange(2))
-    x = hk.experimental.layer_stack(3)(hk.Linear(5, name="stacked"))(x)
-    x, _ = hk.LSTM(4)(x, hk.LSTMState(jnp.zeros((2, 4)), jnp.zeros((2, 4))))
-    return hk.Linear(1)(x)

@@ -1,4 +1,4 @@
-"""Program: GC of gradients in parts, in shard_map, pmap, vmap and under explicit sharding."""
+"""Program: GC of gradients in parts, in shard_map, pmap, train steps and by explicit sharding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import gcx
 import gcx.optax
+from gcx import Layout
 
 from jax_meshes import Facts, collectives, mesh, sharded, whole, write_facts
 from reference import centralized
@@ -49,12 +51,17 @@ def in_shard_map(
     return facts(devices, mapped, sharded(devices, spec, shape, dtype))
 
 
-def by_itself(spec: P, layout: str = "...o", kind: AxisType = AxisType.Auto) -> Facts:
+def by_itself(
+    spec: P,
+    layout: str = "...o",
+    kind: AxisType = AxisType.Auto,
+    shape: tuple[int, ...] = SHAPE,
+) -> Facts:
     """Call gcx.centralize on a whole array, whose parts are on all devices."""
     devices = mesh(kind=kind)
     function = partial(gcx.centralize, layout=layout)
-    axis = 1 if layout == "o..." else 0
-    return facts(devices, function, sharded(devices, spec, SHAPE), axis)
+    axes = Layout(layout).fan_in_axes(len(shape))
+    return facts(devices, function, sharded(devices, spec, shape), axes)
 
 
 explicit = partial(by_itself, kind=AxisType.Explicit)
@@ -71,10 +78,10 @@ def rows_and_columns() -> Any:
     return np.random.default_rng(0).normal(size=SHAPE).astype("float32")
 
 
-def facts(devices: Any, function: Function, grad: Any, axis: int = 0) -> Facts:
+def facts(devices: Any, function: Function, grad: Any, axes: tuple[int, ...] = (0,)) -> Facts:
     """Call it, compile it, and compare; a ValueError is a fact too."""
     numbers = whole(devices, grad)
-    expected = centralized(numbers, (axis,)) if len(numbers) > 1 else numbers
+    expected = centralized(numbers, axes) if len(numbers) > 1 else numbers
     try:
         program = jax.jit(function).lower(grad).compile()
         results = (program(grad), function(grad))
@@ -84,7 +91,8 @@ def facts(devices: Any, function: Function, grad: Any, axis: int = 0) -> Facts:
         "collectives": collectives(program),
         "error": [np.abs(whole(devices, r) - expected).max() for r in results],
         "keeps": all(
-            r.sharding.is_equivalent_to(grad.sharding, 2) and r.dtype == grad.dtype for r in results
+            r.sharding.is_equivalent_to(grad.sharding, r.ndim) and r.dtype == grad.dtype
+            for r in results
         ),
     }
 
@@ -115,6 +123,42 @@ def rows(numbers: Any) -> Any:
     return numbers.reshape(8, 2, 24)
 
 
+def in_train_step(up: P, down: P) -> Facts:
+    """Compare a train step of two layers under `jax.jit` with GC to one without."""
+    devices, axes = mesh(), {"up": (0,), "bias": (), "down": (0,)}
+    shapes = {"up": (16, 32), "bias": (32,), "down": (32, 24)}
+    specs = {"up": up, "bias": P(*up[1:]), "down": down}
+    params = {name: sharded(devices, specs[name], shape) for name, shape in shapes.items()}
+    x = sharded(devices, P("x"), (32, 16))
+    gc, sgd = gcx.optax.centralize({"bias": None, "*": "...o"}), optax.sgd(50.0)
+    plain, with_gc = (train_step(tx, params, x) for tx in (sgd, optax.chain(gc, sgd)))
+    new = with_gc(params, x)
+    start, end, by_plain = (whole(devices, p) for p in (params, new, plain(params, x)))
+    keeps, errors = [], []
+    for name, weight in new.items():
+        move = by_plain[name] - start[name]
+        assert np.abs(move).max() > 1e-2
+        expected = centralized(move, axes[name]) if axes[name] else move
+        errors.append(np.abs(end[name] - start[name] - expected).max())
+        keeps.append(weight.sharding.is_equivalent_to(params[name].sharding, weight.ndim))
+    added, gone = collectives(with_gc), collectives(plain)
+    assert not gone - added
+    return {"collectives": added - gone, "error": errors, "keeps": all(keeps)}
+
+
+def train_step(optimizer: optax.GradientTransformation, params: Any, x: Any) -> Any:
+    def loss(params: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ params["up"] + params["bias"])
+        return (jnp.tanh(hidden @ params["down"]) ** 2).mean()
+
+    def step(params: Any, x: Any) -> Any:
+        grads = jax.grad(loss)(params, x)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    return jax.jit(step).lower(params, x).compile()
+
+
 # Beside each case: its communication for a kernel of shape (16, 24) on 4 x 2 devices, or how its
 # error starts.
 NOTHING: dict[str, int] = {}
@@ -126,75 +170,89 @@ UNTOLD = (
     "it. If it is, give axis_name={'dense/kernel': 'x'}; if each device holds a whole fan-in, "
     "axis_name={'dense/kernel': None}"
 )
-CASES: dict[str, tuple[dict[str, int] | str, Callable[[], Facts]]] = {
-    "fan-in": (MEANS, partial(in_shard_map, P("x"), gc("x"))),
-    "fan-in, by path": (MEANS, partial(in_shard_map, P("x"), gc({"*/kernel": "x"}))),
-    "fan-in, unchecked": (MEANS, partial(in_shard_map, P("x"), gc("x"), check_vma=False)),
-    "fan-in, untold": (UNTOLD, partial(in_shard_map, P("x"), gc())),
-    "fan-in over two axes": (MEANS, partial(in_shard_map, P(("x", "y")), gc(("x", "y")))),
-    "fan-in over two axes, one automatic": (
-        MEANS,
-        partial(in_shard_map, P("x"), gc("x"), axis_names={"x"}),
+Case = tuple[dict[str, int] | str, Callable[[], Facts]]
+
+
+def case(expected: dict[str, int] | str, run: Callable[..., Facts], *args: Any, **kw: Any) -> Case:
+    return expected, partial(run, *args, **kw)
+
+
+CASES: dict[str, Case] = {
+    "fan-in": case(MEANS, in_shard_map, P("x"), gc("x")),
+    "fan-in, by path": case(MEANS, in_shard_map, P("x"), gc({"*/kernel": "x"})),
+    "fan-in, unchecked": case(MEANS, in_shard_map, P("x"), gc("x"), check_vma=False),
+    "fan-in, untold": case(UNTOLD, in_shard_map, P("x"), gc()),
+    "fan-in over two axes": case(MEANS, in_shard_map, P(("x", "y")), gc(("x", "y"))),
+    "fan-in over two axes, one automatic": case(
+        MEANS, in_shard_map, P("x"), gc("x"), axis_names={"x"}
     ),
-    "fan-in and fan-out": (HALF, partial(in_shard_map, P("x", "y"), gc("x"))),
-    "fan-in, one element a device": (
-        {"all-reduce 6": 1},
-        partial(in_shard_map, P("x"), gc("x"), shape=(4, 6)),
+    "fan-in and fan-out": case(HALF, in_shard_map, P("x", "y"), gc("x")),
+    "fan-in, one element a device": case(
+        {"all-reduce 6": 1}, in_shard_map, P("x"), gc("x"), shape=(4, 6)
     ),
-    "fan-in of one element": (
-        NOTHING,
-        partial(in_shard_map, P("x"), gc("x"), shape=(1, 6), x=1, y=8),
+    "fan-in of one element": case(NOTHING, in_shard_map, P("x"), gc("x"), shape=(1, 6), x=1, y=8),
+    "fan-in, bfloat16": case(MEANS, in_shard_map, P("x"), gc("x"), dtype="bfloat16"),
+    "fan-out": case(NOTHING, in_shard_map, P(None, "x"), gc({"*": None})),
+    "fan-out, unchecked": case(NOTHING, in_shard_map, P(None, "x"), gc(), check_vma=False),
+    "fan-out, untold": case(UNTOLD, in_shard_map, P(None, "x"), gc()),
+    "whole": case(NOTHING, in_shard_map, P(), gc()),
+    "whole, told": case(NOTHING, in_shard_map, P(), gc("x")),
+    "whole, fan-in of one, told": case(NOTHING, in_shard_map, P(), gc("x"), shape=(1, 6)),
+    "wrong name": case(
+        "dense/kernel: axis_name ('z',) is not bound here.", in_shard_map, P("x"), gc("z")
     ),
-    "fan-in, bfloat16": (MEANS, partial(in_shard_map, P("x"), gc("x"), dtype="bfloat16")),
-    "fan-out": (NOTHING, partial(in_shard_map, P(None, "x"), gc({"*": None}))),
-    "fan-out, unchecked": (NOTHING, partial(in_shard_map, P(None, "x"), gc(), check_vma=False)),
-    "fan-out, untold": (UNTOLD, partial(in_shard_map, P(None, "x"), gc())),
-    "whole": (NOTHING, partial(in_shard_map, P(), gc())),
-    "whole, told": (NOTHING, partial(in_shard_map, P(), gc("x"))),
-    "whole, fan-in of one, told": (NOTHING, partial(in_shard_map, P(), gc("x"), shape=(1, 6))),
-    "wrong name": (
-        "dense/kernel: axis_name ('z',) is not bound here.",
-        partial(in_shard_map, P("x"), gc("z")),
+    "averaged, then centralized": case(
+        GRADIENT, in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))
     ),
-    "averaged, then centralized": (
-        GRADIENT,
-        partial(in_shard_map, P(), lambda grad: gc()(averaged(of_this_device(grad)))),
+    "centralized, then averaged": case(
+        GRADIENT, in_shard_map, P(), lambda grad: averaged(gc({"*": None})(of_this_device(grad)))
     ),
-    "centralized, then averaged": (
-        GRADIENT,
-        partial(in_shard_map, P(), lambda grad: averaged(gc({"*": None})(of_this_device(grad)))),
+    "not averaged, untold": case(
+        UNTOLD, in_shard_map, P(), lambda grad: averaged(gc()(of_this_device(grad)))
     ),
-    "not averaged, untold": (
-        UNTOLD,
-        partial(in_shard_map, P(), lambda grad: averaged(gc()(of_this_device(grad)))),
-    ),
-    "derivative": (
+    "derivative": case(
         {"all-reduce 24": 2},
-        partial(in_shard_map, P("x"), jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2)),
+        in_shard_map,
+        P("x"),
+        jax.grad(lambda grad: (gc("x")(grad) ** 2).sum() / 2),
     ),
-    "pmap, fan-in": (MEANS, partial(in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE))),
-    "pmap, averaged": (
+    "pmap, fan-in": case(MEANS, in_pmap, rows, gc("x"), lambda parts: parts.reshape(SHAPE)),
+    "pmap, averaged": case(
         GRADIENT,
-        partial(
-            in_pmap,
-            lambda numbers: np.stack([numbers * k / 3.5 for k in range(8)]),
-            lambda grad: gc()(averaged(grad)),
-            lambda results: results[5],
-        ),
+        in_pmap,
+        lambda numbers: np.stack([numbers * k / 3.5 for k in range(8)]),
+        lambda grad: gc()(averaged(grad)),
+        lambda results: results[5],
     ),
-    "explicit, whole": (NOTHING, partial(explicit, P())),
-    "explicit, fan-in": (MEANS, partial(explicit, P("x"))),
-    "explicit, fan-out": (NOTHING, partial(explicit, P(None, "x"))),
-    "explicit, fan-in and fan-out": (HALF, partial(explicit, P("x", "y"))),
-    "on one device": (NOTHING, on_one_device),
-    "alone, whole": (NOTHING, partial(by_itself, P())),
-    "alone, fan-in": (MEANS, partial(by_itself, P("x"))),
-    "alone, fan-out": (NOTHING, partial(by_itself, P(None, "x"))),
-    "alone, fan-in and fan-out": (HALF, partial(by_itself, P("x", "y"))),
-    "alone, fan-in over two axes": (MEANS, partial(by_itself, P(("x", "y")))),
-    "rows, fan-in": ({"all-reduce 16": 1}, partial(by_itself, P(None, "y"), "o...")),
-    "rows, fan-out over two axes": (NOTHING, partial(by_itself, P(("x", "y")), "o...")),
-    "rows, fan-in and fan-out": ({"all-reduce 4": 1}, partial(by_itself, P("x", "y"), "o...")),
+    "explicit, whole": case(NOTHING, explicit, P()),
+    "explicit, fan-in": case(MEANS, explicit, P("x")),
+    "explicit, fan-out": case(NOTHING, explicit, P(None, "x")),
+    "explicit, fan-in and fan-out": case(HALF, explicit, P("x", "y")),
+    "on one device": case(NOTHING, on_one_device),
+    "alone, whole": case(NOTHING, by_itself, P()),
+    "alone, fan-in": case(MEANS, by_itself, P("x")),
+    "alone, fan-out": case(NOTHING, by_itself, P(None, "x")),
+    "alone, fan-in and fan-out": case(HALF, by_itself, P("x", "y")),
+    "alone, fan-in over two axes": case(MEANS, by_itself, P(("x", "y"))),
+    "rows, fan-in": case({"all-reduce 16": 1}, by_itself, P(None, "y"), "o..."),
+    "rows, fan-out over two axes": case(NOTHING, by_itself, P(("x", "y")), "o..."),
+    "rows, fan-in and fan-out": case({"all-reduce 4": 1}, by_itself, P("x", "y"), "o..."),
+    "convolution, fan-in": case(
+        {"all-reduce 16": 1}, by_itself, P(None, None, "x"), shape=(3, 3, 8, 16)
+    ),
+    "convolution, fan-out": case(NOTHING, by_itself, P(None, None, None, "x"), shape=(3, 3, 8, 16)),
+    "query, fan-in": case({"all-reduce 16": 1}, by_itself, P("x", "y"), "ioo", shape=(16, 4, 8)),
+    "query, fan-out": case(NOTHING, by_itself, P(None, "x", "y"), "ioo", shape=(16, 4, 8)),
+    "step, whole": case(NOTHING, in_train_step, P(), P()),
+    "step, fan-out": case(NOTHING, in_train_step, P(None, "x"), P(None, "x")),
+    "step, fan-in": case({"all-reduce 32": 1, "all-reduce 24": 1}, in_train_step, P("x"), P("x")),
+    "step, tensor parallel": case(MEANS, in_train_step, P(None, "y"), P("y")),
+    "step, fan-in and fan-out": case(
+        {"all-reduce 16": 1, "all-reduce 12": 1}, in_train_step, P("x", "y"), P("x", "y")
+    ),
+    "step, over all devices": case(
+        {"all-reduce 32": 1}, in_train_step, P(("x", "y")), P(None, ("x", "y"))
+    ),
 }
 
 if __name__ == "__main__":

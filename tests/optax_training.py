@@ -34,16 +34,6 @@ class Linear:
     bias: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class Net:
-    """Modules as attributes and in lists, and None for what a layer does without: Equinox."""
-
-    embedding: Any
-    norm: Any
-    layers: list[Any]
-
-
 KERNELS = {
     "Dense_0": {"kernel": normal(1, 4, 3), "bias": normal(2, 3)},
     "Dense_1": {"kernel": normal(3, 3, 2), "bias": normal(4, 2)},
@@ -68,13 +58,19 @@ def two_layers(params: Any) -> Any:
     return jnp.sum((hidden @ second["kernel"] + second["bias"] - Y) ** 2) / 2
 
 
-def train(optimizer: Any, loss: Any, params: Any, *, steps: int = 10) -> Any:
+def train(
+    optimizer: Any, loss: Any, params: Any, *, steps: int = 10, searches: bool = False
+) -> tuple[Any, Any]:
+    """Return the parameters and the state after training; a line search needs the loss."""
+
     @jax.jit
     def step(params: Any, state: Any) -> Any:
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        value, grads = jax.value_and_grad(loss)(params)
+        given = {"value": value, "grad": grads, "value_fn": loss} if searches else {}
+        updates, state = optimizer.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
     for _ in range(steps):
         params, state = step(params, state)
-    return params
+    return params, state

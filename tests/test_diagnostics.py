@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import PathFinder
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,6 @@ def test_sums_are_in_double_precision(xp: ArrayLibrary) -> None:
     removed, total = energies(xp.numpy(grad), (1,))
     share = share_of(energy_removed([[grad]]))
     assert 1 - share.removed == pytest.approx(1 - removed / total, rel=1e-5)
-
-
-def test_equal_elements_are_all_removed_and_zero_sums_not_at_all(xp: ArrayLibrary) -> None:
-    equal = xp.asarray([[2.0, 2.0, 2.0], [-1.0, -1.0, -1.0]], "float32")
-    zero_sum = xp.asarray([[2.0, -2.0, 0.0], [1.0, 1.0, -2.0]], "float32")
-    report = energy_removed([[equal, zero_sum]])
-    assert [share_of(report, row).removed for row in (0, 1)] == [1.0, 0.0]
-
-
-@pytest.mark.parametrize("distribution", ["standard_normal", "standard_exponential"])
-def test_independent_elements_with_mean_zero_give_one_over_the_fan_in(distribution: str) -> None:
-    rng = np.random.default_rng(0)
-    mean = 1.0 if distribution == "standard_exponential" else 0.0
-    batches = [[getattr(rng, distribution)((400, 50)) - mean] for _ in range(10)]
-    share = share_of(energy_removed(batches))
-    assert share.by_chance == 0.02
-    # 4000 output units: a standard error of about 2% of the value, 3.5% with heavy tails.
-    assert share.removed == pytest.approx(share.by_chance, rel=0.1)
 
 
 def test_batches_count_by_their_energy() -> None:
@@ -154,11 +137,10 @@ def test_zero_gradient_has_no_share() -> None:
 
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_what_is_not_finite_is_told(bad: float, xp: ArrayLibrary) -> None:
-    weight = xp.asarray([[bad, 1.0], [2.0, 3.0]], "float32")
-    bias, good = xp.asarray([bad, 1.0], "float32"), xp.asarray([[1.0, 2.0]], "float32")
-    fine = {"weight": good[:, :], "bias": xp.asarray([1.0, 1.0], "float32"), "good": good}
-    fine["weight"] = xp.asarray([[1.0, 1.0], [2.0, 3.0]], "float32")
-    report = energy_removed([{"weight": weight, "bias": bias, "good": good}, fine])
+    numbers = {"weight": [[1.0, 1.0], [2.0, 3.0]], "bias": [1.0, 1.0], "good": [[1.0, 2.0]]}
+    fine = {name: xp.asarray(x, "float32") for name, x in numbers.items()}
+    wrong = {name: xp.asarray(np.full_like(numbers[name], bad)) for name in ("weight", "bias")}
+    report = energy_removed([fine | wrong, fine])
     told = "NaN or infinity in the gradient of 1 of 2 batches"
     assert [row.reason.partition("; ")[2] for row in report.rows] == [told, told, ""]
     assert [row.share is None for row in report.rows] == [True, True, False]
@@ -184,10 +166,6 @@ def test_gradients_and_layouts_that_do_not_fit_are_named() -> None:
         energy_removed([{"a": [np.ones((2, 2)), np.ones((2, 2), int)]}])
     with pytest.raises(TypeError, match="a: expected an array"):
         energy_removed([{"a": 1.0}])
-    with pytest.raises(ValueError, match="a: layout 'oio' is for arrays of rank 3, not 2"):
-        energy_removed([one], layouts="oio")
-    with pytest.raises(ValueError, match="'b' matches no parameter"):
-        energy_removed([one], layouts={"b": "o..."})
     with pytest.raises(ValueError, match=r"a has shape \(2, 2\) in one batch, and \(2, 4\)"):
         energy_removed([one, {"a": np.ones((2, 4))}])
 
@@ -259,12 +237,11 @@ def test_chart_shows_the_shares(report: EnergyReport, tmp_path: Path) -> None:
     assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_chart_of_nothing() -> None:
+def test_no_chart(report: EnergyReport, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"there is no share to draw:(?s:.*)zero gradient"):
         energy_removed([[np.zeros((2, 2))]]).bar_chart()
-
-
-def test_chart_without_matplotlib(report: EnergyReport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"bar_chart needs matplotlib .* pip install matplotlib"):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(PathFinder, "find_spec", lambda *_: None)
+    with pytest.raises(ImportError, match=r"matplotlib.*; pip install matplotlib$"):
         report.bar_chart()

@@ -93,36 +93,16 @@ class Case(NamedTuple):
     fixed: tuple[tuple[str, Any], ...] = ()
 
 
-def linen(make: Any, *inputs: Any, weight: str = "kernel", **told: Any) -> Case:
-    return Case(of_linen, make, inputs, weight, **told)
+def case(
+    framework: Any, usual: str, make: Any, *inputs: Any, weight: str = "", **told: Any
+) -> Case:
+    return Case(framework, make, inputs, weight or usual, **told)
 
 
-def in_nnx(make: Any, *inputs: Any, weight: str = "kernel", **told: Any) -> Case:
-    return Case(of_nnx, make, inputs, weight, **told)
-
-
-def equinox(make: Any, *inputs: Any, weight: str = "weight", **told: Any) -> Case:
-    return Case(of_equinox, make, inputs, weight, **told)
-
-
-def haiku(weight: str, make: Any, *inputs: Any, **told: Any) -> Case:
-    return Case(of_haiku, make, inputs, weight, **told)
-
-
+linen, in_nnx = partial(case, of_linen, "kernel"), partial(case, of_nnx, "kernel")
+equinox, haiku = partial(case, of_equinox, "weight"), partial(case, of_haiku)
 FLAT, IMAGE, CHANNELS_FIRST = normal(3, 5), normal(2, 7, 7, 4), normal(2, 4, 7, 7)
 HEADS, STATE = normal(3, 2, 5), normal(3, 4)
-
-
-class Projection(nn.Module):
-    """Of attention, under its name there."""
-
-    called: str
-    features: Any
-    axis: Any = -1
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return nn.DenseGeneral(self.features, axis=self.axis, name=self.called)(x)
 
 
 BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
@@ -133,8 +113,6 @@ LINEN = {
     "DenseGeneral": linen(nn.DenseGeneral((2, 3)), FLAT, outputs=(-2, -1)),
     "DenseGeneral of heads": linen(nn.DenseGeneral(4, axis=(-2, -1)), HEADS),
     "DenseGeneral of a batch": linen(nn.DenseGeneral(4, batch_dims=(0,)), HEADS, outputs=(0, 2)),
-    "query": linen(Projection("query", (2, 3)), FLAT, weight="query/kernel", outputs=(-2, -1)),
-    "output of attention": linen(Projection("out", 3, (-2, -1)), HEADS, weight="out/kernel"),
     "Einsum": linen(nn.Einsum((5, 2, 3), "bi,iok->bok"), FLAT, outputs=(1, 2)),
     "Einsum of a matrix": linen(nn.Einsum((5, 3), "bi,io->bo"), FLAT),
     "Einsum of experts": linen(nn.Einsum((2, 5, 3), "bei,eio->beo"), HEADS, outputs=(1, 2)),
@@ -245,7 +223,7 @@ def units_of(layout: Any, shape: tuple[int, ...]) -> Any:
 
 # Cases whose names and ranks are enough for a preset.
 BY_PRESET = {
-    "linen": "Dense|Dense of one|Dense, partitioned|DenseGeneral of heads|query|output of attention"
+    "linen": "Dense|Dense of one|Dense, partitioned|DenseGeneral of heads"
     "|Einsum of a matrix|Conv|Conv 1d|Conv grouped|Conv depthwise|ConvTranspose",
     "nnx": "Linear|Conv",
     "haiku": "Linear|Conv2D grouped|Conv2D in a transpose block|Conv2DTranspose|DepthwiseConv2D",

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import gcx.optax
+from gcx import Layout
 from gcx.plan import LeaveAlone
 
 from jax_models import KEY, KEYS, Stacked, axes_of, plan_of, said
@@ -94,39 +95,12 @@ class WithAnother(nn.Module):
         return nn.Conv(4, (3, 3), name="c", use_bias=False)(x)
 
 
-DENSE = {"bias": "bias", "kernel": "io Dense"}
-LINEAR = {"bias": "bias", "kernel": "io Linear"}
-BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-LINEN: dict[str, tuple[nn.Module, Any, dict[str, str]]] = {
-    "boxed": (nn.Dense(4, kernel_init=BOXED), X, DENSE),
-    "subclass": (Mine(4), X, DENSE),
-    "shared scope": (
-        Adapted(),
-        X,
-        DENSE | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")},
-    ),
-    "setup": (
-        ByUseOfSetup(),
-        jnp.zeros((2, 3), int),
-        {f"blocks_{k}/{name}": text for k in range(2) for name, text in DENSE.items()}
-        | {"embed/embedding": "embedding: a row is an input, not an output unit"},
-    ),
-    "another inside": (
-        WithAnother(),
-        jnp.ones((1, 8, 8, 4)),
-        {"c/kernel": "unknown: two layers have this name, a ConvTranspose and a Conv"},
-    ),
-}
-
-
-@pytest.mark.parametrize(("model", "x", "expected"), LINEN.values(), ids=LINEN)
-def test_modules_of_linen(model: nn.Module, x: Any, expected: dict[str, str]) -> None:
-    assert said(plan_of(model, x)) == expected
-
-
 class Noisy(nn.Module):
     @nn.compact
-    def __call__(self, x: Any, *, train: bool) -> Any:
+    def __call__(self, x: Any, *, train: bool, scale: Any = 1, more: Any = None) -> Any:
+        if more is not None:
+            assert isinstance(more["y"], jax.core.Tracer)
+            x = x @ (more["y"] if scale == 2 else 0)
         x = nn.BatchNorm(use_running_average=not train)(x)
         x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.Dense(4, kernel_init=_traced)(x)
@@ -146,25 +120,8 @@ def test_linen_is_traced_and_nothing_computed() -> None:
     names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
     assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
     assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
-
-
-X1, MASK, RNGS = jnp.zeros((1, 7, 3)), jnp.tril(jnp.ones((3, 3, 4))), nnx.Rngs(0)
-MASKED: dict[str, tuple[Any, ...]] = {
-    "linen": (nn.Conv(4, (3,), mask=MASK), X1),
-    "linen, transposed": (nn.ConvTranspose(4, (3,), mask=MASK), X1),
-    "linen, local": (nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4), X.dtype)), X1),
-    "nnx": (nnx.Conv(3, 4, (3,), mask=MASK, rngs=RNGS),),
-    "nnx, transposed": (nnx.ConvTranspose(3, 4, (3,), mask=MASK, rngs=RNGS),),
-}
-
-
-@pytest.mark.parametrize("model", MASKED.values(), ids=MASKED)
-def test_masked_convolutions_are_left_alone(model: tuple[Any, ...]) -> None:
-    masked = "masked: the mean would take in the entries behind the mask"
-    assert said(plan_of(*model)) == {"bias": "bias", "kernel": masked}
-
-
-# --- nnx: modules that hold modules, lists and each other's parameters ----------------------------
+    options = {"train": False, "scale": 2, "more": {"y": jnp.ones((3, 4))}}
+    assert gcx.optax.layouts(Noisy(), x, **options)["Dense_0/kernel"] == Layout("io")
 
 
 class Held(nnx.Module):
@@ -177,15 +134,64 @@ class Held(nnx.Module):
         self.statistics = nnx.BatchStat(jnp.zeros((2, 2)))
 
 
-def test_parameters_in_lists_and_dicts() -> None:
-    assert said(plan_of(Held())) == {
-        **{
-            f"by_name/inner/{name}": text.replace("Dense", "Linear") for name, text in DENSE.items()
-        },
-        **{f"listed/0/{name}": text.replace("Dense", "Linear") for name, text in DENSE.items()},
-        "listed/1": "unknown: nobody declared Held.listed/1",
-        "tokens": "unknown: nobody declared Held.tokens",
-    }
+def of_another_shape() -> nnx.Module:
+    model = nnx.Linear(4, 6, rngs=RNGS)
+    model.kernel = nnx.Param(jnp.zeros((6, 4)))
+    return model
+
+
+def stacked_along_axis_1() -> nnx.Module:
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+    return nnx.vmap(lambda key: nnx.Linear(4, 6, rngs=nnx.Rngs(key)), out_axes=axes)(KEYS)
+
+
+X1, MASK, RNGS = jnp.zeros((1, 7, 3)), jnp.tril(jnp.ones((3, 3, 4))), nnx.Rngs(0)
+DENSE = {"bias": "bias", "kernel": "io Dense"}
+LINEAR = {"bias": "bias", "kernel": "io Linear"}
+MASKED = {"bias": "bias", "kernel": "masked: the mean would take in the entries behind the mask"}
+BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+# A model with its inputs, and its plan.
+MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
+    "boxed": ((nn.Dense(4, kernel_init=BOXED), X), DENSE),
+    "subclass": ((Mine(4), X), DENSE),
+    "shared scope": (
+        (Adapted(), X),
+        DENSE | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")},
+    ),
+    "setup": (
+        (ByUseOfSetup(), jnp.zeros((2, 3), int)),
+        {f"blocks_{k}/{name}": text for k in range(2) for name, text in DENSE.items()}
+        | {"embed/embedding": "embedding: a row is an input, not an output unit"},
+    ),
+    "another inside": (
+        (WithAnother(), jnp.ones((1, 8, 8, 4))),
+        {"c/kernel": "unknown: two layers have this name, a ConvTranspose and a Conv"},
+    ),
+    "masked": ((nn.Conv(4, (3,), mask=MASK), X1), MASKED),
+    "masked, transposed": ((nn.ConvTranspose(4, (3,), mask=MASK), X1), MASKED),
+    "masked, local": ((nn.ConvLocal(4, (3,), mask=jnp.ones((7, 9, 4), X.dtype)), X1), MASKED),
+    "nnx, masked": ((nnx.Conv(3, 4, (3,), mask=MASK, rngs=RNGS),), MASKED),
+    "nnx, masked, transposed": ((nnx.ConvTranspose(3, 4, (3,), mask=MASK, rngs=RNGS),), MASKED),
+    "nnx, lists and dicts": (
+        (Held(),),
+        {
+            f"{of}/{name}": text
+            for of in ("by_name/inner", "listed/0")
+            for name, text in LINEAR.items()
+        }
+        | {name: f"unknown: nobody declared Held.{name}" for name in ("listed/1", "tokens")},
+    ),
+    "nnx, stacked": ((stacked_along_axis_1(),), {"bias": "bias", "kernel": "ibo Linear"}),
+    "nnx, another shape": (
+        (of_another_shape(),),
+        {"bias": "bias", "kernel": "unknown: the shape is (6, 4), but a Linear has (4, 6)"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "expected"), MODELS.values(), ids=MODELS)
+def test_every_parameter(model: tuple[Any, ...], expected: dict[str, str]) -> None:
+    assert said(plan_of(*model)) == expected
 
 
 class Tied(nnx.Module):
@@ -205,17 +211,3 @@ def test_tied_parameters_of_nnx() -> None:
         "tied, and the rules differ: Linear; "
         "second/embedding: embedding: a row is an input, not an output unit"
     )
-
-
-def test_axis_of_a_stack_of_nnx_may_be_another() -> None:
-    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
-    model = nnx.vmap(lambda key: nnx.Linear(4, 6, rngs=nnx.Rngs(key)), out_axes=axes)(KEYS)
-    assert model.kernel.shape == (4, 3, 6)
-    assert axes_of(plan_of(model)) == {"bias": None, "kernel": (0,)}
-
-
-def test_weight_of_another_shape_than_its_layer_has() -> None:
-    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
-    model.kernel = nnx.Param(jnp.zeros((6, 4)))
-    reason = "unknown: the shape is (6, 4), but a Linear has (4, 6)"
-    assert said(plan_of(model))["kernel"] == reason

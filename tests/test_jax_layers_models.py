@@ -22,34 +22,23 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
+import gcx.diagnostics
 import gcx.optax
 from gcx import Layout
-from gcx.plan import LeaveAlone, Plan
+from gcx.diagnostics.jax import energy_removed
+from gcx.plan import LeaveAlone
 
-from jax_models import IMAGES, KEY, OfEquinox, OfLinen, OfNnx, axes_of, of_haiku, plan_of, said
+from jax_models import IMAGES, KEY, KEYS, OfEquinox, OfLinen, OfNnx, axes_of, plan_of, said
 from reference import centralized, fan_in_means
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
-ATTENTION = "MultiHeadDotProductAttention_0"
-# The plan, the number of parameters, and the names of those with a fan-in, by its axes; others are
-# left alone. The last is the path to a weight, with {} for its name.
-MODELS: dict[str, tuple[Callable[[], Plan], int, dict[tuple[int, ...], str], str]] = {
-    "linen": (
-        lambda: plan_of(OfLinen(), IMAGES),
-        24,
-        {
-            (0,): f"DenseGeneral_0 Dense_0 {ATTENTION}/key {ATTENTION}/query {ATTENTION}/value",
-            (0, 1): f"DenseGeneral_1 {ATTENTION}/out",
-            (0, 1, 2): "Conv_0 Conv_1 ConvTranspose_0",
-            (0, 1, 3): "ConvTranspose_1",
-            (1,): "scanned/Dense_0",
-        },
-        "{}/kernel",
-    ),
-    "nnx": (
-        lambda: plan_of(OfNnx()),
+# The number of parameters, the path to a weight, with {} for its name, and the names of those with
+# a fan-in, by its axes; others are left alone.
+MODELS: dict[Callable[[], Any], tuple[int, str, dict[tuple[int, ...], str]]] = {
+    OfNnx: (
         17,
+        "{}/kernel",
         {
             (0,): "adapted adapted/lora/lora_a adapted/lora/lora_b attention/key attention/query "
             "attention/value head",
@@ -58,39 +47,13 @@ MODELS: dict[str, tuple[Callable[[], Plan], int, dict[tuple[int, ...], str], str
             (0, 1, 3): "up",
             (1,): "stack",
         },
-        "{}/kernel",
     ),
-    "equinox": (
-        lambda: plan_of(OfEquinox()),
+    OfEquinox: (
         17,
-        {(1,): "0 3/query_proj 3/key_proj 3/value_proj 3/output_proj", (1, 2, 3): "1 2", (2,): "6"},
         "layers/{}/weight",
-    ),
-    "haiku": (
-        lambda: plan_of(hk.transform(of_haiku), IMAGES),
-        13,
-        {
-            (0,): "linear lstm/linear",
-            (0, 1, 2): "conv2_d depthwise_conv2_d",
-            (0, 1, 3): "up",
-            (1,): "__layer_stack_no_per_layer/stacked",
-        },
-        "{}/w",
+        {(1,): "0 3/query_proj 3/key_proj 3/value_proj 3/output_proj", (1, 2, 3): "1 2", (2,): "6"},
     ),
 }
-
-
-@pytest.mark.parametrize("case", MODELS)
-def test_every_parameter_of_a_model(case: str) -> None:
-    plan, parameters, names_by_axes, path = MODELS[case]
-    expected = {
-        name if "lora_" in name else path.format(name): axes
-        for axes, names in names_by_axes.items()
-        for name in names.split()
-    }
-    found = axes_of(plan())
-    assert len(found) == parameters
-    assert {name: axes for name, axes in found.items() if axes} == expected
 
 
 # --- rules of the user ----------------------------------------------------------------------------
@@ -157,13 +120,22 @@ def test_packages_bring_rules_and_no_framework_is_imported_before_its_model(tmp_
 RNGS = nnx.Rngs(0)
 
 
-@pytest.mark.parametrize("make", [OfNnx, OfEquinox])
+@pytest.mark.parametrize("make", MODELS)
 def test_a_model_is_layouts_and_parameters(make: Callable[[], Any]) -> None:
     """As are its layouts, and the shapes of it."""
+    count, path, names_by_axes = MODELS[make]
+    expected = {
+        name if "lora_" in name else path.format(name): axes
+        for axes, names in names_by_axes.items()
+        for name in names.split()
+    }
     of_equinox = make is OfEquinox
     model, shapes = make(), (eqx.filter_eval_shape if of_equinox else nnx.eval_shape)(make)
     params = eqx.filter(model, eqx.is_array) if of_equinox else nnx.state(model, nnx.Param)
     plan = gcx.optax.plan(params, model)
+    found = axes_of(plan)
+    assert len(found) == count
+    assert {name: axes for name, axes in found.items() if axes} == expected
     assert gcx.optax.layouts(shapes) == gcx.optax.layouts(model)
     assert gcx.optax.plan(params, gcx.optax.layouts(model)) == plan
     assert gcx.optax.plan(model) == gcx.optax.plan(shapes) == plan
@@ -174,7 +146,7 @@ def test_a_model_is_layouts_and_parameters(make: Callable[[], Any]) -> None:
         updates, _ = optimizer.update(grads, optimizer.init(params))
         results.append(updates)
     jax.tree.map(np.testing.assert_array_equal, *results)
-    for (name, axes), leaf in zip(axes_of(plan).items(), jax.tree.leaves(results[0]), strict=True):
+    for (name, axes), leaf in zip(found.items(), jax.tree.leaves(results[0]), strict=True):
         if axes:
             np.testing.assert_allclose(fan_in_means(leaf, axes), 0, atol=1e-6, err_msg=name)
     with pytest.raises(TypeError, match="needs no example inputs: give the module alone"):
@@ -279,7 +251,50 @@ def test_filtered_trees_of_equinox() -> None:
         assert_means_kept(before.weight, after.weight, (1,))
 
 
+# --- diagnostics ----------------------------------------------------------------------------------
+
+
+def test_energy_of_equinox_modules_as_they_are() -> None:
+    model = eqx.nn.MLP(4, 3, 8, 1, key=KEY)
+    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
+
+    def loss(model: Any, x: Any) -> Any:
+        return jnp.mean(jax.vmap(model)(x) ** 2)
+
+    report = energy_removed(model, batches, loss, layouts=model)
+    grads = [eqx.filter_grad(loss)(model, x).layers[0].weight for x in batches]
+    expected = gcx.diagnostics.energy_removed([[grad] for grad in grads])
+    shares = {row.name: row.share for row in report.rows if row.share}
+    assert shares["layers/0/weight"] == pytest.approx(expected.rows[0].share, rel=1e-5)
+    assert list(shares) == ["layers/0/weight", "layers/1/weight"]
+
+
+def test_energy_of_nnx_modules_by_their_state() -> None:
+    rngs = nnx.Rngs(0)
+    layers = (nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
+    model = nnx.Sequential(*layers)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    before = jax.tree.map(np.array, rest)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
+
+    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
+    report = energy_removed(params, batches, loss, layouts=model)
+    assert [(row.name, row.layout) for row in report.rows if row.share] == [
+        ("layers/0/kernel", Layout("io")),
+        ("layers/2/kernel", Layout("io")),
+    ]
+    assert {row.name: row.reason for row in report.rows}["layers/1/scale"] == "norm"
+    jax.tree.map(np.testing.assert_array_equal, rest, before)
+
+
 # --- errors ---------------------------------------------------------------------------------------
+
+
+def of_haiku(x: Any) -> Any:
+    return hk.Linear(1)(x)
+
 
 WITHOUT_LAYERS = {
     "linen": (OfLinen(), "flax.linen"),
@@ -318,20 +333,6 @@ def test_parameters_of_another_model(wrap: Callable[[Any], Any]) -> None:
     message = r"(?s)nothing to centralize in .*\na .*: the model has no parameter of this name"
     with pytest.raises(ValueError, match=message):
         optimizer.init({"a": jnp.zeros((4, 3)), "b": jnp.zeros((4, 3))})
-
-
-@pytest.mark.parametrize("kind", [nn.Dense, nnx.Linear, eqx.nn.Conv])
-def test_class_of_a_layer_is_no_model(kind: type) -> None:
-    with pytest.raises(TypeError, match=f"layouts is the class {kind.__name__}"):
-        gcx.optax.centralize(kind)
-
-
-def test_flatten_before_it_is_an_error_with_a_model_too() -> None:
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    for layouts in (model, gcx.optax.layouts(model)):
-        optimizer = optax.flatten(gcx.optax.centralize(layouts))
-        with pytest.raises(ValueError, match=r"nothing to centralize|matches no parameter"):
-            optimizer.init(nnx.state(model, nnx.Param))
 
 
 def test_names_of_linen_are_those_within_params() -> None:

@@ -14,7 +14,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.plan import LeaveAlone
 
-from jax_models import KEY, axes_of, plan_of, said
+from jax_models import KEY, plan_of, said
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -77,19 +77,14 @@ jax.tree_util.register_pytree_node(
 
 class Projections(eqx.Module):
     query: Any
-    key: Any
     value: Any
 
 
 def test_fields_of_equinox() -> None:
     """One may be called value, or hold a node without keys."""
-    names = ("query", "key", "value")
-    gcx.optax.register_layer(Projections)(dict.fromkeys(names, "oi"))
-    model = Projections(*jnp.ones((3, 4, 2)))
-    assert axes_of(plan_of(model)) == dict.fromkeys(names, (1,))
     layer = eqx.nn.Linear(4, 3, use_bias=False, key=KEY)
-    found = said(plan_of(Projections(Opaque(layer), None, None)))
-    assert found == {"query/0/weight": "oi Linear"}
+    found = said(plan_of(Projections(Opaque(layer), layer)))
+    assert found == {"query/0/weight": "oi Linear", "value/weight": "oi Linear"}
 
 
 # --- Haiku ----------------------------------------------------------------------------------------
@@ -164,6 +159,11 @@ HAIKU: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "b/layer/b": "bias",
             "b/layer/w": "bioi ConvNDTranspose",
         },
+    ),
+    "LSTM": (
+        lambda x: hk.LSTM(4)(x, hk.LSTMState(*jnp.zeros((2, 2, 4)))),
+        X,
+        {"lstm/linear/b": "bias", "lstm/linear/w": "io Linear"},
     ),
     "stack and head": (
         lambda x: hk.Linear(3)(stack(made(hk.Linear, 8))(x)),

@@ -45,14 +45,9 @@ def test_is_a_sequence_of_rows_and_a_value() -> None:
     assert isinstance(PLAN, Sequence)
     assert len(PLAN) == 3
     assert list(PLAN) == ROWS
-    assert list(reversed(PLAN)) == ROWS[::-1]
-    assert PLAN[0] is ROWS[0]
-    assert PLAN[-1].name == "temperature"
-    assert ROWS[1] in PLAN
-    assert PLAN.index(ROWS[1]) == 1
+    assert PLAN[-1] is ROWS[-1]
     with pytest.raises(IndexError):
         PLAN[3]
-    assert isinstance(PLAN[1:], Plan)
     assert PLAN[1:] == Plan(ROWS[1:])
     assert str(PLAN[:1]).endswith("1 of 1 parameters centralized")
     assert Plan(ROWS) == PLAN
@@ -72,7 +67,12 @@ def test_prints_as_a_table() -> None:
     assert repr(PLAN) == "<gcx plan: 1 of 3 parameters centralized>"
 
 
-def test_a_LONG_PLAN_prints_by_reason_and_layout() -> None:
+def test_a_long_one_prints_by_reason_and_layout() -> None:
+    _, *lines, counts = LONG_PLAN.table().splitlines()
+    assert [line.split()[0] for line in lines] == [row.name for row in LONG]
+    assert counts == "48 of 63 parameters centralized"
+    assert str(Plan(LONG[:40])) == Plan(LONG[:40]).table()
+    assert str(Plan(LONG[:41])).startswith(Plan(LONG[:41]).summary())
     assert str(LONG_PLAN).splitlines() == [
         "parameters  elements  layout  reason            names",
         "         1       400  -       embedding         embed.weight",
@@ -81,27 +81,6 @@ def test_a_LONG_PLAN_prints_by_reason_and_layout() -> None:
         "        48     1,152  o...    Linear            blocks.*.up*.w, blocks.*.q.weight, ...",
         "         1         1  -       scalar            temperature",
         "48 of 63 parameters centralized; plan.table() shows every row",
-    ]
-
-
-def test_how_it_prints_goes_by_the_number_of_rows() -> None:
-    assert str(Plan(LONG[:40])) == Plan(LONG[:40]).table()
-    assert str(Plan(LONG[:41])).startswith(Plan(LONG[:41]).summary())
-
-
-def test_table_has_every_row_of_a_LONG_PLAN() -> None:
-    _, *lines, counts = LONG_PLAN.table().splitlines()
-    assert [line.split()[0] for line in lines] == [row.name for row in LONG]
-    assert counts == "48 of 63 parameters centralized"
-
-
-def test_summary_of_a_short_plan() -> None:
-    assert PLAN.summary().splitlines() == [
-        "parameters  elements  layout  reason              names",
-        "         1       216  o...    Conv2d              conv.weight",
-        "         1         8  -       bias                conv.bias",
-        "         1         1  -       no layer gcx knows  temperature",
-        "1 of 3 parameters centralized",
     ]
 
 

@@ -95,33 +95,24 @@ def test_nothing_to_check_is_an_error(xp: ArrayLibrary, shape: tuple[int, ...]) 
 
 
 def test_arguments_are_those_of_centralize(xp: ArrayLibrary) -> None:
-    x = xp.asarray(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match=r"layout 'ioo' .*rank 3"):
-        assert_centralized(x, layout="ioo")
-    with pytest.raises(ValueError, match="axis 2 is out of range"):
-        assert_centralized(x, axis=2)
     with pytest.raises(TypeError, match="layout or axis, not both"):
-        assert_centralized(x, axis=1, layout="...o")
+        assert_centralized(xp.asarray(np.zeros((3, 4))), axis=1, layout="...o")
     with pytest.raises(TypeError, match=r"not .*int64"):
         assert_centralized(xp.asarray(np.zeros((3, 4)), "int64"))
-    with pytest.raises(TypeError, match="expected an array"):
-        assert_centralized([[0.0, 0.0]])
 
 
+@pytest.mark.parametrize("rate", [1e-4, 1e6])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_weights_after_real_training(xp: ArrayLibrary, dtype: str) -> None:
-    """Small steps, so that rounding of the weights is large beside their change."""
-    start = weights = xp.asarray(values(8, 64), dtype)
-    drifting = start
-    for k in range(20):
-        grad = xp.asarray(values(8, 64) * np.linspace(k, 1, 64), dtype)
-        weights = weights - 1e-4 * gcx.centralize(grad)
-        drifting = drifting - 1e-4 * grad
-    assert_centralized(weights, start=start)
+def test_rounding_is_that_of_the_larger_weights(xp: ArrayLibrary, dtype: str, rate: float) -> None:
+    """In a small step it is large beside their change."""
+    start, grad = (xp.asarray(values(8, 64, seed=seed), dtype) for seed in (0, 1))
+    moved = start - rate * gcx.centralize(grad)
+    assert_centralized(moved, start=start)
+    assert_centralized(start, start=moved)
     with pytest.raises(
         AssertionError, match=r"the change of a mean over axes .* With Adam .*p\.grad"
     ):
-        assert_centralized(drifting, start=start)
+        assert_centralized(start - rate * grad, start=start)
 
 
 def test_start_is_of_other_weights_of_the_same_shape(xp: ArrayLibrary) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gcx._frameworks import needing
 from gcx._table import aligned, html_table
 from gcx.layout import Layout
 from gcx.plan import Plan, PlanRow, cells, count_centralized
@@ -119,23 +120,16 @@ class EnergyReport:
         shares = {row.name: row.share for row in self.rows if row.share is not None}
         if not shares:
             raise ValueError(f"there is no share to draw:\n{self}")
-        try:
+        with needing("matplotlib", "matplotlib"):
             from matplotlib.figure import Figure
             from matplotlib.ticker import PercentFormatter
-        except ImportError as error:
-            raise ImportError(
-                f"bar_chart needs matplotlib ({error}): pip install matplotlib"
-            ) from error
         figure = Figure(figsize=(8, 1.6 + 0.3 * len(shares)), layout="constrained")
         axes = figure.subplots()  # in colours that people who are colour-blind can tell apart
-        places = range(len(shares))
         removed, lowest, highest, by_chance = zip(*shares.values(), strict=True)
-        axes.barh(places, removed, color="#0072B2", label="all batches")
-        label = "least and most in a batch"
-        axes.hlines(places, lowest, highest, color="black", label=label)
+        axes.barh([*shares], removed, color="#0072B2", label="all batches")
+        axes.hlines([*shares], lowest, highest, color="black", label="least and most in a batch")
         label = "by chance: 1 / fan-in"
-        axes.plot(by_chance, places, "|", color="#D55E00", label=label, ms=12, mew=2)
-        axes.set_yticks(places, list(shares))
+        axes.plot(by_chance, [*shares], "|", color="#D55E00", label=label, ms=12, mew=2)
         axes.invert_yaxis()
         axes.set(xlim=(0, None), xlabel="share of the gradient's energy that GC removes")
         axes.set_title(f"Gradient Centralization, {self._batches()}")

@@ -3,8 +3,7 @@
 from gcx._frameworks import needing
 
 with needing("keras", '"gcx[keras]"'):
-    from gcx.keras._centralize import centralize
-    from gcx.keras._optimizer import Centralized, GradientCentralization
+    from gcx.keras._optimizer import Centralized, GradientCentralization, centralize
     from gcx.keras._plan import plan, register_layer
 
 __all__ = ["Centralized", "GradientCentralization", "centralize", "plan", "register_layer"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import optax
 
-from gcx._decisions import decide_row, no_fan_in
+from gcx._decisions import decide_row
 from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._layouts import layouts_for
 from gcx._names import match_all
-from gcx._rules import Answer
+from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.optax._models import decide, framework_of
@@ -24,8 +24,8 @@ from gcx.plan import LeaveAlone, Plan, PlanRow
 # A preset, a plan, a mapping, a function, or a model, whose framework need not be installed.
 Layouts = str | Plan | Mapping[str, Answer] | Callable[[str, Any], Answer] | object
 
-# From name and array to layout (or None) and reason.
-Found = tuple[LayoutLike | None, str]
+# From name and array to the answer, and the rule that gives it.
+Found = tuple[LayoutLike | LeaveAlone, str]
 NameRule = Callable[[str, Any], Found]
 
 # From the names in a tree to a rule.
@@ -75,7 +75,7 @@ _NO_KERNELS: tuple[tuple[str, None, str], ...] = (
 )
 
 _PRESET_NAMES = ", ".join(map(repr, PRESETS))
-_NO_RULE = None, "unknown: no rule for this name"
+_NO_RULE = LeaveAlone(NO_RULE), ""
 
 
 def layouts(
@@ -111,7 +111,10 @@ def layouts(
     ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
-    rows = decide(model, example_inputs, keyword_inputs)
+    return _layouts_of(decide(model, example_inputs, keyword_inputs))
+
+
+def _layouts_of(rows: Mapping[str, PlanRow]) -> dict[str, Layout | LeaveAlone]:
     return {
         name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
         for name, row in rows.items()
@@ -190,13 +193,12 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
         ) from None
     if not is_numeric:
         return PlanRow(name, shape, None, "not of floating dtype")
-    chosen, reason = rule(name, leaf)
-    if chosen is None:
-        vector = no_fan_in(shape) if reason.startswith("unknown") else ""
-        return PlanRow(name, shape, None, vector or reason)
-    row = decide_row(name, shape, chosen, reason)
-    if row.layout is None and is_split and as_layout(chosen).split(shape)[1]:
-        return row._replace(layout=as_layout(chosen), reason=reason)  # a part of a longer fan-in
+    answer, reason = rule(name, leaf)
+    row = decide_row(name, shape, answer, reason)
+    if row.layout is None and is_split and not isinstance(answer, LeaveAlone):
+        layout = as_layout(answer)
+        if layout.split(shape)[1]:  # a part of a longer fan-in
+            return row._replace(layout=layout, reason=reason)
     return row
 
 
@@ -220,8 +222,8 @@ def source_of(layouts: Layouts) -> Source:
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-        found = {name: (row.layout, row.reason) for name, row in decide(layouts).items()}
-        absent = None, "unknown: the model has no parameter of this name"
+        found = {name: _as_given(answer) for name, answer in _layouts_of(decide(layouts)).items()}
+        absent = LeaveAlone("unknown: the model has no parameter of this name"), ""
         return lambda _: lambda name, _leaf: found.get(name, absent)
     if isinstance(layouts, type):
         name = layouts.__name__
@@ -248,7 +250,7 @@ def _guess(preset: str, name: str, leaf: Any) -> Found:
         if not re.search(f"{pattern}$", f"/{name}"):
             continue
         if layout is None:
-            return None, reason
+            return LeaveAlone(reason), ""
         with suppress(ValueError):  # of another rank
             if as_layout(layout).fan_in_axes(leaf.ndim):
                 return layout, f"guess by name: {reason}"
@@ -257,7 +259,8 @@ def _guess(preset: str, name: str, leaf: Any) -> Found:
 
 def _look_up(plan: Plan, name: str, leaf: Any) -> Found:
     (layout,) = layouts_for([(name, leaf)], plan, like=None)
-    return layout, plan[name].reason
+    reason = plan[name].reason
+    return layout or LeaveAlone(reason), reason
 
 
 def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
@@ -279,6 +282,5 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
 
 
 def _as_given(answer: Answer) -> Found:
-    if isinstance(answer, LeaveAlone):
-        return None, answer.reason
-    return answer, answer.layer if isinstance(answer, _LayerLayout) else "as given"
+    given = LeaveAlone("as given") if answer is None else answer
+    return given, given.layer if isinstance(given, _LayerLayout) else "as given"

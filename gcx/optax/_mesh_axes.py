@@ -21,16 +21,15 @@ def read_axis_name(axis_name: AxisName) -> MeshAxes:
     if axis_name is None:
         return {}
     given = axis_name if isinstance(axis_name, Mapping) else {"*": axis_name}
-    return {path: _as_tuple(names) for path, names in given.items()}
-
-
-def _as_tuple(names: _Names) -> tuple[str, ...]:
-    axes = () if names is None else names if isinstance(names, tuple) else (names,)
-    if not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(
-            f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
-        )
-    return axes
+    mesh_axes = {}
+    for path, names in given.items():
+        axes = names if isinstance(names, tuple) else () if names is None else (names,)
+        if not all(isinstance(axis, str) for axis in axes):
+            raise TypeError(
+                f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
+            )
+        mesh_axes[path] = axes
+    return mesh_axes
 
 
 def axes_by_path(mesh_axes: MeshAxes, names: Names) -> MeshAxes:

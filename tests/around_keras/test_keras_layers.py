@@ -271,10 +271,6 @@ def test_who_answers_for_a_layer() -> None:
     assert (second.layout, second.reason) == (None, "left alone by an override")
     overrides = {"pair/w": LeaveAlone("frozen by hand"), "*": "..."}
     assert gcx.keras.plan(layer, overrides=overrides)[0][2:4] == (None, "frozen by hand")
-
-
-def test_an_override_is_a_layout() -> None:
-    layer = built(Bilinear(name="pair"), (2, 4))
     with pytest.raises(TypeError, match=r"^overrides: pair/w: a layout is a string .* not int"):
         gcx.keras.plan(layer, overrides={"pair/w": 0})  # type: ignore[dict-item]
 

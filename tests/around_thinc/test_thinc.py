@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from gcx.testing import assert_centralized
 
 import canonical_order
 import reference
+from copies import COPIES
 from same_bits import assert_same_bits
 
 PIXELS, DIGITS = load_digits(return_X_y=True)
@@ -147,11 +147,7 @@ def test_bits_that_cannot_be_promised_are_an_error() -> None:
     assert type(optimizer) is api.Optimizer
 
 
-def pickled(optimizer: Any) -> Any:
-    return pickle.loads(pickle.dumps(optimizer))
-
-
-@pytest.mark.parametrize("copied_by", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("copied_by", [copy.copy, copy.deepcopy, COPIES["pickle"]])
 def test_subclasses_of_the_optimizer(copied_by: Callable[[Any], Any]) -> None:
     model = network()
     start = weights(model)

@@ -23,14 +23,13 @@ def forward(model: Any, x: Any, is_train: bool) -> Any:
 
 
 def registered(rule: Any) -> Any:
-    """A layer of one's own, of the weights W and V, with a rule."""
+    """A layer of one's own, of the weight W, with a rule."""
 
     def forward(model: Any, x: Any, is_train: bool) -> Any:
         raise AssertionError
 
     gcx.thinc.register_layer(forward)(rule)
-    weight = np.ones((3, 4), "float32")
-    return api.Model("mine", forward, params={"W": weight, "V": weight})
+    return api.Model("mine", forward, params={"W": np.ones((3, 4), "float32")})
 
 
 DENSE = [
@@ -83,13 +82,6 @@ def test_each_piece_of_maxout_is_a_unit() -> None:
     np.testing.assert_array_equal(support(layer, lambda: layer.predict(x)[0, 1]), expected)
 
 
-def test_windows_of_a_convolution_are_dense() -> None:
-    model = api.with_array(api.chain(api.expand_window(1), api.Mish(nO=4, nI=9)))
-    sentences = [np.ones((5, 3), "float32")]
-    model.initialize(X=sentences)
-    assert list(decisions(model).values()) == ["oi", "bias"]
-
-
 WITHOUT_FAN_IN: list[tuple[Any, dict[str, str]]] = [
     (api.Embed(nO=3, nV=5), {"embed.E": "embedding"}),
     (api.HashEmbed(nO=3, nV=5), {"hashembed.E": "embedding"}),
@@ -131,16 +123,6 @@ def test_unknown_layers_are_listed_until_they_are_registered() -> None:
         gcx.thinc.register_layer("linear")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the forward function of a layer, not <thinc"):
         gcx.thinc.register_layer(layer)
-
-
-def test_rules_may_have_globs_and_be_mappings() -> None:
-    for rule in ({"V": None, "?": "oi"}, lambda layer: {"V": None, "?": "oi"}):
-        found = {"mine.W": "oi", "mine.V": "left alone by the rule of mine"}
-        assert decisions(registered(rule)) == found
-    with pytest.raises(
-        TypeError, match=r"^the rule of .*forward is a mapping or a function, not 'oi'"
-    ):
-        registered("oi")
     with pytest.raises(TypeError, match=r"^the rule of .*forward returned None; a rule returns"):
         gcx.thinc.plan(registered(lambda layer: None))
 

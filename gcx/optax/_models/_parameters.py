@@ -61,11 +61,6 @@ def _with_stack(layout: Layout, shape: Shape, own_shape: Shape | None) -> Layout
     """Add the axes that the layer itself does not have; None if no place for them fits.
 
     If its own shape is not known, they are in front, where `vmap` and `scan` put them.
-
-    >>> _with_stack(Layout("...o"), (3, 6, 8, 4), (3, 8, 4))
-    Layout('ibio')
-    >>> _with_stack(Layout("io"), (6, 8, 4), None)
-    Layout('bio')
     """
     if layout.is_split or shape == own_shape:
         return layout

@@ -22,7 +22,6 @@ from gcx.backends.cuda.launcher import Schedule
 from gcx.testing import assert_centralized
 from gcx.torch._fused import SGD, AdamW
 
-from copies import COPIES
 from torch_fused_steps import (
     BASES,
     CASES,
@@ -39,7 +38,6 @@ from torch_fused_steps import (
     new_net,
     step,
     step_by_closure,
-    step_without_some,
     train,
 )
 from torch_kernels import (
@@ -106,17 +104,6 @@ def test_steps_of_other_nets(case: str, net: str, steps: int, device: Device) ->
     assert_steps_of_torch(device, *both(case, OTHER_NETS[net](), fused=True), steps)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_that_are_not_there_in_each_step(case: str, device: Device) -> None:
-    """In torch, the fused step of SGD fails if momentum begins at different times."""
-    ours, reference = both(case, Net(), foreach=False)
-    assert_steps_of_torch(device, ours, reference, 7, step_without_some)
-    assert launched(device) == 7 * 10 - 5 * 2
-    if CASES[case][0] is AdamW:
-        counts = {state["step"].item() for state in ours[1].state.values()}
-        assert counts == {7.0, 2.0}
-
-
 def groups_of(model: Any) -> list[dict[str, Any]]:
     vectors = [p for p in model.parameters() if p.ndim == 1]
     rest = [model.up.weight, model.down.weight]
@@ -146,27 +133,6 @@ def test_numbers_of_float64_are_not_rounded(options: Any, device: Device) -> Non
     train(range(3), (model, optimizer), (twin, reference))
     assert optimizer.fallbacks == [""]
     assert distance(model.head, twin.head) <= 8  # rounded to float32, millions
-
-
-@pytest.mark.parametrize("case", TYPICAL)
-def test_checkpoint_goes_on_anywhere(case: str, device: Device) -> None:
-    """In torch, with hooks or without; in ours; and back, in the middle of it."""
-    ours, reference = both(case, Net(), fused=True)
-    train(range(3), ours)
-    again = copy.deepcopy(ours[0])
-    others = [CASES[case][0](again), BASES[CASES[case][0]](Net().parameters())]
-    for other in others:
-        other.load_state_dict(copy.deepcopy(ours[1].state_dict()))
-        assert str(other.state_dict()) == str(ours[1].state_dict())
-    load(reference, ours, fused=True)
-    train(range(3, 6), ours, reference, (again, others[0]))
-    assert_equal(again, ours[0])
-    assert_close_states(others[0], ours[1])
-    assert distance(ours[0], reference[0]) <= 2
-    load(ours, reference, fused=None)
-    train(range(6, 9), ours, reference)
-    assert ours[1].fallbacks == [""]
-    assert distance(ours[0], reference[0]) <= 2
 
 
 @pytest.mark.parametrize("case", TYPICAL)
@@ -217,14 +183,6 @@ def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
         assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * top
 
 
-def load(pair: Pair, saved: Pair, *, fused: bool | None) -> None:
-    pair[0].load_state_dict(saved[0].state_dict())
-    checkpoint = copy.deepcopy(saved[1].state_dict())
-    for group in checkpoint["param_groups"]:
-        group["fused"] = fused
-    pair[1].load_state_dict(checkpoint)
-
-
 @pytest.mark.parametrize("case", TYPICAL)
 def test_switch_turned_in_mid_training(case: str, device: Device) -> None:
     ours, reference = both(case, Net())
@@ -251,18 +209,6 @@ def test_options_turned_in_mid_training(device: Device) -> None:
     assert launched(device) == 30
 
 
-def test_errors_come_before_anything_is_changed(device: Device) -> None:
-    model = Net()
-    groups = [{"params": layer.parameters()} for layer in (model.conv, model.head)]
-    optimizer, before = SGD(groups, model=model), copy.deepcopy(model)
-    give_gradients(0, model)
-    model.head.weight.grad = model.head.weight.grad.to_sparse()
-    with pytest.raises(TypeError, match=r"head\.weight has a gradient of layout torch\.sparse"):
-        optimizer.step()
-    assert_equal(model, before)
-    assert not device.runs
-
-
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock(wraps=Schedule)
     monkeypatch.setattr(_torch_cuda, "Schedule", made)
@@ -274,17 +220,6 @@ def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch
         optimizer.step()
     assert made.call_count == 10
     assert device.tensors == {"Sgd": 80}
-
-
-@pytest.mark.parametrize("copied", COPIES)
-def test_copies_step_by_kernels(copied: str, device: Device) -> None:
-    model = Net()
-    optimizer = SGD(model, momentum=0.9)
-    step(0, model, optimizer)
-    twin = COPIES[copied]((model, optimizer))
-    train([1], (model, optimizer), twin)
-    assert device.tensors == {"SgdMomentum": 30}
-    assert_equal(twin[0], model)
 
 
 @pytest.mark.parametrize("case", TYPICAL)

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from gcx.backends import _torch_cuda
 from gcx.backends.cuda.launcher import Schedule
-from gcx.testing import assert_centralized
 from gcx.torch._fused import SGD, AdamW
 
 from torch_fused_steps import (
-    BASES,
     CASES,
     STEPS,
     TYPICAL,
@@ -46,9 +44,6 @@ from torch_kernels import (
     distance,
     everywhere,
     give_gradients,
-    no_waiting,
-    on_cuda,
-    on_gpu,
 )
 
 
@@ -167,22 +162,6 @@ def assert_one_unit_apart(found: Tensor, expected: Tensor) -> None:
     assert (units[0] - units[1]).abs().max() <= 1
 
 
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
-    """A step from the same weights, with gradients that were rounded before, is a unit away."""
-    model = new_net(device, dtype=dtype)
-    twin = copy.deepcopy(model)
-    options = {"lr": 2**-6, "weight_decay": 2**-4}
-    optimizer, reference = kind(model, **options), hooked(twin, kind, fused=True, **options)
-    train([0], (model, optimizer), (twin, reference))
-    assert optimizer.fallbacks == [""]
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-        top = other.detach().abs().max()
-        assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * top
-
-
 @pytest.mark.parametrize("case", TYPICAL)
 def test_switch_turned_in_mid_training(case: str, device: Device) -> None:
     ours, reference = both(case, Net())
@@ -234,143 +213,3 @@ def test_tensors_that_share_memory_are_left_to_torch(case: str, device: Device) 
     assert_equal(ours[0][1], reference[0][1])
     assert_close(ours[0], reference[0])
     assert launched(device) == 4
-
-
-# A GPU alone
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_steps_do_not_wait(kind: Any, device: Device) -> None:
-    """There is a launch for each kind of kernel.
-
-    These are for rows, long rows, columns, tensors without a fan-in, and two for split columns.
-    """
-    model = new_net(device)
-    optimizer = kind(model)
-    step(0, model, optimizer)
-    with no_waiting():
-        for _ in range(3):
-            for p in model.parameters():
-                p.grad = p.grad.clone()  # at another address
-            optimizer.step()
-    assert on_gpu(optimizer.step) == {"gcx_kernel": 6}
-
-
-@on_cuda
-def test_addresses_that_change(device: Device) -> None:
-    ours, reference = both("sgd", new_net(device), fused=True)
-    kept = []
-    for k in range(50):
-        kept.append(torch.empty(1 + 1000 * (k % 7), device="cuda"))  # so that others are taken
-        train([k], ours, reference)
-        ours[1].zero_grad()
-    assert distance(ours[0], reference[0]) <= 2
-
-
-def two_of(kind: Any, device: Device, **options: Any) -> tuple[Pair, Pair]:
-    """Both ours, of which the second takes its steps as usual."""
-    nets = new_net(device), new_net(device)
-    (one, other) = ((net, kind(net, **options)) for net in nets)
-    return one, other
-
-
-@on_cuda
-def test_captured_step(device: Device) -> None:
-    (model, optimizer), usual = two_of(SGD, device, lr=1e-3, momentum=0.9)
-    train([0], (model, optimizer), usual)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    for k in range(1, 5):
-        give_gradients(k, usual[0])
-        for p, of_usual in zip(model.parameters(), usual[0].parameters(), strict=True):
-            p.grad.copy_(of_usual.grad)
-        graph.replay()
-        usual[1].step()
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-def test_other_stream(device: Device) -> None:
-    (model, optimizer), usual = two_of(AdamW, device)
-    stream = torch.cuda.Stream()
-    for k in range(5):
-        give_gradients(k, model, usual[0])
-        usual[1].step()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream if k % 2 else torch.cuda.current_stream()):
-            optimizer.step()
-        torch.cuda.current_stream().wait_stream(stream)
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
-def test_compiled_step(device: Device) -> None:
-    (model, optimizer), usual = two_of(AdamW, device)
-    compiled = torch.compile(optimizer.step, backend="aot_eager")
-    for k in range(3):
-        give_gradients(k, model, usual[0])
-        compiled()
-        usual[1].step()
-    torch.compiler.reset()
-    assert optimizer.fallbacks == [""]
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_corollary_in_training(kind: Any, device: Device) -> None:
-    """With autocast and a GradScaler; AdamW has no such corollary, and goes down all the same."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).cuda()
-    optimizer = kind(model, lr=1e-3)
-    scaler = torch.amp.GradScaler("cuda")
-    x, y = torch.rand(32, 3, 8, 8, device="cuda"), torch.randint(10, (32,), device="cuda")
-    start = [model[k].weight.detach().clone() for k in (0, 3)]
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=torch.float16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-    assert optimizer.fallbacks == [""]
-    assert losses[-1] < losses[0]
-    if kind is SGD:
-        for k, weight in zip((0, 3), start, strict=True):
-            assert_centralized(model[k].weight, start=weight)
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_checkpoint_of_the_gpu_goes_on_there_and_on_the_cpu(kind: Any, device: Device) -> None:
-    model = new_net(device)
-    optimizer = kind(model)
-    step(0, model, optimizer)
-    plain = BASES[kind](copy.deepcopy(model).parameters())
-    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert all(s["step"].is_cpu for s in plain.state.values() if "step" in s)
-    on_cpu = copy.deepcopy(model).cpu()
-    other = kind(on_cpu)
-    other.load_state_dict(optimizer.state_dict())
-    train([1], (model, optimizer), (on_cpu, other))
-    for p, cpu_p in zip(model.parameters(), on_cpu.parameters(), strict=True):
-        torch.testing.assert_close(p.cpu(), cpu_p, rtol=1e-5, atol=1e-7)
-
-
-@on_cuda
-def test_what_is_left_to_torch(device: Device) -> None:
-    """Weights on the CPU, in the same group as those that the kernel takes."""
-    layers = [nn.Linear(8, 4, device="cuda"), nn.Linear(8, 4)]
-    ours, reference = both("sgd", nn.ModuleList(layers))
-    give_gradients(0, ours[0], reference[0])
-    (reason,) = ours[1].fallbacks
-    assert "on cpu" in reason
-    ours[1].step()
-    reference[1].step()
-    for one, other in zip(ours[0].parameters(), reference[0].parameters(), strict=True):
-        torch.testing.assert_close(one, other)

@@ -54,10 +54,6 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
         raise TypeError(f"reproducible=True is for plain arrays, not {kind}; use np.asarray(grad)")
 
 
-def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
-    return array.reshape(shape)
-
-
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     if _is_narrow(x):
         x = x.astype(np.float32)

@@ -229,18 +229,6 @@ def test_subclass_with_a_step_of_its_own(device: Device) -> None:
     assert device.tensors == {"Sgd": 10}
 
 
-def test_fallbacks_of_a_model_with_replaced_parameters(device: Device) -> None:
-    """They can be asked for, though a step is an error."""
-    model = Net()
-    optimizer = SGD(model)
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    (reason,) = optimizer.fallbacks
-    assert reason.startswith("conv.weight was replaced in the model")
-    with pytest.raises(RuntimeError, match="was replaced in the model"):
-        optimizer.step()
-    assert not device.runs
-
-
 @pytest.fixture
 def mesh() -> Iterator[Any]:
     """A mesh of one process."""

@@ -115,12 +115,12 @@ class Layout:
         shape = tuple(shape)
         if not self.is_split:
             return shape, self.fan_in_axes(len(shape))
-        if len(shape) < min(2, len(self._head) + len(self._tail)):  # as in `fan_in_axes`, a bias
-            return shape, ()
-        axes = zip(self._list_axes(len(shape)), shape, strict=True)
-        sizes = [part for axis, size in axes for part in self._split_axis(axis, size, shape)]
-        letters = self.letters(len(shape))
-        return tuple(sizes), tuple([k for k, letter in enumerate(letters) if letter == "i"])
+        axes = self._find_axes(len(shape))
+        if not axes:
+            return shape, axes
+        each = zip(self._list_axes(len(shape)), shape, strict=True)
+        sizes = [part for axis, size in each for part in self._split_axis(axis, size, shape)]
+        return tuple(sizes), axes
 
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
@@ -133,9 +133,10 @@ class Layout:
         return "".join(part for axis in self._list_axes(ndim) for part in axis)
 
     def _find_axes(self, ndim: int) -> tuple[int, ...]:
-        if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
-            return ()
-        return tuple([k for k, axis in enumerate(self._list_axes(ndim)) if axis == ["i"]])
+        """Find the axes of `split` that are fan-in."""
+        is_bias = ndim == 1 < len(self._head) + len(self._tail) and re.search("[ob]", self._text)
+        letters = "" if ndim == 0 or is_bias else self.letters(ndim)
+        return tuple([k for k, letter in enumerate(letters) if letter == "i"])
 
     def _list_axes(self, ndim: int) -> list[list[str]]:
         named = len(self._head) + len(self._tail)

@@ -61,19 +61,15 @@ class _Host:
     """See `gcx.backends.cuda.launcher.Host`."""
 
     out_of_memory = torch.OutOfMemoryError
+    capability = staticmethod(torch.cuda.get_device_capability)
+    is_capturing = staticmethod(torch.cuda.is_current_stream_capturing)
 
     def current(self, device: int) -> AbstractContextManager[object]:
         is_current = torch.cuda.current_device() == device
         return nullcontext() if is_current else torch.cuda.device(device)
 
-    def capability(self, device: int) -> tuple[int, int]:
-        return torch.cuda.get_device_capability(device)
-
     def stream(self, device: int) -> int:
         return torch.cuda.current_stream(device).cuda_stream
-
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
 
     def allocate(self, device: int, size: int) -> tuple[int, object]:
         memory = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))

@@ -22,21 +22,14 @@ import processes
 from torch_fused_steps import new_net
 from torch_kernels import (
     Device,
-    emulated,
     everywhere,
     give_gradients,
+    make_device,
     on_gpu,
 )
 
 # Launches of a step, of rows and of columns; on a GPU, long rows too, and some columns take two.
 LAUNCHES, KERNELS = 2, 5
-
-
-def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
-    """Make a device on which the hooks find kernels."""
-    if name == "emulated":
-        patch.setattr(Tensor, "is_cuda", True)
-    return Device(name, patch)
 
 
 def sgd(model: nn.Module, **options: Any) -> SGD:
@@ -109,7 +102,6 @@ def test_launches_for_each_dtype_and_rate_of_decay(device: Device) -> None:
     assert added_by_hooks(device, model, optimizer) == 3 * launches_on(device)
 
 
-@emulated
 def test_groups_of_one_rate_are_launched_together(device: Device) -> None:
     model = new_net(device)
     groups = [{"params": [p], "lr": 0.01 * k} for k, p in enumerate(model.parameters())]
@@ -117,7 +109,6 @@ def test_groups_of_one_rate_are_launched_together(device: Device) -> None:
     assert device.launches == 3 * LAUNCHES
 
 
-@emulated
 def test_rate_in_a_tensor_is_not_waited_for(device: Device) -> None:
     """As a GradScaler sets it, while the gradients are still scaled."""
     model = new_net(device)
@@ -133,7 +124,6 @@ def test_rate_in_a_tensor_is_not_waited_for(device: Device) -> None:
     torch.testing.assert_close(model.head.weight.grad, expected)
 
 
-@emulated
 def test_torch_centralizes_what_the_kernels_do_not_take(device: Device) -> None:
     class Marked(Tensor):
         """A type of tensor that may do anything."""
@@ -154,7 +144,6 @@ def test_torch_centralizes_what_the_kernels_do_not_take(device: Device) -> None:
         torch.testing.assert_close(layer.weight.grad.as_subclass(Tensor), grad)
 
 
-@emulated
 def test_gradients_now(where: Any, device: Device) -> None:
     model = new_net(device)
     handle = gcx.torch.centralize(AdamW(model.parameters()), model, where=where)
@@ -167,7 +156,6 @@ def test_gradients_now(where: Any, device: Device) -> None:
         torch.testing.assert_close(model.head.weight.grad, expected)
 
 
-@emulated
 @pytest.mark.parametrize(("name", "error"), [("grad", TypeError), ("data", RuntimeError)])
 def test_errors_come_before_the_launch(name: str, error: type[Exception], device: Device) -> None:
     model = new_net(device)
@@ -185,7 +173,6 @@ def test_errors_come_before_the_launch(name: str, error: type[Exception], device
     assert device.launches == LAUNCHES
 
 
-@emulated
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"maximize": True}])

@@ -16,15 +16,9 @@ from torch import Tensor
 import gcx
 from gcx.backends import _torch
 
-from torch_kernels import EMULATED, Device
+from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
 HOUSE = str(Path(gcx.__file__).parent)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    return Device(EMULATED, monkeypatch)
 
 
 def count_frames(device: Device, call: Callable[[], object]) -> tuple[int, int]:

@@ -14,13 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gcx
 from gcx.backends import _torch_cuda
 
-from torch_kernels import EMULATED, Device
+from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    return Device(EMULATED, monkeypatch)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def launch(grad: Tensor, axes: tuple[int, ...], out: Tensor | None = None) -> Tensor | None:

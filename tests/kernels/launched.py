@@ -185,11 +185,13 @@ def _launch(
     wide = np.float64 if variant.dtype == "float64" else np.float32
     partials = np.full(blocks * 8 * variant.pack, np.nan, wide)
     work.partials = partials.ctypes.data
+    parameters = ctypes.c_void_p(ctypes.addressof(work))
+    size = (blocks, 1, 1, variant.threads, 1, 1)
     is_split = variant.kernel == "split columns"
     for name in ("column_sums", "split_columns") if is_split else (variant.kernel,):
         code = driver.compile(source, variant._replace(kernel=name).options(most))
         function = driver.load(0, code)
-        driver.launch(0, function, (blocks, variant.threads), 0, ctypes.addressof(work))
+        driver.launch(0, function, (*size, 0, 0, ctypes.addressof(parameters), 0))
 
 
 def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:

@@ -119,10 +119,7 @@ def _is_narrow(array: NDArray) -> bool:
 
 
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
-    """Return True for a floating dtype of the ml_dtypes package, such as bfloat16.
-
-    float8_e8m0fnu is excluded: it is a scale, without sign and zero.
-    """
+    # float8_e8m0fnu is a scale, without sign and zero.
     is_float = dtype.name.startswith(("bfloat", "float")) and "e8m0" not in dtype.name
     return dtype.kind == "V" and is_float
 

@@ -7,7 +7,7 @@ from numbers import Real
 from operator import index, is_
 from typing import Any, TypeVar
 
-from gcx._dispatch import backend_for, find_call
+from gcx._dispatch import backend_for, find_call, reshape
 from gcx._layouts import Layouts, layouts_for
 from gcx._names import flatten, leaves_like, naming, rebuild
 from gcx._outputs import Job, check_apart, check_out
@@ -101,7 +101,7 @@ def centralize(
     if seen is grad:
         return backend.centralize(grad, axes, strength, out, reproducible)
     result = backend.centralize(seen, axes, strength, None, reproducible)
-    return _write(backend.reshape(result, grad.shape), out)  # type: ignore[attr-defined]
+    return _write(reshape(result, grad.shape), out)  # type: ignore[attr-defined]
 
 
 def centralize_many(
@@ -187,7 +187,7 @@ def see_fan_in(
     backend.check_dtype(grad)
     shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
     view, axes = _find_fan_in(shape, layout, axis)
-    seen = grad if view is shape else backend.reshape(grad, view)
+    seen = grad if view is shape else reshape(grad, view)
     if reproducible and axes:
         backend.check_reproducible(seen, axes)
     return seen, axes
@@ -224,7 +224,7 @@ def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
         done = backend.centralize_many(seen, axes, strength, targets, reproducible)
         for k, result, whole in zip(mine, done, is_whole, strict=True):
             shape = jobs[k].grad.shape
-            results[k] = result if whole else _write(backend.reshape(result, shape), jobs[k].out)
+            results[k] = result if whole else _write(reshape(result, shape), jobs[k].out)
     return results
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from gcx._frameworks import hint_at_adapter, name_kind
 from gcx.backends import Backend
 from gcx.layout import Layout
 from gcx.plan import Plan
+
+ArrayT = TypeVar("ArrayT")
 
 # A cache: `_find` would find the same backends again. Enter a backend from outside of gcx here.
 by_type: dict[type, Backend] = {}
@@ -26,6 +28,15 @@ def backend_for(array: Any) -> Backend:
         backend: Backend = _find(array)
         by_type[type(array)] = backend
         return backend
+
+
+def reshape(array: ArrayT, shape: tuple[int, ...]) -> ArrayT:
+    """Split or join neighbouring axes."""
+    if hasattr(array, "reshape"):
+        return array.reshape(shape)  # type: ignore[no-any-return]
+    from gcx import _compat
+
+    return _compat.array_namespace(array).reshape(array, shape)  # type: ignore[no-any-return]
 
 
 def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gcx import _compat
 from gcx._centralize import see_fan_in
-from gcx._dispatch import backend_for
+from gcx._dispatch import backend_for, reshape
 from gcx.layout import LayoutLike
 
 
@@ -24,7 +24,7 @@ def subtract_mean(x: Any, mean: Any, layout: LayoutLike) -> Any:
     seen, _ = see_fan_in(x, layout)
     xp = _compat.array_namespace(x)
     result = xp.astype(xp.astype(seen, mean.dtype) - mean, x.dtype)
-    return backend_for(x).reshape(result, tuple(x.shape))
+    return reshape(result, tuple(x.shape))
 
 
 def restore_mean(

@@ -65,7 +65,7 @@ class Layout:
             raise ValueError(
                 f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit), 'i' "
                 "(fan-in) or 'b' (stack), at most one '...' for all the other axes, and "
-                f"parentheses around two or more parts of an axis{_hint(text)}"
+                "parentheses around two or more parts of an axis"
             )
         if "i" not in text and _ELLIPSIS not in text:
             raise ValueError(
@@ -115,12 +115,12 @@ class Layout:
         shape = tuple(shape)
         if not self.is_split:
             return shape, self.fan_in_axes(len(shape))
-        if len(shape) < min(2, len(self._head) + len(self._tail)):  # as in `fan_in_axes`, a bias
-            return shape, ()
-        axes = zip(self._list_axes(len(shape)), shape, strict=True)
-        sizes = [part for axis, size in axes for part in self._split_axis(axis, size, shape)]
-        letters = self.letters(len(shape))
-        return tuple(sizes), tuple([k for k, letter in enumerate(letters) if letter == "i"])
+        axes = self._find_axes(len(shape))
+        if not axes:
+            return shape, axes
+        each = zip(self._list_axes(len(shape)), shape, strict=True)
+        sizes = [part for axis, size in each for part in self._split_axis(axis, size, shape)]
+        return tuple(sizes), axes
 
     def letters(self, ndim: int) -> str:
         """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
@@ -133,9 +133,10 @@ class Layout:
         return "".join(part for axis in self._list_axes(ndim) for part in axis)
 
     def _find_axes(self, ndim: int) -> tuple[int, ...]:
-        if ndim == 0 or (ndim == 1 and ("o" in self._text or "b" in self._text)):
-            return ()
-        return tuple([k for k, axis in enumerate(self._list_axes(ndim)) if axis == ["i"]])
+        """Find the axes of `split` that are fan-in."""
+        is_bias = ndim == 1 < len(self._head) + len(self._tail) and re.search("[ob]", self._text)
+        letters = "" if ndim == 0 or is_bias else self.letters(ndim)
+        return tuple([k for k, letter in enumerate(letters) if letter == "i"])
 
     def _list_axes(self, ndim: int) -> list[list[str]]:
         named = len(self._head) + len(self._tail)
@@ -175,17 +176,6 @@ class Layout:
 
 
 LayoutLike = Layout | str
-
-
-def _hint(text: str) -> str:
-    """Translate the names of axes that other libraries use.
-
-    >>> _hint("HWIO"), _hint("NCHW")
-    ("; 'HWIO' is '...io' here", '')
-    """
-    here = re.sub("[dhw0-9]+", _ELLIPSIS, text.lower())
-    is_clear = sorted(here.replace(_ELLIPSIS, "")) == ["i", "o"] and here.count(_ELLIPSIS) < 2
-    return f"; {text!r} is {here!r} here" if is_clear else ""
 
 
 def _list_parts(axis: str) -> list[str]:

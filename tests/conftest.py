@@ -98,7 +98,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         asked = metafunc.config.getoption("--packages")
         metafunc.parametrize("package_name", asked.split(",") if asked else [])
     if {"xp", "pair"} & set(metafunc.fixturenames):
-        found = [library for name in names for library in libraries.MAKERS[name]()]
+        found = getattr(metafunc.module, "LIBRARIES", None)  # of a file, whatever is asked for
+        found = found or [library for name in names for library in libraries.MAKERS[name]()]
         if "xp" in metafunc.fixturenames:
             metafunc.parametrize("xp", [_param(library) for library in found])
         else:  # every two of them; of one library, none

@@ -85,11 +85,10 @@ class EmulatedDriver:
         _loaded(function.library)
         return function
 
-    def launch(
-        self, device: int, function: Function, size: tuple[int, int], stream: int, work: int, /
-    ) -> None:
-        """Run a kernel at once; `work` is the address of its parameters."""
-        blocks, threads = size
+    def launch(self, device: int, function: Function, arguments: tuple[int, ...], /) -> None:
+        """Run a kernel at once."""
+        blocks, _, _, threads, _, _, _, stream, parameters, _ = arguments
+        work = ctypes.c_void_p.from_address(parameters)
         name, counts = function.kernel.encode(), (ctypes.c_longlong * 2)()
         with _running:
             fault = _loaded(function.library).emulate(

@@ -64,7 +64,7 @@ SMALL = Case((6, 50), (1,))
 def numbers(case: Case, dtype: str) -> Any:
     """Make an array of a case, with numbers of another kind in each output unit."""
     rng = np.random.default_rng(sum(case.shape))
-    whole = rng.normal(size=case.shape).astype(dtype_named(dtype))
+    whole = rng.normal(size=case.shape).astype(dtype)
     part = case.part(whole)
     for k, unit in enumerate(canonical_order.output_units(part.shape, case.axes)):
         part[unit] = KINDS[k % len(KINDS)](rng.normal(size=part[unit].shape), dtype)
@@ -96,16 +96,12 @@ def centralize(
     )
 
 
-def dtype_named(name: str) -> Any:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
 def of_all_sizes(x: Any, dtype: str) -> Any:
     return x * np.exp(8 * np.sin(np.arange(x.size).reshape(x.shape)))
 
 
 def subnormal(x: Any, dtype: str) -> Any:
-    return x * float(ml_dtypes.finfo(dtype_named(dtype)).smallest_normal) / 8
+    return x * float(ml_dtypes.finfo(dtype).smallest_normal) / 8
 
 
 def with_one(number: float) -> Callable[[Any, str], Any]:

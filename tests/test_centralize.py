@@ -139,28 +139,26 @@ class TestOutComesWhatWentIn:
         axes = gcx.Layout(layout).fan_in_axes(3)
         assert_close(xp, result, centralized(numbers, axes), float(np.finfo(dtype).eps))
 
-    def test_narrow_dtypes_are_rounded_once(self, xp: ArrayLibrary) -> None:
-        # Multiples of 1/4 with a fan-in of 8: every float32 step is exact, so the one rounding is
-        # that of the result.
-        numbers = np.random.default_rng(0).integers(-15, 16, (16, 8)) / 4
-        numbers[:8] += 6
+    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
+    @pytest.mark.parametrize("strength", [1.0, 0.5])
+    def test_narrow_dtypes_are_rounded_once(
+        self, xp: ArrayLibrary, strength: float, layout: str
+    ) -> None:
+        # Multiples of 1/4 with a fan-in of a power of two: every float32 step is exact, so the one
+        # rounding is that of the result.
+        numbers = np.random.default_rng(0).integers(-15, 16, (8, 4, 8)) / 4
+        numbers[:, :2] += 12
+        axes = gcx.Layout(layout).fan_in_axes(3)
         for dtype in xp.narrow_dtypes:
             grad = xp.asarray(numbers, dtype)
             wide = xp.numpy(grad).astype(np.float32)
-            exact = wide - wide.mean(axis=1, keepdims=True)
-            assert np.array_equal(exact, centralized(wide, (1,))), "float32 loses nothing here"
-            result = gcx.centralize(grad)
+            mean = wide.mean(axis=axes, keepdims=True)
+            assert np.array_equal(wide - mean, centralized(wide, axes)), (
+                "float32 loses nothing here"
+            )
+            exact = wide - np.float32(strength) * mean
+            result = gcx.centralize(grad, layout=layout, strength=strength)
             assert_same_kind(result, grad)
-            np.testing.assert_array_equal(xp.numpy(result), xp.numpy(xp.asarray(exact, dtype)))
-
-    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
-    def test_narrow_dtypes_with_strength_and_layout(self, xp: ArrayLibrary, layout: str) -> None:
-        axes = gcx.Layout(layout).fan_in_axes(3)
-        for dtype in xp.narrow_dtypes:
-            grad = xp.asarray(np.random.default_rng(0).integers(-8, 9, (2, 4, 2)), dtype)
-            wide = xp.numpy(grad).astype(np.float32)
-            exact = wide - 0.5 * wide.mean(axis=axes, keepdims=True)
-            result = gcx.centralize(grad, layout=layout, strength=0.5)
             np.testing.assert_array_equal(xp.numpy(result), xp.numpy(xp.asarray(exact, dtype)))
 
     def test_narrow_dtypes_sum_in_float32(self, xp: ArrayLibrary) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import cupy as cp
 import pytest
 
 import gcx
 from gcx.backends import _cupy
-from gcx.backends.cuda.launcher import Launcher
 
 from canonical_order import DTYPES
-from kernel_cases import ALL, COLUMNS, ROWS, SMALL, Case, canonical, centralize, numbers
+from kernel_cases import ALL, SMALL, Case, canonical, centralize, numbers
 from same_bits import assert_same_bits
 
 pytestmark = [
@@ -29,22 +26,6 @@ LARGE = [
     Case((3000, 4096), (1,)),
     Case((4096, 3000), (0,)),
 ]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the launches that a test makes, by dtype."""
-    found: Counter[str] = Counter()
-    launcher = _cupy._find_launcher()
-    assert isinstance(launcher, Launcher)
-    launch: Callable[..., bool] = launcher.launch
-
-    def counting(device: int, work: Any, *rest: Any) -> bool:
-        found[work.dtype] += 1
-        return launch(device, work, *rest)
-
-    monkeypatch.setattr(launcher, "launch", counting)
-    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,22 +47,6 @@ def test_bits_in_place(dtype: str) -> None:
     for case, whole, found in zip(ALL, wholes, there, strict=True):
         case.part(whole)[...] = canonical(case.part(whole), case, 0.3)
         assert_same_bits(found.get(), whole)
-
-
-def test_launches_for_each_dtype(launches: Counter[str]) -> None:
-    cases = [*ROWS[:4], *COLUMNS[:2]]
-    grads = [cp.asarray(numbers(case, dtype)) for dtype in DTYPES for case in cases]
-    centralize(grads, cases * len(DTYPES))
-    assert launches == dict.fromkeys(DTYPES, 2)  # rows, and columns
-
-
-def test_the_same_bits_again_and_again() -> None:
-    cases = [*COLUMNS, *LARGE]
-    grads = [cp.asarray(numbers(case, "float32")) for case in cases]
-    first = centralize(grads, cases)
-    for _ in range(50):
-        for result, before in zip(centralize(grads, cases), first, strict=True):
-            assert bool((result.view("u4") == before.view("u4")).all())
 
 
 def test_streams_share_no_sums() -> None:
@@ -124,7 +89,7 @@ def test_arrays_are_handled_on_their_device() -> None:
         assert_same_bits(result.get(), canonical(numbers(SMALL, "float32"), SMALL))
 
 
-def test_graph(launches: Counter[str]) -> None:
+def test_graph() -> None:
     case = Case((300, 40), (0,))
     values = numbers(case, "float32")
     grad = cp.asarray(values)
@@ -139,4 +104,4 @@ def test_graph(launches: Counter[str]) -> None:
             graph.launch(stream)
             stream.synchronize()
             assert_same_bits(out.get(), canonical(values * factor, case))
-    assert launches["float32"] == 2
+    assert not _cupy.why_no_kernels(grad)

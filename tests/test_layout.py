@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,43 +17,22 @@ from gcx._layouts import layouts_for
 from gcx.layout import as_layout
 
 
-def test_a_vector_that_is_a_fan_in() -> None:
-    for text in ("...", "i"):
-        assert gcx.Layout(text).fan_in_axes(1) == (0,)
-
-
-@pytest.mark.parametrize("text", ["o...", "...o", "io...", "oi", "io", "ioo", "oio"])
-@pytest.mark.parametrize("ndim", [0, 1])
-def test_scalars_and_vectors_have_no_fan_in(text: str, ndim: int) -> None:
-    assert gcx.Layout(text).fan_in_axes(ndim) == ()
-
-
 @pytest.mark.parametrize(
-    ("text", "at_start", "at_end"), [("o...", 1, 0), ("...o", 0, 1), ("...", 0, 0)]
+    "text", ["o...", "...o", "io...", "oi", "io", "ioo", "oio", "b...", "bi", "bo...", "bio"]
 )
-def test_every_rank_counts_its_axes(text: str, at_start: int, at_end: int) -> None:
-    for ndim in range(2, 33):
-        axes = tuple(range(ndim))[at_start : ndim - at_end]
-        assert gcx.Layout(text).fan_in_axes(ndim) == axes
-    for ndim in (-1, -2, -9):
-        with pytest.raises(ValueError, match=f"not {ndim}$"):
-            gcx.Layout(text).fan_in_axes(ndim)
+def test_scalars_and_vectors_have_no_fan_in(text: str) -> None:
+    assert gcx.Layout(text).fan_in_axes(0) == gcx.Layout(text).fan_in_axes(1) == ()
 
 
-@pytest.mark.parametrize("text", ["oi", "oio", "oioi", "o" * 7 + "i", "o" * 8 + "i", "o" * 9 + "i"])
-def test_letters_alone_fit_their_own_rank(text: str) -> None:
-    assert gcx.Layout(text).fan_in_axes(len(text)) == tuple(
-        k for k, letter in enumerate(text) if letter == "i"
-    )
-    for ndim in {*range(2, 12)} - {len(text)}:
-        with pytest.raises(ValueError, match=f"arrays of rank {len(text)}, not {ndim}$"):
-            gcx.Layout(text).fan_in_axes(ndim)
+@pytest.mark.parametrize("text", ["...", "i"])
+def test_a_vector_may_be_a_fan_in(text: str) -> None:
+    assert gcx.Layout(text).fan_in_axes(1) == (0,)
 
 
 @given(
-    head=st.text("oi", max_size=3),
-    tail=st.text("oi", max_size=3),
-    unnamed=st.none() | st.integers(0, 8),
+    head=st.text("oi", max_size=5),
+    tail=st.text("oi", max_size=5),
+    unnamed=st.none() | st.integers(0, 30),
 )
 @settings(derandomize=True, deadline=None)
 def test_axes_are_the_places_of_i(head: str, tail: str, unnamed: int | None) -> None:
@@ -78,7 +59,8 @@ def test_only_text_is_a_layout(value: object) -> None:
         ("i", 2, "layout 'i' is for arrays of rank 1, not 2"),
         ("ooi...", 2, "layout 'ooi...' is for arrays of rank at least 3, not 2"),
         ("oi", 12, "layout 'oi' is for arrays of rank 2, not 12"),
-        ("o...", -1, "-1"),
+        ("o" * 8 + "i", 10, "layout 'ooooooooi' is for arrays of rank 9, not 10"),
+        *[(text, ndim, f"not {ndim}") for text in ("o...", "...") for ndim in (-1, -9)],
     ],
 )
 def test_a_rank_that_does_not_fit_is_refused(text: str, ndim: int, message: str) -> None:
@@ -86,15 +68,20 @@ def test_a_rank_that_does_not_fit_is_refused(text: str, ndim: int, message: str)
         gcx.Layout(text).fan_in_axes(ndim)
 
 
-def test_layouts_are_values() -> None:
-    layout = gcx.Layout("io...")
-    assert str(layout) == "io..."
-    assert repr(layout) == "Layout('io...')"
-    assert layout == gcx.Layout("io...")
-    assert layout != gcx.Layout("oi...")
-    assert layout != "io..."
-    assert len({layout, gcx.Layout("io..."), gcx.Layout("...o")}) == 2
+@pytest.mark.parametrize(
+    ("text", "sizes", "shown"),
+    [("io...", {}, "Layout('io...')"), ("(bi)o...", {"b": 2}, "Layout('(bi)o...', b=2)")],
+)
+def test_layouts_are_values(text: str, sizes: dict[str, int], shown: str) -> None:
+    layout = gcx.Layout(text, **sizes)
+    assert (str(layout), repr(layout), layout.sizes) == (text, shown, sizes)
+    assert layout == gcx.Layout(text, **sizes) != gcx.Layout("(bi)o...", b=4)
+    assert layout not in (text, gcx.Layout("oi..."))
+    assert len({layout, gcx.Layout(text, **sizes), gcx.Layout("...o")}) == 2
     assert as_layout(layout) is layout
+    for clone in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        assert clone(layout) == layout
+        assert clone(layout).split((8, 4)) == layout.split((8, 4))
 
 
 NAMES = ["encoder/0/kernel", "encoder/0/bias", "head/kernel", "w[0]"]
@@ -125,24 +112,16 @@ def test_the_first_key_that_matches_counts() -> None:
     assert matched({"*": "o...", "head/*": None})["head/kernel"] == "o..."
 
 
-def test_a_key_is_text() -> None:
-    with pytest.raises(TypeError, match="a key is the name of a parameter or a glob, not 0"):
-        find({0: "o..."}, ["0"])
+REFUSED: list[tuple[Any, Sequence[str], type[Exception], str]] = [
+    ({0: "o..."}, ["0"], TypeError, "a key is the name of a parameter or a glob, not 0"),
+    ({"*": "o...", "a/*": None}, NAMES, ValueError, r"'a/\*' matches no parameter.*encoder/0/kern"),
+    ({"*": "o..."}, [], ValueError, r"'\*' matches no parameter.*\(none\)"),
+    ({"a": None}, [f"layer{k}" for k in range(1000)], ValueError, r"layer9, \.\.\.$"),
+    ({"*": "o...", "w*": "xyz"}, NAMES, ValueError, "layout 'xyz' is not valid"),  # nobody uses it
+]
 
 
-def test_a_key_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'heads/\*' matches no parameter.*encoder/0/kernel"):
-        find({"*": "o...", "heads/*": None})
-    with pytest.raises(ValueError, match=r"'\*' matches no parameter.*\(none\)"):
-        find({"*": "o..."}, [])
-
-
-def test_a_long_list_of_names_is_cut_short() -> None:
-    names = [f"layer{k}" for k in range(1000)]
-    with pytest.raises(ValueError, match=r"layer9, \.\.\.$"):
-        find({"absent": None}, names)
-
-
-def test_a_layout_that_is_not_valid_is_an_error_even_if_nothing_uses_it() -> None:
-    with pytest.raises(ValueError, match="layout 'xyz' is not valid"):
-        find({"*": "o...", "w*": "xyz"})
+@pytest.mark.parametrize(("layouts", "names", "error", "message"), REFUSED)
+def test_keys_that_are_refused(layouts: Any, names: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        find(layouts, names)

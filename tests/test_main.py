@@ -84,9 +84,6 @@ def numpy_alone(monkeypatch: Patch) -> None:
     monkeypatch.setattr(__main__, "LIBRARIES", ["numpy"])
 
 
-FEW = "on CUDA few launches of CUDA kernels for a list"
-
-
 class TestReport:
     def test_all_libraries_are_named_and_all_is_well(self, capsys: Printed) -> None:
         assert main([]) == 0
@@ -160,24 +157,12 @@ class TestLibraries:
         assert main([]) == 1
         assert "broken: OSError: libcuda.so is of the wrong age\n" in capsys.readouterr().out
 
-    @pytest.mark.parametrize(
-        ("devices", "reason", "said"),
-        [
-            (["cpu", "cuda:0"], "", FEW),
-            (["cpu", "cuda:0"], "no driver", f"{FEW}; not on cuda:0: no driver"),
-            (["cpu"], "no driver", ""),
-        ],
-    )
-    def test_cuda_device_of_torch(
-        self, devices: list[str], reason: str, said: str, monkeypatch: Patch
-    ) -> None:
-        torch = pytest.importorskip("torch")
+    def test_torch_on_a_cpu_has_no_kernels(self, monkeypatch: Patch) -> None:
+        pytest.importorskip("torch")
         from gcx.backends import _torch
 
-        monkeypatch.setattr(_torch, "devices", lambda: devices)
-        monkeypatch.setattr(_torch, "asarray", lambda values, *_: torch.tensor(values))
-        monkeypatch.setattr(_torch, "why_no_kernels", lambda _: reason)
-        assert look_up("torch").how.partition("; ")[2] == said
+        monkeypatch.setattr(_torch, "devices", lambda: ["cpu"])
+        assert (_torch.__doc__ or "").startswith(f"{look_up('torch').how}.")
 
 
 class TestProgram:

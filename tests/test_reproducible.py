@@ -278,7 +278,7 @@ def test_a_refusal_comes_before_anything_is_written(xp: ArrayLibrary) -> None:
     fine = xp.asarray([[1.0, 3.0]], "float32")
     refused = xp.asarray([[1.0, 3.0]], "complex64")
     grads = [fine, refused]
-    with pytest.raises(TypeError, match="reproducible"):
+    with pytest.raises(TypeError, match=r"^[01]: reproducible"):
         gcx.centralize_many(grads, out=grads, reproducible=True)
     np.testing.assert_array_equal(xp.numpy(fine), [[1.0, 3.0]])
 
@@ -293,11 +293,10 @@ class Named(np.ndarray):
 
 PLAIN = "plain arrays, not {}; use np.asarray"
 REFUSED = {
-    "complex": (
-        ones(2, 3, dtype="complex64"),
-        f"{', '.join(DTYPES)}, not complex64",
+    "longdouble": (
+        ones(2, 3, dtype="longdouble"),
+        f"{', '.join(DTYPES)}, not {np.dtype('longdouble').name}",
     ),
-    "longdouble": (ones(2, 3, dtype="longdouble"), f"not {np.dtype('longdouble').name}"),
     "masked": (np.ma.masked_array(ones(2, 3)), PLAIN.format("MaskedArray")),
     "subclass": (ones(2, 3).view(Named), PLAIN.format("Named")),
 }
@@ -310,12 +309,6 @@ def test_refused_array(grad: Any, message: str) -> None:
         gcx.centralize(grad, out=grad, reproducible=True)
     np.testing.assert_array_equal(grad, before)
     gcx.centralize(grad)  # is another matter
-    good = np.array([[1.0, 3.0]])
-    with pytest.raises(TypeError, match=f"^bad: reproducible=True is for .*{message}"):
-        gcx.centralize_many(
-            {"good": good, "bad": grad}, out={"good": good, "bad": grad}, reproducible=True
-        )
-    np.testing.assert_array_equal(good, [[1, 3]])
 
 
 def test_what_is_left_alone_may_be_anything() -> None:

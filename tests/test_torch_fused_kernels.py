@@ -19,12 +19,9 @@ from torch import Tensor, nn
 
 from gcx.backends import _torch_cuda
 from gcx.backends.cuda.launcher import Schedule
-from gcx.testing import assert_centralized
 from gcx.torch._fused import SGD, AdamW
 
-from copies import COPIES
 from torch_fused_steps import (
-    BASES,
     CASES,
     STEPS,
     TYPICAL,
@@ -39,7 +36,6 @@ from torch_fused_steps import (
     new_net,
     step,
     step_by_closure,
-    step_without_some,
     train,
 )
 from torch_kernels import (
@@ -48,9 +44,6 @@ from torch_kernels import (
     distance,
     everywhere,
     give_gradients,
-    no_waiting,
-    on_cuda,
-    on_gpu,
 )
 
 
@@ -106,17 +99,6 @@ def test_steps_of_other_nets(case: str, net: str, steps: int, device: Device) ->
     assert_steps_of_torch(device, *both(case, OTHER_NETS[net](), fused=True), steps)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_that_are_not_there_in_each_step(case: str, device: Device) -> None:
-    """In torch, the fused step of SGD fails if momentum begins at different times."""
-    ours, reference = both(case, Net(), foreach=False)
-    assert_steps_of_torch(device, ours, reference, 7, step_without_some)
-    assert launched(device) == 7 * 10 - 5 * 2
-    if CASES[case][0] is AdamW:
-        counts = {state["step"].item() for state in ours[1].state.values()}
-        assert counts == {7.0, 2.0}
-
-
 def groups_of(model: Any) -> list[dict[str, Any]]:
     vectors = [p for p in model.parameters() if p.ndim == 1]
     rest = [model.up.weight, model.down.weight]
@@ -146,27 +128,6 @@ def test_numbers_of_float64_are_not_rounded(options: Any, device: Device) -> Non
     train(range(3), (model, optimizer), (twin, reference))
     assert optimizer.fallbacks == [""]
     assert distance(model.head, twin.head) <= 8  # rounded to float32, millions
-
-
-@pytest.mark.parametrize("case", TYPICAL)
-def test_checkpoint_goes_on_anywhere(case: str, device: Device) -> None:
-    """In torch, with hooks or without; in ours; and back, in the middle of it."""
-    ours, reference = both(case, Net(), fused=True)
-    train(range(3), ours)
-    again = copy.deepcopy(ours[0])
-    others = [CASES[case][0](again), BASES[CASES[case][0]](Net().parameters())]
-    for other in others:
-        other.load_state_dict(copy.deepcopy(ours[1].state_dict()))
-        assert str(other.state_dict()) == str(ours[1].state_dict())
-    load(reference, ours, fused=True)
-    train(range(3, 6), ours, reference, (again, others[0]))
-    assert_equal(again, ours[0])
-    assert_close_states(others[0], ours[1])
-    assert distance(ours[0], reference[0]) <= 2
-    load(ours, reference, fused=None)
-    train(range(6, 9), ours, reference)
-    assert ours[1].fallbacks == [""]
-    assert distance(ours[0], reference[0]) <= 2
 
 
 @pytest.mark.parametrize("case", TYPICAL)
@@ -201,30 +162,6 @@ def assert_one_unit_apart(found: Tensor, expected: Tensor) -> None:
     assert (units[0] - units[1]).abs().max() <= 1
 
 
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
-    """A step from the same weights, with gradients that were rounded before, is a unit away."""
-    model = new_net(device, dtype=dtype)
-    twin = copy.deepcopy(model)
-    options = {"lr": 2**-6, "weight_decay": 2**-4}
-    optimizer, reference = kind(model, **options), hooked(twin, kind, fused=True, **options)
-    train([0], (model, optimizer), (twin, reference))
-    assert optimizer.fallbacks == [""]
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-        top = other.detach().abs().max()
-        assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * top
-
-
-def load(pair: Pair, saved: Pair, *, fused: bool | None) -> None:
-    pair[0].load_state_dict(saved[0].state_dict())
-    checkpoint = copy.deepcopy(saved[1].state_dict())
-    for group in checkpoint["param_groups"]:
-        group["fused"] = fused
-    pair[1].load_state_dict(checkpoint)
-
-
 @pytest.mark.parametrize("case", TYPICAL)
 def test_switch_turned_in_mid_training(case: str, device: Device) -> None:
     ours, reference = both(case, Net())
@@ -251,18 +188,6 @@ def test_options_turned_in_mid_training(device: Device) -> None:
     assert launched(device) == 30
 
 
-def test_errors_come_before_anything_is_changed(device: Device) -> None:
-    model = Net()
-    groups = [{"params": layer.parameters()} for layer in (model.conv, model.head)]
-    optimizer, before = SGD(groups, model=model), copy.deepcopy(model)
-    give_gradients(0, model)
-    model.head.weight.grad = model.head.weight.grad.to_sparse()
-    with pytest.raises(TypeError, match=r"head\.weight has a gradient of layout torch\.sparse"):
-        optimizer.step()
-    assert_equal(model, before)
-    assert not device.runs
-
-
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock(wraps=Schedule)
     monkeypatch.setattr(_torch_cuda, "Schedule", made)
@@ -274,17 +199,6 @@ def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch
         optimizer.step()
     assert made.call_count == 10
     assert device.tensors == {"Sgd": 80}
-
-
-@pytest.mark.parametrize("copied", COPIES)
-def test_copies_step_by_kernels(copied: str, device: Device) -> None:
-    model = Net()
-    optimizer = SGD(model, momentum=0.9)
-    step(0, model, optimizer)
-    twin = COPIES[copied]((model, optimizer))
-    train([1], (model, optimizer), twin)
-    assert device.tensors == {"SgdMomentum": 30}
-    assert_equal(twin[0], model)
 
 
 @pytest.mark.parametrize("case", TYPICAL)
@@ -299,143 +213,3 @@ def test_tensors_that_share_memory_are_left_to_torch(case: str, device: Device) 
     assert_equal(ours[0][1], reference[0][1])
     assert_close(ours[0], reference[0])
     assert launched(device) == 4
-
-
-# A GPU alone
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_steps_do_not_wait(kind: Any, device: Device) -> None:
-    """There is a launch for each kind of kernel.
-
-    These are for rows, long rows, columns, tensors without a fan-in, and two for split columns.
-    """
-    model = new_net(device)
-    optimizer = kind(model)
-    step(0, model, optimizer)
-    with no_waiting():
-        for _ in range(3):
-            for p in model.parameters():
-                p.grad = p.grad.clone()  # at another address
-            optimizer.step()
-    assert on_gpu(optimizer.step) == {"gcx_kernel": 6}
-
-
-@on_cuda
-def test_addresses_that_change(device: Device) -> None:
-    ours, reference = both("sgd", new_net(device), fused=True)
-    kept = []
-    for k in range(50):
-        kept.append(torch.empty(1 + 1000 * (k % 7), device="cuda"))  # so that others are taken
-        train([k], ours, reference)
-        ours[1].zero_grad()
-    assert distance(ours[0], reference[0]) <= 2
-
-
-def two_of(kind: Any, device: Device, **options: Any) -> tuple[Pair, Pair]:
-    """Both ours, of which the second takes its steps as usual."""
-    nets = new_net(device), new_net(device)
-    (one, other) = ((net, kind(net, **options)) for net in nets)
-    return one, other
-
-
-@on_cuda
-def test_captured_step(device: Device) -> None:
-    (model, optimizer), usual = two_of(SGD, device, lr=1e-3, momentum=0.9)
-    train([0], (model, optimizer), usual)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    for k in range(1, 5):
-        give_gradients(k, usual[0])
-        for p, of_usual in zip(model.parameters(), usual[0].parameters(), strict=True):
-            p.grad.copy_(of_usual.grad)
-        graph.replay()
-        usual[1].step()
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-def test_other_stream(device: Device) -> None:
-    (model, optimizer), usual = two_of(AdamW, device)
-    stream = torch.cuda.Stream()
-    for k in range(5):
-        give_gradients(k, model, usual[0])
-        usual[1].step()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream if k % 2 else torch.cuda.current_stream()):
-            optimizer.step()
-        torch.cuda.current_stream().wait_stream(stream)
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
-def test_compiled_step(device: Device) -> None:
-    (model, optimizer), usual = two_of(AdamW, device)
-    compiled = torch.compile(optimizer.step, backend="aot_eager")
-    for k in range(3):
-        give_gradients(k, model, usual[0])
-        compiled()
-        usual[1].step()
-    torch.compiler.reset()
-    assert optimizer.fallbacks == [""]
-    assert_equal(model, usual[0])
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_corollary_in_training(kind: Any, device: Device) -> None:
-    """With autocast and a GradScaler; AdamW has no such corollary, and goes down all the same."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).cuda()
-    optimizer = kind(model, lr=1e-3)
-    scaler = torch.amp.GradScaler("cuda")
-    x, y = torch.rand(32, 3, 8, 8, device="cuda"), torch.randint(10, (32,), device="cuda")
-    start = [model[k].weight.detach().clone() for k in (0, 3)]
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=torch.float16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-    assert optimizer.fallbacks == [""]
-    assert losses[-1] < losses[0]
-    if kind is SGD:
-        for k, weight in zip((0, 3), start, strict=True):
-            assert_centralized(model[k].weight, start=weight)
-
-
-@on_cuda
-@pytest.mark.parametrize("kind", BASES)
-def test_checkpoint_of_the_gpu_goes_on_there_and_on_the_cpu(kind: Any, device: Device) -> None:
-    model = new_net(device)
-    optimizer = kind(model)
-    step(0, model, optimizer)
-    plain = BASES[kind](copy.deepcopy(model).parameters())
-    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert all(s["step"].is_cpu for s in plain.state.values() if "step" in s)
-    on_cpu = copy.deepcopy(model).cpu()
-    other = kind(on_cpu)
-    other.load_state_dict(optimizer.state_dict())
-    train([1], (model, optimizer), (on_cpu, other))
-    for p, cpu_p in zip(model.parameters(), on_cpu.parameters(), strict=True):
-        torch.testing.assert_close(p.cpu(), cpu_p, rtol=1e-5, atol=1e-7)
-
-
-@on_cuda
-def test_what_is_left_to_torch(device: Device) -> None:
-    """Weights on the CPU, in the same group as those that the kernel takes."""
-    layers = [nn.Linear(8, 4, device="cuda"), nn.Linear(8, 4)]
-    ours, reference = both("sgd", nn.ModuleList(layers))
-    give_gradients(0, ours[0], reference[0])
-    (reason,) = ours[1].fallbacks
-    assert "on cpu" in reason
-    ours[1].step()
-    reference[1].step()
-    for one, other in zip(ours[0].parameters(), reference[0].parameters(), strict=True):
-        torch.testing.assert_close(one, other)

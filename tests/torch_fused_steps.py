@@ -96,14 +96,6 @@ def step_by_closure(k: int, model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.step(lambda: give_gradients(k, model))
 
 
-def step_without_some(k: int, model: Any, optimizer: Optimizer) -> None:
-    """Not all parameters have made the same number of steps."""
-    give_gradients(k, model)
-    if k % 3 != 1:
-        model.up.weight.grad = model.head.bias.grad = None
-    optimizer.step()
-
-
 def train(
     steps: Iterable[int], *pairs: Pair, training: Callable[[int, Any, Any], None] = step
 ) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from shutil import which
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,10 +27,7 @@ IS_ON_CUDA = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 ON_CUDA = [pytest.param("cuda", marks=IS_ON_CUDA)]
-emulated, on_cuda, everywhere = (
-    pytest.mark.parametrize("device", names, indirect=True)
-    for names in ([EMULATED], ON_CUDA, [EMULATED, *ON_CUDA])
-)
+everywhere = pytest.mark.parametrize("device", [EMULATED, *ON_CUDA], indirect=True)
 _CACHE = TemporaryDirectory()  # for emulated kernels, which a driver cannot load
 
 
@@ -50,7 +48,7 @@ class Device:
         else:
             if which("g++") is None:
                 pytest.skip("there is no g++")
-            self.driver, self.host = EmulatedDriver(), EmulatedHost()
+            self.driver, self.host = EmulatedDriver(), make_host()
             self.launcher = Launcher(self.driver, self.host)
             patch.setenv("XDG_CACHE_HOME", _CACHE.name)
             patch.setattr(_torch_cuda, "find_launcher", lambda: self.launcher)
@@ -83,30 +81,25 @@ class Device:
         return found
 
 
-class EmulatedHost:
-    """See `gcx.backends.cuda.launcher.Host`; a CPU as the device."""
+def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
+    """Make a device on which lists and hooks find kernels."""
+    if name == EMULATED:
+        patch.setattr(Tensor, "is_cuda", True)
+    return Device(name, patch)
 
-    out_of_memory = torch.OutOfMemoryError
 
-    def __init__(self) -> None:
-        self.current_stream = 7
-        self.captures = False
+def make_host() -> Any:
+    """Make a CPU the device of kernels; see `gcx.backends.cuda.launcher.Host`."""
 
-    def current(self, device: int) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def capability(self, device: int) -> tuple[int, int]:
-        return 9, 0
-
-    def stream(self, device: int) -> int:
-        return self.current_stream
-
-    def is_capturing(self) -> bool:
-        return self.captures
-
-    def allocate(self, device: int, size: int) -> tuple[int, object]:
+    def allocate(_: int, size: int) -> tuple[int, object]:
         memory = torch.empty(size, dtype=torch.uint8)
         return memory.data_ptr(), memory
+
+    host = SimpleNamespace(current_stream=7, captures=False, allocate=allocate)
+    host.out_of_memory = torch.OutOfMemoryError
+    host.current, host.capability = lambda _: nullcontext(), lambda _: (9, 0)
+    host.stream, host.is_capturing = lambda _: host.current_stream, lambda: host.captures
+    return host
 
 
 def on_gpu(call: Callable[[], object]) -> Counter[str]:

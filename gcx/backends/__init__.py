@@ -40,9 +40,6 @@ class Backend(Protocol):
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""
 
-    def reshape(self, array: ArrayT, shape: tuple[int, ...], /) -> ArrayT:
-        """Split or join neighbouring axes."""
-
     def fan_in_mean(self, x: ArrayT, axes: tuple[int, ...], reproducible: bool, /) -> ArrayT:
         """Average over `axes` in float32 or wider; the axes stay, with size 1."""
 

@@ -39,10 +39,6 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
     )
 
 
-def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
-    return _compat.array_namespace(array).reshape(array, shape)
-
-
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:

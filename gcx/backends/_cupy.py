@@ -38,9 +38,6 @@ def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
         raise TypeError("reproducible=True on CuPy is not for ROCm")
 
 
-reshape = _numpy.reshape
-
-
 def fan_in_mean(x: Any, axes: Axes, reproducible: bool, /) -> Any:
     with x.device:
         wide = x.astype(cp.float32) if x.dtype.itemsize < 4 else x

@@ -54,10 +54,6 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
         raise TypeError(f"reproducible=True is for plain arrays, not {kind}; use np.asarray(grad)")
 
 
-def reshape(array: Any, shape: tuple[int, ...], /) -> Any:
-    return array.reshape(shape)
-
-
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     if _is_narrow(x):
         x = x.astype(np.float32)
@@ -123,10 +119,7 @@ def _is_narrow(array: NDArray) -> bool:
 
 
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
-    """Return True for a floating dtype of the ml_dtypes package, such as bfloat16.
-
-    float8_e8m0fnu is excluded: it is a scale, without sign and zero.
-    """
+    # float8_e8m0fnu is a scale, without sign and zero.
     is_float = dtype.name.startswith(("bfloat", "float")) and "e8m0" not in dtype.name
     return dtype.kind == "V" and is_float
 

@@ -25,12 +25,7 @@ from gcx.backends._torch_dtensor import PLAIN, FanIn
 _DENSE = torch.strided
 
 # Dtypes narrower than 32 bits, and the dtype to compute them in.
-_FLOAT8 = (
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-)
+_FLOAT8 = [getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")]
 _WIDE = {
     torch.complex32: torch.complex64,
     **dict.fromkeys((torch.float16, torch.bfloat16, *_FLOAT8), torch.float32),
@@ -75,10 +70,6 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
         )
     if type(grad) not in PLAIN and _torch_dtensor.is_dtensor(grad):
         _torch_dtensor.check_reproducible(grad, axes)
-
-
-def reshape(array: Tensor, shape: tuple[int, ...], /) -> Tensor:
-    return array.reshape(shape)
 
 
 def centralize(

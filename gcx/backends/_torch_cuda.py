@@ -74,19 +74,15 @@ class _Host:
     """See `gcx.backends.cuda.launcher.Host`."""
 
     out_of_memory = torch.OutOfMemoryError
+    capability = staticmethod(torch.cuda.get_device_capability)
+    is_capturing = staticmethod(torch.cuda.is_current_stream_capturing)
 
     def current(self, device: int) -> AbstractContextManager[object]:
         is_current = torch.cuda.current_device() == device
         return nullcontext() if is_current else torch.cuda.device(device)
 
-    def capability(self, device: int) -> tuple[int, int]:
-        return torch.cuda.get_device_capability(device)
-
     def stream(self, device: int) -> int:
         return torch.cuda.current_stream(device).cuda_stream
-
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
 
     def allocate(self, device: int, size: int) -> tuple[int, object]:
         memory = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
@@ -242,24 +238,21 @@ def form(x: Tensor) -> tuple[object, ...]:
 
 
 def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
-    """See a tensor as the kernels do; None if they do not take it.
+    """See a tensor as the kernels do, with those `beside` it; None if they do not take it.
 
-    They take ordinary tensors on a CUDA device, of the dtypes and strides that they know. Autograd
-    may not watch them, and torch may not negate them when they are read. Tensors `beside` it, such
-    as its weight, must have the same form. A tensor without axes is not centralized, but a part of
-    an optimizer's step.
+    A tensor without axes is not centralized, but a part of an optimizer's step.
     """
     is_recorded = torch.is_grad_enabled()
-    ordinary = all(
-        type(x) in PLAIN and x.layout is torch.strided and not x.is_neg() for x in (grad, *beside)
-    ) and not (is_recorded and any(x.requires_grad for x in (grad, *beside)))
+    for x in (grad, *beside):
+        if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
+            return None
+        if (is_recorded and x.requires_grad) or form(x) != form(grad):
+            return None
     name = _NAMES.get(grad.dtype)
-    if not ordinary or name is None or not _is_on_cuda(grad) or why_not(grad.device):
+    if name is None or not _is_on_cuda(grad) or why_not(grad.device):
         return None
     walk = find_walk(grad.shape, grad.stride(), axes, any_order=not reproducible)
-    if walk is None or any(form(x) != form(grad) for x in beside):
-        return None
-    return grad.get_device(), name, walk
+    return walk and (grad.get_device(), name, walk)
 
 
 def pick(places: Sequence[int], values: Sequence[T]) -> Sequence[T]:

@@ -52,10 +52,9 @@ class TorchOnCpu(CupyOnCpu):
         self._flat: dict[int, Any] = {}
         from gcx.backends import _torch
 
-        from torch_kernels import EMULATED, Device
+        from torch_kernels import EMULATED, make_device
 
-        patch.setattr(torch.Tensor, "is_cuda", True)
-        self.device = Device(EMULATED, patch)
+        self.device = make_device(EMULATED, patch)
         self.driver, self.backend = self.device.driver, _torch
         self.out_of_memory = torch.OutOfMemoryError
 

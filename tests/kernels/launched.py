@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gcx.backends.cuda.compiler import make_options
+
 import rules_in_numpy
 from emulated_cuda import EmulatedDriver
 from rules_in_numpy import ROLES
 from same_bits import assert_same_bits
 
-ELEMENTS = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 KERNELS = ("rows", "long_rows", "columns", "split columns", "flat")  # split: of two launches
 SEGMENT = 16384
 
@@ -59,9 +60,7 @@ class Variant(NamedTuple):
 
     def options(self, matrices: int = 64, architecture: int = 90) -> list[str]:
         """List the options of the compiler."""
-        kind = {"ELEMENT": ELEMENTS[self.dtype], "KERNEL": self.kernel, "RULE": self.rule}
-        constants = [f"-D{name}={value}" for name, value in {**kind, "MATRICES": matrices}.items()]
-        return [f"--gpu-architecture=sm_{architecture}", "-std=c++17", "--fmad=false", *constants]
+        return make_options(*self, matrices, divmod(architecture, 10))
 
     def cut(self, units: int, fan_in: int) -> tuple[int, int]:
         """Count the tiles of a matrix, and its `shares`."""
@@ -186,11 +185,13 @@ def _launch(
     wide = np.float64 if variant.dtype == "float64" else np.float32
     partials = np.full(blocks * 8 * variant.pack, np.nan, wide)
     work.partials = partials.ctypes.data
+    parameters = ctypes.c_void_p(ctypes.addressof(work))
+    size = (blocks, 1, 1, variant.threads, 1, 1)
     is_split = variant.kernel == "split columns"
     for name in ("column_sums", "split_columns") if is_split else (variant.kernel,):
         code = driver.compile(source, variant._replace(kernel=name).options(most))
         function = driver.load(0, code)
-        driver.launch(0, function, (blocks, variant.threads), 0, ctypes.addressof(work))
+        driver.launch(0, function, (*size, 0, 0, ctypes.addressof(parameters), 0))
 
 
 def random_numbers(random: Any, size: int, dtype: str, role: str) -> Any:

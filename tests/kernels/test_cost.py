@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,15 +16,9 @@ from torch import Tensor
 import gcx
 from gcx.backends import _torch
 
-from torch_kernels import EMULATED, Device
+from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
 HOUSE = str(Path(gcx.__file__).parent)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    return Device(EMULATED, monkeypatch)
 
 
 def count_frames(device: Device, call: Callable[[], object]) -> tuple[int, int]:
@@ -51,31 +46,23 @@ def count_frames(device: Device, call: Callable[[], object]) -> tuple[int, int]:
     return started, around
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_frames_of_the_backend(device: Device, in_place: bool) -> None:
-    found = set()
-    for count in (2, 54):
-        grads = [torch.ones(4, 8 * k) for k in range(1, count + 1)]
-        outs = grads if in_place else [None] * count
-        axes = [(1,)] * count
-        found.add(
-            count_frames(
-                device, lambda g=grads, o=outs, a=axes: _torch.centralize_many(g, a, 1.0, o, False)
-            )
-        )
-    ((started, around),) = found
-    assert started <= 24
-    assert around <= 12
+def call_backend(grads: list[Tensor], out: Any) -> None:
+    _torch.centralize_many(grads, [(1,)] * len(grads), 1.0, out or [None] * len(grads), False)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_frames_of_the_public_function(device: Device, in_place: bool) -> None:
+def call_public_function(grads: list[Tensor], out: Any) -> None:
     """A list in the form of the last one is not checked again."""
+    gcx.centralize_many(grads, out=out)
+
+
+@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (call_public_function, 20)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_frames(call: Callable[..., None], most: int, in_place: bool, device: Device) -> None:
     found = set()
     for count in (2, 54):
         grads = [torch.ones(4, 8 * k) for k in range(1, count + 1)]
         out = grads if in_place else None
-        found.add(count_frames(device, lambda g=grads, o=out: gcx.centralize_many(g, out=o)))
+        found.add(count_frames(device, partial(call, grads, out)))
     ((started, around),) = found
-    assert started <= 20
+    assert started <= most
     assert around <= 12

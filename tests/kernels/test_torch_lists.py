@@ -14,13 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gcx
 from gcx.backends import _torch_cuda
 
-from torch_kernels import EMULATED, Device
+from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    return Device(EMULATED, monkeypatch)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def launch(grad: Tensor, axes: tuple[int, ...], out: Tensor | None = None) -> Tensor | None:
@@ -52,31 +48,27 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_left_to_torch(name: str, device: Device) -> None:
-    grad = LEFT[name]
-    axes = (1,) if grad.ndim == 2 else (1, 2, 4)
-    for out in (grad, None):
-        assert launch(grad, axes, out) is None
-    assert not device.launches
-
-
-MEMORY = torch.zeros(5, 8)
-WIDE = torch.zeros(4, 16)[:, :8]
+MEMORY, WIDE = torch.zeros(5, 8), torch.zeros(4, 16)[:, :8]
+RESULTS_LEFT = {
+    "turned": (ORDINARY, torch.zeros(8, 4).t()),
+    "overlapping results": (MEMORY[:4], MEMORY[1:]),
+    "wide, and a new result would not be": (WIDE, None),
+    "other dtype": (ORDINARY, torch.zeros(4, 8).half()),
+}
 
 
 @pytest.mark.parametrize(
-    ("grad", "out"),
+    ("grad", "outs"),
     [
-        (ORDINARY, torch.zeros(8, 4).t()),
-        (MEMORY[:4], MEMORY[1:]),
-        (WIDE, None),  # a new result would not be as wide
-        (ORDINARY, torch.zeros(4, 8).half()),
+        *[pytest.param(grad, (grad, None), id=name) for name, grad in LEFT.items()],
+        *[pytest.param(grad, (out,), id=name) for name, (grad, out) in RESULTS_LEFT.items()],
     ],
-    ids=["turned", "overlapping", "wide", "other dtype"],
 )
-def test_results_left_to_torch(grad: Tensor, out: Tensor | None) -> None:
-    assert launch(grad, (1,), out) is None
+def test_left_to_torch(grad: Tensor, outs: tuple[Tensor | None, ...], device: Device) -> None:
+    axes = (1,) if grad.ndim == 2 else (1, 2, 4)
+    for out in outs:
+        assert launch(grad, axes, out) is None
+    assert not device.launches
 
 
 def test_launched(device: Device) -> None:

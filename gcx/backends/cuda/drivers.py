@@ -6,11 +6,9 @@ Devices are used by their number. The caller has made a device current.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import addressof, c_void_p
 from typing import Any, Protocol
 
 _NAME = "gcx_kernel"  # of every kernel
-Size = tuple[int, int]  # blocks, and threads of a block
 
 
 class Driver(Protocol):
@@ -25,8 +23,8 @@ class Driver(Protocol):
     def load(self, device: int, code: bytes, /) -> Any:
         """Load a compiled kernel on the current device."""
 
-    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int, /) -> None:
-        """Launch a kernel on the current device; `parameters` is the address of its structure."""
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
+        """Launch a kernel on the current device, with the further arguments of cuLaunchKernel."""
 
 
 class Bindings:
@@ -67,14 +65,11 @@ class Bindings:
         module = self._ask_in_context(device, self._driver.cuModuleLoadData, code)
         return self._ask(self._driver.cuModuleGetFunction, module, _NAME.encode())
 
-    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int) -> None:
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
         """See `Driver`."""
-        pointer = c_void_p(parameters)
-        blocks, threads = size
-        arguments = (kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0)
-        (status,) = self._launch(*arguments)
+        (status,) = self._launch(kernel, *arguments)
         if int(status):
-            self._ask_in_context(device, self._launch, *arguments)
+            self._ask_in_context(device, self._launch, kernel, *arguments)
 
     def _ask_in_context(self, device: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function; a thread that has not used CUDA yet gets the context of the device."""
@@ -129,10 +124,7 @@ class Cupy:
         module = self._driver.moduleLoadData(code)  # for as long as the process lives
         return self._driver.moduleGetFunction(module, _NAME)
 
-    def launch(self, device: int, kernel: Any, size: Size, stream: int, parameters: int) -> None:
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
         """See `Driver`."""
         self._runtime.setDevice(device)  # makes its context current in this thread
-        pointer = c_void_p(parameters)
-        blocks, threads = size
-        arguments = (kernel, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(pointer), 0)
-        self._driver.launchKernel(*arguments)
+        self._driver.launchKernel(kernel, *arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from ctypes import addressof, c_char
+from ctypes import addressof, c_char, c_void_p
 from typing import Any, Protocol
 from warnings import warn
 
@@ -111,11 +111,12 @@ class Launcher:
         if prepared is None or device in self.failures:
             return False
         kernels, stream, work, _ = prepared
-        parameters = addressof(c_char.from_buffer(work))
-        size = (launch.blocks, launch.threads)
+        parameters = c_void_p(addressof(c_char.from_buffer(work)))
+        grid, block = (launch.blocks, 1, 1), (launch.threads, 1, 1)
+        arguments = (*grid, *block, 0, stream, addressof(parameters), 0)
         try:
             for kernel in kernels:
-                self._driver.launch(device, kernel, size, stream, parameters)
+                self._driver.launch(device, kernel, arguments)
         except Exception as error:  # noqa: BLE001  # whatever a driver raises
             self._fail(device, error)
             return False

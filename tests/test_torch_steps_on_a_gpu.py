@@ -1,0 +1,222 @@
+"""Steps on a GPU: of torch's optimizers with the hooks, and of gcx.torch.AdamW and SGD."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gcx.torch
+from gcx.testing import assert_centralized
+from gcx.torch import SGD, AdamW
+
+from torch_fused_steps import BASES, MOMENTUM, Pair, both, hooked, new_net, step, train
+from torch_kernels import (
+    IS_ON_CUDA,
+    Device,
+    assert_equal,
+    distance,
+    give_gradients,
+    no_waiting,
+    on_gpu,
+)
+
+pytestmark = IS_ON_CUDA
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "sgd with hooks": partial(hooked, kind=SGD, **MOMENTUM),
+    "fused sgd with hooks": partial(hooked, kind=SGD, fused=True, **MOMENTUM),
+    "adamw with hooks": partial(hooked, kind=AdamW, capturable=True),
+    "sgd": partial(SGD, **MOMENTUM),
+    "adamw": AdamW,
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make(request: pytest.FixtureRequest) -> Callable[[nn.Module], Any]:
+    return OPTIMIZERS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device("cuda", monkeypatch)
+
+
+def two_of(make: Callable[[nn.Module], Any], device: Device) -> tuple[Pair, Pair]:
+    """Two alike, of which the second takes its steps as usual."""
+    one, other = ((net, make(net)) for net in (new_net(device), new_net(device)))
+    return one, other
+
+
+def test_a_step_does_not_wait(make: Any, device: Device) -> None:
+    """Neither with the addresses of the step before nor with others."""
+    model = new_net(device)
+    optimizer = make(model)
+    train(range(2), (model, optimizer))
+    kept = []
+    with no_waiting():
+        for _ in range(4):
+            kept += [p.grad for p in model.parameters()]  # so that the next ones are elsewhere
+            for p in model.parameters():
+                p.grad = p.grad.clone()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_one_launch_for_each_kind_of_kernel(kind: Any, device: Device) -> None:
+    """For rows, long rows, columns, tensors without a fan-in, and two for split columns."""
+    model = new_net(device)
+    step(0, model, optimizer := kind(model))
+    assert on_gpu(optimizer.step) == {"gcx_kernel": 6}
+
+
+def test_addresses_that_change(device: Device) -> None:
+    ours, reference = both("sgd", new_net(device), fused=True)
+    kept = []
+    for k in range(50):
+        kept.append(torch.empty(1 + 1000 * (k % 7), device="cuda"))  # so that others are taken
+        train([k], ours, reference)
+        ours[1].zero_grad()
+    assert distance(ours[0], reference[0]) <= 2
+
+
+@pytest.mark.parametrize("name", ["sgd with hooks", "adamw with hooks", "sgd"])
+def test_graph_of_a_step(name: str, device: Device) -> None:
+    """Replayed with other gradients in the same places, between other steps."""
+    (model, optimizer), (twin, reference) = two_of(OPTIMIZERS[name], device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train(range(3), (model, optimizer), (twin, reference))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    places = [parameter.grad for parameter in model.parameters()]
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for k in range(3, 9):
+        give_gradients(k, model, twin)
+        if k % 2:
+            for place, parameter in zip(places, model.parameters(), strict=True):
+                place.copy_(parameter.grad)
+            graph.replay()
+        else:
+            optimizer.step()
+        reference.step()
+    assert_equal(model, twin)
+
+
+def test_other_stream(make: Any, device: Device) -> None:
+    (model, optimizer), usual = two_of(make, device)
+    stream = torch.cuda.Stream()
+    for k in range(5):
+        give_gradients(k, model, usual[0])
+        usual[1].step()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream if k % 2 else torch.cuda.current_stream()):
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+    assert_equal(model, usual[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_compiled_step(device: Device) -> None:
+    (model, optimizer), usual = two_of(AdamW, device)
+    compiled = torch.compile(optimizer.step, backend="aot_eager")
+    for k in range(3):
+        give_gradients(k, model, usual[0])
+        compiled()
+        usual[1].step()
+    torch.compiler.reset()
+    assert optimizer.fallbacks == [""]
+    assert_equal(model, usual[0])
+
+
+def test_scaled_gradients(make: Any, device: Device) -> None:
+    """Steps as without a scaler, whose factors are powers of two; that with infinity is skipped."""
+    (model, optimizer), (twin, reference) = two_of(make, device)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    x = torch.rand(8, 4096, device="cuda")
+    start = twin.linear.weight.detach().clone()
+    for factor in (1, 1, torch.inf, 1, 1, 1):
+        optimizer.zero_grad()
+        scaler.scale(factor * (model.linear(x) - 1).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            reference.zero_grad()
+            (twin.linear(x) - 1).square().mean().backward()
+            reference.step()
+    torch.testing.assert_close(model.linear.weight, twin.linear.weight, rtol=1e-5, atol=1e-7)
+    assert (start - twin.linear.weight).abs().max() > 1e-4
+
+
+def test_corollary_4_1_on_gradients_of_a_loss(make: Any) -> None:
+    """With autocast and a GradScaler; AdamW has no such corollary, and goes down all the same."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(288, 10)).cuda()
+    start, optimizer = copy.deepcopy(model), make(model)
+    scaler = torch.amp.GradScaler("cuda")
+    x, y = torch.rand(32, 3, 8, 8, device="cuda"), torch.randint(10, (32,), device="cuda")
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for row in gcx.torch.plan(model):
+        if row.layout is not None and isinstance(optimizer, torch.optim.SGD):
+            weight, before = (net.get_parameter(row.name).detach() for net in (model, start))
+            assert_centralized(weight, start=before, layout=row.layout)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
+    """A step from the same weights, with gradients that were rounded before, is a unit away."""
+    model = new_net(device, dtype=dtype)
+    twin = copy.deepcopy(model)
+    options = {"lr": 2**-6, "weight_decay": 2**-4}
+    optimizer, reference = kind(model, **options), hooked(twin, kind, fused=True, **options)
+    train([0], (model, optimizer), (twin, reference))
+    assert optimizer.fallbacks == [""]
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        top = other.detach().abs().max()
+        assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * top
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_checkpoint_of_the_gpu_goes_on_there_and_on_the_cpu(kind: Any, device: Device) -> None:
+    model = new_net(device)
+    step(0, model, optimizer := kind(model))
+    plain = BASES[kind](copy.deepcopy(model).parameters())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(s["step"].is_cpu for s in plain.state.values() if "step" in s)
+    on_cpu = copy.deepcopy(model).cpu()
+    other = kind(on_cpu)
+    other.load_state_dict(optimizer.state_dict())
+    train([1], (model, optimizer), (on_cpu, other))
+    for p, cpu_p in zip(model.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), cpu_p, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_left_to_torch() -> None:
+    """Weights on the CPU, in the same group as those that the kernel takes."""
+    layers = [nn.Linear(8, 4, device="cuda"), nn.Linear(8, 4)]
+    ours, reference = both("sgd", nn.ModuleList(layers))
+    give_gradients(0, ours[0], reference[0])
+    (reason,) = ours[1].fallbacks
+    assert "on cpu" in reason
+    ours[1].step()
+    reference[1].step()
+    for one, other in zip(ours[0].parameters(), reference[0].parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -116,7 +116,7 @@ class Layout:
         if not self.is_split:
             return shape, self.fan_in_axes(len(shape))
         axes = self._find_axes(len(shape))
-        if not axes:
+        if len(shape) < min(2, len(self._head) + len(self._tail)):  # a bias
             return shape, axes
         each = zip(self._list_axes(len(shape)), shape, strict=True)
         sizes = [part for axis, size in each for part in self._split_axis(axis, size, shape)]

@@ -1,4 +1,4 @@
-"""SGD of gcx.optim and torch, where all round as NumPy does: 200 steps, the same bits."""
+"""SGD of gcx.optim, torch and optax, where all round as NumPy does: 200 steps, the same bits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from gcx.optim import SGD
 
 import canonical_order
+import libraries
 from same_bits import assert_same_bits, promises_bits
 from test_optim import OPTIMIZERS
 
@@ -37,6 +38,29 @@ def test_sgd_of_torch(foreach: bool, dtype: str) -> None:
         optimizer.step()
     expected = canonical_order.sgd(start, grads, (1,), 2**-4, momentum=0.9)
     assert_same_bits(layer.weight.detach().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sgd_of_optax(dtype: str) -> None:
+    """Outside of jax.jit, in which XLA would join a product and a sum."""
+    optax = pytest.importorskip("optax")
+    import gcx.optax
+
+    jax = next(library for library in libraries.MAKERS["jax"]() if library.device == "cpu")
+    axes = {"rows": (1,), "columns": (0,), "bias": None}
+    start, *grads = [{"rows": x, "columns": x.T, "bias": x[:, 0]} for x in draw(dtype)]
+    gc = gcx.optax.centralize({"r*": "o...", "c*": "...o", "b*": None}, reproducible=True)
+    optimizer = optax.chain(gc, optax.sgd(2**-4, momentum=0.9))
+    params = {name: jax.asarray(x, dtype) for name, x in start.items()}
+    state = optimizer.init(params)
+    for grad in grads:
+        of_jax = {name: jax.asarray(x, dtype) for name, x in grad.items()}
+        updates, state = optimizer.update(of_jax, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, param in params.items():
+        numbers = start[name], [grad[name] for grad in grads]
+        expected = canonical_order.sgd(*numbers, axes[name], 2**-4, momentum=0.9)
+        assert_same_bits(jax.numpy(param), expected)
 
 
 @pytest.mark.parametrize("place", ["gradient", "update"])

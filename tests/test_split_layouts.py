@@ -117,6 +117,8 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
     assert layout.split((6, 4)) == ((2, 3, 4), (1,))
     with pytest.raises(ValueError, match=r"does not fit shape \(12, 4\): 12 is not equal to 6"):
         layout.split((12, 4))
+    with pytest.raises(ValueError, match=r"does not fit shape \(8,\)"):  # though it has no fan-in
+        gcx.Layout("(bo)...", b=3).split((8,))
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gcx.torch
 from gcx.torch import SGD, AdamW
 
 from copies import COPIES, saved_by_torch
-from torch_fused_steps import BASES, hooked, make_device
+from torch_fused_steps import BASES, hooked, launched, make_device
 from torch_kernels import Device
 from torch_training import GRAD
 
@@ -122,10 +123,19 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 @pytest.fixture(params=[None, "emulated"], ids=["torch", "kernels"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernels make the steps, or torch does."""
-    return request.param and make_device(request.param, monkeypatch)
+    device = request.param and make_device(request.param, monkeypatch)
+
+    def count(optimizer: Optimizer, *_: Any) -> None:
+        if device and isinstance(optimizer, (AdamW, SGD)):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            device.due += sum(grad is not None and not grad.is_sparse for grad in grads)
+
+    hook = register_optimizer_step_post_hook(count)
+    yield device
+    hook.remove()
 
 
-def assert_same(one: Pair, other: Pair, device: Device | None = None) -> None:
+def assert_same(one: Pair, other: Pair, device: Device | None = None, left: Any = ()) -> None:
     """Compare the parameters, and all that the optimizers remember."""
     (found, state), (expected, expected_state) = (
         ([*model.parameters()], optimizer.state_dict()) for model, optimizer in (one, other)
@@ -135,8 +145,8 @@ def assert_same(one: Pair, other: Pair, device: Device | None = None) -> None:
     pairs = (found, expected), (state["state"], expected_state["state"])
     for one_part, other_part in pairs:
         torch.testing.assert_close(one_part, other_part, check_stride=True, **close)
-    if device is not None and isinstance(one[1], (AdamW, SGD)):
-        assert device.runs or all(one[1].fallbacks)
+    if device is not None:
+        assert launched(device) == (0 if left else device.due)
 
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -183,7 +193,7 @@ def test_same_as_torch_with_hooks(
     pairs = both(kind, **{"lr": 0.01, **options})
     for pair in pairs:
         training(*pair)
-    assert_same(*pairs, device)
+    assert_same(*pairs, device, options.keys() & {"amsgrad", "foreach", "fused", "lr"})
     if device is not None:
         return  # a kernel does not write to the gradients
     found, expected = ([p.grad for p in model.parameters()] for model, _ in pairs)

@@ -75,7 +75,7 @@ def test_model_on_a_cpu_beside_a_gpu(kind: Any, monkeypatch: pytest.MonkeyPatch)
     """Nobody is asked about the GPU, as a process that was forked must not."""
     monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
     model = Net()
-    step(0, model, optimizer := kind(model))
+    train(range(2), (model, optimizer := kind(model)))
     assert optimizer.fallbacks == ["no parameter on a CUDA device"]
 
 

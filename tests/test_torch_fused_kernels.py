@@ -182,6 +182,8 @@ def test_options_turned_in_mid_training(device: Device) -> None:
     changes = ({}, {"momentum": 0.9}, {"foreach": True}, {"foreach": None, "lr": 0.02})
     for k, change in enumerate(changes):
         for _, optimizer in (ours, reference):
+            with pytest.raises(ZeroDivisionError):  # such a step leaves nothing to the next one
+                optimizer.step(lambda: 1 / 0)
             optimizer.param_groups[0].update(change)
         train([k], ours, reference)
     assert_close(ours[0], reference[0])

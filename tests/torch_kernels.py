@@ -38,6 +38,7 @@ class Device:
         self.name = name
         self.type = "cuda" if name == "cuda" else "cpu"
         self.runs: list[tuple[str, int]] = []  # the rule of a launch, and its number of tensors
+        self.due = 0  # tensors of steps that kernels are to make; a test may count them
         self.refused: set[str] = set()  # dtypes; as where a CUDA graph is captured too early
         self.host: Any = None
         patch.setattr(_torch_cuda, "_recent", {})

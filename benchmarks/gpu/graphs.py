@@ -38,6 +38,7 @@ def replays(gpu: Gpu) -> Iterator[Measured]:
                 grad.normal_()
             copies = [[grad.clone() for grad in each] for each in lists]
             expected = [grad for each in copies for grad in centralize(_WEIGHTS, each)]
+            gpu.release()  # memory of the graphs must stay
             in_turn(graphs)()
             gpu.wait()
             count += _count_differing(grads, expected)

@@ -179,15 +179,15 @@ def test_switch_turned_in_mid_training(case: str, device: Device) -> None:
 
 def test_options_turned_in_mid_training(device: Device) -> None:
     ours, reference = both("sgd", Net())
-    changes = ({}, {"momentum": 0.9}, {"foreach": True}, {"foreach": None, "lr": 0.02})
-    for k, change in enumerate(changes):
+    changes = ({"weight_decay": 0.5}, {"momentum": 0.9}, {"foreach": True}, {"foreach": None})
+    for k, change in enumerate(({}, *changes, {"lr": 0.02})):
         for _, optimizer in (ours, reference):
             with pytest.raises(ZeroDivisionError):  # such a step leaves nothing to the next one
                 optimizer.step(lambda: 1 / 0)
             optimizer.param_groups[0].update(change)
         train([k], ours, reference)
     assert_close(ours[0], reference[0])
-    assert launched(device) == 30
+    assert launched(device) == 50
 
 
 def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

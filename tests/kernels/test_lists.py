@@ -56,14 +56,16 @@ def test_bits_in_place(library: CupyOnCpu, dtype: str) -> None:
 
 
 def test_any_order_of_memory(library: CupyOnCpu) -> None:
-    """Without `reproducible`, rows are read as they lie."""
+    """Without `reproducible`, rows are read as they lie; with it, the same list is not."""
     case = OTHERS["channels last"]
     whole, grad = make(library, case, "float32")
-    result = gcx.centralize(grad)
+    (result,) = gcx.centralize_many([grad])
     in_order = canonical(whole, Case(case.shape, (1, 2, 3)))
     assert_same_bits(library.numpy(result), case.part(in_order))
     (launch,) = library.driver.launches
     assert launch.kernel == "rows"
+    (result,) = gcx.centralize_many([grad], reproducible=True)
+    assert_same_bits(library.numpy(result), canonical(case.part(whole), case))
 
 
 def test_launches_for_each_dtype(library: CupyOnCpu) -> None:

@@ -193,6 +193,25 @@ def test_training_is_that_of_the_ordinary_way(
         assert_close(start, twin)
 
 
+def test_gaps_and_closures(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every weight has a gradient in each step, and a closure may give others."""
+
+    def train_with_gaps(model: Any) -> None:
+        gcx.torch.centralize(optimizer := sgd(model), model)
+        for seed in range(4):
+            give_gradients(seed, model)
+            if seed % 2:
+                model.conv.weight.grad = None
+            optimizer.step()
+        optimizer.step(lambda: give_gradients(4, model))
+
+    model, twin = new_net(device), new_net(device)
+    train_with_gaps(model)
+    assert device.launches == (4 + 2) * LAUNCHES
+    ordinarily(monkeypatch, train_with_gaps, twin)
+    assert_close(model, twin)
+
+
 @everywhere
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(

@@ -85,7 +85,6 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         (x, {}, TypeError, f"list, tuple or dict.*not {type(x).__name__}")
         for x in (None, "abc", 1.0, MappingProxyType({}))
     ],
-    (values(3, 4), {}, TypeError, r"takes a list, tuple or dict.*use gcx.centralize"),
     *[
         ({"a": [values(3, 4), x]}, {}, TypeError, f"^a/1: expected an array.*{type(x).__name__}")
         for x in ("text", 1.0, SimpleNamespace(), MappingProxyType({}))
@@ -156,6 +155,10 @@ class TestTrees:
             np.testing.assert_allclose(read, centralized(x, (1,)), rtol=0, atol=1e-14)
         assert results[6] is None
         np.testing.assert_array_equal(results[7], np.ones(3))
+
+    def test_one_array_is_no_tree(self, xp: ArrayLibrary) -> None:
+        with pytest.raises(TypeError, match=r"takes a list, tuple or dict.*use gcx.centralize"):
+            gcx.centralize_many(xp.asarray(values(3, 4)))
 
 
 def assert_same_structure(result: Any, grads: Any) -> None:

@@ -65,7 +65,7 @@ class Layout:
             raise ValueError(
                 f"layout {text!r} is not valid: write one letter an axis, 'o' (output unit), 'i' "
                 "(fan-in) or 'b' (stack), at most one '...' for all the other axes, and "
-                "parentheses around two or more parts of an axis"
+                f"parentheses around two or more parts of an axis{_hint(text)}"
             )
         if "i" not in text and _ELLIPSIS not in text:
             raise ValueError(
@@ -176,6 +176,17 @@ class Layout:
 
 
 LayoutLike = Layout | str
+
+
+def _hint(text: str) -> str:
+    """Translate the names of axes that other libraries use.
+
+    >>> _hint("HWIO"), _hint("NCHW")
+    ("; 'HWIO' is '...io' here", '')
+    """
+    here = re.sub("[dhw0-9]+", _ELLIPSIS, text.lower())
+    is_clear = sorted(here.replace(_ELLIPSIS, "")) == ["i", "o"] and here.count(_ELLIPSIS) < 2
+    return f"; {text!r} is {here!r} here" if is_clear else ""
 
 
 def _list_parts(axis: str) -> list[str]:

@@ -55,10 +55,6 @@ def check_reproducible(grad: jax.Array, axes: Sequence[int], /) -> None:
         )
 
 
-def reshape(array: jax.Array, shape: tuple[int, ...], /) -> jax.Array:
-    return array.reshape(shape)
-
-
 def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     return _mean_in_order(x, axes) if reproducible else _mean(x, axes)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gcx._decisions import LEFT_ALONE, decide_row, merge
 from gcx._frameworks import describe, hint_at_adapter
-from gcx._names import match, no_match
+from gcx._names import match, naming, no_match
 from gcx._options import Layers, Options
-from gcx._rules import MASKED, NOT_CONVOLUTION
+from gcx._rules import MASKED, NOT_CONVOLUTION, Answer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import (
@@ -27,11 +27,10 @@ from gcx.torch._layers import (
 )
 
 Key = str | Tensor | nn.Module
-Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
 # The remedy for unknown parameters.
 HINT = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
-Overrides = Mapping[Key, Value]
+Overrides = Mapping[Key, Answer]
 
 
 class Decision(NamedTuple):
@@ -57,8 +56,8 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     overrides : mapping, optional
         Answers that take precedence over the layers. A key is a name or a glob
         (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
-        its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
-        axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
+        its vectors). The first key that covers a parameter counts. A value is a layout or, to leave
+        the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
 
     Returns
     -------
@@ -218,25 +217,12 @@ def _find_covered(
     return found
 
 
-def _read(value: LayoutLike | int | Sequence[int], name: str, weight: Tensor) -> Layout:
-    if not isinstance(value, (Layout, str)):
-        value = _layout_of_axes(value, name, weight.ndim)
-    layout = as_layout(value)
+def _read(value: LayoutLike, name: str, weight: Tensor) -> Layout:
+    with naming(f"overrides: {name}"):
+        layout = as_layout(value)
     if fit(layout, weight) is None:
         shape = tuple(weight.shape)
         raise ValueError(f"overrides: {name} of shape {shape} does not fit {layout!r}")
     if not _is_trainable(weight):
         raise ValueError(f"overrides: {name} is of dtype {weight.dtype}, which has no gradient")
     return layout
-
-
-def _layout_of_axes(value: object, name: str, ndim: int) -> Layout:
-    axes = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        remedy = "a layout, the axes of its fan-in, or None to leave it alone"
-        raise TypeError(f"overrides: the value for {name} is {remedy}, not {value!r}")
-    if not axes or not all(-ndim <= axis < ndim for axis in axes):
-        problem = f"{value!r} is not fan-in axes of it; None leaves it alone"
-        raise ValueError(f"overrides: {name} has rank {ndim}, and {problem}")
-    fan_in = {axis % ndim for axis in axes}
-    return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

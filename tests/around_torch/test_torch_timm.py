@@ -78,6 +78,9 @@ def test_mixture_of_kernels_of_timm(groups: int) -> None:
     layer = kind(6, 4, 3, groups=groups, num_experts=2)
     outputs = channels(layer(torch.rand(2, 6, 5, 5), torch.rand(2, 2)))
     assert_fan_in_is_support(layer, outputs, "weight", units_per_output=2)
+    matrices = gcx.torch.matrices(layer).split("weight", layer.weight)
+    kernels = [part for kernel in layer.weight.view(2, 4, -1) for part in kernel.chunk(groups)]
+    assert torch.equal(matrices, torch.stack(kernels))
 
 
 def test_decoder_of_timm() -> None:

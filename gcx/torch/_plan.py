@@ -11,7 +11,7 @@ from gcx._decisions import LEFT_ALONE, decide_row, merge
 from gcx._frameworks import describe, hint_at_adapter
 from gcx._names import match, naming, no_match
 from gcx._options import Layers, Options
-from gcx._rules import MASKED, NOT_CONVOLUTION, Answer
+from gcx._rules import MASKED, NOT_CONVOLUTION, Answer, unknown
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import (
@@ -20,11 +20,11 @@ from gcx.torch._layers import (
     Found,
     Owned,
     answer,
-    answer_by_name,
     fit,
     flattened,
     owned_parameters,
 )
+from gcx.torch._packages import NAMES_ANYWHERE
 
 Key = str | Tensor | nn.Module
 # The remedy for unknown parameters.
@@ -96,11 +96,10 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
     return Plan(decision.row for decision in decisions.values())
 
 
-def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
+def decide(model: nn.Module, options: Options) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, not {describe(model, 'torch')}")
-    options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
     given = _find_overrides(options.overrides or {}, named)
@@ -129,8 +128,10 @@ def _ask(owned: Owned, layers: Layers) -> tuple[Found, str]:
             return LeaveAlone(owned.objection), ""
         rule = f"{rule}, {owned.objection.removeprefix('unknown: a ')}"
     if found is None:
-        reason = answer_by_name(*owned.users[-1]).reason
-        return LeaveAlone(reason + hint_at_adapter(owned.layer, "torch")), ""
+        layer, name = owned.users[-1]
+        key = match(NAMES_ANYWHERE, [name]).get(name)
+        alone = unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
+        return LeaveAlone(alone.reason + hint_at_adapter(layer, "torch")), ""
     if isinstance(found, Mapping) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):

@@ -203,17 +203,6 @@ def test_lbfgs_in_two_parts_of_a_training(where: Any, layer: nn.Linear) -> None:
         state = optimizer.state_dict()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
-def test_optimizers_that_step_in_hooks_of_their_parameters(where: Any, layer: nn.Linear) -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
-
-    _apply_optimizer_in_backward(SGD, layer.parameters(), {"lr": 0.01, **DECAYED})
-    with pytest.raises(ValueError, match="nothing to centralize"):
-        gcx.torch.centralize(layer.bias._in_backward_optimizers[0], layer)
-    gcx.torch.centralize(layer.weight._in_backward_optimizers[0], layer, where=where)
-    assert_means_kept(layer, lambda: [loss_of(layer).backward() for _ in range(5)])
-
-
 def test_complex_weights(where: Any) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, dtype=torch.complex128)

@@ -195,6 +195,12 @@ def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> N
     torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.1) ** 4)
 
 
+def test_decay_outside_of_an_optimizer_without_decay(layer: nn.Linear) -> None:
+    optimizer = Own(layer.parameters(), decoupled_weight_decay=True)
+    gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
+    assert_means_kept(layer, lambda: train(layer, optimizer))
+
+
 @pytest.mark.parametrize("shape", [(3, 64), (512, 1024)], ids=str)
 def test_narrow_weights_with_decay(shape: tuple[int, int]) -> None:
     """The mean is exact here, and rounded once."""

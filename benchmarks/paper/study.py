@@ -116,7 +116,8 @@ def _ends_at_once() -> Iterator[None]:
 def _prepare() -> None:
     """Keep libraries from sharing matrices too small for that between threads."""
     signal(SIGINT, SIG_IGN)  # the parent ends this process
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # read when JAX first computes
+    flags = os.environ.get("XLA_FLAGS", "")  # read when JAX first computes
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch
 
 

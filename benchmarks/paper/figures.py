@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import cycle
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,9 @@ VERDICT_STYLES = {
     Verdict.NOT_SHOWN: (GRAY, "o"),
     Verdict.HURTS: (VERMILION, "<"),
 }
+_GROUPS = ("task", "network")  # over the rows that have them in common
+_FOREST_WIDTH, _LINE = 4.6, 0.18  # inches
+_CHARACTERS = 66  # of a line of that width
 _CELLS_A_ROW = 5
 _POINTS_A_CURVE = 200
 _ROOM_BELOW = 0.5  # points
@@ -72,6 +77,8 @@ def curves(outcomes: Iterable[Outcome], path: Path, unit: str = "step") -> None:
 def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     """Draw the paired difference of each comparison with its interval, one below the other.
 
+    Each stands below its own words, which leaves it the whole width of a phone.
+
     Parameters
     ----------
     path : Path
@@ -81,25 +88,39 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     names = varying(cells)
     arms = list(dict.fromkeys(c.arm for c in comparisons))
     bases = dict.fromkeys(c.base_arm for c in comparisons)
-    what = (
-        f"Test accuracy {' or '.join(ARM_WORDS[arm] for arm in arms)},\n"
-        f"minus {' or '.join(ARM_WORDS[base] for base in bases)}"
+    title = (
+        in_common(cells),
+        "Test accuracy",
+        " or ".join(ARM_WORDS[arm] for arm in arms),
+        f"minus {' or '.join(ARM_WORDS[base] for base in bases)}",
     )
-    figure = Figure(figsize=(9, 1.9 + 0.3 * len(comparisons)), layout="constrained")
+    groups: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        groups.setdefault(describe(c.cell, [n for n in names if n in _GROUPS]), []).append(c)
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
-    for row, c in enumerate(comparisons):
-        color, marker = VERDICT_STYLES[c.verdict]
-        filling = color if c.stands else "white"
-        axes.plot([c.paired.low, c.paired.high], [row, row], color=color)
-        axes.plot([c.paired.difference], [row], marker, color=color, markerfacecolor=filling)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(comparisons)), [_row_label(c, names, arms) for c in comparisons])
-    axes.set(
-        title=f"{in_common(cells)}\n{what}".strip(),
-        xlabel=f"difference (points), {CONFIDENCE:.0%} interval",
-    )
-    axes.invert_yaxis()
-    axes.margins(y=0.6 / len(comparisons))
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "in_layout": False}
+    write = partial(axes.text, 0.01, va="top", fontsize=9, **place)
+    line = 0
+    for words, of_group in groups.items():
+        if words:
+            axes.axhspan(line, line + 1, color="0.93")
+            write(line + 0.1, words, weight="bold")
+            line += 1
+        for c in of_group:
+            color, marker = VERDICT_STYLES[c.verdict]
+            label = fill(_row_label(c, [n for n in names if n not in _GROUPS], arms), _CHARACTERS)
+            write(line + 0.2, label)
+            line += label.count("\n")
+            at, filling = line + 1.5, color if c.stands else "white"
+            axes.plot([c.paired.low, c.paired.high], [at, at], color=color)
+            axes.plot([c.paired.difference], [at], marker, color=color, markerfacecolor=filling)
+            line += 2
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set(ylim=(line, 0), yticks=[], xlabel=f"difference (points), {CONFIDENCE:.0%} interval")
+    figure.set_size_inches(_FOREST_WIDTH, 1.9 + _LINE * line)
+    wrapped = [fill(words, _CHARACTERS) for words in title if words]
+    figure.suptitle("\n".join(wrapped), fontsize=9)
     axes.grid(alpha=0.3, axis="x")
     _add_verdicts(figure, comparisons)
     save(figure, path)
@@ -183,11 +204,11 @@ def _add_verdicts(figure: Figure, comparisons: Sequence[Comparison]) -> None:
             for verdict, (color, marker) in VERDICT_STYLES.items()
         ],
         title=(
-            f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)}); "
+            f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)})\n"
             f"filled: stands after Holm's correction for all {len(comparisons)}"
         ),
         loc="outside lower center",
-        ncols=len(VERDICT_STYLES),
+        ncols=2,
         frameon=False,
     )
 

@@ -34,10 +34,10 @@ VERDICT_STYLES = {
     Verdict.HURTS: (VERMILION, "<"),
 }
 _GROUPS = ("task", "network")  # over the rows that have them in common
-_FOREST_WIDTH, _LINE = 4.6, 0.18  # inches
+_WIDTH, _LINE = 4.6, 0.18  # inches: about as wide as a phone
 _CHARACTERS = 66  # of a line of that width
-_CELLS_A_ROW = 5
-_POINTS_A_CURVE = 200
+_CELLS_A_ROW = 2
+_POINTS_A_CURVE = 60
 _ROOM_BELOW = 0.5  # points
 
 
@@ -57,19 +57,20 @@ def curves(outcomes: Iterable[Outcome], path: Path, unit: str = "step") -> None:
     colors = _colors(list(dict.fromkeys(outcome.arm for outcome in outcomes)))
     blocks = ceil(len(cells) / _CELLS_A_ROW)
     columns = ceil(len(cells) / blocks)
-    figure = Figure(figsize=(1 + 3.2 * max(columns, 2), 1.4 + 4.6 * blocks), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.8 + 3.6 * blocks), layout="constrained")
     panels = _panels(figure, len(cells), columns)
     for cell, (loss, accuracy) in zip(cells, panels, strict=True):
         of_cell = [outcome for outcome in outcomes if outcome.cell == cell]
         _draw(loss, of_cell, _loss_curve, colors)
         _draw(accuracy, of_cell, _accuracy_curve, colors)
-        loss.set(title=describe(cell, names), yscale="log")
+        loss.set(yscale="log")
+        loss.set_title(describe(cell, names), fontsize=9)
         accuracy.set(xlabel=unit)
         accuracy.set_ylim(bottom=min(map(_late_accuracy, of_cell)))
     for loss, accuracy in panels[::columns]:  # at the left of each row
         loss.set(ylabel="training loss (nats)")
         accuracy.set(ylabel="test accuracy (%)")
-    figure.suptitle(in_common(cells))
+    figure.suptitle(fill(in_common(cells), _CHARACTERS), fontsize=9)
     _add_arms(figure, outcomes, colors, unit)
     save(figure, path)
 
@@ -118,7 +119,7 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
             line += 2
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.set(ylim=(line, 0), yticks=[], xlabel=f"difference (points), {CONFIDENCE:.0%} interval")
-    figure.set_size_inches(_FOREST_WIDTH, 1.9 + _LINE * line)
+    figure.set_size_inches(_WIDTH, 2.4 + _LINE * line)
     wrapped = [fill(words, _CHARACTERS) for words in title if words]
     figure.suptitle("\n".join(wrapped), fontsize=9)
     axes.grid(alpha=0.3, axis="x")
@@ -187,11 +188,11 @@ def _add_arms(
             for arm, color in colors.items()
         ],
         title=(
-            f"line: median over the seeds ({seeds}); band: between the quartiles; "
+            f"line: median over the seeds ({seeds}); band: between the quartiles\n"
             f"loss: mean of the last {window} {unit}s"
         ),
         loc="outside lower center",
-        ncols=len(colors),
+        ncols=1,
         frameon=False,
     )
 

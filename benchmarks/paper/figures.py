@@ -101,17 +101,17 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "in_layout": False}
-    write = partial(axes.text, 0.01, va="top", fontsize=9, **place)
+    write = partial(axes.text, x=0.01, va="top", fontsize=9, **place)
     line = 0
     for words, of_group in groups.items():
         if words:
             axes.axhspan(line, line + 1, color="0.93")
-            write(line + 0.1, words, weight="bold")
+            write(y=line + 0.1, s=words, weight="bold")
             line += 1
         for c in of_group:
             color, marker = VERDICT_STYLES[c.verdict]
             label = fill(_row_label(c, [n for n in names if n not in _GROUPS], arms), _CHARACTERS)
-            write(line + 0.2, label)
+            write(y=line + 0.2, s=label)
             line += label.count("\n")
             at, filling = line + 1.5, color if c.stands else "white"
             axes.plot([c.paired.low, c.paired.high], [at, at], color=color)

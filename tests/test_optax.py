@@ -38,7 +38,7 @@ jax.tree_util.register_pytree_with_keys(
 GC, OF_OPTIM = gcx.optax.centralize("flax"), gcx.optax.centralize(LAYOUTS)
 DECAYED, RATE = optax.add_decayed_weights(0.1), 0.05
 
-# The same in gcx.optim, and what of its decay is not projected.
+# An optimizer of gcx.optim and its `where`, decay outside of GC, and the same in optax.
 CHAINS: list[tuple[str, str, float, tuple[Any, ...]]] = [
     ("momentum-decay", "gradient", 0.0, (DECAYED, OF_OPTIM, optax.sgd(RATE, momentum=0.9))),
     ("adam", "gradient", 0.0, (OF_OPTIM, optax.adam(1e-3))),

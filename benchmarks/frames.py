@@ -33,16 +33,16 @@ class Frames(NamedTuple):
         return tuple(dict.fromkeys(file for file, _ in self.calls))
 
 
-def frames_of_a_step(where: Any = "gradient") -> Frames:
-    """Count the frames of one step of plain SGD on four linear layers.
+def frames_of_a_step(where: Any = "gradient", layers: int = 4, **options: Any) -> Frames:
+    """Count the frames of one step of SGD, by default a plain one on four linear layers.
 
     Nothing has changed since the step before: same parameters, same options, new gradients. A
     generator counts once for each time that it goes on, and a comprehension as a frame of its own
     where Python makes one.
     """
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
     gcx.torch.centralize(optimizer, model, where=where)
     calls: list[tuple[str, str]] = []
 

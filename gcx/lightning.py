@@ -10,17 +10,13 @@ import gcx.torch
 from gcx._frameworks import needing
 from gcx._options import TakesOptions
 from gcx.plan import Plan
-from gcx.torch._plan import decide
+from gcx.torch._weights import Targets
 
 with needing("lightning", "lightning"):
     if not TYPE_CHECKING and not find_spec("lightning") and find_spec("pytorch_lightning"):
         import pytorch_lightning as pl  # the same package by its older name
     else:
         import lightning.pytorch as pl
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
 
 __all__ = ["GradientCentralization"]
 
@@ -65,12 +61,11 @@ class GradientCentralization(TakesOptions, pl.Callback):
         """Attach to the optimizers, before a checkpoint is loaded into them."""
         if not trainer.optimizers:
             raise ValueError("there is nothing to centralize: the trainer has no optimizer")
-        decisions = decide(pl_module, self._options).items()
-        weights = {weight for weight, decision in decisions if decision.row.layout is not None}
-        concerned = [opt for opt in trainer.optimizers if _has_some_of(weights, opt)]
+        options = self._options
+        concerned = [o for o in trainer.optimizers if any(Targets(o, pl_module, options).weights())]
         handles = self._handles = []
         for optimizer in concerned or trainer.optimizers:  # an error says why, if none is concerned
-            handle = gcx.torch.GradientCentralization(optimizer, pl_module, self._options)
+            handle = gcx.torch.GradientCentralization(optimizer, pl_module, options)
             handles.append(handle)
             pl.utilities.rank_zero_info(f"{handle}")
 
@@ -80,8 +75,3 @@ class GradientCentralization(TakesOptions, pl.Callback):
             handle.remove()
 
     on_exception = teardown
-
-
-def _has_some_of(weights: set[Tensor], optimizer: Optimizer) -> bool:
-    groups = [g for g in optimizer.param_groups if g.get("centralize", True) is not False]
-    return any(parameter in weights for group in groups for parameter in group["params"])

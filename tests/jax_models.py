@@ -78,6 +78,7 @@ class OfLinen(nn.Module):
         x, _ = nn.scan(Stacked, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
             name="scanned"
         )(x, None)
+        x = nn.Einsum((2, 8, 4), "...i,eio->...eo", use_bias=False)(x).sum(-2)
         x = nn.PReLU()(x)
         return nn.Dense(1)(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -123,14 +124,26 @@ def rows(numbers: Any) -> Any:
     return numbers.reshape(8, 2, 24)
 
 
-def in_train_step(up: P, down: P) -> Facts:
-    """Compare a train step of two layers under `jax.jit` with GC to one without."""
-    devices, axes = mesh(), {"up": (0,), "bias": (), "down": (0,)}
-    shapes = {"up": (16, 32), "bias": (32,), "down": (32, 24)}
-    specs = {"up": up, "bias": P(*up[1:]), "down": down}
-    params = {name: sharded(devices, specs[name], shape) for name, shape in shapes.items()}
-    x = sharded(devices, P("x"), (32, 16))
-    gc, sgd = gcx.optax.centralize({"bias": None, "*": "...o"}), optax.sgd(50.0)
+# Shape and fan-in axes of each parameter in a train step.
+PARAMETERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "up": ((16, 32), (0,)),
+    "bias": ((32,), ()),
+    "down": ((32, 24), (0,)),
+    "conv": ((3, 3, 8, 16), (0, 1, 2)),
+    "query": ((16, 4, 8), (0,)),
+    "linear": ((24, 16), (1,)),
+}
+
+
+def in_train_step(up: P, down: P, *others: P) -> Facts:
+    """Compare a train step under `jax.jit` with GC to one without."""
+    devices = mesh()
+    given = (up, P(*up[1:]), down, *others)
+    specs = dict(zip_longest(PARAMETERS, given, fillvalue=P()))
+    params = {n: sharded(devices, specs[n], shape) for n, (shape, _) in PARAMETERS.items()}
+    x = sharded(devices, P("x"), (32, 128))
+    layouts = {"bias": None, "query": "ioo", "linear": "o...", "*": "...o"}
+    gc, sgd = gcx.optax.centralize(layouts), optax.sgd(50.0)
     plain, with_gc = (train_step(tx, params, x) for tx in (sgd, optax.chain(gc, sgd)))
     new = with_gc(params, x)
     start, end, by_plain = (whole(devices, p) for p in (params, new, plain(params, x)))
@@ -138,7 +151,8 @@ def in_train_step(up: P, down: P) -> Facts:
     for name, weight in new.items():
         move = by_plain[name] - start[name]
         assert np.abs(move).max() > 1e-2
-        expected = centralized(move, axes[name]) if axes[name] else move
+        axes = PARAMETERS[name][1]
+        expected = centralized(move, axes) if axes else move
         errors.append(np.abs(end[name] - start[name] - expected).max())
         keeps.append(weight.sharding.is_equivalent_to(params[name].sharding, weight.ndim))
     added, gone = collectives(with_gc), collectives(plain)
@@ -148,8 +162,16 @@ def in_train_step(up: P, down: P) -> Facts:
 
 def train_step(optimizer: optax.GradientTransformation, params: Any, x: Any) -> Any:
     def loss(params: Any, x: Any) -> Any:
-        hidden = jnp.tanh(x @ params["up"] + params["bias"])
-        return (jnp.tanh(hidden @ params["down"]) ** 2).mean()
+        images, x, kinds = x.reshape(-1, 4, 4, 8), x[:, :16], ("NHWC", "HWIO", "NHWC")
+        outputs = (
+            jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"],
+            jax.lax.conv_general_dilated(
+                images, params["conv"] / 8, (1, 1), "SAME", None, None, kinds
+            ),
+            jnp.einsum("be,ehd->bhd", x, params["query"]),
+            x @ params["linear"].T,
+        )
+        return sum((jnp.tanh(output) ** 2).mean() for output in outputs)
 
     def step(params: Any, x: Any) -> Any:
         grads = jax.grad(loss)(params, x)
@@ -237,16 +259,20 @@ CASES: dict[str, Case] = {
     "rows, fan-in": case({"all-reduce 16": 1}, by_itself, P(None, "y"), "o..."),
     "rows, fan-out over two axes": case(NOTHING, by_itself, P(("x", "y")), "o..."),
     "rows, fan-in and fan-out": case({"all-reduce 4": 1}, by_itself, P("x", "y"), "o..."),
-    # On a CPU the remainder too, since this array is small.
-    "convolution, fan-in": case(
-        {"all-reduce 16": 2}, by_itself, P(None, None, "x"), shape=(3, 3, 8, 16)
-    ),
-    "convolution, fan-out": case(NOTHING, by_itself, P(None, None, None, "x"), shape=(3, 3, 8, 16)),
-    "query, fan-in": case({"all-reduce 16": 1}, by_itself, P("x", "y"), "ioo", shape=(16, 4, 8)),
-    "query, fan-out": case(NOTHING, by_itself, P(None, "x", "y"), "ioo", shape=(16, 4, 8)),
     "step, whole": case(NOTHING, in_train_step, P(), P()),
-    "step, fan-out": case(NOTHING, in_train_step, P(None, "x"), P(None, "x")),
-    "step, fan-in": case({"all-reduce 32": 1, "all-reduce 24": 1}, in_train_step, P("x"), P("x")),
+    "step, fan-out": case(
+        NOTHING,
+        in_train_step,
+        *(P(None, "x"), P(None, "x")),
+        *(P(None, None, None, "x"), P(None, "x", "y"), P("x")),
+    ),
+    # Of up, of down and linear, and of query; of conv, which is small, the remainder too.
+    "step, fan-in": case(
+        {"all-reduce 32": 1, "all-reduce 24": 2, "all-reduce 16": 3},
+        in_train_step,
+        *(P("x"), P("x")),
+        *(P(None, None, "x"), P("x", "y"), P(None, "x")),
+    ),
     "step, tensor parallel": case(MEANS, in_train_step, P(None, "y"), P("y")),
     "step, fan-in and fan-out": case(
         {"all-reduce 16": 1, "all-reduce 12": 1}, in_train_step, P("x", "y"), P("x", "y")

@@ -1,4 +1,4 @@
-"""One training on any number of processes, and the same written out for one."""
+"""One training on any number of processes."""
 
 from __future__ import annotations
 
@@ -42,17 +42,6 @@ def net(hidden: int) -> Net:
     return Net(hidden).double()
 
 
-def project(name: str, x: Tensor) -> Tensor:
-    """Gradient Centralization of the parameters of `Net`, written out."""
-    if name == "conv.weight":
-        return x - x.mean((1, 2, 3), keepdim=True)
-    if name == "up.weight":
-        return torch.cat([group - group.mean((0, 2, 3), keepdim=True) for group in x.chunk(3)])
-    if name in ("wide.weight", "head.weight"):
-        return x - x.mean(1, keepdim=True)
-    return x
-
-
 def sgd(parameters: Any, kind: Any = SGD, decay: float = DECAY, **options: Any) -> Optimizer:
     return kind(parameters, lr=0.1, momentum=0.9, weight_decay=decay, **options)
 
@@ -65,34 +54,6 @@ def backward(model: nn.Module, part: int = 0, parts: int = 1) -> None:
     """Take the gradients of one of several equal parts of the data."""
     x, y = DATA[part::parts], TARGET[part::parts]
     (model(x) - y).square().mean().backward()
-
-
-def centralized_gradients(hidden: int, decay: float = DECAY) -> Weights:
-    """Weights after training with SGD, each step of it with P (g + decay w)."""
-    model = net(hidden)
-    optimizer = sgd(model.parameters(), decay=0.0)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        backward(model)
-        for name, p in model.named_parameters():
-            p.grad = project(name, p.grad + decay * p.detach())
-        optimizer.step()
-    return whole_weights(model)
-
-
-def centralized_updates(hidden: int) -> Weights:
-    """Weights after training with AdamW, each displacement d of it replaced by P d."""
-    model = net(hidden)
-    optimizer = adamw(model.parameters())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        backward(model)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer.step()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(before[name] + project(name, p - before[name]))
-    return whole_weights(model)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -62,6 +62,13 @@ def test_sums_are_in_double_precision(xp: ArrayLibrary) -> None:
     assert 1 - share.removed == pytest.approx(1 - removed / total, rel=1e-5)
 
 
+def test_elements_without_a_common_direction_give_the_share_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    for draw in (rng.standard_normal((4000, 50)), rng.standard_exponential((4000, 50)) - 1):
+        share = share_of(energy_removed([[draw]]))
+        assert share.removed == pytest.approx(share.by_chance, rel=0.1)  # 3 standard errors
+
+
 def test_batches_count_by_their_energy() -> None:
     batches = [np.array([[3.0, 1.0]]), np.array([[1e-6, -1e-6]]), np.array([[2.0, 2.0]])]
     share = share_of(energy_removed([[grad] for grad in batches]))
@@ -139,8 +146,9 @@ def test_zero_gradient_has_no_share() -> None:
 def test_what_is_not_finite_is_told(bad: float, xp: ArrayLibrary) -> None:
     numbers = {"weight": [[1.0, 1.0], [2.0, 3.0]], "bias": [1.0, 1.0], "good": [[1.0, 2.0]]}
     fine = {name: xp.asarray(x, "float32") for name, x in numbers.items()}
-    wrong = {name: xp.asarray(np.full_like(numbers[name], bad)) for name in ("weight", "bias")}
-    report = energy_removed([fine | wrong, fine])
+    wrong = {"weight": [[bad, 1.0], [2.0, 3.0]], "bias": [bad, 1.0]}  # one element is enough
+    bad_ones = {name: xp.asarray(x, "float32") for name, x in wrong.items()}
+    report = energy_removed([fine | bad_ones, fine])
     told = "NaN or infinity in the gradient of 1 of 2 batches"
     assert [row.reason.partition("; ")[2] for row in report.rows] == [told, told, ""]
     assert [row.share is None for row in report.rows] == [True, True, False]

@@ -92,6 +92,18 @@ def test_rows_are_those_of_the_plan() -> None:
     }
 
 
+def test_complex_weights() -> None:
+    kernel, x = normal(0, 3, 2) + 1j * normal(1, 3, 2), normal(2, 4, 3)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(jnp.abs(x @ params["kernel"] - 1) ** 2)
+
+    report = energy_removed({"kernel": kernel}, [x], loss, layouts="flax")
+    grads = jax.grad(loss)({"kernel": kernel}, x)
+    expected = gcx.diagnostics.energy_removed([grads], layouts="...o")
+    assert share(report, "kernel") == pytest.approx(share(expected, "kernel"), rel=1e-12)
+
+
 def test_what_is_not_trained_stays_as_it_is() -> None:
     params = {"kernel": normal(0, 2, 3), "step": jnp.asarray(4), "none": None, "scale": 2.0}
 

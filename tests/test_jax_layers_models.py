@@ -326,11 +326,11 @@ def test_model_that_has_no_layers_yet(model: Any, module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda gc: gc, partial(optax.masked, mask={"a": True, "b": False})]
+    "wrap", [lambda gc: gc, partial(optax.masked, mask={"a": True, "b": False}), optax.flatten]
 )
 def test_parameters_of_another_model(wrap: Callable[[Any], Any]) -> None:
     optimizer = wrap(gcx.optax.centralize(OfNnx()))
-    message = r"(?s)nothing to centralize in .*\na .*: the model has no parameter of this name"
+    message = r"(?s)nothing to centralize in .*\n[a ] .*: the model has no parameter of this name"
     with pytest.raises(ValueError, match=message):
         optimizer.init({"a": jnp.zeros((4, 3)), "b": jnp.zeros((4, 3))})
 
@@ -338,8 +338,11 @@ def test_parameters_of_another_model(wrap: Callable[[Any], Any]) -> None:
 def test_names_of_linen_are_those_within_params() -> None:
     model, x = nn.Dense(4), jnp.zeros((2, 3))
     variables, layouts = model.init(KEY, x), gcx.optax.layouts(model, x)
-    with pytest.raises(ValueError, match=r"these are names in variables\[.params.\]"):
-        gcx.optax.centralize(layouts).init(variables)
+    for given in (layouts, {"kernel": "...o", "*": None}):
+        with pytest.raises(ValueError, match=r"these are names in variables\[.params.\]"):
+            gcx.optax.centralize(given).init(variables)
+    both = {**variables, "kernel": jnp.ones((3, 4))}
+    assert [row.reason for row in gcx.optax.plan(both, {"kernel": "...o"}) if row.layout]
     whole = {f"params/{name}": layout for name, layout in layouts.items()}
     gcx.optax.centralize(whole).init(variables)
     rows = gcx.optax.plan(variables, whole | {"params/bias": None})

@@ -18,7 +18,7 @@ from jax_shards import CASES
 from reference import centralized
 
 # XLA divides a program in the same way for the devices of two processes: these stand for the rest.
-IN_TWO_PROCESSES = ("step, fan-in", "step, tensor parallel", "convolution, fan-out")
+IN_TWO_PROCESSES = ("step, fan-in", "step, tensor parallel", "step, fan-out")
 
 
 @pytest.fixture(scope="module")

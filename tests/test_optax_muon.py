@@ -40,6 +40,7 @@ MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = 
     "scanned/Dense_0/kernel": ((0,), (1,), (2,)),
     "DenseGeneral_0/kernel": ((), (0,), (1, 2)),
     "DenseGeneral_1/kernel": ((), (0, 1), (2,)),
+    "Einsum_0/kernel": ((), (1,), (0, 2)),
 }
 EXCLUDED, ONE_OUTPUT = "Conv_1/kernel", "Dense_0/kernel"
 

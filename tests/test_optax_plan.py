@@ -247,6 +247,8 @@ def test_what_layouts_may_not_be(layouts: Any, error: type[Exception], message: 
 
 
 def test_layouts_are_required() -> None:
+    with pytest.raises(TypeError, match="'layouts'"):
+        gcx.optax.centralize()
     with pytest.raises(TypeError, match=re.escape(f"{NO_LAYOUTS}NoneType")):
         gcx.optax.centralize(None)
     no_layers = "^a tree of arrays has no layers: give layouts, e.g. 'flax'"

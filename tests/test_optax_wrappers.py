@@ -99,6 +99,7 @@ if hasattr(optax.contrib, "madgrad"):  # newer than the oldest optax that gcx ta
 def test_optimizers_that_keep_the_means(name: str) -> None:
     end, _ = train(KEPT_BY[name], two_layers, START, steps=12, searches=name == "lbfgs")
     means_stay(end)
+    assert two_layers(end) < two_layers(START)
 
 
 def schedule_free(optimizer: Any) -> Any:
@@ -213,6 +214,9 @@ def test_gradients_of_single_examples_are_refused(layouts: Any, given: bool) -> 
     axes = (1,) if layouts == {"*": "o..."} else (0,)
     expected = -0.1 * centralized(np.asarray(noisy["Dense_0"]["kernel"]), axes)
     np.testing.assert_allclose(updates["Dense_0"]["kernel"], expected, atol=1e-15)
+    each = jax.vmap(lambda grad: gc.update(grad, optax.EmptyState())[0])(grads)["Dense_0"]
+    expected = centralized(grads["Dense_0"]["kernel"], tuple(axis + 1 for axis in axes))
+    np.testing.assert_allclose(each["kernel"], expected, atol=1e-15)
 
 
 def test_gradients_of_single_examples_are_refused_though_their_plan_is_known() -> None:

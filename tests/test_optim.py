@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from typing import Any
 
@@ -181,13 +181,15 @@ def test_complex_weights_divide_by_the_modulus(xp: Any) -> None:
 
 @pytest.mark.parametrize("layouts", ["...o", ["...o", None, None]], ids=["one", "each"])
 def test_parameters_may_be_a_list(xp: Any, layouts: Any) -> None:
-    params = [xp.asarray(np.zeros(shape)) for shape in ((3, 2), 2, ())]
-    grads = [xp.asarray(grad) for grad in (np.arange(6.0).reshape(3, 2), np.ones(2), 1.0)]
-    optimizer = SGD(1.0, layouts=layouts)
-    new, state = optimizer.update(params, grads, optimizer.init(params))
-    for found, want in zip(new, [[[2, 2], [0, 0], [-2, -2]], [-1, -1], -1], strict=True):
-        np.testing.assert_array_equal(xp.numpy(found), want)
-    assert state == {"step": [1, 1, 1]}
+    optimizer, wants = SGD(1.0, layouts=layouts), np.repeat([[3], [1], [-1], [-3]], 2, axis=1)
+    for dtype in ("float64", *xp.narrow_dtypes[:2]):
+        params = [xp.asarray(np.zeros(shape), dtype) for shape in ((4, 2), 2, ())]
+        numbers = np.arange(8.0).reshape(4, 2), np.ones(2), 1.0
+        grads = [xp.asarray(grad, dtype) for grad in numbers]
+        new, state = optimizer.update(params, grads, optimizer.init(params))
+        for found, want in zip(new, [wants, [-1, -1], -1], strict=True):
+            np.testing.assert_array_equal(xp.numpy(found), want)
+        assert state == {"step": [1, 1, 1]}
 
 
 @one_of_each
@@ -226,10 +228,10 @@ def read(xp: libraries.ArrayLibrary, leaf: Any) -> Any:
 @one_of_each
 def test_arrays_keep_library_dtype_and_shape(xp: Any, name: str) -> None:
     """NumPy numbers as hyperparameters do not widen the steps."""
-    numbers: Tree = {"lr": 0.1, "weight_decay": 0.1}
-    numbers |= {"betas": (0.9, 0.99)} if "adam" in name else {}
-    optimizer = replace(OPTIMIZERS[name], layouts=LAYOUTS, **numbers)
-    numbers = rebuild(numbers, map(np.float64, leaves(numbers).values()))
+    numbers: Tree = {"lr": np.float64(0.125), "weight_decay": np.float32(0.125)}
+    numbers |= {"betas": (np.float32(0.875), np.float64(0.875))} if "adam" in name else {}
+    plain = rebuild(numbers, map(float, leaves(numbers).values()))
+    optimizer = replace(OPTIMIZERS[name], layouts=LAYOUTS, **plain)
     for dtype in ("float32", *xp.narrow_dtypes[:2]):
         params, state = trained(xp, replace(optimizer, **numbers), 2, dtype)
         expected, _ = trained(xp, optimizer, 2, dtype)
@@ -301,7 +303,20 @@ def test_a_step_counted_in_a_strong_dtype_keeps_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-def test_the_learning_rate_alone_is_positional(kind: Any) -> None:
-    assert kind(0.5).lr == 0.5
+def test_the_learning_rate_alone_is_positional_and_nothing_changes(kind: Any) -> None:
+    optimizer = kind(0.5)
+    assert optimizer.lr == 0.5
     with pytest.raises(TypeError, match="positional"):
         kind(0.5, 0.9)
+    with pytest.raises(FrozenInstanceError):
+        optimizer.lr = 1.0
+
+
+def test_a_value_shows_its_hyperparameters() -> None:
+    shown = "lr=1.0, weight_decay=0.0, where='gradient', layouts='o...', strength=1.0, "
+    shown += "reproducible=False, momentum=0.5, nesterov=False"
+    assert repr(SGD(1, momentum=np.float32(0.5))) == f"SGD({shown})"
+    for kind, decay in ((Adam, 0.0), (AdamW, 0.01)):  # the defaults of torch
+        optimizer = kind()
+        assert (optimizer.lr, optimizer.weight_decay, optimizer.eps) == (1e-3, decay, 1e-8)
+        assert optimizer.betas == (0.9, 0.999)

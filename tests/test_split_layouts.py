@@ -136,6 +136,15 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
             for text in ("(b)i", "(bi", "bi)", "((bi))o", "(ii)o", "()i", "(b....)", "...(b...)")
         ],
         *[
+            (text, {}, ValueError, f"parts of an axis{hint}$")
+            for text, hint in {
+                "HWIO": r"; 'HWIO' is '\.\.\.io' here",
+                "OIDHW": r"; 'OIDHW' is 'oi\.\.\.' here",
+                "NCHW": "",
+                "HIWO": "",
+            }.items()
+        ],
+        *[
             (text, {}, ValueError, rf"layout '{re.escape(text)}' is not valid.*'o'.*'i'")
             for text in (
                 *("xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"),

@@ -222,12 +222,3 @@ assert torch.equal(compiled(grad), program(grad))
 """
     run = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
     assert run.returncode == 0, run.stderr.decode()
-
-
-def test_a_layout_that_splits_an_axis_is_one_graph() -> None:
-    layout = gcx.Layout("(bi)o...", b=2)
-    grad = torch.rand(8, 4, 3, dtype=torch.float64)
-    compiled = torch.compile(
-        lambda g: gcx.centralize(g, layout=layout), fullgraph=True, backend="eager"
-    )
-    torch.testing.assert_close(compiled(grad), gcx.centralize(grad, layout=layout))

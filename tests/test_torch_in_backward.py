@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp import ShardingStrategy as Strategy
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -110,17 +108,6 @@ def test_as_at_the_step(checkpointing: Any, expected: Weights) -> None:
     assert_weights(whole_weights(model), expected)
     weights = [p for p in model.block.parameters() if p.ndim == 2]
     assert [len(p._backward_hooks or ()) for p in weights] == [1] * 4  # they do not pile up
-
-
-def test_accumulated_gradients() -> None:
-    model, plain = built(), built()
-    gcx.torch.centralize_in_backward(model)
-    for part in range(4):
-        backward(model, part, 4)
-        backward(plain, part, 4)
-    gcx.torch.centralize_grads_(plain)
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
 
 
 def test_optimizer_in_backward(expected: Weights) -> None:
@@ -392,25 +379,6 @@ OF_ONE_PROCESS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def step_under_fsdp1_that_came_too_late(kind: str) -> None:
-    layer, shape = {
-        "linear": (nn.Linear(6, 6), (2, 6)),
-        "groups": (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
-    }[kind]
-    model = nn.Sequential(layer)
-    optimizer = sgd(model.parameters())
-    gcx.torch.centralize(optimizer, model)
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, **CPU)
-    wrapped(torch.rand(shape)).square().sum().backward()
-    with pytest.raises(RuntimeError, match=r"0\.weight is of rank 1.*centralize_in_backward"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("kind", ["linear", "groups"])
-def test_fsdp1_after_centralizing_at_the_step_is_an_error(kind: str) -> None:
-    processes.run(2, step_under_fsdp1_that_came_too_late, kind)
-
-
 def change_under_fsdp1_in_mixed_precision() -> Tensor:
     layer = nn.Linear(64, 4)
     start = layer.weight.detach().clone()
@@ -458,18 +426,3 @@ def under_fsdp2() -> Weights:
 def test_as_on_one_process(task: Any, expected: Weights) -> None:
     for weights in processes.run(2, *task):
         assert_weights(weights, expected)
-
-
-def gradients_in_parallel() -> tuple[Tensor, Tensor]:
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)).double()
-    mesh = init_device_mesh("cpu", (2,))
-    model = parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    gcx.torch.centralize_in_backward(model)
-    model(X).square().sum().backward()
-    return model[0].weight.grad.full_tensor(), model[2].weight.grad.full_tensor()
-
-
-def test_tensor_parallel() -> None:
-    for gradients in processes.run(2, gradients_in_parallel):
-        for each in gradients:
-            assert_centralized(each)

@@ -128,23 +128,20 @@ def test_every_layer_with_a_fan_in_is_checked() -> None:
     assert checked == with_fan_in - {nn.RNNBase, nn.RNNCellBase}
 
 
-def _registers_parameters(kind: type[nn.Module]) -> bool:
+def _registers_parameters(kind: Any) -> bool:
+    if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
+        return False
     own = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = [f for base in own for f in vars(base).values() if inspect.isfunction(f)]
     return any("Parameter" in function.__code__.co_names for function in functions)
 
 
-def test_every_layer_of_torch_has_a_rule() -> None:
-    """A release of torch with a new layer breaks this."""
-    modules = {m for m in vars(nn).values() if inspect.isclass(m) and issubclass(m, nn.Module)}
-    lazy = {m for m in modules if issubclass(m, LazyModuleMixin)}  # they become the others
-    without = {
-        m
-        for m in modules - {nn.Module}
-        if _registers_parameters(m) and not {*m.__mro__} & {*TORCH_NN}
-    }
-    # Of containers, the modules that hold them are asked.
-    assert without - lazy == {nn.ParameterList, nn.ParameterDict}
+# But for lazy ones, which become the others, and containers, for which the modules around answer.
+OF_TORCH = [
+    kind
+    for kind in filter(_registers_parameters, vars(nn).values())
+    if not issubclass(kind, (LazyModuleMixin, nn.ParameterList, nn.ParameterDict))
+]
 
 
 ARGUMENTS: dict[type[nn.Module], tuple[object, ...]] = {
@@ -160,8 +157,9 @@ ARGUMENTS: dict[type[nn.Module], tuple[object, ...]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TORCH_NN, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", OF_TORCH, ids=lambda kind: kind.__name__)
 def test_every_parameter_of_torch_has_an_answer(kind: type[nn.Module]) -> None:
+    """A release of torch with a new layer breaks this."""
     for row in gcx.torch.plan(kind(*ARGUMENTS.get(kind, (4,)))):
         assert not re.match(r"unknown|a (vector|scalar) has no", row.reason)
 
@@ -414,21 +412,12 @@ def test_glob_for_the_parameters_of_a_layer_does_not_reach_its_children() -> Non
     assert _decision(Greedy(), "backwards.weight") == BY_ROWS
 
 
-def test_spectral_norm_divides_by_one_number() -> None:
-    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
-    ratio = layer.weight / layer.parametrizations.weight.original
-    torch.testing.assert_close(ratio, ratio[0, 0].expand(3, 4))
-
-
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
 @pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
 def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
     shape: tuple[int, int], orthogonal_map: str
 ) -> None:
     layer = parametrizations.orthogonal(nn.Linear(*shape), orthogonal_map=orthogonal_map)
-    original = layer.parametrizations.weight.original
-    (grad,) = torch.autograd.grad(layer.weight[0].sum(), original)
-    assert (grad == 0).sum() >= 6  # half of it is not used at all
     assert _decision(layer, ORIGINAL) == "orthogonal: coordinates of a rotation"
 
 

@@ -119,19 +119,6 @@ def test_update_of_any_optimizer_keeps_means(kind: str, training: str, model: Ne
     assert_means_kept(model, start)
 
 
-def test_maximize_keeps_means_and_goes_the_same_way(where: str, model: Net) -> None:
-    start, twin = whole_weights(model), copy.deepcopy(model)
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
-    up = optim.SGD(twin.parameters(), maximize=True, **options)
-    down = optim.SGD(model.parameters(), **options)
-    gcx.torch.centralize(up, twin, where=where)
-    gcx.torch.centralize(down, model, where=where)
-    train(twin, up, sign=-1.0)
-    train(model, down)
-    assert_means_kept(twin, start)
-    assert_close(twin, whole_weights(model))
-
-
 # The steps of the paper's own optimizers and of AdamW, as gcx.optim makes them in NumPy.
 LR, DECAY = 0.01, 0.1
 OURS: Any = {"lr": LR, "weight_decay": DECAY, "layouts": LAYOUTS}

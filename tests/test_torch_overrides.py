@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations, prune
 import gcx.torch
 from gcx import Layout
 from gcx.plan import LeaveAlone
-from gcx.testing import assert_centralized
 
 
 def new_model() -> nn.Sequential:
@@ -59,27 +58,12 @@ def test_names() -> None:
     assert found == {"encoder.weight": ("io", "override"), "encoder.bias": (None, "bias")}
 
 
-@pytest.mark.parametrize(
-    ("value", "layout"),
-    [
-        *[("io", "io"), (Layout("...o"), "...o"), (0, "io"), (-1, "oi"), ((1,), "oi"), ([0], "io")],
-        *[((0, 1), "ii"), ((1, -1), "oi")],
-    ],
-    ids=repr,
-)
-def test_values(value: Any, layout: str) -> None:
+@pytest.mark.parametrize("value", ["io", Layout("...o")], ids=repr)
+def test_values(value: Any) -> None:
     found = plan(new_model(), dict.fromkeys(("1.weight", "0.weight", "2.weight"), value))
-    assert found["0.weight"] == found["1.weight"] == found["2.weight"] == (layout, "override")
+    for name in ("0.weight", "1.weight", "2.weight"):
+        assert found[name] == (str(value), "override")
     assert found["3.weight"] == ("o...", "Linear")
-
-
-@pytest.mark.parametrize("value", [0, "io"])
-def test_axis_0_is_what_is_averaged(value: int | str) -> None:
-    layer: Any = nn.Linear(4, 3, bias=False)
-    layer(torch.rand(5, 4)).square().sum().backward()
-    gcx.torch.centralize_grads_(layer, overrides={"weight": value})
-    assert_centralized(layer.weight.grad, layout="io")
-    assert layer.weight.grad.sum(1).abs().min() > 1e-3
 
 
 def test_answers() -> None:
@@ -89,8 +73,8 @@ def test_answers() -> None:
     assert found["2.weight"] == (None, "norm of mine")
     found = plan(model, {model[1]: "io"})  # which is not for its vectors
     assert (found["1.weight"], found["1.bias"]) == (("io", "override"), (None, "bias"))
-    assert plan(model, {"1.bias": 0})["1.bias"] == ("i", "override")
-    (row,) = gcx.torch.plan(nn.Linear(1, 3, bias=False), overrides={"weight": 1})
+    assert plan(model, {"1.bias": "i"})["1.bias"] == ("i", "override")
+    (row,) = gcx.torch.plan(nn.Linear(1, 3, bias=False), overrides={"weight": "oi"})
     assert (row.layout, row.reason) == (None, "fan-in 1: subtracting its mean would freeze it")
     given = Layout("(bi)o...", b=3)
     (row,) = gcx.torch.plan(nn.Conv1d(4, 6, 3, bias=False), overrides={"weight": given})
@@ -122,14 +106,14 @@ def test_weights_that_are_made_of_others() -> None:
     nn.utils.parametrize.register_parametrization(layer, "weight", transposed())
     name = "parametrizations.weight.original"
     assert plan(layer, None)[name][1].startswith("unknown")
-    assert plan(layer, {name: 0}) == {name: ("io", "override")}
+    assert plan(layer, {name: "io"}) == {name: ("io", "override")}
     assert plan(layer, {layer: None}) == {name: AS_GIVEN}
     found = plan(parametrizations.weight_norm(nn.Linear(4, 3, bias=False)), {"*.original1": None})
     assert list(found.values()) == [(None, "weight_norm g: the length of a weight"), AS_GIVEN]
     layer = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
     assert plan(layer, {"weight_v": None})["weight_v"] == AS_GIVEN
     pruned = prune.random_unstructured(nn.Linear(4, 3, bias=False), "weight", 0.5)
-    assert plan(pruned, {"weight_orig": 0}) == {"weight_orig": ("io", "override")}
+    assert plan(pruned, {"weight_orig": "io"}) == {"weight_orig": ("io", "override")}
 
 
 def test_override_comes_before_layers() -> None:
@@ -142,8 +126,7 @@ def test_override_comes_before_layers() -> None:
 
 MODEL, STRANGER = new_model(), nn.Parameter(torch.zeros(3, 4))
 NO_KEY = "a key is the name of a parameter, a glob, a parameter or"
-NO_VALUE = "the value for 1.weight is a layout, the axes of its fan-in, or None"
-NO_AXES = r"1\.weight has rank 2, and .* is not fan-in axes of it"
+NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx\.Layout, not "
 
 
 @pytest.mark.parametrize(
@@ -164,11 +147,7 @@ NO_AXES = r"1\.weight has rank 2, and .* is not fan-in axes of it"
             for key in ([], ["1.weight"], 0, 3, "1.weight")
         ],
         *[({key: None}, TypeError, NO_KEY) for key in (nn.Linear, 1, None, ("1.weight",))],
-        *[
-            ({"1.weight": v}, TypeError, NO_VALUE)
-            for v in (True, (True,), 1.0, {"0": 1}, [0.5], (None,))
-        ],
-        *[({"1.weight": v}, ValueError, NO_AXES) for v in (2, -3, (), (0, 2), [])],
+        *[({"1.weight": v}, TypeError, NO_VALUE) for v in (True, 1, {"0": "oi"}, [0], (None,))],
         ({"1.weight": "oio"}, ValueError, r"1.weight of shape .* does not fit Layout\('oio'\)"),
         ({"1.bias": "o..."}, ValueError, r"1.bias of shape .* does not fit Layout\('o...'\)"),
         ({"1.weight": "out"}, ValueError, "layout 'out' is not valid"),
@@ -189,7 +168,7 @@ def test_errors_of_other_models() -> None:
     with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})
     with pytest.raises(RuntimeError, match="has no shape yet"):
-        gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": 0})
+        gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": "io"})
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 import gcx.torch
+from gcx._options import Options
 from gcx.layout import Layout
 from gcx.torch._layers import TORCH_NN
 from gcx.torch._plan import decide
@@ -62,7 +63,7 @@ def centralized_outside_of_torch(model: nn.Module) -> dict[str, str]:
     of_torch = (*TORCH_NN, ParametrizationList)
     return {
         f"{type(d.holder).__name__}.{d.key}": str(d.row.layout)
-        for d in decide(model).values()
+        for d in decide(model, Options()).values()
         if d.row.layout is not None and not isinstance(d.holder, of_torch)
     }
 

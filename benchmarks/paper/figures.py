@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import cycle
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,11 @@ VERDICT_STYLES = {
     Verdict.NOT_SHOWN: (GRAY, "o"),
     Verdict.HURTS: (VERMILION, "<"),
 }
-_CELLS_A_ROW = 5
-_POINTS_A_CURVE = 200
+_GROUPS = ("task", "network")  # over the rows that have them in common
+_WIDTH, _LINE = 4.6, 0.18  # inches: about as wide as a phone
+_CHARACTERS = 66  # of a line of that width
+_CELLS_A_ROW = 2
+_POINTS_A_CURVE = 60
 _ROOM_BELOW = 0.5  # points
 
 
@@ -52,25 +57,28 @@ def curves(outcomes: Iterable[Outcome], path: Path, unit: str = "step") -> None:
     colors = _colors(list(dict.fromkeys(outcome.arm for outcome in outcomes)))
     blocks = ceil(len(cells) / _CELLS_A_ROW)
     columns = ceil(len(cells) / blocks)
-    figure = Figure(figsize=(1 + 3.2 * max(columns, 2), 1.4 + 4.6 * blocks), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.8 + 3.6 * blocks), layout="constrained")
     panels = _panels(figure, len(cells), columns)
     for cell, (loss, accuracy) in zip(cells, panels, strict=True):
         of_cell = [outcome for outcome in outcomes if outcome.cell == cell]
         _draw(loss, of_cell, _loss_curve, colors)
         _draw(accuracy, of_cell, _accuracy_curve, colors)
-        loss.set(title=describe(cell, names), yscale="log")
+        loss.set(yscale="log")
+        loss.set_title(describe(cell, names), fontsize=9)
         accuracy.set(xlabel=unit)
         accuracy.set_ylim(bottom=min(map(_late_accuracy, of_cell)))
     for loss, accuracy in panels[::columns]:  # at the left of each row
         loss.set(ylabel="training loss (nats)")
         accuracy.set(ylabel="test accuracy (%)")
-    figure.suptitle(in_common(cells))
+    figure.suptitle(fill(in_common(cells), _CHARACTERS), fontsize=9)
     _add_arms(figure, outcomes, colors, unit)
     save(figure, path)
 
 
 def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     """Draw the paired difference of each comparison with its interval, one below the other.
+
+    Each stands below its own words, which leaves it the whole width of a phone.
 
     Parameters
     ----------
@@ -81,25 +89,39 @@ def forest(comparisons: Sequence[Comparison], path: Path) -> None:
     names = varying(cells)
     arms = list(dict.fromkeys(c.arm for c in comparisons))
     bases = dict.fromkeys(c.base_arm for c in comparisons)
-    what = (
-        f"Test accuracy {' or '.join(ARM_WORDS[arm] for arm in arms)},\n"
-        f"minus {' or '.join(ARM_WORDS[base] for base in bases)}"
+    title = (
+        in_common(cells),
+        "Test accuracy",
+        " or ".join(ARM_WORDS[arm] for arm in arms),
+        f"minus {' or '.join(ARM_WORDS[base] for base in bases)}",
     )
-    figure = Figure(figsize=(9, 1.9 + 0.3 * len(comparisons)), layout="constrained")
+    groups: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        groups.setdefault(describe(c.cell, [n for n in names if n in _GROUPS]), []).append(c)
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
-    for row, c in enumerate(comparisons):
-        color, marker = VERDICT_STYLES[c.verdict]
-        filling = color if c.stands else "white"
-        axes.plot([c.paired.low, c.paired.high], [row, row], color=color)
-        axes.plot([c.paired.difference], [row], marker, color=color, markerfacecolor=filling)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(comparisons)), [_row_label(c, names, arms) for c in comparisons])
-    axes.set(
-        title=f"{in_common(cells)}\n{what}".strip(),
-        xlabel=f"difference (points), {CONFIDENCE:.0%} interval",
-    )
-    axes.invert_yaxis()
-    axes.margins(y=0.6 / len(comparisons))
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "in_layout": False}
+    write = partial(axes.text, x=0.01, va="top", fontsize=9, **place)
+    line = 0
+    for words, of_group in groups.items():
+        if words:
+            axes.axhspan(line, line + 1, color="0.93")
+            write(y=line + 0.1, s=words, weight="bold")
+            line += 1
+        for c in of_group:
+            color, marker = VERDICT_STYLES[c.verdict]
+            label = fill(_row_label(c, [n for n in names if n not in _GROUPS], arms), _CHARACTERS)
+            write(y=line + 0.2, s=label)
+            line += label.count("\n")
+            at, filling = line + 1.5, color if c.stands else "white"
+            axes.plot([c.paired.low, c.paired.high], [at, at], color=color)
+            axes.plot([c.paired.difference], [at], marker, color=color, markerfacecolor=filling)
+            line += 2
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set(ylim=(line, 0), yticks=[], xlabel=f"difference (points), {CONFIDENCE:.0%} interval")
+    figure.set_size_inches(_WIDTH, 2.4 + _LINE * line)
+    wrapped = [fill(words, _CHARACTERS) for words in title if words]
+    figure.suptitle("\n".join(wrapped), fontsize=9)
     axes.grid(alpha=0.3, axis="x")
     _add_verdicts(figure, comparisons)
     save(figure, path)
@@ -166,11 +188,11 @@ def _add_arms(
             for arm, color in colors.items()
         ],
         title=(
-            f"line: median over the seeds ({seeds}); band: between the quartiles; "
+            f"line: median over the seeds ({seeds}); band: between the quartiles\n"
             f"loss: mean of the last {window} {unit}s"
         ),
         loc="outside lower center",
-        ncols=len(colors),
+        ncols=1,
         frameon=False,
     )
 
@@ -183,11 +205,11 @@ def _add_verdicts(figure: Figure, comparisons: Sequence[Comparison]) -> None:
             for verdict, (color, marker) in VERDICT_STYLES.items()
         ],
         title=(
-            f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)}); "
+            f"mean of pairs of equal seeds ({_range(c.seeds for c in comparisons)})\n"
             f"filled: stands after Holm's correction for all {len(comparisons)}"
         ),
         loc="outside lower center",
-        ncols=len(VERDICT_STYLES),
+        ncols=2,
         frameon=False,
     )
 

@@ -161,11 +161,10 @@ IN_JAX, IN_TORCH = _in("jax"), _in("torch")
 
 def brief(study: Study) -> Study:
     """Hardly a training: each network once, all narrow and in one program, few steps, two seeds."""
-    first: dict[Learner, tuple[Grid, ...]] = {}
-    for grids in study.programs:
-        first.setdefault(grids[0].network, grids)
-    hardly = tuple(_hardly(grid) for grids in first.values() for grid in grids)
-    return replace(study, programs=(hardly,), seeds=2)
+    first: dict[Learner, Grid] = {}
+    for grid, *_ in study.programs:
+        first.setdefault(grid.network, _hardly(grid))
+    return replace(study, programs=(tuple(first.values()),), seeds=2)
 
 
 def _hardly(grid: Grid) -> Grid:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
@@ -75,9 +75,11 @@ def run(studies: Sequence[Study], folder: Path, *, seeds: int | None = None) -> 
     ):
         runs = {pool.submit(_run, program, folder): program.runs for program in missing}
         with tqdm(desc="trainings", total=sum(runs.values()), disable=not runs) as progress:
-            for future in _finished([*runs]):
-                future.result()
-                progress.update(runs[future])
+            for finished in _finished([*runs]):
+                for future in finished:
+                    future.result()
+                    progress.update(runs[future])
+                progress.refresh()  # its clock, also while no program ends
 
 
 def is_done(study: Study, folder: Path, *, seeds: int | None = None) -> bool:
@@ -116,7 +118,8 @@ def _ends_at_once() -> Iterator[None]:
 def _prepare() -> None:
     """Keep libraries from sharing matrices too small for that between threads."""
     signal(SIGINT, SIG_IGN)  # the parent ends this process
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # read when JAX first computes
+    flags = os.environ.get("XLA_FLAGS", "")  # read when JAX first computes
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch
 
 
@@ -128,10 +131,13 @@ def _run(program: _Program, folder: Path) -> None:
     store.save(program.path(folder), found, **about)
 
 
-def _finished(futures: Sequence[Future[None]]) -> Iterator[Future[None]]:
-    """As they come; an error ends the rest."""
+def _finished(futures: Sequence[Future[None]]) -> Iterator[set[Future[None]]]:
+    """As they come, or none after some seconds; an error ends the rest."""
+    left = set(futures)
     try:
-        yield from as_completed(futures)
+        while left:
+            found, left = wait(left, timeout=5, return_when=FIRST_COMPLETED)
+            yield found
     finally:
         for future in futures:
             future.cancel()

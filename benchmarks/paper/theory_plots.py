@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,14 +40,16 @@ def draw(folder: Path, experiment: Experiment = WHOLE) -> list[Path]:
     trained = in_common([experiment.cell])
     paths = []
     for name, (title, picture) in PICTURES.items():
-        figure = Figure(figsize=(9, 4.8), layout="constrained")
+        figure = Figure(layout="constrained")
         picture(figure, runs)
-        figure.suptitle(f"{title}\n{trained}", fontsize="medium")
+        figure.set_size_inches(3.9, 1.9 + 2.2 * len(figure.axes))
+        figure.suptitle(f"{title}\n{fill(trained, 50)}", fontsize="medium")
         for axes in figure.axes:
             axes.margins(x=0.02)
             axes.grid(alpha=0.3)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        ncols = 2 if max(map(len, labels)) < 15 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
         paths.append(folder / f"theory-{name}.svg")
         save(figure, paths[-1])
     return paths
@@ -58,13 +61,12 @@ def _drift(figure: Figure, runs: Runs) -> None:
         steps = np.flatnonzero(seen.drift)  # zero is not on a logarithmic axis
         axes.plot(steps, seen.drift[steps], color=ARM_COLORS[arm], label=ARMS[arm])
     axes.text(
-        *(0.98, 0.1, "with GC: rounding of the weights (float32); 0 in exact arithmetic"),
+        *(0.98, 0.3, "with GC: rounding of the weights\n(float32); 0 in exact arithmetic"),
         transform=axes.transAxes,
         ha="right",
     )
-    axes.set(
-        yscale="log", xlabel=STEP, ylabel=r"$\|\mathbf{1}^T (w_t - w_0)\|$ over all output units"
-    )
+    norm = r"$\|\mathbf{1}^T (w_t - w_0)\|$"
+    axes.set(yscale="log", xlabel=STEP, ylabel=f"{norm}\nover all output units")
 
 
 def _gradient(figure: Figure, runs: Runs) -> None:
@@ -73,8 +75,9 @@ def _gradient(figure: Figure, runs: Runs) -> None:
         axes.plot(steps, seen.gradient, color=BEFORE_P, label=r"before: $\|g\|$")
         axes.plot(steps, seen.kept, color=AFTER_P, label=r"after: $\|P g\|$")
         axes.plot(steps, seen.removed, ":", color=GRAY, label=r"removed: $\|g - P g\|$")
-        axes.set(yscale="log", xlabel=STEP)
-    figure.axes[0].set(ylabel="norm over all centralized weights")
+        axes.set(yscale="log")
+    axes.set(xlabel=STEP)
+    figure.supylabel("norm over all centralized weights", fontsize="medium")
 
 
 def _curvature(figure: Figure, runs: Runs) -> None:
@@ -95,9 +98,8 @@ def _curvature(figure: Figure, runs: Runs) -> None:
             color=AFTER_P,
             label=r"$\|P H P\|_2$, along steps after $P$",
         )
-        axes.set(xlabel=STEP)
-    figure.axes[0].set(ylabel="largest singular value (nats per squared weight)")
-    figure.axes[0].set_ylim(bottom=0)
+    axes.set(xlabel=STEP, ylim=(0, None))
+    figure.supylabel("largest singular value (nats per squared weight)", fontsize="medium")
 
 
 def _shift(figure: Figure, runs: Runs) -> None:
@@ -112,28 +114,35 @@ def _shift(figure: Figure, runs: Runs) -> None:
             axes.plot(GAMMAS, answer, marker, color=color, label=f"class {digit}")
         line = r"$\gamma \mathbf{1}^T w_0$, in the color of its class"
         axes.plot([], [], "--", color="black", label=line)
-        axes.set(xlabel=r"$\gamma$, added to all inputs of the layer", xticks=GAMMAS[::2])
-    figure.axes[0].set(ylabel="change of the output (nats)")
+        axes.set(xticks=GAMMAS[::2])
+    axes.set(xlabel=r"$\gamma$, added to all inputs of the layer")
+    figure.supylabel("change of the output (nats)", fontsize="medium")
 
 
 def _panels(figure: Figure, runs: Runs) -> Iterator[tuple[Axes, Seen]]:
-    """Side by side with one scale, so that they can be compared."""
-    panels = figure.subplots(1, len(runs), sharey=True)
+    """One below the other with one scale, so that they can be compared."""
+    panels = figure.subplots(len(runs), sharex=True, sharey=True)
     for axes, (arm, seen) in zip(panels, runs.items(), strict=True):
-        axes.set(title=f"run {ARMS[arm]}")
+        axes.set_title(f"run {ARMS[arm]}", fontsize="medium")
         yield axes, seen
 
 
 # What each compares, and how it is drawn.
 PICTURES: dict[str, tuple[str, Callable[[Figure, Runs], None]]] = {
-    "drift": ("Sum of the weights of each output unit: how far it moves", _drift),
+    "drift": ("Sum of the weights of each output unit:\nhow far it moves", _drift),
     "gradient": ("Gradient of each batch, before $P$ and after", _gradient),
     "curvature": (
-        "Hessian $H$ of the training loss in all centralized weights: norm without $P$ and with it",
+        (
+            "Hessian $H$ of the training loss in all centralized\n"
+            "weights: norm without $P$ and with it"
+        ),
         _curvature,
     ),
     "shift": (
-        r"Mean over the test images of $w_t^T (x + \gamma \mathbf{1}) - w_t^T x$: trained head",
+        (
+            "Trained head: mean over the test images of\n"
+            r"$w_t^T (x + \gamma \mathbf{1}) - w_t^T x$"
+        ),
         _shift,
     ),
 }

@@ -273,7 +273,8 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
     found = {path: _as_given(answer) for path, answer in layouts.items()}
 
     def source(names: Names) -> NameRule:
-        if found and all(f"params/{path}" in names.visible for path in found):
+        seen = set(names.visible)
+        if any(f"params/{path}" in seen and path not in seen for path in found):
             raise ValueError('layouts: these are names in variables["params"]; init with that')
         keys = match_all(found, names.visible, what="layouts", hidden=names.hidden)
         return lambda name, _leaf: found[keys[name]] if name in keys else _NO_RULE

@@ -16,11 +16,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gcx._decisions import left_alone_by
-from gcx._names import is_glob, match
-from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Register, Rule, Rules, ask, unknown
+from gcx._names import is_glob, naming
+from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Register, Rule, Rules, ask
 from gcx.layout import Layout, as_layout
 from gcx.plan import LeaveAlone
-from gcx.torch._packages import NAMES_ANYWHERE, PACKAGES, Answer
+from gcx.torch._packages import PACKAGES, Answer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -101,10 +101,8 @@ def answer(layer: nn.Module, name: str) -> tuple[Found, str] | None:
         return left_alone_by(rule), rule
     if isinstance(found, (LeaveAlone, Mapping)):
         return found, rule
-    try:
+    with naming(f"the rule of {rule} answers {found!r} for {name!r}"):
         return as_layout(found), rule
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"the rule of {rule} answers {found!r} for {name!r}: {error}") from None
 
 
 def fit(found: Found, weight: Tensor) -> Layout | LeaveAlone | None:
@@ -126,12 +124,6 @@ _UNITS_TRIED = 4
 _LENGTH = "weight_norm g: the length of a weight"
 # Modules that hold parameters for the module around them.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
-
-
-def answer_by_name(layer: nn.Module, name: str) -> LeaveAlone:
-    """Answer for a parameter that no rule knows: by a name that means the same anywhere."""
-    key = match(NAMES_ANYWHERE, [name]).get(name)
-    return unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
 
 
 class Owned(NamedTuple):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gcx._decisions import LEFT_ALONE, decide_row, merge
 from gcx._frameworks import describe, hint_at_adapter
-from gcx._names import match, no_match
+from gcx._names import match, naming, no_match
 from gcx._options import Layers, Options
-from gcx._rules import MASKED, NOT_CONVOLUTION
+from gcx._rules import MASKED, NOT_CONVOLUTION, Answer, unknown
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 from gcx.torch._layers import (
@@ -20,18 +20,17 @@ from gcx.torch._layers import (
     Found,
     Owned,
     answer,
-    answer_by_name,
     fit,
     flattened,
     owned_parameters,
 )
+from gcx.torch._packages import NAMES_ANYWHERE
 
 Key = str | Tensor | nn.Module
-Value = LayoutLike | int | Sequence[int] | LeaveAlone | None
 # The remedy for unknown parameters.
 HINT = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
-Overrides = Mapping[Key, Value]
+Overrides = Mapping[Key, Answer]
 
 
 class Decision(NamedTuple):
@@ -57,8 +56,8 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     overrides : mapping, optional
         Answers that take precedence over the layers. A key is a name or a glob
         (``"encoder.*.weight"``), a parameter, or a module for all of its parameters (a layout skips
-        its vectors). The first key that covers a parameter counts. A value is a layout, the fan-in
-        axes, or, to leave the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
+        its vectors). The first key that covers a parameter counts. A value is a layout or, to leave
+        the parameter alone, None or `gcx.plan.LeaveAlone` with the reason.
 
     Returns
     -------
@@ -97,11 +96,10 @@ def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
     return Plan(decision.row for decision in decisions.values())
 
 
-def decide(model: nn.Module, options: Options | None = None) -> dict[Tensor, Decision]:
+def decide(model: nn.Module, options: Options) -> dict[Tensor, Decision]:
     """Decide on each parameter of a model, in the order of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, not {describe(model, 'torch')}")
-    options = Options() if options is None else options
     owned_by_all = list(owned_parameters(model))
     named = [(owned.name, owned.parameter) for owned in owned_by_all]
     given = _find_overrides(options.overrides or {}, named)
@@ -130,8 +128,10 @@ def _ask(owned: Owned, layers: Layers) -> tuple[Found, str]:
             return LeaveAlone(owned.objection), ""
         rule = f"{rule}, {owned.objection.removeprefix('unknown: a ')}"
     if found is None:
-        reason = answer_by_name(*owned.users[-1]).reason
-        return LeaveAlone(reason + hint_at_adapter(owned.layer, "torch")), ""
+        layer, name = owned.users[-1]
+        key = match(NAMES_ANYWHERE, [name]).get(name)
+        alone = unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
+        return LeaveAlone(alone.reason + hint_at_adapter(layer, "torch")), ""
     if isinstance(found, Mapping) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
@@ -218,25 +218,12 @@ def _find_covered(
     return found
 
 
-def _read(value: LayoutLike | int | Sequence[int], name: str, weight: Tensor) -> Layout:
-    if not isinstance(value, (Layout, str)):
-        value = _layout_of_axes(value, name, weight.ndim)
-    layout = as_layout(value)
+def _read(value: LayoutLike, name: str, weight: Tensor) -> Layout:
+    with naming(f"overrides: {name}"):
+        layout = as_layout(value)
     if fit(layout, weight) is None:
         shape = tuple(weight.shape)
         raise ValueError(f"overrides: {name} of shape {shape} does not fit {layout!r}")
     if not _is_trainable(weight):
         raise ValueError(f"overrides: {name} is of dtype {weight.dtype}, which has no gradient")
     return layout
-
-
-def _layout_of_axes(value: object, name: str, ndim: int) -> Layout:
-    axes = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        remedy = "a layout, the axes of its fan-in, or None to leave it alone"
-        raise TypeError(f"overrides: the value for {name} is {remedy}, not {value!r}")
-    if not axes or not all(-ndim <= axis < ndim for axis in axes):
-        problem = f"{value!r} is not fan-in axes of it; None leaves it alone"
-        raise ValueError(f"overrides: {name} has rank {ndim}, and {problem}")
-    fan_in = {axis % ndim for axis in axes}
-    return Layout("".join("i" if axis in fan_in else "o" for axis in range(ndim)))

@@ -55,8 +55,7 @@ class Adapter(ABC):
     warns_at_the_line: ClassVar[bool] = True
     # Under where="update" a step projects its update, or restores the means of the new weights.
     projects_the_update: ClassVar[bool] = False
-    # A layout by which the fan-in of a weight is its outputs.
-    turned: ClassVar[str] = "io"
+    has_rows: ClassVar[bool] = True  # for output units
     # Facts that do not hold for this adapter, by the name of a test or of one of its cases;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}

@@ -18,7 +18,7 @@ from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, 
 class Keras(Adapter):
     name = f"keras-{keras.backend.backend()}"
     dtype = "float32"
-    turned = "oi"
+    has_rows = False
     names: ClassVar = {name: f"net/{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
         "test_copies_go_on_alike": "a model is saved, not copied",

@@ -25,7 +25,7 @@ def loss(p: Any) -> Any:
 class Optax(Adapter):
     name = "optax"
     projects_the_update = True
-    turned = "oi"
+    has_rows = False
     names: ClassVar = {name: f"{name}/kernel" for name in WEIGHTS}
     lacks: ClassVar = {
         "where": "the place in the chain says it",

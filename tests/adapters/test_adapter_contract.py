@@ -218,30 +218,28 @@ def test_the_plan_names_the_weights(new: New) -> None:
     assert "2 of 4 parameters centralized" in repr(row.plan())
 
 
-def test_overrides_reach_the_step(new: New, where: Any) -> None:
-    """A layout says that the fan-in of a weight lies along its other axis."""
-    row = new("sgd")
-    before = row.weights()
-    row.attach(where=where, overrides={row.names["output"]: row.turned})
-    row.train()
-    now = row.weights()
-    for name, layout in (("hidden", "oi"), ("output", "io")):
-        weight, start = (arrays[name].astype(row.dtype) for arrays in (now, before))
-        assert_centralized(weight, start=start, layout=layout)
-    assert np.abs((now["output"] - before["output"]).mean(1)).max() > MOVED
+# A weight, and the same layout for rows and for columns: of which the fan-in is the other axis, and
+# of which each half of the fan-in has a mean of its own.
+LAYOUTS = {
+    "turned": ("output", Layout("io"), Layout("oi")),
+    "split": ("hidden", Layout("o(bi)", b=2), Layout("(bi)o", b=2)),
+}
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_a_layout_may_split_an_axis(new: New, where: Any, reproducible: bool) -> None:
-    """Each half of the fan-in of a weight has a mean of its own."""
+def test_overrides_reach_the_step(new: New, where: Any, layout: str, reproducible: bool) -> None:
     row = new("sgd")
     before = row.weights()
-    text = "o(bi)" if row.turned == "io" else "(bi)o"
-    overrides = {row.names["hidden"]: Layout(text, b=2)}
-    row.attach(where=where, overrides=overrides, reproducible=reproducible)
-    row.train(4)
-    start, end = (weights["hidden"].astype(row.dtype) for weights in (before, row.weights()))
-    assert_centralized(end, start=start, layout=Layout("o(bi)", b=2))
+    name, by_rows, by_columns = LAYOUTS[layout]
+    given = by_rows if row.has_rows else by_columns
+    row.attach(where=where, overrides={row.names[name]: given}, reproducible=reproducible)
+    row.train(8)
+    for other, end in row.weights().items():
+        start, expected = before[other].astype(row.dtype), by_rows if other == name else "oi"
+        assert_centralized(end.astype(row.dtype), start=start, layout=expected)
+        is_turned = np.abs((end - start).mean(1)).max() > MOVED
+        assert is_turned == (layout == "turned" and other == name)
 
 
 MISFITS: list[tuple[dict[str, Any], str]] = [

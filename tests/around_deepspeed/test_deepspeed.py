@@ -11,7 +11,7 @@ from torch import distributed
 import gcx.torch
 
 import processes
-from sharded_training import DATA, STEPS, TARGET, Net, Weights, centralized_gradients, net, sgd
+from sharded_training import DATA, STEPS, TARGET, Net, Weights, net, sgd, train, whole_weights
 
 HIDDEN = 7
 
@@ -52,7 +52,10 @@ def trained(stage: int) -> Weights:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_centralized_in_backward(stage: int) -> None:
-    expected = centralized_gradients(HIDDEN, decay=0.0)
+    model = net(HIDDEN)
+    gcx.torch.centralize(optimizer := sgd(model.parameters(), decay=0.0), model)
+    train(model, optimizer)
+    expected = whole_weights(model)
     for weights in processes.run(2, trained, stage):
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
 

@@ -249,6 +249,8 @@ def test_what_cannot_be_centralized_is_an_error() -> None:
     centralize = gcx.keras.centralize
     with pytest.raises(TypeError, match=r"is a keras.optimizers.Optimizer, not str$"):
         centralize("sgd", model)
+    with pytest.raises(ValueError, match="nothing to centralize in net:\nparameter"):
+        centralize(optimizer, model, layers="conv")
     with pytest.raises(ValueError, match="decay='inside' needs where='update'"):
         centralize(optimizer, model, decay="inside")
     assert not isinstance(optimizer, gcx.keras.Centralized)

@@ -82,6 +82,11 @@ def test_each_piece_of_maxout_is_a_unit() -> None:
     np.testing.assert_array_equal(support(layer, lambda: layer.predict(x)[0, 1]), expected)
 
 
+def test_layers_inside_wrappers_are_found() -> None:
+    model = api.with_array(api.chain(api.expand_window(1), api.Mish(nO=4, nI=9))).initialize()
+    assert decisions(model) == {"0.1.mish.W": "oi", "0.1.mish.b": "bias"}
+
+
 WITHOUT_FAN_IN: list[tuple[Any, dict[str, str]]] = [
     (api.Embed(nO=3, nV=5), {"embed.E": "embedding"}),
     (api.HashEmbed(nO=3, nV=5), {"hashembed.E": "embedding"}),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +15,12 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import gcx.torch
 from gcx import Layout
 
-from torch_fan_in import (
-    assert_fan_in_is_support,
-    centralized_outside_of_torch,
-    declared_layout,
-    features,
-    unknown_in,
-)
+from torch_fan_in import centralized_outside_of_torch, declared_layout, unknown_in
 
 WIDTH, EXPERTS = 4, 2
 
@@ -44,29 +35,8 @@ def _layer(qualified: str, *args: Any) -> nn.Module:
     return layer
 
 
-Output = tuple[nn.Module, Tensor, str]
-
-
-def _only(name: str, layer: nn.Module) -> nn.Module:
-    """Experts that mix nothing after the weight of this name."""
-    if name != "down_proj":
-        layer.down_proj.data.copy_(torch.eye(WIDTH))
-    return layer
-
-
-def _experts(layer: nn.Module, name: str = "down_proj") -> Output:
-    """One output for each expert and feature, of experts that are given a token each."""
-    chosen, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    return layer, _only(name, layer)(torch.rand(EXPERTS, WIDTH), chosen, weights).flatten(), name
-
-
-def _all_experts(layer: nn.Module, name: str, *weights: Tensor) -> Output:
-    """The same, of experts that are all in use."""
-    return layer, _only(name, layer)(torch.rand(EXPERTS, WIDTH), *weights).flatten(), name
-
-
 def _config(*experts: str, **more: Any) -> SimpleNamespace:
-    """Configuration of experts as wide inside as outside, with a gate that is never closed."""
+    """Configuration of experts as wide inside as outside, which do not tell a turned weight."""
     sizes = dict.fromkeys(experts, EXPERTS) | {"hidden_size": WIDTH, "intermediate_size": WIDTH}
     return SimpleNamespace(
         **sizes,
@@ -77,120 +47,50 @@ def _config(*experts: str, **more: Any) -> SimpleNamespace:
     )
 
 
-def _mixtral() -> nn.Module:
-    return _layer("mixtral.MixtralExperts", LOCAL)
-
-
-def _nemotron() -> nn.Module:
-    config = _config("n_routed_experts", moe_latent_size=None, mlp_hidden_act="tanh")
-    return _layer("nemotron_h.NemotronHExperts", config)
-
-
-def _dbrx(name: str) -> Output:
-    config = _config("moe_num_experts", ffn_hidden_size=WIDTH, ffn_act_fn={"name": "tanh"})
-    layer = _layer("dbrx.DbrxExpertGLU", config)
-    stacks = [w.view(EXPERTS, WIDTH, WIDTH) for w in (layer.w1, layer.v1, layer.w2)]
-    if name != "w2":
-        stacks[-1].data.copy_(torch.eye(WIDTH))
-    outputs = [layer(torch.rand(1, WIDTH), *matrices) for matrices in zip(*stacks, strict=True)]
-    return layer, torch.cat(outputs).flatten(), name
-
-
-def _router() -> Output:
-    sizes = SimpleNamespace(num_experts_per_tok=1, num_local_experts=3, hidden_size=5)
-    layer = _layer("mixtral.MixtralTopKRouter", sizes)
-    return layer, features(layer(torch.rand(2, 5))[0]), "weight"
-
-
-def _each(layer: nn.Module, *inputs: Any) -> Output:
-    """One output for each place and feature."""
-    return layer, layer(*inputs).flatten(), "weight"
-
-
-def _features(layer: nn.Module, *shape: int) -> Output:
-    return layer, features(layer(torch.rand(shape))), "weight"
-
-
-GPT_OSS = _config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0)
+LOCAL = _config("num_local_experts", swiglu_alpha=1.0, swiglu_limit=100.0, num_experts_per_tok=1)
+NEMOTRON = _config("n_routed_experts", moe_latent_size=None, mlp_hidden_act="tanh")
 LONGCAT = _config("n_routed_experts", zero_expert_num=0, expert_ffn_hidden_size=WIDTH)
-LOCAL, ARIA = _config("num_local_experts"), _config("moe_num_experts")
-_gpt_oss = partial(_layer, "gpt_oss.GptOssExperts", GPT_OSS)
-_longcat = partial(_layer, "longcat_flash.LongcatFlashExperts", LONGCAT)
-_llama4 = partial(_layer, "llama4.Llama4TextExperts", LOCAL)
-_inkling = partial(_layer, "inkling.InklingSharedExperts", _config("n_shared_experts"))
+DBRX = _config("moe_num_experts", ffn_hidden_size=WIDTH, ffn_act_fn={"name": "tanh"})
+GATES = SimpleNamespace(num_attention_heads=2, lru_width=2 * WIDTH)
+TOKENS, SEQUENCE = torch.rand(EXPERTS, WIDTH), torch.rand(1, EXPERTS, WIDTH)
+ROUTED = TOKENS, torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.4, 0.6], [0.7, 0.3]])
 
-SUPPORT: dict[str, tuple[Callable[[], Output], int]] = {
-    "Conv1D": (lambda: _features(Conv1D(3, 5), 2, 5), 1),
-    "router": (_router, 1),
-    "experts (E, out, in)": (lambda: _experts(_mixtral()), 1),
-    "experts (E, 2 out, in)": (lambda: _experts(_mixtral(), "gate_up_proj"), 2),
-    "experts without gate": (lambda: _experts(_nemotron()), 1),
-    "experts without gate, up": (lambda: _experts(_nemotron(), "up_proj"), 1),
-    "experts (E, in, out)": (lambda: _experts(_gpt_oss()), 1),
-    "experts (E, in, 2 out)": (lambda: _experts(_gpt_oss(), "gate_up_proj"), 2),
-    "experts (E, in, out), Aria": (lambda: _experts(_layer("aria.AriaExperts", ARIA)), 1),
-    "experts of LongcatFlash": (lambda: _experts(_longcat()), 1),
-    "experts of LongcatFlash, up": (lambda: _experts(_longcat(), "gate_up_proj"), 2),
-    "experts of Step": (lambda: _experts(_layer("step3p7.Step3p7Experts", LOCAL)), 1),
-    "experts of Llama 4": (lambda: _all_experts(_llama4(), "down_proj"), 1),
-    "experts of Llama 4, up": (lambda: _all_experts(_llama4(), "gate_up_proj"), 2),
-    "shared experts of Inkling": (lambda: _all_experts(_inkling(), "down_proj", torch.eye(2)), 1),
-    "shared experts, up": (lambda: _all_experts(_inkling(), "up_proj", torch.eye(2)), 1),
-    "experts of DBRX": (lambda: _dbrx("w2"), 1),
-    "experts of DBRX, up": (lambda: _dbrx("v1"), 1),
-    "experts of JetMoe": (
-        lambda: _each(
-            _layer("jetmoe.JetMoeParallelExperts", EXPERTS, 5, 3), torch.rand(2, 5), [1, 1]
-        ),
-        1,
+# By name: the arguments of a layer, and the inputs of a forward pass.
+LAYERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "mixtral.MixtralTopKRouter": ((LOCAL,), (TOKENS,)),
+    "mixtral.MixtralExperts": ((LOCAL,), ROUTED),
+    "nemotron_h.NemotronHExperts": ((NEMOTRON,), ROUTED),
+    "gpt_oss.GptOssExperts": ((LOCAL,), ROUTED),
+    "aria.AriaExperts": ((_config("moe_num_experts"),), ROUTED),
+    "longcat_flash.LongcatFlashExperts": ((LONGCAT,), ROUTED),
+    "step3p7.Step3p7Experts": ((LOCAL,), ROUTED),
+    "llama4.Llama4TextExperts": ((LOCAL,), (TOKENS,)),
+    "inkling.InklingSharedExperts": ((_config("n_shared_experts"),), (TOKENS, torch.eye(2))),
+    "dbrx.DbrxExperts": ((DBRX,), (SEQUENCE, *ROUTED[1:])),
+    "jetmoe.JetMoeParallelExperts": ((EXPERTS, WIDTH, WIDTH), (TOKENS, [1, 1])),
+    "moshi.MoshiFlexibleLinear": ((WIDTH, WIDTH, EXPERTS), (SEQUENCE,)),
+    "csm.CsmCodebooksHead": ((WIDTH, 3, WIDTH), (SEQUENCE, torch.arange(1, 3))),
+    "convbert.GroupedLinearLayer": ((2 * WIDTH, 2 * WIDTH, 2), (torch.rand(1, 3, 2 * WIDTH),)),
+    "recurrent_gemma.RecurrentGemmaRglru": (
+        *((GATES,), (torch.rand(1, 3, 2 * WIDTH), torch.arange(3)[None])),
     ),
-    "codebooks (N, out, in)": (
-        lambda: _each(_layer("moshi.MoshiFlexibleLinear", 5, 4, 2), torch.rand(1, 2, 5)),
-        1,
+    "swiftformer.SwiftFormerEfficientAdditiveAttention": (
+        *((SimpleNamespace(), WIDTH), (SEQUENCE,)),
     ),
-    "codebooks (N, in, out)": (
-        lambda: _each(
-            _layer("csm.CsmCodebooksHead", 5, 3, 4), torch.rand(1, 2, 5), torch.arange(1, 3)
-        ),
-        1,
-    ),
-    "groups": (lambda: _features(_layer("convbert.GroupedLinearLayer", 6, 4, 2), 1, 3, 6), 1),
 }
 
 
-@pytest.mark.parametrize("case", SUPPORT)
-def test_declared_fan_in_is_what_autograd_sees(case: str) -> None:
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_agree_with_a_forward_pass(kind: str) -> None:
     torch.manual_seed(0)
-    make, units_per_output = SUPPORT[case]
-    assert_fan_in_is_support(*make(), units_per_output)
-
-
-def test_fan_in_of_a_gate_is_where_the_input_has_it() -> None:
-    """An input of mean zero does not see a constant that is added to a weight over its fan-in."""
-    torch.manual_seed(0)
-    config = SimpleNamespace(num_attention_heads=2, lru_width=8)
-    layer = _layer("recurrent_gemma.RecurrentGemmaRglru", config)
-    x = torch.randn(1, 3, 2, 4)
-    x = (x - x.mean(-1, keepdim=True)).flatten(2)
-    positions = torch.arange(3)[None]
-    with torch.no_grad():
-        before = layer(x, positions)
-        for name in ("input_gate_weight", "recurrent_gate_weight"):
-            axes = declared_layout(layer, name).fan_in_axes(3)
-            weight = layer.get_parameter(name)
-            weight += torch.randn([1 if k in axes else n for k, n in enumerate(weight.shape)])
-            layer.recurrent_states = None
-        torch.testing.assert_close(layer(x, positions), before)
-
-
-def test_swiftformer_multiplies_from_the_right() -> None:
-    kind = "swiftformer.SwiftFormerEfficientAdditiveAttention"
-    layer = _layer(kind, SimpleNamespace(), 4)
-    assert str(declared_layout(layer, "w_g")) == "io"
+    arguments, inputs = LAYERS[kind]
+    layer = _layer(kind, *arguments)
+    weights = [n for n, p in layer.named_parameters() if p.ndim > 1 and "bias" not in n]
+    assert gcx.torch.check_plan(layer, *inputs) == (tuple(weights), {}, ())
 
 
 def test_experts_that_do_not_say_their_order_are_unknown() -> None:
-    layer = _mixtral()
+    layer = _layer("mixtral.MixtralExperts", LOCAL)
     del layer.is_transposed
     assert {row.reason for row in gcx.torch.plan(layer)} == {
         "unknown: nobody declared MixtralExperts.gate_up_proj",

@@ -13,105 +13,116 @@ pytest.importorskip("peft")
 import peft
 import torch
 from peft.tuners.lora.variants import BlockDiagonalLinear
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gcx.torch
 from gcx import Layout
-from gcx.testing import assert_centralized
 
-from torch_fan_in import assert_fan_in_is_support, features
-
-
-def test_block_diagonal_lora() -> None:
-    torch.manual_seed(0)
-    layer = BlockDiagonalLinear(6, 4, 2)
-    assert_fan_in_is_support(layer, features(layer(torch.rand(3, 6))), "weight")
-
-
-def test_lora_of_an_embedding() -> None:
-    torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
-    model = peft.get_peft_model(nn.Sequential(nn.Embedding(7, 4)), config)
-    outputs = features(model(torch.arange(7)))
-    assert_fan_in_is_support(model, outputs, "base_model.model.0.lora_embedding_B.default")
+from torch_fan_in import features
 
 
 class Adapted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, 8)
-        self.fc = nn.Linear(8, 6)
+        self.fc = nn.Linear(8, 8)
         self.conv = nn.Conv2d(4, 6, 3)
 
-
-def _adapters(model: nn.Module, config: Any) -> dict[str, tuple[str | None, str]]:
-    """Layout and reason of each parameter that peft adds."""
-    plan = gcx.torch.plan(peft.get_peft_model(model, config))
-    short = {row.name.removeprefix("base_model.model."): row for row in plan}
-    own = {name for name, _ in Adapted().named_parameters()}
-    return {
-        name.replace(".default", ""): (row.layout and str(row.layout), row.reason)
-        for name, row in short.items()
-        if "base_layer" not in name and name not in own
-    }
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(self.embed(ids)), self.conv(images)
 
 
-def test_lora_and_dora() -> None:
-    config = peft.LoraConfig(target_modules=["embed", "fc", "conv"], r=2, use_dora=True)
-    length = (None, "DoRA: the length of a weight")
-    assert _adapters(Adapted(), config) == {
-        "embed.lora_embedding_A": (None, "embedding: a row is an input, not an output unit"),
-        "embed.lora_embedding_B": ("oi", "Embedding"),
-        "embed.lora_magnitude_vector.weight": length,
-        "fc.lora_A.weight": ("o...", "Linear"),
-        "fc.lora_B.weight": ("o...", "Linear"),
-        "fc.lora_magnitude_vector.weight": length,
-        "conv.lora_A.weight": ("o...", "Conv2d"),
-        "conv.lora_B.weight": ("o...", "Conv2d"),
-        "conv.lora_magnitude_vector.weight": length,
-    }
+EMBEDDING, VECTOR = "embedding: a row is an input, not an output unit", "a vector has no fan-in"
+PRODUCT = "factor of a product element by element, or of three factors"
+ROTATION, DORA = "rotation: coordinates or directions of it", "DoRA: the length of a weight"
+MIXING, SCALE = "coefficients that mix weights or vectors", "scale of a layer, a norm or logits"
+BOTH_SIDES, SINGULAR = "used from both sides: no axis is fan-in alone", "AdaLoRA: singular values"
+ALL, OF_FC = ["embed", "fc", "conv"], {"target_modules": ["fc"]}
+# By the name of a config: its options, and the layout or reason of what it adds to a layer.
+ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "LoraConfig": (
+        {"target_modules": ALL, "r": 2, "use_dora": True},
+        {
+            "embed.lora_embedding_A": EMBEDDING,
+            "embed.lora_embedding_B": "oi",
+            **{f"{name}.lora_{part}.weight": "o..." for name in ALL[1:] for part in "AB"},
+            **{f"{name}.lora_magnitude_vector.weight": DORA for name in ALL},
+        },
+    ),
+    "AdaLoraConfig": (
+        {"init_r": 4, "total_step": 10},
+        {"fc.lora_A": "oi", "fc.lora_B": "oi", "fc.lora_E": SINGULAR, "fc.ranknum": VECTOR},
+    ),
+    "DeftConfig": ({"r": 2}, {"fc.deft_P": BOTH_SIDES, "fc.deft_R": "oi"}),
+    "DeloraConfig": (
+        {"r": 2},
+        {"fc.delora_A": "oi", "fc.delora_B": "oi", "fc.delora_lambda": VECTOR},
+    ),
+    "GraloraConfig": (
+        {"r": 4, "gralora_k": 2},
+        {"fc.gralora_A": "bio", "fc.gralora_B": "bio"},
+    ),
+    "LoKrConfig": ({"r": 4}, {"fc.lokr_w1": "o...", "fc.lokr_w2": "o..."}),
+    "MissConfig": ({"r": 2}, {"fc.miss_block": "io"}),
+    "IA3Config": (
+        {"target_modules": ALL[1:], "feedforward_modules": ["fc"]},
+        {"fc.ia3_l": SCALE, "conv.ia3_l": SCALE},
+    ),
+    "HRAConfig": ({}, {"fc.hra_u": ROTATION}),
+    "LoHaConfig": ({"r": 2}, {f"fc.hada_w{k}_{part}": PRODUCT for k in "12" for part in "ab"}),
+    "OFTConfig": ({"oft_block_size": 4}, {"fc.oft_R.weight": ROTATION}),
+    "RandLoraConfig": ({}, {"fc.randlora_lambda": SCALE, "fc.randlora_gamma": SCALE}),
+    "VBLoRAConfig": (
+        {"vector_length": 2, "num_vectors": 8},
+        {f"fc.vblora_{name}": MIXING for name in ("logits_A", "logits_B", "vector_bank")},
+    ),
+    "VeraConfig": ({}, {"fc.vera_lambda_b": VECTOR, "fc.vera_lambda_d": VECTOR}),
+}
+
+
+def adapted(model: nn.Module, config: Any) -> tuple[Any, dict[str, str]]:
+    """The model, and the full name of each parameter that peft has added."""
+    torch.manual_seed(0)
+    own = set(model.parameters())
+    model = peft.get_peft_model(model, config).eval()
+    added = {n: p for n, p in model.named_parameters() if p not in own}
+    for parameter in added.values():
+        parameter.data = torch.rand_like(parameter) + 0.1  # some are made as zeros
+    short = (name.removeprefix("base_model.model.").replace(".default", "") for name in added)
+    return model, dict(zip(short, added, strict=True))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(name: str) -> None:
+    """A forward pass agrees on all that have a fan-in."""
+    options, expected = ADAPTERS[name]
+    model, names = adapted(Adapted(), getattr(peft, name)(**OF_FC | options))
+    plan = gcx.torch.plan(model)
+    assert {n: str(plan[full].layout or plan[full].reason) for n, full in names.items()} == expected
+    found = gcx.torch.check_plan(model, torch.randint(10, (3,)), torch.rand(1, 4, 5, 5))
+    with_fan_in = {full for full in names.values() if plan[full].layout}
+    assert with_fan_in == {*found.agree} & {*names.values()}
+
+
+def test_block_diagonal_lora() -> None:
+    layer = BlockDiagonalLinear(6, 4, 2)
+    assert gcx.torch.check_plan(layer, torch.rand(3, 6)).agree == ("weight",)
 
 
 def test_lora_of_rank_one_is_not_frozen() -> None:
-    found = _adapters(Adapted(), peft.LoraConfig(target_modules=["fc"], r=1))
-    assert found["fc.lora_A.weight"] == ("o...", "Linear")
-    assert found["fc.lora_B.weight"] == (None, "fan-in 1: subtracting its mean would freeze it")
+    model, names = adapted(Adapted(), peft.LoraConfig(**OF_FC, r=1))
+    row = gcx.torch.plan(model)[names["fc.lora_B.weight"]]
+    assert row.reason == "fan-in 1: subtracting its mean would freeze it"
 
 
 def test_lora_of_experts_does_not_mix_them() -> None:
     sizes = {"num_local_experts": 2, "hidden_size": 4, "intermediate_size": 3}
-    model = nn.Sequential(MixtralExperts(SimpleNamespace(**sizes, hidden_act="relu")))
+    experts = MixtralExperts(SimpleNamespace(**sizes, hidden_act="relu"))
     config = peft.LoraConfig(target_modules=[], target_parameters=["0.down_proj"], r=2)
-    found = _adapters(model, config)
-    assert found["0.lora_A.weight"] == ("o...", "Linear")
-    assert found["0.lora_B.weight"] == (None, "factors of several experts, interleaved")
-
-
-def test_adalora() -> None:
-    config = peft.AdaLoraConfig(target_modules=["fc"], init_r=4, total_step=10)
-    found = _adapters(Adapted(), config)
-    assert found["fc.lora_A"] == found["fc.lora_B"] == ("oi", "SVDLinear")
-    assert found["fc.lora_E"] == (None, "AdaLoRA: singular values")
-
-
-def test_lily_multiplies_stacks_from_the_right() -> None:
-    torch.manual_seed(0)
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(8, 6)),
-        peft.LilyConfig(target_modules=["0"], r=3, num_B=2, init_weights=False),
-    )
-    row = gcx.torch.plan(model)["base_model.model.0.lily_B.default.weight"]
-    assert (row.shape, row.layout) == ((6, 6), Layout("(bi)o", b=2))
-    output = features(model(torch.rand(5, 8)))[4]
-    (grad,) = torch.autograd.grad(output, model.get_parameter(row.name))
-    assert (grad != 0).equal((torch.arange(6) == 4).expand(6, 6))
-
-
-def test_ia3() -> None:
-    config = peft.IA3Config(target_modules=["fc", "conv"], feedforward_modules=["fc"])
-    scale = (None, "scale of a layer, a norm or logits")
-    assert _adapters(Adapted(), config) == {"fc.ia3_l": scale, "conv.ia3_l": scale}
+    model, names = adapted(nn.Sequential(experts), config)
+    rows = [gcx.torch.plan(model)[names[f"0.lora_{part}.weight"]] for part in "AB"]
+    assert [row.reason for row in rows] == ["Linear", "factors of several experts, interleaved"]
 
 
 def _whole_units(grad: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -122,24 +133,26 @@ def _whole_units(grad: torch.Tensor, layout: Layout) -> torch.Tensor:
     return depends.any(axes)
 
 
-# Factors that are multiplied by weights element by element, or divided by their length.
-NORMED = {
-    "DeloraConfig": {"delora_A": "oi", "delora_B": "oi"},
-    "GloraConfig": {"glora_A.Xu": "oi"},
-    "HiraConfig": {"hira_A": "oi"},
-}
-# Layouts by adapter; those in the second place are of factors that an input meets first.
-FACTORS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, str]]] = {
-    "C3AConfig": ({"block_size": 4}, {"c3a_kernel": "oii"}, {}),
-    "DeftConfig": ({"r": 2}, {}, {"deft_R": "oi"}),
-    "DeloraConfig": ({"r": 2}, {}, {}),
-    "GloraConfig": ({"r": 2}, {"glora_A.Xd": "oi", "glora_B.Xd": "oi"}, {"glora_B.Xu": "oi"}),
-    "GraloraConfig": ({"r": 4, "gralora_k": 2}, {"gralora_B": "bio"}, {"gralora_A": "bio"}),
-    "HiraConfig": ({"r": 2}, {"hira_B": "oi"}, {}),
-    "LoKrConfig": ({"r": 4}, {"lokr_w1": "o...", "lokr_w2": "o..."}, {}),
-    "MissConfig": ({"r": 2}, {"miss_block": "io"}, {}),
+# What a forward pass does not tell, by config: options, and layouts; of factors that are multiplied
+# by weights element by element, of those that an output meets last, and an input first.
+FACTORS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, str], dict[str, str]]] = {
+    "C3AConfig": ({"block_size": 4}, {}, {"c3a_kernel": "oii"}, {}),
+    "GloraConfig": (
+        {"r": 2},
+        {"glora_A.Xu": "oi"},
+        {"glora_A.Xd": "oi", "glora_B.Xd": "oi"},
+        {"glora_B.Xu": "oi"},
+    ),
+    "HiraConfig": ({"r": 2}, {"hira_A": "oi"}, {"hira_B": "oi"}, {}),
+    "LilyConfig": (
+        {"r": 3, "num_B": 2},
+        {"lily_A.weight": "o...", "lily_router.weight": "o..."},
+        {"lily_B.weight": "(bi)o"},
+        {},
+    ),
     "PolyConfig": (
         {"r": 2, "n_tasks": 1, "n_splits": 2, "n_skills": 3},
+        {},
         {"poly_lora_B": "bbio"},
         {"poly_lora_A": "bbio"},
     ),
@@ -149,13 +162,9 @@ FACTORS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, str]]] = {
 @pytest.mark.parametrize("name", FACTORS)
 def test_factors_with_a_fan_in(name: str) -> None:
     """Outputs are made of whole units, and an input of mean zero does not see what GC removes."""
-    torch.manual_seed(0)
-    options, last, first = FACTORS[name]
+    options, normed, last, first = FACTORS[name]
     config = getattr(peft, name)(target_modules=["0"], **options)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()
-    adapted = {p: n for n, p in model.named_parameters() if "base_layer" not in n}
-    for parameter in adapted:
-        parameter.data = torch.rand_like(parameter) + 0.1
+    model, names = adapted(nn.Sequential(nn.Linear(8, 8)), config)
     rows = gcx.torch.plan(model)
     x = torch.randn(5, 8)
     x = (x.view(5, 2, 4) - x.view(5, 2, 4).mean(-1, keepdim=True)).flatten(1)  # of each split
@@ -166,9 +175,9 @@ def test_factors_with_a_fan_in(name: str) -> None:
         return features(model.base_model(x[:, None], task_ids=torch.zeros(5, dtype=torch.long)))
 
     found = {}
-    for parameter, full in adapted.items():
-        row = rows[full]
-        short = full.removeprefix("base_model.model.0.").replace(".default", "")
+    for in_model, full in names.items():
+        row, parameter = rows[full], model.get_parameter(full)
+        short = in_model.removeprefix("0.")
         assert not row.reason.startswith("unknown")
         if row.layout is None:
             continue
@@ -184,41 +193,4 @@ def test_factors_with_a_fan_in(name: str) -> None:
             shift = torch.rand([1 if k in axes else n for k, n in enumerate(view)])
             parameter.data += shift.expand(view).reshape(row.shape)
             torch.testing.assert_close(outputs(), before)
-    assert found == {**last, **first, **NORMED.get(name, {})}
-
-
-OTHER_ADAPTERS = {
-    "HRAConfig": {},
-    "LoHaConfig": {"r": 2},
-    "OFTConfig": {"oft_block_size": 4},
-    "RandLoraConfig": {},
-    "VBLoRAConfig": {"vector_length": 2, "num_vectors": 8},
-    "VeraConfig": {},
-}
-
-
-@pytest.mark.parametrize("name", OTHER_ADAPTERS)
-def test_factors_of_weights_are_listed_and_left_alone(name: str) -> None:
-    config = getattr(peft, name)(target_modules=["fc"], **OTHER_ADAPTERS[name])
-    for layout, reason in _adapters(Adapted(), config).values():
-        assert layout is None
-        assert not reason.startswith("unknown")
-
-
-def test_lora_of_attention_whose_frozen_weights_are_registered_anew() -> None:
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2, dtype=torch.float64)
-    model = peft.get_peft_model(
-        nn.ModuleDict({"attention": attention}),
-        peft.LoraConfig(target_modules=["attention"], r=2, init_lora_weights=False),
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gcx.torch.centralize(optimizer, model)
-    lora = {name: p for name, p in model.named_parameters() if "lora" in name}
-    start = {name: p.detach().clone() for name, p in lora.items()}
-    for x in torch.rand(3, 5, 1, 8, dtype=torch.float64):
-        optimizer.zero_grad()
-        model.base_model.model["attention"](x, x, x)[0].square().sum().backward()
-        optimizer.step()
-    for name, parameter in lora.items():
-        assert_centralized(parameter, start=start[name])
+    assert found == {**normed, **last, **first}

@@ -32,7 +32,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "out": lambda g: gcx.centralize(g, out=torch.empty_like(g)),
     "low precision": lambda g: gcx.centralize(g.bfloat16()),
     "bias": lambda g: gcx.centralize(g[0, 0, 0]),
-    "many": lambda g: gcx.centralize_many({"a": g, "b": (g[0], None)})["a"],
+    "many": lambda g: gcx.centralize_many({"a": g, "b": (g[0], None)}),
 }
 
 

@@ -92,6 +92,15 @@ def test_shares_are_those_of_the_gradients_of_backward(dtype: torch.dtype) -> No
     assert report.batches == 3
 
 
+def test_of_one_sample_it_is_the_angle_between_the_input_and_the_ones() -> None:
+    """As the documentation derives it."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4).double(), torch.randn(1, 6, dtype=torch.float64)
+    cosine = float(x.sum() / (x.norm() * 6**0.5))
+    report = energy_removed(layer, [x], loss_of_squares)
+    assert share(report, "weight").removed == pytest.approx(cosine**2, rel=1e-12)
+
+
 def test_rows_are_those_of_the_plan() -> None:
     model, batches = new_net(), new_batches()
     report, plan = energy_removed(model, batches, loss_of), gcx.torch.plan(model)

@@ -133,6 +133,21 @@ def test_decay_outside_shrinks_the_means_and_nothing_else_does(kind: str, lr: An
     torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.5) ** 4)
 
 
+def test_decay_outside_is_that_of_the_group_at_the_step(layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
+    options = ({"lr": 0.01, "weight_decay": 0.5}, {"lr": 0.02, "weight_decay": 0.1})
+    groups = [{"params": m.parameters(), **o} for m, o in zip(model, options, strict=True)]
+    gcx.torch.centralize(optimizer := AdamW(groups), model, where="update", decay="outside")
+    means = [m.weight.detach().mean(1) for m in model]
+    scheduler = optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for _ in range(2):
+        train(model, optimizer, steps=1)
+        scheduler.step()
+    for m, mean, (lr, decay) in zip(model, means, map(dict.values, options), strict=True):
+        factor = (1 - lr * decay) * (1 - lr / 2 * decay)
+        torch.testing.assert_close(m.weight.detach().mean(1), factor * mean)
+
+
 @pytest.mark.parametrize(("decay", "keeps_means"), [("inside", True), ("outside", False)])
 def test_unknown_optimizer_is_told(decay: Any, keeps_means: bool, layer: nn.Linear) -> None:
     optimizer = Own(layer.parameters(), weight_decay=0.5)

@@ -110,6 +110,17 @@ def test_as_at_the_step(checkpointing: Any, expected: Weights) -> None:
     assert [len(p._backward_hooks or ()) for p in weights] == [1] * 4  # they do not pile up
 
 
+def test_accumulated_gradients() -> None:
+    model, plain = built(), built()
+    gcx.torch.centralize_in_backward(model)
+    for each in (model, plain):
+        for part in range(4):
+            backward(each, part, 4)
+    gcx.torch.centralize_grads_(plain)
+    grads = ([p.grad for p in each.parameters()] for each in (model, plain))
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-14)
+
+
 def test_optimizer_in_backward(expected: Weights) -> None:
     model = built()
     gcx.torch.centralize_in_backward(model)

@@ -412,12 +412,21 @@ def test_glob_for_the_parameters_of_a_layer_does_not_reach_its_children() -> Non
     assert _decision(Greedy(), "backwards.weight") == BY_ROWS
 
 
+def test_spectral_norm_divides_by_one_number() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    ratio = layer.weight / layer.parametrizations.weight.original
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(3, 4))
+
+
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
 @pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
 def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
     shape: tuple[int, int], orthogonal_map: str
 ) -> None:
     layer = parametrizations.orthogonal(nn.Linear(*shape), orthogonal_map=orthogonal_map)
+    original = layer.parametrizations.weight.original
+    (grad,) = torch.autograd.grad(layer.weight[0].sum(), original)
+    assert (grad == 0).sum() >= 6  # half of it is not used at all
     assert _decision(layer, ORIGINAL) == "orthogonal: coordinates of a rotation"
 
 

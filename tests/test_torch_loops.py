@@ -44,8 +44,17 @@ def step_by_a_gradient_with_a_graph(layer: nn.Linear, optimizer: Optimizer) -> N
     optimizer.step()
 
 
+def step_in_backward(layer: nn.Linear, optimizer: Optimizer) -> None:
+    layer.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    for _ in range(3):
+        backward(layer, optimizer)
+
+
+LOOPS = [go_on_with_the_gradient, step_by_a_gradient_with_a_graph, step_in_backward]
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-@pytest.mark.parametrize("loop", [go_on_with_the_gradient, step_by_a_gradient_with_a_graph])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_loops_that_keep_the_means(where: Any, loop: Any, layer: nn.Linear) -> None:
     optimizer = attached(layer, where, **DECAYED)
     assert_means_kept(layer, lambda: loop(layer, optimizer))

@@ -32,7 +32,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "out": lambda g: gcx.centralize(g, out=torch.empty_like(g)),
     "low precision": lambda g: gcx.centralize(g.bfloat16()),
     "bias": lambda g: gcx.centralize(g[0, 0, 0]),
-    "many": lambda g: gcx.centralize_many({"a": g, "b": (g[0], None)})["a"],
+    "many": lambda g: gcx.centralize_many({"a": g, "b": (g[0], None)}),
 }
 
 
@@ -231,9 +231,12 @@ class TestMemory:
 
 class TestRefused:
     @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-    @pytest.mark.parametrize("form", ["sparse_coo", "sparse_csr"])
-    def test_sparse(self, form: str) -> None:
-        grad = torch.eye(3).to_sparse(layout=getattr(torch, form))
+    @pytest.mark.parametrize("form", ["sparse_coo", "sparse_csr", "jagged"])
+    def test_not_dense(self, form: str) -> None:
+        if form == "jagged":
+            grad: Any = torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged)
+        else:
+            grad = torch.eye(3).to_sparse(layout=getattr(torch, form))
         with pytest.raises(TypeError, match=rf"dense tensor.*{form}.*to_dense\(\).*an embedding"):
             gcx.centralize(grad)
         with pytest.raises(TypeError, match=f"^embedding: .*{form}"):

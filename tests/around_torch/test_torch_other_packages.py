@@ -61,15 +61,20 @@ NAMED = {
     },
     "mine.PatchLayerNorm": {"g": "norm", "b": "bias"},
     "denoising_diffusion_pytorch.karras_unet.Conv2d": {"weight": "o..."},
+    "loralib.layers.Linear": {"weight": "io", "lora_A": "oi", "lora_B": "oi"},
+    "torch_geometric.nn.conv.rgcn_conv.RGCNConv": {
+        "comp": "coefficients that mix weights or vectors"
+    },
 }
 
 
 @pytest.mark.parametrize("qualified", NAMED)
 def test_names_of_layers_and_parameters(qualified: str) -> None:
     module, _, kind = qualified.rpartition(".")
-    layer = type(kind, (nn.Module,), {"__module__": module})()
+    options = {"fan_in_fan_out": True, "num_blocks": None}  # which two of them are asked for
+    layer = type(kind, (nn.Module,), {"__module__": module, **options})()
     for name in NAMED[qualified]:
-        layer.register_parameter(name, nn.Parameter(torch.zeros(4, 3, 3, 3)))
+        layer.register_parameter(name, nn.Parameter(torch.zeros(4, 3)))
     found = {row.name: str(row.layout or row.reason) for row in gcx.torch.plan(layer)}
     assert found == NAMED[qualified]
 

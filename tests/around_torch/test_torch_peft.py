@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import gcx.torch
 from gcx import Layout
+from gcx.testing import assert_centralized
 
 from torch_fan_in import features
 
@@ -123,6 +124,22 @@ def test_lora_of_experts_does_not_mix_them() -> None:
     model, names = adapted(nn.Sequential(experts), config)
     rows = [gcx.torch.plan(model)[names[f"0.lora_{part}.weight"]] for part in "AB"]
     assert [row.reason for row in rows] == ["Linear", "factors of several experts, interleaved"]
+
+
+def test_lora_of_attention_whose_frozen_weights_are_registered_anew() -> None:
+    config = peft.LoraConfig(target_modules=["0"], r=2)
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2, dtype=torch.float64))
+    model, names = adapted(attention, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gcx.torch.centralize(optimizer, model)
+    lora = [model.get_parameter(full) for full in names.values() if "lora" in full]
+    start = [parameter.detach().clone() for parameter in lora]
+    for x in torch.rand(3, 5, 1, 8, dtype=torch.float64):
+        optimizer.zero_grad()
+        model.base_model.model[0](x, x, x)[0].square().sum().backward()
+        optimizer.step()
+    for parameter, before in zip(lora, start, strict=True):
+        assert_centralized(parameter, start=before)
 
 
 def _whole_units(grad: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -174,10 +174,15 @@ def test_unknown_optimizer_must_be_told(layer: nn.Linear) -> None:
     assert torch.equal(layer.weight.grad, GRAD)
 
 
-def test_subclass_with_its_own_step_is_unknown(layer: nn.Linear) -> None:
-    attached(layer, kind=type("Renamed", (SGD,), {}), weight_decay=0.1)
+@pytest.mark.parametrize("base", [SGD, optim.Adam, AdamW, optim.NAdam, optim.RAdam])
+def test_subclass_with_its_own_step_is_unknown(base: Any, layer: nn.Linear) -> None:
+    attached(layer, kind=type("Renamed", (base,), {}), weight_decay=0.1)
+    kind = type("Shrinking", (base,), {"step": Shrinking.step})
     with pytest.raises(ValueError, match="does Shrinking add"):
-        attached(layer, kind=Shrinking, weight_decay=0.1)
+        attached(layer, kind=kind, weight_decay=0.1)
+    with pytest.raises(ValueError, match="by how much a step shrinks"):
+        optimizer = kind(layer.parameters(), weight_decay=0.1)
+        gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
 
 
 def test_decay_that_does_not_fit(layer: nn.Linear) -> None:

@@ -259,13 +259,21 @@ def test_parameter_without_gradient_does_not_move(where: Any, layer: nn.Linear) 
     assert torch.equal(idle.weight, before)
 
 
-def test_expanded_gradient_is_replaced(layer: nn.Linear) -> None:
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_gradient_whose_elements_share_memory_is_replaced(step: int, layer: nn.Linear) -> None:
     optimizer = attached(layer, lr=1.0)
-    row = torch.arange(5.0, dtype=torch.float64)
-    layer.weight.grad = row.expand(3, 5)
+    memory = torch.arange(7.0, dtype=torch.float64)
+    layer.weight.grad = memory.as_strided((3, 5), (step, 1))
     change = change_of(layer, optimizer.step)
-    torch.testing.assert_close(change, (2 - row).expand(3, 5))
-    assert torch.equal(row, torch.arange(5.0, dtype=torch.float64))
+    torch.testing.assert_close(change, (2 - torch.arange(5.0).double()).expand(3, 5))
+    assert torch.equal(memory, torch.arange(7.0, dtype=torch.float64))
+
+
+def test_an_optimizer_without_groups_is_refused(layer: nn.Linear) -> None:
+    optimizer = torch.optim.SGD(layer.parameters())
+    optimizer.param_groups.clear()
+    with pytest.raises(ValueError, match="nothing to centralize"):
+        gcx.torch.centralize(optimizer, layer)
 
 
 def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
@@ -305,7 +313,8 @@ def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> 
 
 def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> None:
     twin = copy.deepcopy(layer)
-    nested = attached(layer, where, Inherited, lr=1e-3, weight_decay=0.1)
+    nested = Inherited(layer.parameters(), lr=1e-3, weight_decay=0.1)
+    gcx.torch.centralize(nested, layer, where=where, decay="inside")
     plain = attached(twin, where, Adam, lr=1e-3, weight_decay=0.1)
     calls: list[object] = []
     nested.register_step_pre_hook(lambda *args: calls.append(args))

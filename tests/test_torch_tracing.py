@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 import gcx
 from gcx import _dispatch
@@ -307,3 +308,15 @@ def test_out_may_overlap_and_be_empty() -> None:
         gcx.centralize(memory[:12].view(4, 3), out=memory[2:14].view(4, 3)), expected
     )
     assert gcx.centralize(torch.zeros(0, 4), out=torch.zeros(1).expand(0, 4)).shape == (0, 4)
+
+
+def test_out_in_forward_mode_is_refused_before_anything_is_written() -> None:
+    plain, out = weight(4, 3), torch.zeros(4, 3).double()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(plain.clone(), plain)
+        for grads, outs in (([plain, dual], [out, plain * 0]), ([plain, plain], [out, dual])):
+            with pytest.raises(TypeError, match=r"^1: out cannot be written to.* watches"):
+                gcx.centralize_many(grads, out=outs)
+        tangent = forward_ad.unpack_dual(gcx.centralize(dual)).tangent
+    assert not out.any()
+    torch.testing.assert_close(tangent, gcx.centralize(plain))

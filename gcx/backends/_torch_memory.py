@@ -8,6 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 
 from gcx._memory import Memory, find_span, repeats_itself
 from gcx.backends._torch_dtensor import PLAIN
@@ -24,8 +25,9 @@ def is_writable(out: Tensor, grad: Tensor, /) -> bool:
     if not torch.compiler.is_compiling():
         if out.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        if out is not grad and peek_interpreter_stack() is not None:  # no rules for out=
-            return False
+        is_dual = any(unpack_dual(x).tangent is not None for x in (out, grad))  # type: ignore[no-untyped-call]
+        if out is not grad and (is_dual or peek_interpreter_stack() is not None):
+            return False  # there are no rules for out=
     return out.is_contiguous() or not repeats_itself(out.shape, out.stride())
 
 

@@ -21,6 +21,9 @@ Means = dict[str, Tensor]  # by a key of the state
 # By this key a parameter group says that a step shrinks the weights, apart from the gradient.
 _DECOUPLES = "decoupled_weight_decay"
 
+# They set it in every group, and so do subclasses, whatever their steps do.
+_SET_BY_DEFAULT = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+
 # Keys of running sums of gradients, in the state of a parameter. Beside the second key, the sum is
 # of gradients already divided: Adafactor of transformers, RMSprop.
 _MOMENTA = {"exp_avg": "exp_avg_sq_row", "momentum_buffer": "square_avg"}
@@ -99,10 +102,12 @@ def _rate(group: Group) -> Rate:
 
 def _couples(optimizer: Optimizer, group: Group) -> bool | None:
     """Return True if the optimizer adds weight decay to the gradient; None if that is unknown."""
-    if _DECOUPLES in group:
-        return not group[_DECOUPLES]
+    stepping = inner_optimizer(optimizer)
     # By the step itself: a subclass with a step of its own may decay as it likes.
-    return _COUPLES.get(_step_of(type(inner_optimizer(optimizer))))
+    known = _COUPLES.get(_step_of(type(stepping)))
+    if _DECOUPLES in group and (known is not None or not isinstance(stepping, _SET_BY_DEFAULT)):
+        return not group[_DECOUPLES]
+    return known
 
 
 def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gcx._decisions import nothing_to_centralize
-from gcx._memory import find_shared, overlap
+from gcx._memory import find_shared, overlap, repeats_itself
 from gcx._names import naming
 from gcx._options import Options
 from gcx.backends import _torch
@@ -145,7 +145,7 @@ class Targets:
         if any(self.weights()):
             return
         plan = self.plan()
-        if all(row.name == _NAMELESS for row in plan):
+        if len(plan) and all(row.name == _NAMELESS for row in plan):
             raise RuntimeError(_why_missing(plan[0]))
         kind = type(self.get_optimizer()).__name__
         raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
@@ -163,7 +163,7 @@ class Targets:
         except KeyError:  # a parameter is gone
             return False
         return (
-            len(seen) == len(self._seen)
+            0 < len(seen) == len(self._seen)
             and all(map(is_, seen, self._seen))
             and [*map(_SHAPE, self._weights)] == self._shapes
         )
@@ -311,7 +311,7 @@ def centralize_(
     weights, found = zip(*gradients, strict=True)
     grads = [*found]
     for k, grad in enumerate(found):
-        if not grad.is_contiguous() and 0 in grad.stride():  # elements share memory
+        if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(
         grads,

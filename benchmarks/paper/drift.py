@@ -148,7 +148,8 @@ def _lines(found: Mapping[str, Mapping[str, Watched]]) -> Iterator[str]:
     yield (
         "Median over the runs at the start and after training, and the mean paired difference "
         "after training with its 95% interval. Units: those of all convolutions but the stem, "
-        f"and of the head. {IMAGES} test images."
+        f"and of the head. {IMAGES} test images. In the picture, lines are medians of the runs, "
+        "and bands lie between the quartiles."
     )
     yield ""
     rows = []

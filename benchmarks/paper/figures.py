@@ -201,7 +201,13 @@ def _add_verdicts(figure: Figure, comparisons: Sequence[Comparison]) -> None:
     counts = Counter(c.verdict for c in comparisons)
     figure.legend(
         handles=[
-            Line2D([], [], color=color, marker=marker, label=f"{verdict} ({counts[verdict]})")
+            Line2D(
+                *([], []),
+                color=color,
+                marker=marker,
+                markerfacecolor="white" if verdict is Verdict.NOT_SHOWN else color,
+                label=f"{verdict} ({counts[verdict]})",
+            )
             for verdict, (color, marker) in VERDICT_STYLES.items()
         ],
         title=(

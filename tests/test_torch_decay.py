@@ -180,8 +180,8 @@ def test_subclass_with_its_own_step_is_unknown(base: Any, layer: nn.Linear) -> N
     kind = type("Shrinking", (base,), {"step": Shrinking.step})
     with pytest.raises(ValueError, match="does Shrinking add"):
         attached(layer, kind=kind, weight_decay=0.1)
+    optimizer = kind(layer.parameters(), weight_decay=0.1)
     with pytest.raises(ValueError, match="by how much a step shrinks"):
-        optimizer = kind(layer.parameters(), weight_decay=0.1)
         gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
 
 

@@ -269,7 +269,16 @@ def test_a_gradient_whose_elements_share_memory_is_replaced(step: int, layer: nn
     assert torch.equal(memory, torch.arange(7.0, dtype=torch.float64))
 
 
-def test_an_optimizer_without_groups_is_refused(layer: nn.Linear) -> None:
+class Bare(torch.optim.Optimizer):
+    """Has not called the constructor of its base."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_an_optimizer_without_hooks_or_groups_is_refused(layer: nn.Linear) -> None:
+    with pytest.raises(TypeError, match=r"is a torch.optim.Optimizer, not .*Bare"):
+        gcx.torch.centralize(Bare(), layer)
     optimizer = torch.optim.SGD(layer.parameters())
     optimizer.param_groups.clear()
     with pytest.raises(ValueError, match="nothing to centralize"):

@@ -25,10 +25,15 @@ def is_writable(out: Tensor, grad: Tensor, /) -> bool:
     if not torch.compiler.is_compiling():
         if out.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        is_dual = any(unpack_dual(x).tangent is not None for x in (out, grad))  # type: ignore[no-untyped-call]
-        if out is not grad and (is_dual or peek_interpreter_stack() is not None):
+        if out is not grad and (
+            _is_dual(out) or _is_dual(grad) or peek_interpreter_stack() is not None
+        ):
             return False  # there are no rules for out=
     return out.is_contiguous() or not repeats_itself(out.shape, out.stride())
+
+
+def _is_dual(x: Tensor) -> bool:
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def find_memory(x: Tensor) -> Memory:

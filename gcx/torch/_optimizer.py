@@ -21,7 +21,7 @@ Means = dict[str, Tensor]  # by a key of the state
 # By this key a parameter group says that a step shrinks the weights, apart from the gradient.
 _DECOUPLES = "decoupled_weight_decay"
 
-# They set it in every group, and so do subclasses, whatever their steps do.
+# Classes that set this key in every group; their subclasses inherit it, whatever their steps do.
 _SET_BY_DEFAULT = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 
 # Keys of running sums of gradients, in the state of a parameter. Beside the second key, the sum is

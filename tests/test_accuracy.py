@@ -183,10 +183,12 @@ class Marked(np.ndarray):
 @pytest.mark.parametrize("layout", ["o...", "...o", "ioi"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_large_narrow_tensors_of_torch(layout: str, order: tuple[int, ...]) -> None:
-    """They are cut between output units; every number is exact until the last rounding."""
+    """They are cut into blocks; every number is exact until the last rounding."""
     torch = pytest.importorskip("torch")
     integers = np.random.default_rng(0).integers(-8, 9, (128, 64, 64))
     x = torch.from_numpy(integers).bfloat16().permute(order)
     expected = gcx.centralize(x.double(), layout=layout).bfloat16()
+    half = gcx.centralize(x.double(), layout=layout, strength=0.5).bfloat16()
     assert torch.equal(gcx.centralize(x, layout=layout), expected)
+    assert torch.equal(gcx.centralize(x, layout=layout, strength=0.5), half)
     assert torch.equal(gcx.centralize(x, layout=layout, out=x), expected)

@@ -221,15 +221,16 @@ def test_decay_outside_of_an_optimizer_without_decay(layer: nn.Linear) -> None:
     assert_means_kept(layer, lambda: train(layer, optimizer))
 
 
-@pytest.mark.parametrize("shape", [(3, 64), (512, 1024)], ids=str)
-def test_narrow_weights_with_decay(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("layout", ["oi", "io"])
+@pytest.mark.parametrize("shape", [(4, 64), (512, 1024)], ids=str)
+def test_narrow_weights_with_decay(shape: tuple[int, int], layout: str) -> None:
     """The mean is exact here, and rounded once."""
     layer = nn.Linear(*shape[::-1], bias=False, dtype=torch.bfloat16)
     weight, grad = torch.randint(-8, 9, (2, *shape), generator=torch.manual_seed(0)).double()
     layer.weight.data.copy_(weight)
     layer.weight.grad = grad.bfloat16()
     optimizer = SGD(layer.parameters(), lr=0.0, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, layer, decay="inside")
+    gcx.torch.centralize(optimizer, layer, decay="inside", overrides={"weight": layout})
     optimizer.step()
-    expected = grad - (grad + 0.5 * weight).mean(1, keepdim=True)
+    expected = grad - (grad + 0.5 * weight).mean(layout.index("i"), keepdim=True)
     assert torch.equal(layer.weight.grad, expected.bfloat16())

@@ -61,17 +61,17 @@ def training_steps(*, brief: bool = False) -> Iterator[TrainingStep]:
 
 
 def _measured(make: Callable[[], Task], optimizer: str, *, seconds: float) -> TrainingStep:
+    task = make()  # one for all: the place of its tensors in memory has an effect of its own
     loops = {
-        name: _Loop(make(), OPTIMIZERS[optimizer], attach)
-        for name, attach in CENTRALIZATIONS.items()
+        name: _Loop(task, OPTIMIZERS[optimizer], attach) for name, attach in CENTRALIZATIONS.items()
     }
     whole = interleaved({k: v.whole for k, v in loops.items()}, seconds=seconds, repeats=1)
     last = interleaved({k: v.last for k, v in loops.items()}, seconds=seconds / 4, repeats=10)
-    return TrainingStep(make().name, optimizer, whole, last)
+    return TrainingStep(task.name, optimizer, whole, last)
 
 
 class _Loop:
-    """A training loop with its own model and optimizer."""
+    """A training loop with its own optimizer."""
 
     def __init__(self, task: Task, make: Callable[[Any], Optimizer], attach: _Attach) -> None:
         self._task = task

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -282,19 +284,36 @@ def _centralize_narrow(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Centralize a copy in float32, in blocks that stay in the cache; see `subtract_means_`."""
-    weight = grad if weight is None else weight
-    if not _torch_blocks.is_large(grad, axes) or (out is not None and out is not grad):
-        wide = grad.to(_WIDE[grad.dtype])
-        subtract_means_([wide], [(wide.shape, axes)], [weight], rate, strength=strength)
+    dtype = _WIDE[grad.dtype]
+
+    def average(mean: Callable[..., Tensor], x: Tensor, decaying: Tensor | None) -> Tensor:
+        of_x = mean(x, axes)
+        of_all = of_x if rate is None else of_x + rate * mean(decaying, axes)
+        return of_all if strength == 1.0 else of_all * strength
+
+    # Another `out` may share memory with the gradient.
+    if not _torch_blocks.is_large(grad) or (out is not None and out is not grad):
+        wide = grad.to(dtype)
+        wide.sub_(average(fan_in_mean, wide, weight))
         return wide.to(grad.dtype) if out is None else out.copy_(wide)
+    cut, size = _torch_blocks.find_block(grad)
+    blocks = partial(_torch_blocks.widen, size=size, cut=cut, dtype=dtype)
+    mean = None
+    if cut in axes:  # each block has a part of every fan-in
+        mean = average(partial(_mean_of_blocks, blocks), grad, weight)
     result = torch.empty_like(grad) if out is None else out
-    wide = grad.new_empty(0)
-    for part, decaying, target in _torch_blocks.split((grad, weight, result), axes):
-        # The memory of the last block is in the cache, and new memory is not.
-        wide = wide.copy_(part) if wide.shape == part.shape else part.to(_WIDE[grad.dtype])
-        subtract_means_([wide], [(wide.shape, axes)], [decaying], rate, strength=strength)
-        target.copy_(wide)
+    weight = grad if weight is None else weight
+    parts = torch.split(weight, size, cut), torch.split(result, size, cut)
+    for wide, decaying, target in zip(blocks(grad), *parts, strict=True):
+        target.copy_(wide.sub_(average(fan_in_mean, wide, decaying) if mean is None else mean))
     return result
+
+
+def _mean_of_blocks(
+    blocks: Callable[[Tensor], Iterable[Tensor]], x: Tensor, axes: tuple[int, ...]
+) -> Tensor:
+    total: Any = sum(_torch_blocks.sum_over(block, axes) for block in blocks(x))
+    return total / prod([x.shape[axis] for axis in axes])  # type: ignore[no-any-return]
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:

@@ -18,23 +18,26 @@ BATCH = 1 << 19
 # Fewest neighbours in memory that are worth summing first.
 _VECTORS = 1 << 5
 
-# Neighbours in memory that stay together.
-_RUN = 1 << 8
+
+def is_large(x: Tensor) -> bool:
+    """Return True for a tensor on a CPU that is worth cutting."""
+    return x.numel() > 2 * _BLOCK and x.device.type == "cpu"
 
 
-def is_large(x: Tensor, axes: tuple[int, ...]) -> bool:
-    """Return True for a tensor on a CPU that is worth cutting between its output units."""
-    return x.numel() > 2 * _BLOCK and x.device.type == "cpu" and len(axes) < x.ndim
+def find_block(x: Tensor) -> tuple[int, int]:
+    """Find the outermost axis in memory, and the size of a block along it."""
+    shape, steps = x.shape, x.stride()
+    cut = max(range(x.ndim), key=lambda axis: steps[axis] if shape[axis] > 1 else 0)
+    return cut, max(1, _BLOCK * shape[cut] // x.numel())
 
 
-def split(tensors: Sequence[Tensor], axes: tuple[int, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into blocks of whole output units, by the strides of the first."""
-    shape, steps = tensors[0].shape, tensors[0].stride()
-    kept = [axis for axis in range(len(shape)) if axis not in axes]
-    cut = max(kept, key=lambda axis: steps[axis] if shape[axis] > 1 else 0)
-    fitting = _BLOCK * shape[cut] // tensors[0].numel()
-    size = max(fitting, _RUN // (steps[cut] or 1), 1)
-    return zip(*[torch.split(x, size, cut) for x in tensors], strict=True)
+def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield a copy of each block, all in one memory: it is in the cache, and new memory is not."""
+    wide = x.new_empty(0)
+    for part in torch.split(x, size, cut):
+        is_new = wide.shape != part.shape
+        wide = part.to(dtype, copy=True) if is_new else wide.copy_(part)
+        yield wide
 
 
 def subtract_means(

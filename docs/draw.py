@@ -153,15 +153,16 @@ def draw_energy():
 
 
 def draw_speed():
-    """Draw the ratios of _generated/cpu.md for each library and array size."""
+    """Draw the ratios of _generated/cpu.md in float32 for each library and array size."""
     tables = (HERE / "_generated" / "cpu.md").read_text("utf-8")
     parts = [text(EDGE, 46, re.match(r"Taken on .*?: (.*)\.", tables)[1], "muted")]
-    top, left, scale = 94, 120, 250
+    top, left = 94, 120
+    scale = (WIDTH - EDGE - left) / 1.25
     one = left + 0.5 * scale
     parts.append(text(one - 8, 70, "\N{LEFTWARDS ARROW} gcx is faster", "end muted"))
     for library in ("numpy", "torch", "jax"):
         section = tables.split(f"### {library}\n")[1].split("\n### ")[0]
-        cells = re.findall(r"(?m)^\|[^|]+\| (\d+ .B) [^|]+\|[^|]+\|[^|]+\| ([\d.]+) \|", section)
+        cells = re.findall(r"(?m)^\|[^|,]+\| (\d+ .B) [^|]+\|[^|]+\|[^|]+\| ([\d.]+) \|", section)
         for size in dict.fromkeys(size for size, _ in cells):
             ratios = [float(ratio) for of, ratio in cells if of == size]
             parts.append(text(left - 12, top + 5, f"{library}, {size}", "end"))

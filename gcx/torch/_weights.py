@@ -222,10 +222,6 @@ class Targets:
                 found[parameter] = Decision(PlanRow(name, shape, None, reason), None, "")
         return found
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model that holds the handle has other parameters.
-        return {**vars(self), "_seen": ()}
-
 
 def _can_move(parameter: Tensor) -> bool:
     return parameter.requires_grad or parameter.grad is not None

@@ -73,24 +73,21 @@ def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
+    if out is not None and out is not grad and np.may_share_memory(out, grad):
+        out[...] = centralize(grad, axes, strength, None, reproducible)
+        return out
+    result = np.empty_like(grad) if out is None else out
     if _is_narrow(grad):
         wide = grad.astype(np.float32)
-        centralize(wide, axes, strength, wide, reproducible)
-        if out is None:
-            return wide.astype(grad.dtype)
-        out[...] = wide
-        return out
-    if reproducible:
-        return _centralize_in_order(grad, axes, strength, out)
-    kernel = _find_blas(grad, axes, out)
-    if kernel is None:
-        mean = _average(grad, axes)
-        result = np.subtract(grad, _scale(mean, strength, grad.dtype), out=out)
-        return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
-    if out is None:
-        out = np.empty_like(grad)
-    kernel(grad, out, len(axes), strength)
-    return out
+        result[...] = centralize(wide, axes, strength, wide, reproducible)
+    elif reproducible:
+        for part, block, mean in _means_in_order(grad, axes):
+            np.subtract(block, _scale(mean, strength, block.dtype), out=result[part])
+    elif kernel := _find_blas(grad, axes, result):
+        kernel(grad, result, len(axes), strength)
+    else:  # the result of a subclass is its own choice
+        result = np.subtract(grad, _scale(_average(grad, axes), strength, grad.dtype), out=out)
+    return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
 
 
 centralize_many = one_by_one(centralize)
@@ -128,24 +125,13 @@ def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and is_float
 
 
-def _centralize_in_order(
-    grad: NDArray, axes: tuple[int, ...], strength: float, out: NDArray | None
-) -> NDArray:
-    """Centralize in the order of `_canonical`."""
-    if out is None:
-        out = np.empty_like(grad)
-    elif out is not grad and np.may_share_memory(out, grad):
-        out[...] = _centralize_in_order(grad, axes, strength, None)
-        return out
-    for part, block, mean in _means_in_order(grad, axes):
-        np.subtract(block, _scale(mean, strength, block.dtype), out=out[part])
-    return out
-
-
 def _means_in_order(
     x: NDArray, axes: tuple[int, ...]
 ) -> Iterator[tuple[tuple[slice, ...], NDArray, NDArray]]:
-    """Yield each block of an array with its place and its means, in native byte order."""
+    """Yield each block of an array with its place and its means, in native byte order.
+
+    The means are in the order of `_canonical`.
+    """
     steps = [step // x.itemsize for step in x.strides]
     with np.errstate():  # restores the buffer size
         np.setbufsize(_BUFFER)
@@ -163,12 +149,10 @@ def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
     return mean
 
 
-def _find_blas(grad: NDArray, axes: tuple[int, ...], out: Any) -> Any:
+def _find_blas(grad: NDArray, axes: tuple[int, ...], out: NDArray) -> Any:
     """Find the function for an array whose fan-ins are the rows or columns of a matrix; or None."""
-    if type(grad) is not np.ndarray or grad.dtype.char not in "fd" or not grad.flags.c_contiguous:
-        return None
-    is_in_place = out is None or out is grad
-    if not is_in_place and (not out.flags.c_contiguous or np.may_share_memory(out, grad)):
+    is_plain = type(grad) is np.ndarray and grad.dtype.char in "fd"
+    if not (is_plain and grad.flags.c_contiguous and out.flags.c_contiguous):
         return None
     # The axes are in increasing order, so one end is enough.
     if axes[0] == grad.ndim - len(axes):

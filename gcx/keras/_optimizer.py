@@ -238,8 +238,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
                 )
             return rows
 
-        # Earlier configs have no strength.
-        options = Options(**{name: config[name] for name in _SAVED if name in config})
+        options = Options(**{name: config[name] for name in _SAVED})
         GradientCentralization(optimizer, saved_rows, Plan(rows), options)
         return optimizer
 

@@ -18,8 +18,6 @@ Shape = tuple[int, ...]
 # Ends of the reason for a weight whose outputs belong to several maps, side by side.
 _IN_GROUPS, _ALL_GATES = SIDE_BY_SIDE = (" in groups", ", all gates")
 
-_AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
-
 
 class SingleLayer(NamedTuple):
     """Answer of a rule that knows more of the weight in a single layer.
@@ -134,8 +132,6 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
     """
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
     arrays = {k: x for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
-    if not arrays and any(isinstance(given, (list, tuple)) for given in inputs):
-        raise TypeError(f"an example input is {_AN_ARRAY}, not {inputs!r}")
 
     def of_arrays(traced: Mapping[int, Any]) -> Any:
         mixed = [traced.get(k, leaf) for k, leaf in enumerate(leaves)]
@@ -146,5 +142,5 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
         return jax.eval_shape(of_arrays, arrays)
     except Exception as error:
         if not arrays:
-            error.add_note(f"no example input is {_AN_ARRAY}")
+            error.add_note("no example input is an array or jax.ShapeDtypeStruct(shape, dtype)")
         raise

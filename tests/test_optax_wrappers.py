@@ -188,11 +188,8 @@ def test_inject_hyperparams_of_the_transformation_itself() -> None:
         dynamic.init(grads)
 
 
-def gradients_of_examples(params: Any) -> Any:
-    def loss(params: Any, x: Any) -> Any:
-        return jnp.sum(jnp.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]))
-
-    return jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, normal(40, 5, 4))
+def loss_of_example(params: Any, x: Any) -> Any:
+    return jnp.sum(jnp.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]))
 
 
 @pytest.mark.parametrize("layouts", ["flax", {"*kernel": "io", "*": None}, {"*": "o..."}])
@@ -201,31 +198,31 @@ def test_gradients_of_single_examples_are_refused(layouts: Any, given: bool) -> 
     params = {"Dense_0": KERNELS["Dense_0"]}
     gc = gcx.optax.centralize(layouts)
     private = optax.contrib.differentially_private_aggregate(1.0, 0.5, key=0)
-    grads = gradients_of_examples(params)
-    wrong = optax.chain(gc, private, SGD)
+    grads = jax.vmap(jax.grad(loss_of_example), in_axes=(None, 0))(params, normal(40, 5, 4))
+    wrong, right = optax.chain(gc, private, SGD), optax.chain(private, gc, SGD)
     message = r"Dense_0/\w+: the parameter has rank \d, and its gradient rank \d.*_aggregate"
     with pytest.raises(ValueError, match=message):
         wrong.update(grads, wrong.init(params), *[params] * given)
-    right = optax.chain(private, gc, SGD)
     (noisy, _), (updates, _) = (
         optimizer.update(grads, optimizer.init(params), *[params] * given)
         for optimizer in (private, right)
     )
-    axes = (1,) if layouts == {"*": "o..."} else (0,)
-    expected = -0.1 * centralized(np.asarray(noisy["Dense_0"]["kernel"]), axes)
-    np.testing.assert_allclose(updates["Dense_0"]["kernel"], expected, atol=1e-15)
-    each = jax.vmap(lambda grad: gc.update(grad, optax.EmptyState())[0])(grads)["Dense_0"]
-    expected = centralized(grads["Dense_0"]["kernel"], tuple(axis + 1 for axis in axes))
-    np.testing.assert_allclose(each["kernel"], expected, atol=1e-15)
+    each = jax.vmap(lambda grad: gc.update(grad, optax.EmptyState())[0])(grads)
+    axis = 1 if layouts == {"*": "o..."} else 0
+    for found, tree, scale, axes in (
+        (updates, noisy, -0.1, (axis,)),
+        (each, grads, 1, (axis + 1,)),
+    ):
+        expected = scale * centralized(tree["Dense_0"]["kernel"], axes)
+        np.testing.assert_allclose(found["Dense_0"]["kernel"], expected, atol=1e-15)
 
 
-def test_gradients_of_single_examples_are_refused_though_their_plan_is_known() -> None:
+@pytest.mark.parametrize("given", [True, False], ids=["params", "init"])
+def test_gradients_of_single_examples_are_refused_though_their_plan_is_known(given: bool) -> None:
     params, grads = {"kernel": normal(1, 4, 3)}, {"kernel": normal(1, 5, 4, 3)}
     gc, state = gcx.optax.centralize("flax"), optax.EmptyState()
-    for of_examples, of_weights in (([], []), ([grads], [params])):
-        gc.update(grads, state, *of_examples)
-        gc.init(params)
-        gc.update(grads, state, grads)
-        with pytest.raises(ValueError, match=r"kernel: the parameter has rank 2, .* rank 3"):
-            gc.update(grads, state, *of_weights)
-        gc = gcx.optax.centralize("flax")
+    gc.update(grads, state, *[grads] * given)
+    gc.init(params)
+    gc.update(grads, state, grads)
+    with pytest.raises(ValueError, match=r"kernel: the parameter has rank 2, .* rank 3"):
+        gc.update(grads, state, *[params] * given)

@@ -54,7 +54,7 @@ PRODUCTS = [
     ((4000, 2), (1,), "float32", 0.3),
     ((9, 50, 8), (0, 2), "float32", 0.3),
     ((1, 1000), (1,), "float32", 0.3),
-    ((2, 20_000), (1,), "float32", 0.3),
+    ((2, 3 * SEGMENT + 5), (1,), "float32", 0.3),
     *[((7, 700), (0,), dtype, strength) for dtype in DTYPES for strength in (0.3, 1.0)],
 ]
 
@@ -115,16 +115,6 @@ class TestProducts:
         self.assert_bits(value)
 
 
-@pytest.mark.parametrize(
-    ("fan_in", "dtype"),
-    [(300, dtype) for dtype in DTYPES]
-    + [(fan_in, "float32") for fan_in in (2, 27, SEGMENT + 1, 3 * SEGMENT + 5)],
-)
-def test_inside_jit(fan_in: int, dtype: str) -> None:
-    grad = draw(dtype, (5, fan_in))
-    assert_canonical(jax.jit(centralize)(grad), grad, dtype)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
     """Or the tests above would say nothing."""
@@ -132,17 +122,6 @@ def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
     joined, rounded = jax.jit(lambda a, b, c: a * b - c)(a, b, c), a * b - c
     with pytest.raises(AssertionError, match="differ"):
         assert_same_bits(np.asarray(joined), np.asarray(rounded))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_inside_a_training_step(dtype: str) -> None:
-    @jax.jit
-    def step(weight: Any, x: Any) -> Any:
-        grad = jax.grad(lambda weight: jnp.sum(jnp.tanh(x @ weight.T)))(weight)
-        return grad, centralize(grad)
-
-    grad, centralized = step(draw(dtype), draw(dtype, (20, 300), seed=1))
-    assert_canonical(centralized, grad, dtype)
 
 
 @pytest.mark.parametrize("transform", [jax.lax.map, lambda f, stack: jax.vmap(f)(stack)])

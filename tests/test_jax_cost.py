@@ -45,34 +45,25 @@ def test_compiles_once(layouts: Any) -> None:
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_a_call_by_itself_compiles_once_for_a_shape(
+def test_a_call_by_itself_compiles_once_for_a_shape_and_all_strengths(
     caplog: pytest.LogCaptureFixture, reproducible: bool
 ) -> None:
-    def compilations(*shapes: tuple[int, ...]) -> int:
+    def compilations(*shapes: tuple[int, ...], **options: float) -> int:
         caplog.clear()
+        how: Any = {"reproducible": reproducible, **options}
         grads = [jnp.ones(shape) for shape in shapes]
         with jax.log_compiles():
             for grad in grads:
                 for layout in ("o...", "oi", gcx.Layout("o...")):
-                    gcx.centralize(grad, layout=layout, reproducible=reproducible)
-            gcx.centralize_many(grads, reproducible=reproducible)
-            gcx.optax.centralize({"*": "o..."}, reproducible=reproducible).update(grads, None)
+                    gcx.centralize(grad, layout=layout, **how)
+            gcx.centralize_many(grads, **how)
+            gcx.optax.centralize({"*": "o..."}, **how).update(grads, None)
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
     assert compilations((5, 19), (5, 19)) == 1  # shapes of no other test
     assert compilations((5, 19)) == 0
     assert compilations((5, 23)) == 1
-
-
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_one_program_serves_every_strength(
-    reproducible: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    grad = jnp.ones((5, 29))  # a shape of no other test
-    with jax.log_compiles():
-        for strength in (0.25, 0.5, 0.75):
-            gcx.centralize(grad, strength=strength, reproducible=reproducible)
-    assert sum("Finished XLA compilation" in r.message for r in caplog.records) <= 1
+    assert sum(compilations((5, 19), strength=part) for part in (0.25, 0.5, 0.75)) <= 1
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])

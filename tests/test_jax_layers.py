@@ -69,11 +69,6 @@ def test_reasons_to_leave_alone(answer: Any, own: Any, shape: Any, reason: str) 
     assert decide_in_stack("w", shape, answer, "Dense", own) == PlanRow("w", shape, None, reason)
 
 
-def test_a_layout_of_more_axes_is_an_error_that_names_the_parameter() -> None:
-    with pytest.raises(ValueError, match=r"^a/w: layout 'ioo' is for arrays of rank 3, not 2"):
-        decide_in_stack("a/w", (2, 2), "ioo", "Mine")
-
-
 EINSUMS = {
     "bi,io->bo": "io",
     "b i, i o -> b o": "io",

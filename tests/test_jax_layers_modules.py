@@ -17,7 +17,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.plan import LeaveAlone
 
-from jax_models import KEY, KEYS, Stacked, axes_of, plan_of, said
+from jax_models import KEY, KEYS, Stacked, axes_of, made, plan_of, said
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -125,14 +125,6 @@ class Projections(eqx.Module):
 class OwnWeight(hk.Module):
     def __call__(self, x: Any) -> Any:
         return hk.Linear(4)(x) @ hk.get_parameter("w", (4, 4), init=jnp.zeros)
-
-
-def made(kind: Any, *sizes: int, **options: Any) -> Any:
-    def model(x: Any) -> Any:
-        layer = kind(*sizes, **options)  # Haiku wants its modules made in here
-        return layer(x)
-
-    return model
 
 
 def stack(layer: Any, name: str | None = None) -> Any:

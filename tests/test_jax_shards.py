@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -13,20 +20,50 @@ from jax.sharding import PartitionSpec as P
 
 import gcx.optax
 
-from jax_meshes import seen_by
+import jax_shards
 from jax_shards import CASES
 from reference import centralized
 
 # XLA divides a program in the same way for the devices of two processes: these stand for the rest.
 IN_TWO_PROCESSES = ("step, fan-in", "step, tensor parallel", "step, fan-out")
+N_DEVICES = 8
+SECONDS = 150  # before processes that wait for each other are ended
+
+
+def seen_by(*cases: str, processes: int = 1) -> Any:
+    """Run cases, or all, in processes of their own; return the JSON of the first."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={N_DEVICES // processes}",
+    }
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])  # which is free
+        command = [sys.executable, jax_shards.__file__, str(report), port, str(processes)]
+        started = [
+            subprocess.Popen(
+                [*command, str(k), *cases],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for k in range(processes)
+        ]
+        try:
+            ends = [(process.communicate(timeout=SECONDS)[1], process) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        for stderr, process in ends:
+            assert process.returncode == 0, stderr.decode()
+        return json.loads(report.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def seen() -> Any:
-    return {
-        1: seen_by("jax_shards.py"),
-        2: seen_by("jax_shards.py", *IN_TWO_PROCESSES, processes=2),
-    }
+    return {1: seen_by(), 2: seen_by(*IN_TWO_PROCESSES, processes=2)}
 
 
 @pytest.mark.parametrize(

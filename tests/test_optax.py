@@ -15,8 +15,7 @@ import gcx.optax
 from gcx import Layout
 
 from optax_training import KERNELS, normal, struct
-from reference import centralized, fan_in_means
-from test_optim import FAN_INS, LAYOUTS, expected, leaves, problem
+from reference import centralized
 
 
 class WithList:
@@ -33,37 +32,7 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-GC, OF_OPTIM = gcx.optax.centralize("flax"), gcx.optax.centralize(LAYOUTS)
-DECAYED, RATE = optax.add_decayed_weights(0.1), 0.05
-
-# An optimizer of gcx.optim and its `where`, decay outside of GC, and the same in optax.
-CHAINS: list[tuple[str, str, float, tuple[Any, ...]]] = [
-    ("momentum-decay", "gradient", 0.0, (DECAYED, OF_OPTIM, optax.sgd(RATE, momentum=0.9))),
-    ("adam", "gradient", 0.0, (OF_OPTIM, optax.adam(1e-3))),
-    ("adamw-decay", "update", 0.0, (optax.adamw(RATE, weight_decay=0.1), OF_OPTIM)),
-    (
-        *("adamw-decay", "update", 0.1),
-        (optax.scale_by_adam(), OF_OPTIM, DECAYED, optax.scale_by_learning_rate(RATE)),
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "place", "outside", "chain"), CHAINS)
-def test_the_place_in_the_chain_is_that_of_gcx_optim(
-    name: str, place: str, outside: float, chain: Any
-) -> None:
-    params, *grads = problem(15)
-    start, optimizer = leaves(params), optax.chain(*chain)
-    state = optimizer.init(params)
-    for tree in grads:
-        updates, state = optimizer.update(tree, state, params)
-        params = optax.apply_updates(params, updates)
-    for key, want in expected(name, place, 15).items():
-        means = fan_in_means(start[key], FAN_INS[key]) if key in FAN_INS else 0
-        shrunk = want + ((1 - RATE * outside) ** 15 - 1) * means
-        np.testing.assert_allclose(leaves(params)[key], shrunk, rtol=1e-11, atol=1e-12)
-
-
+GC = gcx.optax.centralize("flax")
 REPRODUCIBLE = gcx.optax.centralize("flax", reproducible=True)
 
 

@@ -12,12 +12,11 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers
 
 import gcx.optax
 from gcx import Layout
 
-from jax_models import IMAGES, KEY, OfLinen, params_of
+from jax_models import IMAGES, KEY, OfLinen, made, params_of
 from optax_training import normal, normal_like, struct
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -101,31 +100,10 @@ def test_trees_of_modules(model: Any, matrices: int) -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
-def test_numbers_serve_galore() -> None:
-    params = {"query": normal(1, 4, 2, 3), "bias": normal(2, 3)}
-    numbers = gcx.optax.muon_dimension_numbers(params, {"query": "ioo"})
-    numbers = jax.tree.map(
-        lambda found: optax.contrib.GaLoreDimensionNumbers(*found),
-        numbers,
-        is_leaf=lambda found: isinstance(found, MuonDimensionNumbers),
-    )
-    optimizer = optax.contrib.galore(RATE, rank=1, weight_dimension_numbers=numbers)
-    updates, _ = optimizer.update(params, optimizer.init(params), params)
-    assert np.linalg.matrix_rank(updates["query"].reshape(4, 6)) == 1
-
-
 class Grouped(nn.Module):
     @nn.compact
     def __call__(self, x: Any, _: Any) -> Any:
         return nn.Conv(4, (3,), feature_group_count=2)(x), None
-
-
-def in_haiku(kind: Any, *sizes: int, **options: Any) -> Any:
-    def call(x: Any) -> Any:
-        layer = kind(*sizes, **options)
-        return layer(x)
-
-    return hk.transform(call)
 
 
 def unrolled(cell: Any) -> Any:
@@ -143,9 +121,9 @@ GROUPED: dict[str, tuple[Any, ...]] = {
     "equinox, transposed": (eqx.nn.ConvTranspose1d(4, 8, 3, groups=2, key=KEY),),
     "equinox, GRU": (eqx.nn.GRUCell(4, 8, key=KEY),),
     "equinox, LSTM": (eqx.nn.LSTMCell(4, 8, key=KEY),),
-    "haiku": (in_haiku(hk.Conv1D, 8, 3, **TWO), X),
-    "haiku, GRU": (in_haiku(unrolled, hk.GRU), X),
-    "haiku, depthwise": (in_haiku(hk.DepthwiseConv1D, 2, 3), X),
+    "haiku": (hk.transform(made(hk.Conv1D, 8, 3, **TWO)), X),
+    "haiku, GRU": (hk.transform(made(unrolled, hk.GRU)), X),
+    "haiku, depthwise": (hk.transform(made(hk.DepthwiseConv1D, 2, 3)), X),
 }
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from gcx._memory import Memory
 from gcx.backends import _canonical, _jax_canonical, one_by_one, refuse_dtype
@@ -192,26 +190,7 @@ def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return corrected
 
 
-# Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
-# cannot see it in the additions.
-_in_order = Primitive("gcx_centralize")
-_in_order.def_abstract_eval(lambda x, *_, **__: x)  # type: ignore[no-untyped-call]
-_in_order.def_impl(jax.jit(_jax_canonical.centralize, static_argnames="axes"))  # type: ignore[no-untyped-call]
-ad.deflinear2(_in_order, lambda ct, _, part, **how: [_in_order.bind(ct, part, **how), None])  # type: ignore[no-untyped-call]
-ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
-    _in_order.bind(*primals, **how),  # type: ignore[no-untyped-call]
-    _in_order.bind(tangents[0], primals[1], **how),  # type: ignore[no-untyped-call]
-)
-mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
-
-batching.primitive_batchers[_in_order] = lambda args, dims, axes: (
-    _in_order.bind(*args, axes=tuple([a + (a >= dims[0]) for a in axes])),  # type: ignore[no-untyped-call]
-    dims[0],
-)
-_centralize_in_order = jax.jit(
-    lambda grad, strength, axes: _in_order.bind(grad, strength, axes=axes),  # type: ignore[no-untyped-call]
-    static_argnums=2,
-)
+_centralize_in_order = jax.jit(_jax_canonical.centralize, static_argnums=2)
 _mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 

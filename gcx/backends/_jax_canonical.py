@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from gcx.backends._canonical import SEGMENT, halve
 
@@ -65,7 +65,7 @@ def _sum_segments(x: jax.Array) -> jax.Array:
 
 
 def _divide(x: jax.Array, divisor: int) -> jax.Array:
-    return x / jnp.where(jnp.isnan(x), x, divisor)
+    return x / jnp.where(jnp.isnan(x), jax.lax.stop_gradient(x), divisor)
 
 
 def _round(x: jax.Array) -> jax.Array:
@@ -82,6 +82,7 @@ def _keep_dtype(x: jax.Array) -> Any:
 _on_cpu = Primitive("gcx_reproducible")
 _on_cpu.def_impl(lambda x: x)  # type: ignore[no-untyped-call]
 _on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
+ad.deflinear2(_on_cpu, lambda cotangent, _: [cotangent])  # type: ignore[no-untyped-call]
 batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), axes[0])  # type: ignore[no-untyped-call]
 
 

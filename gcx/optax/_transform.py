@@ -91,7 +91,8 @@ def centralize(
     layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
-        - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
+        - an nnx or Equinox module, or a dict or list of them; linen and Haiku models go through
+          `layouts`;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
           `layouts` returns; the first key that matches counts, the rest is left alone;
@@ -109,14 +110,14 @@ def centralize(
     Returns
     -------
     optax.GradientTransformation
-        Without state. Its ``init`` raises the errors of `plan`, and others if there is nothing to
-        centralize, or `reproducible` is not possible; its ``update``, if gradients have too many
-        axes, or `axis_name` does not fit the mesh.
+        Without state.
 
     Raises
     ------
     TypeError, ValueError
-        If an option has none of these forms; a linen or Haiku model goes through `layouts`.
+        If an option has none of these forms. In ``init``: as `plan`, if there is nothing to
+        centralize, or `reproducible` is not possible. In ``update``: if gradients have too many
+        axes, or `axis_name` does not fit the mesh.
 
     Examples
     --------

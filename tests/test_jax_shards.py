@@ -13,12 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import gcx.optax
+from gcx import Layout
 
 import jax_shards
 from jax_shards import CASES
@@ -148,3 +150,25 @@ def test_a_key_that_matches_no_parameter_unless_leaves_are_hidden() -> None:
 def test_what_is_no_axis_name(axis_name: Any) -> None:
     with pytest.raises(TypeError, match=r"axis_name"):
         gcx.optax.centralize("flax", axis_name=axis_name).init(GRADS)
+
+
+def test_reproducible_is_refused_for_a_fan_in_that_is_split() -> None:
+    params = {"a": {"kernel": jnp.ones((4, 2))}, "b": {"kernel": jnp.ones((4, 2))}}
+    names = {"a/kernel": None, "b/kernel": "x"}
+    transform = gcx.optax.centralize("flax", axis_name=names, reproducible=True)
+    with pytest.raises(TypeError, match=r"b/kernel: reproducible=True .* over \('x',\)"):
+        transform.init(params)
+    with pytest.raises(TypeError, match=r"b/kernel: reproducible=True"):
+        transform.update(params, optax.EmptyState())
+    del params["b"], names["b/kernel"]
+    transform = gcx.optax.centralize("flax", axis_name=names, reproducible=True)
+    updates, _ = transform.update(params, transform.init(params))
+    assert not np.any(updates["a"]["kernel"])
+
+
+def test_a_layout_that_splits_an_axis_is_not_for_shards() -> None:
+    layouts = {"weight": Layout("(bi)o...", b=2)}
+    update = gcx.optax.centralize(layouts, axis_name="d").update
+    sharded = jax.vmap(lambda g: update(g, optax.EmptyState())[0], axis_name="d")
+    with pytest.raises(ValueError, match=r"^weight: Layout\(.* splits an axis of the whole weight"):
+        sharded({"weight": random(1, 8, 3)})

@@ -47,15 +47,6 @@ def made(kind: Any, *sizes: int, **options: Any) -> Any:
     return call
 
 
-def axes_of(plan: Plan) -> dict[str, tuple[int, ...] | None]:
-    """Fan-in axes of each parameter, None where it is left alone."""
-    return {
-        row.name: row.layout.fan_in_axes(len(row.shape)) if row.layout else None
-        for row in plan
-        if row.reason != "not an array"  # what a layer of Equinox does without
-    }
-
-
 def said(plan: Plan) -> dict[str, str]:
     """Layout, if there is one, and reason of each parameter."""
     return {

@@ -29,7 +29,7 @@ from gcx.diagnostics.jax import energy_removed
 from gcx.plan import LeaveAlone, Plan
 from gcx.testing import assert_centralized
 
-from jax_models import KEY, KEYS, OfEquinox, OfLinen, OfNnx, axes_of, params_of, plan_of, said
+from jax_models import KEY, KEYS, OfEquinox, OfLinen, OfNnx, params_of, plan_of, said
 from reference import centralized
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -47,7 +47,7 @@ def test_layers_of_others_register_a_rule() -> None:
     class MoreExperts(Experts):
         pass
 
-    assert axes_of(plan_of(Experts())) == dict.fromkeys(("bias_in", "gate", "w"))
+    assert [row.layout for row in plan_of(Experts())] == [None] * 3
 
     @gcx.optax.register_layer(Experts)
     def rule(layer: Experts) -> dict[str, Any]:
@@ -114,46 +114,11 @@ def test_a_model_is_layouts_and_parameters(make: Any, eval_shape: Any, count: st
     assert gcx.optax.layouts(model, jnp.zeros((2, 3))) == gcx.optax.layouts(model)
 
 
-IN_CONTAINERS: dict[str, tuple[Any, Any, dict[str, str]]] = {
-    "equinox": (
-        {"actor": eqx.nn.Linear(4, 3, key=KEY), "more": [eqx.nn.Conv1d(2, 3, 4, key=KEY)]},
-        lambda model: eqx.filter(model, eqx.is_inexact_array),
-        {"actor/weight": "oi Linear", "more/0/weight": "o... Conv", "more/0/bias": "bias"},
-    ),
-    "nnx": (
-        [{"actor": nnx.Linear(4, 3, rngs=RNGS)}, (nnx.Param(jnp.ones((2, 2))),)],
-        lambda model: nnx.state(model, nnx.Param),
-        {"0/actor/kernel": "io Linear", "1/0": "unknown: nobody declared list.1/0"},
-    ),
-    "nnx.List": (
-        nnx.List([nnx.Linear(4, 3, rngs=RNGS), nnx.Param(jnp.ones((2, 2)))]),
-        lambda model: nnx.state(model, nnx.Param),
-        {"0/kernel": "io Linear", "1": "unknown: nobody declared List.1"},
-    ),
-}
-
-
-@pytest.mark.parametrize(("model", "params", "expected"), IN_CONTAINERS.values(), ids=IN_CONTAINERS)
-def test_models_in_containers(model: Any, params: Any, expected: dict[str, str]) -> None:
-    plan = gcx.optax.plan(params(model), model)
-    assert said(plan).items() >= expected.items()
-    assert all("bias" in name for name in said(plan).keys() - expected.keys())
-    updates, _ = gcx.optax.centralize(model).update(params(model), optax.EmptyState())
-    leaves = jax.tree.leaves(params(model)), jax.tree.leaves(updates)
-    for axes, before, after in zip(axes_of(plan).values(), *leaves, strict=True):
-        expected_update = centralized(np.asarray(before), axes) if axes else before
-        np.testing.assert_allclose(after, expected_update, atol=1e-6)
-
-
 def test_part_of_a_model_may_be_trained() -> None:
     model = OfNnx()
-    optimizer = nnx.Optimizer(
-        model, optax.chain(gcx.optax.centralize(model), optax.sgd(0.1)), wrt=nnx.LoRAParam
-    )
-    assert jax.tree.leaves(optimizer.opt_state) is not None
+    nnx.Optimizer(model, gcx.optax.centralize(model), wrt=nnx.LoRAParam)
     rows = gcx.optax.plan(nnx.state(model, nnx.LoRAParam), model)
-    lora = [f"adapted/lora/lora_{half}" for half in "ab"]
-    assert [row.name for row in rows if row.layout] == lora
+    assert [row.name for row in rows if row.layout] == [f"adapted/lora/lora_{k}" for k in "ab"]
 
 
 def test_optimizer_of_nnx() -> None:

@@ -17,7 +17,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.plan import LeaveAlone
 
-from jax_models import KEY, KEYS, Stacked, axes_of, made, plan_of, said
+from jax_models import KEY, KEYS, Stacked, made, plan_of, said
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -165,6 +165,15 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
         {f"{of}/{n}": text for of in ("by_name/inner", "listed/0") for n, text in LINEAR.items()}
         | {name: f"unknown: nobody declared Held.{name}" for name in ("listed/1", "tokens")},
     ),
+    "nnx, in a list": (
+        ([{"a": nnx.Linear(4, 3, rngs=RNGS)}, (nnx.Param(jnp.ones((2, 2))),)],),
+        {f"0/a/{n}": text for n, text in LINEAR.items()}
+        | {"1/0": "unknown: nobody declared list.1/0"},
+    ),
+    "nnx, in its own list": (
+        (nnx.List([nnx.Linear(4, 3, rngs=RNGS), nnx.Param(jnp.ones((2, 2)))]),),
+        {f"0/{n}": text for n, text in LINEAR.items()} | {"1": "unknown: nobody declared List.1"},
+    ),
     "nnx, stacked": ((stacked_along_axis_1(),), {"bias": "bias", "kernel": "ibo Linear"}),
     "nnx, another shape": (
         (of_another_shape(),),
@@ -172,26 +181,18 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
     ),
     "haiku, own weight": (
         (hk.transform(made(OwnWeight, name="own")), X),
-        {
-            "own/w": "unknown: nobody declared OwnWeight.w",
-            "own/linear/w": "io Linear",
-            "own/linear/b": "bias",
-        },
+        {"own/w": "unknown: nobody declared OwnWeight.w"}
+        | {"own/linear/w": "io Linear", "own/linear/b": "bias"},
     ),
     "haiku, several stacks": (
         (hk.transform(in_several_stacks), jnp.zeros((2, 5), int)),
-        {
-            "layer/embeddings": EMBEDDING,
-            "a/layer/b": "bias",
-            "a/layer/w": "bio Linear",
-            "b/layer/b": "bias",
-            "b/layer/w": "bioi ConvNDTranspose",
-        },
+        {"layer/embeddings": EMBEDDING, "a/layer/b": "bias", "b/layer/b": "bias"}
+        | {"a/layer/w": "bio Linear", "b/layer/w": "bioi ConvNDTranspose"},
     ),
     "haiku, stack and head": (
         (hk.transform(lambda x: hk.Linear(3)(stack(made(hk.Linear, 8))(x))), jnp.ones((2, 8))),
-        {f"{STACK}/b": "bias", f"{STACK}/w": "bio Linear", "linear/b": "bias"}
-        | {"linear/w": "io Linear"},
+        {f"{STACK}/b": "bias", f"{STACK}/w": "bio Linear"}
+        | {"linear/b": "bias", "linear/w": "io Linear"},
     ),
     "haiku, masked": (
         (hk.transform(made(hk.Conv1D, 4, 3, mask=MASK)), X1),
@@ -210,6 +211,10 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
             "layers/weight_norm/layer/weight": "oi Linear",
             "tokens": "unknown: nobody declared Wrappers.tokens",
         },
+    ),
+    "equinox, in a dict": (
+        ({"actor": PLAIN, "more": [eqx.nn.Conv1d(2, 3, 4, use_bias=False, key=KEY)]},),
+        {"actor/weight": "oi Linear", "more/0/weight": "o... Conv"},
     ),
     "equinox, fields": (
         (Projections(Opaque(PLAIN), PLAIN),),
@@ -243,12 +248,16 @@ class Wrapped(nn.Module):
 
 
 def test_modules_in_transformations() -> None:
-    found = axes_of(plan_of(Wrapped(), jax.ShapeDtypeStruct((2, 6, 8), "float32")))
-    names = ["Dense_0", "Dense_1", "compiled", "rematerialized", "scanned/Dense_0"]  # (4, 3, 4)
-    names += [f"OptimizedLSTMCell_0/{a}{b}" for a in "ih" for b in "ifgo"]
-    expected = {f"{name}/kernel": (0,) for name in names} | {"vmapped/kernel": (1,)}  # (6, 8, 4)
-    assert {name: axes for name, axes in found.items() if axes} == expected
-    assert len(found) == 25
+    found = said(plan_of(Wrapped(), jax.ShapeDtypeStruct((2, 6, 8), "float32")))
+    cells = [f"OptimizedLSTMCell_0/{a}{b}" for a in "ih" for b in "ifgo"]
+    assert {name: text for name, text in found.items() if name.endswith("kernel")} == {
+        **{f"Dense_{k}/kernel": "io Dense" for k in range(2)},
+        **{f"{name}/kernel": "io DenseParams" for name in cells},
+        "compiled/kernel": "io Dense",
+        "rematerialized/kernel": "io Dense",
+        "scanned/Dense_0/kernel": "ibo Dense",
+        "vmapped/kernel": "bio Dense",
+    }
 
 
 class Noisy(nn.Module):
@@ -289,7 +298,7 @@ class Tied(nnx.Module):
 
 def test_tied_parameters_of_nnx() -> None:
     alike = Tied(lambda: nnx.Linear(4, 4, rngs=RNGS), "kernel")
-    assert axes_of(plan_of(alike))["first/kernel"] == (0,)
+    assert said(plan_of(alike))["first/kernel"] == "io Linear"
     table = Tied(lambda: nnx.Embed(4, 4, rngs=RNGS), "embedding")
     layouts = gcx.optax.layouts(table)
     assert set(layouts) == {"first/bias", "first/kernel"}

@@ -97,17 +97,11 @@ def in_shard_map(
     return facts(devices, mapped, sharded(devices, spec, shape, dtype))
 
 
-def by_itself(
-    spec: P,
-    layout: str = "...o",
-    kind: AxisType = AxisType.Auto,
-    shape: tuple[int, ...] = SHAPE,
-) -> Facts:
+def by_itself(spec: P, layout: str = "...o", kind: AxisType = AxisType.Auto) -> Facts:
     """Call gcx.centralize on a whole array, whose parts are on all devices."""
     devices = mesh(kind=kind)
-    function = partial(gcx.centralize, layout=layout)
-    axes = Layout(layout).fan_in_axes(len(shape))
-    return facts(devices, function, sharded(devices, spec, shape), axes)
+    function, axes = partial(gcx.centralize, layout=layout), Layout(layout).fan_in_axes(2)
+    return facts(devices, function, sharded(devices, spec, SHAPE), axes)
 
 
 explicit = partial(by_itself, kind=AxisType.Explicit)
@@ -288,12 +282,7 @@ CASES: dict[str, Case] = {
     "explicit, fan-in": case(MEANS, explicit, P("x")),
     "explicit, fan-out": case(NOTHING, explicit, P(None, "x")),
     "explicit, fan-in and fan-out": case(HALF, explicit, P("x", "y")),
-    "alone, whole": case(NOTHING, by_itself, P()),
     "alone, fan-in": case(MEANS, by_itself, P("x")),
-    "alone, fan-out": case(NOTHING, by_itself, P(None, "x")),
-    "alone, fan-in and fan-out": case(HALF, by_itself, P("x", "y")),
-    "alone, fan-in over two axes": case(MEANS, by_itself, P(("x", "y"))),
-    "rows, fan-in": case({"all-reduce 16": 1}, by_itself, P(None, "y"), "o..."),
     "rows, fan-out over two axes": case(NOTHING, by_itself, P(("x", "y")), "o..."),
     "rows, fan-in and fan-out": case({"all-reduce 4": 1}, by_itself, P("x", "y"), "o..."),
     "step, whole": case(NOTHING, in_train_step, P(), P()),

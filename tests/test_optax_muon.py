@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
 import gcx.optax
 from gcx import Layout
@@ -98,6 +99,19 @@ def test_trees_of_modules(model: Any, matrices: int) -> None:
     assert len(momentum) == matrices
     updates, _ = optimizer.update(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_numbers_serve_galore() -> None:
+    params = {"query": normal(1, 4, 2, 3), "bias": normal(2, 3)}
+    numbers = gcx.optax.muon_dimension_numbers(params, {"query": "ioo"})
+    numbers = jax.tree.map(
+        lambda found: optax.contrib.GaLoreDimensionNumbers(*found),
+        numbers,
+        is_leaf=lambda found: isinstance(found, MuonDimensionNumbers),
+    )
+    optimizer = optax.contrib.galore(RATE, rank=1, weight_dimension_numbers=numbers)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert np.linalg.matrix_rank(updates["query"].reshape(4, 6)) == 1
 
 
 class Grouped(nn.Module):

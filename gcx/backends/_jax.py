@@ -210,8 +210,9 @@ def _devices() -> list[jax.Device]:
 # pass through a barrier.
 
 
-@partial(jax.jit, static_argnums=2)
-def _centralize_in_order(grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _subtract_mean_in_order(
+    grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
     """Compute ``grad - strength * mean(grad, axes)``; compiling it for a GPU is a TypeError."""
     if not grad.size:
         return grad
@@ -220,6 +221,27 @@ def _centralize_in_order(grad: jax.Array, strength: jax.Array, axes: tuple[int, 
     mean = _divide(_sum(wide, axes), prod(grad.shape[a] for a in axes))
     result = wide - _round(mean * jnp.asarray(strength, mean.dtype))
     return _keep_dtype(result.astype(grad.dtype)) if is_narrow else result
+
+
+# Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
+# cannot see it in the additions.
+_in_order = Primitive("gcx_centralize")
+_in_order.def_abstract_eval(lambda x, *_, **__: x)  # type: ignore[no-untyped-call]
+_in_order.def_impl(jax.jit(_subtract_mean_in_order, static_argnames="axes"))  # type: ignore[no-untyped-call]
+ad.deflinear2(_in_order, lambda ct, _, part, **how: [_in_order.bind(ct, part, **how), None])  # type: ignore[no-untyped-call]
+ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
+    _in_order.bind(*primals, **how),  # type: ignore[no-untyped-call]
+    _in_order.bind(tangents[0], primals[1], **how),  # type: ignore[no-untyped-call]
+)
+mlir.register_lowering(_in_order, mlir.lower_fun(_subtract_mean_in_order, multiple_results=False))
+batching.primitive_batchers[_in_order] = lambda args, dims, axes: (
+    _in_order.bind(*args, axes=tuple([a + (a >= dims[0]) for a in axes])),  # type: ignore[no-untyped-call]
+    dims[0],
+)
+_centralize_in_order = jax.jit(
+    lambda grad, strength, axes: _in_order.bind(grad, strength, axes=axes),  # type: ignore[no-untyped-call]
+    static_argnums=2,
+)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -257,7 +279,7 @@ def _sum_segments(x: jax.Array) -> jax.Array:
 
 
 def _divide(x: jax.Array, divisor: int) -> jax.Array:
-    return x / jnp.where(jnp.isnan(x), jax.lax.stop_gradient(x), divisor)
+    return x / jnp.where(jnp.isnan(x), x, divisor)
 
 
 def _round(x: jax.Array) -> jax.Array:
@@ -274,7 +296,6 @@ def _keep_dtype(x: jax.Array) -> Any:
 _on_cpu = Primitive("gcx_reproducible")
 _on_cpu.def_impl(lambda x: x)  # type: ignore[no-untyped-call]
 _on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
-ad.deflinear2(_on_cpu, lambda cotangent, _: [cotangent])  # type: ignore[no-untyped-call]
 batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), axes[0])  # type: ignore[no-untyped-call]
 
 

@@ -44,7 +44,7 @@ def framework_of(model: object) -> Framework | None:
     for framework in _FRAMEWORKS:
         # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
-        kinds = tuple(getattr(module, name) for name in framework.models if module)
+        kinds = tuple([getattr(module, name) for name in framework.models]) if module else ()
         if any(isinstance(part, kinds) for part in (parts if framework.params else [model])):
             return framework
     return None

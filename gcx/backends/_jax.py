@@ -77,9 +77,7 @@ def centralize_over_mesh(
 ) -> Any:
     """Centralize one shard of a gradient; mesh axes split its fan-in into equal parts.
 
-    Call it inside `jax.shard_map`, `jax.pmap` or `jax.vmap`, which bind the names of the axes; JAX
-    raises a NameError elsewhere. It costs one all-reduce of the means. An axis along which JAX
-    knows the gradient to be the same is ignored.
+    JAX raises a NameError where no `jax.shard_map`, `jax.pmap` or `jax.vmap` binds their names.
     """
     axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
     fan_in = _count(grad, axes, axis_names)
@@ -100,10 +98,7 @@ def _is_same_along(grad: jax.Array, axis: str) -> bool:
 
 
 def varying_axes(grad: jax.Array, /) -> frozenset[str]:
-    """Find the mesh axes along which an array may vary inside `jax.shard_map`.
-
-    JAX tracks them since 0.6, but not in `jax.pmap` or with ``check_vma=False``.
-    """
+    """Find the mesh axes along which JAX, in a checked `jax.shard_map`, lets an array vary."""
     aval: Any = getattr(grad, "aval", None)
     if hasattr(aval, "manual_axis_type"):  # since 0.10
         return frozenset(aval.manual_axis_type.varying)

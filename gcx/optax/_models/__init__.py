@@ -1,7 +1,4 @@
-"""Decisions on the parameters of a model, one file a package.
-
-No framework is imported before the user has a model of it.
-"""
+"""Decisions on a model, one file a package, which is imported once the user has a model of it."""
 
 from __future__ import annotations
 

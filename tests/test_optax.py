@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,18 +32,13 @@ from optax_training import (
 from reference import centralized, fan_in_means
 
 
+@jax.tree_util.register_dataclass
+@dataclass
 class WithList:
     """A node whose structure cannot be hashed."""
 
-    def __init__(self, static: list[int], weight: Any) -> None:
-        self.static, self.weight = static, weight
-
-
-jax.tree_util.register_pytree_with_keys(
-    WithList,
-    lambda node: ([(jax.tree_util.GetAttrKey("weight"), node.weight)], node.static),
-    lambda static, leaves: WithList(static, *leaves),
-)
+    weight: Any
+    static: list[int] = field(metadata={"static": True})
 
 
 GC = gcx.optax.centralize("flax")
@@ -93,7 +89,7 @@ def test_steps_outside_jit_plan_once_for_each_form_of_the_gradients() -> None:
 def test_structures_need_not_be_hashable() -> None:
     update = gcx.optax.centralize({"weight": "o..."}).update
     for seed in (1, 2):
-        grads = WithList([1, 2], normal(seed, 2, 3))
+        grads = WithList(normal(seed, 2, 3), [1, 2])
         updates, _ = update(grads, optax.EmptyState())
         np.testing.assert_allclose(updates.weight, centralized(grads.weight, (1,)), atol=1e-15)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
-import gcx.optax
 from gcx import Layout
 from gcx.layout import as_layout
 from gcx.optax._models._parameters import SingleLayer, decide_in_stack
@@ -84,13 +81,3 @@ EINSUMS = {
 @pytest.mark.parametrize(("subscripts", "expected"), EINSUMS.items())
 def test_fan_in_of_an_einsum_is_what_it_sums_over(subscripts: Any, expected: Any) -> None:
     assert einsum_layout(subscripts) == expected
-
-
-@pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
-def test_layouts_of_what_is_no_model(model: Any) -> None:
-    message = (
-        "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
-        f"{type(model).__name__}"
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.layouts(model)

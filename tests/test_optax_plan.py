@@ -242,6 +242,10 @@ def test_layouts_are_required() -> None:
         gcx.optax.plan(KERNELS)
     with pytest.raises(TypeError, match=f"^params {FOREIGN}"):
         gcx.optax.plan(OfTorch())
+    of_what = "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
+    for model, name in (("flax", "str"), ({}, "dict"), (None, "NoneType"), (jnp.ones, "function")):
+        with pytest.raises(TypeError, match=f"^{of_what}{name}$"):
+            gcx.optax.layouts(model)
 
 
 ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}

@@ -25,14 +25,6 @@ from same_bits import assert_same_bits
 centralize = partial(gcx.centralize, reproducible=True)
 
 
-@pytest.fixture(autouse=True)
-def all_dtypes() -> Any:
-    # Releases before 0.8 have it among the experiments.
-    on = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-    with on:
-        yield
-
-
 def draw(dtype: str, shape: tuple[int, ...] = (33, 300), seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=shape) * np.exp2(rng.integers(-5, 5, shape)), dtype)

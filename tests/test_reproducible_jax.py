@@ -116,14 +116,6 @@ def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
         assert_same_bits(np.asarray(joined), np.asarray(rounded))
 
 
-@pytest.mark.parametrize("transform", [jax.lax.map, lambda f, stack: jax.vmap(f)(stack)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_several_in_one_program(transform: Callable[..., Any], dtype: str) -> None:
-    stack = draw(dtype, (3, 33, 300))
-    for found, grad in zip(transform(centralize, stack), stack, strict=True):
-        assert_canonical(found, grad, dtype)
-
-
 def test_without_double_precision() -> None:
     off = jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64()
     with off:

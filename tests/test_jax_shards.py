@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,27 +40,15 @@ def seen_by(*cases: str, processes: int = 1) -> Any:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={N_DEVICES // processes}",
     }
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         report = Path(folder) / "report.json"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])  # which is free
         command = [sys.executable, jax_shards.__file__, str(report), port, str(processes)]
-        started = [
-            subprocess.Popen(
-                [*command, str(k), *cases],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-            for k in range(processes)
-        ]
-        try:
-            ends = [(process.communicate(timeout=SECONDS)[1], process) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        for stderr, process in ends:
-            assert process.returncode == 0, stderr.decode()
+        run: Any = partial(subprocess.run, env=environment, capture_output=True, timeout=SECONDS)
+        commands = [[*command, str(process), *cases] for process in range(processes)]
+        for ended in pool.map(run, commands):
+            assert ended.returncode == 0, ended.stderr.decode()
         return json.loads(report.read_text(encoding="utf-8"))
 
 

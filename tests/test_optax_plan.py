@@ -214,7 +214,7 @@ PRESETS_ARE = "there are 'flax', 'haiku', 'equinox', 'keras'"
 NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
     *[
         (x, TypeError, re.escape(NO_LAYOUTS) + name)
-        for x, name in ((3, "int"), (["...o"], "list"), (Layout("...o"), r"gcx\..*\.Layout"))
+        for x, name in ((3, "int"), (["...o"], "list"), (Layout("i"), "gcx"))
     ],
     *[
         (x, ValueError, re.escape(f"no preset '{x}'; {PRESETS_ARE}"))
@@ -248,6 +248,12 @@ def test_layouts_are_required() -> None:
             gcx.optax.layouts(model)
 
 
+class ForeignArray:
+    """An array of a library with dtypes of its own, as torch has."""
+
+    shape, dtype = (3, 2), object()
+
+
 ONE = {"Dense_0": {"kernel": normal(1, 4, 3)}}
 MISFIT = r"^Dense_0/kernel: layout 'ioo' .*rank 3, not 2$"
 ABSENT = r"'Dense_7/\*' matches no parameter; there are: Dense_0/bias, Dense_0/kernel"
@@ -262,12 +268,12 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "a text": ({"*/kernel": "channels_last"}, ONE, ValueError, "layout 'channels_last' is not va"),
     "no text": (lambda path, array: (0,), ONE, TypeError, "^Dense_0/kernel: a layout is a string"),
     "another library's names": ("haiku", KERNELS, ValueError, f"{NOTHING}Dense_0/kernel .*unknown"),
-    "flattened": ("flax", normal(1, 12), ValueError, rf"{NOTHING}optax\.flatten"),
-    "a vector": ("flax", normal(1, 12), ValueError, f"{NOTHING}a vector has no fan-in"),
+    "flattened": ("flax", normal(1, 12), ValueError, rf"{NOTHING}optax\.flatten.* a vector has no"),
     "left alone": ({"*": None}, KERNELS, ValueError, f"{NOTHING}as given"),
     "a reason": ({"*": LeaveAlone("token")}, KERNELS, ValueError, f"{NOTHING}token"),
     "a plan that lacks a row": (SHORT, KERNELS, ValueError, "^layouts: .* no row 'Dense_1/bias'"),
     "a plan for another shape": (OTHER, ONE, ValueError, OTHER_SHAPE),
+    "an array": ("flax", {"kernel": ForeignArray()}, TypeError, r"^kernel: .*as a data type"),
 }
 
 
@@ -298,15 +304,3 @@ def test_errors_though_leaves_are_hidden(mask: Any, key: str) -> None:
     masked = optax.masked(gcx.optax.centralize({"Dense_1/kernel": "...o"}), mask)
     with pytest.raises(ValueError, match=f"{NOTHING}Dense_0/kernel .*unknown.*'flax', 'haiku'"):
         masked.init(KERNELS)
-
-
-class ForeignArray:
-    """An array of a library with dtypes of its own, as torch has."""
-
-    shape, dtype = (3, 2), object()
-
-
-def test_arrays_of_another_library() -> None:
-    gc, params = gcx.optax.centralize("flax"), {"kernel": jnp.ones((3, 2))}
-    with pytest.raises(TypeError, match=r"^kernel: .*as a data type"):
-        gc.update({"kernel": ForeignArray()}, gc.init(params), params)

@@ -100,6 +100,7 @@ def test_a_model_is_layouts_and_parameters(make: Any, eval_shape: Any, count: st
     params = params_of(model)
     plan = gcx.optax.plan(params, model)
     assert count in repr(Plan(row for row in plan if row.reason != "not an array"))
+    assert not any("unknown" in row.reason for row in plan)
     assert gcx.optax.layouts(shapes) == gcx.optax.layouts(model)
     assert gcx.optax.plan(params, gcx.optax.layouts(model)) == plan
     assert gcx.optax.plan(model) == gcx.optax.plan(shapes) == plan

@@ -15,7 +15,7 @@ import gcx.optax
 from gcx import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
-from optax_training import FIRST_ONLY, KERNELS, Linear, normal, normal_like, struct
+from optax_training import FIRST_ONLY, KERNELS, normal, normal_like, struct
 from reference import centralized
 
 
@@ -26,7 +26,6 @@ class Boxed(NamedTuple):
 NODES = {
     "DictKey": ({"weight": struct(3, 2)}, "weight"),
     "SequenceKey": ([struct(3, 2)], "0"),
-    "GetAttrKey": (Linear(struct(3, 2), None), "weight"),
     "no key": (struct(3, 2), ""),
     "a field called value": ({"a": Boxed(struct(3, 2))}, "a/value"),
     "keys called value": ({"value": {"value": struct(3, 2)}}, "value/value"),
@@ -222,7 +221,7 @@ NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
     ],
     (KERNELS, TypeError, "layouts: 'Dense_0' has a dict; a mapping is from .* give the model"),
     (OfTorch(), TypeError, f"^layouts {FOREIGN}"),
-    (Linear, TypeError, f"{re.escape(NO_LAYOUTS)}the class .*Linear"),
+    (Boxed, TypeError, f"{re.escape(NO_LAYOUTS)}the class .*Boxed"),
 ]
 
 

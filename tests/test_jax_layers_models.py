@@ -29,12 +29,10 @@ from gcx.diagnostics.jax import energy_removed
 from gcx.plan import LeaveAlone, Plan
 from gcx.testing import assert_centralized
 
-from jax_models import KEY, KEYS, OfEquinox, OfLinen, OfNnx, params_of, plan_of, said
+from jax_models import KEY, KEYS, OfEquinox, OfLinen, OfNnx, made, params_of, plan_of, said
 from reference import centralized
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
-
-# --- rules of the user ----------------------------------------------------------------------------
 
 
 def test_layers_of_others_register_a_rule() -> None:
@@ -83,11 +81,6 @@ def test_packages_bring_rules_and_no_framework_is_imported_before_its_model(tmp_
     assert "gcx.optax._models.equinox" in modules.split()
     assert {"flax", "equinox", "haiku"} & set(modules.split()) == set()
     assert row == "PlanRow(name='w', shape=(2, 3), layout=Layout('oi'), reason='Brought')"
-
-
-# --- in the optimizer -----------------------------------------------------------------------------
-
-RNGS = nnx.Rngs(0)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +157,6 @@ def test_filtered_trees_of_equinox() -> None:
         assert_centralized(after.weight, start=before.weight)
 
 
-# --- diagnostics ----------------------------------------------------------------------------------
-
-
 def test_energy_of_equinox_modules_as_they_are() -> None:
     model = eqx.nn.MLP(4, 3, 8, 1, key=KEY)
     batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
@@ -182,17 +172,10 @@ def test_energy_of_equinox_modules_as_they_are() -> None:
     assert list(shares) == ["layers/0/weight", "layers/1/weight"]
 
 
-# --- errors ---------------------------------------------------------------------------------------
-
-
-def of_haiku(x: Any) -> Any:
-    return hk.Linear(1)(x)
-
-
 WITHOUT_LAYERS = {
     "linen": (OfLinen(), "flax.linen"),
-    "haiku": (hk.transform(of_haiku), "haiku"),
-    "haiku with state": (hk.transform_with_state(of_haiku), "haiku"),
+    "haiku": (hk.transform(made(hk.Linear, 1)), "haiku"),
+    "haiku with state": (hk.transform_with_state(made(hk.Linear, 1)), "haiku"),
 }
 
 

@@ -63,7 +63,7 @@ def seen() -> Any:
 def test_is_right_and_communicates_the_means(seen: Any, processes: int, case: str) -> None:
     (expected, _), found = CASES[case], seen[processes][case]
     if isinstance(expected, str):
-        assert found["raises"].startswith(expected)
+        assert expected in found["raises"]
         return
     half_ulp = 2.0**-7  # of a bfloat16 from 2 to 4
     assert max(found["error"]) < (half_ulp if "bfloat16" in case else 1e-6)
@@ -118,7 +118,7 @@ def test_a_part_may_have_a_fan_in_of_one() -> None:
 def test_a_name_that_is_not_bound(run: Any) -> None:
     optimizer = gcx.optax.centralize("flax", axis_name="x")
     update = run(partial(optimizer.update, state=optax.EmptyState()))
-    with pytest.raises(ValueError, match=r"down/kernel: axis_name \('x',\) is not bound here.*jit"):
+    with pytest.raises(NameError, match="unbound axis name: x"):
         update(GRADS)
 
 

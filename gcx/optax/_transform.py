@@ -117,7 +117,7 @@ def centralize(
     TypeError, ValueError
         If an option has none of these forms. In ``init``: as `plan`, if there is nothing to
         centralize, or `reproducible` is not possible. In ``update``: if gradients have too many
-        axes, or `axis_name` does not fit the mesh.
+        axes, or `axis_name` does not fit the mesh; JAX's NameError, if none is bound.
 
     Examples
     --------
@@ -133,11 +133,6 @@ def centralize(
     ([[1.0, -0.0], [-1.0, -0.0]], [-1.0, -1.0])
     """
     planner = _Planner(source_of(layouts), _read_axis_name(axis_name))
-    if isinstance(strength, jax.Array):
-        raise TypeError(
-            f"strength is the fraction of the mean, a Python number and not {strength!r}: "
-            'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
-        )
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
     centralize_one = partial(_centralize_one, strength=strength, reproducible=reproducible)
@@ -218,11 +213,7 @@ def _centralize_one(
             return gcx.centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
     if reproducible:
         _check_whole(axes, path)
-    try:
-        return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
-    except NameError as error:
-        why = "It is for shard_map and pmap; leave it out under jit, where XLA communicates"
-        raise ValueError(f"{path}: axis_name {axes} is not bound here. {why}") from error
+    return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
 
 
 def _check_whole(axes: tuple[str, ...] | None, path: str) -> None:

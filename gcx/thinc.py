@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -314,15 +313,9 @@ class GradientCentralization:
 
 def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
     """Copy or pickle a centralized optimizer as a plain one, with a warning."""
-    centralized = type(optimizer)
-    (kind,) = centralized.__bases__
+    (kind,) = type(optimizer).__bases__
     remedy = "call gcx.thinc.centralize for the copy and the models that it trains"
     msg = f"the copy of this {kind.__name__} does not centralize: {remedy}"
     warnings.warn(msg, UserWarning, stacklevel=2)
-    optimizer.__class__ = kind
-    try:
-        plain = copy.copy(optimizer)
-    finally:
-        optimizer.__class__ = centralized
-    # A reducer returns a function and its arguments, so a copy of the plain optimizer is made.
-    return copy.copy, (plain,)
+    parts: Any = object.__reduce_ex__(optimizer, 2)
+    return object.__new__, (kind,), parts[2]

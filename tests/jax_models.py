@@ -37,13 +37,14 @@ def plan_of(model: Any, *inputs: Any, **options: Any) -> Plan:
     return gcx.optax.plan(params_of(model, *inputs, **options), layouts)
 
 
-def axes_of(plan: Plan) -> dict[str, tuple[int, ...] | None]:
-    """Fan-in axes of each parameter, None where it is left alone."""
-    return {
-        row.name: row.layout.fan_in_axes(len(row.shape)) if row.layout else None
-        for row in plan
-        if row.reason != "not an array"  # what a layer of Equinox does without
-    }
+def made(kind: Any, *sizes: int, **options: Any) -> Any:
+    """Return a function that makes a layer of Haiku and calls it: Haiku wants both together."""
+
+    def call(x: Any) -> Any:
+        layer = kind(*sizes, **options)
+        return layer(x)
+
+    return call
 
 
 def said(plan: Plan) -> dict[str, str]:

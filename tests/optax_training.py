@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,21 +26,11 @@ def struct(*shape: int, dtype: str = "float64") -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class Linear:
-    weight: Any
-    bias: Any
-
-
 KERNELS = {
     "Dense_0": {"kernel": normal(1, 4, 3), "bias": normal(2, 3)},
     "Dense_1": {"kernel": normal(3, 3, 2), "bias": normal(4, 2)},
 }
-FIRST_ONLY = {
-    "Dense_0": {"kernel": True, "bias": True},
-    "Dense_1": {"kernel": False, "bias": False},
-}
+FIRST_ONLY = {name: dict.fromkeys(layer, name == "Dense_0") for name, layer in KERNELS.items()}
 SGD = optax.sgd(0.1)
 
 LEARNING_RATE = 0.05

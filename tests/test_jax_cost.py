@@ -19,15 +19,9 @@ def weights(*shapes: tuple[int, ...]) -> Any:
     return {f"w{k}": jnp.asarray(rng.normal(size=s), "float32") for k, s in enumerate(shapes)}
 
 
-@pytest.mark.parametrize(
-    "layouts",
-    [{"w0": "...o", "w1": "ioo"}, {"w*": "o..."}, lambda path, leaf: "...o", "flax"],
-    ids=["names", "glob", "function", "preset"],
-)
+@pytest.mark.parametrize("layouts", [{"w0": "...o", "w*": "ioo"}, lambda path, leaf: "...o"])
 def test_compiles_once(layouts: Any) -> None:
     params = weights((6, 5), (4, 3, 2))
-    if layouts == "flax":
-        params = {f"{name}/kernel": weight for name, weight in params.items()}
     optimizer = optax.chain(gcx.optax.centralize(layouts), optax.adamw(1e-3))
     state = optimizer.init(params)
     traced = []
@@ -45,34 +39,25 @@ def test_compiles_once(layouts: Any) -> None:
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_a_call_by_itself_compiles_once_for_a_shape(
+def test_a_call_by_itself_compiles_once_for_a_shape_and_all_strengths(
     caplog: pytest.LogCaptureFixture, reproducible: bool
 ) -> None:
-    def compilations(*shapes: tuple[int, ...]) -> int:
+    def compilations(*shapes: tuple[int, ...], **options: float) -> int:
         caplog.clear()
+        how: Any = {"reproducible": reproducible, **options}
         grads = [jnp.ones(shape) for shape in shapes]
         with jax.log_compiles():
             for grad in grads:
                 for layout in ("o...", "oi", gcx.Layout("o...")):
-                    gcx.centralize(grad, layout=layout, reproducible=reproducible)
-            gcx.centralize_many(grads, reproducible=reproducible)
-            gcx.optax.centralize({"*": "o..."}, reproducible=reproducible).update(grads, None)
+                    gcx.centralize(grad, layout=layout, **how)
+            gcx.centralize_many(grads, **how)
+            gcx.optax.centralize({"*": "o..."}, **how).update(grads, None)
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
     assert compilations((5, 19), (5, 19)) == 1  # shapes of no other test
     assert compilations((5, 19)) == 0
     assert compilations((5, 23)) == 1
-
-
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_one_program_serves_every_strength(
-    reproducible: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    grad = jnp.ones((5, 29))  # a shape of no other test
-    with jax.log_compiles():
-        for strength in (0.25, 0.5, 0.75):
-            gcx.centralize(grad, strength=strength, reproducible=reproducible)
-    assert sum("Finished XLA compilation" in r.message for r in caplog.records) <= 1
+    assert sum(compilations((5, 19), strength=part) for part in (0.25, 0.5, 0.75)) <= 1
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (64, 32, 3, 3)])
@@ -99,25 +84,15 @@ def test_no_more_work_than_the_peer(shape: tuple[int, ...]) -> None:
     assert additions["plain"] < additions["gcx"] <= additions["peer"] < additions["twice"]
 
 
-def barriers(function: Any, *arguments: Any) -> int:
-    return str(jax.make_jaxpr(function)(*arguments)).count("optimization_barrier")
-
-
-def test_a_program_keeps_the_means_of_each_weight() -> None:
-    params = weights((6, 5), (4, 3, 2), (7,))
-    gc = gcx.optax.centralize("flax")
-    renamed = {name: {"kernel": weight} for name, weight in params.items()}
-    assert barriers(gc.update, renamed, gc.init(renamed)) == 2
-    assert barriers(gcx.centralize, params["w2"]) == 0
-
-
-def test_a_call_by_itself_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+def test_only_a_program_keeps_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[int, ...]] = []
     monkeypatch.setattr(
         jax.lax, "optimization_barrier", lambda mean: kept.append(mean.shape) or mean
     )
-    grad = jnp.ones((3, 17))  # a shape of its own, so that nothing is compiled already
+    grad = jnp.ones((3, 17))  # a shape of its own, as below, so that nothing is compiled already
     gcx.centralize(grad)
     assert kept == []
     jax.jit(gcx.centralize)(grad)
-    assert kept == [(3, 1)]
+    params = {f"{name}/kernel": w for name, w in weights((6, 17), (4, 3, 17), (17,)).items()}
+    jax.jit(gcx.optax.centralize("flax").update)(params, optax.EmptyState())
+    assert kept == [(3, 1), (1, 17), (1, 1, 17)]

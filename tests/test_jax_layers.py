@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
-import gcx.optax
 from gcx import Layout
 from gcx.layout import as_layout
 from gcx.optax._models._parameters import SingleLayer, decide_in_stack
@@ -69,11 +66,6 @@ def test_reasons_to_leave_alone(answer: Any, own: Any, shape: Any, reason: str) 
     assert decide_in_stack("w", shape, answer, "Dense", own) == PlanRow("w", shape, None, reason)
 
 
-def test_a_layout_of_more_axes_is_an_error_that_names_the_parameter() -> None:
-    with pytest.raises(ValueError, match=r"^a/w: layout 'ioo' is for arrays of rank 3, not 2"):
-        decide_in_stack("a/w", (2, 2), "ioo", "Mine")
-
-
 EINSUMS = {
     "bi,io->bo": "io",
     "b i, i o -> b o": "io",
@@ -89,13 +81,3 @@ EINSUMS = {
 @pytest.mark.parametrize(("subscripts", "expected"), EINSUMS.items())
 def test_fan_in_of_an_einsum_is_what_it_sums_over(subscripts: Any, expected: Any) -> None:
     assert einsum_layout(subscripts) == expected
-
-
-@pytest.mark.parametrize("model", ["flax", {}, None, 3, jnp.ones])
-def test_layouts_of_what_is_no_model(model: Any) -> None:
-    message = (
-        "model is an nnx, linen or Equinox module, or the result of haiku.transform, not "
-        f"{type(model).__name__}"
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
-        gcx.optax.layouts(model)

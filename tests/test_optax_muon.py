@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 import gcx.optax
 from gcx import Layout
 
-from jax_models import IMAGES, KEY, OfLinen, params_of
+from jax_models import IMAGES, KEY, OfLinen, made, params_of
 from optax_training import normal, normal_like, struct
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -120,14 +120,6 @@ class Grouped(nn.Module):
         return nn.Conv(4, (3,), feature_group_count=2)(x), None
 
 
-def in_haiku(kind: Any, *sizes: int, **options: Any) -> Any:
-    def call(x: Any) -> Any:
-        layer = kind(*sizes, **options)
-        return layer(x)
-
-    return hk.transform(call)
-
-
 def unrolled(cell: Any) -> Any:
     core = cell(8)
     return lambda x: hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))
@@ -143,9 +135,9 @@ GROUPED: dict[str, tuple[Any, ...]] = {
     "equinox, transposed": (eqx.nn.ConvTranspose1d(4, 8, 3, groups=2, key=KEY),),
     "equinox, GRU": (eqx.nn.GRUCell(4, 8, key=KEY),),
     "equinox, LSTM": (eqx.nn.LSTMCell(4, 8, key=KEY),),
-    "haiku": (in_haiku(hk.Conv1D, 8, 3, **TWO), X),
-    "haiku, GRU": (in_haiku(unrolled, hk.GRU), X),
-    "haiku, depthwise": (in_haiku(hk.DepthwiseConv1D, 2, 3), X),
+    "haiku": (hk.transform(made(hk.Conv1D, 8, 3, **TWO)), X),
+    "haiku, GRU": (hk.transform(made(unrolled, hk.GRU)), X),
+    "haiku, depthwise": (hk.transform(made(hk.DepthwiseConv1D, 2, 3)), X),
 }
 
 

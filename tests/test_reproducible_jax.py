@@ -25,28 +25,9 @@ from same_bits import assert_same_bits
 centralize = partial(gcx.centralize, reproducible=True)
 
 
-@pytest.fixture(autouse=True)
-def all_dtypes() -> Any:
-    # Releases before 0.8 have it among the experiments.
-    on = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-    with on:
-        yield
-
-
 def draw(dtype: str, shape: tuple[int, ...] = (33, 300), seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=shape) * np.exp2(rng.integers(-5, 5, shape)), dtype)
-
-
-def wide(x: Any, dtype: str) -> Any:
-    return np.asarray(x).astype(canonical_order.working_dtype(dtype))
-
-
-def assert_canonical(
-    found: Any, grad: Any, dtype: str, strength: float = 1.0, axes: tuple[int, ...] = (1,)
-) -> None:
-    expected = canonical_order.centralized(wide(grad, dtype), axes, dtype, strength)
-    assert_same_bits(wide(found, dtype), expected)
 
 
 # Shapes and their fan-in, then every dtype with a part of the mean and with all of it.
@@ -54,7 +35,7 @@ PRODUCTS = [
     ((4000, 2), (1,), "float32", 0.3),
     ((9, 50, 8), (0, 2), "float32", 0.3),
     ((1, 1000), (1,), "float32", 0.3),
-    ((2, 20_000), (1,), "float32", 0.3),
+    ((2, 3 * SEGMENT + 5), (1,), "float32", 0.3),
     *[((7, 700), (0,), dtype, strength) for dtype in DTYPES for strength in (0.3, 1.0)],
 ]
 
@@ -67,9 +48,8 @@ class TestProducts:
     def numbers(self, shape: Any, axes: Any, dtype: str, strength: float) -> None:
         rng = np.random.default_rng(0)
         self.x, self.y = (jnp.asarray(rng.normal(1.0, 1.0, shape), dtype) for _ in range(2))
-        self.expected = canonical_order.centralized(
-            wide(self.x * self.y, dtype), axes, dtype, strength
-        )
+        product = np.asarray(self.x * self.y).astype(canonical_order.working_dtype(dtype))
+        self.expected = canonical_order.centralized(product, axes, dtype, strength)
 
     @pytest.fixture
     def program(self, axes: Any, strength: float) -> Callable[[Any, Any], Any]:
@@ -115,16 +95,6 @@ class TestProducts:
         self.assert_bits(value)
 
 
-@pytest.mark.parametrize(
-    ("fan_in", "dtype"),
-    [(300, dtype) for dtype in DTYPES]
-    + [(fan_in, "float32") for fan_in in (2, 27, SEGMENT + 1, 3 * SEGMENT + 5)],
-)
-def test_inside_jit(fan_in: int, dtype: str) -> None:
-    grad = draw(dtype, (5, fan_in))
-    assert_canonical(jax.jit(centralize)(grad), grad, dtype)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
     """Or the tests above would say nothing."""
@@ -134,32 +104,14 @@ def test_the_same_product_is_not_rounded_elsewhere(dtype: str) -> None:
         assert_same_bits(np.asarray(joined), np.asarray(rounded))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_inside_a_training_step(dtype: str) -> None:
-    @jax.jit
-    def step(weight: Any, x: Any) -> Any:
-        grad = jax.grad(lambda weight: jnp.sum(jnp.tanh(x @ weight.T)))(weight)
-        return grad, centralize(grad)
-
-    grad, centralized = step(draw(dtype), draw(dtype, (20, 300), seed=1))
-    assert_canonical(centralized, grad, dtype)
-
-
-@pytest.mark.parametrize("transform", [jax.lax.map, lambda f, stack: jax.vmap(f)(stack)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_several_in_one_program(transform: Callable[..., Any], dtype: str) -> None:
-    stack = draw(dtype, (3, 33, 300))
-    for found, grad in zip(transform(centralize, stack), stack, strict=True):
-        assert_canonical(found, grad, dtype)
-
-
 def test_without_double_precision() -> None:
     off = jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64()
     with off:
         assert jnp.ones(1, int).dtype == "int32"
         grad = draw("float32")
-        assert_canonical(centralize(grad), grad, "float32")
-        assert_canonical(jax.jit(centralize)(grad), grad, "float32")
+        expected = canonical_order.centralized(np.asarray(grad), (1,), "float32")
+        for run in (centralize, jax.jit(centralize)):
+            assert_same_bits(np.asarray(run(grad)), expected)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])

@@ -166,16 +166,3 @@ def test_a_call_by_itself(h200: Any, fan_in: int, axis: int, least: int, donated
             donate_argnums=donated_arguments,
         )
         assert bytes_moved(alone.lower(grad).compile().as_text()) // grad.size == moved
-
-
-@pytest.mark.parametrize("donated_arguments", [(), (0,)])
-@pytest.mark.parametrize("layout", ["o...", "...o"])
-def test_a_program_of_nothing_else(
-    h200: Any, layout: str, donated_arguments: tuple[int, ...]
-) -> None:
-    """The means are kept for a step that is not there, whatever becomes of the gradient."""
-    grad = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=h200)
-    program = jax.jit(
-        lambda g: gcx.centralize(g, layout=layout), donate_argnums=donated_arguments
-    ).lower(grad)
-    assert bytes_moved(program.compile().as_text()) // grad.size == 12

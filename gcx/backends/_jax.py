@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from math import prod
+from operator import add
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from gcx._memory import Memory
-from gcx.backends import _canonical, _jax_canonical, one_by_one, refuse_dtype
+from gcx.backends import _canonical, one_by_one, refuse_dtype
 
 _SMALL = 1 << 13  # elements of an array that XLA on a CPU may add one by one
 _SHORT = 1 << 5  # elements of a fan-in that can be added one by one: an error of 8 ulp at most
@@ -76,9 +77,7 @@ def centralize_over_mesh(
 ) -> Any:
     """Centralize one shard of a gradient; mesh axes split its fan-in into equal parts.
 
-    Call it inside `jax.shard_map`, `jax.pmap` or `jax.vmap`, which bind the names of the axes; JAX
-    raises a NameError elsewhere. It costs one all-reduce of the means. An axis along which JAX
-    knows the gradient to be the same is ignored.
+    JAX raises a NameError where no `jax.shard_map`, `jax.pmap` or `jax.vmap` binds their names.
     """
     axis_names = tuple([axis for axis in axis_names if not _is_same_along(grad, axis)])
     fan_in = _count(grad, axes, axis_names)
@@ -99,10 +98,7 @@ def _is_same_along(grad: jax.Array, axis: str) -> bool:
 
 
 def varying_axes(grad: jax.Array, /) -> frozenset[str]:
-    """Find the mesh axes along which an array may vary inside `jax.shard_map`.
-
-    JAX tracks them since 0.6, but not in `jax.pmap` or with ``check_vma=False``.
-    """
+    """Find the mesh axes along which JAX, in a checked `jax.shard_map`, lets an array vary."""
     aval: Any = getattr(grad, "aval", None)
     if hasattr(aval, "manual_axis_type"):  # since 0.10
         return frozenset(aval.manual_axis_type.varying)
@@ -192,18 +188,47 @@ def _average(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return corrected
 
 
+def _working_dtype(dtype: Any) -> Any:
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def _devices() -> list[jax.Device]:
+    accelerated = jax.devices()
+    return accelerated if accelerated[0].platform == "cpu" else [*jax.devices("cpu"), *accelerated]
+
+
+# --- the canonical order, on a CPU, protected from the rewriting of XLA ---
+
+# XLA replaces a division by a constant with a multiplication by the reciprocal, so divisors are not
+# constants here. LLVM fuses a product with the sum after it, without rounding the product, so
+# `_round` keeps them apart. XLA drops a conversion to a narrow dtype and back, so narrow arrays
+# pass through a barrier.
+
+
+def _subtract_mean_in_order(
+    grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """Compute ``grad - strength * mean(grad, axes)``; compiling it for a GPU is a TypeError."""
+    if not grad.size:
+        return grad
+    is_narrow = grad.dtype.itemsize < 4
+    wide = _widen(grad)
+    mean = _divide(_sum(wide, axes), prod(grad.shape[a] for a in axes))
+    result = wide - _round(mean * jnp.asarray(strength, mean.dtype))
+    return _keep_dtype(result.astype(grad.dtype)) if is_narrow else result
+
+
 # Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
 # cannot see it in the additions.
 _in_order = Primitive("gcx_centralize")
 _in_order.def_abstract_eval(lambda x, *_, **__: x)  # type: ignore[no-untyped-call]
-_in_order.def_impl(jax.jit(_jax_canonical.centralize, static_argnames="axes"))  # type: ignore[no-untyped-call]
+_in_order.def_impl(jax.jit(_subtract_mean_in_order, static_argnames="axes"))  # type: ignore[no-untyped-call]
 ad.deflinear2(_in_order, lambda ct, _, part, **how: [_in_order.bind(ct, part, **how), None])  # type: ignore[no-untyped-call]
 ad.primitive_jvps[_in_order] = lambda primals, tangents, **how: (
     _in_order.bind(*primals, **how),  # type: ignore[no-untyped-call]
     _in_order.bind(tangents[0], primals[1], **how),  # type: ignore[no-untyped-call]
 )
-mlir.register_lowering(_in_order, mlir.lower_fun(_jax_canonical.centralize, multiple_results=False))
-
+mlir.register_lowering(_in_order, mlir.lower_fun(_subtract_mean_in_order, multiple_results=False))
 batching.primitive_batchers[_in_order] = lambda args, dims, axes: (
     _in_order.bind(*args, axes=tuple([a + (a >= dims[0]) for a in axes])),  # type: ignore[no-untyped-call]
     dims[0],
@@ -212,13 +237,68 @@ _centralize_in_order = jax.jit(
     lambda grad, strength, axes: _in_order.bind(grad, strength, axes=axes),  # type: ignore[no-untyped-call]
     static_argnums=2,
 )
-_mean_in_order = jax.jit(_jax_canonical.fan_in_mean, static_argnums=1)
 
 
-def _working_dtype(dtype: Any) -> Any:
-    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+@partial(jax.jit, static_argnums=1)
+def _mean_in_order(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Average over `axes`, which stay with size 1; compiling it for a GPU is a TypeError."""
+    return _divide(_sum(_widen(x), axes), prod(x.shape[a] for a in axes))
 
 
-def _devices() -> list[jax.Device]:
-    accelerated = jax.devices()
-    return accelerated if accelerated[0].platform == "cpu" else [*jax.devices("cpu"), *accelerated]
+def _widen(x: jax.Array) -> jax.Array:
+    x = _on_cpu.bind(x)  # type: ignore[no-untyped-call]
+    return _round(_keep_dtype(x).astype(jnp.float32) if x.dtype.itemsize < 4 else x)
+
+
+def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum over `axes`, which stay with size 1."""
+    first, stop = axes[0], axes[0] + len(axes)
+    moved = jnp.moveaxis(x, axes, range(first, stop))
+    merged = moved.reshape(*moved.shape[:first], -1, *moved.shape[stop:])
+    along = _sum_segments
+    for _ in range(first):  # moving the axis would copy the array in JAX
+        along = jax.vmap(along)
+    return along(merged).reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+
+
+def _sum_segments(x: jax.Array) -> jax.Array:
+    """Sum over the first axis."""
+    whole = len(x) - len(x) % _canonical.SEGMENT
+    sums: list[jax.Array] = []
+    if whole:
+        segments = x[:whole].reshape(-1, _canonical.SEGMENT, *x.shape[1:])
+        sums.extend(jax.vmap(_canonical.halve)(segments))
+    if whole < len(x):
+        sums.append(_canonical.halve(x[whole:]))
+    return reduce(add, sums)
+
+
+def _divide(x: jax.Array, divisor: int) -> jax.Array:
+    return x / jnp.where(jnp.isnan(x), x, divisor)
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """Return the numbers unchanged, but make LLVM round them if they are products."""
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
+
+
+def _keep_dtype(x: jax.Array) -> Any:
+    """Return the array unchanged, but make XLA compute it in its own dtype."""
+    return jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+
+
+# A traced array has no device yet; the compiler knows the platform.
+_on_cpu = Primitive("gcx_reproducible")
+_on_cpu.def_impl(lambda x: x)  # type: ignore[no-untyped-call]
+_on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
+batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), axes[0])  # type: ignore[no-untyped-call]
+
+
+def _refuse(context: Any, x: Any) -> Any:
+    del x
+    platforms = ", ".join(context.module_context.platforms)
+    raise TypeError(f"reproducible=True is for JAX on a CPU, and this is compiled for {platforms}")
+
+
+mlir.register_lowering(_on_cpu, _refuse)
+mlir.register_lowering(_on_cpu, lambda _context, x: [x], platform="cpu")

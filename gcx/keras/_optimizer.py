@@ -210,8 +210,10 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """Describe the optimizer and the plan of its variables."""
         handle = self.gradient_centralization
+        plain: Any = object.__new__(type(self).__bases__[1])  # of its original class
+        vars(plain).update(vars(self))
         return {
-            "optimizer": keras.optimizers.serialize(handle.plain_optimizer()),
+            "optimizer": keras.optimizers.serialize(plain),
             "plan": [
                 [name, shape, layout and (str(layout), layout.sizes), reason]
                 for name, shape, layout, reason in handle.plan
@@ -238,8 +240,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
                 )
             return rows
 
-        # Earlier configs have no strength.
-        options = Options(**{name: config[name] for name in _SAVED if name in config})
+        options = Options(**{name: config[name] for name in _SAVED})
         GradientCentralization(optimizer, saved_rows, Plan(rows), options)
         return optimizer
 
@@ -283,12 +284,6 @@ class GradientCentralization:
         if getattr(self._optimizer, "gradient_centralization", None) is self:
             del self._optimizer.gradient_centralization
             self._optimizer.__class__ = self._kind
-
-    def plain_optimizer(self) -> Any:
-        """Make an optimizer with the same state and its original class, to serialize it."""
-        plain: Any = object.__new__(self._kind)
-        vars(plain).update(vars(self._optimizer))
-        return plain
 
     def __repr__(self) -> str:
         name, kind = type(self).__name__, self._kind.__name__

@@ -13,7 +13,7 @@ import optax
 from gcx._decisions import decide_row
 from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._layouts import layouts_for
-from gcx._names import match_all
+from gcx._names import match_all, naming
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
@@ -92,7 +92,7 @@ def layouts(
         With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
         or tuple of nnx or Equinox modules is a model too.
     *example_inputs, **keyword_inputs
-        For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
+        For linen and Haiku alone: the arguments of ``init`` after the random key, as arrays or
         `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
 
     Returns
@@ -104,20 +104,16 @@ def layouts(
     Raises
     ------
     TypeError
-        If `model` is not a model, or has example inputs that it does not need.
+        If `model` is not a model.
 
     Examples
     --------
     ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
-    return _layouts_of(decide(model, example_inputs, keyword_inputs))
-
-
-def _layouts_of(rows: Mapping[str, PlanRow]) -> dict[str, Layout | LeaveAlone]:
     return {
         name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
-        for name, row in rows.items()
+        for name, row in decide(model, example_inputs, keyword_inputs).items()
     }
 
 
@@ -185,14 +181,9 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
-    try:
-        is_numeric = is_floating(leaf.dtype)
-    except TypeError:  # a dtype that neither JAX nor NumPy knows
-        raise TypeError(
-            f"{name} is a {name_kind(leaf)}: gcx.optax is for JAX and NumPy arrays"
-        ) from None
-    if not is_numeric:
-        return PlanRow(name, shape, None, "not of floating dtype")
+    with naming(name):  # its library may have dtypes that JAX does not know
+        if not is_floating(leaf.dtype):
+            return PlanRow(name, shape, None, "not of floating dtype")
     answer, reason = rule(name, leaf)
     row = decide_row(name, shape, answer, reason)
     if row.layout is None and is_split and not isinstance(answer, LeaveAlone):
@@ -222,21 +213,19 @@ def source_of(layouts: Layouts) -> Source:
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-        found = {name: _as_given(answer) for name, answer in _layouts_of(decide(layouts)).items()}
+        rows = decide(layouts)
+        found = {n: (row.layout or LeaveAlone(row.reason), row.reason) for n, row in rows.items()}
         absent = LeaveAlone("unknown: the model has no parameter of this name"), ""
         return lambda _: lambda name, _leaf: found.get(name, absent)
-    if isinstance(layouts, type):
-        name = layouts.__name__
-        raise TypeError(f"layouts is the class {name}, not yet a model: give a model, {name}(...)")
     if isinstance(layouts, Mapping):
         return _read_mapping(layouts)
     _refuse_foreign(layouts, "layouts")  # models of other frameworks are callable
-    if callable(layouts):
+    if callable(layouts) and not isinstance(layouts, type):
         return lambda _: lambda name, leaf: _as_given(layouts(name, leaf))
     raise TypeError(
         f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
         "layout or None, a function of path and array, a plan, or a preset "
-        f"({_PRESET_NAMES}), not {type(layouts).__name__}"
+        f"({_PRESET_NAMES}), not {name_kind(layouts)}"
     )
 
 
@@ -267,15 +256,12 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
     for path, answer in layouts.items():
         if not isinstance(answer, Answer):
             raise TypeError(
-                f"layouts: {path!r} has a {type(answer).__name__}, but a mapping goes from path to "
-                f"layout, LeaveAlone or None: give the model, or a preset ({_PRESET_NAMES})"
+                f"layouts: {path!r} has a {name_kind(answer)}; a mapping is from path to layout, "
+                f"LeaveAlone or None. Or give the model, or a preset ({_PRESET_NAMES})"
             )
     found = {path: _as_given(answer) for path, answer in layouts.items()}
 
     def source(names: Names) -> NameRule:
-        seen = set(names.visible)
-        if any(f"params/{path}" in seen and path not in seen for path in found):
-            raise ValueError('layouts: these are names in variables["params"]; init with that')
         keys = match_all(found, names.visible, what="layouts", hidden=names.hidden)
         return lambda name, _leaf: found[keys[name]] if name in keys else _NO_RULE
 

@@ -62,7 +62,13 @@ def muon_dimension_numbers(
     rows = plan(params, layouts)
     keys: Any = exclude if isinstance(exclude, (list, tuple, set)) else [exclude]
     excluded = match_all(keys, [row.name for row in rows], what="exclude")
-    split = [row for row in rows if row.name not in excluded and _is_split(row)]
+    # Matrices that are a stack along a part of an axis.
+    split = [
+        row
+        for row in rows
+        if row.layout and row.name not in excluded
+        if row.layout.is_split or row.reason.endswith(SIDE_BY_SIDE)
+    ]
     if split:
         weights = ", ".join(f"{row.name} ({row.layout!r}, {row.reason})" for row in split)
         raise ValueError(
@@ -71,11 +77,6 @@ def muon_dimension_numbers(
     numbers = [None if row.name in excluded else _numbers(row) for row in rows]
     tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_none), numbers)
     return (lambda _: tree) if callable(tree) else tree
-
-
-def _is_split(row: PlanRow) -> bool:
-    """Return True for matrices that are a stack along a part of an axis."""
-    return row.layout is not None and (row.layout.is_split or row.reason.endswith(SIDE_BY_SIDE))
 
 
 def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:

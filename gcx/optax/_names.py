@@ -20,10 +20,7 @@ def is_none(node: object) -> bool:
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tuple[str, Any]]:
-    """Name and value of each leaf, in the order of `jax.tree.leaves`; None is a leaf too.
-
-    Names leave out the ``value`` of Flax boxes.
-    """
+    """List the name, without the ``value`` of Flax boxes, and the value of each leaf and None."""
     nodes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
     return [
         (name_of(path + (inside[:-1] if inside[-1:] == _VALUE else inside)), leaf)
@@ -38,14 +35,11 @@ class Names(NamedTuple):
 
 
 def names_of(tree: Any) -> Names:
-    """Find the names in a tree, and the paths that `optax.masked` and its kin have hidden.
-
-    They replace a subtree by `optax.MaskedNode`; `optax.tree_map_params` passes no leaves at all.
-    """
+    """Find the names in a tree, and the paths that `optax.masked` and its kin have hidden."""
     leaves = named_leaves(tree, is_leaf=lambda node: is_none(node) or _is_masked(node))
     visible = [name for name, leaf in leaves if not _is_masked(leaf)]
     hidden = [name for name, leaf in leaves if _is_masked(leaf)]
-    return Names(visible, hidden if leaves else [""])
+    return Names(visible, hidden if leaves else [""])  # `optax.tree_map_params` passes none
 
 
 def _is_masked(node: object) -> bool:

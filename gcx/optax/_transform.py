@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import PyTreeDef
 
+import gcx
 from gcx._centralize import check_strength
-from gcx._decisions import check_choice, check_reproducible, refuse_empty
-from gcx._names import naming
-from gcx.backends import _canonical
+from gcx._decisions import check_choice, refuse_empty
+from gcx._names import match_all, naming
+from gcx.backends import _canonical, _jax
 from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
-from gcx.optax._mesh_axes import (
-    AxisName,
-    MeshAxes,
-    axes_by_path,
-    centralize_split,
-    check_whole,
-    read_axis_name,
-)
 from gcx.optax._names import is_none, named_leaves, names_of
-from gcx.plan import Plan
+from gcx.plan import Plan, PlanRow
 
-# The plan of a tree, and the mesh axes over which its fan-ins are split.
+_AxisNames = str | tuple[str, ...] | None
+AxisName = _AxisNames | Mapping[str, _AxisNames]
+MeshAxes = Mapping[str, tuple[str, ...]]  # () if the fan-in is whole
+
+# The plan of a tree, and by path the mesh axes that split a fan-in, as far as the user names them.
 _Planned = tuple[Plan, MeshAxes]
 
 
@@ -45,12 +41,11 @@ class _Planner:
             self._ranks[name] = max(rank, self._ranks.get(name, 0))
         return self._plan(params)
 
-    def recall(
-        self, grads: Any, leaves: Sequence[Any], structure: PyTreeDef, params: Any
-    ) -> _Planned:
+    def plan_grads(self, grads: Any, params: Any) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
-        of_params, its_structure = jax.tree.flatten(params)
-        form = structure, _kinds(leaves), its_structure, _kinds(of_params)
+        leaves, structure = jax.tree.flatten((grads, params))
+        kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
+        form = structure, *kinds
         with suppress(TypeError):  # a static part of a module is not hashable
             if form in self._known:
                 return self._known[form]
@@ -68,12 +63,10 @@ class _Planner:
         return planned
 
     def _plan(self, tree: Any) -> _Planned:
-        axes = axes_by_path(self._mesh_axes, names_of(tree))
+        names = names_of(tree)
+        keys = match_all(self._mesh_axes, names.visible, what="axis_name", hidden=names.hidden)
+        axes = {path: self._mesh_axes[key] for path, key in keys.items()}
         return plan_of(tree, self._source, axes), axes
-
-
-def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves])
 
 
 def _ranks(tree: Any) -> dict[str, int]:
@@ -98,7 +91,8 @@ def centralize(
     layouts : model, Plan, mapping, callable or str
         Layouts by the path of the parameter, such as ``"Dense_0/kernel"``. One of
 
-        - an nnx or Equinox module, or a dict or list of them; their layers give the layouts;
+        - an nnx or Equinox module, or a dict or list of them; linen and Haiku models go through
+          `layouts`;
         - a plan, which must have a row of the same shape for each parameter;
         - a mapping from path or glob (``"*/kernel"``) to layout, None or `LeaveAlone`, such as
           `layouts` returns; the first key that matches counts, the rest is left alone;
@@ -116,14 +110,14 @@ def centralize(
     Returns
     -------
     optax.GradientTransformation
-        Without state. Its ``init`` raises the errors of `plan`, and others if there is nothing to
-        centralize, or `reproducible` is not possible; its ``update``, if gradients have too many
-        axes, or `axis_name` does not fit the mesh.
+        Without state.
 
     Raises
     ------
     TypeError, ValueError
-        If an option has none of these forms; a linen or Haiku model goes through `layouts`.
+        If an option has none of these forms. In ``init``: as `plan`, if there is nothing to
+        centralize, or `reproducible` is not possible. In ``update``: if gradients have too many
+        axes, or `axis_name` does not fit the mesh; JAX's NameError, if none is bound.
 
     Examples
     --------
@@ -138,30 +132,30 @@ def centralize(
     >>> updates["dense"]["kernel"].tolist(), updates["dense"]["bias"].tolist()
     ([[1.0, -0.0], [-1.0, -0.0]], [-1.0, -1.0])
     """
-    planner = _Planner(source_of(layouts), read_axis_name(axis_name))
-    if isinstance(strength, jax.Array):
-        raise TypeError(
-            f"strength is the fraction of the mean, a Python number and not {strength!r}: "
-            'in optax.inject_hyperparams give static_args=("layouts", "strength", "axis_name")'
-        )
+    planner = _Planner(source_of(layouts), _read_axis_name(axis_name))
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
-    centralize_one = partial(centralize_split, strength=strength, reproducible=reproducible)
+    centralize_one = partial(_centralize_one, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
         rows, axes = planner.plan_params(params)
         _check_not_idle(params, rows)
-        if reproducible:
-            _check_reproducible(params, rows, axes)
+        for row, (path, leaf) in zip(rows, named_leaves(params), strict=True):
+            if reproducible and row.layout is not None:
+                _check_whole(axes.get(path), path)
+                with naming(path):
+                    _canonical.check_dtype(leaf.dtype.name)
         return optax.EmptyState()
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
+        rows, axes = planner.plan_grads(updates, params)
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
-        rows, axes = planner.recall(updates, leaves, structure, params)
-        pairs = zip(leaves, rows, strict=True)
-        centralized = [centralize_one(leaf, row, axes.get(row.name)) for leaf, row in pairs]
+        centralized = [
+            leaf if row.layout is None else centralize_one(leaf, row, axes.get(row.name))
+            for leaf, row in zip(leaves, rows, strict=True)
+        ]
         return jax.tree.unflatten(structure, centralized), state
 
     return optax.GradientTransformation(init, update)
@@ -177,13 +171,55 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
         refuse_empty(rows, owner, hint=hint)
 
 
-def _check_reproducible(params: optax.Params, rows: Plan, mesh_axes: MeshAxes) -> None:
-    """Raise a TypeError that names the first parameter whose bits cannot be promised."""
-    for (path, leaf), row in zip(named_leaves(params), rows, strict=True):
-        if row.layout is not None:
-            check_whole(mesh_axes.get(path), path)
-            if isinstance(leaf, jax.ShapeDtypeStruct):  # it is on no device yet
-                with naming(path):
-                    _canonical.check_dtype(leaf.dtype.name)
-            else:
-                check_reproducible([row], [leaf])
+# --- fan-ins that mesh axes split, inside `jax.shard_map` and `jax.pmap` ---
+
+
+def _read_axis_name(axis_name: AxisName) -> MeshAxes:
+    """Read the argument `axis_name` into mesh axes by path or glob."""
+    if axis_name is None:
+        return {}
+    given = axis_name if isinstance(axis_name, Mapping) else {"*": axis_name}
+    mesh_axes = {}
+    for path, names in given.items():
+        axes = names if isinstance(names, tuple) else () if names is None else (names,)
+        if not all(isinstance(axis, str) for axis in axes):
+            raise TypeError(
+                f"axis_name is a mesh axis, a tuple, None, or a mapping to these, not {names!r}"
+            )
+        mesh_axes[path] = axes
+    return mesh_axes
+
+
+def _centralize_one(
+    grad: Any, row: PlanRow, axes: tuple[str, ...] | None, *, strength: float, reproducible: bool
+) -> Any:
+    """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
+    path, _, layout, _ = row
+    assert layout is not None
+    varying = sorted(_jax.varying_axes(grad))
+    if varying and axes is None:
+        raise ValueError(
+            f"{path}: this gradient differs along the mesh axis {varying[0]!r}, and its fan-in may "
+            f"be split over it. If it is, give axis_name={{{path!r}: {varying[0]!r}}}; if each "
+            f"device holds a whole fan-in, axis_name={{{path!r}: None}}"
+        )
+    if layout.is_split and (axes or varying):
+        raise ValueError(
+            f"{path}: {layout!r} splits an axis of the whole weight, and this may be a shard; "
+            "give the weight an axis for each letter, or shard it by jit alone"
+        )
+    if not axes:
+        with naming(path):
+            return gcx.centralize(grad, layout=layout, strength=strength, reproducible=reproducible)
+    if reproducible:
+        _check_whole(axes, path)
+    return _jax.centralize_over_mesh(grad, layout.fan_in_axes(grad.ndim), strength, axes)
+
+
+def _check_whole(axes: tuple[str, ...] | None, path: str) -> None:
+    """Raise a TypeError if a fan-in is split, whose elements then have no known order."""
+    if axes:
+        raise TypeError(
+            f"{path}: reproducible=True needs each fan-in whole on one device, and axis_name "
+            f"splits this one over {axes}; split another axis of the weight"
+        )

@@ -14,6 +14,7 @@ import gcx.keras
 from gcx.testing import assert_centralized
 
 ASKED_BACKEND = os.environ["KERAS_BACKEND"]
+assert keras.backend.backend() == ASKED_BACKEND
 
 if ASKED_BACKEND == "jax":
     import jax

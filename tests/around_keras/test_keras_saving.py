@@ -41,7 +41,6 @@ def test_a_loss_scale_is_saved_with_its_optimizer(where: Any, tmp_path: Path) ->
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     inner = loaded.optimizer.inner_optimizer
-    assert isinstance(inner, gcx.keras.Centralized)
     assert repr(inner.gradient_centralization) == repr(handle)
     assert inner.gradient_centralization.plan == handle.plan
     fit(loaded)
@@ -81,24 +80,21 @@ def test_the_legacy_format_loads_to_predict_and_not_to_train(tmp_path: Path) -> 
 LONG = np.random.default_rng(3).normal(0.3, 1.0, (1000, 3)).astype("float32")
 
 
-def stepped(*lost: str, is_loaded: bool = True, **options: Any) -> Any:
-    """A kernel after a step of an optimizer that is loaded, perhaps from an older config."""
+def stepped(*, is_loaded: bool = True, **options: Any) -> Any:
+    """A kernel after a step of an optimizer that may be loaded."""
     model, optimizer = kernel_model(1000), SGD(0.5)
     gcx.keras.centralize(optimizer, model, **options)
     if is_loaded:
-        config = {k: v for k, v in optimizer.get_config().items() if k not in lost}
-        assert config["optimizer"]["config"]["learning_rate"] == 0.5  # of the plain one
-        optimizer = gcx.keras.Centralized.from_config(config)
+        optimizer = gcx.keras.Centralized.from_config(optimizer.get_config())
     step(optimizer, model, LONG)
     return kernels(model)["head"]
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.5}, {"reproducible": True}], ids=str)
-def test_options_are_saved_and_configs_without_strength_load(options: dict[str, Any]) -> None:
-    loaded, plain = stepped(**options), stepped()
+def test_options_are_saved(options: dict[str, Any]) -> None:
+    loaded = stepped(**options)
     np.testing.assert_array_equal(loaded, stepped(is_loaded=False, **options))
-    assert not np.array_equal(loaded, plain)
-    np.testing.assert_array_equal(stepped("strength", strength=0.5), plain)
+    assert not np.array_equal(loaded, stepped())
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])

@@ -1,7 +1,4 @@
-"""Decisions on the parameters of a model, one file a package.
-
-No framework is imported before the user has a model of it.
-"""
+"""Decisions on a model, one file a package, which is imported once the user has a model of it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gcx._frameworks import describe
-from gcx._names import children
+from gcx._names import flatten
 from gcx._rules import Register, Rules
 from gcx.optax._models import equinox, flax, haiku
 from gcx.optax._models._parameters import LayerAnswer
@@ -23,11 +20,9 @@ register_layer: Register = RULES.register
 
 
 class Framework(NamedTuple):
-    """Classes of a framework's models, and the functions that read them."""
-
     module: str
     models: tuple[str, ...]
-    decide: Callable[..., dict[str, PlanRow]]
+    decide: Callable[..., dict[str, PlanRow]]  # of the rules, a model and its example inputs
     # Return the parameters of a model; None if a model has no layers before it is called.
     params: Callable[[Any], Any] | None
 
@@ -42,31 +37,21 @@ _FRAMEWORKS = (
 
 def framework_of(model: object) -> Framework | None:
     """Find the framework of a model, or of the modules in a dict, list or tuple; None if none."""
+    parts = [model, *(part for _, part in flatten(model))]
     for framework in _FRAMEWORKS:
         # A model exists only if its framework is imported.
         module = sys.modules.get(framework.module)
-        if module and _holds(model, tuple(getattr(module, name) for name in framework.models)):
+        kinds = tuple([getattr(module, name) for name in framework.models]) if module else ()
+        if any(isinstance(part, kinds) for part in (parts if framework.params else [model])):
             return framework
     return None
-
-
-def _holds(tree: object, kinds: tuple[type, ...]) -> bool:
-    parts = (children(tree) or {}).values()
-    return isinstance(tree, kinds) or any(_holds(part, kinds) for part in parts)
 
 
 def decide(
     model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, PlanRow]:
     framework = framework_of(model)
-    is_tree = type(model) in (dict, list, tuple)
-    if framework is None or (is_tree and framework.params is None):
+    if framework is None:
         kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
         raise TypeError(f"model is {kinds}, not {describe(model, 'optax')}")
-    if framework.params is None:
-        return framework.decide(RULES, model, inputs, keyword_inputs or {})
-    if inputs or keyword_inputs:
-        raise TypeError(
-            f"a {framework.module} module needs no example inputs: give the module alone"
-        )
-    return framework.decide(RULES, model)
+    return framework.decide(RULES, model, inputs, keyword_inputs or {})

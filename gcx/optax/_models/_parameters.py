@@ -18,14 +18,9 @@ Shape = tuple[int, ...]
 # Ends of the reason for a weight whose outputs belong to several maps, side by side.
 _IN_GROUPS, _ALL_GATES = SIDE_BY_SIDE = (" in groups", ", all gates")
 
-_AN_ARRAY = "an array or jax.ShapeDtypeStruct(shape, dtype)"
-
 
 class SingleLayer(NamedTuple):
-    """Answer of a rule that knows more of the weight in a single layer.
-
-    The shape tells the axes of a stack from the others.
-    """
+    """Answer of a rule that knows more of a weight; its shape tells the axes of a stack."""
 
     layout: str
     shape: Shape | None = None
@@ -40,10 +35,7 @@ Answers = Mapping[str, LayerAnswer]
 def decide_in_stack(
     name: str, shape: Shape, answer: LayerAnswer, rule: str, own_shape: Shape | None = None
 ) -> PlanRow:
-    """Make the row of a parameter whose layer may be in a stack.
-
-    `shape` has the axes of the stack; the layer itself sees `own_shape`, if that is known.
-    """
+    """Make the row of a parameter; its layer, which may be in a stack, sees `own_shape`."""
     if isinstance(answer, SingleLayer):
         own_shape = answer.shape or own_shape
         rule += _IN_GROUPS * answer.in_groups + _ALL_GATES * answer.all_gates
@@ -58,13 +50,10 @@ def decide_in_stack(
 
 
 def _with_stack(layout: Layout, shape: Shape, own_shape: Shape | None) -> Layout | None:
-    """Add the axes that the layer itself does not have; None if no place for them fits.
-
-    If its own shape is not known, they are in front, where `vmap` and `scan` put them.
-    """
+    """Add the axes that the layer itself does not have; None if no place for them fits."""
     if layout.is_split or shape == own_shape:
         return layout
-    if own_shape is None:
+    if own_shape is None:  # in front, where `vmap` and `scan` put them
         text = str(layout)
         return layout if "..." in text else Layout("b" * (len(shape) - len(text)) + text)
     letters = layout.letters(len(own_shape))
@@ -114,11 +103,9 @@ def decide_by_calls(
 
 
 def _join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, Seen]:
-    """Join the parameters of two calls; where they differ, a parameter is unknown.
-
-    A layer that runs the ``init`` of another model starts its names anew.
-    """
+    """Join the parameters of two calls; where they differ, a parameter is unknown."""
     joined = {**earlier, **later}
+    # A layer that runs the ``init`` of another model starts its names anew.
     for name in earlier.keys() & later.keys():
         first, second = earlier[name], later[name]
         if first != second:
@@ -128,14 +115,9 @@ def _join(earlier: Mapping[str, Seen], later: Mapping[str, Seen]) -> dict[str, S
 
 
 def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any) -> Any:
-    """Trace ``function(*inputs, **keyword_inputs)``, and return the shapes of its results.
-
-    Only arrays and `jax.ShapeDtypeStruct` are traced, unlike other arguments (``train=True``).
-    """
+    """Trace a function on its arrays, but not on other arguments (``train=True``)."""
     leaves, structure = jax.tree.flatten((inputs, keyword_inputs))
     arrays = {k: x for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
-    if not arrays and any(isinstance(given, (list, tuple)) for given in inputs):
-        raise TypeError(f"an example input is {_AN_ARRAY}, not {inputs!r}")
 
     def of_arrays(traced: Mapping[int, Any]) -> Any:
         mixed = [traced.get(k, leaf) for k, leaf in enumerate(leaves)]
@@ -146,5 +128,5 @@ def trace_shapes(function: Callable[..., Any], inputs: Any, keyword_inputs: Any)
         return jax.eval_shape(of_arrays, arrays)
     except Exception as error:
         if not arrays:
-            error.add_note(f"no example input is {_AN_ARRAY}")
+            error.add_note("no example input is an array or jax.ShapeDtypeStruct(shape, dtype)")
         raise

@@ -21,7 +21,7 @@ def params(model: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else None, model)
 
 
-def decide(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
+def decide(rules: Rules[LayerAnswer], model: Any, *_: Any) -> dict[str, PlanRow]:
     """Decide on each array of a tree of Equinox modules, by its name in ``equinox.filter``."""
     import equinox as eqx
 

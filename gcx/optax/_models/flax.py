@@ -25,7 +25,7 @@ def nnx_params(model: Any) -> Any:
     return nnx.state(model, nnx.Param)
 
 
-def decide_nnx(rules: Rules[LayerAnswer], model: Any) -> dict[str, PlanRow]:
+def decide_nnx(rules: Rules[LayerAnswer], model: Any, *_: Any) -> dict[str, PlanRow]:
     """Decide on each `nnx.Param` in a tree of nnx modules, by its name in ``nnx.state``."""
     from flax import nnx
 

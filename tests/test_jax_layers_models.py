@@ -22,13 +22,11 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
-import gcx.diagnostics
 import gcx.optax
 from gcx import Layout
-from gcx.diagnostics.jax import energy_removed
 from gcx.plan import LeaveAlone
 
-from jax_models import IMAGES, KEY, KEYS, OfEquinox, OfLinen, OfNnx, axes_of, plan_of, said
+from jax_models import IMAGES, KEY, OfEquinox, OfLinen, OfNnx, axes_of, plan_of, said
 from reference import centralized, fan_in_means
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -249,44 +247,6 @@ def test_filtered_trees_of_equinox() -> None:
         trained, state = step(trained, state)
     for before, after in zip(model.layers, trained.layers, strict=True):
         assert_means_kept(before.weight, after.weight, (1,))
-
-
-# --- diagnostics ----------------------------------------------------------------------------------
-
-
-def test_energy_of_equinox_modules_as_they_are() -> None:
-    model = eqx.nn.MLP(4, 3, 8, 1, key=KEY)
-    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
-
-    def loss(model: Any, x: Any) -> Any:
-        return jnp.mean(jax.vmap(model)(x) ** 2)
-
-    report = energy_removed(model, batches, loss, layouts=model)
-    grads = [eqx.filter_grad(loss)(model, x).layers[0].weight for x in batches]
-    expected = gcx.diagnostics.energy_removed([[grad] for grad in grads])
-    shares = {row.name: row.share for row in report.rows if row.share}
-    assert shares["layers/0/weight"] == pytest.approx(expected.rows[0].share, rel=1e-5)
-    assert list(shares) == ["layers/0/weight", "layers/1/weight"]
-
-
-def test_energy_of_nnx_modules_by_their_state() -> None:
-    rngs = nnx.Rngs(0)
-    layers = (nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs))
-    model = nnx.Sequential(*layers)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    before = jax.tree.map(np.array, rest)
-
-    def loss(params: Any, x: Any) -> Any:
-        return jnp.mean(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
-
-    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
-    report = energy_removed(params, batches, loss, layouts=model)
-    assert [(row.name, row.layout) for row in report.rows if row.share] == [
-        ("layers/0/kernel", Layout("io")),
-        ("layers/2/kernel", Layout("io")),
-    ]
-    assert {row.name: row.reason for row in report.rows}["layers/1/scale"] == "norm"
-    jax.tree.map(np.testing.assert_array_equal, rest, before)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -229,7 +229,5 @@ def test_the_energy_of_a_plan_is_that_of_its_groups(xp: ArrayLibrary) -> None:
     grads = {"up.weight": xp.asarray(x), "up.bias": xp.asarray(values(8))}
     report = energy_removed([grads], layouts=PLAN)
     removed = np.sum((xp.numpy(grads["up.weight"]) - by_group(x, 2)) ** 2) / np.sum(x**2)
-    assert [row.layout for row in report.rows] == [GROUPS, None]
-    share = report.rows[0].share
-    assert share is not None
-    assert share.removed == pytest.approx(removed, rel=1e-5)
+    assert [row.layout for row in report.plan] == [GROUPS, None]
+    assert report.shares["up.weight"].removed == pytest.approx(removed, rel=1e-5)

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gcx
+import gcx.diagnostics
 import gcx.torch
 from gcx import Layout
 
@@ -33,6 +34,7 @@ from sharded_training import (
     Sent,
     Weights,
     adamw,
+    backward,
     net,
     sgd,
     train,
@@ -439,6 +441,22 @@ def compiled() -> None:
         torch.testing.assert_close(found.full_tensor(), gcx.centralize(full))
 
 
-@pytest.mark.parametrize("task", [by_the_core, reproducibly, differentiated, compiled])
+def measured() -> None:
+    plan, single, sharded = gcx.torch.plan(net(EVEN)), net(EVEN), fully_shard(net(EVEN))
+    backward(single)
+    backward(sharded, distributed.get_rank(), distributed.get_world_size())
+    reports = [
+        gcx.diagnostics.energy_removed(
+            [{name: p.grad for name, p in model.named_parameters()}], layouts=plan
+        )
+        for model in (single, sharded)
+    ]
+    alone, spread = [[*report.shares.values(), report.total] for report in reports]
+    assert len(alone) == 5
+    for expected, found in zip(alone, spread, strict=True):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("task", [by_the_core, reproducibly, differentiated, compiled, measured])
 def test_public_functions(task: Any) -> None:
     processes.run(2, task)

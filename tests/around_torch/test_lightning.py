@@ -281,7 +281,7 @@ class OfCommandLine(Net):
 def test_means_stay_with_the_configuration_of_the_documentation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its trainer makes the optimizer itself, of a derived class."""
+    """Its trainer makes the optimizer itself, of a given class."""
     pytest.importorskip("jsonargparse")
     page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
     _, _, block = page.partition("```yaml\n")

@@ -153,19 +153,6 @@ class EnergyReport:
     total: Share | None
     batches: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain Python values, for JSON.
-
-        ``{"batches": int, "total": share, "parameters": {name: {..., "share": share}}}``, where
-        ``...`` is as in `gcx.plan.Plan.to_dict`, and a share is a dict of its attributes or None.
-        """
-        parameters = self.plan.to_dict()
-        for name, parameter in parameters.items():
-            share = self.shares.get(name)
-            parameter["share"] = share and share._asdict()
-        total = self.total and self.total._asdict()
-        return {"batches": self.batches, "total": total, "parameters": parameters}
-
     def bar_chart(self) -> Figure:
         """Draw a bar for each weight that has a share; a ValueError if none has.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,21 +244,6 @@ def test_table(report: EnergyReport) -> None:
     # Next to nothing is not zero.
     assert "  <0.001%  " in str(energy_removed([[np.array([[1.0, -0.999]])]]))
     assert "  0%  " in str(energy_removed([[np.array([[1.0, -1.0]])]]))
-
-
-def test_dict_is_plain(report: EnergyReport) -> None:
-    shown = report.to_dict()
-    assert json.loads(json.dumps(shown)) == shown
-    assert shown["batches"] == 2
-    assert list(shown["parameters"]) == ["conv", "<b>", "still", "even"]
-    assert shown["parameters"]["conv"] == {
-        "shape": [1, 1, 2],
-        "layout": "o...",
-        "reason": "as given",
-        "share": {"removed": 10 / 12, "lowest": 0.8, "highest": 1.0, "by_chance": 0.5},
-    }
-    assert shown["parameters"]["still"]["share"] is None
-    assert set(shown["total"]) == {"removed", "lowest", "highest", "by_chance"}
 
 
 def test_html_has_every_cell_escaped(report: EnergyReport) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
@@ -52,27 +53,24 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
     """
     decisions = decide(model, Options(overrides=overrides))
-    return Matrices(model, {p: _row_of_matrices(decision) for p, decision in decisions.items()})
+    rows = {parameter: _row_of_matrices(decision) for parameter, decision in decisions.items()}
+    weights = {row.name: parameter for parameter, row in rows.items() if row.layout}
+    rest = {row.name: parameter for parameter, row in rows.items() if not row.layout}
+    return Matrices(model, Plan(rows.values()), weights, rest)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Matrices:
     """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it.
 
-    Parameters
+    Attributes
     ----------
     model : torch.nn.Module
         The model.
-    rows : mapping of torch.Tensor to gcx.plan.PlanRow
-        All parameters of the model; those with a layout are matrices.
-
-    Attributes
-    ----------
     plan : gcx.plan.Plan
-        The rows.
-    weights : dict
-        The parameters that are matrices, by name.
-    rest : dict
-        All other parameters, by name.
+        The decision on each parameter; those with a layout are matrices.
+    weights, rest : dict of str to torch.Tensor
+        The parameters that are matrices, and all others, by name.
 
     Examples
     --------
@@ -85,11 +83,10 @@ class Matrices:
     torch.Size([8, 4, 3])
     """
 
-    def __init__(self, model: nn.Module, rows: Mapping[Tensor, PlanRow]) -> None:
-        self._model = model
-        self.plan: Plan = Plan(rows.values())
-        self.weights: dict[str, Tensor] = {r.name: p for p, r in rows.items() if r.layout}
-        self.rest: dict[str, Tensor] = {r.name: p for p, r in rows.items() if not r.layout}
+    model: nn.Module
+    plan: Plan
+    weights: dict[str, Tensor]
+    rest: dict[str, Tensor]
 
     def split(self, name: str, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the shape of a weight to (stack, out, fan-in): a view if possible."""
@@ -116,29 +113,27 @@ class Matrices:
                 f"{sharded[0]} is a DTensor, and a shard may hold no whole matrix; in a step of "
                 "your own, split a full_tensor()"
             )
-        held = {
-            name: [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())]
+        held = [
+            (name, weight, [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())])
             for name, weight in self.weights.items()
-        }
+        ]
 
         @torch.no_grad()
         def load() -> None:
-            for name, own in held.items():
-                weight = self.weights[name]
+            for name, weight, own in held:
                 values, grad = self.split(name, weight.detach()), weight.grad
                 grads = [None] * len(own) if grad is None else self.split(name, grad)
                 for matrix, value, part in zip(own, values, grads, strict=True):
                     matrix.data, matrix.grad = value, part
 
         def zero_grad(*_: Any, **__: Any) -> None:
-            for name, own in held.items():
-                for parameter in (self.weights[name], *own):
+            for _name, weight, own in held:
+                for parameter in (weight, *own):
                     parameter.grad = None
 
         @torch.no_grad()
         def store(*_: Any) -> None:
-            for name, own in held.items():
-                weight = self.weights[name]
+            for name, weight, own in held:
                 if weight.grad is not None:
                     weight.copy_(self.join(name, torch.stack([*own])))
             zero_grad()
@@ -147,8 +142,8 @@ class Matrices:
             return lambda *args: (closure(*args), load())[0]
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            here = {*self._model.parameters()}
-            if gone := [name for name, weight in self.weights.items() if weight not in here]:
+            here = {*self.model.parameters()}
+            if gone := [name for name, weight, _ in held if weight not in here]:
                 raise RuntimeError(
                     f"{gone[0]} was replaced in the model, and the optimizer would move the old "
                     "one; call gcx.torch.matrices and make the optimizer after that"
@@ -156,7 +151,7 @@ class Matrices:
             load()
             return wrap_closures(load_after, args, kwargs)
 
-        optimizer = kind([matrix for own in held.values() for matrix in own], **options)
+        optimizer = kind([matrix for *_, own in held for matrix in own], **options)
         optimizer.register_step_pre_hook(before_step)
         optimizer.register_step_post_hook(store)
         vars(optimizer)["zero_grad"] = zero_grad

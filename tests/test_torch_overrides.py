@@ -163,7 +163,7 @@ def test_errors_of_other_models() -> None:
         with pytest.raises(ValueError, match=r"weight of shape \(6, 4, 3\) does not fit Layout\('"):
             gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    with pytest.raises(ValueError, match="this LayerNorm .* holds none .of two axes, if"):
+    with pytest.raises(ValueError, match=r"this LayerNorm .* holds none \(of two axes"):
         gcx.torch.plan(model, overrides={model[1]: "oi"})
     with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})

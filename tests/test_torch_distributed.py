@@ -214,25 +214,6 @@ def test_decay_outside(spread: Any) -> None:
         assert_weights(weights, expected)
 
 
-def sent_by_plain_expression() -> list[tuple[str, int]]:
-    """What everybody would write for the gradients of a sharded layer."""
-    model, part, parts = fsdp2_along_fan_in(EVEN)
-    optimizer = sgd(model.parameters())
-
-    def centralize() -> None:
-        grad = model.wide.weight.grad
-        model.wide.weight.grad = grad - grad.mean(1, keepdim=True)
-
-    return train(model, optimizer, part, parts, centralize)
-
-
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 sends sums for it")
-def test_plain_expression_gathers_the_gradient() -> None:
-    """Or the tests above could not fail."""
-    for sent in processes.run(2, sent_by_plain_expression):
-        assert ("all_gather_into_tensor", EVEN * 54 // 2) in sent
-
-
 def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> Weights:
     """Train, and go on with Gradient Centralization, in the same optimizer or from its state."""
     model, part, parts = spread(hidden)
@@ -282,29 +263,18 @@ def test_momentum_of_a_zero_redundancy_optimizer() -> None:
     assert sum(int(match[1]) for match in found if match) == 4
 
 
-def errors_under_fsdp1(use_orig_params: bool) -> list[str]:
-    model = FullyShardedDataParallel(
-        net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    errors = []
-    for call in (
-        lambda: gcx.torch.centralize(sgd(model.parameters()), model),
-        lambda: gcx.torch.centralize(adamw(model.parameters()), model, where="update"),
-        lambda: gcx.torch.centralize_in_backward(model),
-        lambda: gcx.torch.plan(model),
-    ):
-        with pytest.raises(RuntimeError) as caught:
-            call()
-        errors.append(str(caught.value))
-    return errors
-
-
-@pytest.mark.parametrize("use_orig_params", [False, True])
-def test_fsdp1_is_an_error_that_says_what_to_do(use_orig_params: bool) -> None:
-    for errors in processes.run(2, errors_under_fsdp1, use_orig_params):
-        for error in errors:
-            assert "the shapes of the layers are gone" in error
-            assert "gcx.torch.centralize_in_backward(model) before" in error
+def refused_under_fsdp1() -> None:
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(
+            net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        told = r"the shapes of the layers are gone.*centralize_in_backward\(model\) before"
+        for call in (gcx.torch.centralize_in_backward, gcx.torch.plan):
+            with pytest.raises(RuntimeError, match=told):
+                call(model)
+        for where in ("gradient", "update"):
+            with pytest.raises(RuntimeError, match=told):
+                gcx.torch.centralize(sgd(model.parameters()), model, where=where)
 
 
 WEIGHTS = [
@@ -457,6 +427,8 @@ def measured() -> None:
         assert found == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("task", [by_the_core, reproducibly, differentiated, compiled, measured])
+@pytest.mark.parametrize(
+    "task", [by_the_core, reproducibly, differentiated, compiled, measured, refused_under_fsdp1]
+)
 def test_public_functions(task: Any) -> None:
     processes.run(2, task)

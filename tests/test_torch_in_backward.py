@@ -158,15 +158,8 @@ def test_parameter_that_is_replaced_or_unfrozen_is_found_in_the_next_pass() -> N
         assert_centralized(layer.weight.grad)
 
 
-def pulled_back(loss: Callable[..., Tensor], weights: dict[str, Tensor]) -> Any:
-    value, pull_back = torch.func.vjp(loss, weights, X)
-    return pull_back(torch.ones_like(value))[0]
-
-
 BY_FUNC: dict[str, Callable[..., Any]] = {
     "grad": lambda loss, weights: grad(loss)(weights, X),
-    "vjp": pulled_back,
-    "jacrev": lambda loss, weights: torch.func.jacrev(loss)(weights, X),
     "per example": lambda loss, weights: vmap(grad(loss), (None, 0))(weights, X),
     "ensemble": lambda loss, weights: vmap(grad(loss), (0, None))(
         {name: torch.stack([weight, -weight]) for name, weight in weights.items()}, X
@@ -282,18 +275,6 @@ def test_gradients_that_never_came_are_noticed_at_the_end(watched: Any) -> None:
         handle.remove()
 
 
-def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
-    cell, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), X.float()
-    handle = gcx.torch.centralize_in_backward(cell)
-    for _ in range(10):
-        x = cell(x)
-    x.sum().backward()
-    handle.remove()
-    handle = gcx.torch.centralize_in_backward(cell)
-    cell(X.float())
-    handle.remove()
-
-
 def test_weights_that_change_without_a_gradient_are_noticed() -> None:
     """As where the loop estimates gradients by itself."""
     layer = nn.Linear(6, 6)
@@ -321,28 +302,33 @@ def test_layer_that_is_replaced_is_noticed_once(is_kept: bool) -> None:
     kept.clear()
 
 
-def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:
+def test_passes_without_training_are_no_reason_to_warn(watched: Any) -> None:
+    """A weight without a gradient so far may have one when training goes on."""
+    model, handle = watched
+    for has_begun in (False, True):
+        if has_begun:
+            model[1](X.float()).sum().backward()
+        for _ in range(10):
+            model.eval()(X.float())
+            with torch.no_grad():
+                model.train()(X.float())
+    model(X.float()).sum().backward()
+    handle.remove()
+
+
+def test_frozen_weights_and_unrolled_cells_are_no_reason_to_warn(watched: Any) -> None:
     model, handle = watched
     model[0].requires_grad_(False)
     for _ in range(10):
         model(X.float()).sum().backward()
     handle.remove()
-
-
-@pytest.mark.parametrize(("is_training", "records"), [(False, True), (True, False)])
-@pytest.mark.parametrize("has_begun", [False, True])
-def test_passes_without_training_are_no_reason_to_warn(
-    has_begun: bool, is_training: bool, records: bool, watched: Any
-) -> None:
-    """A weight without a gradient so far may have one when training goes on."""
-    model, handle = watched
-    if has_begun:
-        model[1](X.float()).sum().backward()
-    with torch.set_grad_enabled(records):
-        for _ in range(10):
-            model.train(is_training)(X.float())
-    model.train()(X.float()).sum().backward()
+    cell, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), X.float()
+    handle = gcx.torch.centralize_in_backward(cell)
+    for _ in range(10):
+        x = cell(x)
+    x.sum().backward()
     handle.remove()
+    gcx.torch.centralize_in_backward(cell).remove()
 
 
 CPU = {"device_id": torch.device("cpu")}

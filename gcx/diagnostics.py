@@ -27,7 +27,6 @@ __all__ = ["EnergyReport", "Share", "energy_removed"]
 _HEADER = ("parameter", "shape", "layout", "removed", "in batches", "by chance", "reason")
 _NUMBERS = (3, 4, 5)  # columns of numbers
 _Energy = tuple[float, float]  # what subtracting the means removes, and all
-_ABSENT = "no gradient"
 _LEFT_ALONE = LeaveAlone("left alone by layouts")
 
 
@@ -37,8 +36,7 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
     The energy of the gradient :math:`g` of an output unit with fan-in :math:`M` and mean
     :math:`\mu` is :math:`\lVert g \rVert^2`, and centralizing it removes :math:`M \mu^2`
     (Proposition 4.2). The share of a weight is the energy removed from all of its output units,
-    divided by their energy. Sums are in float64 for every dtype. The report has one row per array,
-    in the order of the first batch.
+    divided by their energy. Sums are in float64 for every dtype.
 
     Parameters
     ----------
@@ -46,7 +44,8 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
         The gradients of each batch, as `gcx.centralize_many` takes them. A generator is enough:
         they are measured one batch at a time. Every process must call this with its DTensors.
     layouts : Layout, str, mapping, sequence or Plan, optional
-        As in `gcx.centralize_many`. The report keeps the reasons of a plan.
+        As in `gcx.centralize_many`. With a plan, the report keeps its reasons, and has a row for a
+        gradient that is None in every batch.
 
     Raises
     ------
@@ -87,11 +86,15 @@ def energy_removed(grads: Iterable[Any], /, *, layouts: Layouts = OUTPUT_FIRST) 
         for (name, grad), layout in zip(named, layouts_for(named, layouts, like=tree), strict=True):
             if isinstance(layouts, Plan):
                 rows[name] = layouts[name]
-            else:
-                rows[name] = _row(name, grad, layout, rows.get(name))
-            if grad is not None:
-                batch.append(_measure(grad, rows[name]))
-                energies.setdefault(name, []).append(batch[-1])
+            if grad is None:
+                continue
+            shape = tuple(grad.shape)
+            if name not in rows:
+                rows[name] = decide_row(name, shape, layout or _LEFT_ALONE, "as given")
+            if rows[name].shape != shape:
+                raise ValueError(f"{name} has shape {shape}, and {rows[name].shape} before")
+            batch.append(_measure(grad, rows[name]))
+            energies.setdefault(name, []).append(batch[-1])
         of_batches.append(_sum(batch))
     if not of_batches:
         raise ValueError("grads is empty; if it is an iterator, it may have been used up before")
@@ -206,16 +209,6 @@ def _share_cells(share: Share | None) -> tuple[str, str, str]:
     percent = ["<0.001%" if 0 < x < 1e-5 else f"{100 * x:.3g}%" for x in share]
     removed, lowest, highest, by_chance = percent
     return removed, f"{lowest} to {highest}", by_chance
-
-
-def _row(name: str, grad: Any, layout: Layout | None, known: PlanRow | None) -> PlanRow:
-    """Make the row of a gradient; `known` is its row in an earlier batch."""
-    if grad is None:
-        return known or PlanRow(name, (), None, _ABSENT)
-    shape = tuple(grad.shape)
-    if known and known.reason != _ABSENT and known.shape != shape:
-        raise ValueError(f"{name} has shape {known.shape} in one batch, and {shape} in another")
-    return decide_row(name, shape, layout or _LEFT_ALONE, "as given")
 
 
 def _measure(grad: Any, row: PlanRow) -> _Energy:

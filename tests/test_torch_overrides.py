@@ -47,45 +47,43 @@ def test_keys(key: str) -> None:
     assert plan(model, {make_key(model): None}) == expected
 
 
-def test_names() -> None:
-    tensors = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
-    # The name with brackets matches the other as a glob.
-    assert plan(tensors, {"w[0]": "oi"}) == dict.fromkeys(("w0", "w[0]"), ("oi", "override"))
-    layer = nn.Linear(3, 2)
-    assert plan(layer, {layer: None}) == {"weight": AS_GIVEN, "bias": AS_GIVEN}
-    twice = nn.ModuleDict({"encoder": layer, "decoder": layer})
-    found = plan(twice, {"decoder.weight": "io"})
-    assert found == {"encoder.weight": ("io", "override"), "encoder.bias": (None, "bias")}
+MODEL, LAYER = new_model(), nn.Linear(4, 3, bias=False)
+# The name with brackets matches the other as a glob.
+TENSORS = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
+IO, BIAS, SOON = ("io", "override"), (None, "bias"), LeaveAlone("frozen soon")
+GROUPS = Layout("(bi)o...", b=3)
 
 
-@pytest.mark.parametrize("value", ["io", Layout("...o")], ids=repr)
-def test_values(value: Any) -> None:
-    found = plan(new_model(), dict.fromkeys(("1.weight", "0.weight", "2.weight"), value))
-    for name in ("0.weight", "1.weight", "2.weight"):
-        assert found[name] == (str(value), "override")
-    assert found["3.weight"] == ("o...", "Linear")
-
-
-def test_answers() -> None:
-    model = new_model()
-    found = plan(model, {model[1]: LeaveAlone("frozen soon"), model[2]: LeaveAlone("norm of mine")})
-    assert found["1.weight"] == found["1.bias"] == (None, "frozen soon")
-    assert found["2.weight"] == (None, "norm of mine")
-    found = plan(model, {model[1]: "io"})  # which is not for its vectors
-    assert (found["1.weight"], found["1.bias"]) == (("io", "override"), (None, "bias"))
-    assert plan(model, {"1.bias": "i"})["1.bias"] == ("i", "override")
-    (row,) = gcx.torch.plan(nn.Linear(1, 3, bias=False), overrides={"weight": "oi"})
-    assert (row.layout, row.reason) == (None, "fan-in 1: subtracting its mean would freeze it")
-    given = Layout("(bi)o...", b=3)
-    (row,) = gcx.torch.plan(nn.Conv1d(4, 6, 3, bias=False), overrides={"weight": given})
-    assert (row.layout, row.reason) == (given, "override, 3 groups")
-
-
-def test_first_key_counts() -> None:
-    model = new_model()
-    found = plan(model, {"3.weight": "io", "*.weight": None, model[3]: "oi"})
-    assert (found["3.weight"], found["1.weight"]) == (("io", "override"), AS_GIVEN)
-    assert plan(model, {"*.weight": None, "3.weight": "io"})["3.weight"] == AS_GIVEN
+@pytest.mark.parametrize(
+    ("model", "overrides", "rows"),
+    [
+        (TENSORS, {"w[0]": "io"}, {"w0": IO, "w[0]": IO}),
+        (LAYER, {LAYER: None}, {"weight": AS_GIVEN}),
+        (nn.ModuleDict({"a": LAYER, "b": LAYER}), {"b.weight": "io"}, {"a.weight": IO}),
+        (MODEL, {"1.weight": "io"}, {"1.weight": IO, "3.weight": ("o...", "Linear")}),
+        (MODEL, {"[02].weight": Layout("io")}, {"0.weight": IO, "2.weight": IO}),
+        (MODEL, {MODEL[1]: SOON}, dict.fromkeys(("1.weight", "1.bias"), (None, "frozen soon"))),
+        # Which is not for its vectors.
+        (MODEL, {MODEL[1]: "io"}, {"1.weight": IO, "1.bias": BIAS}),
+        (MODEL, {"1.bias": "i"}, {"1.bias": ("i", "override")}),
+        # The first key counts.
+        (
+            MODEL,
+            {"3.weight": "io", "*.weight": None, MODEL[3]: "oi"},
+            {"3.weight": IO, "1.weight": AS_GIVEN},
+        ),
+        (MODEL, {"*.weight": None, "3.weight": "io"}, {"3.weight": AS_GIVEN}),
+        (
+            nn.Linear(1, 3, bias=False),
+            {"weight": "oi"},
+            {"weight": (None, "fan-in 1: subtracting its mean would freeze it")},
+        ),
+        (nn.Conv1d(4, 6, 3), {"weight": GROUPS}, {"weight": (str(GROUPS), "override, 3 groups")}),
+    ],
+)
+def test_answers(model: nn.Module, overrides: Any, rows: dict[str, Any]) -> None:
+    found = plan(model, overrides)
+    assert {**found, **rows} == found
 
 
 @pytest.mark.parametrize("by", ["embedding", "head"])
@@ -117,14 +115,12 @@ def test_weights_that_are_made_of_others() -> None:
 
 
 def test_override_comes_before_layers() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 3, 2, bias=False), nn.Linear(4, 3), nn.Linear(4, 3))
-    found = plan(model, {"1.weight": "oi", "0.*": None}, layers="conv")
-    assert found["0.weight"] == AS_GIVEN
-    assert found["1.weight"] == ("oi", "override")
-    assert found["2.weight"] == (None, "not a convolution, and layers='conv'")
+    found = plan(MODEL, {"1.weight": "io"}, layers="conv")
+    assert found["1.weight"] == IO
+    assert found["3.weight"] == (None, "not a convolution, and layers='conv'")
 
 
-MODEL, STRANGER = new_model(), nn.Parameter(torch.zeros(3, 4))
+STRANGER = nn.Parameter(torch.zeros(3, 4))
 NO_KEY = "a key is the name of a parameter, a glob, a parameter or"
 NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx\.Layout, not "
 
@@ -132,13 +128,8 @@ NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (
-            {"1.wieght": None},
-            ValueError,
-            r"'1\.wieght' matches no parameter; there are: 0\.weight, 1",
-        ),
+        ({"1.w": None}, ValueError, r"'1\.w' matches no parameter; there are: 0\.weight, 1"),
         ({"*.wieght": None}, ValueError, r"'\*\.wieght' matches no parameter"),
-        ({"2.conv*": None}, ValueError, "matches no parameter"),
         ({STRANGER: None}, ValueError, "this Parameter is no parameter of the model"),
         ({nn.Linear(4, 3): None}, ValueError, "this Linear .* the model and holds none"),
         ({nn.ReLU(): None}, ValueError, "this ReLU .* the model and holds none"),
@@ -171,7 +162,7 @@ def test_errors_of_other_models() -> None:
         gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": "io"})
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
 def test_weight_without_gradient(dtype: torch.dtype) -> None:
     layer = nn.Linear(4, 2)
     layer.weight = nn.Parameter(torch.zeros(2, 4).to(dtype), requires_grad=False)

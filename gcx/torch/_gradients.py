@@ -76,8 +76,8 @@ def centralize_grads_(
     """
     options = Options("gradient", None, strength, layers, overrides, reproducible)
     decisions = decide(model, options)
-    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
-    centralize_gradients(weights, decisions, options.strength)
+    weights = weights_of(decisions.items(), reproducible=reproducible)
+    centralize_gradients([*weights], decisions, options.strength)
 
 
 def centralize_gradients(
@@ -165,10 +165,8 @@ class CentralizationInBackward:
         decisions = decide(model, options)
         self._kind = type(model).__name__
         self.plan: Plan = plan_of(decisions)
-        self._places = [
-            _Place(weight, decisions[weight.parameter], options.strength)
-            for weight in weights_of(decisions.items(), reproducible=options.reproducible)
-        ]
+        weights = weights_of(decisions.items(), reproducible=options.reproducible)
+        self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]
         refuse_empty(self.plan, f"this {self._kind}", hint=HINT)
         if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
             raise ValueError(
@@ -214,7 +212,7 @@ class CentralizationInBackward:
             return
         inside = {*model.modules()}
         if gone := [place for place in self._places if place.holder() not in inside]:
-            self._places = [place for place in self._places if place not in gone]
+            self._places = [place for place in self._places if place.holder() in inside]
             warn(
                 f"the layer of {gone[0].name} was replaced or removed, and backward centralizes no "
                 "layer that came later; .remove() this handle, and call centralize_in_backward anew"
@@ -281,6 +279,11 @@ class _Place:
         self._weight, self._shape = weight._replace(parameter=torch.empty(0)), decision.row.shape
         self._strength = strength
 
+    def find_trained(self) -> Tensor | None:
+        """Return the tensor if it is trained, in any shape."""
+        found = getattr(self.holder(), self._key, None)
+        return found if isinstance(found, Tensor) and found.requires_grad else None
+
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight, and will get a gradient."""
         found = self.find_trained()
@@ -288,8 +291,7 @@ class _Place:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
         is_plain = type(found) is Tensor and not is_functorch_wrapped_tensor(found)
-        is_freed = is_plain and found.untyped_storage().nbytes() == 0
-        return None if is_freed else found
+        return None if is_plain and not found.untyped_storage().nbytes() else found
 
     def centralize(self, grad: Tensor) -> Tensor:
         """Return a centralized gradient; a hook of the tensor."""
@@ -299,8 +301,3 @@ class _Place:
         self._weight.check(grad)
         _, _, fan_in, reproducible = self._weight
         return _torch.centralize_over(grad, fan_in, self._strength, reproducible)
-
-    def find_trained(self) -> Tensor | None:
-        """Return the tensor if it is trained, in any shape."""
-        found = getattr(self.holder(), self._key, None)
-        return found if isinstance(found, Tensor) and found.requires_grad else None

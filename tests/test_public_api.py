@@ -77,9 +77,13 @@ def test_everything_public_is_documented_and_has_an_example(module: Any) -> None
     missing = []
     for name, value in public(module).items():
         text = inspect.getdoc(value) or ""
-        if "\nExamples\n--------\n" not in text:
+        # Such a class is made by a function alone, which has the example.
+        maker = re.search(rf"; `{module.__name__}\.(\w+)` returns (it|them)\.$", text, re.MULTILINE)
+        if maker is not None:
+            assert maker[1] in public(module)
+        elif "\nExamples\n--------\n" not in text:
             missing.append(name)
-        for argument in inspect.signature(value).parameters:
+        for argument in () if maker else inspect.signature(value).parameters:
             is_described = re.search(rf"^[\w, *]*\b{argument}\b", text, re.MULTILINE)
             if not (argument.startswith("_") or is_described):
                 missing.append(f"{name}({argument})")

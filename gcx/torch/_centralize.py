@@ -94,23 +94,7 @@ def centralize(
 
 
 class GradientCentralization:
-    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it.
-
-    Parameters
-    ----------
-    optimizer, model, options
-        As in `gcx.torch.centralize`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> model = torch.nn.Linear(3, 2)
-    >>> handle = gcx.torch.centralize(torch.optim.SGD(model.parameters()), model)
-    >>> handle.plan["weight"].reason
-    'Linear'
-    >>> handle.remove()
-    """
+    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
         optimizer = _find_optimizer(optimizer)

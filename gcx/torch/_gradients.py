@@ -140,25 +140,12 @@ def centralize_in_backward(
 
 
 class CentralizationInBackward:
-    """Gradient Centralization at work in backward; `centralize_in_backward` returns it.
-
-    Parameters
-    ----------
-    model, options
-        As in `gcx.torch.centralize_in_backward`.
+    """Gradient Centralization at work in backward; `gcx.torch.centralize_in_backward` returns it.
 
     Attributes
     ----------
     plan : gcx.plan.Plan
         The decision on each parameter of the model.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
-    >>> handle.plan["weight"].reason
-    'Linear'
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:

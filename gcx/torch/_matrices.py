@@ -43,6 +43,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
 
     Examples
     --------
+    >>> import torch
     >>> from torch import nn
     >>> import gcx.torch
     >>> model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(48, 2))
@@ -51,6 +52,8 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     torch.Size([2, 4, 18])
     >>> {name: found.plan[name].reason for name in found.rest}
     {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
+    >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
+    >>> adamw = torch.optim.AdamW(found.rest.values())
     """
     decisions = decide(model, Options(overrides=overrides))
     rows = {parameter: _row_of_matrices(decision) for parameter, decision in decisions.items()}
@@ -71,16 +74,6 @@ class Matrices:
         The decision on each parameter; those with a layout are matrices.
     weights, rest : dict of str to torch.Tensor
         The parameters that are matrices, and all others, by name.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> found = gcx.torch.matrices(torch.nn.Conv1d(4, 8, 3))
-    >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
-    >>> adamw = torch.optim.AdamW(found.rest.values())
-    >>> found.join("weight", found.split("weight", found.weights["weight"])).shape
-    torch.Size([8, 4, 3])
     """
 
     model: nn.Module

@@ -132,8 +132,8 @@ class EnergyReport:
     plan : gcx.plan.Plan
         One row per parameter, including those left alone. The reason says so where a gradient is
         absent, zero or not finite.
-    shares : dict of str to Share
-        The shares of the other weights, by name.
+    shares : dict
+        The `Share` of each other weight, by name.
     total : Share or None
         The share of all parameters together.
     batches : int

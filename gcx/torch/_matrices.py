@@ -68,15 +68,15 @@ class Matrices:
 
     Attributes
     ----------
-    model : torch.nn.Module
-        The model.
     plan : gcx.plan.Plan
         The decision on each parameter; those with a layout are matrices.
-    weights, rest : dict of str to torch.Tensor
-        The parameters that are matrices, and all others, by name.
+    weights : dict
+        The parameters that are matrices, by name.
+    rest : dict
+        All other parameters, by name.
     """
 
-    model: nn.Module
+    _model: nn.Module
     plan: Plan
     weights: dict[str, Tensor]
     rest: dict[str, Tensor]
@@ -135,7 +135,7 @@ class Matrices:
             return lambda *args: (closure(*args), load())[0]
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            here = {*self.model.parameters()}
+            here = {*self._model.parameters()}
             if gone := [name for name, weight, _ in held if weight not in here]:
                 raise RuntimeError(
                     f"{gone[0]} was replaced in the model, and the optimizer would move the old "

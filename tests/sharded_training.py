@@ -66,6 +66,10 @@ def whole_weights(model: nn.Module) -> Weights:
     return {name: whole(p.detach()).cpu().clone() for name, p in named.items()}
 
 
+def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 class Sent(CommDebugMode):
     """What is sent inside: the name of each collective, and the number of elements it takes."""
 

@@ -24,7 +24,7 @@ import gcx.torch
 from gcx.testing import assert_centralized
 
 import processes
-from sharded_training import Weights, whole_weights
+from sharded_training import Weights, assert_weights, whole_weights
 
 STEPS = 4
 X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -91,10 +91,6 @@ def expected() -> Weights:
     gcx.torch.centralize(optimizer, model)
     train(model, optimizer)
     return whole_weights(model)
-
-
-def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}

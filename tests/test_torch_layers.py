@@ -174,8 +174,11 @@ class _Mine(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape))
 
 
-class _Router(nn.Linear):
-    pass
+def _declared(rule: Any, kind: Any, *arguments: Any) -> Any:
+    """Make a layer of a subclass that has a rule."""
+    kind = type("Declared", (kind,), {})
+    gcx.torch.register_layer(kind)(rule)
+    return kind(*arguments)
 
 
 def _parametrization(name: str, forward: Any, right_inverse: Any = None) -> nn.Module:
@@ -188,8 +191,6 @@ FLAT = _parametrization("_Flat", lambda _, w: w.reshape(3, 4), lambda _, w: w.fl
 PRODUCT = _parametrization("_Product", lambda _, a, b: a @ b, lambda _, w: (torch.eye(len(w)), w))
 TRANSPOSE = _parametrization("_Transposed", lambda _, w: w.T, lambda _, w: w.T)
 UNIT = _parametrization("_Length", lambda _, w: w / w.norm(dim=1, keepdim=True))
-
-gcx.torch.register_layer(_Router)(lambda _: {"weight": "oi"})
 
 
 def _linear(**attributes: nn.Module | Tensor) -> nn.Module:
@@ -250,7 +251,10 @@ ORIGINAL = "parametrizations.weight.original"
         (lambda: nn.Conv2d(4, 4, 1, groups=4), {"weight": FAN_IN_ONE}),
         (_codebook, {"weight": f"{TIED}Linear; codebook: {UNKNOWN}Linear.codebook"}),
         (lambda: _tied(nn.Linear(4, 4), nn.Linear(4, 4)), {"0.weight": BY_ROWS}),
-        (lambda: _tied(nn.Linear(4, 4), _Router(4, 4)), {"0.weight": BY_ROWS}),
+        (
+            lambda: _tied(nn.Linear(4, 4), _declared({"weight": "oi"}, nn.Linear, 4, 4)),
+            {"0.weight": BY_ROWS},
+        ),
         (Codes, {"codes.0": f"{UNKNOWN}Codes.codes.0", "codes.1": "a vector has no fan-in"}),
         (Codes, {"nested.a.0": f"{UNKNOWN}Codes.nested.a.0"}),
         (lambda: Codes().codes, {"0": f"{UNKNOWN}ParameterList.0"}),
@@ -313,24 +317,13 @@ def test_rule_of_a_subclass_needs_to_say_only_what_is_new() -> None:
 
 
 def test_rule_of_a_module_can_answer_for_its_children() -> None:
-    class Declared(Codes):
-        pass
-
-    gcx.torch.register_layer(Declared)(
-        lambda _: {"codes.*": LeaveAlone("codes"), "nested.*.*": "oi", "backwards.weight": "io"}
-    )
-    plan = gcx.torch.plan(nn.Sequential(Declared()))
+    rule = {"codes.*": LeaveAlone("codes"), "nested.*.*": "oi", "backwards.weight": "io"}
+    plan = gcx.torch.plan(nn.Sequential(_declared(rule, Codes)))
     found = {row.name.removeprefix("0."): str(row.layout or row.reason) for row in plan}
     said = {"codes.0": "codes", "codes.1": "codes", "nested.a.0": "oi", "backwards.weight": "io"}
     assert found == {**said, "backwards.bias": "bias"}  # of which the rule says nothing
-
-
-def test_glob_for_the_parameters_of_a_layer_does_not_reach_its_children() -> None:
-    class Greedy(Codes):
-        pass
-
-    gcx.torch.register_layer(Greedy)(lambda _: {"*": None})
-    assert _decision(Greedy(), "backwards.weight") == BY_ROWS
+    # A glob does not reach the children.
+    assert _decision(_declared({"*": None}, Codes), "backwards.weight") == BY_ROWS
 
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
@@ -383,22 +376,18 @@ def test_models_without_shapes_are_an_error() -> None:
 
 
 def test_layout_of_a_rule_is_checked() -> None:
-    class Wrong(_Mine):
-        answer: object = "oi"
-
-    gcx.torch.register_layer(Wrong)(lambda layer: {"weight": layer.answer})
-    model = Wrong(2, 3)
-    assert declared_layout(model, "weight") == Layout("oi")
+    model = _declared(lambda layer: {"weight": layer.answer}, _Mine, 2, 3)
     for model.answer, error, message in (
-        (Layout("(bi)...", b=3), RuntimeError, r"where a Wrong has Layout\('\(bi\)\.\.\.', b=3\)"),
-        ("out", ValueError, r"the rule of Wrong answers 'out' for 'weight': layout"),
-        (1, TypeError, r"the rule of Wrong answers 1 for 'weight': a layout is"),
+        (Layout("(bi)...", b=3), RuntimeError, r"where a Declared has Layout\('\(bi\)\.\.\.', b=3"),
+        ("out", ValueError, r"the rule of Declared answers 'out' for 'weight': layout"),
+        (1, TypeError, r"the rule of Declared answers 1 for 'weight': a layout is"),
     ):
         with pytest.raises(error, match=message):
             gcx.torch.plan(model)
-    gcx.torch.register_layer(Wrong)(lambda _: {"wieght": "io"})
-    with pytest.raises(ValueError, match="the rule of Wrong speaks of 'wieght', which this Wrong"):
-        gcx.torch.plan(model)
+    model.answer = "oi"
+    assert declared_layout(model, "weight") == Layout("oi")
+    with pytest.raises(ValueError, match="the rule of Declared speaks of 'wieght', which this De"):
+        gcx.torch.plan(_declared({"wieght": "io"}, _Mine, 2, 3))
 
 
 def test_rule_may_speak_of_what_is_optional() -> None:
@@ -408,8 +397,7 @@ def test_rule_may_speak_of_what_is_optional() -> None:
             self.scale = None
             self.add_module("0", nn.Linear(4, 3))
 
-    gcx.torch.register_layer(Optional)(
-        lambda _: {"bias": None, "scale": None, "offset*": None, "0.weight": "io", "weight": "oi"}
-    )
-    for layer in (Optional(), parametrizations.spectral_norm(Optional())):
+    names = {"bias": None, "scale": None, "offset*": None, "0.weight": "io", "weight": "oi"}
+    layers = [_declared(names, Optional) for _ in range(2)]
+    for layer in (layers[0], parametrizations.spectral_norm(layers[1])):
         assert {str(row.layout) for row in gcx.torch.plan(layer) if row.layout} == {"oi", "io"}

@@ -19,7 +19,7 @@ from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
-from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
 from gcx.torch._weights import (
     Weak,
@@ -151,7 +151,7 @@ class CentralizationInBackward:
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
-        self.plan: Plan = plan_of(decisions)
+        self.plan = Plan(decision.row for decision in decisions.values())
         weights = weights_of(decisions.items(), reproducible=options.reproducible)
         self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]
         refuse_empty(self.plan, f"this {self._kind}", hint=HINT)

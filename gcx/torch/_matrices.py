@@ -178,9 +178,8 @@ def _count_maps(layer: nn.Module | None, units: int) -> int:
     """Count the linear maps among the output units of a weight: groups, projections or gates."""
     if isinstance(layer, CONVOLUTIONS):
         return layer.groups
-    width: int = units
     if isinstance(layer, nn.MultiheadAttention):
-        width = layer.embed_dim
-    elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        width = layer.hidden_size
-    return units // width
+        return int(units // layer.embed_dim)
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        return units // layer.hidden_size
+    return 1

@@ -81,11 +81,7 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     >>> gcx.torch.plan(model, overrides={"3.*": None})
     <gcx plan: 1 of 6 parameters centralized>
     """
-    return plan_of(decide(model, Options(layers=layers, overrides=overrides)))
-
-
-def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
-    """Show decisions as a table."""
+    decisions = decide(model, Options(layers=layers, overrides=overrides))
     return Plan(decision.row for decision in decisions.values())
 
 

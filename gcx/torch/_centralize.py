@@ -106,8 +106,7 @@ class GradientCentralization:
         self._options = options
         self._targets = Targets(optimizer, model, options)
         self._targets.refuse_empty()
-        hooks = GradientHooks if options.where == "gradient" else UpdateHooks
-        self._handles = hooks(self._targets, options).handles
+        self._handles = self._make_hooks().handles
         self._targets.were_bypassed()
         copy(self)._attach(optimizer)  # noqa: SLF001
         self._optimizer = optimizer  # but not in the copy, which the optimizer holds
@@ -138,6 +137,10 @@ class GradientCentralization:
         state = f"where={where!r}" + f", strength={strength}" * (strength != 1.0)
         state = state if self._handles else "removed"
         return f"<{type(self).__name__} of {self._kind}, {state}, {self.plan!r}>"
+
+    def _make_hooks(self) -> GradientHooks | UpdateHooks:
+        hooks = GradientHooks if self._options.where == "gradient" else UpdateHooks
+        return hooks(self._targets, self._options)
 
     def _attach(self, optimizer: Optimizer) -> None:
         self._handles += [

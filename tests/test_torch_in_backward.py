@@ -194,9 +194,14 @@ def test_copy_of_a_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     assert model.weight.grad.mean(1).abs().max() > 0.01
 
 
-def test_remove() -> None:
-    model, plain = built(), built()
-    handle = gcx.torch.centralize_in_backward(model)
+def test_handle() -> None:
+    model, plain, overrides = built(), built(), {"last.*": None}
+    handle = gcx.torch.centralize_in_backward(model, overrides=overrides)
+    assert isinstance(handle, gcx.torch.CentralizationInBackward)
+    assert handle.plan == gcx.torch.plan(model, overrides=overrides)
+    assert repr(handle) == f"<CentralizationInBackward of Model, {handle.plan!r}>"
+    with pytest.raises(ValueError, match="this Model is centralized in backward already"):
+        gcx.torch.centralize_in_backward(model)
     backward(model)
     handle.remove()
     handle.remove()
@@ -204,14 +209,6 @@ def test_remove() -> None:
         train(each, sgd(each.parameters()))
     assert_weights(whole_weights(model), whole_weights(plain), atol=0)
     gcx.torch.centralize_in_backward(model)  # which a second handle would refuse
-
-
-def test_handle_shows_the_plan() -> None:
-    model = built()
-    handle = gcx.torch.centralize_in_backward(model, overrides={"last.*": None})
-    assert isinstance(handle, gcx.torch.CentralizationInBackward)
-    assert handle.plan == gcx.torch.plan(model, overrides={"last.*": None})
-    assert repr(handle) == f"<CentralizationInBackward of Model, {handle.plan!r}>"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -225,19 +222,12 @@ def test_compiled_model() -> None:
 
 
 def test_models_that_are_refused() -> None:
-    model = built()
-    gcx.torch.centralize_in_backward(model)
-    with pytest.raises(ValueError, match="this Model is centralized in backward already"):
-        gcx.torch.centralize_in_backward(model)
     with pytest.raises(ValueError, match=r"nothing to centralize in this LayerNorm:\n.*\nweight "):
         gcx.torch.centralize_in_backward(nn.LayerNorm(3))
     unknown = nn.ParameterDict({"mine": torch.zeros(3, 4)})
     told = r"ParameterDict\.mine\n.*\n.*register_layer or overrides can tell"
     with pytest.raises(ValueError, match=told):
         gcx.torch.centralize_in_backward(unknown)
-
-
-def test_sparse_gradient_is_an_error() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
     with pytest.raises(TypeError, match=r"weight: expected a dense tensor"):
@@ -253,21 +243,15 @@ def watched() -> tuple[nn.Sequential, Any]:
 
 def test_gradients_that_go_another_way_are_noticed(watched: Any) -> None:
     model, handle = watched
-    idle = pytest.warns(
-        UserWarning, match=r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
-    )
+    idle = r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
     for passed in range(1, 10):
-        with idle if passed == 8 else nullcontext():
+        with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
             model[1](X.float()).sum().backward()
             model(X.float())
     handle.remove()
-
-
-def test_gradients_that_never_came_are_noticed_at_the_end(watched: Any) -> None:
-    model, handle = watched
-    model(X.float())
+    handle = gcx.torch.centralize_in_backward(model)
     model[1](X.float()).sum().backward()
-    with pytest.warns(UserWarning, match="no gradient of 1 weights"):
+    with pytest.warns(UserWarning, match=idle):  # at the end of a short training
         handle.remove()
 
 

@@ -237,25 +237,22 @@ def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
 # The same package by its older name
 
 
-def test_it_works_with_the_trainer_of_pytorch_lightning() -> None:
-    from pytorch_lightning import Trainer
-    from pytorch_lightning.demos.boring_classes import BoringModel
-
-    module = BoringModel()
-    start = module.layer.weight.detach().clone()
-    callback = GradientCentralization()
-    Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[callback]).fit(module)
-    assert_centralized(module.layer.weight, start=start)
-
-
-def test_it_needs_but_one_of_the_two() -> None:
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_it_works_with_the_trainer_of_pytorch_lightning(is_alone: bool) -> None:
     script = """
 import sys
 sys.modules["lightning"] = None  # as if it were not installed
 from gcx.lightning import GradientCentralization
-import pytorch_lightning
-assert issubclass(GradientCentralization, pytorch_lightning.Callback)
+from gcx.testing import assert_centralized
+from pytorch_lightning import Trainer
+from pytorch_lightning.demos.boring_classes import BoringModel
+module = BoringModel()
+start = module.layer.weight.detach().clone()
+callback = GradientCentralization()
+Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[callback]).fit(module)
+assert_centralized(module.layer.weight, start=start)
 """
+    script = script if is_alone else script.replace('sys.modules["lightning"] = None', "")
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

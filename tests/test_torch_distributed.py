@@ -109,19 +109,11 @@ def in_parallel(model: Net, mesh: Any) -> Net:
 Outcome = tuple[Weights, list[tuple[str, int]]]  # and what a step has sent
 
 
-def trained(
-    spread: Callable[[int], Spread],
-    hidden: int,
-    where: Any,
-    *,
-    is_centralized: bool = True,
-    **zero: Any,
-) -> Outcome:
+def trained(spread: Callable[[int], Spread], hidden: int, where: Any, **zero: Any) -> Outcome:
     """Train on this process."""
     model, part, parts = spread(hidden)
     optimizer = (sgd if where == "gradient" else adamw)(model.parameters(), **zero)
-    if is_centralized:
-        gcx.torch.centralize(optimizer, model, where=where)
+    gcx.torch.centralize(optimizer, model, where=where)
     sent = train(model, optimizer, part, parts)
     return whole_weights(model), sent
 
@@ -154,20 +146,17 @@ def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where
         assert sent == [("all_reduce", means) for means in cut]
 
 
-def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
+def trained_with_zero(where: Any) -> Outcome:
     from torch.distributed.optim import ZeroRedundancyOptimizer as kind
 
     of = torch.optim.SGD if where == "gradient" else torch.optim.AdamW
-    options: Any = {"kind": kind, "optimizer_class": of, "is_centralized": is_centralized}
-    return trained(ddp, EVEN, where, **options)
+    return trained(ddp, EVEN, where, kind=kind, optimizer_class=of)
 
 
 def test_zero_redundancy_optimizer(where: str) -> None:
-    plain = processes.run(2, trained_with_zero, where, False)
-    found = processes.run(2, trained_with_zero, where, True)
-    for (weights, sent), (_, sent_without) in zip(found, plain, strict=True):
+    for weights, sent in processes.run(2, trained_with_zero, where):
         assert_weights(weights, expected(EVEN, where))
-        assert sent == sent_without  # the weights themselves: each process has updated some
+        assert {kind for kind, _ in sent} == {"broadcast_"}  # of weights, which one has updated
 
 
 def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
@@ -175,16 +164,17 @@ def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
     model = sharded(net(UNEVEN), mp_policy=policy)
     optimizer = sgd(model.parameters(), decay=0.0)
 
-    def centralize_whole_gradients() -> None:
+    def centralize_whole_gradients(*_: Any) -> None:
         grads = {name: whole(p.grad) for name, p in model.named_parameters()}
         gcx.centralize_many(grads, layouts=gcx.torch.plan(model), out=grads)
         for name, p in model.named_parameters():
             p.grad = distribute_tensor(grads[name], p.device_mesh, p.placements)
 
-    if not is_written_out:
+    if is_written_out:
+        optimizer.register_step_pre_hook(centralize_whole_gradients)
+    else:
         gcx.torch.centralize(optimizer, model)
-    before_step = [centralize_whole_gradients] if is_written_out else []
-    sent = train(model, optimizer, distributed.get_rank(), 2, *before_step)
+    sent = train(model, optimizer, distributed.get_rank(), 2)
     return whole_weights(model), sent
 
 
@@ -195,20 +185,13 @@ def test_mixed_precision() -> None:
         assert sent == [("all_reduce", UP)]
 
 
-def trained_with_decay_outside(spread: Callable[[int], Spread]) -> Weights:
+def trained_with_decay_outside(spread: Callable[[int], Spread], hidden: int) -> Weights:
     """With a learning rate in a tensor, by which a tensor spread over processes is multiplied."""
-    model, part, parts = spread(EVEN)
+    model, part, parts = spread(hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), weight_decay=0.5)
     gcx.torch.centralize(optimizer, model, where="update", decay="outside")
     train(model, optimizer, part, parts)
     return whole_weights(model)
-
-
-@pytest.mark.parametrize("spread", [fsdp2, fsdp2_along_fan_in])
-def test_decay_outside(spread: Any) -> None:
-    expected = trained_with_decay_outside(alone)
-    for weights in processes.run(2, trained_with_decay_outside, spread):
-        assert_weights(weights, expected)
 
 
 def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> Weights:
@@ -227,13 +210,16 @@ def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> We
     return whole_weights(model)
 
 
-@pytest.mark.parametrize("is_loaded", [False, True])
+FURTHER = [trained_with_decay_outside, *(partial(resumed, is_loaded=k) for k in (False, True))]
+
+
+@pytest.mark.parametrize("train", FURTHER, ids=["decay outside", "momentum", "momentum loaded"])
 @pytest.mark.parametrize(
     ("spread", "hidden"), [(fsdp2, UNEVEN), (fsdp2_along_fan_in, EVEN), (tensor_parallel, EVEN)]
 )
-def test_momentum_from_before(is_loaded: bool, spread: Any, hidden: int) -> None:
-    expected = resumed(alone, hidden, is_loaded)
-    for weights in processes.run(2, resumed, spread, hidden, is_loaded):
+def test_further_trainings_as_on_one_process(train: Any, spread: Any, hidden: int) -> None:
+    expected = train(alone, hidden)
+    for weights in processes.run(2, train, spread, hidden):
         assert_weights(weights, expected)
 
 

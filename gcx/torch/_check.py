@@ -66,15 +66,12 @@ def check_plan(
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> class Autoencoder(torch.nn.Module):
-    ...     def __init__(self) -> None:
-    ...         super().__init__()
-    ...         self.encode = torch.nn.Linear(8, 3)
-    ...     def forward(self, x):
-    ...         return torch.nn.functional.linear(self.encode(x), self.encode.weight.T)
-    >>> found = gcx.torch.check_plan(Autoencoder(), torch.rand(4, 8))
-    >>> found.disagree["encode.weight"]
-    'layout o..., but one output of linear takes 3 entries from 3 output units of 8'
+    >>> gcx.torch.check_plan(torch.nn.Linear(8, 3), torch.rand(4, 8)).agree
+    ('weight',)
+    >>> tied = torch.nn.Linear(3, 3)
+    >>> tied.forward = lambda x: x @ tied.weight  # another way around than a Linear
+    >>> gcx.torch.check_plan(tied, torch.rand(4, 3)).disagree["weight"]
+    'layout o..., but one output of matmul takes 3 entries from 3 output units of 3'
     """
     decisions = decide(model, Options(overrides=overrides))
     weights = {p: d.row for p, d in decisions.items() if d.row.layout is not None}

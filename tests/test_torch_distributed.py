@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -46,21 +46,17 @@ from sharded_training import (
 EVEN, UNEVEN = 8, 7
 
 
-class Spread(NamedTuple):
-    """A model on several processes, and which part of the data is for this one."""
-
-    model: nn.Module
-    part: int
-    parts: int
+# A model on several processes, and which part of the data is for this one.
+Spread = tuple[nn.Module, int, int]
 
 
 def alone(hidden: int) -> Spread:
-    return Spread(net(hidden), 0, 1)
+    return net(hidden), 0, 1
 
 
 def by_data(wrap: Callable[[Net], nn.Module], hidden: int) -> Spread:
     model = wrap(net(hidden))
-    return Spread(model, distributed.get_rank(), distributed.get_world_size())
+    return model, distributed.get_rank(), distributed.get_world_size()
 
 
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
@@ -92,13 +88,13 @@ def hsdp(hidden: int) -> Spread:
 
 def tensor_parallel(hidden: int) -> Spread:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    return Spread(in_parallel(net(hidden), mesh), 0, 1)
+    return in_parallel(net(hidden), mesh), 0, 1
 
 
 def tensor_and_data_parallel(hidden: int) -> Spread:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = sharded(in_parallel(net(hidden), mesh["tensor"]), mesh=mesh["data"])
-    return Spread(model, mesh["data"].get_local_rank(), 2)
+    return model, mesh["data"].get_local_rank(), 2
 
 
 def in_parallel(model: Net, mesh: Any) -> Net:

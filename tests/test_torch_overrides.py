@@ -52,6 +52,13 @@ MODEL, LAYER = new_model(), nn.Linear(4, 3, bias=False)
 TENSORS = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
 IO, BIAS, SOON = ("io", "override"), (None, "bias"), LeaveAlone("frozen soon")
 GROUPS = Layout("(bi)o...", b=3)
+TIED = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+TIED["head"].weight = TIED["embedding"].weight
+TRANSPOSE = type("", (nn.Module,), dict.fromkeys(("forward", "right_inverse"), lambda _, w: w.T))
+TRANSPOSED = nn.utils.parametrize.register_parametrization(
+    nn.Linear(4, 3, bias=False), "weight", TRANSPOSE()
+)
+ORIGINAL = "parametrizations.weight.original"
 
 
 @pytest.mark.parametrize(
@@ -79,39 +86,26 @@ GROUPS = Layout("(bi)o...", b=3)
             {"weight": (None, "fan-in 1: subtracting its mean would freeze it")},
         ),
         (nn.Conv1d(4, 6, 3), {"weight": GROUPS}, {"weight": (str(GROUPS), "override, 3 groups")}),
+        # Weights that are tied, or made of others, about which the layers say something else.
+        (TIED, {"embedding.weight": "io"}, {"embedding.weight": IO}),
+        (TIED, {"head.weight": "io"}, {"embedding.weight": IO}),
+        (TIED, {TIED["head"]: None}, {"embedding.weight": AS_GIVEN}),
+        (TRANSPOSED, {ORIGINAL: "io"}, {ORIGINAL: IO}),
+        (TRANSPOSED, {TRANSPOSED: None}, {ORIGINAL: AS_GIVEN}),
+        (
+            parametrizations.weight_norm(nn.Linear(4, 3)),
+            {"*.original1": None},
+            {
+                f"{ORIGINAL}0": (None, "weight_norm g: the length of a weight"),
+                f"{ORIGINAL}1": AS_GIVEN,
+            },
+        ),
+        (prune.identity(nn.Linear(4, 3), "weight"), {"weight_orig": "io"}, {"weight_orig": IO}),
     ],
 )
 def test_answers(model: nn.Module, overrides: Any, rows: dict[str, Any]) -> None:
     found = plan(model, overrides)
     assert {**found, **rows} == found
-
-
-@pytest.mark.parametrize("by", ["embedding", "head"])
-def test_override_decides_a_tied_weight(by: str) -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
-    model["head"].weight = model["embedding"].weight
-    assert plan(model, None)["embedding.weight"][1].startswith("tied, and the rules differ")
-    assert plan(model, {f"{by}.weight": "oi"}) == {"embedding.weight": ("oi", "override")}
-    assert plan(model, {model[by]: None}) == {"embedding.weight": AS_GIVEN}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_weights_that_are_made_of_others() -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    transposed = type(
-        "", (nn.Module,), {"forward": lambda _, w: w.T, "right_inverse": lambda _, w: w.T}
-    )
-    nn.utils.parametrize.register_parametrization(layer, "weight", transposed())
-    name = "parametrizations.weight.original"
-    assert plan(layer, None)[name][1].startswith("unknown")
-    assert plan(layer, {name: "io"}) == {name: ("io", "override")}
-    assert plan(layer, {layer: None}) == {name: AS_GIVEN}
-    found = plan(parametrizations.weight_norm(nn.Linear(4, 3, bias=False)), {"*.original1": None})
-    assert list(found.values()) == [(None, "weight_norm g: the length of a weight"), AS_GIVEN]
-    layer = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
-    assert plan(layer, {"weight_v": None})["weight_v"] == AS_GIVEN
-    pruned = prune.random_unstructured(nn.Linear(4, 3, bias=False), "weight", 0.5)
-    assert plan(pruned, {"weight_orig": "io"}) == {"weight_orig": ("io", "override")}
 
 
 def test_override_comes_before_layers() -> None:

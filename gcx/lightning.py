@@ -40,14 +40,10 @@ class GradientCentralization(TakesOptions, pl.Callback):
 
     Examples
     --------
-    >>> import lightning
-    >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> from gcx.lightning import GradientCentralization
-    >>> callback = GradientCentralization()
-    >>> trainer = lightning.Trainer(callbacks=[callback], max_epochs=1, barebones=True)
-    >>> trainer.fit(BoringModel())
-    >>> callback.plans
-    [<gcx plan: 1 of 2 parameters centralized>]
+    >>> callback = GradientCentralization()  # for lightning.Trainer(callbacks=[callback])
+    >>> callback.plans  # until it fits
+    []
     """
 
     _handles: Sequence[gcx.torch.GradientCentralization] = ()

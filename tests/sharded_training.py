@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +65,10 @@ def whole_weights(model: nn.Module) -> Weights:
     return {name: whole(p.detach()).cpu().clone() for name, p in named.items()}
 
 
+def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 class Sent(CommDebugMode):
     """What is sent inside: the name of each collective, and the number of elements it takes."""
 
@@ -84,17 +87,12 @@ class Sent(CommDebugMode):
 
 
 def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    part: int = 0,
-    parts: int = 1,
-    before_step: Callable[[], None] = lambda: None,
+    model: nn.Module, optimizer: Optimizer, part: int = 0, parts: int = 1
 ) -> list[tuple[str, int]]:
     """Train a model on one of several parts of the data; what a step has sent."""
     for _ in range(STEPS):
         optimizer.zero_grad()
         backward(model, part, parts)
         with Sent() as sent:
-            before_step()
             optimizer.step()
     return sent.messages

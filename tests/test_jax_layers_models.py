@@ -22,14 +22,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
-import gcx.diagnostics
 import gcx.optax
 from gcx import Layout
-from gcx.diagnostics.jax import energy_removed
 from gcx.plan import LeaveAlone, Plan
 from gcx.testing import assert_centralized
 
-from jax_models import KEY, KEYS, OfEquinox, OfLinen, OfNnx, made, params_of, plan_of, said
+from jax_models import KEY, OfEquinox, OfLinen, OfNnx, made, params_of, plan_of, said
 from reference import centralized
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -97,7 +95,8 @@ def test_a_model_is_layouts_and_parameters(make: Any, eval_shape: Any, count: st
     assert gcx.optax.layouts(shapes) == gcx.optax.layouts(model)
     assert gcx.optax.plan(params, gcx.optax.layouts(model)) == plan
     assert gcx.optax.plan(model) == gcx.optax.plan(shapes) == plan
-    assert gcx.optax.layouts(model, jnp.zeros((2, 3))) == gcx.optax.layouts(model)
+    with pytest.raises(TypeError, match="needs no example inputs: give it alone"):
+        gcx.optax.layouts(model, jnp.zeros((2, 3)))
 
 
 def test_part_of_a_model_may_be_trained() -> None:
@@ -135,7 +134,7 @@ def test_train_state_of_flax() -> None:
 
     for _ in range(5):
         state = step(state)
-    assert_centralized(state.params["kernel"], start=params["kernel"], layout="...o")
+    assert_centralized(state.params["kernel"], start=params["kernel"], layout="...o", rtol=1e-7)
 
 
 def test_filtered_trees_of_equinox() -> None:
@@ -154,22 +153,7 @@ def test_filtered_trees_of_equinox() -> None:
     for _ in range(5):
         trained, state = step(trained, state)
     for before, after in zip(model.layers, trained.layers, strict=True):
-        assert_centralized(after.weight, start=before.weight)
-
-
-def test_energy_of_equinox_modules_as_they_are() -> None:
-    model = eqx.nn.MLP(4, 3, 8, 1, key=KEY)
-    batches = [jax.random.normal(key, (5, 4), "float32") for key in KEYS]
-
-    def loss(model: Any, x: Any) -> Any:
-        return jnp.mean(jax.vmap(model)(x) ** 2)
-
-    report = energy_removed(model, batches, loss, layouts=model)
-    grads = [eqx.filter_grad(loss)(model, x).layers[0].weight for x in batches]
-    expected = gcx.diagnostics.energy_removed([[grad] for grad in grads])
-    shares = {row.name: row.share for row in report.rows if row.share}
-    assert shares["layers/0/weight"] == pytest.approx(expected.rows[0].share, rel=1e-5)
-    assert list(shares) == ["layers/0/weight", "layers/1/weight"]
+        assert_centralized(after.weight, start=before.weight, rtol=1e-7)
 
 
 WITHOUT_LAYERS = {

@@ -272,7 +272,12 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "a reason": ({"*": LeaveAlone("token")}, KERNELS, ValueError, f"{NOTHING}token"),
     "a plan that lacks a row": (SHORT, KERNELS, ValueError, "^layouts: .* no row 'Dense_1/bias'"),
     "a plan for another shape": (OTHER, ONE, ValueError, OTHER_SHAPE),
-    "an array": ("flax", {"kernel": ForeignArray()}, TypeError, r"^kernel: .*as a data type"),
+    "an array": (
+        "flax",
+        {"kernel": ForeignArray()},
+        TypeError,
+        r"^kernel is a .*ForeignArray, not an array of JAX",
+    ),
 }
 
 

@@ -22,8 +22,6 @@ API_PAGES = sorted((Path(__file__).parents[1] / "docs" / "api").glob("*.md"))
 MODULES = {
     "gcx": "numpy",
     "gcx.diagnostics": "numpy",
-    "gcx.diagnostics.jax": "jax",
-    "gcx.diagnostics.torch": "torch",
     "gcx.optim": "numpy",
     "gcx.plan": "numpy",
     "gcx.testing": "numpy",
@@ -60,16 +58,12 @@ def test_names_are_those_of_the_documentation(name: str, api: str) -> None:
 
 
 def test_adapters_say_how_they_are_imported() -> None:
-    absent = "import gcx"
-    for name in ("gcx.torch", "gcx.diagnostics.torch"):
-        absent += f"\ntry:\n    {name}\nexcept AttributeError as error:\n    print(error)"
-    printed = subprocess.check_output([sys.executable, "-c", absent], text=True).splitlines()
-    for name, line in zip(("gcx.torch", "gcx.diagnostics.torch"), printed, strict=True):
-        assert f"use `import {name}`" in line
+    absent = "import gcx\ntry:\n    gcx.torch\nexcept AttributeError as error:\n    print(error)"
+    printed = subprocess.check_output([sys.executable, "-c", absent], text=True)
+    assert "use `import gcx.torch`" in printed
     assert gcx.optim.SGD  # that one needs no import
-    for of in (gcx, gcx.diagnostics):
-        with pytest.raises(AttributeError, match=r"no attribute 'torhc'$"):
-            of.torhc  # noqa: B018 - the access is the test
+    with pytest.raises(AttributeError, match=r"no attribute 'torhc'$"):
+        gcx.torhc  # noqa: B018 - the access is the test
 
 
 def test_every_module_is_documented_and_has_each_name_once(module: Any, api: str) -> None:
@@ -83,9 +77,13 @@ def test_everything_public_is_documented_and_has_an_example(module: Any) -> None
     missing = []
     for name, value in public(module).items():
         text = inspect.getdoc(value) or ""
-        if "\nExamples\n--------\n" not in text:
+        # Such a class is made by a function alone, which has the example.
+        maker = re.search(rf"; `{module.__name__}\.(\w+)` returns (it|them)\.$", text, re.MULTILINE)
+        if maker is not None:
+            assert maker[1] in public(module)
+        elif "\nExamples\n--------\n" not in text:
             missing.append(name)
-        for argument in inspect.signature(value).parameters:
+        for argument in () if maker else inspect.signature(value).parameters:
             is_described = re.search(rf"^[\w, *]*\b{argument}\b", text, re.MULTILINE)
             if not (argument.startswith("_") or is_described):
                 missing.append(f"{name}({argument})")

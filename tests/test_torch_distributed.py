@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gcx
+import gcx.diagnostics
 import gcx.torch
 from gcx import Layout
 
@@ -33,6 +34,8 @@ from sharded_training import (
     Sent,
     Weights,
     adamw,
+    assert_weights,
+    backward,
     net,
     sgd,
     train,
@@ -43,21 +46,17 @@ from sharded_training import (
 EVEN, UNEVEN = 8, 7
 
 
-class Spread(NamedTuple):
-    """A model on several processes, and which part of the data is for this one."""
-
-    model: nn.Module
-    part: int
-    parts: int
+# A model on several processes, and which part of the data is for this one.
+Spread = tuple[nn.Module, int, int]
 
 
 def alone(hidden: int) -> Spread:
-    return Spread(net(hidden), 0, 1)
+    return net(hidden), 0, 1
 
 
 def by_data(wrap: Callable[[Net], nn.Module], hidden: int) -> Spread:
     model = wrap(net(hidden))
-    return Spread(model, distributed.get_rank(), distributed.get_world_size())
+    return model, distributed.get_rank(), distributed.get_world_size()
 
 
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
@@ -89,13 +88,13 @@ def hsdp(hidden: int) -> Spread:
 
 def tensor_parallel(hidden: int) -> Spread:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    return Spread(in_parallel(net(hidden), mesh), 0, 1)
+    return in_parallel(net(hidden), mesh), 0, 1
 
 
 def tensor_and_data_parallel(hidden: int) -> Spread:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = sharded(in_parallel(net(hidden), mesh["tensor"]), mesh=mesh["data"])
-    return Spread(model, mesh["data"].get_local_rank(), 2)
+    return model, mesh["data"].get_local_rank(), 2
 
 
 def in_parallel(model: Net, mesh: Any) -> Net:
@@ -106,19 +105,11 @@ def in_parallel(model: Net, mesh: Any) -> Net:
 Outcome = tuple[Weights, list[tuple[str, int]]]  # and what a step has sent
 
 
-def trained(
-    spread: Callable[[int], Spread],
-    hidden: int,
-    where: Any,
-    *,
-    is_centralized: bool = True,
-    **zero: Any,
-) -> Outcome:
+def trained(spread: Callable[[int], Spread], hidden: int, where: Any, **zero: Any) -> Outcome:
     """Train on this process."""
     model, part, parts = spread(hidden)
     optimizer = (sgd if where == "gradient" else adamw)(model.parameters(), **zero)
-    if is_centralized:
-        gcx.torch.centralize(optimizer, model, where=where)
+    gcx.torch.centralize(optimizer, model, where=where)
     sent = train(model, optimizer, part, parts)
     return whole_weights(model), sent
 
@@ -144,10 +135,6 @@ def expected(hidden: int, where: str) -> Weights:
     return trained(alone, hidden, where)[0]
 
 
-def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize(("spread", "world", "hidden", "cut"), SCHEMES)
 def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where: str) -> None:
     for weights, sent in processes.run(world, trained, spread, hidden, where):
@@ -155,20 +142,17 @@ def test_as_on_one_process(spread: Any, world: int, hidden: int, cut: Any, where
         assert sent == [("all_reduce", means) for means in cut]
 
 
-def trained_with_zero(where: Any, is_centralized: bool) -> Outcome:
+def trained_with_zero(where: Any) -> Outcome:
     from torch.distributed.optim import ZeroRedundancyOptimizer as kind
 
     of = torch.optim.SGD if where == "gradient" else torch.optim.AdamW
-    options: Any = {"kind": kind, "optimizer_class": of, "is_centralized": is_centralized}
-    return trained(ddp, EVEN, where, **options)
+    return trained(ddp, EVEN, where, kind=kind, optimizer_class=of)
 
 
 def test_zero_redundancy_optimizer(where: str) -> None:
-    plain = processes.run(2, trained_with_zero, where, False)
-    found = processes.run(2, trained_with_zero, where, True)
-    for (weights, sent), (_, sent_without) in zip(found, plain, strict=True):
+    for weights, sent in processes.run(2, trained_with_zero, where):
         assert_weights(weights, expected(EVEN, where))
-        assert sent == sent_without  # the weights themselves: each process has updated some
+        assert {kind for kind, _ in sent} == {"broadcast_"}  # of weights, which one has updated
 
 
 def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
@@ -176,16 +160,17 @@ def trained_in_mixed_precision(is_written_out: bool) -> Outcome:
     model = sharded(net(UNEVEN), mp_policy=policy)
     optimizer = sgd(model.parameters(), decay=0.0)
 
-    def centralize_whole_gradients() -> None:
+    def centralize_whole_gradients(*_: Any) -> None:
         grads = {name: whole(p.grad) for name, p in model.named_parameters()}
         gcx.centralize_many(grads, layouts=gcx.torch.plan(model), out=grads)
         for name, p in model.named_parameters():
             p.grad = distribute_tensor(grads[name], p.device_mesh, p.placements)
 
-    if not is_written_out:
+    if is_written_out:
+        optimizer.register_step_pre_hook(centralize_whole_gradients)
+    else:
         gcx.torch.centralize(optimizer, model)
-    before_step = [centralize_whole_gradients] if is_written_out else []
-    sent = train(model, optimizer, distributed.get_rank(), 2, *before_step)
+    sent = train(model, optimizer, distributed.get_rank(), 2)
     return whole_weights(model), sent
 
 
@@ -196,39 +181,13 @@ def test_mixed_precision() -> None:
         assert sent == [("all_reduce", UP)]
 
 
-def trained_with_decay_outside(spread: Callable[[int], Spread]) -> Weights:
+def trained_with_decay_outside(spread: Callable[[int], Spread], hidden: int) -> Weights:
     """With a learning rate in a tensor, by which a tensor spread over processes is multiplied."""
-    model, part, parts = spread(EVEN)
+    model, part, parts = spread(hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), weight_decay=0.5)
     gcx.torch.centralize(optimizer, model, where="update", decay="outside")
     train(model, optimizer, part, parts)
     return whole_weights(model)
-
-
-@pytest.mark.parametrize("spread", [fsdp2, fsdp2_along_fan_in])
-def test_decay_outside(spread: Any) -> None:
-    expected = trained_with_decay_outside(alone)
-    for weights in processes.run(2, trained_with_decay_outside, spread):
-        assert_weights(weights, expected)
-
-
-def sent_by_plain_expression() -> list[tuple[str, int]]:
-    """What everybody would write for the gradients of a sharded layer."""
-    model, part, parts = fsdp2_along_fan_in(EVEN)
-    optimizer = sgd(model.parameters())
-
-    def centralize() -> None:
-        grad = model.wide.weight.grad
-        model.wide.weight.grad = grad - grad.mean(1, keepdim=True)
-
-    return train(model, optimizer, part, parts, centralize)
-
-
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 sends sums for it")
-def test_plain_expression_gathers_the_gradient() -> None:
-    """Or the tests above could not fail."""
-    for sent in processes.run(2, sent_by_plain_expression):
-        assert ("all_gather_into_tensor", EVEN * 54 // 2) in sent
 
 
 def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> Weights:
@@ -247,13 +206,16 @@ def resumed(spread: Callable[[int], Spread], hidden: int, is_loaded: bool) -> We
     return whole_weights(model)
 
 
-@pytest.mark.parametrize("is_loaded", [False, True])
+FURTHER = [trained_with_decay_outside, *(partial(resumed, is_loaded=k) for k in (False, True))]
+
+
+@pytest.mark.parametrize("train", FURTHER, ids=["decay outside", "momentum", "momentum loaded"])
 @pytest.mark.parametrize(
     ("spread", "hidden"), [(fsdp2, UNEVEN), (fsdp2_along_fan_in, EVEN), (tensor_parallel, EVEN)]
 )
-def test_momentum_from_before(is_loaded: bool, spread: Any, hidden: int) -> None:
-    expected = resumed(alone, hidden, is_loaded)
-    for weights in processes.run(2, resumed, spread, hidden, is_loaded):
+def test_further_trainings_as_on_one_process(train: Any, spread: Any, hidden: int) -> None:
+    expected = train(alone, hidden)
+    for weights in processes.run(2, train, spread, hidden):
         assert_weights(weights, expected)
 
 
@@ -280,29 +242,18 @@ def test_momentum_of_a_zero_redundancy_optimizer() -> None:
     assert sum(int(match[1]) for match in found if match) == 4
 
 
-def errors_under_fsdp1(use_orig_params: bool) -> list[str]:
-    model = FullyShardedDataParallel(
-        net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    errors = []
-    for call in (
-        lambda: gcx.torch.centralize(sgd(model.parameters()), model),
-        lambda: gcx.torch.centralize(adamw(model.parameters()), model, where="update"),
-        lambda: gcx.torch.centralize_in_backward(model),
-        lambda: gcx.torch.plan(model),
-    ):
-        with pytest.raises(RuntimeError) as caught:
-            call()
-        errors.append(str(caught.value))
-    return errors
-
-
-@pytest.mark.parametrize("use_orig_params", [False, True])
-def test_fsdp1_is_an_error_that_says_what_to_do(use_orig_params: bool) -> None:
-    for errors in processes.run(2, errors_under_fsdp1, use_orig_params):
-        for error in errors:
-            assert "the shapes of the layers are gone" in error
-            assert "gcx.torch.centralize_in_backward(model) before" in error
+def refused_under_fsdp1() -> None:
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(
+            net(EVEN), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        told = r"the shapes of the layers are gone.*centralize_in_backward\(model\) before"
+        for call in (gcx.torch.centralize_in_backward, gcx.torch.plan):
+            with pytest.raises(RuntimeError, match=told):
+                call(model)
+        for where in ("gradient", "update"):
+            with pytest.raises(RuntimeError, match=told):
+                gcx.torch.centralize(sgd(model.parameters()), model, where=where)
 
 
 WEIGHTS = [
@@ -363,21 +314,14 @@ def test_every_placement(shape: Any, layout: Layout, dtype: Any, world: int) -> 
 def by_the_core() -> None:
     mesh = init_device_mesh("cpu", (2,))
     full = torch.arange(15.0).reshape(3, 5) ** 2
-    expected = gcx.centralize(full, strength=0.5)
     for cut in (Shard(0), Shard(1), Replicate()):
         grad = distribute_tensor(full, mesh, [cut])
         out = distribute_tensor(torch.zeros(3, 5), mesh, [Shard(0)])
-        results = [
-            gcx.centralize(grad, strength=0.5),
-            gcx.centralize_many({"w": grad, "none": None}, strength=0.5)["w"],
-            gcx.centralize(grad, strength=0.5, out=out),
-        ]
-        assert results[2] is out
-        assert [r.placements for r in results] == [(cut,), (cut,), (Shard(0),)]
-        for result in results:
-            torch.testing.assert_close(result.full_tensor(), expected)
-        gcx.centralize_many([grad], out=[grad], strength=0.5)
-        torch.testing.assert_close(grad.full_tensor(), expected)
+        found = gcx.centralize_many({"w": grad, "none": None}, strength=0.5)["w"]
+        assert gcx.centralize(grad, strength=0.5, out=out) is out
+        for result, placement in ((found, cut), (out, Shard(0))):
+            assert result.placements == (placement,)
+            torch.testing.assert_close(result.full_tensor(), gcx.centralize(full, strength=0.5))
 
 
 def reproducibly() -> None:
@@ -439,6 +383,24 @@ def compiled() -> None:
         torch.testing.assert_close(found.full_tensor(), gcx.centralize(full))
 
 
-@pytest.mark.parametrize("task", [by_the_core, reproducibly, differentiated, compiled])
+def measured() -> None:
+    plan, single, sharded = gcx.torch.plan(net(EVEN)), net(EVEN), fully_shard(net(EVEN))
+    backward(single)
+    backward(sharded, distributed.get_rank(), distributed.get_world_size())
+    reports = [
+        gcx.diagnostics.energy_removed(
+            [{name: p.grad for name, p in model.named_parameters()}], layouts=plan
+        )
+        for model in (single, sharded)
+    ]
+    alone, spread = [[*report.shares.values(), report.total] for report in reports]
+    assert len(alone) == 5
+    for expected, found in zip(alone, spread, strict=True):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "task", [by_the_core, reproducibly, differentiated, compiled, measured, refused_under_fsdp1]
+)
 def test_public_functions(task: Any) -> None:
     processes.run(2, task)

@@ -23,6 +23,8 @@ from torch.optim import SGD, Optimizer
 import gcx
 import gcx.torch
 
+import torch_training
+
 pytestmark = pytest.mark.one_framework
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -95,6 +97,25 @@ def parse(call: str) -> tuple[str, dict[str, Any]]:
     assert isinstance(node, ast.Call)
     assert isinstance(node.func, ast.Name)
     return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+
+
+def test_wrappers_take_a_class_that_centralizes() -> None:
+    class Around(Optimizer):
+        def __init__(self, params: Any, base: Any, **options: Any) -> None:
+            super().__init__(params, options)
+            self.base_optimizer = base(self.param_groups, **options)
+
+        def step(self, closure: Any = None) -> None:
+            self.base_optimizer.step(closure)
+
+    class Centralized(SGD):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            gcx.torch.centralize(self, model)
+
+    model = torch_training.new_layer()
+    optimizer = Around(model.parameters(), Centralized, lr=0.01, **torch_training.DECAYED)
+    torch_training.assert_means_kept(model, lambda: torch_training.train(model, optimizer))
 
 
 class AdamP(Optimizer):

@@ -24,7 +24,7 @@ import gcx.torch
 from gcx.testing import assert_centralized
 
 import processes
-from sharded_training import Weights, whole_weights
+from sharded_training import Weights, assert_weights, whole_weights
 
 STEPS = 4
 X = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -93,10 +93,6 @@ def expected() -> Weights:
     return whole_weights(model)
 
 
-def assert_weights(found: Weights, expected: Weights, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
 PLAIN, REENTRANT, NOT_REENTRANT = {}, {"use_reentrant": True}, {"use_reentrant": False}
 
 
@@ -158,15 +154,8 @@ def test_parameter_that_is_replaced_or_unfrozen_is_found_in_the_next_pass() -> N
         assert_centralized(layer.weight.grad)
 
 
-def pulled_back(loss: Callable[..., Tensor], weights: dict[str, Tensor]) -> Any:
-    value, pull_back = torch.func.vjp(loss, weights, X)
-    return pull_back(torch.ones_like(value))[0]
-
-
 BY_FUNC: dict[str, Callable[..., Any]] = {
     "grad": lambda loss, weights: grad(loss)(weights, X),
-    "vjp": pulled_back,
-    "jacrev": lambda loss, weights: torch.func.jacrev(loss)(weights, X),
     "per example": lambda loss, weights: vmap(grad(loss), (None, 0))(weights, X),
     "ensemble": lambda loss, weights: vmap(grad(loss), (0, None))(
         {name: torch.stack([weight, -weight]) for name, weight in weights.items()}, X
@@ -205,9 +194,14 @@ def test_copy_of_a_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     assert model.weight.grad.mean(1).abs().max() > 0.01
 
 
-def test_remove() -> None:
-    model, plain = built(), built()
-    handle = gcx.torch.centralize_in_backward(model)
+def test_handle() -> None:
+    model, plain, overrides = built(), built(), {"last.*": None}
+    handle = gcx.torch.centralize_in_backward(model, overrides=overrides)
+    assert isinstance(handle, gcx.torch.CentralizationInBackward)
+    assert handle.plan == gcx.torch.plan(model, overrides=overrides)
+    assert repr(handle) == f"<CentralizationInBackward of Model, {handle.plan!r}>"
+    with pytest.raises(ValueError, match="this Model is centralized in backward already"):
+        gcx.torch.centralize_in_backward(model)
     backward(model)
     handle.remove()
     handle.remove()
@@ -215,14 +209,6 @@ def test_remove() -> None:
         train(each, sgd(each.parameters()))
     assert_weights(whole_weights(model), whole_weights(plain), atol=0)
     gcx.torch.centralize_in_backward(model)  # which a second handle would refuse
-
-
-def test_handle_shows_the_plan() -> None:
-    model = built()
-    handle = gcx.torch.centralize_in_backward(model, overrides={"last.*": None})
-    assert isinstance(handle, gcx.torch.CentralizationInBackward)
-    assert handle.plan == gcx.torch.plan(model, overrides={"last.*": None})
-    assert repr(handle) == f"<CentralizationInBackward of Model, {handle.plan!r}>"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -236,19 +222,12 @@ def test_compiled_model() -> None:
 
 
 def test_models_that_are_refused() -> None:
-    model = built()
-    gcx.torch.centralize_in_backward(model)
-    with pytest.raises(ValueError, match="this Model is centralized in backward already"):
-        gcx.torch.centralize_in_backward(model)
     with pytest.raises(ValueError, match=r"nothing to centralize in this LayerNorm:\n.*\nweight "):
         gcx.torch.centralize_in_backward(nn.LayerNorm(3))
     unknown = nn.ParameterDict({"mine": torch.zeros(3, 4)})
     told = r"ParameterDict\.mine\n.*\n.*register_layer or overrides can tell"
     with pytest.raises(ValueError, match=told):
         gcx.torch.centralize_in_backward(unknown)
-
-
-def test_sparse_gradient_is_an_error() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     gcx.torch.centralize_in_backward(table, overrides={table: "oi"})
     with pytest.raises(TypeError, match=r"weight: expected a dense tensor"):
@@ -264,34 +243,16 @@ def watched() -> tuple[nn.Sequential, Any]:
 
 def test_gradients_that_go_another_way_are_noticed(watched: Any) -> None:
     model, handle = watched
-    idle = pytest.warns(
-        UserWarning, match=r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
-    )
+    idle = r"no gradient of 1 weights \(0\.weight, \.\.\.\) was there"
     for passed in range(1, 10):
-        with idle if passed == 8 else nullcontext():
+        with pytest.warns(UserWarning, match=idle) if passed == 8 else nullcontext():
             model[1](X.float()).sum().backward()
             model(X.float())
     handle.remove()
-
-
-def test_gradients_that_never_came_are_noticed_at_the_end(watched: Any) -> None:
-    model, handle = watched
-    model(X.float())
+    handle = gcx.torch.centralize_in_backward(model)
     model[1](X.float()).sum().backward()
-    with pytest.warns(UserWarning, match="no gradient of 1 weights"):
+    with pytest.warns(UserWarning, match=idle):  # at the end of a short training
         handle.remove()
-
-
-def test_passes_before_any_backward_are_no_reason_to_warn() -> None:
-    cell, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), X.float()
-    handle = gcx.torch.centralize_in_backward(cell)
-    for _ in range(10):
-        x = cell(x)
-    x.sum().backward()
-    handle.remove()
-    handle = gcx.torch.centralize_in_backward(cell)
-    cell(X.float())
-    handle.remove()
 
 
 def test_weights_that_change_without_a_gradient_are_noticed() -> None:
@@ -321,28 +282,33 @@ def test_layer_that_is_replaced_is_noticed_once(is_kept: bool) -> None:
     kept.clear()
 
 
-def test_frozen_weights_are_no_reason_to_warn(watched: Any) -> None:
+def test_passes_without_training_are_no_reason_to_warn(watched: Any) -> None:
+    """A weight without a gradient so far may have one when training goes on."""
+    model, handle = watched
+    for has_begun in (False, True):
+        if has_begun:
+            model[1](X.float()).sum().backward()
+        for _ in range(10):
+            model.eval()(X.float())
+            with torch.no_grad():
+                model.train()(X.float())
+    model(X.float()).sum().backward()
+    handle.remove()
+
+
+def test_frozen_weights_and_unrolled_cells_are_no_reason_to_warn(watched: Any) -> None:
     model, handle = watched
     model[0].requires_grad_(False)
     for _ in range(10):
         model(X.float()).sum().backward()
     handle.remove()
-
-
-@pytest.mark.parametrize(("is_training", "records"), [(False, True), (True, False)])
-@pytest.mark.parametrize("has_begun", [False, True])
-def test_passes_without_training_are_no_reason_to_warn(
-    has_begun: bool, is_training: bool, records: bool, watched: Any
-) -> None:
-    """A weight without a gradient so far may have one when training goes on."""
-    model, handle = watched
-    if has_begun:
-        model[1](X.float()).sum().backward()
-    with torch.set_grad_enabled(records):
-        for _ in range(10):
-            model.train(is_training)(X.float())
-    model.train()(X.float()).sum().backward()
+    cell, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), X.float()
+    handle = gcx.torch.centralize_in_backward(cell)
+    for _ in range(10):
+        x = cell(x)
+    x.sum().backward()
     handle.remove()
+    gcx.torch.centralize_in_backward(cell).remove()
 
 
 CPU = {"device_id": torch.device("cpu")}

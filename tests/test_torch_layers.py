@@ -31,37 +31,29 @@ pytestmark = [
 ]
 
 
-def _channels_of(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
-    return layer, channels(layer(torch.randn(shape)))
-
-
-def _features_of(layer: nn.Module, *shapes: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+def _outputs(layer: nn.Module, *shapes: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """Call a layer on random inputs, of which the last axes are features, or of images channels."""
     output = layer(*[torch.randn(shape) for shape in shapes])
-    return layer, features(output[0] if isinstance(output, tuple) else output)
+    output = output[0] if isinstance(output, tuple) else output
+    is_convolution = isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
+    return layer, channels(output) if is_convolution else features(output)
 
 
-def _cell_state_of(layer: nn.LSTM, *shape: int) -> tuple[nn.Module, Tensor]:
+def _cell_state(layer: nn.LSTM | nn.LSTMCell, *batch: int) -> tuple[nn.Module, Tensor]:
     """The new cell state, which depends on three of four gates, from one that is not zero."""
-    _, (_, cell) = layer(torch.randn(shape), (torch.randn(1, 2, 4), torch.randn(1, 2, 4)))
-    return layer, features(cell)
+    states = torch.randn(*batch, 4), torch.randn(*batch, 4)
+    found = layer(torch.randn(*batch, 3), states)
+    return layer, features(found[1][1] if isinstance(layer, nn.LSTM) else found[1])
 
 
-def _lstm_cell() -> tuple[nn.Module, Tensor]:
-    layer = nn.LSTMCell(3, 4)
-    hidden, _ = layer(torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)))
-    return layer, features(hidden)
-
-
-def _heads_of(**options: int) -> tuple[nn.Module, Tensor]:
+def _heads(**options: int) -> tuple[nn.Module, Tensor]:
     """Attention with heads of size 1 and no mixing after it: an output for each head."""
     width = 4
     layer = nn.MultiheadAttention(width, num_heads=width, add_bias_kv=True, **options)
     with torch.no_grad():
         layer.out_proj.weight.copy_(torch.eye(width))
-    size = {"key": options.get("kdim", width), "value": options.get("vdim", width)}
-    query = torch.randn(3, width)
-    key, value = torch.randn(5, size["key"]), torch.randn(5, size["value"])
-    return layer, features(layer(query, key, value)[0])
+    widths = width, options.get("kdim", width), options.get("vdim", width)
+    return layer, features(layer(*[torch.randn(3, size) for size in widths])[0])
 
 
 class Case(NamedTuple):
@@ -73,41 +65,33 @@ class Case(NamedTuple):
 
 
 LAYERS = {
-    "linear": Case(lambda: _features_of(nn.Linear(5, 3), (4, 5))),
-    "bilinear": Case(lambda: _features_of(nn.Bilinear(3, 4, 2), (6, 3), (6, 4))),
-    "conv1d": Case(lambda: _channels_of(nn.Conv1d(4, 3, 3), 2, 4, 8)),
-    "conv2d": Case(lambda: _channels_of(nn.Conv2d(4, 3, (3, 2)), 2, 4, 7, 7)),
-    "conv3d": Case(lambda: _channels_of(nn.Conv3d(2, 3, 2), 2, 2, 5, 5, 5)),
-    "grouped": Case(lambda: _channels_of(nn.Conv2d(4, 6, 3, groups=2), 2, 4, 7, 7)),
-    "depthwise": Case(lambda: _channels_of(nn.Conv2d(4, 8, 3, groups=4), 2, 4, 7, 7)),
-    "transposed1d": Case(lambda: _channels_of(nn.ConvTranspose1d(4, 3, 3), 2, 4, 8)),
-    "transposed2d": Case(lambda: _channels_of(nn.ConvTranspose2d(4, 3, 3), 2, 4, 5, 5)),
-    "transposed3d": Case(lambda: _channels_of(nn.ConvTranspose3d(2, 3, 2), 1, 2, 4, 4, 4)),
+    "linear": Case(lambda: _outputs(nn.Linear(5, 3), (4, 5))),
+    "bilinear": Case(lambda: _outputs(nn.Bilinear(3, 4, 2), (6, 3), (6, 4))),
+    "conv1d": Case(lambda: _outputs(nn.Conv1d(4, 3, 3), (2, 4, 8))),
+    "conv2d": Case(lambda: _outputs(nn.Conv2d(4, 3, (3, 2)), (2, 4, 7, 7))),
+    "conv3d": Case(lambda: _outputs(nn.Conv3d(2, 3, 2), (2, 2, 5, 5, 5))),
+    "grouped": Case(lambda: _outputs(nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7))),
+    "transposed1d": Case(lambda: _outputs(nn.ConvTranspose1d(4, 3, 3), (2, 4, 8))),
     "grouped-transposed1d": Case(
-        lambda: _channels_of(nn.ConvTranspose1d(6, 4, 3, groups=2), 2, 6, 8)
+        lambda: _outputs(nn.ConvTranspose1d(6, 4, 3, groups=2), (2, 6, 8))
     ),
     "grouped-transposed2d": Case(
-        lambda: _channels_of(nn.ConvTranspose2d(6, 9, 2, groups=3, stride=2), 2, 6, 5, 5)
+        lambda: _outputs(nn.ConvTranspose2d(6, 9, 2, groups=3, stride=2), (2, 6, 5, 5))
     ),
     "depthwise-transposed3d": Case(
-        lambda: _channels_of(nn.ConvTranspose3d(2, 4, 2, groups=2), 1, 2, 4, 4, 4)
+        lambda: _outputs(nn.ConvTranspose3d(2, 4, 2, groups=2), (1, 2, 4, 4, 4))
     ),
-    "attention": Case(_heads_of, "in_proj_weight", 3),
-    "attention-query": Case(lambda: _heads_of(kdim=3, vdim=2), "q_proj_weight"),
-    "attention-key": Case(lambda: _heads_of(kdim=3, vdim=2), "k_proj_weight"),
-    "attention-value": Case(lambda: _heads_of(kdim=3, vdim=2), "v_proj_weight"),
-    "rnn-input": Case(lambda: _features_of(nn.RNN(3, 4), (1, 2, 3)), "weight_ih_l0"),
-    "rnn-cell-input": Case(lambda: _features_of(nn.RNNCell(3, 4), (2, 3)), "weight_ih"),
-    "rnn-cell-hidden": Case(lambda: _features_of(nn.RNNCell(3, 4), (2, 3), (2, 4)), "weight_hh"),
-    "gru-input": Case(lambda: _features_of(nn.GRU(3, 4), (1, 2, 3)), "weight_ih_l0", 3),
-    "gru-cell-hidden": Case(lambda: _features_of(nn.GRUCell(3, 4), (2, 3), (2, 4)), "weight_hh", 3),
-    "lstm-input": Case(lambda: _cell_state_of(nn.LSTM(3, 4), 1, 2, 3), "weight_ih_l0", 3),
-    "lstm-hidden": Case(lambda: _cell_state_of(nn.LSTM(3, 4), 1, 2, 3), "weight_hh_l0", 3),
+    "attention": Case(_heads, "in_proj_weight", 3),
+    "attention-key": Case(lambda: _heads(kdim=3, vdim=2), "k_proj_weight"),
+    "rnn": Case(lambda: _outputs(nn.RNN(3, 4), (1, 2, 3)), "weight_ih_l0"),
+    "rnn-cell": Case(lambda: _outputs(nn.RNNCell(3, 4), (2, 3), (2, 4)), "weight_hh"),
+    "gru": Case(lambda: _outputs(nn.GRU(3, 4), (1, 2, 3)), "weight_ih_l0", 3),
+    "gru-cell": Case(lambda: _outputs(nn.GRUCell(3, 4), (2, 3), (2, 4)), "weight_hh", 3),
+    "lstm": Case(lambda: _cell_state(nn.LSTM(3, 4), 1, 2), "weight_hh_l0", 3),
     "lstm-projection": Case(
-        lambda: _features_of(nn.LSTM(3, 4, proj_size=2), (1, 2, 3)), "weight_hr_l0"
+        lambda: _outputs(nn.LSTM(3, 4, proj_size=2), (1, 2, 3)), "weight_hr_l0"
     ),
-    "lstm-cell-input": Case(_lstm_cell, "weight_ih", 4),
-    "lstm-cell-hidden": Case(_lstm_cell, "weight_hh", 4),
+    "lstm-cell": Case(lambda: _cell_state(nn.LSTMCell(3, 4), 2), "weight_ih", 3),
 }
 
 
@@ -147,7 +131,7 @@ OF_TORCH = [
 ARGUMENTS: dict[type[nn.Module], tuple[object, ...]] = {
     nn.Bilinear: (3, 4, 2),
     nn.GroupNorm: (2, 4),
-    nn.MultiheadAttention: (4, 2),
+    nn.MultiheadAttention: (4, 2, 0.0, True, True, False, 3, 2),
     nn.PReLU: (),
     nn.RNNBase: ("LSTM", 3, 4),
     nn.RNNCellBase: (3, 4, True, 4),
@@ -160,52 +144,11 @@ ARGUMENTS: dict[type[nn.Module], tuple[object, ...]] = {
 @pytest.mark.parametrize("kind", OF_TORCH, ids=lambda kind: kind.__name__)
 def test_every_parameter_of_torch_has_an_answer(kind: type[nn.Module]) -> None:
     """A release of torch with a new layer breaks this."""
-    for row in gcx.torch.plan(kind(*ARGUMENTS.get(kind, (4,)))):
+    layer = kind(*ARGUMENTS.get(kind, (4,)))
+    plan = gcx.torch.plan(layer)
+    assert [row.name for row in plan] == [name for name, _ in layer.named_parameters()]
+    for row in plan:
         assert not re.match(r"unknown|a (vector|scalar) has no", row.reason)
-
-
-class Zoo(nn.Module):
-    """One of each: what is centralized, and what is left alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.embed = nn.Embedding(7, 4)
-        self.conv = nn.Conv2d(3, 4, 3, bias=False)
-        self.up = nn.ConvTranspose2d(4, 6, 2, groups=2)
-        self.norm = nn.LayerNorm((2, 4))
-        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
-        self.one = nn.Linear(1, 4)
-        self.head = nn.Linear(4, 7)
-
-
-def test_plan_of_a_model() -> None:
-    model = Zoo()
-    assert (
-        str(gcx.torch.plan(model))
-        == """\
-parameter                  shape    layout    reason
-cls_token                  1x1x4    -         token: an input of the layers after it
-embed.weight               7x4      -         embedding: a row is an input, not an output unit
-conv.weight                4x3x3x3  o...      Conv2d
-up.weight                  4x3x2x2  (bi)o...  ConvTranspose2d, 2 groups
-up.bias                    6        -         bias
-norm.weight                2x4      -         norm
-norm.bias                  2x4      -         bias
-attention.in_proj_weight   12x4     o...      MultiheadAttention
-attention.in_proj_bias     12       -         bias
-attention.bias_k           1x1x4    -         token: appended to the keys and values
-attention.bias_v           1x1x4    -         token: appended to the keys and values
-attention.out_proj.weight  4x4      o...      Linear
-attention.out_proj.bias    4        -         bias
-one.weight                 4x1      -         fan-in 1: subtracting its mean would freeze it
-one.bias                   4        -         bias
-head.weight                7x4      o...      Linear
-head.bias                  7        -         bias
-5 of 17 parameters centralized"""
-    )
-    names = [name for name, _ in model.named_parameters()]
-    assert [row.name for row in gcx.torch.plan(model)] == names
 
 
 def _decision(model: nn.Module, name: str) -> Layout | str:
@@ -231,8 +174,11 @@ class _Mine(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape))
 
 
-class _Router(nn.Linear):
-    pass
+def _declared(rule: Any, kind: Any, *arguments: Any) -> Any:
+    """Make a layer of a subclass that has a rule."""
+    kind = type("Declared", (kind,), {})
+    gcx.torch.register_layer(kind)(rule)
+    return kind(*arguments)
 
 
 def _parametrization(name: str, forward: Any, right_inverse: Any = None) -> nn.Module:
@@ -241,23 +187,10 @@ def _parametrization(name: str, forward: Any, right_inverse: Any = None) -> nn.M
     return kind()
 
 
-def _flat() -> nn.Module:
-    return _parametrization("_Flat", lambda _, w: w.reshape(3, 4), lambda _, w: w.flatten())
-
-
-def _product() -> nn.Module:
-    return _parametrization("_Product", lambda _, a, b: a @ b, lambda _, w: (torch.eye(len(w)), w))
-
-
-def _transposed() -> nn.Module:
-    return _parametrization("_Transposed", lambda _, w: w.T, lambda _, w: w.T)
-
-
-def _length() -> nn.Module:
-    return _parametrization("_Length", lambda _, w: w / w.norm(dim=1, keepdim=True))
-
-
-gcx.torch.register_layer(_Router)(lambda _: {"weight": "oi"})
+FLAT = _parametrization("_Flat", lambda _, w: w.reshape(3, 4), lambda _, w: w.flatten())
+PRODUCT = _parametrization("_Product", lambda _, a, b: a @ b, lambda _, w: (torch.eye(len(w)), w))
+TRANSPOSE = _parametrization("_Transposed", lambda _, w: w.T, lambda _, w: w.T)
+UNIT = _parametrization("_Length", lambda _, w: w / w.norm(dim=1, keepdim=True))
 
 
 def _linear(**attributes: nn.Module | Tensor) -> nn.Module:
@@ -287,19 +220,6 @@ def _norm(layer: nn.Module) -> nn.Module:
     return nn.Sequential(parametrizations.weight_norm(layer))
 
 
-def _unknown_twice() -> nn.Module:
-    layer = parametrizations.weight_norm(nn.Linear(3, 3))
-    return register_parametrization(layer, "weight", _transposed())
-
-
-def _norm_by_hooks() -> nn.Module:
-    return nn.Sequential(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, groups=2), dim=1))
-
-
-def _attention_by_hooks() -> nn.Module:
-    return nn.utils.weight_norm(nn.MultiheadAttention(4, 2, add_bias_kv=True), "in_proj_weight")
-
-
 def _codebook() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.codebook = layer.weight
@@ -308,7 +228,6 @@ def _codebook() -> nn.Module:
 
 BY_ROWS = Layout("o...")
 LENGTH = "weight_norm g: the length of a weight"
-APPENDED = "token: appended to the keys and values"
 EMBEDDING = "embedding: a row is an input, not an output unit"
 FAN_IN_ONE = "fan-in 1: subtracting its mean would freeze it"
 TIED = "tied, and the rules differ: "
@@ -324,10 +243,6 @@ ORIGINAL = "parametrizations.weight.original"
     ("make", "decisions"),
     [
         (
-            lambda: _tied(Zoo().embed, Zoo().head),
-            {"0.weight": f"{TIED}{EMBEDDING}; 1.weight: Linear"},
-        ),
-        (
             lambda: _tied(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Embedding(4, 4)),
             {"0.weight": f"{TIED}Linear; 1.weight: {EMBEDDING}"},
         ),
@@ -336,43 +251,53 @@ ORIGINAL = "parametrizations.weight.original"
         (lambda: nn.Conv2d(4, 4, 1, groups=4), {"weight": FAN_IN_ONE}),
         (_codebook, {"weight": f"{TIED}Linear; codebook: {UNKNOWN}Linear.codebook"}),
         (lambda: _tied(nn.Linear(4, 4), nn.Linear(4, 4)), {"0.weight": BY_ROWS}),
-        (lambda: _tied(nn.Linear(4, 4), _Router(4, 4)), {"0.weight": BY_ROWS}),
+        (
+            lambda: _tied(nn.Linear(4, 4), _declared({"weight": "oi"}, nn.Linear, 4, 4)),
+            {"0.weight": BY_ROWS},
+        ),
         (Codes, {"codes.0": f"{UNKNOWN}Codes.codes.0", "codes.1": "a vector has no fan-in"}),
         (Codes, {"nested.a.0": f"{UNKNOWN}Codes.nested.a.0"}),
         (lambda: Codes().codes, {"0": f"{UNKNOWN}ParameterList.0"}),
         (lambda: _linear(tau=torch.zeros(())), {"tau": "a scalar has no fan-in"}),
         (lambda: _linear(tau=torch.zeros(1)), {"tau": "a vector has no fan-in"}),
-        (lambda: _linear(tau=torch.zeros(7)), {"tau": "a vector has no fan-in"}),
-        (lambda: _linear(weight=torch.zeros(3, 4).byte()), {"weight": "dtype uint8"}),
-        (lambda: _linear(weight=torch.zeros(3, 4).char()), {"weight": "dtype int8"}),
         (lambda: _linear(weight=torch.zeros(8, 1, 1).byte()), {"weight": "dtype uint8"}),
         (lambda: _linear(weight=FLOAT8), {"weight": "dtype float8_e4m3fn"}),
         (lambda: _linear(weight=torch.zeros(3, 4)), {"weight": BY_ROWS}),  # frozen
-        (lambda: _norm(nn.Conv2d(3, 4, 3))[0], {f"{ORIGINAL}0": LENGTH, f"{ORIGINAL}1": BY_ROWS}),
         (lambda: _norm(nn.Conv2d(3, 4, 3)), {f"0.{ORIGINAL}0": LENGTH, f"0.{ORIGINAL}1": BY_ROWS}),
         (lambda: _norm(_Mine(3, 4))[0], {f"{ORIGINAL}0": LENGTH, f"{ORIGINAL}1": MINE}),
-        (_norm_by_hooks, {"0.weight_g": LENGTH, "0.weight_v": Layout("(bi)o...", b=2)}),
-        (_attention_by_hooks, {"in_proj_weight_v": BY_ROWS, "bias_v": APPENDED}),
+        (
+            lambda: nn.Sequential(nn.utils.weight_norm(nn.ConvTranspose1d(4, 6, 3, groups=2))),
+            {"0.weight_g": LENGTH, "0.weight_v": Layout("(bi)o...", b=2)},
+        ),
+        (
+            lambda: nn.utils.weight_norm(
+                nn.MultiheadAttention(4, 2, add_bias_kv=True), "in_proj_weight"
+            ),
+            {"in_proj_weight_v": BY_ROWS, "bias_v": "token: appended to the keys and values"},
+        ),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), {ORIGINAL: BY_ROWS}),
         (lambda: nn.utils.spectral_norm(nn.Linear(4, 3)), {"weight_orig": BY_ROWS}),
         (_pruned, {"weight_orig": BY_ROWS, "bias_orig": "bias"}),
-        (lambda: _linear(weight=_flat()), {ORIGINAL: f"{BY_UNKNOWN}_Flat"}),
-        (lambda: _linear(weight=_transposed()), {ORIGINAL: f"{BY_UNKNOWN}_Transposed"}),
+        (lambda: _linear(weight=FLAT), {ORIGINAL: f"{BY_UNKNOWN}_Flat"}),
+        (lambda: _linear(weight=TRANSPOSE), {ORIGINAL: f"{BY_UNKNOWN}_Transposed"}),
         (
-            lambda: _linear(weight=_product()),
+            lambda: _linear(weight=PRODUCT),
             dict.fromkeys((f"{ORIGINAL}0", f"{ORIGINAL}1"), f"{BY_UNKNOWN}_Product"),
         ),
-        (lambda: _linear(weight=_length()), {ORIGINAL: BY_ROWS}),
+        (lambda: _linear(weight=UNIT), {ORIGINAL: BY_ROWS}),
         (
             lambda: _linear(weight=parametrizations.weight_norm(nn.Linear(4, 4))),
             {f"parametrizations.weight.0.{ORIGINAL}1": BY_ROWS},
         ),
-        (lambda: _linear(weight=_length()).to("meta"), {ORIGINAL: f"{BY_UNKNOWN}_Length"}),
+        (lambda: _linear(weight=UNIT).to("meta"), {ORIGINAL: f"{BY_UNKNOWN}_Length"}),
         (
-            lambda: register_parametrization(nn.Linear(4, 4), "weight", _transposed()),
+            lambda: register_parametrization(nn.Linear(4, 4), "weight", TRANSPOSE),
             {ORIGINAL: f"{BY_UNKNOWN}_Transposed", "bias": "bias"},
         ),
-        (_unknown_twice, {f"{ORIGINAL}1": f"{BY_UNKNOWN}_WeightNorm, _Transposed"}),
+        (
+            lambda: register_parametrization(_norm(nn.Linear(3, 3))[0], "weight", TRANSPOSE),
+            {f"{ORIGINAL}1": f"{BY_UNKNOWN}_WeightNorm, _Transposed"},
+        ),
     ],
 )
 def test_decisions(make: Callable[[], nn.Module], decisions: dict[str, Layout | str]) -> None:
@@ -392,38 +317,18 @@ def test_rule_of_a_subclass_needs_to_say_only_what_is_new() -> None:
 
 
 def test_rule_of_a_module_can_answer_for_its_children() -> None:
-    class Declared(Codes):
-        pass
-
-    gcx.torch.register_layer(Declared)(
-        lambda _: {"codes.*": LeaveAlone("codes"), "nested.*.*": "oi", "backwards.weight": "io"}
-    )
-    plan = gcx.torch.plan(nn.Sequential(Declared()))
+    rule = {"codes.*": LeaveAlone("codes"), "nested.*.*": "oi", "backwards.weight": "io"}
+    plan = gcx.torch.plan(nn.Sequential(_declared(rule, Codes)))
     found = {row.name.removeprefix("0."): str(row.layout or row.reason) for row in plan}
     said = {"codes.0": "codes", "codes.1": "codes", "nested.a.0": "oi", "backwards.weight": "io"}
     assert found == {**said, "backwards.bias": "bias"}  # of which the rule says nothing
-
-
-def test_glob_for_the_parameters_of_a_layer_does_not_reach_its_children() -> None:
-    class Greedy(Codes):
-        pass
-
-    gcx.torch.register_layer(Greedy)(lambda _: {"*": None})
-    assert _decision(Greedy(), "backwards.weight") == BY_ROWS
-
-
-def test_spectral_norm_divides_by_one_number() -> None:
-    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
-    ratio = layer.weight / layer.parametrizations.weight.original
-    torch.testing.assert_close(ratio, ratio[0, 0].expand(3, 4))
+    # A glob does not reach the children.
+    assert _decision(_declared({"*": None}, Codes), "backwards.weight") == BY_ROWS
 
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
-@pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
-def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
-    shape: tuple[int, int], orthogonal_map: str
-) -> None:
-    layer = parametrizations.orthogonal(nn.Linear(*shape), orthogonal_map=orthogonal_map)
+def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(orthogonal_map: str) -> None:
+    layer = parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map=orthogonal_map)
     original = layer.parametrizations.weight.original
     (grad,) = torch.autograd.grad(layer.weight[0].sum(), original)
     assert (grad == 0).sum() >= 6  # half of it is not used at all
@@ -431,20 +336,15 @@ def test_coordinates_of_an_orthogonal_weight_have_no_fan_in(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(4))]
-)
-def test_layers_of_torch_jit_are_unknown(compiled: Any, where: Any) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), compiled(nn.Linear(4, 3)))
+def test_layers_of_torch_jit_are_unknown(where: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 3)))
     assert str(_decision(model, "1.weight")).startswith(UNKNOWN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gcx.torch.centralize(optimizer, model, where=where)
-    start = [p.detach().clone() for p in model.parameters()]
+    start = model[0].weight.detach().clone()
     model(torch.rand(5, 4)).square().sum().backward()
     optimizer.step()
-    assert_centralized(model[0].weight.detach() - start[0])
-    assert not torch.equal(model[1].weight, start[2])
+    assert_centralized(model[0].weight, start=start)
 
 
 def test_models_without_shapes_are_an_error() -> None:
@@ -476,22 +376,18 @@ def test_models_without_shapes_are_an_error() -> None:
 
 
 def test_layout_of_a_rule_is_checked() -> None:
-    class Wrong(_Mine):
-        answer: object = "oi"
-
-    gcx.torch.register_layer(Wrong)(lambda layer: {"weight": layer.answer})
-    model = Wrong(2, 3)
-    assert declared_layout(model, "weight") == Layout("oi")
+    model = _declared(lambda layer: {"weight": layer.answer}, _Mine, 2, 3)
     for model.answer, error, message in (
-        (Layout("(bi)...", b=3), RuntimeError, r"where a Wrong has Layout\('\(bi\)\.\.\.', b=3\)"),
-        ("out", ValueError, r"the rule of Wrong answers 'out' for 'weight': layout"),
-        (1, TypeError, r"the rule of Wrong answers 1 for 'weight': a layout is"),
+        (Layout("(bi)...", b=3), RuntimeError, r"where a Declared has Layout\('\(bi\)\.\.\.', b=3"),
+        ("out", ValueError, r"the rule of Declared answers 'out' for 'weight': layout"),
+        (1, TypeError, r"the rule of Declared answers 1 for 'weight': a layout is"),
     ):
         with pytest.raises(error, match=message):
             gcx.torch.plan(model)
-    gcx.torch.register_layer(Wrong)(lambda _: {"wieght": "io"})
-    with pytest.raises(ValueError, match="the rule of Wrong speaks of 'wieght', which this Wrong"):
-        gcx.torch.plan(model)
+    model.answer = "oi"
+    assert declared_layout(model, "weight") == Layout("oi")
+    with pytest.raises(ValueError, match="the rule of Declared speaks of 'wieght', which this De"):
+        gcx.torch.plan(_declared({"wieght": "io"}, _Mine, 2, 3))
 
 
 def test_rule_may_speak_of_what_is_optional() -> None:
@@ -501,8 +397,7 @@ def test_rule_may_speak_of_what_is_optional() -> None:
             self.scale = None
             self.add_module("0", nn.Linear(4, 3))
 
-    gcx.torch.register_layer(Optional)(
-        lambda _: {"bias": None, "scale": None, "offset*": None, "0.weight": "io", "weight": "oi"}
-    )
-    for layer in (Optional(), parametrizations.spectral_norm(Optional())):
+    names = {"bias": None, "scale": None, "offset*": None, "0.weight": "io", "weight": "oi"}
+    layers = [_declared(names, Optional) for _ in range(2)]
+    for layer in (layers[0], parametrizations.spectral_norm(layers[1])):
         assert {str(row.layout) for row in gcx.torch.plan(layer) if row.layout} == {"oi", "io"}

@@ -47,84 +47,74 @@ def test_keys(key: str) -> None:
     assert plan(model, {make_key(model): None}) == expected
 
 
-def test_names() -> None:
-    tensors = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
-    # The name with brackets matches the other as a glob.
-    assert plan(tensors, {"w[0]": "oi"}) == dict.fromkeys(("w0", "w[0]"), ("oi", "override"))
-    layer = nn.Linear(3, 2)
-    assert plan(layer, {layer: None}) == {"weight": AS_GIVEN, "bias": AS_GIVEN}
-    twice = nn.ModuleDict({"encoder": layer, "decoder": layer})
-    found = plan(twice, {"decoder.weight": "io"})
-    assert found == {"encoder.weight": ("io", "override"), "encoder.bias": (None, "bias")}
+MODEL, LAYER = new_model(), nn.Linear(4, 3, bias=False)
+# The name with brackets matches the other as a glob.
+TENSORS = nn.ParameterDict({"w[0]": torch.zeros(3, 2), "w0": torch.zeros(3, 2)})
+IO, BIAS, SOON = ("io", "override"), (None, "bias"), LeaveAlone("frozen soon")
+GROUPS = Layout("(bi)o...", b=3)
+TIED = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+TIED["head"].weight = TIED["embedding"].weight
+TRANSPOSE = type("", (nn.Module,), dict.fromkeys(("forward", "right_inverse"), lambda _, w: w.T))
+TRANSPOSED = nn.utils.parametrize.register_parametrization(
+    nn.Linear(4, 3, bias=False), "weight", TRANSPOSE()
+)
+ORIGINAL = "parametrizations.weight.original"
 
 
-@pytest.mark.parametrize("value", ["io", Layout("...o")], ids=repr)
-def test_values(value: Any) -> None:
-    found = plan(new_model(), dict.fromkeys(("1.weight", "0.weight", "2.weight"), value))
-    for name in ("0.weight", "1.weight", "2.weight"):
-        assert found[name] == (str(value), "override")
-    assert found["3.weight"] == ("o...", "Linear")
-
-
-def test_answers() -> None:
-    model = new_model()
-    found = plan(model, {model[1]: LeaveAlone("frozen soon"), model[2]: LeaveAlone("norm of mine")})
-    assert found["1.weight"] == found["1.bias"] == (None, "frozen soon")
-    assert found["2.weight"] == (None, "norm of mine")
-    found = plan(model, {model[1]: "io"})  # which is not for its vectors
-    assert (found["1.weight"], found["1.bias"]) == (("io", "override"), (None, "bias"))
-    assert plan(model, {"1.bias": "i"})["1.bias"] == ("i", "override")
-    (row,) = gcx.torch.plan(nn.Linear(1, 3, bias=False), overrides={"weight": "oi"})
-    assert (row.layout, row.reason) == (None, "fan-in 1: subtracting its mean would freeze it")
-    given = Layout("(bi)o...", b=3)
-    (row,) = gcx.torch.plan(nn.Conv1d(4, 6, 3, bias=False), overrides={"weight": given})
-    assert (row.layout, row.reason) == (given, "override, 3 groups")
-
-
-def test_first_key_counts() -> None:
-    model = new_model()
-    found = plan(model, {"3.weight": "io", "*.weight": None, model[3]: "oi"})
-    assert (found["3.weight"], found["1.weight"]) == (("io", "override"), AS_GIVEN)
-    assert plan(model, {"*.weight": None, "3.weight": "io"})["3.weight"] == AS_GIVEN
-
-
-@pytest.mark.parametrize("by", ["embedding", "head"])
-def test_override_decides_a_tied_weight(by: str) -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
-    model["head"].weight = model["embedding"].weight
-    assert plan(model, None)["embedding.weight"][1].startswith("tied, and the rules differ")
-    assert plan(model, {f"{by}.weight": "oi"}) == {"embedding.weight": ("oi", "override")}
-    assert plan(model, {model[by]: None}) == {"embedding.weight": AS_GIVEN}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_weights_that_are_made_of_others() -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    transposed = type(
-        "", (nn.Module,), {"forward": lambda _, w: w.T, "right_inverse": lambda _, w: w.T}
-    )
-    nn.utils.parametrize.register_parametrization(layer, "weight", transposed())
-    name = "parametrizations.weight.original"
-    assert plan(layer, None)[name][1].startswith("unknown")
-    assert plan(layer, {name: "io"}) == {name: ("io", "override")}
-    assert plan(layer, {layer: None}) == {name: AS_GIVEN}
-    found = plan(parametrizations.weight_norm(nn.Linear(4, 3, bias=False)), {"*.original1": None})
-    assert list(found.values()) == [(None, "weight_norm g: the length of a weight"), AS_GIVEN]
-    layer = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
-    assert plan(layer, {"weight_v": None})["weight_v"] == AS_GIVEN
-    pruned = prune.random_unstructured(nn.Linear(4, 3, bias=False), "weight", 0.5)
-    assert plan(pruned, {"weight_orig": "io"}) == {"weight_orig": ("io", "override")}
+@pytest.mark.parametrize(
+    ("model", "overrides", "rows"),
+    [
+        (TENSORS, {"w[0]": "io"}, {"w0": IO, "w[0]": IO}),
+        (LAYER, {LAYER: None}, {"weight": AS_GIVEN}),
+        (nn.ModuleDict({"a": LAYER, "b": LAYER}), {"b.weight": "io"}, {"a.weight": IO}),
+        (MODEL, {"1.weight": "io"}, {"1.weight": IO, "3.weight": ("o...", "Linear")}),
+        (MODEL, {"[02].weight": Layout("io")}, {"0.weight": IO, "2.weight": IO}),
+        (MODEL, {MODEL[1]: SOON}, dict.fromkeys(("1.weight", "1.bias"), (None, "frozen soon"))),
+        # Which is not for its vectors.
+        (MODEL, {MODEL[1]: "io"}, {"1.weight": IO, "1.bias": BIAS}),
+        (MODEL, {"1.bias": "i"}, {"1.bias": ("i", "override")}),
+        # The first key counts.
+        (
+            MODEL,
+            {"3.weight": "io", "*.weight": None, MODEL[3]: "oi"},
+            {"3.weight": IO, "1.weight": AS_GIVEN},
+        ),
+        (MODEL, {"*.weight": None, "3.weight": "io"}, {"3.weight": AS_GIVEN}),
+        (
+            nn.Linear(1, 3, bias=False),
+            {"weight": "oi"},
+            {"weight": (None, "fan-in 1: subtracting its mean would freeze it")},
+        ),
+        (nn.Conv1d(4, 6, 3), {"weight": GROUPS}, {"weight": (str(GROUPS), "override, 3 groups")}),
+        # Weights that are tied, or made of others, about which the layers say something else.
+        (TIED, {"embedding.weight": "io"}, {"embedding.weight": IO}),
+        (TIED, {"head.weight": "io"}, {"embedding.weight": IO}),
+        (TIED, {TIED["head"]: None}, {"embedding.weight": AS_GIVEN}),
+        (TRANSPOSED, {ORIGINAL: "io"}, {ORIGINAL: IO}),
+        (TRANSPOSED, {TRANSPOSED: None}, {ORIGINAL: AS_GIVEN}),
+        (
+            parametrizations.weight_norm(nn.Linear(4, 3)),
+            {"*.original1": None},
+            {
+                f"{ORIGINAL}0": (None, "weight_norm g: the length of a weight"),
+                f"{ORIGINAL}1": AS_GIVEN,
+            },
+        ),
+        (prune.identity(nn.Linear(4, 3), "weight"), {"weight_orig": "io"}, {"weight_orig": IO}),
+    ],
+)
+def test_answers(model: nn.Module, overrides: Any, rows: dict[str, Any]) -> None:
+    found = plan(model, overrides)
+    assert {**found, **rows} == found
 
 
 def test_override_comes_before_layers() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 3, 2, bias=False), nn.Linear(4, 3), nn.Linear(4, 3))
-    found = plan(model, {"1.weight": "oi", "0.*": None}, layers="conv")
-    assert found["0.weight"] == AS_GIVEN
-    assert found["1.weight"] == ("oi", "override")
-    assert found["2.weight"] == (None, "not a convolution, and layers='conv'")
+    found = plan(MODEL, {"1.weight": "io"}, layers="conv")
+    assert found["1.weight"] == IO
+    assert found["3.weight"] == (None, "not a convolution, and layers='conv'")
 
 
-MODEL, STRANGER = new_model(), nn.Parameter(torch.zeros(3, 4))
+STRANGER = nn.Parameter(torch.zeros(3, 4))
 NO_KEY = "a key is the name of a parameter, a glob, a parameter or"
 NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx\.Layout, not "
 
@@ -132,16 +122,11 @@ NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (
-            {"1.wieght": None},
-            ValueError,
-            r"'1\.wieght' matches no parameter; there are: 0\.weight, 1",
-        ),
+        ({"1.w": None}, ValueError, r"'1\.w' matches no parameter; there are: 0\.weight, 1"),
         ({"*.wieght": None}, ValueError, r"'\*\.wieght' matches no parameter"),
-        ({"2.conv*": None}, ValueError, "matches no parameter"),
-        ({STRANGER: None}, ValueError, r"tensor of shape \(3, 4\) is no parameter"),
-        ({nn.Linear(4, 3): None}, ValueError, "a Linear holds no parameters of the model"),
-        ({nn.ReLU(): None}, ValueError, "a ReLU holds no parameters of the model"),
+        ({STRANGER: None}, ValueError, "this Parameter is no parameter of the model"),
+        ({nn.Linear(4, 3): None}, ValueError, "this Linear .* the model and holds none"),
+        ({nn.ReLU(): None}, ValueError, "this ReLU .* the model and holds none"),
         *[
             (key, TypeError, "overrides is a mapping from names to layouts, not ")
             for key in ([], ["1.weight"], 0, 3, "1.weight")
@@ -163,7 +148,7 @@ def test_errors_of_other_models() -> None:
         with pytest.raises(ValueError, match=r"weight of shape \(6, 4, 3\) does not fit Layout\('"):
             gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    with pytest.raises(ValueError, match=r"a LayerNorm holds no .* with two axes or"):
+    with pytest.raises(ValueError, match=r"this LayerNorm .* holds none \(of two axes"):
         gcx.torch.plan(model, overrides={model[1]: "oi"})
     with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})
@@ -171,7 +156,7 @@ def test_errors_of_other_models() -> None:
         gcx.torch.plan(nn.LazyLinear(3), overrides={"weight": "io"})
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
 def test_weight_without_gradient(dtype: torch.dtype) -> None:
     layer = nn.Linear(4, 2)
     layer.weight = nn.Parameter(torch.zeros(2, 4).to(dtype), requires_grad=False)

@@ -15,8 +15,6 @@ import torch
 
 import gcx
 import gcx.diagnostics
-import gcx.diagnostics.jax
-import gcx.diagnostics.torch
 import gcx.optax
 import gcx.optim
 import gcx.torch
@@ -69,12 +67,7 @@ def plans(plan: Plan) -> None:
     assert_type([row.reason for row in plan], list[str])
 
 
-def diagnostics(
-    model: torch.nn.Linear, params: dict[str, jax.Array], x: torch.Tensor, y: jax.Array
-) -> None:
-    report = gcx.diagnostics.torch.energy_removed(model, [x], lambda m, x: m.forward(x).sum())
+def diagnostics(plan: Plan, x: torch.Tensor) -> None:
+    report = gcx.diagnostics.energy_removed([[x]], layouts=plan)
     assert_type(report, gcx.diagnostics.EnergyReport)
-    assert_type(report.rows[0].share, gcx.diagnostics.Share | None)
-    gcx.diagnostics.jax.energy_removed(params, [y], lambda p, y: p["w"] @ y, layouts="flax")
-    gcx.diagnostics.jax.energy_removed(params, [y], lambda p, y: y)  # type: ignore[call-arg]
-    assert_type(gcx.diagnostics.energy_removed([[x]]), gcx.diagnostics.EnergyReport)
+    assert_type(report.shares["0"], gcx.diagnostics.Share)

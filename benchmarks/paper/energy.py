@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import jax
 import optax
 
-import gcx.diagnostics.jax
+import gcx.diagnostics
+import gcx.optax
 from benchmarks.paper.markdown import table
 from benchmarks.paper.network import Network, Weights
 from benchmarks.paper.tasks import ALL, BATCH
@@ -28,19 +30,21 @@ def energy_removed(network: Network) -> EnergyReport:
     weights, statistics = network.start(SEED)
     images, (batches, labels) = ALL.train().x, ALL.draw(SEED)
 
-    def loss(weights: Weights, batch: Any) -> Any:
-        x, y = batch
+    @jax.jit
+    @jax.grad
+    def gradients(weights: Weights, x: Any, y: Any) -> Any:
         logits, _ = network(weights, statistics, x, training=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    drawn = [(images[batch], labels[batch]) for batch in batches[:BATCHES]]
-    return gcx.diagnostics.jax.energy_removed(weights, drawn, loss, layouts=EVERY_WEIGHT)
+    grads = [gradients(weights, images[batch], labels[batch]) for batch in batches[:BATCHES]]
+    plan = gcx.optax.plan(weights, EVERY_WEIGHT)
+    return gcx.diagnostics.energy_removed(grads, layouts=plan)
 
 
 def energy_table() -> Iterator[str]:
     """Give the lines of a table in Markdown: a row a layer, a column a norm."""
     yield (
-        "Share of the gradient's energy that GC removes, by `gcx.diagnostics.jax`, at the initial "
+        "Share of the gradient's energy that GC removes, by `gcx.diagnostics`, at the initial "
         f"weights of seed {SEED}, over {BATCHES} batches of {BATCH} images. By chance: what is to "
         "be expected of a gradient without a common direction."
     )
@@ -48,17 +52,10 @@ def energy_table() -> Iterator[str]:
     reports = [energy_removed(Network(norm)) for norm in NORMS]
     rows = [
         [
-            row.name.removesuffix("/kernel"),
-            f"{row.share.by_chance:.1%}",
-            *_shares(reports, row.name),
+            name.removesuffix("/kernel"),
+            f"{share.by_chance:.1%}",
+            *[f"{report.shares[name].removed:.0%}" for report in reports],
         ]
-        for row in reports[0].rows
-        if row.share is not None
+        for name, share in reports[0].shares.items()
     ]
     yield from table(["layer", "by chance", *NORMS], rows)
-
-
-def _shares(reports: list[EnergyReport], name: str) -> list[str]:
-    """Write the share of a layer in each report."""
-    found = [row.share for report in reports for row in report.rows if row.name == name]
-    return [f"{share.removed:.0%}" for share in found if share is not None]

@@ -13,7 +13,7 @@ import optax
 from gcx._decisions import decide_row
 from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._layouts import layouts_for
-from gcx._names import match_all, naming
+from gcx._names import match_all
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout
@@ -92,7 +92,7 @@ def layouts(
         With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
         or tuple of nnx or Equinox modules is a model too.
     *example_inputs, **keyword_inputs
-        For linen and Haiku alone: the arguments of ``init`` after the random key, as arrays or
+        For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
         `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
 
     Returns
@@ -104,7 +104,7 @@ def layouts(
     Raises
     ------
     TypeError
-        If `model` is not a model.
+        If `model` is not a model, or has example inputs that it does not need.
 
     Examples
     --------
@@ -181,9 +181,12 @@ def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
     if not hasattr(leaf, "dtype"):
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
-    with naming(name):  # its library may have dtypes that JAX does not know
-        if not is_floating(leaf.dtype):
-            return PlanRow(name, shape, None, "not of floating dtype")
+    try:
+        is_numeric = is_floating(leaf.dtype)
+    except TypeError:  # a dtype that neither JAX nor NumPy knows
+        raise TypeError(f"{name} is a {name_kind(leaf)}, not an array of JAX or NumPy") from None
+    if not is_numeric:
+        return PlanRow(name, shape, None, "not of floating dtype")
     answer, reason = rule(name, leaf)
     row = decide_row(name, shape, answer, reason)
     if row.layout is None and is_split and not isinstance(answer, LeaveAlone):

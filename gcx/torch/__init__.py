@@ -3,12 +3,7 @@
 from gcx._frameworks import needing
 
 with needing("torch", '"gcx[torch]"'):
-    from gcx.torch._centralize import (
-        GradientCentralization,
-        centralize,
-        centralized,
-        derive_class,
-    )
+    from gcx.torch._centralize import GradientCentralization, centralize, centralized
     from gcx.torch._check import check_plan
     from gcx.torch._fused import SGD, AdamW
     from gcx.torch._gradients import (
@@ -31,7 +26,6 @@ __all__ = [
     "centralize_in_backward",
     "centralized",
     "check_plan",
-    "derive_class",
     "matrices",
     "plan",
     "register_layer",

@@ -1,13 +1,10 @@
-"""Gradient Centralization for an optimizer, or for a class of optimizers."""
+"""Gradient Centralization for an optimizer."""
 
 from __future__ import annotations
 
-import copyreg
-from abc import ABCMeta
 from copy import copy
-from functools import wraps
 from inspect import unwrap
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +28,6 @@ from gcx.torch._step import (
     warn_of_copies,
 )
 from gcx.torch._weights import IN_BACKWARD, Targets
-
-Kind = TypeVar("Kind", bound=Optimizer)
 
 
 def centralize(
@@ -99,23 +94,7 @@ def centralize(
 
 
 class GradientCentralization:
-    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it.
-
-    Parameters
-    ----------
-    optimizer, model, options
-        As in `gcx.torch.centralize`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> model = torch.nn.Linear(3, 2)
-    >>> handle = gcx.torch.centralize(torch.optim.SGD(model.parameters()), model)
-    >>> handle.plan["weight"].reason
-    'Linear'
-    >>> handle.remove()
-    """
+    """Gradient Centralization at work in an optimizer; `gcx.torch.centralize` returns it."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, options: Options) -> None:
         optimizer = _find_optimizer(optimizer)
@@ -237,95 +216,3 @@ def centralized(optimizer: Optimizer) -> GradientCentralization | None:
     if found is not None:
         vars(found).update(_optimizer=optimizer)
     return found
-
-
-def derive_class(
-    kind: type[Kind],
-    model: nn.Module,
-    *,
-    where: Where = "gradient",
-    decay: Decay = None,
-    strength: float = 1.0,
-    layers: Layers = "all",
-    overrides: Overrides | None = None,
-    reproducible: bool = False,
-) -> type[Kind]:
-    """Derive an optimizer class that calls `centralize`, for a trainer that takes a class.
-
-    Parameters
-    ----------
-    kind : type
-        The class of the optimizer, such as ``torch.optim.RAdam``.
-    model : torch.nn.Module
-        The model that will hold every parameter of the optimizer.
-    where, decay, strength, layers, overrides, reproducible
-        As in `centralize`.
-
-    Returns
-    -------
-    type
-        A subclass of `kind` with the same arguments. It can be pickled, and takes the model along.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        If `kind` is not a torch optimizer class, or an option has no such value; when an optimizer
-        is made, as `centralize`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> model = torch.nn.Linear(3, 2)
-    >>> gcx.torch.derive_class(torch.optim.RAdam, model, where="update")
-    <class 'torch.optim.radam.RAdam', centralized for a Linear, where='update'>
-    """
-    options = Options(where, decay, strength, layers, overrides, reproducible)
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise TypeError(f"kind is a torch optimizer class, such as torch.optim.RAdam, not {kind!r}")
-    derived: type[Kind] = _derive(kind)
-    _bind(derived, (model, options))
-    return derived
-
-
-_BINDING = "_gcx_binding"  # of a derived class: its model and its options
-
-
-class _Derived(ABCMeta):  # some packages have abstract optimizers
-    """Class of the classes that `derive_class` makes: it prints and pickles them."""
-
-    def __repr__(cls) -> str:
-        if _BINDING not in vars(cls):  # a subclass of a derived one, by a class statement
-            return super().__repr__()
-        model, options = vars(cls)[_BINDING]
-        kind = repr(cls.__base__).removesuffix(">")
-        return f"{kind}, centralized for a {type(model).__name__}, where={options.where!r}>"
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        # In its own process, cloudpickle loads the class itself, and a copy of the model.
-        if name != _BINDING or name not in vars(cls):
-            super().__setattr__(name, value)
-
-
-def _derive(kind: type[Optimizer]) -> Any:
-    @wraps(kind.__init__)
-    def initialize(self: Optimizer, *arguments: Any, **named: Any) -> None:
-        kind.__init__(self, *arguments, **named)
-        GradientCentralization(self, *vars(derived)[_BINDING])
-
-    derived = _Derived(kind.__name__, (kind,), {"__init__": initialize})
-    return derived
-
-
-def _bind(derived: type, binding: tuple[nn.Module, Options]) -> None:
-    setattr(derived, _BINDING, binding)
-
-
-def _reduce(cls: type) -> Any:
-    if _BINDING not in vars(cls):
-        return cls.__qualname__
-    # Bound at last, since the model may hold the class.
-    return _derive, (cls.__base__,), vars(cls)[_BINDING], None, None, _bind
-
-
-copyreg.pickle(_Derived, _reduce)

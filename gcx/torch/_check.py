@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
@@ -66,15 +66,12 @@ def check_plan(
     --------
     >>> import torch
     >>> import gcx.torch
-    >>> class Autoencoder(torch.nn.Module):
-    ...     def __init__(self) -> None:
-    ...         super().__init__()
-    ...         self.encode = torch.nn.Linear(8, 3)
-    ...     def forward(self, x):
-    ...         return torch.nn.functional.linear(self.encode(x), self.encode.weight.T)
-    >>> found = gcx.torch.check_plan(Autoencoder(), torch.rand(4, 8))
-    >>> found.disagree["encode.weight"]
-    'layout o..., but one output of linear takes 3 entries from 3 output units of 8'
+    >>> gcx.torch.check_plan(torch.nn.Linear(8, 3), torch.rand(4, 8)).agree
+    ('weight',)
+    >>> tied = torch.nn.Linear(3, 3)
+    >>> tied.forward = lambda x: x @ tied.weight  # another way around than a Linear
+    >>> gcx.torch.check_plan(tied, torch.rand(4, 3)).disagree["weight"]
+    'layout o..., but one output of matmul takes 3 entries from 3 output units of 3'
     """
     decisions = decide(model, Options(overrides=overrides))
     weights = {p: d.row for p, d in decisions.items() if d.row.layout is not None}
@@ -102,10 +99,11 @@ class _Uses(TorchFunctionMode):
     def __init__(self, weights: Mapping[Tensor, PlanRow], data: Any) -> None:
         super().__init__()
         self.found: dict[str, str] = {}  # by weight: how a use contradicts the plan, or ""
-        self._weights = {row.name: (weight, row.layout) for weight, row in weights.items()}
+        self._weights: dict[str, tuple[Tensor, Any]] = {}
         # By tensor: the weights that it is made of, or _DATA.
         self._origin: Any = WeakIdKeyDictionary()
         for weight, row in weights.items():
+            self._weights[row.name] = weight, row.layout
             self._origin[weight] = frozenset({row.name})
         self._mark(data, _DATA)
         self._draws = torch.Generator().manual_seed(0)  # the global one is the user's
@@ -149,73 +147,61 @@ class _Uses(TorchFunctionMode):
                 self._origin[leaf] = names
 
     def _examine(
-        self,
-        again: Callable[..., Any],
-        data: list[Tensor],
-        made: list[Tensor],
-        names: frozenset[str],
-        use: str,
+        self, again: Any, data: list[Tensor], made: list[Tensor], names: Any, use: str
     ) -> bool:
-        """Record what the outputs depend on; return True if they do not depend on the data."""
+        """Record what the outputs depend on; return True if they do not depend on the data.
+
+        The operation `again` got the tensors `made`, each made of weights.
+        """
         # Random data can be refused, and a second derivative; transforms of torch.func refuse both.
         with suppress(RuntimeError):
             # From 0.5 to 1.5: no product is zero.
-            new = [(_draw(x, self._draws) + 0.5).requires_grad_() for x in data]
+            new = [(self._draw(x) + 0.5).requires_grad_() for x in data]
             results = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
             numbers = [x.flatten() for x in results if x.is_floating_point()]
             output = torch.cat(numbers) if numbers else torch.zeros(1)
             if not any(map(_is_any, _derivatives(output.sum(), new))):
                 return True
             for name in names:
-                weight, layout = self._weights[name]
-                problems = _compare(output, new, made, weight, layout, draws=self._draws, use=use)
-                for problem in problems:
+                for problem in self._compare(name, output, new, made, use):
                     self.found[name] = self.found.get(name) or problem
         return False
 
+    def _compare(
+        self, name: str, output: Tensor, data: list[Tensor], made: list[Tensor], use: str
+    ) -> Iterator[str]:
+        """Compare some outputs with the layout of a weight: a sentence, or "" where they agree."""
+        weight, layout = self._weights[name]
+        view, axes = layout.split(tuple(weight.shape))
+        letters = layout.letters(weight.ndim)
+        for k in torch.randint(len(output), (_OUTPUTS_TRIED,), generator=self._draws).tolist():
+            grad, *others = _derivatives(output[k], [weight, *data])
+            if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
+                continue
+            if grad.requires_grad and any(map(_is_any, _derivatives(grad.sum(), [weight]))):
+                continue  # not linear: by a norm of the weight, each unit depends on all others
+            enters = grad.reshape(view) != 0
+            units, whole = enters.any(axes), enters.all(axes)
+            if units.sum() == 1 and "conv" in use and not whole.equal(units):
+                # At an edge, an output sees a part of the kernel; together they see all of it.
+                some = output @ self._draw(output)
+                total, *direct = torch.autograd.grad(some, [weight, *made], retain_graph=True)
+                if not all((x != 0).all() for x in direct):
+                    continue  # padding hides a part of the kernel from this input
+                whole = units & (total.reshape(view) != 0).all(axes)
+            is_whole = whole.equal(units)
+            if is_whole and units.sum() == 1:
+                yield ""
+            elif units.sum() > 1 and not (len(made) == 1 and _SUM.fullmatch(use)):
+                continue  # an operation of several layers, such as an RNN
+            elif not _is_stack(enters, letters.replace("i", "b") if is_whole else letters):
+                yield (
+                    f"layout {layout}, but one output of {use} takes {int(enters.sum())} entries "
+                    f"from {int(units.sum())} output units of {prod(view[axis] for axis in axes)}"
+                )
 
-def _compare(
-    output: Tensor,
-    data: Sequence[Tensor],
-    made: Sequence[Tensor],
-    weight: Tensor,
-    layout: Any,
-    *,
-    draws: torch.Generator,
-    use: str,
-) -> Iterator[str]:
-    """Compare some outputs with the layout of a weight: a sentence, or "" where they agree.
-
-    The operation got the tensors `made`, each made of weights.
-    """
-    view, axes = layout.split(tuple(weight.shape))
-    letters = layout.letters(weight.ndim)
-    for k in torch.randint(len(output), (_OUTPUTS_TRIED,), generator=draws).tolist():
-        grad, *others = _derivatives(output[k], [weight, *data])
-        if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
-            continue
-        if grad.requires_grad and any(map(_is_any, _derivatives(grad.sum(), [weight]))):
-            continue  # not linear: a norm of the weight makes all of its units depend on each other
-        enters = grad.reshape(view) != 0
-        units, whole = enters.any(axes), enters.all(axes)
-        if units.sum() == 1 and "conv" in use and not whole.equal(units):
-            # At an edge, an output sees a part of the kernel; all outputs together see all of it.
-            total, *direct = torch.autograd.grad(
-                output @ _draw(output, draws), [weight, *made], retain_graph=True
-            )
-            if not all((x != 0).all() for x in direct):
-                continue  # padding hides a part of the kernel from this input
-            whole = units & (total.reshape(view) != 0).all(axes)
-        is_whole = whole.equal(units)
-        if is_whole and units.sum() == 1:
-            yield ""
-        elif units.sum() > 1 and not (len(made) == 1 and _SUM.fullmatch(use)):
-            continue  # an operation of several layers, such as an RNN
-        elif not _is_stack(enters, letters.replace("i", "b") if is_whole else letters):
-            yield (
-                f"layout {layout}, but one output of {use} takes {int(enters.sum())} entries from "
-                f"{int(units.sum())} output units of {prod(view[axis] for axis in axes)}"
-            )
+    def _draw(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self._draws, dtype=like.dtype).to(like.device)
 
 
 def _is_stack(enters: Tensor, letters: str) -> bool:
@@ -226,10 +212,6 @@ def _is_stack(enters: Tensor, letters: str) -> bool:
     places = enters.nonzero()
     varies = (places != places[0]).any(0).tolist()
     return {letter for letter, moves in zip(letters, varies, strict=True) if moves} == {"b"}
-
-
-def _draw(like: Tensor, draws: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=draws, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
-from gcx.torch._plan import HINT, Decision, Overrides, decide, plan_of
+from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
 from gcx.torch._weights import (
     Weak,
@@ -76,8 +76,8 @@ def centralize_grads_(
     """
     options = Options("gradient", None, strength, layers, overrides, reproducible)
     decisions = decide(model, options)
-    weights = [*weights_of(decisions.items(), reproducible=reproducible)]
-    centralize_gradients(weights, decisions, options.strength)
+    weights = weights_of(decisions.items(), reproducible=reproducible)
+    centralize_gradients([*weights], decisions, options.strength)
 
 
 def centralize_gradients(
@@ -140,35 +140,20 @@ def centralize_in_backward(
 
 
 class CentralizationInBackward:
-    """Gradient Centralization at work in backward; `centralize_in_backward` returns it.
-
-    Parameters
-    ----------
-    model, options
-        As in `gcx.torch.centralize_in_backward`.
+    """Gradient Centralization at work in backward; `gcx.torch.centralize_in_backward` returns it.
 
     Attributes
     ----------
     plan : gcx.plan.Plan
         The decision on each parameter of the model.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> handle = gcx.torch.centralize_in_backward(torch.nn.Linear(3, 2))
-    >>> handle.plan["weight"].reason
-    'Linear'
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
-        self.plan: Plan = plan_of(decisions)
-        self._places = [
-            _Place(weight, decisions[weight.parameter], options.strength)
-            for weight in weights_of(decisions.items(), reproducible=options.reproducible)
-        ]
+        self.plan = Plan(decision.row for decision in decisions.values())
+        weights = weights_of(decisions.items(), reproducible=options.reproducible)
+        self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]
         refuse_empty(self.plan, f"this {self._kind}", hint=HINT)
         if find_owner(vars(model)["_forward_pre_hooks"], CentralizationInBackward):
             raise ValueError(
@@ -214,7 +199,7 @@ class CentralizationInBackward:
             return
         inside = {*model.modules()}
         if gone := [place for place in self._places if place.holder() not in inside]:
-            self._places = [place for place in self._places if place not in gone]
+            self._places = [place for place in self._places if place.holder() in inside]
             warn(
                 f"the layer of {gone[0].name} was replaced or removed, and backward centralizes no "
                 "layer that came later; .remove() this handle, and call centralize_in_backward anew"
@@ -281,6 +266,11 @@ class _Place:
         self._weight, self._shape = weight._replace(parameter=torch.empty(0)), decision.row.shape
         self._strength = strength
 
+    def find_trained(self) -> Tensor | None:
+        """Return the tensor if it is trained, in any shape."""
+        found = getattr(self.holder(), self._key, None)
+        return found if isinstance(found, Tensor) and found.requires_grad else None
+
     def tensor(self) -> Tensor | None:
         """Return the tensor if it has the shape of the weight, and will get a gradient."""
         found = self.find_trained()
@@ -288,8 +278,7 @@ class _Place:
             return None
         # FSDP1 may have freed the storage of a view from an earlier pass; touching it would raise.
         is_plain = type(found) is Tensor and not is_functorch_wrapped_tensor(found)
-        is_freed = is_plain and found.untyped_storage().nbytes() == 0
-        return None if is_freed else found
+        return None if is_plain and not found.untyped_storage().nbytes() else found
 
     def centralize(self, grad: Tensor) -> Tensor:
         """Return a centralized gradient; a hook of the tensor."""
@@ -299,8 +288,3 @@ class _Place:
         self._weight.check(grad)
         _, _, fan_in, reproducible = self._weight
         return _torch.centralize_over(grad, fan_in, self._strength, reproducible)
-
-    def find_trained(self) -> Tensor | None:
-        """Return the tensor if it is trained, in any shape."""
-        found = getattr(self.holder(), self._key, None)
-        return found if isinstance(found, Tensor) and found.requires_grad else None

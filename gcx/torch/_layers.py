@@ -15,10 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gcx._decisions import left_alone_by
-from gcx._names import is_glob, naming
+from gcx._names import is_glob
 from gcx._rules import BIAS, EMBEDDING, NORM, SLOPE, Register, Rule, Rules, ask
-from gcx.layout import Layout, as_layout
+from gcx.layout import Layout
 from gcx.plan import LeaveAlone
 from gcx.torch._packages import PACKAGES, Answer
 
@@ -67,8 +66,8 @@ class _TorchRules(Rules[Answer]):
         return partial(_ask_checked, rule, kind.__name__)
 
 
-_RULES = _TorchRules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
-register_layer: Register = _RULES.register
+RULES = _TorchRules({**TORCH_NN, **PACKAGES}, group="gcx.torch.layers")
+register_layer: Register = RULES.register
 
 
 def _ask_checked(rule: Rule[Any], kind: str, layer: nn.Module) -> Mapping[str, Any]:
@@ -83,39 +82,6 @@ def _ask_checked(rule: Rule[Any], kind: str, layer: nn.Module) -> Mapping[str, A
                 "have; a name that only some of the layers have can be a glob"
             )
     return answers
-
-
-Found = Layout | LeaveAlone | Mapping[int, Layout | str | LeaveAlone]
-
-
-def answer(layer: nn.Module, name: str) -> tuple[Found, str] | None:
-    """Ask the rule of a layer about its parameter `name`; the second is the name of that rule.
-
-    None means that no rule knows the parameter.
-    """
-    known = _RULES.find(layer, name)
-    if known is None:
-        return None
-    found, rule = known
-    if found is None:
-        return left_alone_by(rule), rule
-    if isinstance(found, (LeaveAlone, Mapping)):
-        return found, rule
-    with naming(f"the rule of {rule} answers {found!r} for {name!r}"):
-        return as_layout(found), rule
-
-
-def fit(found: Found, weight: Tensor) -> Layout | LeaveAlone | None:
-    """Choose the answer for the rank of a weight; None if its shape does not fit."""
-    one = found.get(weight.ndim) if isinstance(found, Mapping) else found
-    if one is None or isinstance(one, LeaveAlone):
-        return one
-    layout = as_layout(one)
-    try:
-        _, axes = layout.split(tuple(weight.shape))
-    except ValueError:
-        return None
-    return layout if axes else None
 
 
 # Parametrizations whose original has its fan-in where the weight has it.

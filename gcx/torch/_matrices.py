@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
 
     Examples
     --------
+    >>> import torch
     >>> from torch import nn
     >>> import gcx.torch
     >>> model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(48, 2))
@@ -50,46 +52,34 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     torch.Size([2, 4, 18])
     >>> {name: found.plan[name].reason for name in found.rest}
     {'0.bias': 'bias', '2.weight': 'head', '2.bias': 'head'}
+    >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
+    >>> adamw = torch.optim.AdamW(found.rest.values())
     """
     decisions = decide(model, Options(overrides=overrides))
-    return Matrices(model, {p: _row_of_matrices(decision) for p, decision in decisions.items()})
+    rows = {parameter: _row_of_matrices(decision) for parameter, decision in decisions.items()}
+    weights = {row.name: parameter for parameter, row in rows.items() if row.layout}
+    rest = {row.name: parameter for parameter, row in rows.items() if not row.layout}
+    return Matrices(model, Plan(rows.values()), weights, rest)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Matrices:
     """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model.
-    rows : mapping of torch.Tensor to gcx.plan.PlanRow
-        All parameters of the model; those with a layout are matrices.
 
     Attributes
     ----------
     plan : gcx.plan.Plan
-        The rows.
+        The decision on each parameter; those with a layout are matrices.
     weights : dict
         The parameters that are matrices, by name.
     rest : dict
         All other parameters, by name.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import gcx.torch
-    >>> found = gcx.torch.matrices(torch.nn.Conv1d(4, 8, 3))
-    >>> muon = found.make_optimizer(torch.optim.Muon, lr=0.02)
-    >>> adamw = torch.optim.AdamW(found.rest.values())
-    >>> found.join("weight", found.split("weight", found.weights["weight"])).shape
-    torch.Size([8, 4, 3])
     """
 
-    def __init__(self, model: nn.Module, rows: Mapping[Tensor, PlanRow]) -> None:
-        self._model = model
-        self.plan: Plan = Plan(rows.values())
-        self.weights: dict[str, Tensor] = {r.name: p for p, r in rows.items() if r.layout}
-        self.rest: dict[str, Tensor] = {r.name: p for p, r in rows.items() if not r.layout}
+    _model: nn.Module
+    plan: Plan
+    weights: dict[str, Tensor]
+    rest: dict[str, Tensor]
 
     def split(self, name: str, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the shape of a weight to (stack, out, fan-in): a view if possible."""
@@ -116,29 +106,27 @@ class Matrices:
                 f"{sharded[0]} is a DTensor, and a shard may hold no whole matrix; in a step of "
                 "your own, split a full_tensor()"
             )
-        held = {
-            name: [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())]
+        held = [
+            (name, weight, [nn.Parameter(matrix) for matrix in self.split(name, weight.detach())])
             for name, weight in self.weights.items()
-        }
+        ]
 
         @torch.no_grad()
         def load() -> None:
-            for name, own in held.items():
-                weight = self.weights[name]
+            for name, weight, own in held:
                 values, grad = self.split(name, weight.detach()), weight.grad
                 grads = [None] * len(own) if grad is None else self.split(name, grad)
                 for matrix, value, part in zip(own, values, grads, strict=True):
                     matrix.data, matrix.grad = value, part
 
         def zero_grad(*_: Any, **__: Any) -> None:
-            for name, own in held.items():
-                for parameter in (self.weights[name], *own):
+            for _name, weight, own in held:
+                for parameter in (weight, *own):
                     parameter.grad = None
 
         @torch.no_grad()
         def store(*_: Any) -> None:
-            for name, own in held.items():
-                weight = self.weights[name]
+            for name, weight, own in held:
                 if weight.grad is not None:
                     weight.copy_(self.join(name, torch.stack([*own])))
             zero_grad()
@@ -148,7 +136,7 @@ class Matrices:
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             here = {*self._model.parameters()}
-            if gone := [name for name, weight in self.weights.items() if weight not in here]:
+            if gone := [name for name, weight, _ in held if weight not in here]:
                 raise RuntimeError(
                     f"{gone[0]} was replaced in the model, and the optimizer would move the old "
                     "one; call gcx.torch.matrices and make the optimizer after that"
@@ -156,7 +144,7 @@ class Matrices:
             load()
             return wrap_closures(load_after, args, kwargs)
 
-        optimizer = kind([matrix for own in held.values() for matrix in own], **options)
+        optimizer = kind([matrix for *_, own in held for matrix in own], **options)
         optimizer.register_step_pre_hook(before_step)
         optimizer.register_step_post_hook(store)
         vars(optimizer)["zero_grad"] = zero_grad
@@ -190,9 +178,8 @@ def _count_maps(layer: nn.Module | None, units: int) -> int:
     """Count the linear maps among the output units of a weight: groups, projections or gates."""
     if isinstance(layer, CONVOLUTIONS):
         return layer.groups
-    width: int = units
     if isinstance(layer, nn.MultiheadAttention):
-        width = layer.embed_dim
-    elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        width = layer.hidden_size
-    return units // width
+        return int(units // layer.embed_dim)
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        return units // layer.hidden_size
+    return 1

@@ -82,17 +82,15 @@ NAMES_ANYWHERE = _read(
 # Names that mean the same throughout transformers and timm.
 _NAMES = _read(
     {
-        _POSITION: "*pos_emb* *position* *rel_pos_* *_pos *_rel attention_biases emb_rel_[kv] "
-        "freqs img_temporal_embedding.* index_kpool_compress_ape relative_attention_bias rpb "
-        "time_embeddings",
-        BIAS: "bias *_bias bias_[uv] pos_bias_[uv] b[12] beta translate",
-        _TOKEN: "*_token *_tokens cls_token* segment_token_* type_token_* *_feature_extensor "
-        "*_query class_embedding cls_emb dummy_node latent latents* mask.* mask_emb "
-        "no_memory_embedding no_object_pointer occlusion_spatial_embedding_parameter pad_* "
-        "padding.* probe query text_prompt",
+        _POSITION: "*position* *_pos *_rel emb_rel_[kv] freqs img_temporal_embedding.* "
+        "index_kpool_compress_ape relative_attention_bias rpb time_embeddings",
+        BIAS: "b[12] translate",
+        _TOKEN: "cls_token* segment_token_* type_token_* *_feature_extensor *_query cls_emb "
+        "dummy_node latent latents* mask.* mask_emb no_memory_embedding no_object_pointer "
+        "occlusion_spatial_embedding_parameter pad_* padding.* probe query text_prompt",
         EMBEDDING: "codevectors label_embeddings_concat level_embed seg_embed",
-        _SCALE: "alpha* gain gamma* layer_scale* log_scale logit_scale scale temperature",
-        _RECURRENCE: "A_log D time_mix_*",
+        _SCALE: "alpha* gain gamma* log_scale scale",
+        _RECURRENCE: "D time_mix_*",
     }
 )
 

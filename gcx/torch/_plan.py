@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from gcx._decisions import LEFT_ALONE, decide_row, merge
 from gcx._frameworks import describe, hint_at_adapter
-from gcx._names import match, naming, no_match
+from gcx._names import match, match_all, naming
 from gcx._options import Layers, Options
-from gcx._rules import MASKED, NOT_CONVOLUTION, Answer, unknown
+from gcx._rules import MASKED, NOT_CONVOLUTION, unknown
+from gcx._rules import Answer as OneAnswer
 from gcx.layout import Layout, LayoutLike, as_layout
 from gcx.plan import LeaveAlone, Plan, PlanRow
-from gcx.torch._layers import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    Found,
-    Owned,
-    answer,
-    fit,
-    flattened,
-    owned_parameters,
-)
-from gcx.torch._packages import NAMES_ANYWHERE
+from gcx.torch._layers import CONVOLUTIONS, RULES, TRANSPOSED, Owned, flattened, owned_parameters
+from gcx.torch._packages import NAMES_ANYWHERE, Answer
 
 Key = str | Tensor | nn.Module
 # The remedy for unknown parameters.
 HINT = "gcx.torch.register_layer or overrides can tell where unknown ones have a fan-in"
 # By name or glob, parameter, or module (all of its parameters); None leaves alone.
-Overrides = Mapping[Key, Answer]
+Overrides = Mapping[Key, OneAnswer]
 
 
 class Decision(NamedTuple):
@@ -88,11 +81,7 @@ def plan(model: nn.Module, *, layers: Layers = "all", overrides: Overrides | Non
     >>> gcx.torch.plan(model, overrides={"3.*": None})
     <gcx plan: 1 of 6 parameters centralized>
     """
-    return plan_of(decide(model, Options(layers=layers, overrides=overrides)))
-
-
-def plan_of(decisions: Mapping[Tensor, Decision]) -> Plan:
-    """Show decisions as a table."""
+    decisions = decide(model, Options(layers=layers, overrides=overrides))
     return Plan(decision.row for decision in decisions.values())
 
 
@@ -105,9 +94,11 @@ def decide(model: nn.Module, options: Options) -> dict[Tensor, Decision]:
     given = _find_overrides(options.overrides or {}, named)
     decisions: dict[Tensor, list[Decision]] = {}
     for owned in owned_by_all:
-        override = given.get(owned.parameter)
-        found, rule = _ask(owned, options.layers) if override is None else (override, "override")
-        layer = owned.layer if override is None else None
+        override, layer = given.get(owned.parameter), None
+        if override is None:
+            (found, rule), layer = _ask(owned, options.layers), owned.layer
+        else:
+            found, rule = override, "override"
         decision = Decision(_row(owned, found, rule), owned.holder, owned.key, layer)
         decisions.setdefault(owned.parameter, []).append(decision)
     return {
@@ -116,27 +107,37 @@ def decide(model: nn.Module, options: Options) -> dict[Tensor, Decision]:
     }
 
 
-def _ask(owned: Owned, layers: Layers) -> tuple[Found, str]:
+def _ask(owned: Owned, layers: Layers) -> tuple[Layout | LeaveAlone | None, str]:
     """Answer of the layer about a parameter, and the name of the rule."""
+    weight = owned.parameter
+    if not _is_trainable(weight):
+        return LeaveAlone(f"dtype {weight.dtype}".replace("torch.", "")), ""
     # A module that knows how it uses the weights of its children takes precedence over these.
-    found, rule = next(filter(None, (answer(*user) for user in owned.users)), (None, ""))
-    if isinstance(found, LeaveAlone):
+    known = next(filter(None, (RULES.find(*user) for user in owned.users)), None)
+    if known is None:
+        return LeaveAlone(owned.objection or _say_unknown(*owned.users[-1])), ""
+    found, rule = known
+    if found is None or isinstance(found, LeaveAlone):
         return found, rule
+    with naming(f"the rule of {rule} answers {found!r} for {owned.name!r}"):
+        layout = _fit(found, weight)
     if owned.objection:
-        layout = found and fit(found, owned.parameter)
         if not isinstance(layout, Layout) or not owned.keeps_units(layout):
             return LeaveAlone(owned.objection), ""
         rule = f"{rule}, {owned.objection.removeprefix('unknown: a ')}"
-    if found is None:
-        layer, name = owned.users[-1]
-        key = match(NAMES_ANYWHERE, [name]).get(name)
-        alone = unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
-        return LeaveAlone(alone.reason + hint_at_adapter(layer, "torch")), ""
     if isinstance(found, Mapping) and _is_masked(owned):
         return MASKED, ""
     if layers == "conv" and not isinstance(owned.layer, (*CONVOLUTIONS, *TRANSPOSED)):
         return NOT_CONVOLUTION, ""
-    return found, rule
+    if layout is None:
+        raise RuntimeError(_misfit(owned, found, rule))
+    return layout, rule
+
+
+def _say_unknown(layer: nn.Module, name: str) -> str:
+    key = match(NAMES_ANYWHERE, [name]).get(name)
+    alone = unknown(layer, name) if key is None else NAMES_ANYWHERE[key]
+    return alone.reason + hint_at_adapter(layer, "torch")
 
 
 def _is_masked(owned: Owned) -> bool:
@@ -145,15 +146,8 @@ def _is_masked(owned: Owned) -> bool:
     return isinstance(mask, Tensor) and mask.shape == owned.parameter.shape
 
 
-def _row(owned: Owned, found: Found, rule: str) -> PlanRow:
-    parameter, shape = owned.parameter, tuple(owned.parameter.shape)
-    if not _is_trainable(parameter):
-        reason = f"dtype {parameter.dtype}".replace("torch.", "")
-        return PlanRow(owned.name, shape, None, reason)
-    fitting = fit(found, parameter)
-    if fitting is None:
-        raise RuntimeError(_misfit(owned, found, rule))
-    row = decide_row(owned.name, shape, fitting, rule)
+def _row(owned: Owned, found: Layout | LeaveAlone | None, rule: str) -> PlanRow:
+    row = decide_row(owned.name, tuple(owned.parameter.shape), found, rule)
     sizes = row.layout.sizes.items() if row.layout is not None else ()
     parts = [f"{size} groups" if letter == "b" else f"{letter}={size}" for letter, size in sizes]
     return row._replace(reason=", ".join([row.reason, *parts]))
@@ -165,13 +159,24 @@ def _is_trainable(weight: Tensor) -> bool:
     return is_number and weight.dtype.itemsize > 1
 
 
+def _fit(found: Answer, weight: Tensor) -> Layout | LeaveAlone | None:
+    """Choose the answer for the rank of a weight; None if its shape does not fit."""
+    one = found.get(weight.ndim) if isinstance(found, Mapping) else found
+    if one is None or isinstance(one, LeaveAlone):
+        return one
+    layout = as_layout(one)
+    with suppress(ValueError):
+        if layout.split(tuple(weight.shape))[1]:
+            return layout
+    return None
+
+
 def _misfit(owned: Owned, found: object, rule: str) -> str:
-    shape = tuple(owned.parameter.shape)
-    expected = repr(found)
-    if isinstance(found, Mapping) and len(shape) not in found:
+    rank, expected = owned.parameter.ndim, repr(found)
+    if isinstance(found, Mapping) and rank not in found:
         expected = f"rank {' or '.join(map(str, found))}"
-    what = f"of rank {len(shape)}, where a {rule} has {expected}"
-    if len(shape) < 2:
+    what = f"of rank {rank}, where a {rule} has {expected}"
+    if rank < 2:
         return flattened(owned.name, what)
     return (
         f"{owned.name} is {what}. If {type(owned.layer).__name__} has weights of another shape, "
@@ -195,33 +200,30 @@ def _find_overrides(
 def _find_covered(
     key: Key, leaves_alone: bool, named: Sequence[tuple[str, Tensor]]
 ) -> list[tuple[str, Tensor]]:
-    """List the parameters that a key covers; a ValueError if there is none."""
     if isinstance(key, str):
-        names = [name for name, _ in named]
-        matches, problem = match([key], names), no_match(key, names, what="overrides")
-        found = [(name, p) for name, p in named if name in matches]
-    elif isinstance(key, nn.Module):
-        own = {*key.parameters()}  # of which vectors are biases
-        found = [(name, p) for name, p in named if p in own and (leaves_alone or p.ndim > 1)]
-        what = "parameters of the model" + ("" if leaves_alone else " with two axes or more")
-        problem = f"overrides: a {type(key).__name__} holds no {what}"
-    elif isinstance(key, Tensor):
-        found = [(name, p) for name, p in named if p is key]
-        problem = f"overrides: a tensor of shape {tuple(key.shape)} is no parameter of the model"
-    else:
+        matches = match_all([key], [name for name, _ in named], what="overrides")
+        return [(name, p) for name, p in named if name in matches]
+    if not isinstance(key, (Tensor, nn.Module)):
         raise TypeError(
             f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
             f"{key!r}; gcx.torch.register_layer is for a type of layer"
         )
-    if not found:
-        raise ValueError(problem)
-    return found
+    kind, own = type(key).__name__, {key}
+    if isinstance(key, nn.Module):
+        own = {p for p in key.parameters() if leaves_alone or p.ndim > 1}  # vectors are biases
+    covered = [(name, p) for name, p in named if p in own]
+    if not covered:
+        raise ValueError(
+            f"overrides: this {kind} is no parameter of the model and holds none (of two axes, if "
+            "the value is a layout)"
+        )
+    return covered
 
 
 def _read(value: LayoutLike, name: str, weight: Tensor) -> Layout:
     with naming(f"overrides: {name}"):
         layout = as_layout(value)
-    if fit(layout, weight) is None:
+    if _fit(layout, weight) is None:
         shape = tuple(weight.shape)
         raise ValueError(f"overrides: {name} of shape {shape} does not fit {layout!r}")
     if not _is_trainable(weight):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,29 +89,38 @@ def fit(trainer: lightning.Trainer, net: Net, **options: Any) -> Weights:
     return start
 
 
-# What the trainer does around the step
+# What the trainer does around the step, and other callbacks that touch weights or optimizers
 
-TRAINERS: dict[str, dict[str, Any]] = {
-    "accumulation": {"accumulate_grad_batches": 2},
-    "clipping by norm": {"gradient_clip_val": 0.1},
-    "clipping by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-    "bf16": {"precision": "bf16-mixed"},
+SCALER = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # with which no step is left out
+TRAINERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "accumulation": lambda: {"accumulate_grad_batches": 2},
+    "clipping by norm": lambda: {"gradient_clip_val": 0.1},
+    "clipping by value": lambda: {
+        "gradient_clip_val": 0.01,
+        "gradient_clip_algorithm": "value",
+    },
+    "bf16": lambda: {"precision": "bf16-mixed"},
+    "gradient scaler": lambda: {
+        "plugins": [MixedPrecision("16-mixed", "cpu", SCALER)],
+        "gradient_clip_val": 0.1,
+    },
+    "SWA": lambda: {"callbacks": [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]},
+    "EMA": lambda: {"callbacks": [EMAWeightAveraging(decay=0.5)]},
+    "learning rate finder": lambda: {
+        "callbacks": [LearningRateFinder(attr_name="rate", num_training_steps=20)]
+    },
 }
 
 
 @pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
-def test_means_stay(options: dict[str, Any], tmp_path: Path) -> None:
-    start = fit(trainer_of(tmp_path, GradientCentralization(), **options), net := Net())
+@pytest.mark.parametrize("is_first", [True, False])
+def test_means_stay(options: Any, is_first: bool, tmp_path: Path) -> None:
+    net, options = Net(), options()
+    net.rate = 0.01
+    callbacks = [GradientCentralization(), *options.pop("callbacks", [])]
+    start = fit(trainer_of(tmp_path, *callbacks[:: 1 if is_first else -1], **options), net)
     assert_means_stay(net, start)
-
-
-def test_means_stay_with_a_gradient_scaler(tmp_path: Path) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    net, half = Net(), MixedPrecision("16-mixed", "cpu", scaler)
-    trainer = trainer_of(tmp_path, GradientCentralization(), plugins=[half], gradient_clip_val=0.1)
-    start = fit(trainer, net)
-    assert scaler.get_scale() == 2.0**8  # no step was left out
-    assert_means_stay(net, start)
+    assert SCALER.get_scale() == 2.0**8
 
 
 @pytest.mark.parametrize("clips_what_is_left", [False, True])
@@ -129,27 +139,6 @@ def test_clipping_comes_before_unless_the_module_centralizes(
     start = fit(trainer_of(tmp_path, callback, **clipping), net)
     norm = nn.utils.get_total_norm(p.grad for p in net.parameters())
     assert norm == pytest.approx(0.1, rel=1e-5) if clips_what_is_left else 0.01 < norm < 0.099
-    assert_means_stay(net, start)
-
-
-# Other callbacks that touch weights or optimizers
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
-        lambda: EMAWeightAveraging(decay=0.5),
-        lambda: LearningRateFinder(attr_name="rate", num_training_steps=20),
-    ],
-    ids=["SWA", "EMA", "learning rate finder"],
-)
-@pytest.mark.parametrize("is_first", [True, False])
-def test_means_stay_beside_another_callback(other: Any, is_first: bool, tmp_path: Path) -> None:
-    net = Net()
-    net.rate = 0.01
-    callbacks = [GradientCentralization(), other()]
-    start = fit(trainer_of(tmp_path, *callbacks[:: 1 if is_first else -1]), net)
     assert_means_stay(net, start)
 
 
@@ -248,25 +237,22 @@ def test_testing_and_predicting_need_no_optimizer(tmp_path: Path) -> None:
 # The same package by its older name
 
 
-def test_it_works_with_the_trainer_of_pytorch_lightning() -> None:
-    from pytorch_lightning import Trainer
-    from pytorch_lightning.demos.boring_classes import BoringModel
-
-    module = BoringModel()
-    start = module.layer.weight.detach().clone()
-    callback = GradientCentralization()
-    Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[callback]).fit(module)
-    assert_centralized(module.layer.weight, start=start)
-
-
-def test_it_needs_but_one_of_the_two() -> None:
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_it_works_with_the_trainer_of_pytorch_lightning(is_alone: bool) -> None:
     script = """
 import sys
 sys.modules["lightning"] = None  # as if it were not installed
 from gcx.lightning import GradientCentralization
-import pytorch_lightning
-assert issubclass(GradientCentralization, pytorch_lightning.Callback)
+from gcx.testing import assert_centralized
+from pytorch_lightning import Trainer
+from pytorch_lightning.demos.boring_classes import BoringModel
+module = BoringModel()
+start = module.layer.weight.detach().clone()
+callback = GradientCentralization()
+Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[callback]).fit(module)
+assert_centralized(module.layer.weight, start=start)
 """
+    script = script if is_alone else script.replace('sys.modules["lightning"] = None', "")
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -281,7 +267,7 @@ class OfCommandLine(Net):
 def test_means_stay_with_the_configuration_of_the_documentation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its trainer makes the optimizer itself, of a derived class."""
+    """Its trainer makes the optimizer itself, of a given class."""
     pytest.importorskip("jsonargparse")
     page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
     _, _, block = page.partition("```yaml\n")

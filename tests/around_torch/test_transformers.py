@@ -71,30 +71,21 @@ def assert_means_stay(model: nn.Module, start: Weights) -> None:
         assert_centralized(weight, start=start[row.name], layout=row.layout)
 
 
-@pytest.fixture
-def callback() -> GradientCentralization:
-    return GradientCentralization()
-
-
 # What the Trainer does around the step
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "clipping": {"max_grad_norm": 0.1},
     "bf16": {"bf16": True},
+    "fused": {"optim": "adamw_torch_fused"},
+    "Adafactor": {"optim": "adafactor"},
 }
 
 
 @pytest.mark.parametrize("options", TRAININGS.values(), ids=TRAININGS)
 def test_means_stay(options: dict[str, Any], tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, model := gpt2(), GradientCentralization(), **options)
-    assert_means_stay(model, train(trainer))
-
-
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
-def test_means_stay_in_the_update_of_any_optimizer(optim: str, tmp_path: Path) -> None:
-    model = gpt2()
-    trainer = trainer_of(tmp_path, model, GradientCentralization(where="update"), optim=optim)
+    callback = GradientCentralization(where="update" if "optim" in options else "gradient")
+    trainer = trainer_of(tmp_path, model := gpt2(), callback, **options)
     assert_means_stay(model, train(trainer))
 
 
@@ -110,10 +101,8 @@ def test_decay_of_an_optimizer_of_transformers_must_be_told(tmp_path: Path) -> N
     trainer(decay="outside").train()
 
 
-def test_an_optimizer_that_steps_in_backward_is_an_error(
-    callback: GradientCentralization, tmp_path: Path
-) -> None:
-    trainer = trainer_of(tmp_path, model := gpt2(), callback)
+def test_an_optimizer_that_steps_in_backward_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, model := gpt2(), GradientCentralization())
     start = weights_of(model)
     trainer.optimizer = LayerWiseDummyOptimizer(lr=0.1)  # as optim="galore_adamw_layerwise" does
     with pytest.raises(RuntimeError, match="not in the model"):
@@ -124,9 +113,8 @@ def test_an_optimizer_that_steps_in_backward_is_an_error(
 # What the callback says
 
 
-def test_it_says_once_what_it_does(
-    callback: GradientCentralization, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_it_says_once_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = GradientCentralization()
     assert callback.plan is None
     with caplog.at_level("INFO", logger="gcx.transformers"):
         train(trainer_of(tmp_path, gpt2(), callback))
@@ -140,9 +128,7 @@ def test_it_says_once_what_it_does(
 # Beginning, ending, and beginning again
 
 
-def test_training_begins_again_after_an_exception(
-    callback: GradientCentralization, tmp_path: Path
-) -> None:
+def test_training_begins_again_after_an_exception(tmp_path: Path) -> None:
     """And the optimizer is left as it was."""
 
     class Interruption(TrainerCallback):
@@ -150,7 +136,8 @@ def test_training_begins_again_after_an_exception(
             raise InterruptedError
 
     model = gpt2()
-    trainer = trainer_of(tmp_path, model, callback, Interruption, optim_args="momentum=0.9")
+    callbacks = GradientCentralization(), Interruption
+    trainer = trainer_of(tmp_path, model, *callbacks, optim_args="momentum=0.9")
     start = weights_of(model)
     with pytest.raises(InterruptedError):
         trainer.train()

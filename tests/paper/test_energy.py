@@ -33,7 +33,7 @@ def test_the_share_of_the_head() -> None:
         grad = np.asarray(gradient(weights["head"]["kernel"], images[batch], labels[batch]), float)
         removed += len(grad) * np.sum(reference.fan_in_means(grad, (0,)) ** 2)
         total += np.sum(grad**2)
-    shares = {row.name: row.share for row in energy.energy_removed(network).rows}
+    shares = energy.energy_removed(network).shares
     assert shares["head/kernel"].removed == pytest.approx(removed / total, rel=1e-4)
     assert 0.1 < removed / total < 1
 

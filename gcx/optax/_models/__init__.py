@@ -54,4 +54,6 @@ def decide(
     if framework is None:
         kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
         raise TypeError(f"model is {kinds}, not {describe(model, 'optax')}")
+    if framework.params and (inputs or keyword_inputs):
+        raise TypeError(f"a {framework.module} module needs no example inputs: give it alone")
     return framework.decide(RULES, model, inputs, keyword_inputs or {})

@@ -19,6 +19,7 @@ import gcx.torch
 from gcx.testing import assert_centralized
 
 from torch_training import (
+    DECAYED,
     GRAD,
     RTOL,
     Own,
@@ -38,17 +39,6 @@ class Inherited(Adam):
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
-
-
-def test_handle_shows_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), layer)
-    handle = gcx.torch.centralize(SGD(layer.parameters()), model)
-    assert isinstance(handle, gcx.torch.GradientCentralization)
-    assert [row.name for row in handle.plan] == ["1.weight", "1.bias"]
-    assert repr(handle) == (
-        "<GradientCentralization of SGD, where='gradient', "
-        "<gcx plan: 1 of 2 parameters centralized>>"
-    )
 
 
 def test_state_dict_knows_nothing_of_it(where: Any, layer: nn.Linear) -> None:
@@ -78,12 +68,7 @@ def attached_in_backward(layer: nn.Module) -> SGD:
     return SGD(layer.parameters())
 
 
-ATTACHING: dict[str, Any] = {
-    "gradient": attached,
-    "update": partial(attached, where="update"),
-    "in the step": gcx.torch.AdamW,
-    "in backward": attached_in_backward,
-}
+ATTACHING = [attached, partial(attached, where="update"), gcx.torch.AdamW, attached_in_backward]
 
 
 @pytest.fixture
@@ -95,7 +80,7 @@ def uncollected() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("uncollected")
-@pytest.mark.parametrize("attach", ATTACHING.values(), ids=ATTACHING)
+@pytest.mark.parametrize("attach", ATTACHING)
 def test_optimizer_and_model_are_freed_at_once(attach: Any) -> None:
     layer = new_layer()
     optimizer = attach(layer)
@@ -222,21 +207,15 @@ def test_group_switched_on_in_mid_training(where: Any, layer: nn.Linear) -> None
     assert is_centralized(model[0].weight, optimizer, model)
 
 
-def test_group_that_is_switched_off_is_not_asked_for_anything(where: Any, layer: nn.Linear) -> None:
-    """Neither how decay is applied, nor to be in the model."""
-    stranger = nn.Linear(5, 3).double()
-    off = {"params": stranger.parameters(), "centralize": False, "weight_decay": 0.1}
-    optimizer = Own([off, {"params": layer.parameters()}])
+def test_groups_with_nothing_to_centralize_are_not_asked(where: Any, layer: nn.Linear) -> None:
+    """Neither how decay is applied, nor to be in the model, if they are switched off."""
+    stranger, decay = nn.Linear(5, 3).double(), {"weight_decay": 0.1}
+    off = {"params": stranger.parameters(), "centralize": False, **decay}
+    optimizer = Own([off, {"params": [layer.bias], **decay}, {"params": [layer.weight]}])
     gcx.torch.centralize(optimizer, layer, where=where)
     loss_of(stranger).backward()
     loss_of(layer).backward()
     assert_means_kept(layer, optimizer.step)
-
-
-def test_group_without_weights_is_not_asked_for_its_decay(layer: nn.Linear) -> None:
-    optimizer = Own([{"params": [layer.bias], "weight_decay": 0.1}, {"params": [layer.weight]}])
-    gcx.torch.centralize(optimizer, layer)
-    assert is_centralized(layer.weight, optimizer, layer)
 
 
 def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.Linear) -> None:
@@ -267,22 +246,6 @@ def test_a_gradient_whose_elements_share_memory_is_replaced(step: int, layer: nn
     change = change_of(layer, optimizer.step)
     torch.testing.assert_close(change, (2 - torch.arange(5.0).double()).expand(3, 5))
     assert torch.equal(memory, torch.arange(7.0, dtype=torch.float64))
-
-
-class Bare(torch.optim.Optimizer):
-    """Has not called the constructor of its base."""
-
-    def __init__(self) -> None:
-        pass
-
-
-def test_an_optimizer_without_hooks_or_groups_is_refused(layer: nn.Linear) -> None:
-    with pytest.raises(TypeError, match=r"is a torch.optim.Optimizer, not .*Bare"):
-        gcx.torch.centralize(Bare(), layer)
-    optimizer = torch.optim.SGD(layer.parameters())
-    optimizer.param_groups.clear()
-    with pytest.raises(ValueError, match="nothing to centralize"):
-        gcx.torch.centralize(optimizer, layer)
 
 
 def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
@@ -333,16 +296,25 @@ def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> N
     torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-14)
 
 
-def test_step_that_raises_leaves_the_next_ones_right(layer: nn.Linear) -> None:
-    optimizer = attached(layer, "update", Own)
-    train(layer, optimizer)
-    optimizer.fails = True
+def test_step_that_raises_leaves_the_next_ones_right(where: Any, layer: nn.Linear) -> None:
+    optimizer = attached(layer, where, **DECAYED)
+
+    def closure() -> None:
+        loss_of(layer).backward()
+        raise KeyboardInterrupt
+
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
-            optimizer.step()
+            optimizer.step(closure)
         layer.weight.data += 1  # a new start, which no old mean may undo
-    optimizer.fails = False
     assert_means_kept(layer, lambda: train(layer, optimizer))
+
+
+class Bare(Optimizer):
+    """Has not called the constructor of its base."""
+
+    def __init__(self) -> None:
+        pass
 
 
 def test_not_an_optimizer(layer: nn.Linear) -> None:
@@ -353,6 +325,7 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     for other, message in (
         (Wrapper(layer), r"\.Wrapper; .*\.optimizer"),
         (torch.optim.lr_scheduler.ConstantLR(optimizer), r"\.ConstantLR; .*\.optimizer"),
+        (Bare(), r"\.Bare; .*\.optimizer"),
         ([layer.weight], "list$"),
         (SGD, r"the class torch\.optim\.sgd\.SGD$"),
         (gcx.optim.SGD(0.1), r"gcx\.optim\.SGD$"),
@@ -369,6 +342,9 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     in_backward = type("InBackward", (Optimizer,), {})  # updates in backward, as LOMO does
     with pytest.raises(TypeError, match=r"InBackward has no step.*centralize_in_backward"):
         gcx.torch.centralize(in_backward(layer.parameters(), {}), layer)
+    optimizer.param_groups.clear()
+    with pytest.raises(ValueError, match="nothing to centralize"):
+        gcx.torch.centralize(optimizer, layer)
 
 
 @pytest.mark.parametrize("limit", [0.5, float("inf")])
@@ -458,8 +434,16 @@ def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None
     assert caught[0].filename == __file__
 
 
-def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> None:
-    handle = gcx.torch.centralize(optimizer := SGD(layer.parameters()), layer)
+def test_plan_lists_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:
+    """They may be a part of the model, or not be in it."""
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    handle = gcx.torch.centralize(optimizer := SGD(layer.parameters()), model, strength=0.3)
+    assert [row.name for row in handle.plan] == ["1.weight", "1.bias"]
+    shown = "<gcx plan: 1 of 2 parameters centralized>>"
+    assert repr(handle) == (
+        f"<GradientCentralization of SGD, where='gradient', strength=0.3, {shown}"
+    )
+    assert gcx.torch.AdamW(layer, strength=0.3).fallbacks == ["strength is 0.3"]
     optimizer.add_param_group({"params": nn.Linear(2, 7).parameters()})
     assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
     layer.weight.grad = GRAD.clone()

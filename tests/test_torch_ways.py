@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 
 import gcx.torch
 
@@ -162,20 +162,6 @@ def test_memory_format_does_not_matter(reproducible: bool) -> None:
         optimizer.step(partial(torch._foreach_add_, grads, 1.0))
         results.append([to_numpy(parameter) for parameter in model.parameters()])
     assert all(map(np.array_equal, *results)) == reproducible
-
-
-@pytest.mark.parametrize("kind", [SGD, Adam])
-def test_momentum_of_a_part_of_the_mean_is_left_alone(kind: Any) -> None:
-    """It has a mean, so a checkpoint of it must keep that."""
-    model = make_model(torch.contiguous_format)
-    optimizer = kind(model.parameters(), **({"momentum": 0.9} if kind is SGD else {}))
-    handle = gcx.torch.centralize(optimizer, model, strength=0.3)
-    assert "where='gradient', strength=0.3, " in repr(handle)
-    assert gcx.torch.AdamW(model, strength=0.3).fallbacks == ["strength is 0.3"]
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(saved)
-    torch.testing.assert_close(optimizer.state_dict()["state"], saved["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attach", WAYS)

@@ -228,14 +228,17 @@ def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.L
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_parameter_without_gradient_does_not_move(where: Any, layer: nn.Linear) -> None:
-    model = nn.ModuleList([layer, idle := new_layer(1)])
+def test_weights_without_a_gradient_are_passed_over(where: Any, layer: nn.Linear) -> None:
+    idle = new_layer(1)
+    frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
+    model = nn.ModuleList([layer, idle, frozen])
     optimizer = AdamW(model.parameters(), weight_decay=0.1)
     decay = "outside" if where == "update" else None
     gcx.torch.centralize(optimizer, model, where=where, decay=decay)
-    before = idle.weight.detach().clone()
-    train(layer, optimizer)
+    before, version = idle.weight.detach().clone(), frozen.weight._version
+    train(layer, optimizer)  # without a warning of bfloat16
     assert torch.equal(idle.weight, before)
+    assert frozen.weight._version == version
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -271,15 +274,27 @@ def test_group_that_a_closure_adds_or_switches_on(where: Any, is_added: bool) ->
     assert_means_kept(model[1], lambda: optimizer.step(closure))
 
 
-def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> None:
-    optimizer = attached(layer)
+class Reporting(Own):
+    """Takes its closure beside metrics, and gives it a number."""
 
-    def closure() -> float:
+    def step(self, metrics: Any = None, closure: Any = None) -> Any:
+        assert not metrics
+        super().step()
+        return closure and closure(1.0)
+
+
+def test_closure_gets_its_arguments_and_gives_its_loss(layer: nn.Linear) -> None:
+    optimizer = attached(layer, kind=Reporting)
+
+    def closure(scale: float) -> float:
         assert torch.is_grad_enabled()
-        loss_of(layer).backward()
+        optimizer.zero_grad()
+        (scale * loss_of(layer)).backward()
         return 7.0
 
-    assert optimizer.step(closure) == optimizer.step(closure=closure) == 7.0
+    loss_of(layer).backward()
+    assert optimizer.step({}, closure) == optimizer.step(closure=closure) == 7.0
+    assert_means_kept(layer, lambda: optimizer.step({}, closure))
     assert optimizer.step(None) is None
 
 
@@ -389,14 +404,6 @@ def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linea
     assert_centralized(layer.weight.grad, rtol=RTOL)
 
 
-def test_frozen_weights_are_passed_over_in_the_update(layer: nn.Linear) -> None:
-    frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
-    optimizer = attached(nn.ModuleList([frozen, layer]), "update")  # no warning of bfloat16
-    version = frozen.weight._version
-    assert_means_kept(layer, lambda: train(layer, optimizer))
-    assert frozen.weight._version == version
-
-
 def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
     optimizer = attached(layer, "update")
     for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
@@ -406,22 +413,6 @@ def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
             optimizer.step()
         assert len(caught) == count
         assert all("weight is torch.bfloat16" in str(each.message) for each in caught)
-
-
-def test_closure_in_another_place(layer: nn.Linear) -> None:
-    class Reporting(Own):
-        def step(self, metrics: Any = None, closure: Any = None) -> None:
-            assert metrics == {}
-            closure(1.0)
-            super().step()
-
-    optimizer = attached(layer, kind=Reporting)
-
-    def closure(scale: float) -> None:
-        optimizer.zero_grad()
-        (scale * loss_of(layer)).backward()
-
-    assert_means_kept(layer, lambda: optimizer.step({}, closure))
 
 
 def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None:

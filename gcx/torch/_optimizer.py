@@ -197,7 +197,7 @@ def centralize_momentum(
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
-    if isinstance(optimizer, LBFGS):  # its state is that of all parameters in a row
+    if isinstance(optimizer, LBFGS):  # one state, with all parameters in a row
         parameter = optimizer.param_groups[0]["params"][0]
     state: State = optimizer.state.get(parameter, {})
     found = [state.get(key) for key, beside in _MOMENTA.items() if beside not in state]

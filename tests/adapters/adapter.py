@@ -59,8 +59,8 @@ class Adapter(ABC):
     # Facts that do not hold for this adapter, by the name of a test or of one of its cases;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}
-    # How the plan names the weights.
-    names: ClassVar[Mapping[str, str]] = {}
+    names: ClassVar[Mapping[str, str]] = {}  # of the weights in the plan
+    handle: Any  # of a row that has one
 
     @abstractmethod
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
@@ -82,13 +82,13 @@ class Adapter(ABC):
     def parameters(self) -> Arrays:
         """Copy all parameters to NumPy."""
 
-    @abstractmethod
     def plan(self) -> Any:
         """Show the plan, after a step."""
+        return self.handle.plan
 
     def remove(self) -> None:
         """Go on without Gradient Centralization."""
-        raise NotImplementedError
+        self.handle.remove()
 
     def resumed(self) -> Adapter:
         """Make another training from a checkpoint of this one."""

@@ -41,7 +41,7 @@ class Keras(Adapter):
         self.handle = gcx.keras.centralize(self.model.optimizer, self.model, **options)
 
     def remove(self) -> None:
-        self.handle.remove()
+        super().remove()
         self.model.make_train_function(force=True)
 
     def train(self, steps: int = STEPS) -> None:
@@ -66,9 +66,6 @@ class Keras(Adapter):
             kernel, bias = self.model.get_layer(name).get_weights()
             found |= {name: kernel.astype("float64").T, f"{name}_bias": bias.astype("float64")}
         return found
-
-    def plan(self) -> Any:
-        return self.handle.plan
 
     def resumed(self) -> Keras:
         self.model.save(self.folder / "model.keras")

@@ -68,8 +68,5 @@ class Optim(Adapter):
         other.state = deepcopy(self.state)
         return other
 
-    def plan(self) -> Any:
-        raise NotImplementedError
-
 
 ROWS = [Optim]

@@ -55,9 +55,6 @@ class Thinc(Adapter):
     def attach(self, **options: Any) -> None:
         self.handle = gcx.thinc.centralize(self.optimizer, self.model, **options)
 
-    def remove(self) -> None:
-        self.handle.remove()
-
     def train(self, steps: int = STEPS) -> None:
         x, y = X.astype("float32"), Y.astype("float32")
         for _ in range(steps):
@@ -77,9 +74,6 @@ class Thinc(Adapter):
             found[name] = layer.get_param("W").astype("float64")
             found[f"{name}_bias"] = layer.get_param("b").astype("float64")
         return found
-
-    def plan(self) -> Any:
-        return self.handle.plan
 
 
 ROWS = [Thinc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -167,20 +166,6 @@ def test_hooks_that_come_and_go(where: Any) -> None:
     gcx.torch.centralize(optimizer, model, where=where)
     optimizer.param_groups[0]["centralize"] = False
     assert not keeps_means(model[0], train_step)
-
-
-def test_layer_added_and_weights_replaced_after_compiling(where: Any) -> None:
-    model: Any = new_model()
-    train_step = compiled_step(
-        model, optimizer := attached(model, where, weight_decay=0.1), "eager"
-    )
-    train_step()
-    model.append(nn.Linear(12, 6).double())
-    optimizer.add_param_group({"params": model[-1].parameters(), "weight_decay": 0.2})
-    assert_means_kept(model[-1], train_step)
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    with pytest.raises(RuntimeError, match=r"0\.weight was replaced in the model"):
-        train_step()
 
 
 def test_compiled_model_is_seen_through() -> None:

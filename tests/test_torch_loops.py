@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 import gcx.torch
@@ -60,23 +59,6 @@ LOOPS = [go_on_with_the_gradient, step_by_a_gradient_with_a_graph, step_in_backw
 def test_loops_that_keep_the_means(where: Any, loop: Any, layer: nn.Linear) -> None:
     optimizer = attached(layer, where, **DECAYED)
     assert_means_kept(layer, lambda: loop(layer, optimizer))
-
-
-@pytest.mark.parametrize("make", [attached, lambda model, **o: SGD(model.parameters(), **o)])
-def test_centralize_grads_before_clipping(make: Any, layer: nn.Linear) -> None:
-    """The norm is that of the centralized gradients, of which nothing is lost after it."""
-    optimizer = make(layer, lr=0.01, momentum=0.9)
-
-    def training() -> None:
-        for _ in range(5):
-            backward(layer, optimizer)
-            gcx.torch.centralize_grads_(layer)
-            assert clip_grad_norm_(layer.parameters(), 0.5) > 0.5
-            optimizer.step()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
-            torch.testing.assert_close(norm.item(), 0.5, rtol=1e-5, atol=0)
-
-    assert_means_kept(layer, training)
 
 
 def test_centralize_grads_touches_nothing_else(layer: nn.Linear) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -16,13 +15,13 @@ from torch.optim import Optimizer
 
 import gcx.torch
 from gcx import Layout
-from gcx import optim as ours
 from gcx.testing import assert_centralized
 
 from sharded_training import DATA, TARGET, Net, net, whole_weights
+from test_optim import OPTIMIZERS, expected, leaves, problem
 
 STEPS = 30
-LAYOUTS: Any = {"up.weight": Layout("(bi)o...", b=3), "*weight": "o...", "*": None}
+LAYOUTS = {"up.weight": Layout("(bi)o...", b=3)}
 
 
 @pytest.fixture
@@ -116,51 +115,26 @@ def test_update_of_any_optimizer_keeps_means(kind: str, training: str, model: Ne
     assert_means_kept(model, start)
 
 
-# The steps of the paper's own optimizers and of AdamW, as gcx.optim makes them in NumPy.
-LR, DECAY = 0.01, 0.1
-OURS: Any = {"lr": LR, "weight_decay": DECAY, "layouts": LAYOUTS}
-OF_SGD, OF_ADAM, OF_ADAMW = ours.SGD(momentum=0.9, **OURS), ours.Adam(**OURS), ours.AdamW(**OURS)
-sgd = partial(optim.SGD, lr=LR, momentum=0.9, weight_decay=DECAY)
-adam = partial(optim.Adam, lr=LR, weight_decay=DECAY)
-adamw = partial(optim.AdamW, lr=LR, weight_decay=DECAY)
-TRAJECTORIES: dict[str, tuple[Any, Make, dict[str, str]]] = {
-    "paper-sgd": (OF_SGD, sgd, {}),
-    "paper-sgd-update": (OF_SGD, sgd, {"where": "update"}),
-    "paper-sgd-nesterov": (replace(OF_SGD, nesterov=True), partial(sgd, nesterov=True), {}),
-    "paper-adam-gradient": (OF_ADAM, adam, {}),
-    "paper-adam-gradient-inside": (OF_ADAM, adam, {"decay": "inside"}),
-    "paper-adam-update": (replace(OF_ADAM, where="update"), adam, {"where": "update"}),
-    "adamw-gradient": (OF_ADAMW, adamw, {}),
-    "adamw-gradient-outside": (OF_ADAMW, adamw, {"decay": "outside"}),
-    "adamw-update": (replace(OF_ADAMW, where="update"), adamw, {"where": "update"}),
-}
-
-
-def assert_close(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    for name, found in whole_weights(model).items():
-        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-9)
-
-
-def train_in_numpy(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    weights = {name: w.numpy() for name, w in whole_weights(model).items()}
-    state = optimizer.init(weights)
-    for _ in range(STEPS):
-        leaves = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
-        loss = (torch.func.functional_call(model, leaves, DATA) - TARGET).square().mean()
-        found = torch.autograd.grad(loss, list(leaves.values()))
-        grads = {name: g.numpy() for name, g in zip(leaves, found, strict=True)}
-        weights, state = optimizer.update(weights, grads, state)
-    return {name: torch.from_numpy(w) for name, w in weights.items()}
-
-
-@pytest.mark.parametrize("case", TRAJECTORIES)
-def test_trajectory_is_that_of_gcx_optim(case: str, model: Net) -> None:
-    in_numpy, make, options = TRAJECTORIES[case]
-    expected = train_in_numpy(model, in_numpy)
-    optimizer = make(model.parameters())
-    gcx.torch.centralize(optimizer, model, **options)
-    train(model, optimizer)
-    assert_close(model, expected)
+@pytest.mark.parametrize("name", ["momentum-decay", "nesterov-decay", "adam-decay", "adamw-decay"])
+@pytest.mark.parametrize("says_decay", [False, True])
+def test_steps_are_those_of_the_authors(name: str, where: Any, says_decay: bool) -> None:
+    """As test_optim writes them out."""
+    (start, *grads), ours = map(leaves, problem(STEPS)), OPTIMIZERS[name]
+    model: Any = nn.ParameterDict({key: torch.tensor(weight) for key, weight in start.items()})
+    kind, gc = getattr(optim, type(ours).__name__), {"where", "layouts", "strength", "reproducible"}
+    options = {option: value for option, value in vars(ours).items() if option not in gc}
+    optimizer = kind(model.parameters(), **options)
+    decay: Any = "outside" if (name, where) == ("adamw-decay", "gradient") else "inside"
+    overrides: Any = {"conv": "o...", "dense/kernel": "...o", "*": None}
+    gcx.torch.centralize(
+        optimizer, model, where=where, decay=decay if says_decay else None, overrides=overrides
+    )
+    for gradient in grads:
+        for key, grad in gradient.items():
+            model[key].grad = torch.tensor(grad)
+        optimizer.step()
+    for key, weight in expected(name, where, STEPS).items():
+        torch.testing.assert_close(model[key].detach(), torch.tensor(weight), rtol=0, atol=1e-9)
 
 
 def peer(name: str, **options: Any) -> tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]:
@@ -214,12 +188,12 @@ def test_weights_beside_are_those_of_the_gradient(kind: str, strength: float, mo
         gcx.torch.centralize(optimizer, each, **options)
         train(each, optimizer)
         evaluate(each, optimizer)
-    assert_close(other, whole_weights(model))
+    torch.testing.assert_close(whole_weights(other), whole_weights(model), rtol=0, atol=1e-9)
 
 
 def test_average_kept_by_an_earlier_hook(model: Net) -> None:
     average, start = torch.optim.swa_utils.AveragedModel(model), whole_weights(model)
-    optimizer = adamw(model.parameters())
+    optimizer = optim.AdamW(model.parameters(), weight_decay=0.1)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     gcx.torch.centralize(optimizer, model, where="update")
     train(model, optimizer)

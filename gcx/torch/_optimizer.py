@@ -30,10 +30,7 @@ _MOMENTA = {"exp_avg": "exp_avg_sq_row", "momentum_buffer": "square_avg", "prev_
 
 
 def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
-    """Return c if ``grad + c * w`` is projected, None if the gradient alone is.
-
-    Raises a ValueError if `decay` is needed, or does not fit the optimizer.
-    """
+    """Return c if ``grad + c * w`` is projected, None if the gradient alone is."""
     rate = _rate(group)
     if "weight_decay" not in group or (decay is None and rate is None):
         return None
@@ -66,10 +63,7 @@ def momentum_has_mean(optimizer: Optimizer, group: Group, decay: Decay) -> bool:
 
 
 def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
-    """Factor by which the coming step shrinks the weights apart from the gradient.
-
-    None if decay is inside the projection. Raises a ValueError if it cannot be outside.
-    """
+    """Return the factor by which decay alone moves the means; None if it is projected too."""
     if decay != "outside":
         return None
     couples, rate, kind = _couples(optimizer, group), _rate(group), type(optimizer).__name__
@@ -133,10 +127,7 @@ def moves_by_gradient_only(optimizer: Optimizer) -> bool:
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Find the optimizer that steps and keeps the state.
-
-    A torch.distributed.optim.ZeroRedundancyOptimizer holds one for the share of its process.
-    """
+    """Find the optimizer that keeps the state: a ZeroRedundancyOptimizer holds one."""
     inner = getattr(optimizer, "optim", None)
     return inner if isinstance(inner, Optimizer) else optimizer
 
@@ -179,10 +170,7 @@ def average_means(
 def centralize_momentum(
     optimizer: Optimizer, weights: Iterable[Weight]
 ) -> tuple[list[str], list[str]]:
-    """Centralize momentum that has a mean over the fan-in; other momentum keeps its bits.
-
-    Returns the names of its weights, and of those whose momentum has another form.
-    """
+    """Centralize momentum that has a mean; list its weights, and those with another form of it."""
     keeper = inner_optimizer(optimizer)
     changed, unknown = [], []
     for weight in weights:

@@ -70,13 +70,14 @@ class Adapter(ABC):
     def attach(self, **options: Any) -> None:
         """Centralize from the next step on."""
 
-    @abstractmethod
     def train(self, steps: int = STEPS) -> None:
         """Learn the digits."""
+        for _ in range(steps):
+            self.step(gradients_of(self.parameters()))
 
     @abstractmethod
     def step(self, gradients: Arrays) -> None:
-        """Take one step with these gradients of the two weights."""
+        """Take one step with these gradients; those of biases may be missing, and are 0."""
 
     @abstractmethod
     def parameters(self) -> Arrays:

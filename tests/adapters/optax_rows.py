@@ -12,14 +12,9 @@ import optax
 
 import gcx.optax
 
-from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, MOMENTUM, RATE, WEIGHTS, Adapter, Arrays, Kind, start
 
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
-
-
-def loss(p: Any) -> Any:
-    hidden = jax.nn.relu(X @ p["hidden"]["kernel"] + p["hidden"]["bias"])
-    return jnp.mean((hidden @ p["output"]["kernel"] + p["output"]["bias"] - Y) ** 2)
 
 
 class Optax(Adapter):
@@ -65,16 +60,15 @@ class Optax(Adapter):
         chains = {"gradient": (transformation, self.plain), "update": (self.plain, transformation)}
         self._chain(optax.chain(*chains[where]))
 
-    def train(self, steps: int = STEPS) -> None:
-        for _ in range(steps):
-            self._update(jax.grad(loss)(self.params))
-
     def step(self, gradients: Arrays) -> None:
-        bias = {name: np.zeros_like(layer["bias"]) for name, layer in self.params.items()}
-        self._update({n: {"kernel": jnp.asarray(gradients[n].T), "bias": bias[n]} for n in WEIGHTS})
-
-    def _update(self, gradients: Any) -> None:
-        updates, self.state = self.update(gradients, self.state, self.params)
+        found = {
+            name: {
+                "kernel": jnp.asarray(gradients[name].T),
+                "bias": jnp.asarray(gradients.get(f"{name}_bias", 0 * gradients[name][:, 0])),
+            }
+            for name in WEIGHTS
+        }
+        updates, self.state = self.update(found, self.state, self.params)
         self.params = optax.apply_updates(self.params, updates)
 
     def parameters(self) -> Arrays:

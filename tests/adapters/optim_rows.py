@@ -11,7 +11,7 @@ import numpy as np
 
 from gcx.optim import SGD, Adam
 
-from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, Adapter, Arrays, Kind, gradients_of
+from adapter import ADAM_RATE, MOMENTUM, RATE, Adapter, Arrays, Kind
 from adapter import start as start_of
 
 
@@ -50,10 +50,6 @@ class Optim(Adapter):
 
     def remove(self) -> None:
         self.optimizer = replace(self.optimizer, where=None)
-
-    def train(self, steps: int = STEPS) -> None:
-        for _ in range(steps):
-            self.step(gradients_of(self.params))
 
     def step(self, gradients: Arrays) -> None:
         gradients = {n: gradients.get(n, np.zeros_like(p)) for n, p in self.params.items()}

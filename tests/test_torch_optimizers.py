@@ -1,4 +1,4 @@
-"""gcx.torch.centralize in real training: the corollary, the paper's own steps, every error."""
+"""gcx.torch.centralize with every optimizer: the corollary, and the steps of the authors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import gcx.torch
 from gcx import Layout
 from gcx.testing import assert_centralized
 
-from sharded_training import DATA, TARGET, Net, net, whole_weights
+import torch_training
+from sharded_training import DATA, Net, net, whole_weights
 from test_optim import OPTIMIZERS, expected, leaves, problem
 
 STEPS = 30
@@ -29,22 +30,12 @@ def model() -> Net:
     return net(8)
 
 
-def backward(model: nn.Module, optimizer: Optimizer, sign: float = 1.0) -> Tensor:
-    optimizer.zero_grad()
-    loss = (model(DATA) - TARGET).square().mean()
-    (sign * loss).backward()
-    return loss
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS, sign: float = 1.0) -> None:
-    for _ in range(steps):
-        backward(model, optimizer, sign)
-        optimizer.step()
+train = partial(torch_training.train, steps=STEPS, x=DATA)
 
 
 def train_by_closure(model: nn.Module, optimizer: Optimizer) -> None:
     for k in range(STEPS):
-        closure = partial(backward, model, optimizer)
+        closure = partial(torch_training.backward, model, optimizer, DATA)
         optimizer.step(closure) if k % 2 else optimizer.step(closure=closure)
 
 
@@ -63,13 +54,13 @@ optim = torch.optim
 
 # Linear in the gradient, so that GC on the gradient keeps the means.
 LINEAR: dict[str, Make] = {
-    "sgd": partial(optim.SGD, lr=0.1),
-    "momentum": partial(optim.SGD, lr=0.05, momentum=0.9, dampening=0.1),
-    "nesterov": partial(optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
-    "decay": partial(optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "decay-tensor": partial(optim.SGD, lr=0.05, weight_decay=torch.tensor(0.1).double()),
-    "foreach": partial(optim.SGD, lr=0.05, weight_decay=0.1, foreach=True),
-    "fused": partial(optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
+    "sgd": partial(optim.SGD, lr=0.002),
+    "momentum": partial(optim.SGD, lr=0.002, momentum=0.9, dampening=0.1),
+    "nesterov": partial(optim.SGD, lr=0.002, momentum=0.9, nesterov=True),
+    "decay": partial(optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.1),
+    "decay-tensor": partial(optim.SGD, lr=0.002, weight_decay=torch.tensor(0.1).double()),
+    "foreach": partial(optim.SGD, lr=0.002, weight_decay=0.1, foreach=True),
+    "fused": partial(optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.1, fused=True),
     "lbfgs": partial(optim.LBFGS, lr=0.1, max_iter=3),
     "lbfgs-wolfe": partial(optim.LBFGS, max_iter=3, line_search_fn="strong_wolfe"),
 }
@@ -154,8 +145,8 @@ def average_of_asgd(model: nn.Module, optimizer: Any) -> None:
 
 # An optimizer, and how its other weights come into the model.
 BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] = {
-    "asgd": (lambda: partial(optim.ASGD, lr=0.05, lambd=0, t0=5), average_of_asgd),
-    "schedule-free-sgd": peer("ScheduleFreeSGD", lr=0.05),
+    "asgd": (lambda: partial(optim.ASGD, lr=0.002, lambd=0, t0=5), average_of_asgd),
+    "schedule-free-sgd": peer("ScheduleFreeSGD", lr=0.002),
     "schedule-free-adamw": peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
     "schedule-free-radam": peer("ScheduleFreeRAdam", lr=0.01),
     "splus": peer("SPlus", lr=0.1, ema_rate=0.9),

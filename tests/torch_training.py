@@ -33,16 +33,16 @@ def loss_of(layer: nn.Module, x: Tensor = X) -> Tensor:
     return (layer(x) - 1).square().sum()
 
 
-def backward(model: nn.Module, optimizer: Optimizer) -> Tensor:
+def backward(model: nn.Module, optimizer: Optimizer, x: Tensor = X) -> Tensor:
     optimizer.zero_grad()
-    loss = loss_of(model)
+    loss = loss_of(model, x)
     loss.backward()
     return loss
 
 
-def train(layer: nn.Module, optimizer: Optimizer, steps: int = 5) -> None:
+def train(layer: nn.Module, optimizer: Optimizer, steps: int = 5, x: Tensor = X) -> None:
     for _ in range(steps):
-        backward(layer, optimizer)
+        backward(layer, optimizer, x)
         optimizer.step()
 
 

@@ -79,8 +79,7 @@ def test_weights_that_are_frozen_when_an_update_begins(
 ) -> None:
     model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
     mean, before = layer.weight.mean(1), idle.weight.clone()
-    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
+    optimizer = attached(model, "update", AdamW, decay, weight_decay=0.5)
     change_of(layer, lambda: THAWING[way](layer, optimizer))
     torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
     assert torch.equal(idle.weight, before)

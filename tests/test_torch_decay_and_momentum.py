@@ -17,6 +17,7 @@ import gcx.torch
 
 from torch_training import (
     GRAD,
+    WITH_DECAY,
     Own,
     assert_means_kept,
     assert_same,
@@ -55,10 +56,8 @@ def test_training_goes_on_after_an_infinity(
     """
     layer, twin = new_layer(), new_layer()
     exact = {"lr": 2**-7, "weight_decay": 0.125}  # in float32, as their product and the scale are
-    optimizer = kind(layer.parameters(), fused=fused, **exact)
-    plain = kind(twin.parameters(), **exact)
-    gcx.torch.centralize(optimizer, layer, where=where, decay=decay)
-    gcx.torch.centralize(plain, twin, where=where, decay=decay)
+    optimizer = attached(layer, where, kind, decay, fused=fused, **exact)
+    plain = attached(twin, where, kind, decay, **exact)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for factor in (torch.inf, 1, 1, torch.inf, 1, 1, torch.inf, 1):
         before = layer.weight.detach().clone()
@@ -74,17 +73,13 @@ def test_training_goes_on_after_an_infinity(
     assert_same(layer, twin)
 
 
-WITH_DECAY = [
-    kind
-    for kind in vars(torch.optim).values()
-    if isinstance(kind, type) and "weight_decay" in signature(kind).parameters
-]
+KINDS = WITH_DECAY.values()
 
 
 @pytest.mark.parametrize(
     ("kind", "maximize"),
-    [(kind, False) for kind in WITH_DECAY]
-    + [(kind, True) for kind in WITH_DECAY if "maximize" in signature(kind).parameters],
+    [(kind, False) for kind in KINDS]
+    + [(kind, True) for kind in KINDS if "maximize" in signature(kind).parameters],
 )
 def test_decay_is_placed_as_every_optimizer_of_torch_applies_it(kind: Any, maximize: bool) -> None:
     """By experiment: coupled decay does what the gradient does that has it added by hand."""
@@ -101,10 +96,8 @@ def test_decay_is_placed_as_every_optimizer_of_torch_applies_it(kind: Any, maxim
 
     is_coupled = torch.allclose(stepped(0.1, GRAD), stepped(0.0, GRAD + decay))
 
-    optimizer = kind(layer.parameters(), weight_decay=0.1, **options)
-    gcx.torch.centralize(optimizer, layer)
     layer.weight.grad = GRAD.clone()
-    optimizer.step()
+    attached(layer, kind=kind, weight_decay=0.1, **options).step()
     subtracted = GRAD + decay if is_coupled else GRAD
     torch.testing.assert_close(layer.weight.grad, GRAD - subtracted.mean(1, keepdim=True))
 
@@ -113,7 +106,7 @@ DECOUPLED = {
     **{kind.__name__: kind for kind in (AdamW, optim.Adafactor, optim.Muon)},
     **{
         kind.__name__: partial(kind, decoupled_weight_decay=True)
-        for kind in WITH_DECAY
+        for kind in KINDS
         if "decoupled_weight_decay" in signature(kind).parameters
     },
 }
@@ -126,8 +119,7 @@ DECOUPLED = {
 def test_decay_outside_shrinks_the_means_and_nothing_else_does(kind: str, lr: Any) -> None:
     layer = nn.Linear(5, 3, bias=False).double()
     means = layer.weight.detach().mean(1)
-    optimizer = DECOUPLED[kind](layer.parameters(), lr=lr, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
+    optimizer = attached(layer, "update", DECOUPLED[kind], "outside", lr=lr, weight_decay=0.5)
     train(layer, optimizer, steps=4)
     torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.5) ** 4)
 
@@ -149,8 +141,7 @@ def test_decay_outside_is_that_of_the_group_at_the_step(layer: nn.Linear) -> Non
 
 @pytest.mark.parametrize(("decay", "keeps_means"), [("inside", True), ("outside", False)])
 def test_unknown_optimizer_is_told(decay: Any, keeps_means: bool, layer: nn.Linear) -> None:
-    optimizer = Own(layer.parameters(), weight_decay=0.5)
-    gcx.torch.centralize(optimizer, layer, decay=decay)
+    optimizer = attached(layer, kind=Own, decay=decay, weight_decay=0.5)
     before, mean = layer.weight.detach().clone(), layer.weight.detach().mean(1)
     layer.weight.grad, layer.bias.grad = GRAD.clone(), torch.zeros_like(layer.bias)
     optimizer.step()
@@ -179,17 +170,15 @@ def test_subclass_with_its_own_step_is_unknown(base: Any, layer: nn.Linear) -> N
     kind = type("Shrinking", (base,), {"step": Shrinking.step})
     with pytest.raises(ValueError, match="does Shrinking add"):
         attached(layer, kind=kind, weight_decay=0.1)
-    optimizer = kind(layer.parameters(), weight_decay=0.1)
     with pytest.raises(ValueError, match="by how much a step shrinks"):
-        gcx.torch.centralize(optimizer, layer, where="update", decay="outside")
+        attached(layer, "update", kind, "outside", weight_decay=0.1)
 
 
 def test_decay_that_does_not_fit(layer: nn.Linear) -> None:
-    adamw, sgd = AdamW(layer.parameters()), SGD(layer.parameters())
     with pytest.raises(ValueError, match=r"AdamW shrinks the weights apart.*where='update'"):
-        gcx.torch.centralize(adamw, layer, decay="inside")
+        attached(layer, "gradient", AdamW, "inside")
     with pytest.raises(ValueError, match=r"SGD adds weight_decay.*where='gradient'"):
-        gcx.torch.centralize(sgd, layer, where="update", decay="outside")
+        attached(layer, "update", SGD, "outside")
 
 
 def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> None:
@@ -212,8 +201,7 @@ def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> N
     means = layer.weight.detach().mean(1)
     train(layer, unknown, steps=4)
     torch.testing.assert_close(layer.weight.detach().mean(1), means * (1 - 0.01 * 0.1) ** 4)
-    without_decay = Own(layer.parameters(), decoupled_weight_decay=True)
-    gcx.torch.centralize(without_decay, layer, **options)
+    without_decay = attached(layer, kind=Own, decoupled_weight_decay=True, **options)
     assert_means_kept(layer, lambda: train(layer, without_decay))
 
 
@@ -224,9 +212,7 @@ def test_narrow_weights_with_decay(shape: tuple[int, int]) -> None:
     weight, grad = torch.randint(-8, 9, (2, *shape), generator=torch.manual_seed(0)).double()
     layer.weight.data.copy_(weight)
     layer.weight.grad = grad.bfloat16()
-    optimizer = SGD(layer.parameters(), lr=0.0, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, layer, decay="inside")
-    optimizer.step()
+    attached(layer, decay="inside", lr=0.0, weight_decay=0.5).step()
     expected = grad - (grad + 0.5 * weight).mean(1, keepdim=True)
     assert torch.equal(layer.weight.grad, expected.bfloat16())
 

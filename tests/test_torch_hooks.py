@@ -225,9 +225,8 @@ def test_weights_without_a_gradient_are_passed_over(where: Any, layer: nn.Linear
     idle = new_layer(1)
     frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
     model = nn.ModuleList([layer, idle, frozen])
-    optimizer = AdamW(model.parameters(), weight_decay=0.1)
     decay = "outside" if where == "update" else None
-    gcx.torch.centralize(optimizer, model, where=where, decay=decay)
+    optimizer = attached(model, where, AdamW, decay, weight_decay=0.1)
     before, version = idle.weight.detach().clone(), frozen.weight._version
     train(layer, optimizer)  # without a warning of bfloat16
     assert torch.equal(idle.weight, before)
@@ -293,8 +292,7 @@ def test_closure_gets_its_arguments_and_gives_its_loss(layer: nn.Linear) -> None
 
 def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> None:
     twin = copy.deepcopy(layer)
-    nested = Inherited(layer.parameters(), lr=1e-3, weight_decay=0.1)
-    gcx.torch.centralize(nested, layer, where=where, decay="inside")
+    nested = attached(layer, where, Inherited, "inside", lr=1e-3, weight_decay=0.1)
     plain = attached(twin, where, Adam, lr=1e-3, weight_decay=0.1)
     calls: list[object] = []
     nested.register_step_pre_hook(lambda *args: calls.append(args))

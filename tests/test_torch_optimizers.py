@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import pytest
@@ -68,8 +67,7 @@ LINEAR: dict[str, Make] = {
 # Every optimizer of torch that can train Net, with weight decay where it has any.
 ADAPTIVE: dict[str, Make] = {
     name.lower(): partial(kind, weight_decay=0.1)
-    for name, kind in vars(optim).items()
-    if isinstance(kind, type) and "weight_decay" in signature(kind).parameters
+    for name, kind in torch_training.WITH_DECAY.items()
     if name not in ("SGD", "Muon")
 } | {
     "adam-decoupled": partial(optim.Adam, weight_decay=0.1, decoupled_weight_decay=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,10 +67,12 @@ def assert_means_kept(weight: nn.Linear | Tensor, training: Callable[[], object]
     assert_centralized(change_of(weight, training), rtol=RTOL)
 
 
-def attached(model: nn.Module, where: Any = "gradient", kind: Any = SGD, **options: Any) -> Any:
+def attached(
+    model: nn.Module, where: Any = "gradient", kind: Any = SGD, decay: Any = None, **options: Any
+) -> Any:
     """An optimizer of a model, with Gradient Centralization."""
     optimizer = kind(model.parameters(), **{"lr": 0.01, **options})
-    gcx.torch.centralize(optimizer, model, where=where)
+    gcx.torch.centralize(optimizer, model, where=where, decay=decay)
     return optimizer
 
 
@@ -77,6 +80,13 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
     """Two roundings apart: the same steps, summed in another order."""
     for found, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+WITH_DECAY = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and "weight_decay" in signature(kind).parameters
+}
 
 
 class Own(Optimizer):

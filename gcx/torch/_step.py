@@ -80,9 +80,8 @@ def warn_of_copies(optimizer: Optimizer, loss: str, remedy: str) -> None:
 
     def reduce_with_warning(protocol: int) -> Any:
         found: Optimizer = find()
-        kind = type(found).__name__
-        remedies = f"Call {remedy}; or copy state_dict() instead"
-        warn(f"the copy of this {kind} {loss}: hooks are not copied. {remedies}")
+        reason = f"the copy of this {type(found).__name__} {loss}: hooks are not copied"
+        warn(f"{reason}. Call {remedy}; or copy state_dict() instead")
         return type(found).__reduce_ex__(found, protocol)
 
     # They ask the instance first.
@@ -203,9 +202,8 @@ class UpdateHooks:
         averages = [find_average(optimizer, group) for group in groups]
         if not any(averages) and callable(getattr(optimizer, "eval", None)):
             warn(
-                f"{type(optimizer).__name__} has an eval(), which seems to put other weights into "
-                "the model. gcx does not know where they are kept: the means of the weights in "
-                "training stay, and theirs may move"
+                f"{type(optimizer).__name__} has an eval(), which may put other weights into the "
+                "model. gcx does not know these, so their means may move"
             )
         self._moves_others = not moves_by_gradient_only(optimizer)
         self._may_be_narrow = True

@@ -60,6 +60,7 @@ class Adapter(ABC):
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}
     names: ClassVar[Mapping[str, str]] = {}  # of the weights in the plan
+    of_bias: ClassVar[str] = "bias"  # why the plan leaves it alone
     handle: Any  # of a row that has one
 
     @abstractmethod

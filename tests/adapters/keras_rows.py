@@ -48,17 +48,9 @@ class Keras(Adapter):
         self.model.fit(X, Y, batch_size=len(X), epochs=steps, shuffle=False, verbose=0)
 
     def step(self, gradients: Arrays) -> None:
-        layers = [self.model.get_layer(name) for name in WEIGHTS]
-        pairs = [
-            (keras.ops.convert_to_tensor(array), variable)
-            for layer in layers
-            for array, variable in (
-                (gradients[layer.name].T, layer.kernel),
-                (0 * gradients[layer.name][:, 0], layer.bias),
-            )
-        ]
-        grads, variables = zip(*pairs, strict=True)
-        self.model.optimizer.apply(list(grads), list(variables))
+        found = [g for name in WEIGHTS for g in (gradients[name].T, 0 * gradients[name][:, 0])]
+        tensors = [*map(keras.ops.convert_to_tensor, found)]
+        self.model.optimizer.apply(tensors, self.model.trainable_variables)
 
     def parameters(self) -> Arrays:
         found = {}

@@ -15,6 +15,12 @@ from adapter import ADAM_RATE, MOMENTUM, RATE, Adapter, Arrays, Kind
 from adapter import start as start_of
 
 
+def layouts_with(overrides: Any) -> Any:
+    layouts = {**(overrides or {}), "*_bias": None}
+    layouts.setdefault("*", "o...")
+    return layouts
+
+
 class Optim(Adapter):
     name = "optim"
     projects_the_update = True
@@ -40,11 +46,7 @@ class Optim(Adapter):
     __reduce_ex__ = object.__reduce_ex__
 
     def attach(self, overrides: Any = None, **options: Any) -> None:
-        layouts: Any = "o..."
-        if overrides:
-            layouts = {**overrides, "*_bias": None}
-            layouts.setdefault("*", "o...")
-        options = {"where": "gradient", "layouts": layouts, **options}
+        options = {"where": "gradient", "layouts": layouts_with(overrides), **options}
         self.optimizer = replace(self.optimizer, **options)
         self.optimizer.init(self.params)
 
@@ -56,7 +58,7 @@ class Optim(Adapter):
         self.params, self.state = self.optimizer.update(self.params, gradients, self.state)
 
     def parameters(self) -> Arrays:
-        return {name: array.copy() for name, array in self.params.items()}
+        return {name: np.array(array, "float64") for name, array in self.params.items()}
 
     def resumed(self) -> Optim:
         other = type(self)(self.kind, Path())

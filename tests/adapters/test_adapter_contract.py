@@ -203,7 +203,7 @@ def test_the_plan_names_the_weights(new: New) -> None:
     row.attach()
     row.train(1)
     assert {r.name for r in row.plan() if r.layout} == set(row.names.values())
-    assert [r.reason for r in row.plan() if not r.layout] == ["bias", "bias"]
+    assert [r.reason for r in row.plan() if not r.layout] == [row.of_bias] * 2
     assert "2 of 4 parameters centralized" in repr(row.plan())
 
 

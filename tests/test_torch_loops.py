@@ -97,21 +97,14 @@ def test_sparse_gradient_of_a_weight(by_step: bool, layer: nn.Linear) -> None:
     assert_means_kept(layer, optimizer.step)
 
 
-def test_step_inside_of_autocast(where: Any) -> None:
+def test_steps_inside_of_autocast(where: Any) -> None:
     layer = new_layer().float()
     optimizer = attached(layer, where, **DECAYED)
-
-    def training() -> None:
-        for _ in range(5):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = layer(X.float())
-                assert out.dtype == torch.bfloat16
-                (out - 1).square().sum().backward()
-                optimizer.step()
-
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(X.float()).dtype == torch.bfloat16
+        change = change_of(layer, lambda: train(layer, optimizer, x=X.float()))
     # float32 now: rounding of 1e-7 in weights that move by 1.
-    assert_centralized(change_of(layer, training), rtol=1e-5)
+    assert_centralized(change, rtol=1e-5)
 
 
 def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
@@ -190,14 +183,7 @@ def test_complex_weights(where: Any) -> None:
     layer = nn.Linear(5, 3, dtype=torch.complex128)
     options: Any = DECAYED if where == "gradient" else {"kind": Adam, "weight_decay": 0.1}
     optimizer = attached(layer, where, lr=1e-3, **options)
-
-    def training() -> None:
-        for _ in range(5):
-            optimizer.zero_grad()
-            layer((X - 0.5) * (1 + 2j)).abs().square().sum().backward()
-            optimizer.step()
-
-    change = change_of(layer, training)
+    change = change_of(layer, lambda: train(layer, optimizer, x=(X - 0.5) * (1 + 2j)))
     assert change.imag.abs().max() > 1e-5
     assert_centralized(change, rtol=RTOL)
 

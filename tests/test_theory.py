@@ -1,4 +1,4 @@
-"""P = I - e e^T and what the paper proves of it, on every library.
+"""P = I - e e^T, and the paper's theorems about it, on every library.
 
 P is an orthogonal projection. Corollary 4.1: the fan-in means of the weights stay as they were,
 which fixes the answer of a unit to a shift of its input. Proposition 4.2: the norms of the gradient

@@ -1,4 +1,4 @@
-"""How gcx.torch.centralize lives with an optimizer: attaching, stepping, leaving, and errors."""
+"""An optimizer with gcx.torch.centralize: attaching, stepping, leaving, and errors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_handle_that_is_removed_frees_the_model_at_once(where: Any, layer: nn.Li
 
 
 def test_handle_removed_in_a_closure(where: Any, layer: nn.Linear) -> None:
-    """The step that is under way is that of the plain optimizer already."""
+    """The step under way is already a plain one."""
     twin = copy.deepcopy(layer)
     optimizer, plain = SGD(layer.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
     handle = gcx.torch.centralize(optimizer, layer, where=where)
@@ -117,7 +117,7 @@ def test_handle_removed_in_a_closure(where: Any, layer: nn.Linear) -> None:
 
 
 class Wrapper(Optimizer):
-    """As that of Accelerate: called an optimizer, without being made as one."""
+    """Like Accelerate's: called an optimizer, without being made as one."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer

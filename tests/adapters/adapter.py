@@ -78,7 +78,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def step(self, gradients: Arrays) -> None:
-        """Take one step with these gradients; those of biases may be missing, and are 0."""
+        """Take one step with these gradients; a bias without one has a gradient of 0."""
 
     @abstractmethod
     def parameters(self) -> Arrays:

@@ -229,6 +229,8 @@ def test_weights_without_a_gradient_are_passed_over(where: Any, layer: nn.Linear
     optimizer = attached(model, where, AdamW, decay, weight_decay=0.1)
     before, version = idle.weight.detach().clone(), frozen.weight._version
     train(layer, optimizer)  # without a warning of bfloat16
+    idle.weight.grad = torch.ones_like(idle.weight)
+    optimizer.step(partial(backward, layer, optimizer))  # which frees it
     assert torch.equal(idle.weight, before)
     assert frozen.weight._version == version
 

@@ -12,7 +12,7 @@ from weakref import ref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import gcx.torch
@@ -27,7 +27,6 @@ from torch_training import (
     attached,
     backward,
     change_of,
-    keeps_means,
     loss_of,
     new_layer,
     train,
@@ -154,73 +153,6 @@ def test_copy_of_a_handle_looks_at_the_copy_of_the_model(layer: nn.Linear) -> No
         twin.handle.centralize_grads_()
 
 
-def off_and_on(layer: nn.Linear) -> tuple[nn.Sequential, SGD]:
-    """Two layers of which the first is switched off."""
-    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
-    off = {"params": model[0].parameters(), "centralize": False}
-    return model, SGD([off, {"params": layer.parameters()}], lr=0.01, momentum=0.9)
-
-
-def is_centralized(weight: Tensor, optimizer: Optimizer, model: nn.Module) -> bool:
-    return keeps_means(weight, lambda: train(model, optimizer))
-
-
-def test_group_switched_off_and_on(where: Any, layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    handle = gcx.torch.centralize(optimizer, model, where=where)
-    assert handle.plan[0].reason == "switched off: 'centralize' is False in its parameter group"
-    assert [row.name for row in handle.plan if row.layout is not None] == ["1.weight"]
-    start = layer.weight.detach().clone()
-    assert not is_centralized(model[0].weight, optimizer, model)
-    assert_centralized(layer.weight.detach() - start, rtol=RTOL)
-    optimizer.param_groups[0]["centralize"] = True
-    if where == "gradient":
-        with pytest.warns(UserWarning, match=r"momentum of 1 weights \(0.weight") as caught:
-            optimizer.step()
-        assert caught[0].filename == __file__
-    assert is_centralized(model[0].weight, optimizer, model)
-
-
-def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
-    where: Any, layer: nn.Linear
-) -> None:
-    model, optimizer = off_and_on(layer)
-    gcx.torch.centralize(optimizer, model, where=where)
-    new = copy.deepcopy(optimizer.state_dict())
-    assert [group.get("centralize") for group in new["param_groups"]] == [False, None]
-    old = copy.deepcopy(new)
-    del old["param_groups"][0]["centralize"]
-    optimizer.load_state_dict(old)
-    assert not is_centralized(model[0].weight, optimizer, model)
-    optimizer.param_groups[0]["centralize"] = True
-    optimizer.load_state_dict(new)
-    assert not is_centralized(model[0].weight, optimizer, model)
-    assert "centralize" not in old["param_groups"][0]
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict(SGD(model.parameters()).state_dict())
-
-
-def test_groups_with_nothing_to_centralize_are_not_asked(where: Any, layer: nn.Linear) -> None:
-    """Neither how decay is applied, nor to be in the model, if they are switched off."""
-    stranger, decay = nn.Linear(5, 3).double(), {"weight_decay": 0.1}
-    off = {"params": stranger.parameters(), "centralize": False, **decay}
-    optimizer = Own([off, {"params": [layer.bias], **decay}, {"params": [layer.weight]}])
-    gcx.torch.centralize(optimizer, layer, where=where)
-    loss_of(stranger).backward()
-    loss_of(layer).backward()
-    assert_means_kept(layer, optimizer.step)
-
-
-def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(5, 5).double())
-    optimizer = attached(model, where, weight_decay=0.3)
-    model.append(layer)
-    optimizer.add_param_group({"params": layer.parameters(), "weight_decay": 0.1})
-    assert_means_kept(model[0], lambda: assert_means_kept(layer, lambda: train(model, optimizer)))
-    names = [row.name for row in gcx.torch.centralized(optimizer).plan]
-    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
 def test_weights_without_a_gradient_are_passed_over(where: Any, layer: nn.Linear) -> None:
     idle = new_layer(1)
     frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
@@ -249,23 +181,6 @@ def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
     optimizer = attached(layer, kind=Own)
     loss_of(layer).backward()
     assert_means_kept(layer, lambda: optimizer.step(lambda: None))
-
-
-@pytest.mark.parametrize("is_added", [True, False])
-def test_group_that_a_closure_adds_or_switches_on(where: Any, is_added: bool) -> None:
-    model: Any = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
-    groups: list[Any] = [{"params": [*part.parameters()]} for part in model]
-    groups[1]["centralize"] = is_added
-    optimizer = SGD(groups[: 1 if is_added else 2], lr=0.1, weight_decay=0.1)
-    gcx.torch.centralize(optimizer, model, where=where)
-
-    def closure() -> None:
-        if is_added:
-            optimizer.add_param_group(groups[1])
-        optimizer.param_groups[1]["centralize"] = True
-        loss_of(model).backward()
-
-    assert_means_kept(model[1], lambda: optimizer.step(closure))
 
 
 class Reporting(Own):
@@ -385,16 +300,6 @@ def test_rules_that_change_count_once_the_plan_is_asked_for(layer: nn.Linear) ->
     assert_centralized(change, layout="io", rtol=RTOL)
 
 
-def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    handle = gcx.torch.centralize(optimizer, model)
-    loss_of(model).backward()
-    before = model[0].weight.grad.clone()
-    handle.centralize_grads_()
-    assert torch.equal(model[0].weight.grad, before)
-    assert_centralized(layer.weight.grad, rtol=RTOL)
-
-
 def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
     optimizer = attached(layer, "update")
     for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
@@ -404,16 +309,6 @@ def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
             optimizer.step()
         assert len(caught) == count
         assert all("weight is torch.bfloat16" in str(each.message) for each in caught)
-
-
-def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None:
-    off, optimizer = (
-        SGD([{"params": layer.parameters(), "centralize": is_on}]) for is_on in (False, True)
-    )
-    gcx.torch.centralize(optimizer, layer)
-    with pytest.warns(UserWarning, match="switches off all that there is") as caught:
-        optimizer.load_state_dict(off.state_dict())
-    assert caught[0].filename == __file__
 
 
 def test_plan_lists_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:

@@ -126,36 +126,34 @@ def test_steps_are_those_of_the_authors(name: str, where: Any, says_decay: bool)
         torch.testing.assert_close(model[key].detach(), torch.tensor(weight), rtol=0, atol=1e-9)
 
 
-def peer(name: str, **options: Any) -> tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]:
-    """An optimizer of pytorch_optimizer, whose mode for evaluation brings other weights."""
+# Optimizers that keep other weights, of torch or of pytorch_optimizer.
+BESIDE: dict[str, dict[str, float]] = {
+    "ASGD": {"lr": 0.002, "lambd": 0, "t0": 5},
+    "ScheduleFreeSGD": {"lr": 0.002},
+    "ScheduleFreeAdamW": {"lr": 0.01, "weight_decay": 0.1},
+    "ScheduleFreeRAdam": {"lr": 0.01},
+    "SPlus": {"lr": 0.1, "ema_rate": 0.9},
+}
 
-    def make() -> Make:
-        kinds = pytest.importorskip("pytorch_optimizer")
-        return partial(getattr(kinds, name), **options)
 
-    return make, lambda _, optimizer: optimizer.eval()
+def make_beside(kind: str, model: nn.Module) -> Any:
+    package = optim if hasattr(optim, kind) else pytest.importorskip("pytorch_optimizer")
+    return getattr(package, kind)(model.parameters(), **BESIDE[kind])
 
 
-def average_of_asgd(model: nn.Module, optimizer: Any) -> None:
+def evaluate(model: nn.Module, optimizer: Any) -> None:
+    """Bring the other weights into the model."""
+    if not isinstance(optimizer, optim.ASGD):
+        optimizer.eval()
+        return
     for parameter in model.parameters():
         parameter.data.copy_(optimizer.state[parameter]["ax"])
-
-
-# An optimizer, and how its other weights come into the model.
-BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] = {
-    "asgd": (lambda: partial(optim.ASGD, lr=0.002, lambd=0, t0=5), average_of_asgd),
-    "schedule-free-sgd": peer("ScheduleFreeSGD", lr=0.002),
-    "schedule-free-adamw": peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
-    "schedule-free-radam": peer("ScheduleFreeRAdam", lr=0.01),
-    "splus": peer("SPlus", lr=0.1, ema_rate=0.9),
-}
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", BESIDE)
 def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
-    make, evaluate = BESIDE[kind]
-    optimizer, start = make()(model.parameters()), whole_weights(model)
+    optimizer, start = make_beside(kind, model), whole_weights(model)
     gcx.torch.centralize(optimizer, model, where="update")
     train(model, optimizer)
     assert_means_kept(model, start)
@@ -165,14 +163,13 @@ def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("kind", "strength"), [("asgd", 1.0), ("asgd", 0.3), ("schedule-free-sgd", 1.0)]
+    ("kind", "strength"), [("ASGD", 1.0), ("ASGD", 0.3), ("ScheduleFreeSGD", 1.0)]
 )
 def test_weights_beside_are_those_of_the_gradient(kind: str, strength: float, model: Net) -> None:
     """Both are linear in the gradient, so that it does not matter where GC goes."""
-    make, evaluate = BESIDE[kind]
     other = copy.deepcopy(model)
     for each, where in ((model, "gradient"), (other, "update")):
-        optimizer = make()(each.parameters())
+        optimizer = make_beside(kind, each)
         options: Any = {"where": where, "strength": strength}
         gcx.torch.centralize(optimizer, each, **options)
         train(each, optimizer)

@@ -1,7 +1,8 @@
-"""gcx.torch.centralize, and parameters that are frozen, replaced, moved or added on the way."""
+"""gcx.torch.centralize, and parameters that are frozen, replaced, moved, added or switched off."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 import gcx.torch
+from gcx.testing import assert_centralized
 
 from torch_training import (
     DECAYED,
     GRAD,
     RTOL,
+    Own,
     assert_means_kept,
     attached,
     change_of,
     deeper,
+    keeps_means,
     loss_of,
     new_layer,
     train,
@@ -79,8 +83,7 @@ def test_weights_that_are_frozen_when_an_update_begins(
 ) -> None:
     model = nn.ModuleList([layer, idle := new_layer(1)]).requires_grad_(requires_grad=False)
     mean, before = layer.weight.mean(1), idle.weight.clone()
-    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
-    gcx.torch.centralize(optimizer, model, where="update", decay=decay)
+    optimizer = attached(model, "update", AdamW, decay, weight_decay=0.5)
     change_of(layer, lambda: THAWING[way](layer, optimizer))
     torch.testing.assert_close(layer.weight.mean(1), factor * mean, rtol=RTOL, atol=0)
     assert torch.equal(idle.weight, before)
@@ -107,6 +110,7 @@ REPLACING: dict[str, Callable[[nn.Sequential], object]] = {
     "weight_norm": lambda model: parametrizations.weight_norm(model[1]),
     "setattr": lambda model: setattr(model[1], "weight", new_layer(1).weight),
     "new layer": lambda model: model.__setitem__(1, new_layer(1)),
+    "bias": lambda model: setattr(model[1], "bias", new_layer(1).bias),
 }
 
 
@@ -114,17 +118,18 @@ def new_model() -> nn.Sequential:
     return nn.Sequential(nn.Tanh(), new_layer())
 
 
-@pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
-def test_parameters_that_were_replaced(where: Any, replace: Any) -> None:
+@pytest.mark.parametrize("change", REPLACING)
+def test_parameters_that_were_replaced(where: Any, change: str) -> None:
     """The step of the optimizer would be of no use, and says so each time, before it is made."""
     model = new_model()
     weight = model[1].weight
     optimizer = attached(model, where, **DECAYED)
     train(model, optimizer)
-    replace(model)
+    REPLACING[change](model)
+    name = "bias" if change == "bias" else "weight"
     weight.grad, before = GRAD.clone(), weight.detach().clone()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"1\.weight was replaced in the model.*after that"):
+        with pytest.raises(RuntimeError, match=rf"1\.{name} was replaced in the model.*after that"):
             optimizer.step()
     assert torch.equal(weight.grad, GRAD)
     assert torch.equal(weight, before)
@@ -182,30 +187,22 @@ def test_parameters_that_have_another_place_now(where: Any, move: Any, layer: nn
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
-FLATTENED = r"weight is of rank 1, .*centralize_in_backward\(model\)"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "match"),
-    [
-        (lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.data)), "bias was replaced"),
-        (lambda layer: delattr(layer, "bias"), "bias was replaced"),
-        (lambda layer: setattr(layer.weight, "data", layer.weight.data.flatten()), FLATTENED),
-    ],
-    ids=["bias", "no bias", "flattened"],
-)
-def test_parameter_that_changes_between_steps(
-    spoil: Any, match: str, where: Any, layer: nn.Linear
+@pytest.mark.parametrize("is_flattened", [True, False])
+def test_parameter_that_is_flattened_or_deleted(
+    is_flattened: bool, where: Any, layer: nn.Linear
 ) -> None:
     optimizer = attached(layer, where)
     train(layer, optimizer)
-    spoil(layer)
-    before = layer.weight.detach().clone()
-    layer.weight.grad = torch.ones_like(layer.weight)
-    with pytest.raises(RuntimeError, match=match):
+    if is_flattened:
+        layer.weight.data = layer.weight.data.flatten()
+    else:
+        del layer.bias
+    before, layer.weight.grad = layer.weight.detach().clone(), torch.ones_like(layer.weight)
+    flattened = r"weight is of rank 1, .*centralize_in_backward\(model\)"
+    with pytest.raises(RuntimeError, match=flattened if is_flattened else "bias was replaced"):
         optimizer.step()
     assert torch.equal(layer.weight, before)
-    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    assert layer.weight.grad.eq(1).all()
 
 
 def test_optimizer_and_model_that_take_a_new_weight_together(layer: nn.Linear) -> None:
@@ -213,3 +210,107 @@ def test_optimizer_and_model_that_take_a_new_weight_together(layer: nn.Linear) -
     train(layer, optimizer)
     layer.weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(GRAD.clone())
     assert_means_kept(layer, lambda: train(layer, optimizer))
+
+
+def off_and_on(layer: nn.Linear) -> tuple[nn.Sequential, SGD]:
+    """Two layers of which the first is switched off."""
+    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
+    off = {"params": model[0].parameters(), "centralize": False}
+    return model, SGD([off, {"params": layer.parameters()}], lr=0.01, momentum=0.9)
+
+
+def is_centralized(weight: Tensor, optimizer: Optimizer, model: nn.Module) -> bool:
+    return keeps_means(weight, lambda: train(model, optimizer))
+
+
+def test_group_switched_off_and_on(where: Any, layer: nn.Linear) -> None:
+    model, optimizer = off_and_on(layer)
+    handle = gcx.torch.centralize(optimizer, model, where=where)
+    assert handle.plan[0].reason == "switched off: 'centralize' is False in its parameter group"
+    assert [row.name for row in handle.plan if row.layout is not None] == ["1.weight"]
+    start = layer.weight.detach().clone()
+    assert not is_centralized(model[0].weight, optimizer, model)
+    assert_centralized(layer.weight.detach() - start, rtol=RTOL)
+    optimizer.param_groups[0]["centralize"] = True
+    if where == "gradient":
+        with pytest.warns(UserWarning, match=r"momentum of 1 weights \(0.weight") as caught:
+            optimizer.step()
+        assert caught[0].filename == __file__
+    assert is_centralized(model[0].weight, optimizer, model)
+
+
+def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
+    where: Any, layer: nn.Linear
+) -> None:
+    model, optimizer = off_and_on(layer)
+    gcx.torch.centralize(optimizer, model, where=where)
+    new = copy.deepcopy(optimizer.state_dict())
+    assert [group.get("centralize") for group in new["param_groups"]] == [False, None]
+    old = copy.deepcopy(new)
+    del old["param_groups"][0]["centralize"]
+    optimizer.load_state_dict(old)
+    assert not is_centralized(model[0].weight, optimizer, model)
+    optimizer.param_groups[0]["centralize"] = True
+    optimizer.load_state_dict(new)
+    assert not is_centralized(model[0].weight, optimizer, model)
+    assert "centralize" not in old["param_groups"][0]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(SGD(model.parameters()).state_dict())
+
+
+def test_groups_with_nothing_to_centralize_are_not_asked(where: Any, layer: nn.Linear) -> None:
+    """Neither how decay is applied, nor to be in the model, if they are switched off."""
+    stranger, decay = nn.Linear(5, 3).double(), {"weight_decay": 0.1}
+    off = {"params": stranger.parameters(), "centralize": False, **decay}
+    optimizer = Own([off, {"params": [layer.bias], **decay}, {"params": [layer.weight]}])
+    gcx.torch.centralize(optimizer, layer, where=where)
+    loss_of(stranger).backward()
+    loss_of(layer).backward()
+    assert_means_kept(layer, optimizer.step)
+
+
+def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.Linear) -> None:
+    model = nn.Sequential(nn.Linear(5, 5).double())
+    optimizer = attached(model, where, weight_decay=0.3)
+    model.append(layer)
+    optimizer.add_param_group({"params": layer.parameters(), "weight_decay": 0.1})
+    assert_means_kept(model[0], lambda: assert_means_kept(layer, lambda: train(model, optimizer)))
+    names = [row.name for row in gcx.torch.centralized(optimizer).plan]
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+def test_group_that_a_closure_adds_or_switches_on(where: Any, is_added: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    groups: list[Any] = [{"params": [*part.parameters()]} for part in model]
+    groups[1]["centralize"] = is_added
+    optimizer = SGD(groups[: 1 if is_added else 2], lr=0.1, weight_decay=0.1)
+    gcx.torch.centralize(optimizer, model, where=where)
+
+    def closure() -> None:
+        if is_added:
+            optimizer.add_param_group(groups[1])
+        optimizer.param_groups[1]["centralize"] = True
+        loss_of(model).backward()
+
+    assert_means_kept(model[1], lambda: optimizer.step(closure))
+
+
+def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None:
+    off, optimizer = (
+        SGD([{"params": layer.parameters(), "centralize": is_on}]) for is_on in (False, True)
+    )
+    gcx.torch.centralize(optimizer, layer)
+    with pytest.warns(UserWarning, match="switches off all that there is") as caught:
+        optimizer.load_state_dict(off.state_dict())
+    assert caught[0].filename == __file__
+
+
+def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linear) -> None:
+    model, optimizer = off_and_on(layer)
+    handle = gcx.torch.centralize(optimizer, model)
+    loss_of(model).backward()
+    before = model[0].weight.grad.clone()
+    handle.centralize_grads_()
+    assert torch.equal(model[0].weight.grad, before)
+    assert_centralized(layer.weight.grad, rtol=RTOL)

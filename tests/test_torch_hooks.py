@@ -1,4 +1,4 @@
-"""How gcx.torch.centralize lives with an optimizer: attaching, stepping, leaving, and errors."""
+"""An optimizer with gcx.torch.centralize: attaching, stepping, leaving, and errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from weakref import ref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import gcx.torch
 from gcx.testing import assert_centralized
 
 from torch_training import (
+    DECAYED,
     GRAD,
     RTOL,
     Own,
@@ -26,7 +27,6 @@ from torch_training import (
     attached,
     backward,
     change_of,
-    keeps_means,
     loss_of,
     new_layer,
     train,
@@ -38,17 +38,6 @@ class Inherited(Adam):
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
-
-
-def test_handle_shows_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), layer)
-    handle = gcx.torch.centralize(SGD(layer.parameters()), model)
-    assert isinstance(handle, gcx.torch.GradientCentralization)
-    assert [row.name for row in handle.plan] == ["1.weight", "1.bias"]
-    assert repr(handle) == (
-        "<GradientCentralization of SGD, where='gradient', "
-        "<gcx plan: 1 of 2 parameters centralized>>"
-    )
 
 
 def test_state_dict_knows_nothing_of_it(where: Any, layer: nn.Linear) -> None:
@@ -78,12 +67,7 @@ def attached_in_backward(layer: nn.Module) -> SGD:
     return SGD(layer.parameters())
 
 
-ATTACHING: dict[str, Any] = {
-    "gradient": attached,
-    "update": partial(attached, where="update"),
-    "in the step": gcx.torch.AdamW,
-    "in backward": attached_in_backward,
-}
+ATTACHING = [attached, partial(attached, where="update"), gcx.torch.AdamW, attached_in_backward]
 
 
 @pytest.fixture
@@ -95,7 +79,7 @@ def uncollected() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("uncollected")
-@pytest.mark.parametrize("attach", ATTACHING.values(), ids=ATTACHING)
+@pytest.mark.parametrize("attach", ATTACHING)
 def test_optimizer_and_model_are_freed_at_once(attach: Any) -> None:
     layer = new_layer()
     optimizer = attach(layer)
@@ -117,7 +101,7 @@ def test_handle_that_is_removed_frees_the_model_at_once(where: Any, layer: nn.Li
 
 
 def test_handle_removed_in_a_closure(where: Any, layer: nn.Linear) -> None:
-    """The step that is under way is that of the plain optimizer already."""
+    """The step under way is already a plain one."""
     twin = copy.deepcopy(layer)
     optimizer, plain = SGD(layer.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
     handle = gcx.torch.centralize(optimizer, layer, where=where)
@@ -132,7 +116,7 @@ def test_handle_removed_in_a_closure(where: Any, layer: nn.Linear) -> None:
 
 
 class Wrapper(Optimizer):
-    """As that of Accelerate: called an optimizer, without being made as one."""
+    """Like Accelerate's: called an optimizer, without being made as one."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -169,94 +153,18 @@ def test_copy_of_a_handle_looks_at_the_copy_of_the_model(layer: nn.Linear) -> No
         twin.handle.centralize_grads_()
 
 
-def off_and_on(layer: nn.Linear) -> tuple[nn.Sequential, SGD]:
-    """Two layers of which the first is switched off."""
-    model = nn.Sequential(nn.Linear(5, 5).double(), layer)
-    off = {"params": model[0].parameters(), "centralize": False}
-    return model, SGD([off, {"params": layer.parameters()}], lr=0.01, momentum=0.9)
-
-
-def is_centralized(weight: Tensor, optimizer: Optimizer, model: nn.Module) -> bool:
-    return keeps_means(weight, lambda: train(model, optimizer))
-
-
-def test_group_that_is_switched_off(where: Any, layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    handle = gcx.torch.centralize(optimizer, model, where=where)
-    assert handle.plan[0].reason == "switched off: 'centralize' is False in its parameter group"
-    assert [row.name for row in handle.plan if row.layout is not None] == ["1.weight"]
-    start = layer.weight.detach().clone()
-    assert not is_centralized(model[0].weight, optimizer, model)
-    assert_centralized(layer.weight.detach() - start, rtol=RTOL)
-
-
-def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
-    where: Any, layer: nn.Linear
-) -> None:
-    model, optimizer = off_and_on(layer)
-    gcx.torch.centralize(optimizer, model, where=where)
-    new = copy.deepcopy(optimizer.state_dict())
-    assert [group.get("centralize") for group in new["param_groups"]] == [False, None]
-    old = copy.deepcopy(new)
-    del old["param_groups"][0]["centralize"]
-    optimizer.load_state_dict(old)
-    assert not is_centralized(model[0].weight, optimizer, model)
-    optimizer.param_groups[0]["centralize"] = True
-    optimizer.load_state_dict(new)
-    assert not is_centralized(model[0].weight, optimizer, model)
-    assert "centralize" not in old["param_groups"][0]
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict(SGD(model.parameters()).state_dict())
-
-
-def test_group_switched_on_in_mid_training(where: Any, layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    gcx.torch.centralize(optimizer, model, where=where)
-    train(model, optimizer)
-    optimizer.param_groups[0]["centralize"] = True
-    if where == "gradient":
-        loss_of(model).backward()
-        with pytest.warns(UserWarning, match=r"momentum of 1 weights \(0.weight") as caught:
-            optimizer.step()
-        assert caught[0].filename == __file__
-    assert is_centralized(model[0].weight, optimizer, model)
-
-
-def test_group_that_is_switched_off_is_not_asked_for_anything(where: Any, layer: nn.Linear) -> None:
-    """Neither how decay is applied, nor to be in the model."""
-    stranger = nn.Linear(5, 3).double()
-    off = {"params": stranger.parameters(), "centralize": False, "weight_decay": 0.1}
-    optimizer = Own([off, {"params": layer.parameters()}])
-    gcx.torch.centralize(optimizer, layer, where=where)
-    loss_of(stranger).backward()
-    loss_of(layer).backward()
-    assert_means_kept(layer, optimizer.step)
-
-
-def test_group_without_weights_is_not_asked_for_its_decay(layer: nn.Linear) -> None:
-    optimizer = Own([{"params": [layer.bias], "weight_decay": 0.1}, {"params": [layer.weight]}])
-    gcx.torch.centralize(optimizer, layer)
-    assert is_centralized(layer.weight, optimizer, layer)
-
-
-def test_layer_added_later_is_covered_with_its_own_decay(where: Any, layer: nn.Linear) -> None:
-    model = nn.Sequential(nn.Linear(5, 5).double())
-    optimizer = attached(model, where, weight_decay=0.3)
-    model.append(layer)
-    optimizer.add_param_group({"params": layer.parameters(), "weight_decay": 0.1})
-    assert_means_kept(model[0], lambda: assert_means_kept(layer, lambda: train(model, optimizer)))
-    names = [row.name for row in gcx.torch.centralized(optimizer).plan]
-    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-def test_parameter_without_gradient_does_not_move(where: Any, layer: nn.Linear) -> None:
-    model = nn.ModuleList([layer, idle := new_layer(1)])
-    optimizer = AdamW(model.parameters(), weight_decay=0.1)
+def test_weights_without_a_gradient_are_passed_over(where: Any, layer: nn.Linear) -> None:
+    idle = new_layer(1)
+    frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
+    model = nn.ModuleList([layer, idle, frozen])
     decay = "outside" if where == "update" else None
-    gcx.torch.centralize(optimizer, model, where=where, decay=decay)
-    before = idle.weight.detach().clone()
-    train(layer, optimizer)
+    optimizer = attached(model, where, AdamW, decay, weight_decay=0.1)
+    before, version = idle.weight.detach().clone(), frozen.weight._version
+    train(layer, optimizer)  # without a warning of bfloat16
+    idle.weight.grad = torch.ones_like(idle.weight)
+    optimizer.step(partial(backward, layer, optimizer))  # which frees it
     assert torch.equal(idle.weight, before)
+    assert frozen.weight._version == version
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -269,61 +177,39 @@ def test_a_gradient_whose_elements_share_memory_is_replaced(step: int, layer: nn
     assert torch.equal(memory, torch.arange(7.0, dtype=torch.float64))
 
 
-class Bare(torch.optim.Optimizer):
-    """Has not called the constructor of its base."""
-
-    def __init__(self) -> None:
-        pass
-
-
-def test_an_optimizer_without_hooks_or_groups_is_refused(layer: nn.Linear) -> None:
-    with pytest.raises(TypeError, match=r"is a torch.optim.Optimizer, not .*Bare"):
-        gcx.torch.centralize(Bare(), layer)
-    optimizer = torch.optim.SGD(layer.parameters())
-    optimizer.param_groups.clear()
-    with pytest.raises(ValueError, match="nothing to centralize"):
-        gcx.torch.centralize(optimizer, layer)
-
-
 def test_optimizer_that_ignores_its_closure(layer: nn.Linear) -> None:
     optimizer = attached(layer, kind=Own)
     loss_of(layer).backward()
     assert_means_kept(layer, lambda: optimizer.step(lambda: None))
 
 
-@pytest.mark.parametrize("is_added", [True, False])
-def test_group_that_a_closure_adds_or_switches_on(where: Any, is_added: bool) -> None:
-    model: Any = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
-    groups: list[Any] = [{"params": [*part.parameters()]} for part in model]
-    groups[1]["centralize"] = is_added
-    optimizer = SGD(groups[: 1 if is_added else 2], lr=0.1, weight_decay=0.1)
-    gcx.torch.centralize(optimizer, model, where=where)
+class Reporting(Own):
+    """Takes its closure beside metrics, and gives it a number."""
 
-    def closure() -> None:
-        if is_added:
-            optimizer.add_param_group(groups[1])
-        optimizer.param_groups[1]["centralize"] = True
-        loss_of(model).backward()
-
-    assert_means_kept(model[1], lambda: optimizer.step(closure))
+    def step(self, metrics: Any = None, closure: Any = None) -> Any:
+        assert not metrics
+        loss = closure and closure(1.0)
+        super().step()
+        return loss
 
 
-def test_closure_gives_its_loss_and_runs_with_gradients_on(layer: nn.Linear) -> None:
-    optimizer = attached(layer)
+def test_closure_gets_its_arguments_and_gives_its_loss(layer: nn.Linear) -> None:
+    optimizer = attached(layer, kind=Reporting)
 
-    def closure() -> float:
+    def closure(scale: float) -> float:
         assert torch.is_grad_enabled()
-        loss_of(layer).backward()
+        optimizer.zero_grad()
+        (scale * loss_of(layer)).backward()
         return 7.0
 
-    assert optimizer.step(closure) == optimizer.step(closure=closure) == 7.0
+    assert optimizer.step({}, closure) == optimizer.step(closure=closure) == 7.0
+    assert_means_kept(layer, lambda: optimizer.step({}, closure))
     assert optimizer.step(None) is None
 
 
 def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> None:
     twin = copy.deepcopy(layer)
-    nested = Inherited(layer.parameters(), lr=1e-3, weight_decay=0.1)
-    gcx.torch.centralize(nested, layer, where=where, decay="inside")
+    nested = attached(layer, where, Inherited, "inside", lr=1e-3, weight_decay=0.1)
     plain = attached(twin, where, Adam, lr=1e-3, weight_decay=0.1)
     calls: list[object] = []
     nested.register_step_pre_hook(lambda *args: calls.append(args))
@@ -333,16 +219,25 @@ def test_step_that_calls_the_step_of_its_base(where: Any, layer: nn.Linear) -> N
     torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=1e-14)
 
 
-def test_step_that_raises_leaves_the_next_ones_right(layer: nn.Linear) -> None:
-    optimizer = attached(layer, "update", Own)
-    train(layer, optimizer)
-    optimizer.fails = True
+def test_step_that_raises_leaves_the_next_ones_right(where: Any, layer: nn.Linear) -> None:
+    optimizer = attached(layer, where, **DECAYED)
+
+    def closure() -> None:
+        loss_of(layer).backward()
+        raise KeyboardInterrupt
+
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
-            optimizer.step()
+            optimizer.step(closure)
         layer.weight.data += 1  # a new start, which no old mean may undo
-    optimizer.fails = False
     assert_means_kept(layer, lambda: train(layer, optimizer))
+
+
+class Bare(Optimizer):
+    """Has not called the constructor of its base."""
+
+    def __init__(self) -> None:
+        pass
 
 
 def test_not_an_optimizer(layer: nn.Linear) -> None:
@@ -353,6 +248,7 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     for other, message in (
         (Wrapper(layer), r"\.Wrapper; .*\.optimizer"),
         (torch.optim.lr_scheduler.ConstantLR(optimizer), r"\.ConstantLR; .*\.optimizer"),
+        (Bare(), r"\.Bare; .*\.optimizer"),
         ([layer.weight], "list$"),
         (SGD, r"the class torch\.optim\.sgd\.SGD$"),
         (gcx.optim.SGD(0.1), r"gcx\.optim\.SGD$"),
@@ -369,6 +265,9 @@ def test_not_an_optimizer(layer: nn.Linear) -> None:
     in_backward = type("InBackward", (Optimizer,), {})  # updates in backward, as LOMO does
     with pytest.raises(TypeError, match=r"InBackward has no step.*centralize_in_backward"):
         gcx.torch.centralize(in_backward(layer.parameters(), {}), layer)
+    optimizer.param_groups.clear()
+    with pytest.raises(ValueError, match="nothing to centralize"):
+        gcx.torch.centralize(optimizer, layer)
 
 
 @pytest.mark.parametrize("limit", [0.5, float("inf")])
@@ -401,26 +300,6 @@ def test_rules_that_change_count_once_the_plan_is_asked_for(layer: nn.Linear) ->
     assert_centralized(change, layout="io", rtol=RTOL)
 
 
-def test_gradients_are_centralized_now_by_the_plan_of_the_handle(layer: nn.Linear) -> None:
-    model, optimizer = off_and_on(layer)
-    handle = gcx.torch.centralize(optimizer, model)
-    with pytest.raises(ValueError, match="there is no gradient to centralize"):
-        handle.centralize_grads_()
-    loss_of(model).backward()
-    before = model[0].weight.grad.clone()
-    handle.centralize_grads_()
-    assert torch.equal(model[0].weight.grad, before)
-    assert_centralized(layer.weight.grad, rtol=RTOL)
-
-
-def test_frozen_weights_are_passed_over_in_the_update(layer: nn.Linear) -> None:
-    frozen = nn.Linear(5, 5).bfloat16().requires_grad_(requires_grad=False)
-    optimizer = attached(nn.ModuleList([frozen, layer]), "update")  # no warning of bfloat16
-    version = frozen.weight._version
-    assert_means_kept(layer, lambda: train(layer, optimizer))
-    assert frozen.weight._version == version
-
-
 def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
     optimizer = attached(layer, "update")
     for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
@@ -432,34 +311,16 @@ def test_weights_that_become_narrow_warn_once(layer: nn.Linear) -> None:
         assert all("weight is torch.bfloat16" in str(each.message) for each in caught)
 
 
-def test_closure_in_another_place(layer: nn.Linear) -> None:
-    class Reporting(Own):
-        def step(self, metrics: Any = None, closure: Any = None) -> None:
-            assert metrics == {}
-            closure(1.0)
-            super().step()
-
-    optimizer = attached(layer, kind=Reporting)
-
-    def closure(scale: float) -> None:
-        optimizer.zero_grad()
-        (scale * loss_of(layer)).backward()
-
-    assert_means_kept(layer, lambda: optimizer.step({}, closure))
-
-
-def test_checkpoint_that_switches_everything_off_warns(layer: nn.Linear) -> None:
-    off, optimizer = (
-        SGD([{"params": layer.parameters(), "centralize": is_on}]) for is_on in (False, True)
+def test_plan_lists_the_parameters_of_the_optimizer(layer: nn.Linear) -> None:
+    """They may be a part of the model, or not be in it."""
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    handle = gcx.torch.centralize(optimizer := SGD(layer.parameters()), model, strength=0.3)
+    assert [row.name for row in handle.plan] == ["1.weight", "1.bias"]
+    shown = "<gcx plan: 1 of 2 parameters centralized>>"
+    assert repr(handle) == (
+        f"<GradientCentralization of SGD, where='gradient', strength=0.3, {shown}"
     )
-    gcx.torch.centralize(optimizer, layer)
-    with pytest.warns(UserWarning, match="switches off all that there is") as caught:
-        optimizer.load_state_dict(off.state_dict())
-    assert caught[0].filename == __file__
-
-
-def test_plan_lists_parameters_that_are_not_in_the_model(layer: nn.Linear) -> None:
-    handle = gcx.torch.centralize(optimizer := SGD(layer.parameters()), layer)
+    assert gcx.torch.AdamW(layer, strength=0.3).fallbacks == ["strength is 0.3"]
     optimizer.add_param_group({"params": nn.Linear(2, 7).parameters()})
     assert [row.reason for row in handle.plan[2:]] == ["unknown: it is not in the model"] * 2
     layer.weight.grad = GRAD.clone()

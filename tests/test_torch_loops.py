@@ -1,18 +1,19 @@
-"""gcx.torch.centralize in the training loops that there are, beside the plain one."""
+"""gcx.torch.centralize in the training loops that there are, whatever memory gradients share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 import gcx.torch
+from benchmarks.frames import frames_of_a_step
 from gcx.testing import assert_centralized
 
 from torch_training import (
@@ -60,23 +61,6 @@ def test_loops_that_keep_the_means(where: Any, loop: Any, layer: nn.Linear) -> N
     assert_means_kept(layer, lambda: loop(layer, optimizer))
 
 
-@pytest.mark.parametrize("make", [attached, lambda model, **o: SGD(model.parameters(), **o)])
-def test_centralize_grads_before_clipping(make: Any, layer: nn.Linear) -> None:
-    """The norm is that of the centralized gradients, of which nothing is lost after it."""
-    optimizer = make(layer, lr=0.01, momentum=0.9)
-
-    def training() -> None:
-        for _ in range(5):
-            backward(layer, optimizer)
-            gcx.torch.centralize_grads_(layer)
-            assert clip_grad_norm_(layer.parameters(), 0.5) > 0.5
-            optimizer.step()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
-            torch.testing.assert_close(norm.item(), 0.5, rtol=1e-5, atol=0)
-
-    assert_means_kept(layer, training)
-
-
 def test_centralize_grads_touches_nothing_else(layer: nn.Linear) -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 2), layer, nn.Linear(5, 3))
     layer.weight.grad, layer.bias.grad = GRAD.clone(), torch.ones_like(layer.bias)
@@ -113,21 +97,14 @@ def test_sparse_gradient_of_a_weight(by_step: bool, layer: nn.Linear) -> None:
     assert_means_kept(layer, optimizer.step)
 
 
-def test_step_inside_of_autocast(where: Any) -> None:
+def test_steps_inside_of_autocast(where: Any) -> None:
     layer = new_layer().float()
     optimizer = attached(layer, where, **DECAYED)
-
-    def training() -> None:
-        for _ in range(5):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = layer(X.float())
-                assert out.dtype == torch.bfloat16
-                (out - 1).square().sum().backward()
-                optimizer.step()
-
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(X.float()).dtype == torch.bfloat16
+        change = change_of(layer, lambda: train(layer, optimizer, x=X.float()))
     # float32 now: rounding of 1e-7 in weights that move by 1.
-    assert_centralized(change_of(layer, training), rtol=1e-5)
+    assert_centralized(change, rtol=1e-5)
 
 
 def test_outer_optimizer_is_refused(where: Any, layer: nn.Linear) -> None:
@@ -188,28 +165,17 @@ def test_states_from_before_are_no_reason_to_warn(where: Any, layer: nn.Linear) 
     handle.remove()
 
 
-def test_closure_that_raises(where: Any, layer: nn.Linear) -> None:
-    optimizer = attached(layer, where, **DECAYED)
-
-    def closure() -> None:
-        loss_of(layer).backward()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-    assert_means_kept(layer, lambda: train(layer, optimizer))
-
-
 def test_lbfgs_in_two_parts_of_a_training(where: Any, layer: nn.Linear) -> None:
-    """Its state is that of all parameters in a row, and a checkpoint of it is taken as it is."""
-    model, state = deeper(layer), None
-    for weight in (layer, model[0]):
-        optimizer = attached(model, where, LBFGS, max_iter=4, line_search_fn="strong_wolfe", lr=1)
-        if state is not None:
-            optimizer.load_state_dict(state)  # without warning: it has no mean
-        step = partial(optimizer.step, partial(backward, model, optimizer))
-        assert_means_kept(weight, step)
-        state = optimizer.state_dict()
+    """Its memory may be from before, and is left alone."""
+    model = deeper(layer)
+    options: Any = {"max_iter": 4, "line_search_fn": "strong_wolfe", "lr": 1}
+    optimizer = attached(model, where, LBFGS, **options)
+    assert_means_kept(layer, partial(optimizer.step, partial(backward, model, optimizer)))
+    state, optimizer = optimizer.state_dict(), attached(model, where, LBFGS, **options)
+    warns = pytest.warns(UserWarning, match=r"momentum of 2 weights \(0\.weight, .* without a mean")
+    with warns if where == "gradient" else nullcontext():
+        optimizer.load_state_dict(state)
+    assert_means_kept(model[0], partial(optimizer.step, partial(backward, model, optimizer)))
 
 
 def test_complex_weights(where: Any) -> None:
@@ -217,13 +183,75 @@ def test_complex_weights(where: Any) -> None:
     layer = nn.Linear(5, 3, dtype=torch.complex128)
     options: Any = DECAYED if where == "gradient" else {"kind": Adam, "weight_decay": 0.1}
     optimizer = attached(layer, where, lr=1e-3, **options)
-
-    def training() -> None:
-        for _ in range(5):
-            optimizer.zero_grad()
-            layer((X - 0.5) * (1 + 2j)).abs().square().sum().backward()
-            optimizer.step()
-
-    change = change_of(layer, training)
+    change = change_of(layer, lambda: train(layer, optimizer, x=(X - 0.5) * (1 + 2j)))
     assert change.imag.abs().max() > 1e-5
     assert_centralized(change, rtol=RTOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_step_calls_few_functions_in_few_files(options: dict[str, float]) -> None:
+    found = frames_of_a_step(**options)
+    assert len(found.calls) <= 30
+    assert len(found.files) <= 6
+    assert frames_of_a_step(layers=40, **options) == found
+
+
+class Named(Tensor):
+    """A subclass of Tensor."""
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("layers", [(nn.Linear, nn.Linear), (nn.Linear, nn.Embedding)], ids=str)
+@pytest.mark.parametrize(
+    "shared",
+    [
+        lambda g: (g[:2], g[:2]),
+        lambda g: (g[:2], g[1:3]),
+        lambda g: (g[:2].as_subclass(Named),) * 2,
+        lambda g: (g[:3:2], g[2:]),
+        lambda g: (torch.view_as_complex(g.view(2, 2, 2)), g.view(2, 2, 2)[..., 1]),
+    ],
+    ids=["one", "overlapping", "subclass", "reaching", "imaginary part"],
+)
+def test_each_weight_gets_its_own_share_of_a_gradient(
+    shared: Any, layers: tuple[Any, Any], weight_decay: float
+) -> None:
+    grads, decayed = shared(torch.arange(8.0).view(4, 2) ** 2), []
+    model: Any = nn.ModuleList(
+        [kind(2, 2, dtype=grad.dtype) for kind, grad in zip(layers, grads, strict=True)]
+    )
+    for layer, grad in zip(model, grads, strict=True):
+        layer.weight.grad = grad
+        expected = grad + weight_decay * layer.weight.detach()
+        if isinstance(layer, nn.Linear):
+            expected = expected - expected.mean(1, keepdim=True)
+        decayed.append(layer.weight.detach() - expected)
+    optimizer = SGD(model.parameters(), 1.0, weight_decay=weight_decay)
+    gcx.torch.centralize(optimizer, model)
+    optimizer.step()
+    for layer, expected in zip(model, decayed, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("is_step", [True, False], ids=["step", "method"])
+def test_gradient_of_a_parameter_of_another_optimizer_stays(is_step: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False))
+    optimizer = SGD(model[0].parameters(), 1.0, weight_decay=0.5)
+    handle = gcx.torch.centralize(optimizer, model)
+    model[0].weight.grad = model[1].weight.grad = torch.tensor([[1.0, 3.0]])
+    if is_step:
+        optimizer.step()
+    else:
+        handle.centralize_grads_()
+        assert torch.equal(model[0].weight.grad, torch.tensor([[-1.0, 1.0]]))
+    assert torch.equal(model[1].weight.grad, torch.tensor([[1.0, 3.0]]))
+
+
+def test_gradient_in_the_memory_of_its_weight() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = layer.weight.detach()
+    weight = layer.weight.detach().clone()
+    optimizer = SGD(layer.parameters(), 0.5)
+    gcx.torch.centralize(optimizer, layer)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), weight - 0.5 * (weight - weight.mean()))

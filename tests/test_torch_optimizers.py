@@ -1,10 +1,9 @@
-"""gcx.torch.centralize in real training: the corollary, the paper's own steps, every error."""
+"""gcx.torch.centralize with every optimizer: the corollary, and the steps of the authors."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch.optim import Optimizer
 
 import gcx.torch
 from gcx import Layout
-from gcx import optim as ours
 from gcx.testing import assert_centralized
 
-from sharded_training import DATA, TARGET, Net, net, whole_weights
+import torch_training
+from sharded_training import DATA, Net, net, whole_weights
+from test_optim import OPTIMIZERS, expected, leaves, problem
 
 STEPS = 30
-LAYOUTS: Any = {"up.weight": Layout("(bi)o...", b=3), "*weight": "o...", "*": None}
+LAYOUTS = {"up.weight": Layout("(bi)o...", b=3)}
 
 
 @pytest.fixture
@@ -29,22 +29,12 @@ def model() -> Net:
     return net(8)
 
 
-def backward(model: nn.Module, optimizer: Optimizer, sign: float = 1.0) -> Tensor:
-    optimizer.zero_grad()
-    loss = (model(DATA) - TARGET).square().mean()
-    (sign * loss).backward()
-    return loss
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: int = STEPS, sign: float = 1.0) -> None:
-    for _ in range(steps):
-        backward(model, optimizer, sign)
-        optimizer.step()
+train = partial(torch_training.train, steps=STEPS, x=DATA)
 
 
 def train_by_closure(model: nn.Module, optimizer: Optimizer) -> None:
     for k in range(STEPS):
-        closure = partial(backward, model, optimizer)
+        closure = partial(torch_training.backward, model, optimizer, DATA)
         optimizer.step(closure) if k % 2 else optimizer.step(closure=closure)
 
 
@@ -63,32 +53,27 @@ optim = torch.optim
 
 # Linear in the gradient, so that GC on the gradient keeps the means.
 LINEAR: dict[str, Make] = {
-    "sgd": lambda p: optim.SGD(p, lr=0.1),
-    "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.1),
-    "nesterov": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "decay": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "decay-tensor": lambda p: optim.SGD(p, lr=0.05, weight_decay=torch.tensor(0.1).double()),
-    "foreach": lambda p: optim.SGD(p, lr=0.05, weight_decay=0.1, foreach=True),
-    "fused": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
-    "lbfgs": lambda p: optim.LBFGS(p, lr=0.1, max_iter=3),
-    "lbfgs-wolfe": lambda p: optim.LBFGS(p, max_iter=3, line_search_fn="strong_wolfe"),
+    "sgd": partial(optim.SGD, lr=0.002),
+    "momentum": partial(optim.SGD, lr=0.002, momentum=0.9, dampening=0.1),
+    "nesterov": partial(optim.SGD, lr=0.002, momentum=0.9, nesterov=True),
+    "decay": partial(optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.1),
+    "decay-tensor": partial(optim.SGD, lr=0.002, weight_decay=torch.tensor(0.1).double()),
+    "foreach": partial(optim.SGD, lr=0.002, weight_decay=0.1, foreach=True),
+    "fused": partial(optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.1, fused=True),
+    "lbfgs": partial(optim.LBFGS, lr=0.1, max_iter=3),
+    "lbfgs-wolfe": partial(optim.LBFGS, max_iter=3, line_search_fn="strong_wolfe"),
 }
 
 # Every optimizer of torch that can train Net, with weight decay where it has any.
 ADAPTIVE: dict[str, Make] = {
-    "adadelta": lambda p: optim.Adadelta(p, weight_decay=0.1),
-    "adafactor": lambda p: optim.Adafactor(p, lr=0.01, weight_decay=0.1),
-    "adagrad": lambda p: optim.Adagrad(p, weight_decay=0.1),
-    "adam": lambda p: optim.Adam(p, weight_decay=0.1),
-    "adam-decoupled": lambda p: optim.Adam(p, weight_decay=0.1, decoupled_weight_decay=True),
-    "adam-foreach": lambda p: optim.Adam(p, weight_decay=0.1, foreach=True, amsgrad=True),
-    "adam-fused": lambda p: optim.Adam(p, weight_decay=0.1, fused=True),
-    "adamax": lambda p: optim.Adamax(p, weight_decay=0.1),
-    "adamw": lambda p: optim.AdamW(p, weight_decay=0.1),
-    "asgd": lambda p: optim.ASGD(p, weight_decay=0.1),
-    "nadam": lambda p: optim.NAdam(p, weight_decay=0.1),
-    "radam": lambda p: optim.RAdam(p, weight_decay=0.1),
-    "rmsprop": lambda p: optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    name.lower(): partial(kind, weight_decay=0.1)
+    for name, kind in torch_training.WITH_DECAY.items()
+    if name not in ("SGD", "Muon")
+} | {
+    "adam-decoupled": partial(optim.Adam, weight_decay=0.1, decoupled_weight_decay=True),
+    "adam-foreach": partial(optim.Adam, weight_decay=0.1, foreach=True, amsgrad=True),
+    "adam-fused": partial(optim.Adam, weight_decay=0.1, fused=True),
+    "rmsprop": partial(optim.RMSprop, lr=1e-3, momentum=0.9, weight_decay=0.1),
     "rprop": optim.Rprop,
 }
 
@@ -119,98 +104,56 @@ def test_update_of_any_optimizer_keeps_means(kind: str, training: str, model: Ne
     assert_means_kept(model, start)
 
 
-# The steps of the paper's own optimizers and of AdamW, as gcx.optim makes them in NumPy.
-LR, DECAY = 0.01, 0.1
-OURS: Any = {"lr": LR, "weight_decay": DECAY, "layouts": LAYOUTS}
-OF_SGD, OF_ADAM, OF_ADAMW = ours.SGD(momentum=0.9, **OURS), ours.Adam(**OURS), ours.AdamW(**OURS)
-IN_UPDATE = replace(OF_ADAMW, where="update")
-sgd = partial(optim.SGD, lr=LR, momentum=0.9, weight_decay=DECAY)
-adam = partial(optim.Adam, lr=LR, weight_decay=DECAY)
-adamw = partial(optim.AdamW, lr=LR, weight_decay=DECAY)
-OUTSIDE = {"where": "update", "decay": "outside"}
-TRAJECTORIES: dict[str, tuple[Any, Make, dict[str, str]]] = {
-    "paper-sgd": (OF_SGD, sgd, {}),
-    "paper-sgd-fused": (OF_SGD, partial(sgd, fused=True), {}),
-    "paper-sgd-update": (OF_SGD, sgd, {"where": "update"}),
-    "paper-sgd-nesterov": (replace(OF_SGD, nesterov=True), partial(sgd, nesterov=True), {}),
-    "sgd-outside": (replace(OF_SGD, weight_decay=0.0, where=None), sgd, {"decay": "outside"}),
-    "paper-adam-gradient": (OF_ADAM, adam, {}),
-    "paper-adam-gradient-inside": (OF_ADAM, adam, {"decay": "inside"}),
-    "paper-adam-update": (replace(OF_ADAM, where="update"), adam, {"where": "update"}),
-    "adamw-gradient": (OF_ADAMW, adamw, {}),
-    "adamw-gradient-outside": (OF_ADAMW, adamw, {"decay": "outside"}),
-    "adamw-update": (IN_UPDATE, adamw, {"where": "update"}),
-    "adamw-outside": (replace(IN_UPDATE, weight_decay=0.0), adamw, OUTSIDE),
-    "adamw-outside-fused": (
-        *(replace(IN_UPDATE, weight_decay=0.0), partial(adamw, fused=True), OUTSIDE),
-    ),
+@pytest.mark.parametrize("name", ["momentum-decay", "nesterov-decay", "adam-decay", "adamw-decay"])
+@pytest.mark.parametrize("says_decay", [False, True])
+def test_steps_are_those_of_the_authors(name: str, where: Any, says_decay: bool) -> None:
+    """As test_optim writes them out."""
+    (start, *grads), ours = map(leaves, problem(STEPS)), OPTIMIZERS[name]
+    model: Any = nn.ParameterDict({key: torch.tensor(weight) for key, weight in start.items()})
+    kind, gc = getattr(optim, type(ours).__name__), {"where", "layouts", "strength", "reproducible"}
+    options = {option: value for option, value in vars(ours).items() if option not in gc}
+    optimizer = kind(model.parameters(), **options)
+    decay: Any = "outside" if (name, where) == ("adamw-decay", "gradient") else "inside"
+    overrides: Any = {"conv": "o...", "dense/kernel": "...o", "*": None}
+    gcx.torch.centralize(
+        optimizer, model, where=where, decay=decay if says_decay else None, overrides=overrides
+    )
+    for gradient in grads:
+        for key, grad in gradient.items():
+            model[key].grad = torch.tensor(grad)
+        optimizer.step()
+    for key, weight in expected(name, where, STEPS).items():
+        torch.testing.assert_close(model[key].detach(), torch.tensor(weight), rtol=0, atol=1e-9)
+
+
+# Optimizers that keep other weights, of torch or of pytorch_optimizer.
+BESIDE: dict[str, dict[str, float]] = {
+    "ASGD": {"lr": 0.002, "lambd": 0, "t0": 5},
+    "ScheduleFreeSGD": {"lr": 0.002},
+    "ScheduleFreeAdamW": {"lr": 0.01, "weight_decay": 0.1},
+    "ScheduleFreeRAdam": {"lr": 0.01},
+    "SPlus": {"lr": 0.1, "ema_rate": 0.9},
 }
 
 
-def assert_close(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    for name, found in whole_weights(model).items():
-        torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-9)
+def make_beside(kind: str, model: nn.Module) -> Any:
+    package = optim if hasattr(optim, kind) else pytest.importorskip("pytorch_optimizer")
+    return getattr(package, kind)(model.parameters(), **BESIDE[kind])
 
 
-def train_in_numpy(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Train by gcx.optim, with decay outside where it has none of its own."""
-    weights = {name: w.numpy() for name, w in whole_weights(model).items()}
-    state = optimizer.init(weights)
-    for _ in range(STEPS):
-        leaves = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
-        loss = (torch.func.functional_call(model, leaves, DATA) - TARGET).square().mean()
-        found = torch.autograd.grad(loss, list(leaves.values()))
-        grads = {name: g.numpy() for name, g in zip(leaves, found, strict=True)}
-        shrinkage = 0.0 if optimizer.weight_decay else LR * DECAY
-        if optimizer.where is None:  # so that momentum has the decay too
-            of_mean = gcx.centralize_many(grads, layouts=LAYOUTS)
-            grads = {name: g + DECAY * weights[name] for name, g in of_mean.items()}
-            shrinkage = 0.0
-        new, state = optimizer.update(weights, grads, state)
-        weights = {name: w - shrinkage * weights[name] for name, w in new.items()}
-    return {name: torch.from_numpy(w) for name, w in weights.items()}
-
-
-@pytest.mark.parametrize("case", TRAJECTORIES)
-def test_trajectory_is_that_of_gcx_optim(case: str, model: Net) -> None:
-    in_numpy, make, options = TRAJECTORIES[case]
-    expected = train_in_numpy(model, in_numpy)
-    optimizer = make(model.parameters())
-    gcx.torch.centralize(optimizer, model, **options)
-    train(model, optimizer)
-    assert_close(model, expected)
-
-
-def peer(name: str, **options: Any) -> tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]:
-    """An optimizer of pytorch_optimizer, whose mode for evaluation brings other weights."""
-
-    def make() -> Make:
-        kinds = pytest.importorskip("pytorch_optimizer")
-        return partial(getattr(kinds, name), **options)
-
-    return make, lambda _, optimizer: optimizer.eval()
-
-
-def average_of_asgd(model: nn.Module, optimizer: Any) -> None:
+def evaluate(model: nn.Module, optimizer: Any) -> None:
+    """Bring the other weights into the model."""
+    if not isinstance(optimizer, optim.ASGD):
+        optimizer.eval()
+        return
     for parameter in model.parameters():
         parameter.data.copy_(optimizer.state[parameter]["ax"])
-
-
-# An optimizer, and how its other weights come into the model.
-BESIDE: dict[str, tuple[Callable[[], Make], Callable[[nn.Module, Any], None]]] = {
-    "asgd": (lambda: partial(optim.ASGD, lr=0.05, lambd=0, t0=5), average_of_asgd),
-    "schedule-free-sgd": peer("ScheduleFreeSGD", lr=0.05),
-    "schedule-free-adamw": peer("ScheduleFreeAdamW", lr=0.01, weight_decay=0.1),
-    "schedule-free-radam": peer("ScheduleFreeRAdam", lr=0.01),
-    "splus": peer("SPlus", lr=0.1, ema_rate=0.9),
-}
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", BESIDE)
 def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None:
-    make, evaluate = BESIDE[kind]
-    optimizer, start = make()(model.parameters()), whole_weights(model)
+    optimizer, start = make_beside(kind, model), whole_weights(model)
     gcx.torch.centralize(optimizer, model, where="update")
     train(model, optimizer)
     assert_means_kept(model, start)
@@ -220,24 +163,23 @@ def test_update_keeps_the_means_of_weights_beside(kind: str, model: Net) -> None
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("kind", "strength"), [("asgd", 1.0), ("asgd", 0.3), ("schedule-free-sgd", 1.0)]
+    ("kind", "strength"), [("ASGD", 1.0), ("ASGD", 0.3), ("ScheduleFreeSGD", 1.0)]
 )
 def test_weights_beside_are_those_of_the_gradient(kind: str, strength: float, model: Net) -> None:
     """Both are linear in the gradient, so that it does not matter where GC goes."""
-    make, evaluate = BESIDE[kind]
     other = copy.deepcopy(model)
     for each, where in ((model, "gradient"), (other, "update")):
-        optimizer = make()(each.parameters())
+        optimizer = make_beside(kind, each)
         options: Any = {"where": where, "strength": strength}
         gcx.torch.centralize(optimizer, each, **options)
         train(each, optimizer)
         evaluate(each, optimizer)
-    assert_close(other, whole_weights(model))
+    torch.testing.assert_close(whole_weights(other), whole_weights(model), rtol=0, atol=1e-9)
 
 
 def test_average_kept_by_an_earlier_hook(model: Net) -> None:
     average, start = torch.optim.swa_utils.AveragedModel(model), whole_weights(model)
-    optimizer = adamw(model.parameters())
+    optimizer = optim.AdamW(model.parameters(), weight_decay=0.1)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     gcx.torch.centralize(optimizer, model, where="update")
     train(model, optimizer)
@@ -259,8 +201,6 @@ def test_weights_beside_that_are_unknown(model: Net) -> None:
     """It evaluates other weights, which it keeps where nobody finds them."""
     hiding = type("Hiding", (optim.SGD,), {"eval": lambda self: None})
     optimizer = hiding(model.parameters(), lr=0.1)
-    gcx.torch.centralize(optimizer, model, where="update")
-    optimizer.step()  # without gradients: nothing to tell yet
-    with pytest.warns(UserWarning, match=r"Hiding has an eval\(\).*does not know") as caught:
-        train(model, optimizer)
-    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"Hiding has an eval\(\).*does not know"):
+        gcx.torch.centralize(optimizer, model, where="update")
+    train(model, optimizer)

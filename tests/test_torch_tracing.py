@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import gcx
@@ -99,157 +100,142 @@ class TestCompile:
         with pytest.raises(ValueError, match=r"layout 'ioo' is for arrays of rank 3.*\(4, 3\)"):
             program(weight(4, 3))
 
-
-class TestFunctions:
-    @pytest.mark.parametrize("axis", [0, 2])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_vmap(self, dtype: Any, axis: int) -> None:
-        batch = weight(3, 4, 5).to(dtype)
-        found = torch.func.vmap(gcx.centralize, in_dims=axis)(batch)
-        expected = torch.stack([gcx.centralize(grad) for grad in batch.unbind(axis)])
-        torch.testing.assert_close(
-            found, expected, rtol=0, atol=0 if dtype is torch.bfloat16 else 1e-15
-        )
-
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    def test_derivative_is_the_projection_itself(self) -> None:
-        grad, direction = weight(3, 4), weight(4, 3).T
-        _, tangent = torch.func.jvp(gcx.centralize, (grad,), (direction,))
-        torch.testing.assert_close(tangent, gcx.centralize(direction), rtol=0, atol=1e-15)
-        _, pull_back = torch.func.vjp(gcx.centralize, grad)
-        (cotangent,) = pull_back(direction)
-        torch.testing.assert_close(cotangent, gcx.centralize(direction), rtol=0, atol=1e-15)
-
-    @pytest.mark.parametrize("reproducible", [False, True])
-    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
-    def test_differentiable_twice(self, layout: str, reproducible: bool) -> None:
-        def cubed(x: Any) -> Any:
-            options = {"layout": layout, "reproducible": reproducible}
-            return gcx.centralize(x, strength=0.75, **options) ** 3
-
-        grad = weight(3, 4, 2).requires_grad_()
-        assert torch.autograd.gradcheck(cubed, grad)
-        assert torch.autograd.gradgradcheck(cubed, grad)
-
-    def test_result_of_a_parameter_has_a_graph_only_where_gradients_are_on(self) -> None:
-        parameter = torch.nn.Parameter(weight(3, 4))
-        assert gcx.centralize(parameter).requires_grad
-        with torch.no_grad():
-            assert not gcx.centralize(parameter).requires_grad
-            assert gcx.centralize(parameter, out=parameter) is parameter
-        assert type(parameter) is torch.nn.Parameter
-        np.testing.assert_allclose(parameter.detach().numpy().sum(1), 0, atol=1e-14)
-
-
-class TestReproducible:
-    """The same bits as a call by itself, wherever it is called."""
-
-    @staticmethod
-    def program(grad: Any) -> Any:
-        return gcx.centralize(grad, layout="io...", strength=0.7, reproducible=True)
-
-    @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_breaks_the_graph(self, dtype: Any) -> None:
+    def test_reproducible_breaks_the_graph(self, dtype: Any) -> None:
         grad = weight(5, 3, 49).to(dtype)
         counter = CompileCounter()
-        compiled = torch.compile(lambda g: self.program(2 * g) + 1, backend=counter)
+        compiled = torch.compile(lambda g: reproducible(2 * g) + 1, backend=counter)
         for _ in range(3):
-            assert torch.equal(compiled(grad), self.program(2 * grad) + 1)
+            assert torch.equal(compiled(grad), reproducible(2 * grad) + 1)
         assert counter.op_count == 2  # the product and the sum
-
-    @pytest.mark.usefixtures("fresh_compiler")
-    def test_is_refused_in_one_graph(self) -> None:
-        compiled = torch.compile(self.program, fullgraph=True, backend="eager")
+        compiled = torch.compile(reproducible, fullgraph=True, backend="eager")
         with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
-            compiled(weight(5, 3, 49))
+            compiled(grad)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_vmap(self, dtype: Any) -> None:
-        batch = weight(6, 5, 3, 49).to(dtype)
-        expected = torch.stack([self.program(grad) for grad in batch])
-        assert torch.equal(torch.func.vmap(self.program)(batch), expected)
 
-    def test_number_of_threads(self) -> None:
-        grad = weight(300, 40, 49).float()
-        expected = self.program(grad)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(3)
-        try:
-            assert torch.equal(self.program(grad), expected)
-        finally:
-            torch.set_num_threads(threads)
+def reproducible(grad: Any) -> Any:
+    return gcx.centralize(grad, layout="io...", strength=0.7, reproducible=True)
 
-    def test_is_refused_on_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
 
-        with FakeTensorMode():
-            grad = torch.empty(3, 4, device="cuda")
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize(
+    ("program", "dtype", "atol"),
+    [
+        (gcx.centralize, torch.float64, 1e-15),
+        (gcx.centralize, torch.bfloat16, 0),
+        (reproducible, torch.float32, 0),
+        (reproducible, torch.float16, 0),
+    ],
+)
+def test_vmap(program: Any, dtype: Any, atol: float, axis: int) -> None:
+    batch = weight(6, 5, 3, 49).to(dtype)
+    found = torch.func.vmap(program, in_dims=axis)(batch)
+    expected = torch.stack([program(grad) for grad in batch.unbind(axis)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_derivative_is_the_projection_itself() -> None:
+    grad, direction = weight(3, 4), weight(4, 3).T
+    _, tangent = torch.func.jvp(gcx.centralize, (grad,), (direction,))
+    _, pull_back = torch.func.vjp(gcx.centralize, grad)
+    for found in (tangent, *pull_back(direction)):
+        torch.testing.assert_close(found, gcx.centralize(direction), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
+def test_differentiable_twice(layout: str, reproducible: bool) -> None:
+    def cubed(x: Any) -> Any:
+        options = {"layout": layout, "reproducible": reproducible}
+        return gcx.centralize(x, strength=0.75, **options) ** 3
+
+    grad = weight(3, 4, 2).requires_grad_()
+    assert torch.autograd.gradcheck(cubed, grad)
+    assert torch.autograd.gradgradcheck(cubed, grad)
+
+
+def test_result_of_a_parameter_has_a_graph_only_where_gradients_are_on() -> None:
+    parameter = torch.nn.Parameter(weight(3, 4))
+    assert gcx.centralize(parameter).requires_grad
+    with torch.no_grad():
+        assert not gcx.centralize(parameter).requires_grad
+        assert gcx.centralize(parameter, out=parameter) is parameter
+    assert type(parameter) is torch.nn.Parameter
+    np.testing.assert_allclose(parameter.detach().numpy().sum(1), 0, atol=1e-14)
+
+
+def test_reproducible_on_any_number_of_threads() -> None:
+    grad = weight(300, 40, 49).float()
+    expected = reproducible(grad)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(reproducible(grad), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_reproducible_is_refused_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        grad = torch.empty(3, 4, device="cuda")
+    _torch.check_reproducible(grad, (1,))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(TypeError, match=r"reproducible=True.* not on ROCm"):
         _torch.check_reproducible(grad, (1,))
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        with pytest.raises(TypeError, match=r"reproducible=True.* not on ROCm"):
-            _torch.check_reproducible(grad, (1,))
 
 
-class TestTensorsWithoutNumbers:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
-    def test_meta(self, dtype: Any) -> None:
-        grad = torch.empty(3, 4, 2, 2, device="meta", dtype=dtype)
-        for result in (gcx.centralize(grad), gcx.centralize(grad, out=torch.empty_like(grad))):
-            assert (result.device.type, result.shape, result.dtype) == ("meta", grad.shape, dtype)
-
-    def test_fake(self) -> None:
-        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-        with FakeTensorMode():
-            grad = torch.empty(3, 4)
-            result = gcx.centralize(grad)
-        assert isinstance(result, FakeTensor)
-        assert result.shape == grad.shape
-
-    def test_out_on_another_device(self) -> None:
-        with pytest.raises(ValueError, match="out has device meta, the gradient cpu"):
-            gcx.centralize(weight(3, 4), out=weight(3, 4).to("meta"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_tensors_without_numbers(dtype: Any) -> None:
+    grad = torch.empty(3, 4, 2, 2, device="meta", dtype=dtype)
+    for result in (gcx.centralize(grad), gcx.centralize(grad, out=torch.empty_like(grad))):
+        assert (result.device.type, result.shape, result.dtype) == ("meta", grad.shape, dtype)
+    with FakeTensorMode():
+        result = gcx.centralize(torch.empty(3, 4, dtype=dtype))
+    assert isinstance(result, FakeTensor)
+    assert (result.shape, result.dtype) == ((3, 4), dtype)
+    with pytest.raises(ValueError, match="out has device meta, the gradient cpu"):
+        gcx.centralize(weight(3, 4).to(dtype), out=torch.empty(3, 4, device="meta", dtype=dtype))
 
 
-class TestMemory:
-    @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_channels_last_stays(self, layout: str, dtype: Any) -> None:
-        plain = weight(4, 3, 2, 5).to(dtype)
-        result = gcx.centralize(plain.to(memory_format=torch.channels_last), layout=layout)
-        assert result.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(result, gcx.centralize(plain, layout=layout))
-
-    @pytest.mark.parametrize("layout", ["o...", "...o"])
-    @pytest.mark.parametrize("part", [(slice(1),), (slice(None), slice(1)), (0, 0)], ids=str)
-    def test_expanded(self, layout: str, part: Any) -> None:
-        grad = weight(3, 4)[part].expand(3, 4)
-        axes = gcx.Layout(layout).fan_in_axes(2)
-        found = gcx.centralize(grad, layout=layout).numpy()
-        np.testing.assert_allclose(found, centralized(grad.numpy(), axes), atol=1e-15)
+@pytest.mark.parametrize("layout", ["o...", "...o", "io..."])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_channels_last_stays(layout: str, dtype: Any) -> None:
+    plain = weight(4, 3, 2, 5).to(dtype)
+    result = gcx.centralize(plain.to(memory_format=torch.channels_last), layout=layout)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result, gcx.centralize(plain, layout=layout))
 
 
-class TestRefused:
-    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-    @pytest.mark.parametrize("form", ["sparse_coo", "sparse_csr", "jagged"])
-    def test_not_dense(self, form: str) -> None:
-        if form == "jagged":
-            grad: Any = torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged)
-        else:
-            grad = torch.eye(3).to_sparse(layout=getattr(torch, form))
-        with pytest.raises(TypeError, match=rf"dense tensor.*{form}.*to_dense\(\).*an embedding"):
-            gcx.centralize(grad)
-        with pytest.raises(TypeError, match=f"^embedding: .*{form}"):
-            gcx.centralize_many({"embedding": grad})
-        assert gcx.centralize_many([grad], layouts=[None])[0] is grad
+@pytest.mark.parametrize("layout", ["o...", "...o"])
+@pytest.mark.parametrize("part", [(slice(1),), (slice(None), slice(1)), (0, 0)], ids=str)
+def test_expanded(layout: str, part: Any) -> None:
+    grad = weight(3, 4)[part].expand(3, 4)
+    axes = gcx.Layout(layout).fan_in_axes(2)
+    found = gcx.centralize(grad, layout=layout).numpy()
+    np.testing.assert_allclose(found, centralized(grad.numpy(), axes), atol=1e-15)
 
-    @pytest.mark.parametrize("dtype", ["float4_e2m1fn_x2", "float8_e8m0fnu"])
-    def test_dtypes_without_the_numbers_a_gradient_needs(self, dtype: str) -> None:
-        """One packs two numbers in a byte, the other knows neither 0 nor a sign."""
-        grad = torch.ones(2, 4, dtype=torch.uint8).view(getattr(torch, dtype))
-        with pytest.raises(TypeError, match=f"floating dtype, not torch.{dtype}"):
-            gcx.centralize(grad)
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("form", ["sparse_coo", "sparse_csr", "jagged"])
+def test_not_dense(form: str) -> None:
+    if form == "jagged":
+        grad: Any = torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged)
+    else:
+        grad = torch.eye(3).to_sparse(layout=getattr(torch, form))
+    with pytest.raises(TypeError, match=rf"dense tensor.*{form}.*to_dense\(\).*an embedding"):
+        gcx.centralize(grad)
+    with pytest.raises(TypeError, match=f"^embedding: .*{form}"):
+        gcx.centralize_many({"embedding": grad})
+    assert gcx.centralize_many([grad], layouts=[None])[0] is grad
+
+
+@pytest.mark.parametrize("dtype", ["float4_e2m1fn_x2", "float8_e8m0fnu"])
+def test_dtypes_without_the_numbers_a_gradient_needs(dtype: str) -> None:
+    """One packs two numbers in a byte, the other knows neither 0 nor a sign."""
+    grad = torch.ones(2, 4, dtype=torch.uint8).view(getattr(torch, dtype))
+    with pytest.raises(TypeError, match=f"floating dtype, not torch.{dtype}"):
+        gcx.centralize(grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

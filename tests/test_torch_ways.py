@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 
 import gcx.torch
 
@@ -66,9 +66,7 @@ def assert_by_unit(
     """Compare each unit of each weight; NumPy computes it from the same unit of other tensors."""
     rows = gcx.torch.plan(model)
     assert [row.layout is None for row in rows] == [False, True] * 3
-    for row in rows:
-        if row.layout is None:
-            continue
+    for row in rows[::2]:
         view, axes = row.layout.split(row.shape)
         units = [to_numpy(tensors[row.name]).reshape(view) for tensors in given]
         expected = np.empty_like(units[0])
@@ -87,17 +85,15 @@ def by_closure(model: nn.Module, **options: Any) -> None:
     optimizer.step(lambda: give_gradients(0, model))
 
 
-def fused_sgd(model: nn.Module, **options: Any) -> None:
-    gcx.torch.SGD(model, **options).step()
-
-
-def fused_adamw(model: nn.Module, **options: Any) -> None:
-    gcx.torch.AdamW(model, **options).step()
+def by_fused(model: nn.Module, kind: Any = gcx.torch.SGD, **options: Any) -> None:
+    kind(model, **options).step()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("centralize", [*WAYS, by_closure, fused_sgd, fused_adamw])
+@pytest.mark.parametrize(
+    "centralize", [*WAYS, by_closure, by_fused, partial(by_fused, kind=gcx.torch.AdamW)]
+)
 @pytest.mark.filterwarnings("ignore:.*rounding the weights loses:UserWarning")
 def test_gradients(centralize: Any, dtype: torch.dtype, options: Any, new_model: Any) -> None:
     model = new_model(dtype)
@@ -162,20 +158,6 @@ def test_memory_format_does_not_matter(reproducible: bool) -> None:
         optimizer.step(partial(torch._foreach_add_, grads, 1.0))
         results.append([to_numpy(parameter) for parameter in model.parameters()])
     assert all(map(np.array_equal, *results)) == reproducible
-
-
-@pytest.mark.parametrize("kind", [SGD, Adam])
-def test_momentum_of_a_part_of_the_mean_is_left_alone(kind: Any) -> None:
-    """It has a mean, so a checkpoint of it must keep that."""
-    model = make_model(torch.contiguous_format)
-    optimizer = kind(model.parameters(), **({"momentum": 0.9} if kind is SGD else {}))
-    handle = gcx.torch.centralize(optimizer, model, strength=0.3)
-    assert "where='gradient', strength=0.3, " in repr(handle)
-    assert gcx.torch.AdamW(model, strength=0.3).fallbacks == ["strength is 0.3"]
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(saved)
-    torch.testing.assert_close(optimizer.state_dict()["state"], saved["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attach", WAYS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from inspect import unwrap
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,12 @@ _DECOUPLES = "decoupled_weight_decay"
 _SET_BY_DEFAULT = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 
 # Keys of running sums of gradients, in the state of a parameter. Beside the second key, the sum is
-# of gradients already divided: Adafactor of transformers, RMSprop.
-_MOMENTA = {"exp_avg": "exp_avg_sq_row", "momentum_buffer": "square_avg"}
+# of gradients already divided: Adafactor of transformers, RMSprop. The last is of LBFGS.
+_MOMENTA = {"exp_avg": "exp_avg_sq_row", "momentum_buffer": "square_avg", "prev_flat_grad": ""}
 
 
 def coupled_rate(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
-    """Return c if ``grad + c * w`` is projected, None if the gradient alone is.
-
-    Raises a ValueError if `decay` is needed, or does not fit the optimizer.
-    """
+    """Return c if ``grad + c * w`` is projected, None if the gradient alone is."""
     rate = _rate(group)
     if "weight_decay" not in group or (decay is None and rate is None):
         return None
@@ -66,10 +63,7 @@ def momentum_has_mean(optimizer: Optimizer, group: Group, decay: Decay) -> bool:
 
 
 def shrinkage(optimizer: Optimizer, group: Group, decay: Decay) -> Rate:
-    """Factor by which the coming step shrinks the weights apart from the gradient.
-
-    None if decay is inside the projection. Raises a ValueError if it cannot be outside.
-    """
+    """Return the factor by which decay alone moves the means; None if it is projected too."""
     if decay != "outside":
         return None
     couples, rate, kind = _couples(optimizer, group), _rate(group), type(optimizer).__name__
@@ -133,36 +127,23 @@ def moves_by_gradient_only(optimizer: Optimizer) -> bool:
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Find the optimizer that steps and keeps the state.
-
-    A torch.distributed.optim.ZeroRedundancyOptimizer holds one for the share of its process.
-    """
+    """Find the optimizer that keeps the state: a ZeroRedundancyOptimizer holds one."""
     inner = getattr(optimizer, "optim", None)
     return inner if isinstance(inner, Optimizer) else optimizer
 
 
-class Average(NamedTuple):
-    """A second set of weights, which an optimizer keeps in its state and moves in its step."""
-
-    keys: tuple[str, ...]  # in the state of a parameter; they begin as 0, or at a pull of 1
-    find_pull: Callable[[Group, State], float | Tensor]  # part of the way to the new weights
-
-    def find_means(self, group: Group, state: State, weight: Weight, mean: Tensor) -> Means:
-        """Find its means after a step that keeps the mean of the weight."""
-        pull, means = self.find_pull(group, state), {}
-        for key in self.keys:
-            begin = weight.mean(state[key]) if key in state else torch.zeros_like(mean)
-            means[key] = begin + pull * (mean - begin)
-        return means
-
+# Of a second set of weights, which an optimizer keeps in its state and moves in its step: the keys,
+# and the part of the way to the new weights. The set begins as 0, or at a part of 1.
+Average = tuple[Sequence[str], Callable[[Group, State], float | Tensor]]
 
 # By a part of the name of the class or a base class, and an option in the groups.
-_AVERAGES = {
-    ("ScheduleFree", "weight_lr_power"): Average(
-        ("x", "y", "z"), lambda _, state: 0.0 if "z" in state else 1.0
+_AVERAGES: dict[tuple[str, str], Average] = {
+    ("ScheduleFree", "weight_lr_power"): (
+        ("x", "y", "z"),
+        lambda _, state: 0.0 if "z" in state else 1.0,
     ),
-    ("SPlus", "nonstandard_constant"): Average(("ema",), lambda group, _: 1 - group["ema_rate"]),
-    ("ASGD", "lambd"): Average(("ax",), lambda _, state: state.get("mu", 1.0)),
+    ("SPlus", "nonstandard_constant"): (("ema",), lambda group, _: 1 - group["ema_rate"]),
+    ("ASGD", "lambd"): (("ax",), lambda _, state: state.get("mu", 1.0)),
 }
 
 
@@ -173,51 +154,42 @@ def find_average(optimizer: Optimizer, group: Group) -> Average | None:
     return next(found, None)
 
 
+def average_means(
+    average: Average | None, group: Group, state: State, weight: Weight, mean: Tensor
+) -> Means:
+    """Find the means of a second set after a step that keeps the mean of the weight."""
+    if average is None:
+        return {}
+    keys, find_part = average
+    part, zero = find_part(group, state), torch.zeros_like(mean)
+    begin = {key: weight.mean(state[key]) if key in state else zero for key in keys}
+    return {key: old + part * (mean - old) for key, old in begin.items()}
+
+
 @torch.no_grad()
 def centralize_momentum(
     optimizer: Optimizer, weights: Iterable[Weight]
 ) -> tuple[list[str], list[str]]:
-    """Centralize momentum that has a mean over the fan-in; other momentum keeps its bits.
-
-    Returns the names of its weights, and of those whose momentum has another form.
-    """
+    """Centralize momentum that has a mean; list its weights, and those with another form of it."""
     keeper = inner_optimizer(optimizer)
-    changed: dict[str, None] = {}
-    unknown: dict[str, None] = {}
+    changed, unknown = [], []
     for weight in weights:
         for buffer in _buffers(keeper, weight.parameter):
             try:
                 if _has_mean(weight, buffer):
                     weight.subtract_(buffer, weight.mean(buffer))
-                    changed[weight.name] = None
+                    changed.append(weight.name)
             except (NotImplementedError, TypeError):  # such as the 8-bit state in torchao
-                unknown[weight.name] = None
-    return [*changed], [*unknown]
+                unknown.append(weight.name)
+    return changed, unknown
 
 
-def _buffers(optimizer: Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """List the momentum of a parameter, in tensors that can be written to."""
-    if isinstance(optimizer, LBFGS):
-        yield from _parts_of_flat_memory(optimizer, parameter)
-        return
+def _buffers(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
+    if isinstance(optimizer, LBFGS):  # one state, with all parameters in a row
+        parameter = optimizer.param_groups[0]["params"][0]
     state: State = optimizer.state.get(parameter, {})
-    for key, beside in _MOMENTA.items():
-        if isinstance(state.get(key), Tensor) and beside not in state:
-            yield state[key]
-
-
-def _parts_of_flat_memory(optimizer: LBFGS, parameter: Tensor) -> Iterator[Tensor]:
-    parameters: list[Tensor] = optimizer.param_groups[0]["params"]
-    memory = optimizer.state.get(parameters[0], {})
-    flat = [memory[key] for key in ("d", "prev_flat_grad") if isinstance(memory.get(key), Tensor)]
-    flat += [*memory.get("old_dirs", ()), *memory.get("old_stps", ())]
-    sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
-    position = next(k for k, p in enumerate(parameters) if p is parameter)
-    for vector in flat:
-        part = vector.split(sizes)[position]
-        if parameter.is_complex():
-            part = torch.view_as_complex(part.view(-1, 2))
-        yield part.view_as(parameter)
+    found = [state.get(key) for key, beside in _MOMENTA.items() if beside not in state]
+    return [buffer for buffer in found if isinstance(buffer, Tensor)]
 
 
 def _has_mean(weight: Weight, buffer: Tensor) -> bool:

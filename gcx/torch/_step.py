@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import currentframe
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec
 
@@ -20,6 +20,7 @@ from gcx._decisions import narrow_weight
 from gcx._options import Options
 from gcx.torch._optimizer import (
     Means,
+    average_means,
     centralize_momentum,
     coupled_rate,
     find_average,
@@ -79,9 +80,8 @@ def warn_of_copies(optimizer: Optimizer, loss: str, remedy: str) -> None:
 
     def reduce_with_warning(protocol: int) -> Any:
         found: Optimizer = find()
-        kind = type(found).__name__
-        remedies = f"Call {remedy}; or copy state_dict() instead"
-        warn(f"the copy of this {kind} {loss}: hooks are not copied. {remedies}")
+        reason = f"the copy of this {type(found).__name__} {loss}: hooks are not copied"
+        warn(f"{reason}. Call {remedy}; or copy state_dict() instead")
         return type(found).__reduce_ex__(found, protocol)
 
     # They ask the instance first.
@@ -95,16 +95,11 @@ def find_owner(hooks: Mapping[int, object], kind: type[T]) -> T | None:
 
 
 def keep_switches(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Keep the switches of parameter groups that a checkpoint does not mention.
-
-    A hook for `Optimizer.register_load_state_dict_pre_hook`.
-    """
+    """Keep the switches of parameter groups that a checkpoint does not mention, as it is loaded."""
     here = [{k: v for k, v in g.items() if k == SWITCH} for g in optimizer.param_groups]
-    saved = state_dict["param_groups"]
-    if len(here) != len(saved):
-        return state_dict  # torch has an error for that
-    groups = [{**switch, **group} for switch, group in zip(here, saved, strict=True)]
-    return {**state_dict, "param_groups": groups}
+    # torch has an error for another number of groups.
+    pairs = zip(chain(here, repeat({})), state_dict["param_groups"], strict=False)
+    return {**state_dict, "param_groups": [{**switch, **group} for switch, group in pairs]}
 
 
 class GradientHooks:
@@ -201,10 +196,16 @@ class UpdateHooks:
         self._targets = targets
         self._options = options
         optimizer = targets.get_optimizer()
-        for group, _ in targets.by_group():
+        groups = [group for group, _ in targets.by_group()]
+        for group in groups:
             shrinkage(optimizer, group, options.decay)  # raises here what a step would raise
+        averages = [find_average(optimizer, group) for group in groups]
+        if not any(averages) and callable(getattr(optimizer, "eval", None)):
+            warn(
+                f"{type(optimizer).__name__} has an eval(), which may put other weights into the "
+                "model. gcx does not know these, so their means may move"
+            )
         self._moves_others = not moves_by_gradient_only(optimizer)
-        self._may_hide_average = callable(getattr(optimizer, "eval", None))
         self._may_be_narrow = True
         # A stack: a step that calls the step of its base class runs the hooks of both. If a step
         # raises, maxlen evicts its stale entry.
@@ -228,9 +229,8 @@ class UpdateHooks:
             # Frozen ones too: later hooks and closures may give them gradients.
             for weight in weights:
                 parameter = weight.parameter
-                mean, beside = weight.mean(parameter), {}
-                if average is not None:
-                    beside = average.find_means(group, state.get(parameter, {}), weight, mean)
+                mean = weight.mean(parameter)
+                beside = average_means(average, group, state.get(parameter, {}), weight, mean)
                 is_due = parameter.grad is not None and not has_closure
                 baselines.append(_Baseline(weight, mean, factor, beside, is_due))
         # A closure may add groups, or switch them on.
@@ -257,18 +257,9 @@ class UpdateHooks:
             if self._may_be_narrow and mean.dtype != parameter.dtype:
                 self._may_be_narrow = False
                 warn(narrow_weight(weight.name, parameter.dtype))
-            if not has_gradient:
-                continue
-            known = state.get(parameter, {})
+            known = state.get(parameter, {}) if has_gradient else {}
             for key in beside.keys() & known.keys():
                 self._restore(weight, known[key], beside[key])
-            if self._may_hide_average and not beside.keys() & known.keys():
-                self._may_hide_average = False
-                warn(
-                    f"{type(optimizer).__name__} has an eval(), which seems to put other weights "
-                    "into the model. gcx does not know where they are kept: the means of the "
-                    "weights in training stay, and theirs may move"
-                )
 
     def _restore(self, weight: Weight, tensor: Tensor, mean: Tensor) -> None:
         moved, strength = weight.mean(tensor) - mean, self._options.strength

@@ -59,8 +59,9 @@ class Adapter(ABC):
     # Facts that do not hold for this adapter, by the name of a test or of one of its cases;
     # each with its reason. These tests must fail.
     lacks: ClassVar[Mapping[str, str]] = {}
-    # How the plan names the weights.
-    names: ClassVar[Mapping[str, str]] = {}
+    names: ClassVar[Mapping[str, str]] = {}  # of the weights in the plan
+    of_bias: ClassVar[str] = "bias"  # why the plan leaves it alone
+    handle: Any  # of a row that has one
 
     @abstractmethod
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
@@ -70,25 +71,26 @@ class Adapter(ABC):
     def attach(self, **options: Any) -> None:
         """Centralize from the next step on."""
 
-    @abstractmethod
     def train(self, steps: int = STEPS) -> None:
         """Learn the digits."""
+        for _ in range(steps):
+            self.step(gradients_of(self.parameters()))
 
     @abstractmethod
     def step(self, gradients: Arrays) -> None:
-        """Take one step with these gradients of the two weights."""
+        """Take one step with these gradients; a bias without one has a gradient of 0."""
 
     @abstractmethod
     def parameters(self) -> Arrays:
         """Copy all parameters to NumPy."""
 
-    @abstractmethod
     def plan(self) -> Any:
         """Show the plan, after a step."""
+        return self.handle.plan
 
     def remove(self) -> None:
         """Go on without Gradient Centralization."""
-        raise NotImplementedError
+        self.handle.remove()
 
     def resumed(self) -> Adapter:
         """Make another training from a checkpoint of this one."""

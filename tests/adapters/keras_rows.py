@@ -41,24 +41,16 @@ class Keras(Adapter):
         self.handle = gcx.keras.centralize(self.model.optimizer, self.model, **options)
 
     def remove(self) -> None:
-        self.handle.remove()
+        super().remove()
         self.model.make_train_function(force=True)
 
     def train(self, steps: int = STEPS) -> None:
         self.model.fit(X, Y, batch_size=len(X), epochs=steps, shuffle=False, verbose=0)
 
     def step(self, gradients: Arrays) -> None:
-        layers = [self.model.get_layer(name) for name in WEIGHTS]
-        pairs = [
-            (keras.ops.convert_to_tensor(array), variable)
-            for layer in layers
-            for array, variable in (
-                (gradients[layer.name].T, layer.kernel),
-                (0 * gradients[layer.name][:, 0], layer.bias),
-            )
-        ]
-        grads, variables = zip(*pairs, strict=True)
-        self.model.optimizer.apply(list(grads), list(variables))
+        found = [g for name in WEIGHTS for g in (gradients[name].T, 0 * gradients[name][:, 0])]
+        tensors = [*map(keras.ops.convert_to_tensor, found)]
+        self.model.optimizer.apply(tensors, self.model.trainable_variables)
 
     def parameters(self) -> Arrays:
         found = {}
@@ -66,9 +58,6 @@ class Keras(Adapter):
             kernel, bias = self.model.get_layer(name).get_weights()
             found |= {name: kernel.astype("float64").T, f"{name}_bias": bias.astype("float64")}
         return found
-
-    def plan(self) -> Any:
-        return self.handle.plan
 
     def resumed(self) -> Keras:
         self.model.save(self.folder / "model.keras")

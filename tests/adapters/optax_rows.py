@@ -12,21 +12,15 @@ import optax
 
 import gcx.optax
 
-from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, MOMENTUM, RATE, Adapter, Arrays, Kind, start
+from optim_rows import Optim, layouts_with
 
 jax.config.update("jax_enable_x64", True)  # as tests/libraries.py does
 
 
-def loss(p: Any) -> Any:
-    hidden = jax.nn.relu(X @ p["hidden"]["kernel"] + p["hidden"]["bias"])
-    return jnp.mean((hidden @ p["output"]["kernel"] + p["output"]["bias"] - Y) ** 2)
-
-
-class Optax(Adapter):
+class Optax(Optim):
     name = "optax"
-    projects_the_update = True
-    has_rows = False
-    names: ClassVar = {name: f"{name}/kernel" for name in WEIGHTS}
+    of_bias = "as given"
     lacks: ClassVar = {
         "where": "the place in the chain says it",
         "decay": "the place in the chain says it",
@@ -39,15 +33,12 @@ class Optax(Adapter):
         "test_copies_go_on_alike": "a chain is of functions, which nobody copies",
     }
 
+    __reduce_ex__ = Adapter.__reduce_ex__
+
     def __init__(self, kind: Kind, folder: Path, dtype: str | None = None) -> None:
-        p = start(dtype or self.dtype)
-        self.kind, self.plain = kind, optax.sgd(RATE, momentum=MOMENTUM)
-        if kind == "adam":
-            self.plain = optax.adam(ADAM_RATE)
-        self.params: Any = {
-            name: {"kernel": jnp.asarray(p[name].T), "bias": jnp.asarray(p[f"{name}_bias"])}
-            for name in WEIGHTS
-        }
+        sgd, adam = optax.sgd(RATE, momentum=MOMENTUM), optax.adam(ADAM_RATE)
+        self.kind, self.plain = kind, sgd if kind == "sgd" else adam
+        self.params = jax.tree.map(jnp.asarray, start(dtype or self.dtype))
         self._chain(self.plain)
 
     def _chain(self, optimizer: Any) -> None:
@@ -57,39 +48,20 @@ class Optax(Adapter):
     def attach(self, where: str = "gradient", overrides: Any = None, **options: Any) -> None:
         if self.optimizer is not self.plain:
             raise NotImplementedError
-        self.layouts: Any = "flax"
-        if overrides:
-            self.layouts = {**overrides, "*/bias": None}
-            self.layouts.setdefault("*", "...o")
+        self.layouts = layouts_with(overrides)
         transformation = gcx.optax.centralize(self.layouts, **options)
         chains = {"gradient": (transformation, self.plain), "update": (self.plain, transformation)}
         self._chain(optax.chain(*chains[where]))
 
-    def train(self, steps: int = STEPS) -> None:
-        for _ in range(steps):
-            self._update(jax.grad(loss)(self.params))
-
     def step(self, gradients: Arrays) -> None:
-        bias = {name: np.zeros_like(layer["bias"]) for name, layer in self.params.items()}
-        self._update({n: {"kernel": jnp.asarray(gradients[n].T), "bias": bias[n]} for n in WEIGHTS})
-
-    def _update(self, gradients: Any) -> None:
-        updates, self.state = self.update(gradients, self.state, self.params)
+        found = {n: gradients.get(n, np.zeros_like(p)) for n, p in self.params.items()}
+        updates, self.state = self.update(found, self.state, self.params)
         self.params = optax.apply_updates(self.params, updates)
-
-    def parameters(self) -> Arrays:
-        kernels = {n: np.array(layer["kernel"], "float64").T for n, layer in self.params.items()}
-        biases = {
-            f"{n}_bias": np.array(layer["bias"], "float64") for n, layer in self.params.items()
-        }
-        return kernels | biases
 
     def resumed(self) -> Optax:
         other = type(self)(self.kind, Path())
         other._chain(self.optimizer)
-        leaves, tree = jax.tree.flatten((self.params, self.state))
-        saved = [np.asarray(leaf) for leaf in leaves]
-        other.params, other.state = jax.tree.unflatten(tree, saved)
+        other.params, other.state = jax.tree.map(np.asarray, (self.params, self.state))
         return other
 
     def plan(self) -> Any:

@@ -11,8 +11,14 @@ import numpy as np
 
 from gcx.optim import SGD, Adam
 
-from adapter import ADAM_RATE, MOMENTUM, RATE, STEPS, Adapter, Arrays, Kind, gradients_of
+from adapter import ADAM_RATE, MOMENTUM, RATE, Adapter, Arrays, Kind
 from adapter import start as start_of
+
+
+def layouts_with(overrides: Any) -> Any:
+    layouts = {**(overrides or {}), "*_bias": None}
+    layouts.setdefault("*", "o...")
+    return layouts
 
 
 class Optim(Adapter):
@@ -40,36 +46,25 @@ class Optim(Adapter):
     __reduce_ex__ = object.__reduce_ex__
 
     def attach(self, overrides: Any = None, **options: Any) -> None:
-        layouts: Any = "o..."
-        if overrides:
-            layouts = {**overrides, "*_bias": None}
-            layouts.setdefault("*", "o...")
-        options = {"where": "gradient", "layouts": layouts, **options}
+        options = {"where": "gradient", "layouts": layouts_with(overrides), **options}
         self.optimizer = replace(self.optimizer, **options)
         self.optimizer.init(self.params)
 
     def remove(self) -> None:
         self.optimizer = replace(self.optimizer, where=None)
 
-    def train(self, steps: int = STEPS) -> None:
-        for _ in range(steps):
-            self.step(gradients_of(self.params))
-
     def step(self, gradients: Arrays) -> None:
         gradients = {n: gradients.get(n, np.zeros_like(p)) for n, p in self.params.items()}
         self.params, self.state = self.optimizer.update(self.params, gradients, self.state)
 
     def parameters(self) -> Arrays:
-        return {name: array.copy() for name, array in self.params.items()}
+        return {name: np.array(array, "float64") for name, array in self.params.items()}
 
     def resumed(self) -> Optim:
         other = type(self)(self.kind, Path())
         other.optimizer, other.params = self.optimizer, self.params
         other.state = deepcopy(self.state)
         return other
-
-    def plan(self) -> Any:
-        raise NotImplementedError
 
 
 ROWS = [Optim]

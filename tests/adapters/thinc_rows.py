@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from thinc import api
 
 import gcx.thinc
 
-from adapter import ADAM_RATE, STEPS, WEIGHTS, Adapter, Arrays, Kind, X, Y, start
+from adapter import ADAM_RATE, WEIGHTS, Adapter, Arrays, Kind, start
 
 MODELS: dict[int, Any] = {}
 
@@ -55,20 +54,11 @@ class Thinc(Adapter):
     def attach(self, **options: Any) -> None:
         self.handle = gcx.thinc.centralize(self.optimizer, self.model, **options)
 
-    def remove(self) -> None:
-        self.handle.remove()
-
-    def train(self, steps: int = STEPS) -> None:
-        x, y = X.astype("float32"), Y.astype("float32")
-        for _ in range(steps):
-            prediction, backprop = self.model.begin_update(x)
-            backprop(2 * (prediction - y) / y.size)
-            self.model.finish_update(self.optimizer)
-
     def step(self, gradients: Arrays) -> None:
         for layer, name in zip(self.layers, WEIGHTS, strict=True):
-            layer.set_grad("W", gradients[name].copy())
-            layer.set_grad("b", np.zeros_like(layer.get_param("b")))
+            bias = gradients.get(f"{name}_bias", 0 * gradients[name][:, 0])
+            layer.set_grad("W", gradients[name].astype("float32"))
+            layer.set_grad("b", bias.astype("float32"))
         self.model.finish_update(self.optimizer)
 
     def parameters(self) -> Arrays:
@@ -77,9 +67,6 @@ class Thinc(Adapter):
             found[name] = layer.get_param("W").astype("float64")
             found[f"{name}_bias"] = layer.get_param("b").astype("float64")
         return found
-
-    def plan(self) -> Any:
-        return self.handle.plan
 
 
 ROWS = [Thinc]

@@ -85,12 +85,6 @@ class Hooks(OfTorch):
         self.given = options
         self.handle = gcx.torch.centralize(self.optimizer, self.net, **options)
 
-    def remove(self) -> None:
-        self.handle.remove()
-
-    def plan(self) -> Any:
-        return self.handle.plan
-
 
 class Fused(OfTorch):
     """gcx.torch.SGD and AdamW, in place of torch's."""

@@ -213,8 +213,9 @@ def test_narrow_weights_with_decay(shape: tuple[int, int], layout: str) -> None:
     weight, grad = torch.randint(-8, 9, (2, *shape), generator=torch.manual_seed(0)).double()
     layer.weight.data.copy_(weight)
     layer.weight.grad = grad.bfloat16()
-    overrides = {"weight": layout}
-    attached(layer, decay="inside", overrides=overrides, lr=0.0, weight_decay=0.5).step()
+    optimizer = SGD(layer.parameters(), lr=0.0, weight_decay=0.5)
+    gcx.torch.centralize(optimizer, layer, decay="inside", overrides={"weight": layout})
+    optimizer.step()
     expected = grad - (grad + 0.5 * weight).mean(layout.index("i"), keepdim=True)
     assert torch.equal(layer.weight.grad, expected.bfloat16())
 

@@ -90,6 +90,6 @@ def install(patch: pytest.MonkeyPatch, cupy: StandIn, make_driver: Any = None) -
     patch.setattr(backends, "_cupy", module, raising=False)
     spec.loader.exec_module(module)
     if make_driver is not None:
-        module.Cupy = make_driver
+        module.Driver = make_driver
     patch.setattr(_dispatch, "by_type", {Array: module})
     return module

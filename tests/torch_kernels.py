@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from shutil import which
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,29 @@ everywhere = pytest.mark.parametrize("device", [EMULATED, *ON_CUDA], indirect=Tr
 _CACHE = TemporaryDirectory()  # for emulated kernels, which a driver cannot load
 
 
+class Host(EmulatedDriver):
+    """A CPU as the device of kernels; see `gcx.backends.cuda.launcher.Host`."""
+
+    out_of_memory = torch.OutOfMemoryError
+    current_stream, captures = 7, False
+
+    def current(self, _: int) -> Any:
+        return nullcontext()
+
+    def capability(self, _: int) -> tuple[int, int]:
+        return 9, 0
+
+    def stream(self, _: int) -> int:
+        return self.current_stream
+
+    def is_capturing(self) -> bool:
+        return self.captures
+
+    def allocate(self, _: int, size: int) -> tuple[int, object]:
+        memory = torch.empty(size, dtype=torch.uint8)
+        return memory.data_ptr(), memory
+
+
 class Device:
     """One of the two: it keeps a list of the launches."""
 
@@ -40,7 +62,6 @@ class Device:
         self.runs: list[tuple[str, int]] = []  # the rule of a launch, and its number of tensors
         self.due = 0  # tensors of steps that kernels are to make; a test may count them
         self.refused: set[str] = set()  # dtypes; as where a CUDA graph is captured too early
-        self.host: Any = None
         patch.setattr(_torch_cuda, "_recent", {})
         if name == "cuda":
             found = _torch_cuda.find_launcher()
@@ -49,16 +70,16 @@ class Device:
         else:
             if which("g++") is None:
                 pytest.skip("there is no g++")
-            self.driver, self.host = EmulatedDriver(), make_host()
-            self.launcher = Launcher(self.driver, self.host)
+            self.driver = Host()
+            self.launcher = Launcher(self.driver)
             patch.setenv("XDG_CACHE_HOME", _CACHE.name)
             patch.setattr(_torch_cuda, "find_launcher", lambda: self.launcher)
             patch.setattr(_torch_cuda, "why_not", self._why_not)
             patch.setattr(_torch_cuda, "_is_on_cuda", lambda _: True)
         launch = self.launcher.launch
 
-        def run(device: int, work: Launch, *rest: Any) -> bool:
-            if work.dtype in self.refused or not launch(device, work, *rest):
+        def run(work: Launch, prepared: Any) -> bool:
+            if work.dtype in self.refused or not launch(work, prepared):
                 return False
             self.runs.append((work.rule, len(work.places)))
             return True
@@ -87,20 +108,6 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     if name == EMULATED:
         patch.setattr(Tensor, "is_cuda", True)
     return Device(name, patch)
-
-
-def make_host() -> Any:
-    """Make a CPU the device of kernels; see `gcx.backends.cuda.launcher.Host`."""
-
-    def allocate(_: int, size: int) -> tuple[int, object]:
-        memory = torch.empty(size, dtype=torch.uint8)
-        return memory.data_ptr(), memory
-
-    host = SimpleNamespace(current_stream=7, captures=False, allocate=allocate)
-    host.out_of_memory = torch.OutOfMemoryError
-    host.current, host.capability = lambda _: nullcontext(), lambda _: (9, 0)
-    host.stream, host.is_capturing = lambda _: host.current_stream, lambda: host.captures
-    return host
 
 
 def on_gpu(call: Callable[[], object]) -> Counter[str]:

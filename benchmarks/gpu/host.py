@@ -17,8 +17,8 @@ from gcx.backends.cuda.launcher import Launcher
 __all__ = ["launch_microseconds"]
 
 
-class _Driver:
-    """A `gcx.backends.cuda.drivers.Driver` and a host that do nothing."""
+class _Host:
+    """A `gcx.backends.cuda.launcher.Host` that does nothing."""
 
     out_of_memory = torch.OutOfMemoryError
 
@@ -55,7 +55,7 @@ def launch_microseconds(count: int = 54) -> float:
     Without garbage collections, as `timeit` measures.
     """
     grads = [torch.ones(8, 4, 3, 3) for _ in range(count)]
-    launcher = Launcher(_Driver(), _Driver())
+    launcher = Launcher(_Host())
     with ExitStack() as stack:
         gc.disable()
         stack.callback(gc.enable)

@@ -18,9 +18,10 @@ class CupyOnCpu:
     name = "cupy"
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.driver = EmulatedDriver()
         self.cupy = cupy_stand_in.StandIn()
-        self.backend = cupy_stand_in.install(patch, self.cupy, lambda: self.driver)
+        self.backend = cupy_stand_in.install(patch, self.cupy)
+        self.driver = type("Host", (EmulatedDriver, self.backend.Driver), {})()
+        patch.setattr(self.backend, "Driver", lambda: self.driver)
         self.out_of_memory = cupy_stand_in.OutOfMemoryError
 
     def see(self, whole: Any, part: Any) -> Any:
@@ -54,8 +55,7 @@ class TorchOnCpu(CupyOnCpu):
 
         from torch_kernels import EMULATED, make_device
 
-        self.device = make_device(EMULATED, patch)
-        self.driver, self.backend = self.device.driver, _torch
+        self.driver, self.backend = make_device(EMULATED, patch).driver, _torch
         self.out_of_memory = torch.OutOfMemoryError
 
     def see(self, whole: Any, part: Any) -> Any:
@@ -72,10 +72,10 @@ class TorchOnCpu(CupyOnCpu):
         return to_numpy(array)
 
     def capture(self, *, on: bool) -> None:
-        self.device.host.captures = on
+        self.driver.captures = on
 
     def lack_memory(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(self.device.host, "allocate", self.fail_to_allocate)
+        patch.setattr(self.driver, "allocate", self.fail_to_allocate)
 
 
 def make(library: CupyOnCpu, case: Case, dtype: str) -> tuple[Any, Any]:

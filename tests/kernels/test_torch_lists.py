@@ -151,7 +151,7 @@ def test_tensors_may_change_from_call_to_call(device: Device) -> None:
 
 def test_current_stream(device: Device) -> None:
     for stream in (3, 0, 9):
-        device.host.current_stream = stream
+        device.driver.current_stream = stream
         gcx.centralize_many([ORDINARY, torch.ones(300, 8)], layouts=["oi", "io"])
         assert {each.stream for each in device.driver.launches[-3:]} == {stream}
 

@@ -1,35 +1,60 @@
-"""Arrays cut into tiles: what each launch has to do, in the form in which kernels.cu reads it."""
+"""Arrays as matrices, cut into tiles: a launch, in the form in which kernels.cu reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+from math import prod
 from struct import Struct, pack_into
 from typing import Any, NamedTuple
 
+from gcx._memory import repeats_itself
 from gcx.backends._canonical import SEGMENT
-from gcx.backends.cuda.walks import Matrix, Walk
 
-# Rules of kernels.cu, and the arrays that each takes: the gradients, then the others.
-ROLES = {
-    "Store": 2,
-    "StoreRate": 3,
-    "AdamW": 4,
-    "Sgd": 2,
-    "SgdRate": 2,
-    "SgdMomentum": 3,
-    "SgdMomentumRate": 3,
-}
-# Types of elements in kernels.cu.
+Axes = tuple[int, ...]
+# Size and step of an axis. A step is a stride in elements.
+_Axis = tuple[int, int]
+
+# Rules of kernels.cu, and the number of arrays of each: the gradients, then the others.
+ROLES = {"Store": 2, "StoreRate": 3, "AdamW": 4, "Sgd": 2, "SgdRate": 2}
+ROLES |= {"SgdMomentum": 3, "SgdMomentumRate": 3}
+# Types of elements in kernels.cu, and their sizes.
 ELEMENTS = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # Bytes of parameters: on every driver, and on newer ones.
 SMALL, LARGE = 4096, 32764
 
+_MOST = 1 << 29  # units, elements of a fan-in or a step: the kernels count in 32 bits
+_MOST_MATRICES = 1 << 10  # of an array; more would not fit in a launch
 _THREADS = 256
 _PACKS_OF_ROW = 8  # of a thread
 _PACKS_OF_FLAT = 4
 _MOST_TILES = (1 << 31) // _THREADS  # of an array: the kernels number their threads in 32 bits
+
+
+class Matrix(NamedTuple):
+    """Output units with one fan-in each; the first element is at `offset` in the array.
+
+    In rows, the elements of a fan-in are neighbours in memory, and `step` leads from unit to unit.
+    In columns, the units are neighbours, and `step` leads from one element of a fan-in to the next.
+    """
+
+    offset: int
+    units: int
+    fan_in: int
+    step: int
+
+
+class Walk(NamedTuple):
+    """The matrices of an array, equal but for their offsets; `kind` is rows, columns or flat.
+
+    A flat array is not centralized: one row holds all of it.
+    """
+
+    kind: str
+    matrices: tuple[Matrix, ...]
 
 
 class Tiles(NamedTuple):
@@ -43,6 +68,63 @@ class Tiles(NamedTuple):
 
 
 Job = tuple[int, Matrix, Tiles]  # and the position of its array
+
+
+@lru_cache(maxsize=1 << 12)
+def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk | None:
+    """See an array as matrices over its fan-in axes; None if the kernels cannot walk through it.
+
+    `steps` are strides in elements. With `any_order` the fan-in may be walked in the order of
+    memory, else it is walked in the order of the axes. An array without axes is flat.
+
+    Weights (out, in) have one row for each output unit:
+
+    >>> find_walk((5, 8), (8, 1), (1,), any_order=False)
+    Walk(kind='rows', matrices=(Matrix(offset=0, units=5, fan_in=8, step=8),))
+    """
+    if 0 in shape or repeats_itself(shape, steps):
+        return None
+    if not axes:
+        (size, step), *rest = _merge(_sort([*zip(shape, steps, strict=True)]))
+        found = Walk("flat", (Matrix(0, 1, size, 0),))
+        return found if not rest and step in (0, 1) and size <= _MOST else None
+    fan_in = [(shape[axis], steps[axis]) for axis in axes]
+    (size, step), *rest = _merge(_sort(fan_in) if any_order else fan_in)
+    units = _merge(_sort([(shape[a], steps[a]) for a in range(len(shape)) if a not in axes]))
+    # Rows are counted along the longest axis. Columns are neighbours along theirs.
+    along = max(units) if step == 1 else units[-1]
+    others = [axis for axis in units if axis is not along]
+    largest = max(size, abs(step), along[0], abs(along[1]))
+    if rest or (step != 1 and along[1] != 1) or largest > _MOST:
+        return None
+    if prod(count for count, _ in others) > _MOST_MATRICES:
+        return None
+    offsets = [0]
+    for count, apart in others:
+        offsets = [offset + k * apart for offset in offsets for k in range(count)]
+    kind, step = ("rows", along[1]) if step == 1 else ("columns", step)
+    return Walk(kind, tuple([Matrix(offset, along[0], size, step) for offset in offsets]))
+
+
+def is_dense(shape: Sequence[int], steps: Sequence[int]) -> bool:
+    """Return True if the elements fill one run of memory."""
+    return find_walk(tuple(shape), tuple(steps), (), any_order=True) is not None
+
+
+def _sort(axes: list[_Axis]) -> list[_Axis]:
+    return sorted(axes, key=lambda axis: abs(axis[1]), reverse=True)
+
+
+def _merge(axes: Sequence[_Axis]) -> list[_Axis]:
+    """Join neighbouring axes if one equal step leads through both."""
+    merged: list[_Axis] = []
+    for size, step in axes:
+        if merged and merged[-1][1] == size * step:
+            before, _ = merged.pop()
+            merged.append((before * size, step))
+        elif size > 1:
+            merged.append((size, step))
+    return merged or [(1, 0)]
 
 
 def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
@@ -72,9 +154,10 @@ class Launch:
     `places` are the positions of the arrays in their list.
     """
 
-    def __init__(self, rule: str, dtype: str, jobs: Sequence[Job], size: int) -> None:
+    def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job], size: int) -> None:
         itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
         tiles = jobs[0][2]
+        self.device: int = device
         self.rule: str = rule
         self.dtype: str = dtype
         self.kernels: tuple[str, ...] = tiles.kernels
@@ -118,8 +201,10 @@ class Launch:
         return work
 
 
-def make_launches(rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bool) -> list[Launch]:
-    """Distribute arrays of one dtype, given by position, to launches.
+def make_launches(
+    device: int, rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bool
+) -> list[Launch]:
+    """Distribute arrays of one device and dtype, given by position, to launches.
 
     All matrices of an array are in one launch; an array is left out if they do not fit, or have
     more tiles than the kernels can count. `large` allows parameters of 32 KB.
@@ -133,11 +218,11 @@ def make_launches(rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bo
         if count <= most and count * tiles.blocks < _MOST_TILES:
             jobs = [(place, matrix, tiles) for matrix in walk.matrices]
             by_kernel.setdefault(tiles.kernels, []).append(jobs)
-    return [
-        Launch(rule, dtype, jobs, next(s for s in sizes if len(jobs) <= count_matrices(rule, s)))
-        for arrays in by_kernel.values()
-        for jobs in _join(arrays, most)
-    ]
+    launches = []
+    for jobs in chain.from_iterable(_join(arrays, most) for arrays in by_kernel.values()):
+        size = next(size for size in sizes if len(jobs) <= count_matrices(rule, size))
+        launches.append(Launch(device, rule, dtype, jobs, size))
+    return launches
 
 
 def count_matrices(rule: str, size: int) -> int:

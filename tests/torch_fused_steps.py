@@ -125,8 +125,3 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     if device.type == "cpu":
         patch.setattr(_fused, "is_for_kernels", lambda _: True)
     return device
-
-
-def launched(device: Device) -> int:
-    """Count the tensors that kernels have made a step of."""
-    return sum(device.tensors.values())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from gcx.backends import _torch_cuda
+from gcx.backends._torch import to_numpy  # noqa: F401 - for other files
 from gcx.backends.cuda.launcher import Launcher
 from gcx.backends.cuda.tables import Launch
 
@@ -95,6 +96,11 @@ class Device:
         return len(self.runs)
 
     @property
+    def total(self) -> int:
+        """The number of tensors that have been launched."""
+        return sum(self.tensors.values())
+
+    @property
     def tensors(self) -> Counter[str]:
         """The number of tensors that have been launched, by rule."""
         found: Counter[str] = Counter()
@@ -128,27 +134,6 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def flat_tensor(whole: Any) -> Tensor:
-    """See all of NumPy's memory as a tensor with one axis."""
-    width = whole.itemsize
-    return torch.from_numpy(whole.reshape(-1).view(f"i{width}")).view(
-        getattr(torch, whole.dtype.name)
-    )
-
-
-def part_of(flat: Tensor, whole: Any, part: Any) -> Tensor:
-    """See a part of memory as NumPy sees it."""
-    offset = (part.ctypes.data - whole.ctypes.data) // whole.itemsize
-    steps = [stride // whole.itemsize for stride in part.strides]
-    return flat.as_strided(part.shape, steps, offset)
-
-
-def to_numpy(tensor: Tensor) -> Any:
-    """Return the numbers of a tensor, with the precision of its sums."""
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    return tensor.detach().cpu().to(wide).numpy().copy()
 
 
 def give_gradients(seed: int, *models: nn.Module) -> None:

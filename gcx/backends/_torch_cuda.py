@@ -264,11 +264,6 @@ def _is_ordinary(x: Tensor) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and _is_on_cuda(x)
 
 
-def form(x: Tensor) -> tuple[object, ...]:
-    """Return all that a tensor must have in common with those beside it."""
-    return x.get_device(), x.dtype, x.shape, x.stride()
-
-
 def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
     """See a tensor as the kernels do, with those `beside` it; None if they do not take it.
 
@@ -278,7 +273,9 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     for x in (grad, *beside):
         if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
             return None
-        if (is_recorded and x.requires_grad) or form(x) != form(grad):
+        if (is_recorded and x.requires_grad) or x.shape != grad.shape or x.dtype != grad.dtype:
+            return None
+        if x.stride() != grad.stride() or x.device != grad.device:
             return None
     name = _NAMES.get(grad.dtype)
     if name is None or not _is_on_cuda(grad) or why_not(grad.device):

@@ -59,17 +59,17 @@ class TorchOnCpu(CupyOnCpu):
         self.out_of_memory = torch.OutOfMemoryError
 
     def see(self, whole: Any, part: Any) -> Any:
-        from torch_kernels import flat_tensor, part_of
-
         if whole.size == 0 or whole.dtype.kind == "c":
             return self.torch.from_numpy(part)
-        flat = self._flat.setdefault(whole.ctypes.data, flat_tensor(whole))  # torch sees overlaps
-        return part_of(flat, whole, part)
+        width, dtype = whole.itemsize, getattr(self.torch, whole.dtype.name)
+        memory = self.torch.from_numpy(whole.reshape(-1).view(f"i{width}")).view(dtype)
+        flat = self._flat.setdefault(whole.ctypes.data, memory)  # torch sees overlaps
+        steps = [stride // width for stride in part.strides]
+        offset = (part.ctypes.data - whole.ctypes.data) // width
+        return flat.as_strided(part.shape, steps, offset)
 
     def numpy(self, array: Any) -> Any:
-        from torch_kernels import to_numpy
-
-        return to_numpy(array)
+        return self.backend.to_numpy(array)
 
     def capture(self, *, on: bool) -> None:
         self.driver.captures = on

@@ -51,24 +51,8 @@ class Net(nn.Module):
         self.head = nn.Linear(70, 3, dtype=head)
 
 
-class LargeNet(nn.Module):
-    """Fan-ins of many lengths, which take long without a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 64, 7)  # 147: not a multiple of four
-        self.norm = nn.BatchNorm2d(64)
-        self.conv = nn.Conv2d(64, 33, 3)
-        self.up = nn.ConvTranspose2d(32, 48, 1, groups=2)
-        self.columns = nn.ConvTranspose1d(768, 96, 1)
-        self.linear = nn.Linear(4096, 24)
-        self.long = nn.Linear(14336, 10)
-        self.longer = nn.Linear(40000, 3)
-
-
 def new_net(device: Device, **options: Any) -> Any:
-    return (LargeNet() if device.type == "cuda" else Net()).to(device.type, **options)
+    return Net().to(device.type, **options)
 
 
 def hooked(model: nn.Module, kind: Any, groups: Any = None, **options: Any) -> Optimizer:

@@ -34,7 +34,6 @@ _CACHE = TemporaryDirectory()  # for emulated kernels, which a driver cannot loa
 class Host(EmulatedDriver):
     """A CPU as the device of kernels; see `gcx.backends.cuda.launcher.Host`."""
 
-    out_of_memory = torch.OutOfMemoryError
     current_stream, captures = 7, False
 
     def current(self, _: int) -> Any:
@@ -75,7 +74,9 @@ class Device:
             self.launcher = Launcher(self.driver)
             patch.setenv("XDG_CACHE_HOME", _CACHE.name)
             patch.setattr(_torch_cuda, "find_launcher", lambda: self.launcher)
-            patch.setattr(_torch_cuda, "why_not", self._why_not)
+            patch.setattr(
+                _torch_cuda, "why_not", lambda _: "".join(self.launcher.failures.values())
+            )
             patch.setattr(_torch_cuda, "_is_on_cuda", lambda _: True)
         launch = self.launcher.launch
 
@@ -86,9 +87,6 @@ class Device:
             return True
 
         patch.setattr(self.launcher, "launch", run)
-
-    def _why_not(self, device: torch.device | None = None) -> str:
-        return next(iter(self.launcher.failures.values()), "")
 
     @property
     def launches(self) -> int:

@@ -20,8 +20,6 @@ __all__ = ["launch_microseconds"]
 class _Host:
     """A `gcx.backends.cuda.launcher.Host` that does nothing."""
 
-    out_of_memory = torch.OutOfMemoryError
-
     def versions(self) -> tuple[int, int]:
         return 13000, 13000
 

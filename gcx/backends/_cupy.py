@@ -115,7 +115,6 @@ class Driver:
     """CuPy's own modules; see `gcx.backends.cuda.launcher.Host`."""
 
     _of_graphs: ClassVar[list[Any]] = []  # memory that lives as long as the process
-    out_of_memory = cp.cuda.memory.OutOfMemoryError
     capability = staticmethod(_capability)
     current = cp.cuda.Device
 

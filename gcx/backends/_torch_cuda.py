@@ -43,12 +43,8 @@ _MOST_LISTS = 128  # an optimizer has one for each parameter group
 _is_on_cuda = attrgetter("is_cuda")
 
 
-def why_not(device: torch.device | None = None) -> str:
-    """Say why the kernels do not run on a CUDA device, by default the current one; empty if so."""
-    if device is None:
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        device = torch.device("cuda", torch.cuda.current_device())
+def why_not(device: torch.device) -> str:
+    """Say why the kernels do not run on a CUDA device; empty if they do."""
     if torch.version.hip is not None:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < OLDEST_DEVICE:

@@ -14,7 +14,6 @@ from gcx.backends.cuda.launcher import KERNEL
 class Driver:
     """See `gcx.backends.cuda.launcher.Host`."""
 
-    out_of_memory = torch.OutOfMemoryError
     capability = staticmethod(torch.cuda.get_device_capability)
     is_capturing = staticmethod(torch.cuda.is_current_stream_capturing)
 

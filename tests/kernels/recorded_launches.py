@@ -74,7 +74,6 @@ class Launch(NamedTuple):
 class Recorded:
     """Mixin for a driver: its calls end in cuda_driver.c, and its devices are not there."""
 
-    out_of_memory = MemoryError
     is_capturing = staticmethod(lambda: False)
     library: Any = None
 

@@ -35,10 +35,6 @@ class Host(Protocol):
     `current` and `capability` are asked with the device current.
     """
 
-    @property
-    def out_of_memory(self) -> type[Exception]:
-        """The library's error for a lack of memory."""
-
     def versions(self) -> tuple[int, int]:
         """Return the versions of NVRTC and of the driver, such as 12010 for 12.1."""
 
@@ -125,7 +121,7 @@ class Launcher:
 
     def _fail(self, device: int, error: Exception) -> None:
         """Warn of the reason, and launch nothing on the device from now on."""
-        if isinstance(error, (MemoryError, self.host.out_of_memory)):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise error
         if "OUT_OF_MEMORY" in str(error):  # by the driver
             raise MemoryError(str(error)) from error

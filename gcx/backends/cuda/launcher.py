@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from ctypes import addressof, c_char, c_void_p
+from ctypes import Structure, addressof, c_void_p
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -25,7 +25,7 @@ _DIGEST = sha256().digest_size
 # Device, dtype and walk of an array; None for an array that the kernels do not take.
 Traits = tuple[int, str, Walk]
 # Kernels, stream, parameters, and the owner of memory that must live until the launch.
-Prepared = tuple[Sequence[Any], int, bytearray, object]
+Prepared = tuple[Sequence[Any], int, Structure, object]
 
 
 class Host(Protocol):
@@ -99,7 +99,7 @@ class Launcher:
         if prepared is None or launch.device in self.failures:
             return False
         kernels, stream, work, _ = prepared
-        parameters = c_void_p(addressof(c_char.from_buffer(work)))
+        parameters = c_void_p(addressof(work))
         grid, block = (launch.blocks, 1, 1), (launch.threads, 1, 1)
         arguments = (*grid, *block, 0, stream, addressof(parameters), 0)
         try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from ctypes import Structure, c_double, c_float, c_int, c_uint64
+from functools import cache, lru_cache
 from itertools import chain
 from math import prod
-from struct import Struct, pack_into
 from typing import Any, NamedTuple
 
 from gcx._memory import repeats_itself
@@ -149,56 +149,63 @@ def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
 
 
 class Launch:
-    """Arrays for one launch, or two if their columns are split; the structure Work of kernels.cu.
+    """Arrays for one launch, or two if their columns are split.
 
     `places` are the positions of the arrays in their list.
     """
 
-    def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job], size: int) -> None:
-        itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
-        tiles = jobs[0][2]
+    def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job]) -> None:
+        itemsize, tiles = ITEMSIZES[dtype], jobs[0][2]
         self.device: int = device
         self.rule: str = rule
         self.dtype: str = dtype
         self.kernels: tuple[str, ...] = tiles.kernels
         self.threads: int = tiles.threads
-        self.matrices: int = count_matrices(rule, size)
+        small = count_matrices(rule, SMALL)
+        self.matrices: int = small if len(jobs) <= small else count_matrices(rule, LARGE)
         self.loaded: Sequence[Any] = ()  # the kernels on the device
         self.places: list[int] = list(dict.fromkeys(place for place, _, _ in jobs))
         self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
         self._is_simple = self._jobs == [(place, 0) for place in self.places]
         # float64 for SGD as well: so torch computes there.
-        number = "d" if itemsize == 8 or rule.startswith("Sgd") else "f"
-        self._addresses = Struct(f"{len(jobs)}Q")
-        self._rows = [(16 + 8 * role) * self.matrices for role in range(roles)]
-        first_tile = (16 + 8 * roles) * self.matrices
-        self._numbers = Struct(f"9{number}")
-        self._numbers_at = first_tile + 4 * self.matrices
-        self._partials_at = 8 * _divide_up(self._numbers_at + self._numbers.size, 8)
-        self._template = bytearray(16 * _divide_up(self._partials_at + 12, 16))
+        number = c_double if itemsize == 8 or rule.startswith("Sgd") else c_float
+        self._structure = _make_structure(self.matrices, ROLES[rule], number)
+        self._template = self._structure(matrices=len(jobs))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
-            fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
-            pack_into("4i", self._template, 16 * k, *fields)
-            pack_into("i", self._template, first_tile + 4 * k, self.blocks)
+            fields = matrix.units, matrix.fan_in, matrix.step, tiles.shares
+            self._template.matrix[k][:] = fields
+            self._template.first_tile[k] = self.blocks
             self.blocks += tiles.blocks
-        pack_into("i", self._template, self._partials_at + 8, len(jobs))
         self.partials: int = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
 
     def fill(
         self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int
-    ) -> bytearray:
+    ) -> Structure:
         """Make the parameters: addresses by role, then strength, rate, the rule's numbers."""
-        work = self._template.copy()
-        for row, of_role in zip(self._rows, addresses, strict=True):
-            if self._is_simple and len(of_role) == len(self._jobs):
-                self._addresses.pack_into(work, row, *of_role)
-            else:
-                shifted = [of_role[place] + offset for place, offset in self._jobs]
-                self._addresses.pack_into(work, row, *shifted)
-        self._numbers.pack_into(work, self._numbers_at, *numbers, *[0.0] * (9 - len(numbers)))
-        pack_into("Q", work, self._partials_at, partials)
+        work = self._structure.from_buffer_copy(self._template)
+        for row, of_role in zip(work.arrays, addresses, strict=True):
+            if not self._is_simple or len(of_role) != len(self._jobs):
+                of_role = [of_role[place] + offset for place, offset in self._jobs]  # noqa: PLW2901
+            row[: len(of_role)] = of_role
+        work.numbers[: len(numbers)] = numbers
+        work.partials = partials
         return work
+
+
+@cache
+def _make_structure(matrices: int, roles: int, number: type) -> Any:
+    """Make the structure Work of kernels.cu."""
+    fields = [
+        ("matrix", c_int * 4 * matrices),
+        ("arrays", c_uint64 * matrices * roles),
+        ("first_tile", c_int * matrices),
+        ("numbers", number * 9),
+        ("partials", c_uint64),
+        ("matrices", c_int),
+        ("padding", c_int * 3),  # in kernels.cu, the size is a multiple of 16
+    ]
+    return type("Work", (Structure,), {"_fields_": fields})
 
 
 def make_launches(
@@ -209,35 +216,22 @@ def make_launches(
     All matrices of an array are in one launch; an array is left out if they do not fit, or have
     more tiles than the kernels can count. `large` allows parameters of 32 KB.
     """
-    sizes = (SMALL, LARGE) if large else (SMALL,)
-    most = count_matrices(rule, sizes[-1])
+    most = count_matrices(rule, LARGE if large else SMALL)
     by_kernel: dict[object, list[list[Job]]] = {}
     for place, walk in walks.items():
         tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
         count = len(walk.matrices)
         if count <= most and count * tiles.blocks < _MOST_TILES:
-            jobs = [(place, matrix, tiles) for matrix in walk.matrices]
-            by_kernel.setdefault(tiles.kernels, []).append(jobs)
-    launches = []
-    for jobs in chain.from_iterable(_join(arrays, most) for arrays in by_kernel.values()):
-        size = next(size for size in sizes if len(jobs) <= count_matrices(rule, size))
-        launches.append(Launch(device, rule, dtype, jobs, size))
-    return launches
+            lists = by_kernel.setdefault(tiles.kernels, [[]])
+            if len(lists[-1]) + count > most:
+                lists.append([])
+            lists[-1] += [(place, matrix, tiles) for matrix in walk.matrices]
+    return [Launch(device, rule, dtype, jobs) for jobs in chain.from_iterable(by_kernel.values())]
 
 
 def count_matrices(rule: str, size: int) -> int:
     """Count the matrices for which parameters of this size have space: a multiple of four."""
     return (size - 96) // (8 * ROLES[rule] + 20) // 4 * 4
-
-
-def _join(arrays: Sequence[list[Job]], most: int) -> Iterator[list[Job]]:
-    joined: list[Job] = []
-    for jobs in arrays:
-        if len(joined) + len(jobs) > most:
-            yield joined
-            joined = []
-        joined = joined + jobs
-    yield joined
 
 
 def _divide_up(number: int, divisor: int) -> int:

@@ -22,8 +22,8 @@ import gcx.torch
 from gcx.torch import SGD, AdamW
 
 from copies import COPIES, saved_by_torch
-from torch_fused_steps import BASES, hooked, make_device
-from torch_kernels import Device
+from torch_kernels import BASES, Device, hooked
+from torch_kernels import make_device_for_steps as make_device
 from torch_training import GRAD
 
 STEPS = 6
@@ -78,13 +78,6 @@ def train_by_adding_closure(model: nn.Module, optimizer: Optimizer) -> None:
     for _ in range(STEPS):
         backward(model, optimizer)
         optimizer.step(closure)
-
-
-def train_with_zeros(model: nn.Module, optimizer: Optimizer) -> None:
-    for _ in range(STEPS):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
 
 
 def train_with_gaps(model: nn.Sequential, optimizer: Optimizer) -> None:
@@ -172,7 +165,7 @@ def typical(request: pytest.FixtureRequest) -> Any:
 
 TRAININGS: list[tuple[Callable[..., None], str]] = [
     *itertools.product((train, train_by_closure, train_by_adding_closure), OPTIONS),
-    *itertools.product((train_with_zeros, train_with_gaps, train_by_schedule), TYPICAL),
+    *itertools.product((train_with_gaps, train_by_schedule), TYPICAL),
     *itertools.product((train_scaled,), (*TYPICAL, "adamw-fused", "sgd-fused")),
 ]
 

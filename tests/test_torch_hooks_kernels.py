@@ -18,8 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import gcx.torch
 
 import processes
-from torch_fused_steps import new_net
-from torch_kernels import Device, everywhere, give_gradients, make_device, on_gpu
+from torch_kernels import Device, everywhere, give_gradients, make_device, new_net, on_gpu
 
 LAUNCHES = 2  # of a step: of rows and of columns
 DECAY = {"weight_decay": 0.1}

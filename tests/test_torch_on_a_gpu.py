@@ -24,14 +24,21 @@ import gcx.torch
 from gcx.testing import assert_centralized
 from gcx.torch import SGD, AdamW
 
-from torch_fused_steps import BASES, MOMENTUM, Pair, both, hooked, new_net, step, train
 from torch_kernels import (
+    BASES,
     IS_ON_CUDA,
+    MOMENTUM,
     Device,
+    Pair,
     assert_equal,
+    both,
     give_gradients,
+    hooked,
+    new_net,
     no_waiting,
     on_gpu,
+    step,
+    train,
 )
 
 pytestmark = IS_ON_CUDA
@@ -179,19 +186,6 @@ def test_what_is_left_to_torch() -> None:
 # Lists of gradients
 
 
-def test_graph_captured_without_a_first_launch() -> None:
-    run_beside("""
-        import pytest, torch, gcx
-        grad = torch.randn(64, 100, device="cuda")
-        kept = grad.clone()
-        graph = torch.cuda.CUDAGraph()
-        with pytest.warns(RuntimeWarning, match="before the capture"), torch.cuda.graph(graph):
-            out = gcx.centralize(grad)
-        graph.replay()
-        torch.testing.assert_close(out, kept - kept.mean(1, keepdim=True))
-    """)
-
-
 def test_streams_at_the_same_time() -> None:
     """The sums of columns are left in memory, which streams do not share."""
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -235,12 +229,6 @@ def test_devices() -> None:
     gcx.centralize_many(grads, layouts="io", out=grads)
     torch.testing.assert_close(grads, wanted)
     assert torch.cuda.current_device() == 0
-
-
-def test_compiled_as_it_was() -> None:
-    grad = torch.randn(64, 300, device="cuda")
-    compiled: Callable[..., Any] = torch.compile(gcx.centralize, fullgraph=True)
-    torch.testing.assert_close(compiled(grad), grad - grad.mean(1, keepdim=True))
 
 
 def run_beside(program: str) -> None:

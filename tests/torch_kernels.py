@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,8 +31,9 @@ IS_ON_CUDA = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-ON_CUDA = [pytest.param("cuda", marks=IS_ON_CUDA)]
-everywhere = pytest.mark.parametrize("device", [EMULATED, *ON_CUDA], indirect=True)
+everywhere = pytest.mark.parametrize(
+    "device", [EMULATED, pytest.param("cuda", marks=IS_ON_CUDA)], indirect=True
+)
 _CACHE = TemporaryDirectory()  # for emulated kernels, which a driver cannot load
 
 
@@ -134,16 +135,6 @@ def on_gpu(call: Callable[[], object]) -> Counter[str]:
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
     return Counter(event.name for event in found.events() if event.device_type == cuda)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Let every call that waits for the device raise an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def give_gradients(seed: int, *models: nn.Module) -> None:

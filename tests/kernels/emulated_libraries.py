@@ -1,7 +1,10 @@
-"""Torch, and a stand-in for CuPy, with kernels that the CPU emulates."""
+"""Torch, and a stand-in for CuPy, with kernels that the CPU emulates; a fixture for both."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,3 +85,16 @@ def make(library: CupyOnCpu, case: Case, dtype: str) -> tuple[Any, Any]:
     """Make NumPy's memory of a case, and its part as an array of the library."""
     whole = numbers(case, dtype)
     return whole, library.see(whole, case.part(whole))
+
+
+@pytest.fixture(params=[TorchOnCpu, CupyOnCpu], ids=lambda kind: kind.name)
+def library(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[CupyOnCpu]:
+    """Keep compiled kernels in a new cache."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    found: CupyOnCpu = request.param(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with np.errstate(all="ignore"):
+        yield found

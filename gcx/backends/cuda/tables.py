@@ -183,7 +183,7 @@ class Launch:
         self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int
     ) -> Structure:
         """Make the parameters: addresses by role, then strength, rate, the rule's numbers."""
-        work = self._structure.from_buffer_copy(self._template)
+        work: Structure = self._structure.from_buffer_copy(self._template)
         for row, of_role in zip(work.arrays, addresses, strict=True):
             if not self._is_simple or len(of_role) != len(self._jobs):
                 of_role = [of_role[place] + offset for place, offset in self._jobs]  # noqa: PLW2901
@@ -194,7 +194,7 @@ class Launch:
 
 
 @cache
-def _make_structure(matrices: int, roles: int, number: type) -> Any:
+def _make_structure(matrices: int, roles: int, number: Any) -> Any:
     """Make the structure Work of kernels.cu."""
     fields = [
         ("matrix", c_int * 4 * matrices),

@@ -96,7 +96,12 @@ class Recorded:
         if self.library is not None:
             return super().versions()  # type: ignore[misc]
         ask = getattr(self._nvrtc, "getVersion", None) or self._nvrtc.nvrtcVersion
-        return ask()[-2:]
+        *_, major, minor = ask()
+        return 1000 * major + 10 * minor, 0
+
+    def compile(self, source: str, options: Sequence[str], /) -> Any:
+        assert self.library is None
+        return super().compile(source, options)  # type: ignore[misc]
 
     def load(self, device: int, code: bytes) -> Any:
         if self.library is None:

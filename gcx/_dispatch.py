@@ -54,7 +54,7 @@ def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
         return None
     from gcx.backends import _torch_cuda
 
-    return _torch_cuda.Call(backend.centralize, grads, layouts, out, reproducible)
+    return _torch_cuda.Call(backend.centralize, grads, layouts, out is not None, reproducible)
 
 
 def _find(array: Any) -> Any:

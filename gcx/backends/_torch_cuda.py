@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -187,8 +187,6 @@ class Launches:
         done = [n for n in range(len(self._places)) if n not in left]
         written = pick(done, chosen[not in_place])
         increment_version(written)
-        if len(done) == len(results):
-            return [*written]
         for n, result in zip(done, written, strict=True):
             results[self._places[n]] = result
         return results
@@ -201,39 +199,32 @@ class Launches:
         return True
 
 
-class Call:
+class Call(NamedTuple):
     """A call of `gcx.centralize_many` with a list, in place or for new results.
 
     If an earlier call had the same form, nothing has to be checked again.
     """
 
-    def __init__(
-        self,
-        centralize: Callable[..., Tensor],
-        grads: list[Any],
-        layouts: object,
-        out: Any,
-        reproducible: bool,
-    ) -> None:
-        self._centralize = centralize  # of the backend
-        self._grads, self._layouts, self._reproducible = grads, layouts, reproducible
-        self._is_in_place = out is not None
-        self._key = id(layouts), reproducible, self._is_in_place
+    centralize: Callable[..., Tensor]  # of the backend
+    grads: list[Any]
+    layouts: object
+    is_in_place: bool
+    reproducible: bool
 
     def remember(self, axes: Sequence[Axes]) -> None:
         """Keep the fan-in axes of each gradient for the next call; none for one left alone."""
         places = [k for k, fan_in in enumerate(axes) if fan_in]
-        if not places or is_traced() or not all(map(_is_ordinary, self._grads)):
+        if not places or is_traced() or not all(map(_is_ordinary, self.grads)):
             return
         fan_ins = pick(places, axes)
         roles = self._find_roles(places)
-        launches = find_launches("Store", roles, fan_ins, self._reproducible)
+        launches = find_launches("Store", roles, fan_ins, self.reproducible)
         if launches.is_whole:  # the layouts are kept, so that no other object has their id
-            remember(self._key, self._grads, (self._layouts, places, fan_ins, launches))
+            remember(self._find_key(), self.grads, (self.layouts, places, fan_ins, launches))
 
     def repeat(self, strength: float) -> list[Any] | None:
         """Centralize the gradients if a call of `remember` has the answers; else return None."""
-        known = None if is_traced() else recall(self._key, self._grads)
+        known = None if is_traced() else recall(self._find_key(), self.grads)
         if known is None:
             return None
         _, places, fan_ins, launches = known
@@ -243,16 +234,18 @@ class Call:
         if len(left) == len(done):
             return None
         for n in left:
-            of_one = (grads[n], fan_ins[n], strength, outs[n], self._reproducible)
-            done[n] = self._centralize(*of_one)
-        results = [*self._grads]
+            done[n] = self.centralize(grads[n], fan_ins[n], strength, outs[n], self.reproducible)
+        results = [*self.grads]
         for k, result in zip(places, done, strict=True):
             results[k] = result
         return results
 
+    def _find_key(self) -> Hashable:
+        return id(self.layouts), self.is_in_place, self.reproducible
+
     def _find_roles(self, places: Sequence[int]) -> list[Sequence[Any]]:
-        grads = pick(places, self._grads)
-        return [grads, grads if self._is_in_place else [None] * len(grads)]
+        grads = pick(places, self.grads)
+        return [grads, grads if self.is_in_place else [None] * len(grads)]
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -107,10 +107,7 @@ class Device:
     @property
     def tensors(self) -> Counter[str]:
         """The number of tensors that have been launched, by rule."""
-        found: Counter[str] = Counter()
-        for rule, count in self.runs:
-            found[rule] += count
-        return found
+        return sum((Counter({rule: count}) for rule, count in self.runs), Counter())
 
 
 def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:

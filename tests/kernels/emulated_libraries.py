@@ -25,7 +25,7 @@ class CupyOnCpu:
         self.backend = cupy_stand_in.install(patch, self.cupy)
         self.driver = type("Host", (EmulatedDriver, self.backend.Driver), {})()
         patch.setattr(self.backend, "Driver", lambda: self.driver)
-        self.out_of_memory = cupy_stand_in.OutOfMemoryError
+        self.out_of_memory: type[Exception] = MemoryError  # CuPy's error is one
 
     def see(self, whole: Any, part: Any) -> Any:
         """See memory of NumPy as an array of the library."""

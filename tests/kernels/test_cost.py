@@ -50,19 +50,14 @@ def call_backend(grads: list[Tensor], out: Any) -> None:
     _torch.centralize_many(grads, [(1,)] * len(grads), 1.0, out or [None] * len(grads), False)
 
 
-def call_public_function(grads: list[Tensor], out: Any) -> None:
-    """A list in the form of the last one is not checked again."""
-    gcx.centralize_many(grads, out=out)
-
-
-@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (call_public_function, 20)])
+# The public function does not check a list in the form of the last one again.
+@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (gcx.centralize_many, 20)])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_frames(call: Callable[..., None], most: int, in_place: bool, device: Device) -> None:
     found = set()
     for count in (2, 54):
         grads = [torch.ones(4, 8 * k) for k in range(1, count + 1)]
-        out = grads if in_place else None
-        found.add(count_frames(device, partial(call, grads, out)))
+        found.add(count_frames(device, partial(call, grads, out=grads if in_place else None)))
     ((started, around),) = found
     assert started <= most
     assert around <= 12

@@ -109,10 +109,8 @@ def test_lack_of_memory_is_raised_and_nothing_is_done(
             library.lack_memory(patch)
         else:
             patch.setattr(library.driver, method, fail_late)
-        with (
-            warnings.catch_warnings(action="error"),
-            pytest.raises((MemoryError, library.out_of_memory)),
-        ):
+        errors = MemoryError, library.out_of_memory
+        with warnings.catch_warnings(action="error"), pytest.raises(errors):
             gcx.centralize_many([*grads], layouts=LAYOUTS, out=[*grads])
     assert len(library.driver.launches) == before
     for whole, wanted in zip(wholes, expected, strict=True):

@@ -18,7 +18,6 @@ from torch import distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from gcx.backends import _torch_cuda
-from gcx.backends.cuda.launcher import Schedule
 from gcx.torch._fused import SGD, AdamW
 
 from torch_kernels import (
@@ -112,19 +111,6 @@ def test_options_turned_in_mid_training(case: str, device: Device) -> None:
     assert device.total == 50
 
 
-def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Mock(wraps=Schedule)
-    monkeypatch.setattr(_torch_cuda, "Schedule", made)
-    layers = nn.ModuleList([nn.Linear(2, 3 + k // 2) for k in range(20)])  # two of each
-    optimizer = SGD(layers)
-    for layer in (*layers, *layers):
-        optimizer.zero_grad()
-        layer(torch.ones(2)).sum().backward()
-        optimizer.step()
-    assert made.call_count == 10
-    assert device.tensors == {"Sgd": 80}
-
-
 @pytest.mark.parametrize("case", TYPICAL)
 def test_tensors_that_share_memory_are_left_to_torch(case: str, device: Device) -> None:
     """Kernels would not make the steps one after the other."""
@@ -137,9 +123,6 @@ def test_tensors_that_share_memory_are_left_to_torch(case: str, device: Device) 
     assert_equal(ours[0][1], reference[0][1])
     assert_close(ours[0], reference[0])
     assert device.total == 4
-
-
-# Tensors and options that are left to torch
 
 
 @pytest.mark.parametrize("case", TYPICAL)
@@ -179,12 +162,15 @@ def test_what_the_kernels_do_not_take_is_centralized_for_torch(
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_model_on_a_cpu_beside_a_gpu(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is asked about the GPU, as a process that was forked must not."""
+def test_kernels_are_asked_for_on_a_gpu_alone(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was forked must not ask about the GPU."""
     monkeypatch.setattr(_torch_cuda, "why_not", pytest.fail)
     model = Net()
     train(range(2), (model, optimizer := kind(model)))
     assert optimizer.fallbacks == ["no parameter on a CUDA device"]
+    monkeypatch.setattr(_torch_cuda, "why_not", "no kernels on {}".format)
+    monkeypatch.setattr("gcx.torch._fused.is_for_kernels", lambda _: True)
+    assert optimizer.fallbacks == ["no kernels on cpu"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,14 +186,6 @@ def test_what_the_kernels_refuse_when_it_comes_to_it(case: str, device: Device) 
     assert_close(ours[0], reference[0])
     states = zip(ours[1].state.values(), reference[1].state.values(), strict=True)
     assert all(one.get("step") == another.get("step") for one, another in states)
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_kernels_are_asked_for_on_the_device_of_the_parameters(
-    kind: Any, device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_torch_cuda, "why_not", "no kernels on {}".format)
-    assert kind(Net()).fallbacks == ["no kernels on cpu"]
 
 
 def test_steps_are_counted_whatever_the_default_device_is(device: Device) -> None:

@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gcx
-from gcx.backends import _torch
+from gcx.backends import _torch, _torch_cuda
+from gcx.backends.cuda.launcher import Schedule
+from gcx.torch import SGD
 
 from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
@@ -61,3 +64,16 @@ def test_frames(call: Callable[..., None], most: int, in_place: bool, device: De
     ((started, around),) = found
     assert started <= most
     assert around <= 12
+
+
+def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock(wraps=Schedule)
+    monkeypatch.setattr(_torch_cuda, "Schedule", made)
+    layers = nn.ModuleList([nn.Linear(2, 3 + k // 2) for k in range(20)])  # two of each
+    optimizer = SGD(layers)
+    for layer in (*layers, *layers):
+        optimizer.zero_grad()
+        layer(torch.ones(2)).sum().backward()
+        optimizer.step()
+    assert made.call_count == 10
+    assert device.tensors == {"Sgd": 80}

@@ -65,7 +65,7 @@ def see_all(
 ) -> list[Tensor]:
     """Split tensors as their layouts do; take the parts of DTensors here.
 
-    A tensor stays as it is if its fan-ins are not whole, or it is spread unlike its gradient `like`.
+    A tensor stays as it is if its fan-ins are cut, or it is spread unlike its gradient `like`.
     """
     return [
         x if type(x) in PLAIN and len(fan_in[0]) == x.ndim else _see_here(x, fan_in, grad)

@@ -42,18 +42,19 @@ def reshape(array: ArrayT, shape: tuple[int, ...]) -> ArrayT:
 def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
     """Find the object that repeats calls of `gcx.centralize_many`; None if this one is no repeat.
 
-    It is for flat containers, in place or for new results, and layouts that cannot change.
+    It is for lists, in place or for new results, and layouts that cannot change.
     """
-    kind = type(grads)
-    first = next(iter(grads.values() if kind is dict else grads), None)
-    is_repeatable = getattr(by_type.get(type(first)), "is_repeatable", None)
-    if is_repeatable is None or not is_repeatable(first) or kind not in (list, tuple, dict):
+    if type(grads) is not list or not grads or not (out is None or out is grads):
         return None
-    if not isinstance(layouts, (str, Layout, Plan)) or not (out is None or out is grads):
+    backend: Any = by_type.get(type(grads[0]))
+    is_repeatable = getattr(backend, "is_repeatable", None)
+    if is_repeatable is None or not is_repeatable(grads[0]):
         return None
-    from gcx.backends import _torch_repeats
+    if not isinstance(layouts, (str, Layout, Plan)):
+        return None
+    from gcx.backends import _torch_cuda
 
-    return _torch_repeats.Call(grads, layouts, out, reproducible)
+    return _torch_cuda.Call(backend.centralize, grads, layouts, out is not None, reproducible)
 
 
 def _find(array: Any) -> Any:

@@ -21,7 +21,7 @@ class Array(np.ndarray):
 
     @property
     def device(self) -> Any:
-        return Device(0)
+        return DEVICE
 
 
 class Device(nullcontext[None]):
@@ -32,15 +32,8 @@ class Device(nullcontext[None]):
         self.id = number
         self.compute_capability = "90"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Device) and other.id == self.id
 
-    def __hash__(self) -> int:
-        return self.id
-
-
-class OutOfMemoryError(MemoryError):
-    """Memory on the device is short."""
+DEVICE = Device(0)
 
 
 class StandIn(ModuleType):
@@ -52,7 +45,6 @@ class StandIn(ModuleType):
         self.cuda = SimpleNamespace(
             Device=Device,
             alloc=lambda size: self.empty(size, np.uint8).data,
-            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=SimpleNamespace(is_hip=is_hip, getDeviceCount=lambda: 1),
             get_current_stream=lambda: SimpleNamespace(
                 ptr=7, is_capturing=lambda: self.is_capturing
@@ -90,6 +82,6 @@ def install(patch: pytest.MonkeyPatch, cupy: StandIn, make_driver: Any = None) -
     patch.setattr(backends, "_cupy", module, raising=False)
     spec.loader.exec_module(module)
     if make_driver is not None:
-        module.Cupy = make_driver
+        module.Driver = make_driver
     patch.setattr(_dispatch, "by_type", {Array: module})
     return module

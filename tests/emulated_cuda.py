@@ -53,12 +53,7 @@ class Function(NamedTuple):
 class EmulatedDriver:
     """Compile, load and launch as a CUDA driver does, and keep a list of the launches.
 
-    Parameters
-    ----------
-    flags : sequence of str
-        Further flags for g++.
-    falling : bool
-        Run blocks and threads in falling order. Only races make a difference.
+    `flags` are for g++. Blocks and threads may run in `falling` order: only races show it.
     """
 
     def __init__(self, flags: Sequence[str] = (), *, falling: bool = False) -> None:
@@ -67,7 +62,6 @@ class EmulatedDriver:
         self.launches: list[Launch] = []
 
     def versions(self) -> tuple[int, int]:
-        """Versions of NVRTC and of the driver."""
         return 13000, 13000
 
     def compile(self, source: str, options: Sequence[str]) -> bytes:
@@ -80,13 +74,11 @@ class EmulatedDriver:
         return json.dumps([str(library), given["KERNEL"], rule, element, matrices]).encode()
 
     def load(self, device: int, code: bytes) -> Function:
-        """Load a kernel on a device."""
         function = Function(*json.loads(code))
         _loaded(function.library)
         return function
 
     def launch(self, device: int, function: Function, arguments: tuple[int, ...], /) -> None:
-        """Run a kernel at once."""
         blocks, _, _, threads, _, _, _, stream, parameters, _ = arguments
         work = ctypes.c_void_p.from_address(parameters)
         name, counts = function.kernel.encode(), (ctypes.c_longlong * 2)()

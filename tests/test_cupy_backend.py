@@ -53,13 +53,6 @@ def test_what_the_kernel_does_not_take_is_not_promised(xp: ArrayLibrary) -> None
         gcx.centralize(xp.asarray(values(2, 3)), reproducible=True)
 
 
-def test_many(xp: ArrayLibrary) -> None:
-    grads = [xp.asarray(values(2, 3)), xp.asarray(values(4, 5)).T]
-    results = gcx.centralize_many(grads, layouts=["o...", "...o"])
-    for grad, result, axis in zip(grads, results, (1, 0), strict=True):
-        np.testing.assert_array_equal(result, gcx.centralize(grad, axis=axis))
-
-
 def test_real_cupy_is_imported_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")

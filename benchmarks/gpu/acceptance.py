@@ -145,7 +145,7 @@ def measure(gpu: Gpu, parts: Sequence[Part]) -> tuple[tuple[Row, ...], tuple[Lef
 
 def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
     """Put what a part gives into `found`; return the reason if it is optional and gives none."""
-    reason = _torch_cuda.why_not()
+    reason = _torch_cuda.why_not(torch.device(gpu.device))
     if reason:
         raise RuntimeError(f"the kernels are not used: {reason}")
     try:

@@ -20,7 +20,7 @@ from benchmarks.gpu.cases import FAN_INS, Subject, subjects
 from benchmarks.gpu.device import Gpu
 from benchmarks.gpu.report import Measured
 from gcx.backends import load
-from gcx.backends.cuda.walks import find_walk
+from gcx.backends.cuda.tables import find_walk
 
 __all__ = ["bits_of", "count_differing", "main", "of_cupy", "of_repeats", "of_torch"]
 

@@ -17,10 +17,8 @@ from gcx.backends.cuda.launcher import Launcher
 __all__ = ["launch_microseconds"]
 
 
-class _Driver:
-    """A `gcx.backends.cuda.drivers.Driver` and a host that do nothing."""
-
-    out_of_memory = torch.OutOfMemoryError
+class _Host:
+    """A `gcx.backends.cuda.launcher.Host` that does nothing."""
 
     def versions(self) -> tuple[int, int]:
         return 13000, 13000
@@ -55,7 +53,7 @@ def launch_microseconds(count: int = 54) -> float:
     Without garbage collections, as `timeit` measures.
     """
     grads = [torch.ones(8, 4, 3, 3) for _ in range(count)]
-    launcher = Launcher(_Driver(), _Driver())
+    launcher = Launcher(_Host())
     with ExitStack() as stack:
         gc.disable()
         stack.callback(gc.enable)

@@ -7,7 +7,6 @@ memory. Everything runs on the array's device, on the current stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from typing import Any, ClassVar
 
@@ -16,10 +15,8 @@ import cupy as cp
 from gcx._memory import Memory, find_span, repeats_itself
 from gcx.backends import _canonical, _numpy
 from gcx.backends.cuda import launcher
-from gcx.backends.cuda.drivers import Cupy
-from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.tables import ELEMENTS
-from gcx.backends.cuda.walks import Axes, find_walk, is_dense
+from gcx.backends.cuda.launcher import KERNEL, OLDEST_DEVICE, Launcher, Schedule, Traits
+from gcx.backends.cuda.tables import ELEMENTS, Axes, find_walk, is_dense
 
 check_dtype = _numpy.check_dtype  # CuPy's dtypes are NumPy's
 
@@ -64,18 +61,20 @@ def centralize_many(
     traits = tuple([_see(grad, fan_in, out, reproducible) for grad, fan_in, out in each])
     results = [*outs]
     for k, grad in enumerate(grads):
-        if traits[k] and outs[k] is None:
+        if outs[k] is None:
             with grad.device:
                 results[k] = cp.empty_like(grad)
     left: Sequence[int] = range(len(grads))
     if any(traits):
-        addresses = [
-            [array.data.ptr if seen else 0 for array, seen in zip(arrays, traits, strict=True)]
-            for arrays in (grads, results)
-        ]
+        addresses = [[array.data.ptr for array in arrays] for arrays in (grads, results)]
         left = _schedule(traits).run(addresses, (strength, 0.0))
     for k in left:
-        results[k] = _by_itself(grads[k], axes[k], strength, outs[k], reproducible)
+        with grads[k].device:
+            mean = fan_in_mean(grads[k], axes[k], reproducible) * strength
+            if mean.dtype == grads[k].dtype:
+                cp.subtract(grads[k], mean, out=results[k])
+            else:
+                results[k][...] = cp.subtract(grads[k], mean)
     return results
 
 
@@ -94,32 +93,6 @@ def to_numpy(array: Any, /) -> Any:
     return _numpy.to_numpy(cp.asnumpy(array))
 
 
-def _by_itself(grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool) -> Any:
-    """Centralize an array whose strides, or those of `out`, do not suit the kernels."""
-    with grad.device:
-        if grad.size == 0 or why_no_kernels(grad):
-            return _with_own_operations(grad, axes, strength, out, reproducible)
-        rows: Axes = tuple(range(grad.ndim - len(axes), grad.ndim))
-        copy = cp.moveaxis(grad, axes, rows).copy()
-        traits = _see(copy, rows, copy, reproducible)
-        if traits is None or _schedule((traits,)).run([[copy.data.ptr]] * 2, (strength, 0.0)):
-            _with_own_operations(copy, rows, strength, copy, reproducible)
-        out = cp.empty_like(grad) if out is None else out
-        out[...] = cp.moveaxis(copy, rows, axes)
-        return out
-
-
-def _with_own_operations(
-    grad: Any, axes: Axes, strength: float, out: Any | None, reproducible: bool
-) -> Any:
-    mean = fan_in_mean(grad, axes, reproducible) * strength
-    if grad.dtype.itemsize >= 4:
-        return cp.subtract(grad, mean, out=out)
-    out = cp.empty_like(grad) if out is None else out
-    out[...] = cp.subtract(grad, mean)
-    return out
-
-
 def why_no_kernels(grad: Any) -> str:
     """Say why the kernels do not take an array; empty if they do."""
     if grad.dtype.name not in ELEMENTS or not grad.dtype.isnative:
@@ -127,24 +100,53 @@ def why_no_kernels(grad: Any) -> str:
     if cp.cuda.runtime.is_hip:
         return "ROCm"
     device = grad.device.id
-    if _Host().capability(device) < OLDEST_DEVICE:
+    if _capability(device) < OLDEST_DEVICE:
         return "a GPU older than compute capability 8.0"
     found = _find_launcher()
     return found if isinstance(found, str) else found.failures.get(device, "")
 
 
-class _Host:
-    """See `gcx.backends.cuda.launcher.Host`."""
+def _capability(device: int) -> tuple[int, int]:
+    digits = cp.cuda.Device(device).compute_capability
+    return int(digits[:-1]), int(digits[-1])
+
+
+class Driver:
+    """CuPy's own modules; see `gcx.backends.cuda.launcher.Host`."""
 
     _of_graphs: ClassVar[list[Any]] = []  # memory that lives as long as the process
-    out_of_memory = cp.cuda.memory.OutOfMemoryError
+    capability = staticmethod(_capability)
+    current = cp.cuda.Device
 
-    def current(self, device: int) -> AbstractContextManager[object]:
-        return cp.cuda.Device(device)  # type: ignore[no-any-return]
+    def __init__(self) -> None:
+        from cupy.cuda import driver, nvrtc, runtime
 
-    def capability(self, device: int) -> tuple[int, int]:
-        digits = cp.cuda.Device(device).compute_capability
-        return int(digits[:-1]), int(digits[-1])
+        self._driver, self._nvrtc, self._runtime = driver, nvrtc, runtime
+
+    def versions(self) -> tuple[int, int]:
+        major, minor = self._nvrtc.getVersion()
+        return 1000 * major + 10 * minor, self._runtime.driverGetVersion()
+
+    def compile(self, source: str, options: Sequence[str], /) -> bytes:
+        nvrtc = self._nvrtc
+        program = nvrtc.createProgram(source, "kernels.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, tuple(options))
+            code: bytes = nvrtc.getCUBIN(program)
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        return code
+
+    def load(self, device: int, code: bytes, /) -> Any:
+        self._runtime.setDevice(device)
+        module = self._driver.moduleLoadData(code)  # for as long as the process lives
+        return self._driver.moduleGetFunction(module, KERNEL)
+
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
+        self._runtime.setDevice(device)  # makes its context current in this thread
+        self._driver.launchKernel(kernel, *arguments)
 
     def stream(self, _device: int) -> int:
         return cp.cuda.get_current_stream().ptr  # type: ignore[no-any-return]
@@ -161,7 +163,7 @@ class _Host:
 
 @cache
 def _find_launcher() -> Launcher | str:
-    return launcher.find_launcher(Cupy, _Host())
+    return launcher.find_launcher(Driver)
 
 
 @lru_cache(maxsize=1 << 8)

@@ -46,7 +46,7 @@ is_for_kernels: Callable[[Tensor], bool] = attrgetter("is_cuda")
 
 
 def is_repeatable(grad: Tensor) -> bool:
-    """Return True if `_torch_repeats` may know a list that begins with this tensor."""
+    """Return True if `_torch_cuda.Call` may know a list that begins with this tensor."""
     return not torch.compiler.is_compiling() and is_for_kernels(grad)
 
 

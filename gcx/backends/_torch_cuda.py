@@ -6,12 +6,11 @@ the first tensor on a CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from gcx._memory import overlap
-from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all, see_here
+from gcx.backends._torch_driver import Driver
+from gcx.backends._torch_dtensor import PLAIN, FanIn, restore, see_all
 from gcx.backends._torch_memory import count_bytes
 from gcx.backends.cuda import launcher
-from gcx.backends.cuda.drivers import Bindings
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
-from gcx.backends.cuda.walks import Axes, find_walk, is_dense
+from gcx.backends.cuda.tables import Axes, find_walk, is_dense
 
 _private_error: Exception | None = None
 try:  # these names are private, so a release of torch may lack one
@@ -44,12 +43,8 @@ _MOST_LISTS = 128  # an optimizer has one for each parameter group
 _is_on_cuda = attrgetter("is_cuda")
 
 
-def why_not(device: torch.device | None = None) -> str:
-    """Say why the kernels do not run on a CUDA device, by default the current one; empty if so."""
-    if device is None:
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        device = torch.device("cuda", torch.cuda.current_device())
+def why_not(device: torch.device) -> str:
+    """Say why the kernels do not run on a CUDA device; empty if they do."""
     if torch.version.hip is not None:
         return "ROCm: the kernels are for CUDA"
     if torch.cuda.get_device_capability(device) < OLDEST_DEVICE:
@@ -61,32 +56,13 @@ def why_not(device: torch.device | None = None) -> str:
 @cache
 def find_launcher() -> Launcher | str:
     """Load the driver; the reason if it is not there."""
-    return launcher.find_launcher(_load_driver, _Host())
+    return launcher.find_launcher(_make_driver)
 
 
-def _load_driver() -> Bindings:
+def _make_driver() -> Driver:
     if _private_error is not None:
         raise _private_error
-    return Bindings()
-
-
-class _Host:
-    """See `gcx.backends.cuda.launcher.Host`."""
-
-    out_of_memory = torch.OutOfMemoryError
-    capability = staticmethod(torch.cuda.get_device_capability)
-    is_capturing = staticmethod(torch.cuda.is_current_stream_capturing)
-
-    def current(self, device: int) -> AbstractContextManager[object]:
-        is_current = torch.cuda.current_device() == device
-        return nullcontext() if is_current else torch.cuda.device(device)
-
-    def stream(self, device: int) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
-
-    def allocate(self, device: int, size: int) -> tuple[int, object]:
-        memory = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
-        return memory.data_ptr(), memory
+    return Driver()
 
 
 def launch(
@@ -107,33 +83,30 @@ def launch(
     if is_traced():
         return [None] * len(grads)
     seen = see_all(grads, fan_ins, grads)
-    in_place = all(map(is_, outs, grads))
     parts: Sequence[Tensor | None] = seen
-    if not in_place:
-        parts = [
-            None if out is None else part if out is grad else see_here(out, fan_in, grad)
-            for part, grad, out, fan_in in zip(seen, grads, outs, fan_ins, strict=True)
-        ]
+    if outs[0] is None:  # as are all then
+        parts = outs
+    elif not all(map(is_, outs, grads)):
+        parts = see_all(cast("Sequence[Tensor]", outs), fan_ins, grads)
     roles, rule, rate = [seen, parts], "Store", 0.0
     if decay is not None:
         weights, rate = decay
         roles, rule = [seen, parts, see_all(weights, fan_ins, grads)], "StoreRate"
     launches = find_launches(rule, roles, [axes for _, axes in fan_ins], reproducible)
     done = launches.run(roles, (strength, rate))
-    if in_place and all(map(is_, seen, grads)):
-        return done
-    for k, (result, grad, out) in enumerate(zip(done, grads, outs, strict=True)):
-        if result is not None and (seen[k] is not grad or out is not None):
-            done[k] = out if out is not None else restore(result, grad)
+    for k, (result, out) in enumerate(zip(done, outs, strict=True)):
+        if result is not None and out is not None:
+            done[k] = out
+        elif result is not None and seen[k] is not grads[k]:
+            done[k] = restore(result, grads[k])
     return done
 
 
 def find_launches(rule: str, roles: Roles, axes: Sequence[Axes], reproducible: bool) -> Launches:
     """Find the launches for tensors in these forms among the latest ones, or make them."""
-    in_place = roles[1] is roles[0]
-    is_new = () if in_place else tuple([out is None for out in roles[1]])
+    in_place, is_new = roles[1] is roles[0], roles[1][0] is None
+    key = (rule, reproducible, tuple(axes), in_place, is_new)
     tensors = [x for role in roles[in_place:] for x in role if x is not None]
-    key = (rule, reproducible, tuple(axes), is_new)
     if (found := recall(key, tensors)) is None:
         remember(key, tensors, found := Launches(rule, roles, axes, reproducible))
     return found  # type: ignore[no-any-return]
@@ -185,8 +158,7 @@ class Launches:
         grads = cast("list[Tensor]", pick(self._places, roles[0]))
         self.is_whole = len(grads) == len(roles[0])
         self._sizes = [*map(count_bytes, grads)]
-        new = [out is None for out in pick(self._places, roles[1])]
-        self._makes_new, self._makes_all = any(new), all(new)
+        self._is_new = roles[1][0] is None
         self._apart: list[int] = []  # the last addresses that did not overlap
         if arrays:
             found = find_launcher()
@@ -201,25 +173,20 @@ class Launches:
         results: list[Tensor | None] = [None] * len(roles[0])
         if not self._places:
             return results
-        chosen: list[Any] = [*roles]
-        if not self.is_whole:
-            chosen = [pick(self._places, role) for role in roles]
+        chosen: list[Any] = [pick(self._places, role) for role in roles]
+        if self._is_new:
+            chosen[1] = [*map(torch.empty_like, chosen[0])]
         if in_place := roles[1] is roles[0]:
             del chosen[1]
-        elif self._makes_new:
-            pairs = zip(*chosen[:2], strict=True)
-            chosen[1] = [torch.empty_like(grad) if out is None else out for grad, out in pairs]
         addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in chosen]
         every = [*chain(*addresses)]
         # At 0 is memory that FSDP has freed, or that was never there.
-        if 0 in every or not (self._makes_all or self._are_apart(every)):
+        if 0 in every or not (self._is_new or self._are_apart(every)):
             return results
         left = self._schedule.run(addresses[:in_place] + addresses, numbers)
         done = [n for n in range(len(self._places)) if n not in left]
         written = pick(done, chosen[not in_place])
         increment_version(written)
-        if len(done) == len(results):
-            return [*written]
         for n, result in zip(done, written, strict=True):
             results[self._places[n]] = result
         return results
@@ -232,9 +199,58 @@ class Launches:
         return True
 
 
-def form(x: Tensor) -> tuple[object, ...]:
-    """Return all that a tensor must have in common with those beside it."""
-    return x.get_device(), x.dtype, x.shape, x.stride()
+class Call(NamedTuple):
+    """A call of `gcx.centralize_many` with a list, in place or for new results.
+
+    If an earlier call had the same form, nothing has to be checked again.
+    """
+
+    centralize: Callable[..., Tensor]  # of the backend
+    grads: list[Any]
+    layouts: object
+    is_in_place: bool
+    reproducible: bool
+
+    def remember(self, axes: Sequence[Axes]) -> None:
+        """Keep the fan-in axes of each gradient for the next call; none for one left alone."""
+        places = [k for k, fan_in in enumerate(axes) if fan_in]
+        if not places or is_traced() or not all(map(_is_ordinary, self.grads)):
+            return
+        fan_ins = pick(places, axes)
+        roles = self._find_roles(places)
+        launches = find_launches("Store", roles, fan_ins, self.reproducible)
+        if launches.is_whole:  # the layouts are kept, so that no other object has their id
+            remember(self._find_key(), self.grads, (self.layouts, places, fan_ins, launches))
+
+    def repeat(self, strength: float) -> list[Any] | None:
+        """Centralize the gradients if a call of `remember` has the answers; else return None."""
+        known = None if is_traced() else recall(self._find_key(), self.grads)
+        if known is None:
+            return None
+        _, places, fan_ins, launches = known
+        grads, outs = roles = self._find_roles(places)
+        done = launches.run(roles, (strength, 0.0))
+        left = [n for n, result in enumerate(done) if result is None]
+        if len(left) == len(done):
+            return None
+        for n in left:
+            done[n] = self.centralize(grads[n], fan_ins[n], strength, outs[n], self.reproducible)
+        results = [*self.grads]
+        for k, result in zip(places, done, strict=True):
+            results[k] = result
+        return results
+
+    def _find_key(self) -> Hashable:
+        return id(self.layouts), self.is_in_place, self.reproducible
+
+    def _find_roles(self, places: Sequence[int]) -> list[Sequence[Any]]:
+        grads = pick(places, self.grads)
+        return [grads, grads if self.is_in_place else [None] * len(grads)]
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Return True if the form of a tensor shows all that is checked; a list may hold anything."""
+    return type(x) in PLAIN and x.layout is torch.strided and _is_on_cuda(x)
 
 
 def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -> Traits | None:
@@ -246,7 +262,9 @@ def see(grad: Tensor, axes: Axes, *beside: Tensor, reproducible: bool = False) -
     for x in (grad, *beside):
         if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
             return None
-        if (is_recorded and x.requires_grad) or form(x) != form(grad):
+        if (is_recorded and x.requires_grad) or x.shape != grad.shape or x.dtype != grad.dtype:
+            return None
+        if x.stride() != grad.stride() or x.device != grad.device:
             return None
     name = _NAMES.get(grad.dtype)
     if name is None or not _is_on_cuda(grad) or why_not(grad.device):

@@ -63,17 +63,17 @@ def _spread(
 def see_all(
     tensors: Sequence[Tensor], fan_ins: Sequence[FanIn], like: Sequence[Tensor]
 ) -> list[Tensor]:
+    """Split tensors as their layouts do; take the parts of DTensors here.
+
+    A tensor stays as it is if its fan-ins are cut, or it is spread unlike its gradient `like`.
+    """
     return [
-        x if type(x) in PLAIN and len(fan_in[0]) == x.ndim else see_here(x, fan_in, grad)
+        x if type(x) in PLAIN and len(fan_in[0]) == x.ndim else _see_here(x, fan_in, grad)
         for x, fan_in, grad in zip(tensors, fan_ins, like, strict=True)
     ]
 
 
-def see_here(x: Tensor, fan_in: FanIn, like: Tensor) -> Tensor:
-    """Split a tensor as its layout does; take the part of a DTensor here.
-
-    If fan-ins are not whole, or it is not spread as its gradient `like`, it is not for the kernels.
-    """
+def _see_here(x: Tensor, fan_in: FanIn, like: Tensor) -> Tensor:
     shape, axes = fan_in
     if type(x) in PLAIN:
         return x if len(shape) == x.ndim else x.view(shape)

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from ctypes import c_float
 from inspect import Signature, signature, unwrap
-from itertools import chain
 from math import sqrt
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from gcx._options import Layers, Options
 from gcx.backends import _torch_cuda as kernels
 from gcx.backends._torch import is_for_kernels
-from gcx.backends._torch_dtensor import FanIn, see_all, see_here
+from gcx.backends._torch_dtensor import see_all
 from gcx.plan import Plan
 from gcx.torch._centralize import GradientCentralization
 from gcx.torch._optimizer import State, coupled_rate
@@ -130,32 +130,32 @@ class FusedOptimizer(Optimizer):
         """Make the step of parameters that are equally far; return those that are left."""
         if kernels.is_traced():
             return parameters
-        states = [self.state.get(p, {}) for p in parameters]
-        grads = [cast("Tensor", parameter.grad) for parameter in parameters]
-        memory = self._find_memory(group, states, grads)
-        fan_ins = [_find_fan_in(p, marked.get(p)) for p in parameters]
+        memory, roles, axes = self._list_roles(group, parameters, marked)
         rule, numbers = self._find_numbers(group, stage)
-        lists = grads, parameters, *memory.values()
-        roles = [see_all(tensors, fan_ins, grads) for tensors in lists]
-        axes = [axes for _, axes in fan_ins]
         launches = kernels.find_launches(rule, roles, axes, self._options.reproducible)
         done = [k for k, found in enumerate(launches.run(roles, numbers)) if found is not None]
-        increment_version([tensors[k] for tensors in lists[1:] for k in done])
+        increment_version([x[k] for x in (parameters, *memory.values()) for k in done])
         for key, tensors in memory.items():
             for k in done:
-                states[k][key] = tensors[k]
+                self.state[parameters[k]][key] = tensors[k]
         if done and "exp_avg" in memory:
             one = torch.tensor(1.0, device="cpu")  # torch would make a tensor of a number for each
-            torch._foreach_add_([states[k]["step"] for k in done], one, alpha=1.0)
+            torch._foreach_add_([self.state[parameters[k]]["step"] for k in done], one, alpha=1.0)
         return [parameters[k] for k in sorted({*range(len(parameters))}.difference(done))]
 
-    def _find_memory(self, group: Group, states: list[State], grads: list[Tensor]) -> Any:
-        """List the state tensors under each key; missing ones are made."""
-        pairs = [*zip(states, grads, strict=True)]
-        return {
+    def _list_roles(
+        self, group: Group, parameters: list[Tensor], weights: Mapping[Tensor, Weight]
+    ) -> tuple[dict[str, list[Tensor]], list[list[Tensor]], list[tuple[int, ...]]]:
+        """List the state by key, all that the kernels get, and axes; make what is missing."""
+        grads = [p if p.grad is None else p.grad for p in parameters]
+        pairs = [(self.state.get(p, {}), g) for p, g in zip(parameters, grads, strict=True)]
+        memory = {
             key: [zeros_like(g) if s.get(key) is None else s[key] for s, g in pairs]
             for key in (() if group.get("momentum") == 0 else self._memory)
         }
+        fan_ins = [weights[p].fan_in if p in weights else (p.shape, ()) for p in parameters]
+        roles = [see_all(each, fan_ins, grads) for each in (grads, parameters, *memory.values())]
+        return memory, roles, [axes for _, axes in fan_ins]
 
     @torch.no_grad()
     def _find_fallback(self, group: Group) -> str:
@@ -166,9 +166,19 @@ class FusedOptimizer(Optimizer):
             weights = {w.parameter: w for w in self._centralization.weights()}
         except RuntimeError as error:  # a step would raise it
             return str(error)
-        trained = [p for p in group["params"] if p.requires_grad]
-        reasons = (self._why_not_parameter(group, p, weights.get(p)) for p in trained)
-        return next(filter(None, reasons), "")
+        for parameter in filter(attrgetter("requires_grad"), group["params"]):
+            state = self.state.get(parameter, {})
+            if state and self._find_stage(group, state) is None:
+                return "the state is from another optimizer, or the steps are counted on the GPU"
+            _, roles, (axes,) = self._list_roles(group, [parameter], weights)
+            grad, *beside = [x for (x,) in roles]
+            if not kernels.see(grad, axes, *beside):
+                return (
+                    f"the kernels do not take a {type(grad).__name__} of {grad.dtype} and shape "
+                    f"{tuple(grad.shape)} with strides {grad.stride()} on {grad.device}, or its "
+                    "parameter or state has another dtype, shape or strides"
+                )
+        return ""
 
     def _why_not(self, group: Group) -> str:
         """Say why the kernels step no parameter of a group; empty if they may step some."""
@@ -191,23 +201,6 @@ class FusedOptimizer(Optimizer):
         # Asked only if there is a parameter on CUDA: the answer makes a CUDA context.
         device = next((p.device for p in group["params"] if is_for_kernels(p)), None)
         return "no parameter on a CUDA device" if device is None else kernels.why_not(device)
-
-    def _why_not_parameter(self, group: Group, parameter: Tensor, weight: Weight | None) -> str:
-        # A gradient or state that is missing is taken to be like the parameter.
-        grad = parameter if parameter.grad is None else parameter.grad
-        state = self.state.get(parameter, {})
-        tensors = [grad, parameter]
-        if state:
-            if self._find_stage(group, state) is None:
-                return "the state is from another optimizer, or the steps are counted on the GPU"
-            tensors += chain(*self._find_memory(group, [state], [grad]).values())
-        if any(kernels.form(tensor) != kernels.form(parameter) for tensor in tensors):
-            return "a gradient or state differs from its parameter in dtype, shape or strides"
-        fan_in = _find_fan_in(parameter, weight)
-        if kernels.see(see_here(grad, fan_in, grad), fan_in[1]):
-            return ""
-        kind = f"{type(grad).__name__} of {grad.dtype} and shape {tuple(grad.shape)}"
-        return f"the kernels do not take a {kind} with strides {grad.stride()} on {grad.device}"
 
 
 class _StepHooks(GradientHooks):
@@ -235,10 +228,6 @@ class _CentralizationInStep(GradientCentralization):
     def _make_hooks(self) -> _StepHooks:
         self.hooks, self.weights = _StepHooks(self._targets, self._options), self._targets.weights
         return self.hooks
-
-
-def _find_fan_in(parameter: Tensor, weight: Weight | None) -> FanIn:
-    return (parameter.shape, ()) if weight is None else weight.fan_in
 
 
 def _sign_as(kind: type[Optimizer]) -> Signature:

@@ -17,16 +17,14 @@ struct Reader {
   const char* start;
   size_t offset;
 
-  template <typename T> size_t take(T* to, size_t count) {
+  template <typename T> void take(T* to, size_t count) {
     offset = (offset + alignof(T) - 1) / alignof(T) * alignof(T);
-    const size_t here = offset;
-    if (start) std::memcpy(to, start + here, count * sizeof(T));
+    if (start) std::memcpy(to, start + offset, count * sizeof(T));
     offset += count * sizeof(T);
-    return here;
   }
 };
 
-void read_work(const void* parameters, size_t matrices) {
+size_t read_work(const void* parameters, size_t matrices) {
   Reader reader{static_cast<const char*>(parameters), 0};
   reader.take(work.matrix, matrices);
   for (auto& arrays : work.arrays) reader.take(arrays, matrices);
@@ -36,6 +34,7 @@ void read_work(const void* parameters, size_t matrices) {
   reader.take(work.numbers, 7);
   reader.take(&work.partials, 1);
   reader.take(&work.matrices, 1);
+  return (reader.offset + 15) / 16 * 16;
 }
 
 template <typename Kernel> const char* launch(unsigned blocks, unsigned threads, bool falling) {
@@ -50,6 +49,7 @@ template <typename Kernel> const char* launch(unsigned blocks, unsigned threads,
 
 extern "C" const char* emulate(const char* kernel, int matrices, unsigned blocks, unsigned threads,
                                bool falling, const void* parameters, emulated::Counts* counts) {
+  if (read_work(nullptr, MATRICES) != sizeof(Wanted)) return "the parameters hold something else";
   read_work(parameters, matrices);
   if (work.matrices > matrices) return "more matrices than the kernel was compiled for";
   const char* fault = "there is no such kernel";

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gcx.backends.cuda.compiler import make_options
+from gcx.backends.cuda.launcher import make_options
 
 import rules_in_numpy
 from emulated_cuda import EmulatedDriver
@@ -54,6 +54,11 @@ class Variant(NamedTuple):
         return 8 if "16" in self.dtype else 4 if self.dtype == "float32" else 2
 
     @property
+    def wide(self) -> Any:
+        """The dtype of sums."""
+        return np.float64 if self.dtype == "float64" else np.float32
+
+    @property
     def threads(self) -> int:
         """Number of threads in a block."""
         return SEGMENT // 8 // self.pack if self.kernel == "long_rows" else 256
@@ -90,6 +95,28 @@ def work_type(variant: Variant, matrices: int) -> type[ctypes.Structure]:
     return type("Work", (ctypes.Structure,), {"_fields_": fields})
 
 
+def make_work(
+    variant: Variant,
+    most: int,
+    matrices: Sequence[tuple[int, int, int]],
+    addresses: Sequence[Sequence[int]],
+    numbers: Sequence[float],
+) -> tuple[Any, int]:
+    """Fill the structure for matrices of units, fan-in and step; count the blocks too."""
+    work = work_type(variant, most)()
+    blocks = 0
+    for m, (units, fan_in, step) in enumerate(matrices):
+        count, shares = variant.cut(units, fan_in)
+        work.matrix[m][:] = units, fan_in, step, shares
+        for role, of_role in enumerate(addresses):
+            work.arrays[role][m] = of_role[m]
+        work.first_tile[m] = blocks
+        blocks += count
+    work.numbers[: len(numbers)] = numbers
+    work.matrices = len(matrices)
+    return work, blocks
+
+
 def check(
     drivers: Sequence[EmulatedDriver],
     variant: Variant,
@@ -105,34 +132,25 @@ def check(
     fill = fill or random_numbers
     numbers = numbers or NUMBERS[rule]
     random = np.random.default_rng(0)
-    wide = np.float64 if dtype == "float64" else np.float32
-    lists, old, expected = [], [], []
+    lists = []
     for matrix in matrices:
         arrays = {role: Array(matrix, role, variant, margin) for role in ROLES[rule]}
         for role, array in arrays.items():
-            array.whole[...] = fill(random, array.whole.size, dtype, role)
-        wanted = {role: array.whole.copy() for role, array in arrays.items()}
+            array.old[...] = fill(random, array.old.size, dtype, role)
+            array.wanted[...] = array.old
         with np.errstate(all="ignore"):
-            before = {role: array.view(wanted[role]).astype(wide) for role, array in arrays.items()}
+            before = {role: x.view(x.old).astype(variant.wide) for role, x in arrays.items()}
             result = rules_in_numpy.apply(rule, before, numbers, centralized=kernel != "flat")
             for role, values in result.items():
-                arrays[role].view(wanted[role])[...] = values
+                arrays[role].view(arrays[role].wanted)[...] = values
         lists.append(arrays)
-        old += [array.whole.copy() for array in arrays.values()]
-        expected += wanted.values()
-    every = [
-        (m, role, array) for m, a in zip(matrices, lists, strict=True) for role, array in a.items()
-    ]
+    every = [array for arrays in lists for array in arrays.values()]
     for driver in drivers:
-        for (_, _, array), numbers_before in zip(every, old, strict=True):
-            array.whole[...] = numbers_before
+        for array in every:
+            array.whole[...] = array.old
         _launch(driver, source, variant, matrices, lists, numbers)
-        for (matrix, role, array), wanted_bits in zip(every, expected, strict=True):
-            try:
-                assert_same_bits(array.whole, wanted_bits)
-            except AssertionError as error:
-                error.add_note(f"{kernel}, {matrix}, {role}")
-                raise
+        for array in every:
+            assert_same_bits(array.whole, array.wanted)
 
 
 class Array:
@@ -152,6 +170,7 @@ class Array:
         start = -(whole.ctypes.data // kind.itemsize + margin) % variant.pack
         # Without a margin, memory ends behind the last element: a sanitizer watches it.
         self.whole = whole[start : start + size]
+        self.old, self.wanted = np.empty_like(self.whole), np.empty_like(self.whole)
         self.address = self.whole.ctypes.data + self._start * kind.itemsize
 
     def view(self, whole: Any) -> Any:
@@ -163,27 +182,14 @@ class Array:
 
 
 def _launch(
-    driver: EmulatedDriver,
-    source: str,
-    variant: Variant,
-    matrices: Sequence[Matrix],
-    *arguments: Any,
+    driver: EmulatedDriver, source: str, variant: Variant, matrices: Sequence[Matrix], *given: Any
 ) -> None:
-    lists, numbers = arguments
+    lists, numbers = given
     most = len(matrices) + 3
-    work = work_type(variant, most)()
-    blocks = 0
-    for m, (matrix, arrays) in enumerate(zip(matrices, lists, strict=True)):
-        count, shares = variant.cut(matrix.units, matrix.fan_in)
-        work.matrix[m][:] = matrix.units, matrix.fan_in, arrays["grad"].step, shares
-        for r, array in enumerate(arrays.values()):
-            work.arrays[r][m] = array.address
-        work.first_tile[m] = blocks
-        blocks += count
-    work.numbers[: len(numbers)] = numbers
-    work.matrices = len(matrices)
-    wide = np.float64 if variant.dtype == "float64" else np.float32
-    partials = np.full(blocks * 8 * variant.pack, np.nan, wide)
+    shapes = [(m.units, m.fan_in, x["grad"].step) for m, x in zip(matrices, lists, strict=True)]
+    addresses = [[arrays[role].address for arrays in lists] for role in ROLES[variant.rule]]
+    work, blocks = make_work(variant, most, shapes, addresses, numbers)
+    partials = np.full(blocks * 8 * variant.pack, np.nan, variant.wide)
     work.partials = partials.ctypes.data
     parameters = ctypes.c_void_p(ctypes.addressof(work))
     size = (blocks, 1, 1, variant.threads, 1, 1)

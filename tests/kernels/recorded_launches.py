@@ -8,25 +8,23 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from itertools import count
-from struct import unpack_from
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from gcx.backends.cuda import drivers
-from gcx.backends.cuda.compiler import load_kernel, make_options
-from gcx.backends.cuda.launcher import Launcher, Schedule, Traits
-from gcx.backends.cuda.tables import count_matrices
-from gcx.backends.cuda.walks import Matrix, Walk
+from gcx.backends.cuda.launcher import Launcher, Schedule, Traits, load_kernel, make_options
+from gcx.backends.cuda.tables import Matrix, Walk, count_matrices
 
-from launched import NUMBERS, Variant, work_type
+from launched import NUMBERS, Variant, make_work, work_type
 from rules_in_numpy import ROLES
 
+DRIVERS = {"cuda.bindings": "gcx.backends._torch_driver", "cupy": "gcx.backends._cupy"}
 CAPABILITY = (9, 0)
 SMALL, LARGE = 4096, 32764  # bytes of parameters
 CENTRALIZED = ("rows", "columns", "column_sums", "split_columns")
@@ -35,6 +33,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 # Units and fan-in.
 SHAPES = {"rows": [(64, 147), (7, 576)], "columns": [(32, 9), (5, 64)], "flat": [(1, 1000)]}
 SPLIT = [(40, 300), (33, 1024)]
+ADDRESS = 0x7F0000000000
 
 
 class Record(ctypes.Structure):
@@ -73,45 +72,47 @@ class Launch(NamedTuple):
 
 
 class Recorded:
-    """A driver whose calls end in cuda_driver.c; also the host."""
+    """Mixin for a driver: its calls end in cuda_driver.c, and its devices are not there."""
 
-    out_of_memory = MemoryError
+    is_capturing = staticmethod(lambda: False)
+    library: Any = None
 
-    def __init__(self, library: str, package: str) -> None:
-        self.driver: Any = {"cuda.bindings": drivers.Bindings, "cupy": drivers.Cupy}[package]()
-        self.codes: dict[bytes, Kernel] = {}
-        versions, self.driver.versions = self.driver.versions, lambda: (self._nvrtc(), 0)
-        for kernel in needed_kernels():
-            options = make_options(*kernel, CAPABILITY)
-            code = load_kernel(self.driver, options, bytes)
-            self.codes[code] = kernel
-        self.driver.versions = versions
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self.device, self.allocated = 0, count(0xA000000, 0x100000)
+        codes = {load_kernel(self, 0, make_options(*k, CAPABILITY)): k for k in needed_kernels()}
+        self.codes: dict[bytes, Kernel] = codes
+        self.kernels: dict[int, Kernel] = {}
         self.library = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
         self.records = (Record * 1000).in_dll(self.library, "records")
         self.sizes = (ctypes.c_int * 1000).in_dll(self.library, "bytes_of")
-        self.kernels: dict[int, Kernel] = {}
-        self.device, self.allocated = 0, count(0xA000000, 0x100000)
-        load, self.driver.load = self.driver.load, lambda *arguments: self._note(load, *arguments)
-        if package == "cupy":  # its runtime wants a real driver
-            self.driver._runtime = SimpleNamespace(
-                setDevice=self._set_device, driverGetVersion=lambda: self.number("version").value
+        if hasattr(self, "_runtime"):  # CuPy's wants a real driver
+            driver_version = lambda: self.number("version").value  # noqa: E731
+            self._runtime = SimpleNamespace(
+                setDevice=self.set_device, driverGetVersion=driver_version
             )
-        self.launcher = Launcher(self.driver, self)
 
-    def _nvrtc(self) -> int:
-        nvrtc = self.driver._nvrtc
-        ask = getattr(nvrtc, "getVersion", None) or nvrtc.nvrtcVersion
+    def versions(self) -> Any:
+        if self.library is not None:
+            return super().versions()  # type: ignore[misc]
+        ask = getattr(self._nvrtc, "getVersion", None) or self._nvrtc.nvrtcVersion
         *_, major, minor = ask()
-        return int(1000 * major + 10 * minor)
+        return 1000 * major + 10 * minor, 0
 
-    def _note(self, load: Any, device: int, code: bytes) -> Any:
-        found = load(device, code)
-        kernel = self.codes[code]
-        self.kernels[int(found)] = kernel
-        self.sizes[int(found)] = parameter_bytes(code)
+    def compile(self, source: str, options: Sequence[str], /) -> Any:
+        assert self.library is None
+        return super().compile(source, options)  # type: ignore[misc]
+
+    def load(self, device: int, code: bytes) -> Any:
+        if self.library is None:
+            return code
+        found = super().load(device, code)  # type: ignore[misc]
+        kernel = self.kernels[int(found)] = self.codes[code]
+        variant = Variant(kernel.name, kernel.rule, kernel.dtype)
+        self.sizes[int(found)] = len(bytes_of(work_type(variant, kernel.matrices)()))
         return found
 
-    def _set_device(self, device: int) -> None:
+    def set_device(self, device: int) -> None:
         self.library.cuCtxSetCurrent(ctypes.c_void_p(0x100 + device))
 
     def number(self, name: str) -> Any:
@@ -125,31 +126,25 @@ class Recorded:
             assert list(record.grid[1:]) == list(record.block[1:]) == [1, 1]
             assert record.shared == record.extra == 0
             shape = (record.grid[0], record.block[0], record.stream, record.context)
-            size = self.sizes[record.kernel]
-            kernel = self.kernels[record.kernel]
-            found.append(Launch(kernel, *shape, bytes(record.parameters)[:size]))
+            parameters = bytes(record.parameters)[: self.sizes[record.kernel]]
+            found.append(Launch(self.kernels[record.kernel], *shape, parameters))
         number.value = 0
         return found
-
-    # The host
 
     @contextmanager
     def current(self, device: int) -> Iterator[None]:
         before, self.device = self.device, device
-        self._set_device(device)
+        self.set_device(device)
         yield
-        self._set_device(before)
+        self.set_device(before)
         self.device = before
 
-    def capability(self, device: int) -> tuple[int, int]:
+    def capability(self, _: int) -> tuple[int, int]:
         return CAPABILITY
 
     def stream(self, device: int) -> int:
         assert device == self.device
         return 0x50 + device
-
-    def is_capturing(self) -> bool:
-        return False
 
     def allocate(self, device: int, size: int) -> tuple[int, object]:
         assert device == self.device
@@ -165,35 +160,20 @@ def needed_kernels() -> Iterator[Kernel]:
         yield Kernel("rows", rule, "float32", count_matrices(rule, LARGE))
 
 
-def parameter_bytes(code: bytes) -> int:
-    """Read the size of a kernel's parameters from its cubin, an ELF file."""
-    (table,) = unpack_from("<Q", code, 40)
-    width, number, names = unpack_from("<3H", code, 58)
-    sections = [unpack_from("<IIQQQQ", code, table + k * width) for k in range(number)]
-    at = {
-        code[sections[names][4] + section[0] :].partition(b"\0")[0]: section for section in sections
-    }
-    *_, start, size = at[b".nv.info.gcx_kernel"]
-    place = start
-    while place < start + size:
-        kind, name, value = unpack_from("<BBH", code, place)
-        if name == 0x19:  # EIATTR_CBANK_PARAM_SIZE
-            return int(value)
-        place += 4 + (value if kind == 4 else 0)
-    raise AssertionError(code)
+def bytes_of(work: Any) -> bytes:
+    return bytes(work) + bytes(-len(bytes(work)) % 16)  # its records are aligned
 
 
 def traits(
     kind: str, shapes: Sequence[tuple[int, int]], dtype: str, device: int = 0
 ) -> list[Traits]:
-    found = []
-    for units, fan_in in shapes:
-        step = 0 if kind == "flat" else units if kind == "columns" else fan_in
-        found.append((device, dtype, Walk(kind, (Matrix(0, units, fan_in, step),))))
-    return found
+    steps = {"flat": lambda units, fan_in: 0, "columns": lambda units, fan_in: units}
+    find_step: Callable[[int, int], int] = steps.get(kind, lambda units, fan_in: fan_in)
+    matrices = [Matrix(0, *shape, find_step(*shape)) for shape in shapes]
+    return [(device, dtype, Walk(kind, (matrix,))) for matrix in matrices]
 
 
-def addresses_of(rule: str, arrays: int, start: int) -> list[list[int]]:
+def addresses_of(rule: str, arrays: int, start: int = ADDRESS) -> list[list[int]]:
     return [
         [start + (role << 32) + (k << 16) + 4 * k for k in range(arrays)]
         for role in range(len(ROLES[rule]))
@@ -206,78 +186,63 @@ def expected(
     arrays: Sequence[Traits],
     addresses: Sequence[Sequence[int]],
     *,
-    most: int,
+    size: int = SMALL,
     partials: int = 0,
 ) -> list[Launch]:
     """Write down the launches of arrays that fit in one, by another description of Work."""
     device, dtype, _ = arrays[0]
     variant = Variant("split columns" if len(names) > 1 else names[0], rule, dtype)
-    work = work_type(variant, most)()
-    blocks = 0
-    for m, (_, _, walk) in enumerate(arrays):
-        _, units, fan_in, step = walk.matrices[0]
-        number, shares = variant.cut(units, fan_in)
-        work.matrix[m][:] = units, fan_in, step, shares
-        for role, of_role in enumerate(addresses):
-            work.arrays[role][m] = of_role[m]
-        work.first_tile[m] = blocks
-        blocks += number
-    work.numbers[: len(NUMBERS[rule])] = NUMBERS[rule]
-    work.partials, work.matrices = partials, len(arrays)
-    shape = (blocks, variant.threads, 0x50 + device, 0x100 + device)
-    kernels = [Kernel(name, rule, dtype, most) for name in names]
-    parameters = bytes(work) + bytes(-len(bytes(work)) % 16)  # its records are aligned
-    return [Launch(kernel, *shape, parameters) for kernel in kernels]
+    most = count_matrices(rule, size)
+    shapes = [walk.matrices[0][1:] for *_, walk in arrays]
+    work, blocks = make_work(variant, most, shapes, addresses, NUMBERS[rule])
+    work.partials = partials
+    shape = (blocks, variant.threads, 0x50 + device, 0x100 + device, bytes_of(work))
+    return [Launch(Kernel(name, rule, dtype, most), *shape) for name in names]
 
 
 # Checks
 
 
-def rules(recorded: Recorded) -> None:
+def rules(recorded: Any) -> None:
     """Every rule and dtype, by each kind of kernel, twice at other addresses."""
     for rule, kernels in RULES.items():
-        most = count_matrices(rule, SMALL)
         for dtype in DTYPES:
             for kind in [name for name in kernels if name in SHAPES]:
                 arrays = traits(kind, SHAPES[kind], dtype)
-                schedule = Schedule(recorded.launcher, rule, arrays)
-                for start in (0x7F0000000000, 0x7E0000000010):
+                schedule = Schedule(Launcher(recorded), rule, arrays)
+                for start in (ADDRESS, 0x7E0000000010):
                     addresses = addresses_of(rule, len(arrays), start)
                     assert schedule.run(addresses, NUMBERS[rule]) == []
                     found = recorded.take()
-                    assert found == expected([kind], rule, arrays, addresses, most=most)
+                    assert found == expected([kind], rule, arrays, addresses)
                     assert len(found[0].parameters) <= SMALL
 
 
-def split_columns(recorded: Recorded) -> None:
+def split_columns(recorded: Any) -> None:
     """Two kernels share new memory for their sums."""
-    most = count_matrices("Store", SMALL)
+    addresses = addresses_of("Store", 2)
     for dtype in DTYPES:
         arrays = traits("columns", SPLIT, dtype)
-        schedule = Schedule(recorded.launcher, "Store", arrays)
-        for _ in range(2):
-            addresses = addresses_of("Store", 2, 0x7F0000000000)
-            partials = next(recorded.allocated)
-            recorded.allocated = count(partials, 0x100000)
+        schedule = Schedule(Launcher(recorded), "Store", arrays)
+        for start in (0xB000000, 0xC000000):
+            recorded.allocated = count(start, 0x100000)
             assert schedule.run(addresses, NUMBERS["Store"]) == []
             names = ["column_sums", "split_columns"]
-            assert recorded.take() == expected(
-                names, "Store", arrays, addresses, most=most, partials=partials
-            )
+            wanted = expected(names, "Store", arrays, addresses, partials=start)
+            assert recorded.take() == wanted
 
 
-def sizes(recorded: Recorded) -> None:
+def sizes(recorded: Any) -> None:
     """32 KB of parameters in one launch, or 4 KB in each of several on older drivers."""
     for rule in RULES:
         small, large = (count_matrices(rule, size) for size in (SMALL, LARGE))
-        arrays = traits("rows", [(5, 12)] * large, "float32")
-        addresses = addresses_of(rule, large, 0x7F0000000000)
-        assert Schedule(recorded.launcher, rule, arrays).run(addresses, NUMBERS[rule]) == []
+        arrays, addresses = traits("rows", [(5, 12)] * large, "float32"), addresses_of(rule, large)
+        assert Schedule(Launcher(recorded), rule, arrays).run(addresses, NUMBERS[rule]) == []
         (found,) = recorded.take()
-        assert [found] == expected(["rows"], rule, arrays, addresses, most=large)
+        assert [found] == expected(["rows"], rule, arrays, addresses, size=LARGE)
         assert SMALL < len(found.parameters) <= LARGE
         recorded.number("version").value = 12000
-        older = Launcher(recorded.driver, recorded)
+        older = Launcher(recorded)
         recorded.number("version").value = 13000
         assert Schedule(older, rule, arrays).run(addresses, NUMBERS[rule]) == []
         several = recorded.take()
@@ -285,54 +250,50 @@ def sizes(recorded: Recorded) -> None:
         for k, each in enumerate(several):
             part = slice(k * small, (k + 1) * small)
             at = [of_role[part] for of_role in addresses]
-            assert [each] == expected(["rows"], rule, arrays[part], at, most=small)
+            assert [each] == expected(["rows"], rule, arrays[part], at)
             assert len(each.parameters) <= SMALL
 
 
-def devices(recorded: Recorded) -> None:
+def devices(recorded: Any) -> None:
     """Each device gets its arrays, on its own stream and in its own context."""
     both = [traits("rows", SHAPES["rows"], "float32", device) for device in (0, 1)]
     arrays = [both[0][0], both[1][0], both[1][1], both[0][1]]
-    addresses = addresses_of("Store", 4, 0x7F0000000000)
-    assert Schedule(recorded.launcher, "Store", arrays).run(addresses, NUMBERS["Store"]) == []
-    most = count_matrices("Store", SMALL)
+    addresses = addresses_of("Store", 4)
+    assert Schedule(Launcher(recorded), "Store", arrays).run(addresses, NUMBERS["Store"]) == []
     wanted = []
     for places in ([0, 3], [1, 2]):
         at = [[of_role[k] for k in places] for of_role in addresses]
-        wanted += expected(["rows"], "Store", [arrays[k] for k in places], at, most=most)
+        wanted += expected(["rows"], "Store", [arrays[k] for k in places], at)
     assert recorded.take() == wanted
 
 
-def threads(recorded: Recorded) -> None:
+def threads(recorded: Any) -> None:
     """Each thread without a context gets its device's context once."""
-    arrays = traits("rows", SHAPES["rows"], "float32", 1)
-    schedule = Schedule(recorded.launcher, "Store", arrays)
-    addresses = addresses_of("Store", 2, 0x7F0000000000)
-    errors: list[str] = []
+    arrays, addresses = traits("rows", SHAPES["rows"], "float32", 1), addresses_of("Store", 2)
+    schedule = Schedule(Launcher(recorded), "Store", arrays)
+    recorded.current, recorded.device = nullcontext, 1
+    errors: list[object] = []
 
     def run() -> None:
-        recorded.current = nullcontext  # type: ignore[method-assign,assignment]
-        recorded.device = 1
         with warnings.catch_warnings(record=True) as told:
             for _ in range(3):
                 schedule.run(addresses, NUMBERS["Store"])
-        errors.extend(str(warning.message) for warning in told)
+        errors.extend(warning.message for warning in told)
 
     for _ in range(2):
         thread = Thread(target=run)
         thread.start()
         thread.join()
     assert not errors, errors
-    most = count_matrices("Store", SMALL)
-    assert recorded.take() == expected(["rows"], "Store", arrays, addresses, most=most) * 6
+    assert recorded.take() == expected(["rows"], "Store", arrays, addresses) * 6
     assert recorded.number("retained").value in (0, 2)  # CuPy has set the device itself
 
 
-def errors(recorded: Recorded) -> None:
+def errors(recorded: Any) -> None:
     """An error is kept with its name; a lack of memory is raised, and the next launch goes on."""
-    arrays = traits("rows", SHAPES["rows"], "float32")
-    schedule = Schedule(recorded.launcher, "Store", arrays)
-    addresses = addresses_of("Store", 2, 0x7F0000000000)
+    arrays, addresses = traits("rows", SHAPES["rows"], "float32"), addresses_of("Store", 2)
+    launcher = Launcher(recorded)
+    schedule = Schedule(launcher, "Store", arrays)
     for function in ("error_of_load", "error_of_launch"):
         recorded.number(function).value = 2
         with pytest.raises(MemoryError, match="CUDA_ERROR_OUT_OF_MEMORY"):
@@ -341,12 +302,10 @@ def errors(recorded: Recorded) -> None:
         assert schedule.run(addresses, NUMBERS["Store"]) == []
     recorded.take()
     recorded.number("error_of_launch").value = 700
-    with warnings.catch_warnings(record=True) as told:
-        for _ in range(2):
-            assert schedule.run(addresses, NUMBERS["Store"]) == [0, 1]
-    (warning,) = told
-    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(warning.message)
-    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in recorded.launcher.failures[0]
+    with pytest.warns(RuntimeWarning, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        assert schedule.run(addresses, NUMBERS["Store"]) == [0, 1]
+    assert schedule.run(addresses, NUMBERS["Store"]) == [0, 1]  # a warning is an error
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in launcher.failures[0]
     assert recorded.take() == []
 
 
@@ -354,5 +313,7 @@ CHECKS = (rules, split_columns, sizes, devices, threads, errors)
 
 if __name__ == "__main__":
     path, package, name = sys.argv[1:]
+    driver = import_module(DRIVERS[package]).Driver
     (check,) = (each for each in CHECKS if each.__name__ == name)
-    check(Recorded(path, package))
+    warnings.simplefilter("error")
+    check(type("Host", (Recorded, driver), {})(path))

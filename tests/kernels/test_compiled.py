@@ -12,7 +12,7 @@ from cuda.bindings import nvrtc
 
 from canonical_order import DTYPES
 from launched import SOURCE, Variant
-from rules_in_numpy import ROLES, RULES
+from rules_in_numpy import RULES
 
 
 class Compiled(NamedTuple):
@@ -89,19 +89,6 @@ def test_nothing_to_find(architecture: int, dtype: str, rule: str) -> None:
         variant = Variant(kernel, rule, dtype)
         found = findings(variant, compile_kernel(SOURCE, variant.options(64, architecture)))
         assert list(found) == [], (variant, architecture)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule", RULES)
-def test_parameters_of_two_sizes(rule: str, dtype: str) -> None:
-    numbers = 9 * (8 if dtype == "float64" or rule.startswith("Sgd") else 4) + 12
-    of_matrix = 20 + 8 * len(ROLES[rule])
-    for size in (4096, 32764):
-        variant = Variant("flat", rule, dtype)
-        most = (size - numbers - 12) // of_matrix // 4 * 4
-        compile_kernel(SOURCE, variant.options(most))
-    with pytest.raises(AssertionError, match="parameter"):
-        compile_kernel(SOURCE, variant.options(most + 16))
 
 
 def findings(variant: Variant, compiled: Compiled) -> Iterator[str]:

@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gcx
-from gcx.backends import _torch
+from gcx.backends import _torch, _torch_cuda
+from gcx.backends.cuda.launcher import Schedule
+from gcx.torch import SGD
 
 from torch_kernels import Device, make_device  # noqa: F401 - for the fixture `device`
 
@@ -50,19 +53,27 @@ def call_backend(grads: list[Tensor], out: Any) -> None:
     _torch.centralize_many(grads, [(1,)] * len(grads), 1.0, out or [None] * len(grads), False)
 
 
-def call_public_function(grads: list[Tensor], out: Any) -> None:
-    """A list in the form of the last one is not checked again."""
-    gcx.centralize_many(grads, out=out)
-
-
-@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (call_public_function, 20)])
+# The public function does not check a list in the form of the last one again.
+@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (gcx.centralize_many, 20)])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_frames(call: Callable[..., None], most: int, in_place: bool, device: Device) -> None:
     found = set()
     for count in (2, 54):
         grads = [torch.ones(4, 8 * k) for k in range(1, count + 1)]
-        out = grads if in_place else None
-        found.add(count_frames(device, partial(call, grads, out)))
+        found.add(count_frames(device, partial(call, grads, out=grads if in_place else None)))
     ((started, around),) = found
     assert started <= most
     assert around <= 12
+
+
+def test_lists_are_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock(wraps=Schedule)
+    monkeypatch.setattr(_torch_cuda, "Schedule", made)
+    layers = nn.ModuleList([nn.Linear(2, 3 + k // 2) for k in range(20)])  # two of each
+    optimizer = SGD(layers)
+    for layer in (*layers, *layers):
+        optimizer.zero_grad()
+        layer(torch.ones(2)).sum().backward()
+        optimizer.step()
+    assert made.call_count == 10
+    assert device.tensors == {"Sgd": 80}

@@ -8,7 +8,6 @@ fused as nvcc fuses them. `python -m benchmarks gpu --check` has the same shapes
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,35 +51,24 @@ def adamw_of_kernels(t: int, grad: Any, x: Arrays) -> Arrays:
     return step_adamw(grad, x, (1.0, decay, beta1, beta2, step_size, np.sqrt(correction2), EPS))
 
 
-def adamw(step: Callable[[int, Any, Arrays], Arrays], *, is_centralized: bool) -> Any:
-    def run(t: int, grad: Any, x: Arrays) -> Arrays:
-        return step(t, grad - mean(grad) if is_centralized else grad, x)
-
-    return run
-
-
-def sgd_of_torch(*, is_centralized: bool) -> Any:
-    def run(t: int, grad: Any, x: Arrays) -> Arrays:
-        """Takes a gradient that was centralized together with the weight decay."""
-        if is_centralized:
-            grad = grad - mean(fma(f32(SGD_DECAY), x["weight"], grad))
-        wide = {role: array.astype(f64) for role, array in x.items()}
-        grad = fma(f64(SGD_DECAY), wide["weight"], grad.astype(f64)).astype(f32).astype(f64)
-        buffer = grad if t == 1 else fma(f64(MOMENTUM), wide["buffer"], grad)
-        nesterov = fma(f64(MOMENTUM), buffer, grad).astype(f32).astype(f64)
-        weight = fma(f64(-SGD_LR), nesterov, wide["weight"]).astype(f32)
-        return {"weight": weight, "buffer": buffer.astype(f32)}
-
-    return run
+def sgd_of_torch(t: int, grad: Any, x: Arrays) -> Arrays:
+    wide = {role: array.astype(f64) for role, array in x.items()}
+    grad = fma(f64(SGD_DECAY), wide["weight"], grad.astype(f64)).astype(f32).astype(f64)
+    buffer = grad if t == 1 else fma(f64(MOMENTUM), wide["buffer"], grad)
+    nesterov = fma(f64(MOMENTUM), buffer, grad).astype(f32).astype(f64)
+    weight = fma(f64(-SGD_LR), nesterov, wide["weight"]).astype(f32)
+    return {"weight": weight, "buffer": buffer.astype(f32)}
 
 
-def sgd_of_kernels(*, is_centralized: bool) -> Any:
-    def run(t: int, grad: Any, x: Arrays) -> Arrays:
-        if is_centralized:
-            grad = grad - mean(fma(f32(SGD_DECAY), x["weight"], grad))
-        return step_sgd(grad, x, (1.0, -SGD_LR, MOMENTUM, 1.0, float(t == 1), 1.0), SGD_DECAY)
+def sgd_of_kernels(t: int, grad: Any, x: Arrays) -> Arrays:
+    return step_sgd(grad, x, (1.0, -SGD_LR, MOMENTUM, 1.0, float(t == 1), 1.0), SGD_DECAY)
 
-    return run
+
+# The two steps, the state beside the weights, and the rate of decay in the mean.
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": ((adamw_of_torch, adamw_of_kernels), ("exp_avg", "exp_avg_sq"), 0.0),
+    "SGD": ((sgd_of_torch, sgd_of_kernels), ("buffer",), SGD_DECAY),
+}
 
 
 def powf(base: Any, exponent: int) -> Any:
@@ -91,36 +79,27 @@ def powf(base: Any, exponent: int) -> Any:
     return f32(float(base) ** exponent)
 
 
-def mean(x: Any) -> Any:
+def centralized(grad: Any, weight: Any, rate: float) -> Any:
     """In any order, as both steps have the same mean."""
-    return x.mean(axis=1, keepdims=True, dtype=f32)
-
-
-def gradients(shape: tuple[int, int], random: Any) -> Iterator[Any]:
-    for _ in range(STEPS):
-        yield random.standard_normal(shape, dtype=f32)
+    return grad - fma(f32(rate), weight, grad).mean(axis=1, keepdims=True, dtype=f32)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_distance_after_many_steps(optimizer: str, shape: tuple[int, int]) -> None:
+    steps, state, rate = OPTIMIZERS[optimizer]
     is_centralized = shape[0] > 1
     random = np.random.default_rng(0)
     bound = shape[1] ** -0.5
-    weight = (
-        random.uniform(-bound, bound, shape).astype(f32) if is_centralized else np.ones(shape, f32)
-    )
-    state = ("exp_avg", "exp_avg_sq") if optimizer == "AdamW" else ("buffer",)
-    start = {"weight": weight, **{role: np.zeros(shape, f32) for role in state}}
-    if optimizer == "AdamW":
-        steps = [
-            adamw(s, is_centralized=is_centralized) for s in (adamw_of_torch, adamw_of_kernels)
-        ]
-    else:
-        steps = [make(is_centralized=is_centralized) for make in (sgd_of_torch, sgd_of_kernels)]
+    drawn = random.uniform(-bound, bound, shape).astype(f32)
+    start = {"weight": drawn if is_centralized else np.ones(shape, f32)}
+    start |= {role: np.zeros(shape, f32) for role in state}
     arrays = [start, start]
-    for t, grad in enumerate(gradients(shape, random), 1):
-        arrays = [step(t, grad, x) for step, x in zip(steps, arrays, strict=True)]
+    for t in range(1, STEPS + 1):
+        grad = random.standard_normal(shape, dtype=f32)
+        for k, (step, x) in enumerate(zip(steps, arrays, strict=True)):
+            used = centralized(grad, x["weight"], rate) if is_centralized else grad
+            arrays[k] = step(t, used, x)
     one, other = (x["weight"].astype(f64) for x in arrays)
     largest = np.maximum(abs(one), abs(other)).max(axis=1, keepdims=True)
     distance = (abs(one - other) / np.spacing(largest.astype(f32))).max()

@@ -1,8 +1,7 @@
 // Gradient Centralization for a list of tensors, alone or inside the step of AdamW or SGD.
 //
 // One source for torch and CuPy. NVRTC compiles it without headers: one kernel and one rule at a
-// time, for one type of ELEMENT (see compiler.py). Use --fmad=false, and neither -ftz=true nor
-// -use_fast_math.
+// time, for one type of ELEMENT, with the options of launcher.py.
 //
 // Each block takes one tile of one matrix, sums over the fan-in, and applies a rule. The kernels:
 //
@@ -63,7 +62,7 @@ struct alignas(16) Matrix {
   int shares;  // rows: threads that share a row; columns: tiles that share a segment of a panel
 };
 
-// launcher.py has the same structure.
+// tables.py has the same structure.
 template <typename Rule> struct Work {
   Matrix matrix[MATRICES];
   void* arrays[Rule::ROLES][MATRICES];
@@ -136,6 +135,8 @@ struct RowWalk {
   int left;        // elements of the row, from the thread's first element on
   int step, next;  // from one pack of the thread to the next; from one element of a pack to the next
   bool packed;     // packs are moved whole
+  DEVICE RowWalk(int left, int threads, bool packed)
+      : left(left), step(threads * V), next(packed ? 1 : threads), packed(packed) {}
   DEVICE long long at(int k, int v) const { return k * step + v * next; }
   DEVICE bool has(int k, int v) const { return k * step + v * next < left; }
 };
@@ -396,28 +397,23 @@ template <int N> DEVICE Wide sum_row(Wide (&sums)[V], bool packed, Wide* shared)
 // ---- kernels: threads of a block, and packs of a thread ---------------------------------------------
 
 template <int T, int K> struct Shape { static constexpr int THREADS = T, PACKS = K; };
-typedef Shape<256, 8> Rows;
-typedef Shape<SEGMENT / 8 / V, 8> LongRows;  // one segment
-typedef Shape<256, (V > 4 ? 4 : 8)> Columns;
-typedef Shape<256, 4> Flat;
 
-#define START(Kind, block, sizes)                                                  \
-  constexpr int T = Kind::THREADS, K = Kind::PACKS;                                \
+#define START(block, sizes)                                                        \
+  constexpr int T = Shape::THREADS, K = Shape::PACKS;                              \
   const int m = find_matrix(work, block), tile = (block) - work.first_tile[m];     \
   const Matrix matrix = work.matrix[m];                                            \
   const bool packed = is_packed<Rule>(work, m, sizes);                             \
   Pack held[K];                                                                    \
   Wide means[V];
 
-template <typename Rule> struct rows : Rows {
+template <typename Rule> struct rows : Shape<256, 8> {
   static constexpr int BLOCKS = Rule::BLOCKS;
   DEVICE static void run(const Work<Rule>& work) {
-    START(Rows, blockIdx.x, matrix.step | matrix.fan_in)
+    START(blockIdx.x, matrix.step | matrix.fan_in)
     SHARED(Wide, shared, T);
     const int threads = matrix.shares, unit = (tile * T + threadIdx.x) / threads;
     const int first = first_in_row(packed, threads);
-    const RowWalk walk{(unit < matrix.units ? matrix.fan_in : 0) - first, threads * V,
-                       packed ? 1 : threads, packed};
+    const RowWalk walk((unit < matrix.units ? matrix.fan_in : 0) - first, threads, packed);
     const Arrays<Rule> arrays(work, m, static_cast<long long>(unit) * matrix.step + first);
     load(held, arrays.at[0], walk, 0);
     sum_packs<Rule>(means, held, arrays, walk, work.rate);
@@ -434,14 +430,14 @@ template <typename Rule> struct rows : Rows {
 };
 
 // Segments use the two halves of `shared` in turn, so one barrier a segment is enough.
-template <typename Rule> struct long_rows : LongRows {
-  static constexpr int BLOCKS = (Rule::BLOCKS * 256 + LongRows::THREADS - 1) / LongRows::THREADS;
+template <typename Rule> struct long_rows : Shape<SEGMENT / 8 / V, 8> {  // one segment
+  static constexpr int BLOCKS = (Rule::BLOCKS * 256 + THREADS - 1) / THREADS;
   DEVICE static void run(const Work<Rule>& work) {
-    START(LongRows, blockIdx.x, matrix.step | matrix.fan_in)
+    START(blockIdx.x, matrix.step | matrix.fan_in)
     SHARED(Wide, shared, 2 * T);
     const int first = first_in_row(packed, T);
     Arrays<Rule> arrays(work, m, static_cast<long long>(tile) * matrix.step + first);
-    RowWalk walk{matrix.fan_in - first, T * V, packed ? 1 : T, packed};
+    RowWalk walk(matrix.fan_in - first, T, packed);
     Wide total = -0.0;
     for (int start = 0; start < matrix.fan_in; start += SEGMENT, walk.left -= SEGMENT) {
       load(held, arrays.at[0], walk, 0);
@@ -463,12 +459,12 @@ template <typename Rule> struct long_rows : LongRows {
 // wide. A tile has every `splits`th row of a segment of a panel, which is one part of its tree.
 enum Phase { WHOLE, SUM, APPLY };
 
-template <typename Rule, Phase PHASE> struct ColumnTiles : Columns {
+template <typename Rule, Phase PHASE> struct ColumnTiles : Shape<256, (V > 4 ? 4 : 8)> {
   static constexpr int BLOCKS = V <= 4 && Rule::BLOCKS > 3 ? 3 : Rule::BLOCKS;
   DEVICE static void run(const Work<Rule>& work) {
     // The tiles that were summed last are the first to be read again, from the L2 cache.
     const int block = PHASE == APPLY ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    START(Columns, block, matrix.step | matrix.units)
+    START(block, matrix.step | matrix.units)
     constexpr int C = 8 * V, WARPS = T / WARP, STEP = T / 8, PARTS = T / C;
     constexpr int MOST = SEGMENT / (K * STEP) / PARTS;
     constexpr int SIZE = WARPS * C > T ? WARPS * C : T;  // the means follow
@@ -522,12 +518,12 @@ template <typename Rule> struct columns : ColumnTiles<Rule, WHOLE> {};
 template <typename Rule> struct column_sums : ColumnTiles<Rule, SUM> {};
 template <typename Rule> struct split_columns : ColumnTiles<Rule, APPLY> {};
 
-template <typename Rule> struct flat : Flat {  // a tensor is one row
+template <typename Rule> struct flat : Shape<256, 4> {  // a tensor is one row
   static constexpr int BLOCKS = Rule::BLOCKS;
   DEVICE static void run(const Work<Rule>& work) {
-    START(Flat, blockIdx.x, matrix.fan_in)
+    START(blockIdx.x, matrix.fan_in)
     const int first = tile * (T * K * V) + threadIdx.x * (packed ? V : 1);
-    const RowWalk walk{matrix.fan_in - first, T * V, packed ? 1 : T, packed};
+    const RowWalk walk(matrix.fan_in - first, T, packed);
     const Arrays<Rule> arrays(work, m, first);
     EACH(v, V) means[v] = 0;
     apply_to<Rule, false>(held, means, arrays, walk, work);

@@ -1,35 +1,60 @@
-"""Arrays cut into tiles: what each launch has to do, in the form in which kernels.cu reads it."""
+"""Arrays as matrices, cut into tiles: a launch, in the form in which kernels.cu reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from struct import Struct, pack_into
+from collections.abc import Mapping, Sequence
+from ctypes import Structure, c_double, c_float, c_int, c_uint64
+from functools import cache, lru_cache
+from itertools import chain
+from math import prod
 from typing import Any, NamedTuple
 
+from gcx._memory import repeats_itself
 from gcx.backends._canonical import SEGMENT
-from gcx.backends.cuda.walks import Matrix, Walk
 
-# Rules of kernels.cu, and the arrays that each takes: the gradients, then the others.
-ROLES = {
-    "Store": 2,
-    "StoreRate": 3,
-    "AdamW": 4,
-    "Sgd": 2,
-    "SgdRate": 2,
-    "SgdMomentum": 3,
-    "SgdMomentumRate": 3,
-}
-# Types of elements in kernels.cu.
+Axes = tuple[int, ...]
+# Size and step of an axis. A step is a stride in elements.
+_Axis = tuple[int, int]
+
+# Rules of kernels.cu, and the number of arrays of each: the gradients, then the others.
+ROLES = {"Store": 2, "StoreRate": 3, "AdamW": 4, "Sgd": 2, "SgdRate": 2}
+ROLES |= {"SgdMomentum": 3, "SgdMomentumRate": 3}
+# Types of elements in kernels.cu, and their sizes.
 ELEMENTS = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float", "float64": "double"}
 ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # Bytes of parameters: on every driver, and on newer ones.
 SMALL, LARGE = 4096, 32764
 
+_MOST = 1 << 29  # units, elements of a fan-in or a step: the kernels count in 32 bits
+_MOST_MATRICES = 1 << 10  # of an array; more would not fit in a launch
 _THREADS = 256
 _PACKS_OF_ROW = 8  # of a thread
 _PACKS_OF_FLAT = 4
 _MOST_TILES = (1 << 31) // _THREADS  # of an array: the kernels number their threads in 32 bits
+
+
+class Matrix(NamedTuple):
+    """Output units with one fan-in each; the first element is at `offset` in the array.
+
+    In rows, the elements of a fan-in are neighbours in memory, and `step` leads from unit to unit.
+    In columns, the units are neighbours, and `step` leads from one element of a fan-in to the next.
+    """
+
+    offset: int
+    units: int
+    fan_in: int
+    step: int
+
+
+class Walk(NamedTuple):
+    """The matrices of an array, equal but for their offsets; `kind` is rows, columns or flat.
+
+    A flat array is not centralized: one row holds all of it.
+    """
+
+    kind: str
+    matrices: tuple[Matrix, ...]
 
 
 class Tiles(NamedTuple):
@@ -43,6 +68,63 @@ class Tiles(NamedTuple):
 
 
 Job = tuple[int, Matrix, Tiles]  # and the position of its array
+
+
+@lru_cache(maxsize=1 << 12)
+def find_walk(shape: Axes, steps: Axes, axes: Axes, *, any_order: bool) -> Walk | None:
+    """See an array as matrices over its fan-in axes; None if the kernels cannot walk through it.
+
+    `steps` are strides in elements. With `any_order` the fan-in may be walked in the order of
+    memory, else it is walked in the order of the axes. An array without axes is flat.
+
+    Weights (out, in) have one row for each output unit:
+
+    >>> find_walk((5, 8), (8, 1), (1,), any_order=False)
+    Walk(kind='rows', matrices=(Matrix(offset=0, units=5, fan_in=8, step=8),))
+    """
+    if 0 in shape or repeats_itself(shape, steps):
+        return None
+    if not axes:
+        (size, step), *rest = _merge(_sort([*zip(shape, steps, strict=True)]))
+        found = Walk("flat", (Matrix(0, 1, size, 0),))
+        return found if not rest and step in (0, 1) and size <= _MOST else None
+    fan_in = [(shape[axis], steps[axis]) for axis in axes]
+    (size, step), *rest = _merge(_sort(fan_in) if any_order else fan_in)
+    units = _merge(_sort([(shape[a], steps[a]) for a in range(len(shape)) if a not in axes]))
+    # Rows are counted along the longest axis. Columns are neighbours along theirs.
+    along = max(units) if step == 1 else units[-1]
+    others = [axis for axis in units if axis is not along]
+    largest = max(size, abs(step), along[0], abs(along[1]))
+    if rest or (step != 1 and along[1] != 1) or largest > _MOST:
+        return None
+    if prod(count for count, _ in others) > _MOST_MATRICES:
+        return None
+    offsets = [0]
+    for count, apart in others:
+        offsets = [offset + k * apart for offset in offsets for k in range(count)]
+    kind, step = ("rows", along[1]) if step == 1 else ("columns", step)
+    return Walk(kind, tuple([Matrix(offset, along[0], size, step) for offset in offsets]))
+
+
+def is_dense(shape: Sequence[int], steps: Sequence[int]) -> bool:
+    """Return True if the elements fill one run of memory."""
+    return find_walk(tuple(shape), tuple(steps), (), any_order=True) is not None
+
+
+def _sort(axes: list[_Axis]) -> list[_Axis]:
+    return sorted(axes, key=lambda axis: abs(axis[1]), reverse=True)
+
+
+def _merge(axes: Sequence[_Axis]) -> list[_Axis]:
+    """Join neighbouring axes if one equal step leads through both."""
+    merged: list[_Axis] = []
+    for size, step in axes:
+        if merged and merged[-1][1] == size * step:
+            before, _ = merged.pop()
+            merged.append((before * size, step))
+        elif size > 1:
+            merged.append((size, step))
+    return merged or [(1, 0)]
 
 
 def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
@@ -67,92 +149,89 @@ def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
 
 
 class Launch:
-    """Arrays for one launch, or two if their columns are split; the structure Work of kernels.cu.
+    """Arrays for one launch, or two if their columns are split.
 
     `places` are the positions of the arrays in their list.
     """
 
-    def __init__(self, rule: str, dtype: str, jobs: Sequence[Job], size: int) -> None:
-        itemsize, roles = ITEMSIZES[dtype], ROLES[rule]
-        tiles = jobs[0][2]
+    def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job]) -> None:
+        itemsize, tiles = ITEMSIZES[dtype], jobs[0][2]
+        self.device: int = device
         self.rule: str = rule
         self.dtype: str = dtype
         self.kernels: tuple[str, ...] = tiles.kernels
         self.threads: int = tiles.threads
-        self.matrices: int = count_matrices(rule, size)
+        small = count_matrices(rule, SMALL)
+        self.matrices: int = small if len(jobs) <= small else count_matrices(rule, LARGE)
         self.loaded: Sequence[Any] = ()  # the kernels on the device
         self.places: list[int] = list(dict.fromkeys(place for place, _, _ in jobs))
         self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
         self._is_simple = self._jobs == [(place, 0) for place in self.places]
         # float64 for SGD as well: so torch computes there.
-        number = "d" if itemsize == 8 or rule.startswith("Sgd") else "f"
-        self._addresses = Struct(f"{len(jobs)}Q")
-        self._rows = [(16 + 8 * role) * self.matrices for role in range(roles)]
-        first_tile = (16 + 8 * roles) * self.matrices
-        self._numbers = Struct(f"9{number}")
-        self._numbers_at = first_tile + 4 * self.matrices
-        self._partials_at = 8 * _divide_up(self._numbers_at + self._numbers.size, 8)
-        self._template = bytearray(16 * _divide_up(self._partials_at + 12, 16))
+        number = c_double if itemsize == 8 or rule.startswith("Sgd") else c_float
+        self._structure = _make_structure(self.matrices, ROLES[rule], number)
+        self._template = self._structure(matrices=len(jobs))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
-            fields = (matrix.units, matrix.fan_in, matrix.step, tiles.shares)
-            pack_into("4i", self._template, 16 * k, *fields)
-            pack_into("i", self._template, first_tile + 4 * k, self.blocks)
+            fields = matrix.units, matrix.fan_in, matrix.step, tiles.shares
+            self._template.matrix[k][:] = fields
+            self._template.first_tile[k] = self.blocks
             self.blocks += tiles.blocks
-        pack_into("i", self._template, self._partials_at + 8, len(jobs))
         self.partials: int = self.blocks * tiles.partials * max(itemsize, 4)  # bytes
 
     def fill(
         self, addresses: Sequence[Sequence[int]], numbers: Sequence[float], partials: int
-    ) -> bytearray:
+    ) -> Structure:
         """Make the parameters: addresses by role, then strength, rate, the rule's numbers."""
-        work = self._template.copy()
-        for row, of_role in zip(self._rows, addresses, strict=True):
-            if self._is_simple and len(of_role) == len(self._jobs):
-                self._addresses.pack_into(work, row, *of_role)
-            else:
-                shifted = [of_role[place] + offset for place, offset in self._jobs]
-                self._addresses.pack_into(work, row, *shifted)
-        self._numbers.pack_into(work, self._numbers_at, *numbers, *[0.0] * (9 - len(numbers)))
-        pack_into("Q", work, self._partials_at, partials)
+        work: Structure = self._structure.from_buffer_copy(self._template)
+        for row, of_role in zip(work.arrays, addresses, strict=True):
+            if not self._is_simple or len(of_role) != len(self._jobs):
+                of_role = [of_role[place] + offset for place, offset in self._jobs]  # noqa: PLW2901
+            row[: len(of_role)] = of_role
+        work.numbers[: len(numbers)] = numbers
+        work.partials = partials
         return work
 
 
-def make_launches(rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bool) -> list[Launch]:
-    """Distribute arrays of one dtype, given by position, to launches.
+@cache
+def _make_structure(matrices: int, roles: int, number: Any) -> Any:
+    """Make the structure Work of kernels.cu."""
+    fields = [
+        ("matrix", c_int * 4 * matrices),
+        ("arrays", c_uint64 * matrices * roles),
+        ("first_tile", c_int * matrices),
+        ("numbers", number * 9),
+        ("partials", c_uint64),
+        ("matrices", c_int),
+        ("padding", c_int * 3),  # in kernels.cu, the size is a multiple of 16
+    ]
+    return type("Work", (Structure,), {"_fields_": fields})
+
+
+def make_launches(
+    device: int, rule: str, dtype: str, walks: Mapping[int, Walk], *, large: bool
+) -> list[Launch]:
+    """Distribute arrays of one device and dtype, given by position, to launches.
 
     All matrices of an array are in one launch; an array is left out if they do not fit, or have
     more tiles than the kernels can count. `large` allows parameters of 32 KB.
     """
-    sizes = (SMALL, LARGE) if large else (SMALL,)
-    most = count_matrices(rule, sizes[-1])
+    most = count_matrices(rule, LARGE if large else SMALL)
     by_kernel: dict[object, list[list[Job]]] = {}
     for place, walk in walks.items():
         tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
         count = len(walk.matrices)
         if count <= most and count * tiles.blocks < _MOST_TILES:
-            jobs = [(place, matrix, tiles) for matrix in walk.matrices]
-            by_kernel.setdefault(tiles.kernels, []).append(jobs)
-    return [
-        Launch(rule, dtype, jobs, next(s for s in sizes if len(jobs) <= count_matrices(rule, s)))
-        for arrays in by_kernel.values()
-        for jobs in _join(arrays, most)
-    ]
+            lists = by_kernel.setdefault(tiles.kernels, [[]])
+            if len(lists[-1]) + count > most:
+                lists.append([])
+            lists[-1] += [(place, matrix, tiles) for matrix in walk.matrices]
+    return [Launch(device, rule, dtype, jobs) for jobs in chain.from_iterable(by_kernel.values())]
 
 
 def count_matrices(rule: str, size: int) -> int:
     """Count the matrices for which parameters of this size have space: a multiple of four."""
     return (size - 96) // (8 * ROLES[rule] + 20) // 4 * 4
-
-
-def _join(arrays: Sequence[list[Job]], most: int) -> Iterator[list[Job]]:
-    joined: list[Job] = []
-    for jobs in arrays:
-        if len(joined) + len(jobs) > most:
-            yield joined
-            joined = []
-        joined = joined + jobs
-    yield joined
 
 
 def _divide_up(number: int, divisor: int) -> int:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Never, TypeVar
 from warnings import catch_warnings, simplefilter
 
 import gcx
-from gcx._table import aligned
 from gcx.backends import LIBRARIES, load
+from gcx.plan import aligned
 
 T = TypeVar("T")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
+from html import escape
 from math import prod
 from typing import Any, NamedTuple, overload
 
-from gcx._table import aligned, html_table
 from gcx.layout import Layout
 
 __all__ = ["LeaveAlone", "Plan", "PlanRow"]
@@ -226,3 +226,25 @@ def _merge_names(names: Iterable[str]) -> list[str]:
         "".join(parts[0] if len({*parts}) == 1 else "*" for parts in zip(*together, strict=True))
         for together in most_first
     ]
+
+
+def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
+    """Make one line a row; each column is as wide as its widest cell.
+
+    >>> aligned([("name", "n"), ("a", "10")], to_the_right=[1])
+    ['name   n', 'a     10']
+    """
+    columns = []
+    for k, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        justify = str.rjust if k in to_the_right else str.ljust
+        columns.append([justify(cell, width) for cell in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

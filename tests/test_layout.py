@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gcx
-from gcx._layouts import layouts_for
+from gcx._names import layouts_for
 from gcx.layout import as_layout
 
 

@@ -10,9 +10,8 @@ from gcx import _compat
 from gcx._centralize import OUTPUT_FIRST
 from gcx._decisions import decide_row
 from gcx._dispatch import backend_for
-from gcx._layouts import Layouts, layouts_for
 from gcx._means import fan_in_mean
-from gcx._names import flatten, naming
+from gcx._names import Layouts, flatten, layouts_for, naming
 from gcx.diagnostics._report import Energy, EnergyReport, fan_in_size, report_of
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, PlanRow

@@ -8,9 +8,8 @@ from math import inf, isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcx._frameworks import needing
-from gcx._table import aligned, html_table
 from gcx.layout import Layout
-from gcx.plan import Plan, PlanRow, cells, count_centralized
+from gcx.plan import Plan, PlanRow, aligned, cells, count_centralized, html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -42,8 +42,7 @@ def match_all(
 ) -> dict[str, str]:
     """Match as `match` does; a key without a name is a ValueError that calls the keys `what`.
 
-    At or below the paths `hidden` (``""``: anywhere) there may be parameters that are not in
-    `names`; a key for these is no error.
+    It is none if the key may be at or below one of the paths `hidden` (``""``: anywhere).
     """
     keys, names = list(keys), list(names)
     known = set(names)
@@ -60,7 +59,6 @@ def is_glob(key: str) -> bool:
 
 
 def no_match(key: str, names: Sequence[str], *, what: str) -> str:
-    """Write the error for a key of the mapping `what` that matches no name."""
     listed = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
     return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
 
@@ -114,10 +112,7 @@ def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
 def leaves_like(
     tree: Any, other: Any, *, what: str, like: str = "the gradients", prefix: str = ""
 ) -> list[Any]:
-    """List the leaves of `other`, which must be built like `tree`, in the order of `tree`.
-
-    The ValueError if it is not calls the trees `what` and `like`, and shows the first difference.
-    """
+    """List the leaves of `other`, in the order of `tree`; a ValueError unless it is built so."""
     mine, theirs = children(tree), children(other)
     if mine is None and theirs is None:
         return [other]
@@ -147,10 +142,7 @@ def naming(leaf: str) -> Iterator[None]:
 def layouts_for(
     named: Sequence[tuple[str, Any]], layouts: Layouts, *, like: Any
 ) -> list[Layout | None]:
-    """Find the layout of each named array; None leaves the array alone.
-
-    A list or tuple of layouts must be built like the tree `like`, whose leaves are `named`.
-    """
+    """Find the layouts of `named`, the leaves of the tree `like`; None leaves an array alone."""
     if isinstance(layouts, (Layout, str)):
         return [as_layout(layouts)] * len(named)
     if isinstance(layouts, Plan):
@@ -173,7 +165,6 @@ def layouts_for(
 
 
 def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
-    """Return the layout of a row; the array must have the row's shape."""
     try:
         row = plan[name]
     except KeyError as error:

@@ -76,9 +76,8 @@ class Rules(Generic[AnswerT]):
     def is_kind(self, kind: object) -> bool:
         return isinstance(kind, type)
 
-    def checked(self, rule: Rule[AnswerT], kind: Any) -> Rule[AnswerT]:
+    def checked(self, rule: Rule[AnswerT], _kind: Any) -> Rule[AnswerT]:
         """Return a rule of a user, or one that checks its own answers."""
-        del kind
         return rule
 
     def kinds_of(self, layer: Any) -> Sequence[Any]:
@@ -91,8 +90,8 @@ class Rules(Generic[AnswerT]):
         Parameters
         ----------
         kind : type
-            The class of the layer; its subclasses follow, unless they have a rule. In gcx.thinc:
-            the forward function of the layer.
+            The class of the layer; its subclasses follow. So register a rule for a subclass that
+            holds its weight in another way. In gcx.thinc: the forward function of the layer.
 
         Returns
         -------
@@ -112,14 +111,10 @@ class Rules(Generic[AnswerT]):
         TypeError
             If `kind` is of another type, or the rule neither a mapping nor a function.
         ValueError
-            When gcx.torch makes a plan: for a name in the rule, unless a glob, that the layer does
-            not have.
+            When gcx.torch makes a plan: if the layer has no parameter of a name, not a glob.
 
         Notes
         -----
-        A subclass of a known layer is assumed to use its weight as that layer does. Register a rule
-        for one that does not, for example a `torch.nn.Linear` that holds (in, out).
-
         A package can declare its rules without importing gcx, by entry points of the group
         ``gcx.torch.layers``, ``gcx.optax.layers``, ``gcx.keras.layers`` or ``gcx.thinc.layers``.
         Their names are the qualified names of layers, or globs of them::
@@ -147,10 +142,7 @@ class Rules(Generic[AnswerT]):
         return decorator
 
     def answer(self, layer: object, name: str) -> tuple[AnswerT | LeaveAlone | None, str]:
-        """Return the answer about a layer's parameter `name`, and the name of the rule.
-
-        A parameter that no rule knows is left alone, never guessed.
-        """
+        """Return the answer about a parameter, never a guess, and the name of the rule."""
         return self.find(layer, name) or (unknown(layer, name), type(layer).__name__)
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
@@ -202,9 +194,8 @@ def _load(found: EntryPoint) -> Rule[Any]:
     try:
         rule: Rule[Any] = found.load()
     except Exception as error:
-        raise ImportError(
-            f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{source}, does not load {found.value!r}: {why}") from error
     check_rule(rule, f"{source},")
     return rule
 

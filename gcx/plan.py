@@ -15,12 +15,7 @@ __all__ = ["LeaveAlone", "Plan", "PlanRow"]
 
 
 class LeaveAlone(NamedTuple):
-    """A rule's answer that leaves a parameter alone, with the reason.
-
-    Attributes
-    ----------
-    reason : str
-        Shown in the plan.
+    """The reason to leave a parameter alone, as the answer of a rule; a plan shows it.
 
     Examples
     --------
@@ -37,14 +32,12 @@ class PlanRow(NamedTuple):
 
     Attributes
     ----------
-    name : str
-        Path in the model: ``"layer1.0.conv.weight"`` in torch, ``"Dense_0/kernel"`` in JAX.
-    shape : tuple of int
-        Shape of the parameter.
-    layout : Layout or None
-        Layout with which its gradient is centralized; None leaves it alone.
-    reason : str
-        The rule that matched, or the reason to leave it alone; ``"unknown..."`` without a rule.
+    name, shape
+        Path in the model, such as ``"layer1.0.conv.weight"`` in torch and ``"Dense_0/kernel"`` in
+        JAX, and shape of the parameter.
+    layout, reason
+        Layout of its gradient, and the rule that matched; or None, and the reason to leave it
+        alone, which begins with ``"unknown"`` if there is no rule.
 
     Examples
     --------
@@ -169,15 +162,12 @@ class Plan(Sequence[PlanRow]):
         return {row.name: row for row in reversed(self._rows)}
 
     def _find(self, name: str) -> PlanRow:
-        try:
-            return self._by_name[name]
-        except KeyError:
+        if name not in self._by_name:
             from difflib import get_close_matches
 
-            near = get_close_matches(name, self._by_name, n=3) or [*self._by_name][:3]
-            raise KeyError(
-                f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
-            ) from None
+            near = ", ".join(map(repr, get_close_matches(name, self._by_name, cutoff=0)))
+            raise KeyError(f"the plan has no row {name!r}; the nearest are {near}")
+        return self._by_name[name]
 
     def _kinds(self) -> Iterable[list[PlanRow]]:
         kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}

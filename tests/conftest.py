@@ -113,6 +113,13 @@ def where(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def writable(xp: libraries.ArrayLibrary) -> libraries.ArrayLibrary:
+    if not xp.is_writable:
+        pytest.skip("its arrays cannot be written to")
+    return xp
+
+
+@pytest.fixture
 def layer() -> Any:
     """A small dense layer of torch in float64."""
     from torch_training import new_layer

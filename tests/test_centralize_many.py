@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -123,13 +123,9 @@ class TestTrees:
         kernel, bias = xp.asarray(values(3, 4)), xp.asarray(values(5))
         grads = build(kernel, bias)
         result = gcx.centralize_many(grads)
-        assert_same_structure(result, grads)
+        assert repr(result) == repr(build(gcx.centralize(kernel), bias))
         for (_, before), (_, after) in zip(flatten(grads), flatten(result), strict=True):
-            if before is kernel:
-                expected = centralized(values(3, 4), (1,))
-                np.testing.assert_allclose(xp.numpy(after), expected, rtol=0, atol=1e-14)
-            else:
-                assert after is before
+            assert (after is before) == (before is not kernel)
 
     @pytest.mark.parametrize("empty", [[], (), {}, OrderedDict()])
     def test_empty(self, empty: Any) -> None:
@@ -159,17 +155,6 @@ class TestTrees:
     def test_one_array_is_no_tree(self, xp: ArrayLibrary) -> None:
         with pytest.raises(TypeError, match=r"takes a list, tuple or dict.*use gcx.centralize"):
             gcx.centralize_many(xp.asarray(values(3, 4)))
-
-
-def assert_same_structure(result: Any, grads: Any) -> None:
-    assert (type(result) is type(grads)) or not isinstance(grads, (dict, list, tuple))
-    if isinstance(grads, dict):
-        assert list(result) == list(grads)
-        for key, value in grads.items():
-            assert_same_structure(result[key], value)
-    elif isinstance(grads, (list, tuple)):
-        for mine, value in zip(result, grads, strict=True):
-            assert_same_structure(mine, value)
 
 
 K, B = values(3, 4), values(5)
@@ -213,16 +198,12 @@ def test_arrays_left_alone_may_have_any_dtype() -> None:
 
 
 class TestOut:
-    def test_is_written_and_returned(self, xp: ArrayLibrary) -> None:
+    def test_is_written_and_returned(self, writable: ArrayLibrary) -> None:
+        xp = writable
+
         def tree() -> Any:
             return {"a": [xp.asarray(values(3, 4)), None], "b": xp.asarray(values(5))}
 
-        if not xp.is_writable:
-            grads = tree()
-            with pytest.raises(TypeError, match=r"^a/0: out cannot be written to"):
-                gcx.centralize_many(grads, out=grads)
-            assert_leaves(read(xp, grads), read(xp, tree()))
-            return
         expected = {"a/0": centralized(values(3, 4), (1,)), "a/1": None, "b": values(5)}
         grads = tree()
         out = {"a": [xp.asarray(np.zeros((3, 4))), None], "b": xp.asarray(np.ones(5))}
@@ -234,10 +215,9 @@ class TestOut:
         gcx.centralize_many(grads, out=grads)
         assert_leaves(read(xp, grads), expected)
 
-    def test_of_several_libraries(self, xp: ArrayLibrary) -> None:
+    def test_of_several_libraries(self, writable: ArrayLibrary) -> None:
         """Each result goes into its own array, whatever is beside it."""
-        if not xp.is_writable:
-            pytest.skip("its arrays cannot be written to")
+        xp = writable
 
         def tree(fill: Callable[..., Any]) -> list[Any]:
             mine = [xp.asarray(fill(3, 4)), xp.asarray(fill(5))]
@@ -300,20 +280,17 @@ class TestOut:
         ],
     )
     def test_nothing_is_written_if_one_array_is_bad(
-        self, xp: ArrayLibrary, bad: Any, out: Any, error: type[Exception], message: str
+        self, writable: ArrayLibrary, bad: Any, out: Any, error: type[Exception], message: str
     ) -> None:
-        if not xp.is_writable:
-            pytest.skip("its arrays cannot be written to")
-        good = xp.asarray(values(3, 4))
+        good = writable.asarray(values(3, 4))
         with pytest.raises(error, match=message):
             gcx.centralize_many({"a": good, "b": bad}, layouts="oi", out={"a": good, "b": out})
-        np.testing.assert_array_equal(xp.numpy(good), values(3, 4))
+        np.testing.assert_array_equal(writable.numpy(good), values(3, 4))
 
     @pytest.mark.parametrize("rows", OVERLAPPING.values(), ids=OVERLAPPING)
-    def test_must_not_lie_in_another_array(self, xp: ArrayLibrary, rows: Sequence[Any]) -> None:
+    def test_must_not_lie_in_another_array(self, writable: ArrayLibrary, rows: Any) -> None:
         """Memory counts, not the object, and not the name: these read the same."""
-        if not xp.is_writable or xp.name in ("strict", "dask"):
-            pytest.skip("it has no views that can be written to")
+        xp = with_views(writable)
         whole = xp.asarray(values(6, 3))
         grads, outs = (
             {"a/b": whole[slice(*one)], "a": {"b": whole[slice(*other)]}} for one, other in rows
@@ -322,13 +299,16 @@ class TestOut:
             gcx.centralize_many(grads, out=outs)
         np.testing.assert_array_equal(xp.numpy(whole), values(6, 3))
 
-    def test_may_lie_between_the_elements_of_another(self, xp: ArrayLibrary) -> None:
-        if not xp.is_writable or xp.name in ("strict", "dask"):
-            pytest.skip("it has no views that can be written to")
+    def test_may_lie_between_the_elements_of_another(self, writable: ArrayLibrary) -> None:
+        xp = with_views(writable)
         whole = xp.asarray(values(4, 6))
         parts = [whole[:, :3], whole[:, 3:]]
         gcx.centralize_many(parts, out=parts)
-        expected = np.concatenate(
-            [centralized(part, (1,)) for part in np.split(values(4, 6), 2, 1)], 1
-        )
+        expected = np.hstack([centralized(part, (1,)) for part in np.split(values(4, 6), 2, 1)])
         np.testing.assert_allclose(xp.numpy(whole), expected, rtol=0, atol=1e-14)
+
+
+def with_views(xp: ArrayLibrary) -> ArrayLibrary:
+    if xp.name in ("strict", "dask"):
+        pytest.skip("it has no views that can be written to")
+    return xp

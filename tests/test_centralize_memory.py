@@ -18,13 +18,6 @@ from test_centralize import WIDE_DTYPES, assert_close
 
 
 @pytest.fixture
-def writable(xp: ArrayLibrary) -> ArrayLibrary:
-    if not xp.is_writable:
-        pytest.skip("its arrays cannot be written to")
-    return xp
-
-
-@pytest.fixture
 def immutable(xp: ArrayLibrary) -> ArrayLibrary:
     if xp.is_writable:
         pytest.skip("its arrays can be written to")

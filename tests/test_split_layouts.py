@@ -66,10 +66,8 @@ def test_every_unit_of_every_entry_is_centralized(
     assert_centralized(result, layout=layout)
 
 
-def test_it_is_written_to_out(xp: ArrayLibrary) -> None:
-    if not xp.is_writable:
-        pytest.skip("its arrays cannot be written to")
-    x = values(8, 4, 3).astype(np.float32)
+def test_it_is_written_to_out(writable: ArrayLibrary) -> None:
+    xp, x = writable, values(8, 4, 3).astype(np.float32)
     grad, out = xp.asarray(x), xp.asarray(np.zeros_like(x))
     assert gcx.centralize(grad, layout=GROUPS, out=out) is out
     np.testing.assert_allclose(xp.numpy(out), by_group(x, 2), atol=2e-6)
@@ -81,9 +79,8 @@ def test_it_is_written_to_out(xp: ArrayLibrary) -> None:
 
 def test_transposed_strides_are_seen_through() -> None:
     x = values(3, 8)
-    np.testing.assert_allclose(
-        gcx.centralize(x.T, layout=gcx.Layout("(bi)o", b=2)), by_group(np.ascontiguousarray(x.T), 2)
-    )
+    found = gcx.centralize(x.T, layout=gcx.Layout("(bi)o", b=2))
+    np.testing.assert_allclose(found, by_group(np.ascontiguousarray(x.T), 2))
 
 
 @given(groups=st.integers(1, 4), inputs=st.integers(1, 4), outputs=st.integers(1, 3))
@@ -125,30 +122,31 @@ def test_all_sizes_may_be_given_and_must_fit() -> None:
     ("text", "sizes", "error", "message"),
     [
         ("(bi)o", {}, ValueError, r"give the size of all parts but one.*Layout\('\(bi\)o', b=2\)"),
-        ("o...", {"o": 2}, ValueError, "has no part 'o' in parentheses"),
-        ("(bi)o", {"o": 2}, ValueError, "has no part 'o' in parentheses"),
+        *[
+            (
+                text,
+                sizes,
+                ValueError,
+                rf"has {count} parts '.' in parentheses.* size is of one part",
+            )
+            for text, sizes, count in (
+                ("o...", {"o": 2}, 0),
+                ("(bi)o", {"o": 2}, 0),
+                ("(bi)(bo)", {"b": 1}, 2),
+            )
+        ],
         ("(bi)o", {"b": 0}, ValueError, "at least 1, not 0"),
-        ("(bi)o", {"b": 2.0}, TypeError, "an integer, not 2.0"),
-        ("(bi)o", {"b": True}, TypeError, "an integer, not True"),
-        ("(bi)(bo)", {"b": 1}, ValueError, "of one part"),
+        ("(bi)o", {"b": 2.0}, TypeError, "'float' object cannot be interpreted as an integer"),
         *[
             (text, {}, ValueError, "is not valid")
             for text in ("(b)i", "(bi", "bi)", "((bi))o", "(ii)o", "()i", "(b....)", "...(b...)")
         ],
-        *[
-            (text, {}, ValueError, f"parts of an axis{hint}$")
-            for text, hint in {
-                "HWIO": r"; 'HWIO' is '\.\.\.io' here",
-                "OIDHW": r"; 'OIDHW' is 'oi\.\.\.' here",
-                "NCHW": "",
-                "HIWO": "",
-            }.items()
-        ],
+        ("HWIO", {}, ValueError, r"of an axis; 'HWIO' is '\.\.\.io' here$"),
+        ("OIDHW", {}, ValueError, r"of an axis; 'OIDHW' is 'oi\.\.\.' here$"),
+        *[(text, {}, ValueError, "parts of an axis$") for text in ("NCHW", "HIWO")],
         *[
             (text, {}, ValueError, rf"layout '{re.escape(text)}' is not valid.*'o'.*'i'")
-            for text in (
-                *("xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "o…", "12"),
-            )
+            for text in ("xyz", "O...", "o i", "o...i...", "......", "....", "..", "oi.", "12")
         ],
         *[
             (text, {}, ValueError, f"layout '{text}' names no fan-in axis")
@@ -190,13 +188,8 @@ def test_a_plan_is_taken_as_layouts(xp: ArrayLibrary) -> None:
     up, head = by_group(weights["up.weight"], 2), centralized(weights["head.weight"], (1,))
     np.testing.assert_allclose(xp.numpy(found["up.weight"]), up, atol=2e-6)
     np.testing.assert_allclose(xp.numpy(found["head.weight"]), head, atol=2e-6)
-
-
-def test_a_plan_may_know_more_parameters_than_have_gradients() -> None:
-    grads = {"head.weight": values(3, 4), "up.weight": None}
-    found = gcx.centralize_many(grads, layouts=PLAN)
-    np.testing.assert_allclose(found["head.weight"], centralized(values(3, 4), (1,)))
-    assert found["up.weight"] is None
+    fewer = gcx.centralize_many({**grads, "head.weight": None}, layouts=PLAN)
+    assert fewer["head.weight"] is None
 
 
 def test_a_gradient_that_the_plan_does_not_know_is_an_error() -> None:

@@ -1,13 +1,10 @@
-"""One file for each library, all with the same few functions.
-
-`Backend` and `Library` describe these functions; a file says only how its own ones differ.
+"""One file for each library, all with the functions of `Backend`.
 
 `_array_api` is the reference. It uses only the array API standard, and serves every library
 without its own file. The core imports a library in that file alone, with its first array.
 The first line of each file says how it works; ``python -m gcx`` shows it.
 
 Layouts, a fan-in below 2 and an `out` of the wrong shape are handled before a backend is called.
-A backend centralizes every gradient that it is given.
 """
 
 from __future__ import annotations
@@ -54,9 +51,8 @@ class Backend(Protocol):
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
-        Dtypes narrower than 32 bits are computed in float32 and rounded once. Each mean is over at
-        least two elements. `out` may be `grad` itself. If `reproducible` is True,
-        `check_reproducible` has passed, and sums are in the order of `_canonical`.
+        Dtypes narrower than 32 bits are computed in float32 and rounded once. `out` may be `grad`
+        itself. If `reproducible` is True, `check_reproducible` has passed.
         """
 
     def centralize_many(
@@ -68,10 +64,7 @@ class Backend(Protocol):
         reproducible: bool,
         /,
     ) -> list[ArrayT]:
-        """Centralize several arrays, each over its own axes; see `one_by_one`.
-
-        No `out` shares memory with an array of another gradient.
-        """
+        """Centralize each over its own axes; no `out` shares memory with another gradient."""
 
 
 class Library(Backend, Protocol):

@@ -36,6 +36,7 @@ ARRANGED: dict[str, Any] = {
     "fortran": np.asfortranarray,
     "reversed": lambda x: x[::-1, ::-1],
     "strided": lambda x: x[::2, ::3],
+    "spread": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
     "rows": lambda x: np.broadcast_to(x[0], x.shape),
     "columns": lambda x: np.broadcast_to(x[:, :1], x.shape),
     "same": lambda x: np.broadcast_to(x[:1, :1], x.shape),

@@ -41,36 +41,13 @@ def raising(*_: Any) -> Any:
     raise NotImplementedError("no kernel")
 
 
-def off_by(ulps: float, dtype: str) -> Callable[..., Any]:
-    """Round all numbers but one, which has this error if the dtype is this one."""
-
-    def centralize(grad: Any, axes: Any, _: Any, out: Any, *__: Any) -> Any:
-        wide = grad.astype("float64")
-        exact = wide - wide.mean(axis=axes, keepdims=True)
-        largest = np.maximum(np.abs(wide), np.abs(exact)).max(axis=axes, keepdims=True)
-        ulp = np.broadcast_to(np.spacing(largest.astype(grad.dtype)).astype("float64"), exact.shape)
-        place = np.unravel_index(np.abs(exact / ulp).argmin(), exact.shape)
-        exact[place] += ulps * ulp[place] * (grad.dtype == dtype)
-        if out is not None:
-            out[...] = exact
-        return exact.astype(grad.dtype)
-
-    return centralize
-
-
-AS_GIVEN = "not float32 of (32, 64)"
+OTHER, AS_GIVEN = "FAILED ValueError:", "not float32 of (32, 64)"
 # A fault, and the verdict on float32; that on float16 is always that it failed.
 FAULTS: list[tuple[Callable[..., Any], str]] = [
     (lambda grad, *_: grad.copy(), "FAILED"),
     (lambda grad, *_: grad * grad.dtype.type(np.nan), "FAILED not finite"),
-    (
-        lambda *a: correct(*a).ravel(),
-        f"FAILED ValueError: float32 of shape (2048,), {AS_GIVEN}",
-    ),
-    (
-        lambda *a: correct(*a).astype("float64"),
-        f"FAILED ValueError: float64 of shape (32, 64), {AS_GIVEN}",
-    ),
+    (lambda *a: correct(*a).ravel(), f"{OTHER} float32 of shape (2048,), {AS_GIVEN}"),
+    (lambda *a: correct(*a).astype("float64"), f"{OTHER} float64 of shape (32, 64), {AS_GIVEN}"),
     (raising, "FAILED NotImplementedError: no kernel"),
     (rounding_the_mean, "ok"),  # a second rounding shows in float16 alone
 ]
@@ -106,6 +83,8 @@ class TestReport:
         }
         assert ("numpy", "cpu", "float32") in rows
         assert all(0 < row["error"] <= row["limit"] for row in shown["checks"])
+        limits = {row["dtype"]: row["limit"] for row in shown["checks"]}
+        assert limits == {"float32": 4.0, "float16": 0.51}
 
     @pytest.mark.parametrize(("fault", "verdict"), FAULTS)
     @pytest.mark.usefixtures("numpy_alone")
@@ -120,13 +99,6 @@ class TestReport:
         assert shown["checks"][1]["verdict"].startswith("FAILED")
         assert main([]) == 1
         assert "FAILED: something above is wrong" in capsys.readouterr().out
-
-    @pytest.mark.parametrize(("dtype", "limit"), [("float32", 4.0), ("float16", 0.51)])
-    @pytest.mark.usefixtures("numpy_alone")
-    def test_limit(self, dtype: str, limit: float, monkeypatch: Patch) -> None:
-        for ulps, code in ((limit - 0.05, 0), (limit + 0.05, 1)):
-            monkeypatch.setattr(_numpy, "centralize", off_by(ulps, dtype))
-            assert main([]) == code
 
 
 class TestLibraries:
@@ -179,28 +151,14 @@ finally:
         assert version == f"gcx {gcx.__version__}"
         assert not {"numpy", "torch", "jax", "cupy"} & set(modules.split())
 
-    @pytest.mark.parametrize("missing", [("numpy",), ("array-api-compat", "numpy")])
-    def test_missing_package_is_one_clear_line(
-        self, missing: tuple[str, ...], monkeypatch: Patch, capsys: Printed
-    ) -> None:
-        for package in missing:
-            monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
-        assert main(["--json"]) == 2
-        out, err = capsys.readouterr()
-        why = f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
-        assert err == f"python -m gcx: {why}\n"
-        assert json.loads(out) == {"ok": False, "error": why}
-
     def test_clone_without_any_package(self, tmp_path: Path) -> None:
         shutil.copytree(HERE / "gcx", tmp_path / "gcx")
         version = ran("-S", "-m", "gcx", "--version", folder=tmp_path)
         assert version.stdout.decode().strip() == f"gcx {gcx.__version__}"
-        shown = ran("-S", "-m", "gcx", folder=tmp_path)
-        assert (shown.returncode, shown.stdout) == (2, b"")
-        assert shown.stderr == (
-            b"python -m gcx: array-api-compat and numpy missing: "
-            b"pip install array-api-compat numpy\n"
-        )
+        shown = ran("-S", "-m", "gcx", "--json", folder=tmp_path)
+        why = "array-api-compat and numpy missing: pip install array-api-compat numpy"
+        assert (shown.returncode, shown.stderr.decode()) == (2, f"python -m gcx: {why}\n")
+        assert json.loads(shown.stdout) == {"ok": False, "error": why}
 
     def test_closed_pipe(self) -> None:
         reader, writer = os.pipe()

@@ -12,8 +12,8 @@ from gcx.testing import assert_centralized
 
 from libraries import ArrayLibrary
 from reference import values
+from test_centralize import WIDE_DTYPES
 
-WIDE_DTYPES = ["float32", "float64", "complex64", "complex128"]
 EPSILON = {
     "float16": 2**-10,
     "complex32": 2**-10,
@@ -89,7 +89,6 @@ def test_the_default_is_64_roundings(xp: ArrayLibrary, dtype: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 1), (3, 0), (0, 3)])
 def test_nothing_to_check_is_an_error(xp: ArrayLibrary, shape: tuple[int, ...]) -> None:
-    """A test that looks at nothing must not pass."""
     with pytest.raises(ValueError, match=r"nothing to check.*shape \("):
         assert_centralized(xp.asarray(values(*shape)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from errno import EINVAL, ENOSPC, EPIPE
 from functools import partial
 from importlib.util import find_spec
@@ -224,10 +223,7 @@ def exit_after(command: Callable[[], int]) -> Never:
             raise
         # Python flushes once more when it exits, and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1 if error.errno == ENOSPC else 141
-        if code == 1:
-            with suppress(OSError):
-                print(f"cannot write: {error.strerror}", file=sys.stderr)
+        sys.exit(f"cannot write: {error.strerror}" if error.errno == ENOSPC else 141)
     sys.exit(code)
 
 

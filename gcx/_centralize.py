@@ -63,20 +63,20 @@ def centralize(
     Raises
     ------
     TypeError
-        If `grad` is not a dense floating array; if `strength` is an array; if both `layout` and
-        `axis` are given; if `out` cannot be written to; or if `reproducible` does not support the
-        dtype, library or device, or a sharded fan-in.
+        If `grad` is not a dense floating array, `strength` is an array, both `layout` and `axis`
+        are given, `out` cannot be written to, or `reproducible` does not support the dtype,
+        library, device or a sharded fan-in.
     ValueError
-        If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
-        `strength` is not between 0 and 1.
+        If the layout or the axes do not fit the shape, `out` does not match `grad`, or `strength`
+        is not between 0 and 1.
 
     Notes
     -----
     Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
-    own output unit. If the sum of finite numbers is too large for that dtype, their unit is right,
-    infinite or NaN, by the order in which the library sums. JAX on a CPU takes subnormal numbers
-    for zero, with `reproducible` too. In `jax.jit`, XLA may round the operations around a
-    reproducible call in its own way; in `torch.compile` the call is a graph break.
+    own output unit. If a sum of finite numbers overflows, its unit is right, infinite or NaN, by
+    the order of summation. JAX on a CPU takes subnormal numbers for zero. In `jax.jit`, XLA may
+    round the operations around a reproducible call in its own way; in `torch.compile` the call is
+    a graph break.
 
     References
     ----------
@@ -125,7 +125,7 @@ def centralize_many(
         (``"encoder/0/kernel"``) or globs (``"*/kernel"``) to layouts, where the first match counts.
         None leaves a gradient alone. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
-        Arrays for the results, built like `grads`; ``out=grads`` works in place.
+        Arrays for the results; ``out=grads`` works in place.
     strength, reproducible : optional
         As in `gcx.centralize`.
 
@@ -136,11 +136,9 @@ def centralize_many(
 
     Raises
     ------
-    TypeError
-        As in `gcx.centralize`; if `grads` is not a list, tuple or dict.
-    ValueError
-        As in `gcx.centralize`; if `layouts` does not fit the names, or an array of `out` overlaps
-        another array. Errors come before any result is written.
+    TypeError, ValueError
+        As in `gcx.centralize`, before any result is written; also if `layouts` or `out` are not
+        built like `grads`, or an array of `out` overlaps another array.
 
     Examples
     --------

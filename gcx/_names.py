@@ -23,7 +23,7 @@ def match(
 ) -> dict[str, str]:
     """Find the first key that equals or matches each name; leave out names without a key.
 
-    A ``*`` matches any text; with a separator, only text without it.
+    A glob and a name have equally many separators, if one is given.
     """
     order = {key: k for k, key in reversed([*enumerate(keys)])}
     globs = [key for key in order if is_glob(key)]
@@ -73,7 +73,7 @@ def _may_match(key: str, hidden: Iterable[str]) -> bool:
 
 
 def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """List the name and the value of each leaf; a name is the path, joined by ``/``."""
+    """List the path, joined by ``/``, and the value of each leaf."""
     parts = children(tree)
     if parts is None:
         return [(prefix, tree)]
@@ -96,16 +96,12 @@ def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
     """Replace the leaves of a tree by others, in the order of `flatten`."""
     left = iter(leaves)
     if isinstance(tree, dict):
-        parts = {key: rebuild(value, left) for key, value in tree.items()}
-        if type(tree) is dict:
-            return parts
         new = copy.copy(tree)  # keeps the attributes of a subclass of dict
-        new.update(parts)
+        new.update({key: rebuild(value, left) for key, value in tree.items()})
         return new
     if isinstance(tree, (list, tuple)):
         items = [rebuild(value, left) for value in tree]
-        is_named = hasattr(tree, "_fields")
-        return type(tree)(*items) if is_named else type(tree)(items)
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return next(left)
 
 
@@ -118,9 +114,8 @@ def leaves_like(
         return [other]
     if mine is None or theirs is None or mine.keys() != theirs.keys():
         differ = sorted(_join(prefix, key) for key in (mine or {}).keys() ^ (theirs or {}).keys())
-        raise ValueError(
-            f"{what} is not built like {like}: they differ in {(differ or [prefix])[0]!r}"
-        )
+        path = (differ or [prefix])[0]
+        raise ValueError(f"{what} is not built like {like}: they differ in {path!r}")
     leaves = (
         leaves_like(part, theirs[key], what=what, like=like, prefix=_join(prefix, key))
         for key, part in mine.items()
@@ -151,16 +146,13 @@ def layouts_for(
         leaves = leaves_like(like, layouts, what="layouts")
         return [None if leaf is None else as_layout(leaf) for leaf in leaves]
     if not isinstance(layouts, Mapping):
-        raise TypeError(
-            f"layouts is a layout, list, tuple, mapping or plan, not {type(layouts).__name__}"
-        )
+        kind = type(layouts).__name__
+        raise TypeError(f"layouts is a layout, list, tuple, mapping or plan, not {kind}")
     keys = match_all(layouts, [name for name, _ in named], what="layouts")
     parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
     for name, _ in named:
         if name not in keys:
-            raise ValueError(
-                f"layouts: no key matches {name!r}; add it, or '*': None to leave the rest alone"
-            )
+            raise ValueError(f"layouts: no key matches {name!r}; '*': None leaves the rest alone")
     return [parsed[keys[name]] for name, _ in named]
 
 

@@ -16,8 +16,7 @@ from gcx.plan import LeaveAlone
 Answer = LayoutLike | LeaveAlone | None
 AnswerT = TypeVar("AnswerT")
 
-# A mapping from names or globs of a layer's parameters to answers; or a function of the layer that
-# returns one.
+# A mapping from names or globs of a layer's parameters to answers; or a function that returns one.
 Rule = Mapping[str, AnswerT] | Callable[[Any], Mapping[str, AnswerT]]
 RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, Any]])
 
@@ -54,10 +53,9 @@ class Register(Protocol):
 
 
 class Rules(Generic[AnswerT]):
-    """The rules of one framework, searched in the order of a class's bases (MRO).
+    """The rules of one framework; the first base of a class whose rule has a name decides.
 
-    The first class whose rule has a parameter's name decides, so a subclass inherits rules. A
-    string in `table` is the qualified name of a class, or a glob of such names, for packages that
+    A string in `table` is the qualified name of a class, or a glob of such names, for packages that
     need not be imported. Entry points of `group` add rules under such names. If all layers have one
     class, a subclass says by `kind`, `is_kind` and `kinds_of` how else they are told apart.
     """

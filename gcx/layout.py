@@ -36,10 +36,8 @@ class Layout:
 
     Raises
     ------
-    TypeError
-        If `text` is not a string, or a size is not an integer.
-    ValueError
-        If `text` contains anything else, or no fan-in axis; or if a size does not fit.
+    TypeError, ValueError
+        If `text` is not such a string, has no fan-in axis, or the sizes do not settle its parts.
 
     Examples
     --------
@@ -67,8 +65,7 @@ class Layout:
             )
         if "i" not in text and _ELLIPSIS not in text:
             raise ValueError(
-                f"layout {text!r} names no fan-in axis ('i' or '...'), so there is no mean to "
-                "subtract; leave such a weight out instead"
+                f"layout {text!r} names no fan-in axis ('i' or '...'): leave such a weight out"
             )
         self._text = text
         self._sizes = _check_sizes(text, axes, sizes)
@@ -121,9 +118,7 @@ class Layout:
         return tuple(sizes), axes
 
     def letters(self, ndim: int) -> str:
-        """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
-
-        Each axis of `split` has one. Raises a ValueError if the layout does not fit the rank.
+        """Write one letter for each axis of `split`, for an array of rank `ndim` that it fits.
 
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')
@@ -186,7 +181,6 @@ def _list_parts(axis: str) -> list[str]:
 
 
 def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes by letter; an error if they leave a split open."""
     split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
         if split.count(letter) != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from html import escape
 from math import prod
@@ -94,9 +94,6 @@ class Plan(Sequence[PlanRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[PlanRow]:
-        return iter(self._rows)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._rows == other._rows
 
@@ -104,13 +101,9 @@ class Plan(Sequence[PlanRow]):
         return hash(self._rows)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the rows by name, as plain Python values for JSON.
+        """Return ``{name: {"shape": [...], "layout": str or None, "reason": str}}`` for JSON.
 
-        Returns
-        -------
-        dict
-            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"sizes"`` if
-            the layout splits an axis: ``gcx.Layout(layout, **sizes)`` restores it.
+        For a layout that splits an axis there is ``"sizes"`` too: use ``Layout(layout, **sizes)``.
         """
         plain: dict[str, dict[str, Any]] = {}
         for name, shape, layout, reason in self:
@@ -120,7 +113,7 @@ class Plan(Sequence[PlanRow]):
         return plain
 
     def table(self) -> str:
-        """Show every row, one line per parameter, and their number."""
+        """Show one line per parameter, and their number."""
         return "\n".join([*aligned([_HEADER, *map(cells, self)]), count_centralized(self)])
 
     def summary(self) -> str:
@@ -219,11 +212,7 @@ def _merge_names(names: Iterable[str]) -> list[str]:
 
 
 def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
-    """Make one line a row; each column is as wide as its widest cell.
-
-    >>> aligned([("name", "n"), ("a", "10")], to_the_right=[1])
-    ['name   n', 'a     10']
-    """
+    """Make one line a row; each column is as wide as its widest cell."""
     columns = []
     for k, column in enumerate(zip(*rows, strict=True)):
         width = max(map(len, column))

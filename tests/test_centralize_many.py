@@ -94,7 +94,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         for x in ([], ["o..."], ["o..."] * 3, [["o...", "o..."]])
     ],
     (A, {"layouts": {"*": "o...", "as": None}}, ValueError, "'as' matches no parameter.* a"),
-    (AB, {"layouts": {"a": "o..."}}, ValueError, r"no key matches 'b/0'; add it, or '\*': None"),
+    (AB, {"layouts": {"a": "o..."}}, ValueError, r"no key matches 'b/0'; '\*': None leaves"),
     *[
         (ONE, {"layouts": x}, TypeError, f"layouts is a .*not {type(x).__name__}")
         for x in (None, 1, {"o..."}, b"o...")

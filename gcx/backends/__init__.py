@@ -18,6 +18,7 @@ from gcx._memory import Memory
 __all__ = ["LIBRARIES", "Backend", "Library", "load", "one_by_one"]
 
 ArrayT = TypeVar("ArrayT")
+Axes = tuple[int, ...]
 
 LIBRARIES = ("numpy", "torch", "jax", "cupy")
 
@@ -37,17 +38,11 @@ class Backend(Protocol):
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""
 
-    def fan_in_mean(self, x: ArrayT, axes: tuple[int, ...], reproducible: bool, /) -> ArrayT:
+    def fan_in_mean(self, x: ArrayT, axes: Axes, reproducible: bool, /) -> ArrayT:
         """Average over `axes` in float32 or wider; the axes stay, with size 1."""
 
     def centralize(
-        self,
-        grad: ArrayT,
-        axes: tuple[int, ...],
-        strength: float,
-        out: ArrayT | None,
-        reproducible: bool,
-        /,
+        self, grad: ArrayT, axes: Axes, strength: float, out: ArrayT | None, reproducible: bool, /
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
@@ -58,7 +53,7 @@ class Backend(Protocol):
     def centralize_many(
         self,
         grads: Sequence[ArrayT],
-        axes: Sequence[tuple[int, ...]],
+        axes: Sequence[Axes],
         strength: float,
         outs: Sequence[ArrayT | None],
         reproducible: bool,
@@ -71,7 +66,7 @@ class Library(Backend, Protocol):
     """Further functions of a file for one library, for `python -m gcx` and the tests."""
 
     def devices(self) -> list[str]:
-        """List the names of the devices of this machine that can hold arrays."""
+        """List the devices of this machine that can hold arrays."""
 
     def asarray(self, values: Any, dtype: str, device: str, /) -> Any:
         """Make an array from a NumPy array."""

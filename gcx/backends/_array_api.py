@@ -27,12 +27,10 @@ def is_writable(out: Any, _grad: Any, /) -> bool:
 
 
 def find_memory(array: Any, /) -> Memory:
-    """Return a place of its own: the standard does not tell the address."""
-    return Memory(id(array))
+    return Memory(id(array))  # the standard does not tell the address
 
 
-def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
-    del axes
+def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     _canonical.check_dtype(str(grad.dtype).rpartition(".")[2])
     raise TypeError(
         f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
@@ -58,8 +56,7 @@ centralize_many = one_by_one(centralize)
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     """Average in double precision, and correct by the mean of the remainder.
 
-    The standard leaves the order of summation open, and a plain loop in float32 gets the second
-    digit wrong for a million equal numbers.
+    A plain loop in float32 gets the second digit wrong for a million equal numbers.
     """
     assert not reproducible
     xp = _compat.array_namespace(x)

@@ -33,15 +33,18 @@ else: raise SystemExit
 """
 
 
+def printed(*lines: str) -> list[str]:
+    script = "\n".join(lines)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
 def loaded_after(*statements: str) -> list[set[str]]:
     """Modules of interest that a fresh process has loaded after each statement."""
     shows = "print(*(name for name in sys.modules if name.split('.')[0] in watched))"
-    lines = [f"import sys; watched = {(*FRAMEWORKS, 'array_api_compat', 'gcx')}"]
-    for statement in statements:
-        lines += [statement, shows]
-    script = "\n".join(lines)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return [set(line.split()) for line in run.stdout.splitlines()]
+    watch = f"import sys; watched = {(*FRAMEWORKS, 'array_api_compat', 'gcx')}"
+    lines = printed(watch, *(line for statement in statements for line in (statement, shows)))
+    return [set(line.split()) for line in lines]
 
 
 def frameworks(modules: set[str]) -> set[str]:
@@ -81,8 +84,7 @@ for name, package in {list(lacking)}:
     finder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
     try: import_module("gcx." + name)
     except ModuleNotFoundError as error: print(error.name, error, sep=": ")"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [
+    assert printed(script) == [
         f"{package}: No module named '{package}'; pip install {requirement}"
         for (_, package), requirement in lacking.items()
     ]

@@ -29,6 +29,8 @@ __main__.exit_after(__main__.main)
 
 
 correct = _numpy.centralize
+Patch = pytest.MonkeyPatch
+Printed = pytest.CaptureFixture[str]
 
 
 def rounding_the_mean(grad: Any, axes: Any, *_: Any) -> Any:
@@ -51,9 +53,6 @@ FAULTS: list[tuple[Callable[..., Any], str]] = [
     (raising, "FAILED NotImplementedError: no kernel"),
     (rounding_the_mean, "ok"),  # a second rounding shows in float16 alone
 ]
-
-Patch = pytest.MonkeyPatch
-Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -102,20 +101,18 @@ class TestReport:
 
 
 class TestLibraries:
-    def test_installed(self) -> None:
+    def test_installed_with_a_device_and_without(self, monkeypatch: Patch) -> None:
         found = look_up("numpy")
         assert (found.state, found.version, found.devices) == ("ok", np.__version__, ("cpu",))
         assert (_numpy.__doc__ or "").startswith(found.how)
+        monkeypatch.setattr(_numpy, "devices", list)
+        assert look_up("numpy").state == "no device"
 
     def test_missing_library_comes_with_its_command(self, monkeypatch: Patch) -> None:
         monkeypatch.setattr(__main__, "find_spec", lambda name: None)
         for name in backends.LIBRARIES:
             found = look_up(name)
             assert (found.state, found.how) == ("not installed", f"not installed: {INSTALL[name]}")
-
-    def test_without_a_device(self, monkeypatch: Patch) -> None:
-        monkeypatch.setattr(_numpy, "devices", list)
-        assert look_up("numpy").state == "no device"
 
     @pytest.mark.parametrize("function", ["load", "devices"])
     @pytest.mark.usefixtures("numpy_alone")

@@ -87,7 +87,7 @@ def assert_bits(xp: ArrayLibrary, grad: Any, expected: Any, **options: Any) -> N
         assert result.dtype == grad.dtype
         assert_same_bits(xp.numpy(result), expected)
     else:
-        with pytest.raises(TypeError, match="reproducible"):
+        with pytest.raises(TypeError, match=r"NumPy, CuPy, torch and JAX, not (array_api_st|dask)"):
             gcx.centralize(grad, reproducible=True, **options)
 
 
@@ -187,9 +187,10 @@ def test_all_strides(xp: ArrayLibrary, view: str, layout: str) -> None:
         assert_bits(xp, seen, expected, layout=layout)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_one_unit_seen_several_times(xp: ArrayLibrary, axis: int) -> None:
-    shape, together = ((300, 1), (300, 4)) if axis == 0 else ((1, 300), (4, 300))
+@pytest.mark.parametrize(("shape", "together", "axis"), [((9, 1), (9, 4), 0), ((1, 9), (4, 9), 1)])
+def test_one_unit_seen_several_times(
+    xp: ArrayLibrary, shape: Any, together: Any, axis: int
+) -> None:
     grad, expected = sample(shape, (axis,), "float32")
     stored = xp.asarray(grad, "float32")
     seen = _compat.array_namespace(stored).broadcast_to(stored, together)
@@ -233,9 +234,10 @@ def test_other_dtypes_are_refused(xp: ArrayLibrary, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["o...", "...o"])
-def test_in_place(xp: ArrayLibrary, layout: str) -> None:
-    if not (xp.is_writable and promises_bits(xp)):
-        return
+def test_in_place(writable: ArrayLibrary, layout: str) -> None:
+    xp = writable
+    if not promises_bits(xp):
+        pytest.skip("no bits are promised here")
     axes = gcx.Layout(layout).fan_in_axes(2)
     for dtype in dtypes_of(xp):
         x, expected = sample((33, 300), axes, dtype)
@@ -272,17 +274,6 @@ def test_several_at_once(xp: ArrayLibrary) -> None:
             assert_same_bits(xp.numpy(found[name]), one.centralized)
 
 
-def test_a_refusal_comes_before_anything_is_written(xp: ArrayLibrary) -> None:
-    if not xp.is_writable:
-        return
-    fine = xp.asarray([[1.0, 3.0]], "float32")
-    refused = xp.asarray([[1.0, 3.0]], "complex64")
-    grads = [fine, refused]
-    with pytest.raises(TypeError, match=r"^[01]: reproducible"):
-        gcx.centralize_many(grads, out=grads, reproducible=True)
-    np.testing.assert_array_equal(xp.numpy(fine), [[1.0, 3.0]])
-
-
 def ones(*shape: int, dtype: str = "float32") -> Any:
     return np.ones(shape, dtype)
 
@@ -291,23 +282,21 @@ class Named(np.ndarray):
     """Might add up as it likes."""
 
 
+WIDER = f"{', '.join(DTYPES)}, not {np.dtype('longdouble').name}"
 PLAIN = "plain arrays, not {}; use np.asarray"
 REFUSED = {
-    "longdouble": (
-        ones(2, 3, dtype="longdouble"),
-        f"{', '.join(DTYPES)}, not {np.dtype('longdouble').name}",
-    ),
+    "longdouble": (ones(2, 3, dtype="longdouble"), WIDER),
     "masked": (np.ma.masked_array(ones(2, 3)), PLAIN.format("MaskedArray")),
     "subclass": (ones(2, 3).view(Named), PLAIN.format("Named")),
 }
 
 
 @pytest.mark.parametrize(("grad", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_array(grad: Any, message: str) -> None:
-    before = grad.copy()
-    with pytest.raises(TypeError, match=f"^reproducible=True is for .*{message}"):
-        gcx.centralize(grad, out=grad, reproducible=True)
-    np.testing.assert_array_equal(grad, before)
+def test_a_refusal_comes_before_anything_is_written(grad: Any, message: str) -> None:
+    grads = [ones(2, 3) * [1, 2, 6], grad]
+    with pytest.raises(TypeError, match=f"^1: reproducible=True is for .*{message}"):
+        gcx.centralize_many(grads, out=grads, reproducible=True)
+    assert grads[0].tolist() == [[1, 2, 6]] * 2
     gcx.centralize(grad)  # is another matter
 
 
@@ -318,13 +307,6 @@ def test_what_is_left_alone_may_be_anything() -> None:
     assert result["signal"] is grads["signal"]
     assert result["scale"] is grads["scale"]  # a fan-in of one
     np.testing.assert_array_equal(result["kernel"], 0)
-
-
-def test_a_library_without_a_file_of_its_own() -> None:
-    strict = pytest.importorskip("array_api_strict")
-    grad = strict.asarray(ones(2, 3))
-    with pytest.raises(TypeError, match="NumPy, CuPy, torch and JAX, not array_api_strict"):
-        gcx.centralize(grad, reproducible=True)
 
 
 def test_memmap_is_an_array(tmp_path: Any) -> None:

@@ -94,6 +94,9 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         for x in ([], ["o..."], ["o..."] * 3, [["o...", "o..."]])
     ],
     (A, {"layouts": {"*": "o...", "as": None}}, ValueError, "'as' matches no parameter.* a"),
+    (A, {"layouts": {0: "o..."}}, TypeError, "a key is the name of a parameter or a glob, not 0"),
+    ([], {"layouts": {"*": "o..."}}, ValueError, r"'\*' matches no parameter.*\(none\)"),
+    ([None] * 99, {"layouts": {"a/*": None}}, ValueError, r"'a/\*' matches.* are: 0, .*9, \.\.\.$"),
     (AB, {"layouts": {"a": "o..."}}, ValueError, r"no key matches 'b/0'; '\*': None leaves"),
     *[
         (ONE, {"layouts": x}, TypeError, f"layouts is a .*not {type(x).__name__}")
@@ -101,7 +104,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ],
     *[
         (ONE, {"layouts": x}, ValueError, r"layout '(xyz' is not valid|oo' names no fan-in)")
-        for x in ("xyz", ["xyz"], {"0": "xyz"}, "oo")
+        for x in ("xyz", ["xyz"], {"*": "o...", "0": "xyz"}, "oo")
     ],
     ({"a": ONE}, {"layouts": "ioo"}, ValueError, r"^a/0: layout 'ioo' .*rank 3, not 2 .*\(3, 4\)"),
     *[
@@ -142,10 +145,11 @@ K, B = values(3, 4), values(5)
 MANY = {
     "encoder": [{"kernel": K, "bias": B}],
     "query": {"kernel": values(4, 2, 3)},
-    "embedding": K,
+    "w[0]": K,
     "frozen": None,
 }
-GLOBS = {"query/kernel": "ioo", "*/kernel": "...o", "*bias": None, "em*": None, "frozen": "o..."}
+GLOBS = {"query/kernel": "ioo", "*/kernel": "...o", "enc*/?/b*": None, "frozen": "o..."}
+GLOBS |= {"w[0]": "i..."}  # a name is a name, brackets or not
 OF_A_LIST = ["o...", gcx.Layout("...o"), None]
 # Gradients, layouts, and the fan-in axes of those that are not left alone.
 LAYOUTS: dict[str, tuple[Any, Any, dict[str, tuple[int, ...]]]] = {
@@ -153,7 +157,8 @@ LAYOUTS: dict[str, tuple[Any, Any, dict[str, tuple[int, ...]]]] = {
     "list": ([values(3, 4, seed=k) for k in range(3)], OF_A_LIST, {"0": (1,), "1": (0,)}),
     "tuple": ([values(3, 4, seed=k) for k in range(3)], (*OF_A_LIST,), {"0": (1,), "1": (0,)}),
     "nested": ([K, {"a": K}], ["...o", {"a": "o..."}], {"0": (0,), "1/a": (1,)}),
-    "globs": (MANY, GLOBS, {"encoder/0/kernel": (0,), "query/kernel": (0,)}),
+    "globs": (MANY, GLOBS, {"encoder/0/kernel": (0,), "query/kernel": (0,), "w[0]": (0, 1)}),
+    "first key": ({"a": K, "b": K}, {"*": "o...", "b": None}, {"a": (1,), "b": (1,)}),
     "any mapping": ({"a": K}, MappingProxyType({"a": "...o"}), {"a": (0,)}),
 }
 

@@ -1,19 +1,16 @@
-"""Layouts: letters to axes, names to layouts. Neither needs an array."""
+"""Layouts: letters to axes, without an array."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gcx
-from gcx._names import layouts_for
 from gcx.layout import as_layout
 
 
@@ -76,43 +73,3 @@ def test_layouts_are_values(text: str, sizes: dict[str, int], shown: str) -> Non
     for clone in (copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         assert clone(layout) == layout
         assert clone(layout).split((8, 4)) == layout.split((8, 4))
-
-
-NAMES = ["encoder/0/kernel", "encoder/0/bias", "head/kernel", "w[0]"]
-
-
-def find(layouts: Any, names: Sequence[str] = NAMES) -> list[gcx.Layout | None]:
-    return layouts_for([(name, None) for name in names], layouts, like=None)
-
-
-def matched(layouts: dict[str, object]) -> dict[str, str]:
-    found = zip(NAMES, find({**layouts, "?*": None}), strict=True)
-    return {name: str(layout) for name, layout in found if layout is not None}
-
-
-def test_keys_are_names_or_globs() -> None:
-    assert matched({"head/kernel": "...o"}) == {"head/kernel": "...o"}
-    assert matched({"*/kernel": "...o"}) == {"encoder/0/kernel": "...o", "head/kernel": "...o"}
-    assert matched({"encoder/?/b*": gcx.Layout("i")}) == {"encoder/0/bias": "i"}
-    assert matched({"w[0]": "o..."}) == {"w[0]": "o..."}, "a name is a name, brackets or not"
-
-
-def test_the_first_key_that_matches_counts() -> None:
-    others = ("encoder/0/kernel", "encoder/0/bias", "w[0]")
-    assert matched({"head/*": None, "*": "o..."}) == dict.fromkeys(others, "o...")
-    assert matched({"*": "o...", "head/*": None})["head/kernel"] == "o..."
-
-
-REFUSED: list[tuple[Any, Sequence[str], type[Exception], str]] = [
-    ({0: "o..."}, ["0"], TypeError, "a key is the name of a parameter or a glob, not 0"),
-    ({"*": "o...", "a/*": None}, NAMES, ValueError, r"'a/\*' matches no parameter.*encoder/0/kern"),
-    ({"*": "o..."}, [], ValueError, r"'\*' matches no parameter.*\(none\)"),
-    ({"a": None}, [f"layer{k}" for k in range(1000)], ValueError, r"layer9, \.\.\.$"),
-    ({"*": "o...", "w*": "xyz"}, NAMES, ValueError, "layout 'xyz' is not valid"),  # nobody uses it
-]
-
-
-@pytest.mark.parametrize(("layouts", "names", "error", "message"), REFUSED)
-def test_keys_that_are_refused(layouts: Any, names: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        find(layouts, names)

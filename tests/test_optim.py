@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ from gcx._dispatch import backend_for
 from gcx._names import flatten, rebuild
 from gcx.optim import SGD, Adam, AdamW
 
+import canonical_order
 import libraries
 import reference
 
@@ -39,26 +39,30 @@ OPTIMIZERS = {
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 one_of_each = pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
 Tree = dict[str, Any]
-Project = Callable[[Any], Any]
 
 
-# The algorithms once more, for one array of NumPy, as torch.optim writes them and as the authors
-# of Gradient Centralization do (Yonghongwei/Gradient-Centralization, algorithm-GC). `p` is the
-# projection, `o` an optimizer for its hyperparameters.
+@cache
+def expected(name: str, place: str | None, steps: int) -> Tree:
+    """Where `trained` must arrive, by the algorithms for one array of NumPy."""
+    start, *grads = problem(steps)
+
+    def end_of(key: str) -> Any:
+        axes = FAN_INS.get(key) if place else None
+        w, own, o = leaves(start)[key], [leaves(tree)[key] for tree in grads], OPTIMIZERS[name]
+        if isinstance(o, Adam):
+            return adam_of_the_authors(w, own, axes, o, gc_loc=place != "update")
+        options = {"weight_decay": o.weight_decay, "momentum": o.momentum, "nesterov": o.nesterov}
+        return canonical_order.sgd(w, own, axes, o.lr, where=place or "gradient", **options)
+
+    return {key: end_of(key) for key in leaves(start)}
 
 
-def reference_sgd(w: Any, grads: list[Any], p: Project, o: SGD) -> Any:
-    buffer = None
-    for grad in grads:
-        d = p(grad + o.weight_decay * w)
-        if o.momentum:
-            buffer = d if buffer is None else o.momentum * buffer + d
-            d = d + o.momentum * buffer if o.nesterov else buffer
-        w = w - o.lr * d
-    return w
+def adam_of_the_authors(w: Any, grads: list[Any], axes: Any, o: Adam, *, gc_loc: bool) -> Any:
+    """As in Yonghongwei/Gradient-Centralization, algorithm-GC, with the decay of torch's AdamW."""
 
+    def p(x: Any) -> Any:
+        return reference.centralized(x, axes) if axes else x
 
-def reference_adam(w: Any, grads: list[Any], p: Project, o: Adam, *, gc_loc: bool) -> Any:
     is_decoupled = isinstance(o, AdamW)
     exp_avg, exp_avg_sq = np.zeros_like(w), np.zeros_like(w)
     for t, raw in enumerate(grads, start=1):
@@ -75,28 +79,12 @@ def reference_adam(w: Any, grads: list[Any], p: Project, o: Adam, *, gc_loc: boo
 
 
 @cache
-def expected(name: str, place: str | None, steps: int) -> Tree:
-    """Where `trained` must arrive."""
-    start, *grads = problem(steps)
-
-    def end_of(key: str) -> Any:
-        axes = FAN_INS.get(key) if place else None
-        p: Project = (lambda x: reference.centralized(x, axes)) if axes else (lambda x: x)
-        own, o = [leaves(tree)[key] for tree in grads], OPTIMIZERS[name]
-        if isinstance(o, SGD):
-            return reference_sgd(leaves(start)[key], own, p, o)
-        return reference_adam(leaves(start)[key], own, p, o, gc_loc=place != "update")
-
-    return {key: end_of(key) for key in leaves(start)}
-
-
-@cache
 def problem(steps: int) -> list[Tree]:
     """Weights, then a gradient for each step."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> Any:
-        return rng.normal(0.3, 1.0, shape)
+        return np.asarray(rng.normal(0.3, 1.0, shape))
 
     return [
         {

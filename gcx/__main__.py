@@ -28,6 +28,7 @@ INSTALL["cupy"] = 'pip install "gcx[cupy13]" (CUDA 13) or "gcx[cupy12]" (CUDA 12
 _REQUIRED = ("array-api-compat", "numpy")
 _FOR_ADAPTERS = ("optax", "keras", "lightning", "transformers", "thinc")
 
+_COLUMNS = ("library", "device", "dtype", "error", "limit", "verdict")
 # The largest error, in units in the last place of the largest magnitude in the output unit.
 _LIMITS = {"float32": 4.0, "float16": 0.51}
 
@@ -142,8 +143,8 @@ def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
         error, why = None, "not finite"
     limit = _LIMITS[dtype]
     verdict = "ok" if error is not None and error <= limit else f"FAILED {why}".rstrip()
-    row = {"library": library, "device": device, "dtype": dtype}
-    return {**row, "error": error, "limit": limit, "verdict": verdict}
+    values = (library, device, dtype, error, limit, verdict)
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _largest_error(library: str, device: str, dtype: str) -> float:
@@ -188,7 +189,6 @@ def _installed_lines(about: dict[str, Any], found: Sequence[LibraryInfo]) -> lis
 
 
 def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
-    header = ("library", "device", "dtype", "error", "limit", "verdict")
     cells = [
         [f"{x:.2f}" if isinstance(x, float) else str(x or "-") for x in row.values()]
         for row in checks
@@ -196,7 +196,7 @@ def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
     first = f"{len(_CASES)} random gradients a row, compared with float64. Error and limit in ulp"
     second = "of the largest magnitude in the output unit."
     last = "All is well." if ok else "FAILED: something above is wrong or broken."
-    return [first, second, "", *aligned([header, *cells]), "", last]
+    return [first, second, "", *aligned([_COLUMNS, *cells]), "", last]
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str]:

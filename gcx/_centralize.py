@@ -183,8 +183,7 @@ def see_fan_in(
 ) -> tuple[ArrayT, tuple[int, ...]]:
     """Check a gradient as `centralize` does; return it with its axes split, and its fan-in axes.
 
-    There are no fan-in axes if the fan-in has fewer than two elements. The mean of one element is
-    the element itself, so subtracting it would freeze the weight.
+    There are none if the fan-in has one element: to subtract its mean would freeze the weight.
     """
     backend = backend_for(grad)
     backend.check_dtype(grad)

@@ -70,7 +70,6 @@ def find_overrides(
 
 
 def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
-    """Raise a ValueError that shows the plan of a model if it centralizes nothing."""
     if all(row.layout is None for row in plan):
         raise ValueError(nothing_to_centralize(plan, owner, hint=hint))
 
@@ -88,7 +87,6 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
-    """Raise a TypeError that names the first weight without a canonical order of summation."""
     for row, array in zip(plan, arrays, strict=True):
         if row.layout is not None:
             with naming(row.name):

@@ -36,10 +36,7 @@ def reshape(array: ArrayT, shape: tuple[int, ...]) -> ArrayT:
 
 
 def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
-    """Find the object that repeats calls of `gcx.centralize_many`; None if this one is no repeat.
-
-    It is for flat containers, in place or for new results, and layouts that cannot change.
-    """
+    """Find the object that repeats a call with a flat container; None if this can be no repeat."""
     kind = type(grads)
     first = next(iter(grads.values() if kind is dict else grads), None)
     is_repeatable = getattr(by_type.get(type(first)), "is_repeatable", None)

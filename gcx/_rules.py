@@ -68,7 +68,7 @@ class Rules(Generic[AnswerT]):
         }
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
-        # Names and rules, by layer type; a model has few of these.
+        # By layer type.
         self._found: dict[Any, list[tuple[str, Rule[Any]]]] = {}
 
     def is_kind(self, kind: object) -> bool:
@@ -173,8 +173,7 @@ class Rules(Generic[AnswerT]):
 
 
 def _qualified(kind: Any) -> str:
-    name = getattr(kind, "__qualname__", "")  # which some callables lack
-    return f"{kind.__module__}.{name}"
+    return f"{kind.__module__}.{getattr(kind, '__qualname__', '')}"  # some callables have no name
 
 
 def _label(kind: Any) -> str:

@@ -121,15 +121,6 @@ class Plan(Sequence[PlanRow]):
 
         A star stands for the numbers in which names differ; such a name can be a key of `layouts`.
         Unknown parameters are all named.
-
-        Examples
-        --------
-        >>> from gcx.plan import Plan, PlanRow
-        >>> plan = Plan(PlanRow(f"blocks.{k}.bias", (64,), None, "bias") for k in range(12))
-        >>> print(plan.summary())
-        parameters  elements  layout  reason  names
-                12       768  -       bias    blocks.*.bias
-        0 of 12 parameters centralized
         """
         lines = aligned([_KIND_HEADER, *map(_kind_cells, self._kinds())], to_the_right=(0, 1))
         return "\n".join([*lines, count_centralized(self)])

@@ -84,9 +84,7 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def refuse_dtype(dtype: object) -> Never:
-    raise TypeError(
-        f"expected a real or complex floating dtype, not {dtype}; convert the array first"
-    )
+    raise TypeError(f"expected a real or complex floating dtype, not {dtype}; convert the array")
 
 
 def load(library: str) -> Library:

@@ -14,11 +14,8 @@ _FLOATING = ("real floating", "complex floating")
 
 def check_dtype(grad: Any, /) -> None:
     if _compat.is_pydata_sparse_array(grad):
-        raise TypeError(
-            "expected a dense array, not a sparse one; call .todense(), or leave it out"
-        )
-    xp = _compat.array_namespace(grad)
-    if not xp.isdtype(grad.dtype, _FLOATING):
+        raise TypeError("expected a dense array, not a sparse one; call .todense()")
+    if not _compat.array_namespace(grad).isdtype(grad.dtype, _FLOATING):
         refuse_dtype(grad.dtype)
 
 

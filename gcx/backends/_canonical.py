@@ -17,18 +17,13 @@ from operator import add
 from typing import Any
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
 SEGMENT = 1 << 14
-
-# Neighbours in memory to keep in one block, for speed: four pages of float32.
-_RUN = 1 << 12
+_RUN = 1 << 12  # neighbours in memory to keep in one block, for speed: four pages of float32
 
 
 def check_dtype(name: str) -> None:
     if name not in DTYPES:
-        raise TypeError(
-            f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast the gradient first"
-        )
+        raise TypeError(f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast it first")
 
 
 def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) -> Any:

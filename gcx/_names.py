@@ -96,8 +96,11 @@ def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
     """Replace the leaves of a tree by others, in the order of `flatten`."""
     left = iter(leaves)
     if isinstance(tree, dict):
+        parts = {key: rebuild(value, left) for key, value in tree.items()}
+        if type(tree) is dict:  # torch.compile does not trace a copy
+            return parts
         new = copy.copy(tree)  # keeps the attributes of a subclass of dict
-        new.update({key: rebuild(value, left) for key, value in tree.items()})
+        new.update(parts)
         return new
     if isinstance(tree, (list, tuple)):
         items = [rebuild(value, left) for value in tree]

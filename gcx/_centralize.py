@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import nan
 from numbers import Real
 from operator import index
 from typing import Any, NamedTuple, TypeVar
@@ -198,8 +198,10 @@ def see_fan_in(
         except ValueError as error:
             raise ValueError(f"{error} (gradient of shape {shape})") from None
     # A size may be unknown in a lazy array, and is a symbol in a JAX export.
-    sizes = [view[a] for a in axes]
-    if all(isinstance(size, int) for size in sizes) and prod(sizes) < 2:
+    size: float = 1
+    for a in axes:
+        size *= view[a] if isinstance(view[a], int) else nan
+    if size < 2:
         axes = ()
     seen = grad if len(view) == len(shape) else reshape(grad, view)
     if reproducible and axes:

@@ -224,14 +224,13 @@ class TestRefused:
         ids=lambda value: type(value).__name__,
     )
     def test_what_is_no_array(self, value: object) -> None:
-        with pytest.raises(TypeError, match=rf"expected an array.*got .*{type(value).__name__}"):
+        elsewhere = ".*use gcx.centralize_many" * (type(value) in (list, tuple, dict))
+        kind = type(value).__name__
+        with pytest.raises(TypeError, match=f"expected an array.*got .*{kind}{elsewhere}"):
             gcx.centralize(value)
 
     @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-    def test_containers_and_np_matrix_are_sent_elsewhere(self) -> None:
-        for value in ([], (), {}):
-            with pytest.raises(TypeError, match=r"use gcx.centralize_many"):
-                gcx.centralize(value)
+    def test_np_matrix_is_sent_elsewhere(self) -> None:
         with pytest.raises(TypeError, match=r"np\.matrix .*np\.asarray"):
             gcx.centralize(np.matrix([[1.0, 2.0]]))
 

@@ -130,8 +130,9 @@ def test_every_unit_of_every_entry_is_centralized(
     np.testing.assert_array_equal(xp.numpy(grad), x.astype(np.float32))
     written = [many[0]]
     if xp.is_writable:
-        written += gcx.centralize_many([grad], layouts=[layout], out=[xp.asarray(0 * x)])
-        written.append(gcx.centralize(grad, layout=layout, out=grad))
+        written += [xp.asarray(0 * x)]
+        gcx.centralize_many([grad], layouts=[layout], out=written[1:])
+        written += [gcx.centralize(grad, layout=layout, out=grad)]
         assert written[2] is grad
     for found in written:
         np.testing.assert_array_equal(xp.numpy(found), xp.numpy(result))

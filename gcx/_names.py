@@ -42,7 +42,7 @@ def match_all(
 ) -> dict[str, str]:
     """Match as `match` does; a key without a name is a ValueError that calls the keys `what`.
 
-    It is none if the key may be at or below one of the paths `hidden` (``""``: anywhere).
+    At or below the paths `hidden` (``""``: anywhere), any key may be right.
     """
     keys, names = list(keys), list(names)
     known = set(names)
@@ -111,7 +111,7 @@ def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
 def leaves_like(
     tree: Any, other: Any, *, what: str, like: str = "the gradients", prefix: str = ""
 ) -> list[Any]:
-    """List the leaves of `other`, in the order of `tree`; a ValueError unless it is built so."""
+    """List the leaves of `other` in the order of `tree`; a ValueError unless they are alike."""
     mine, theirs = children(tree), children(other)
     if mine is None and theirs is None:
         return [other]

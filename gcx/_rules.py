@@ -88,8 +88,8 @@ class Rules(Generic[AnswerT]):
         Parameters
         ----------
         kind : type
-            The class of the layer; its subclasses follow. So register a rule for a subclass that
-            holds its weight in another way. In gcx.thinc: the forward function of the layer.
+            The class of the layer. Its subclasses follow, so register a rule for one that holds
+            its weight in another way. In gcx.thinc: the forward function of the layer.
 
         Returns
         -------
@@ -109,7 +109,7 @@ class Rules(Generic[AnswerT]):
         TypeError
             If `kind` is of another type, or the rule neither a mapping nor a function.
         ValueError
-            When gcx.torch makes a plan: if the layer has no parameter of a name, not a glob.
+            When gcx.torch makes a plan, for a name that the layer does not have, unless a glob.
 
         Notes
         -----

@@ -37,7 +37,6 @@ def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    assert not reproducible
     xp = _compat.array_namespace(grad)
     mean = fan_in_mean(grad, axes, reproducible)
     result = xp.astype(xp.astype(grad, mean.dtype) - strength * mean, grad.dtype)

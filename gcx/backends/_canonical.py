@@ -27,7 +27,7 @@ def check_dtype(name: str) -> None:
 
 
 def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) -> Any:
-    """Average an array of float32 or float64, `block` elements at a time for the cache's sake."""
+    """Average in float32 or float64; `block` elements at a time stay in the cache."""
     fan_in = prod([x.shape[a] for a in axes])
     units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
     # A matrix (fan-in, units): a view if the strides allow, else a copy.

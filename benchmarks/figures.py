@@ -14,7 +14,7 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["cycles", "figures", "function_lengths", "imports_between", "main", "upward_imports"]
 
@@ -24,10 +24,10 @@ _LONGEST_FILE = 350
 # The layers, from the bottom: a module imports none that stands above it. The first entry that a
 # module's name begins with, behind "gcx.", counts; all others are adapters.
 _LAYERS = (
-    ("_version", "_table", "_compat", "_frameworks", "_memory", "_names", "layout", "plan"),
+    ("_compat", "_frameworks", "_memory", "_names", "layout", "plan"),
     ("backends",),
     ("_dispatch",),
-    ("_centralize", "_decisions", "_layouts", "_means", "_options", "_outputs", "_rules"),
+    ("_centralize", "_decisions", "_means", "_options", "_rules"),
 )
 
 

@@ -38,7 +38,7 @@ KERNELS = {
 MODULES = (
     (16, 92, 368, ("adapters", "torch/ optax/ keras/ thinc/", "lightning.py transformers.py")),
     (16, 204, 176, ("the decision", "_rules.py", "_decisions.py", "plan.py")),
-    (208, 204, 176, ("the operator", "_centralize.py", "_layouts.py", "_outputs.py")),
+    (208, 204, 176, ("the operator", "_centralize.py", "_names.py", "_means.py")),
     (16, 324, 152, ("layout.py", "text to axes")),
     (208, 324, 176, ("_dispatch.py", "array to backend")),
     (208, 404, 176, ("backends/", "_numpy _torch", "_jax _cupy", "_array_api cuda/")),

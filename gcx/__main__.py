@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from errno import EINVAL, ENOSPC, EPIPE
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from typing import Any, NamedTuple, Never, TypeVar
 from warnings import catch_warnings, simplefilter
 
 import gcx
-from gcx._table import aligned
 from gcx.backends import LIBRARIES, load
+from gcx.plan import aligned
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ INSTALL["cupy"] = 'pip install "gcx[cupy13]" (CUDA 13) or "gcx[cupy12]" (CUDA 12
 _REQUIRED = ("array-api-compat", "numpy")
 _FOR_ADAPTERS = ("optax", "keras", "lightning", "transformers", "thinc")
 
+_COLUMNS = ("library", "device", "dtype", "error", "limit", "verdict")
 # The largest error, in units in the last place of the largest magnitude in the output unit.
 _LIMITS = {"float32": 4.0, "float16": 0.51}
 
@@ -54,7 +55,7 @@ class LibraryInfo(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show, check, and return the exit code."""
-    # Imported here, where Ctrl-C is expected; they take longer than all the rest of this file.
+    # Imported here, where Ctrl-C is expected.
     import json
     from argparse import ArgumentParser
     from pathlib import Path
@@ -86,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for device in library.devices
         for dtype in _LIMITS
     ]
-    states = [*(one["verdict"] for one in checks), *(library.state for library in libraries)]
-    ok = not any(state.startswith(("FAILED", "broken")) for state in states)
+    is_broken = any(library.state == "broken" for library in libraries)
+    ok = not is_broken and all(one["verdict"] == "ok" for one in checks)
     if as_json:
         found = {"libraries": [library._asdict() for library in libraries], "checks": checks}
         print(json.dumps({"ok": ok, **about, **found}, indent=2))
@@ -100,32 +101,29 @@ def look_up(name: str) -> LibraryInfo:
     """Import a library out of `gcx.backends.LIBRARIES` if it is installed, and tell its state."""
     if find_spec(name) is None:
         return LibraryInfo(name, "not installed", None, (), f"not installed: {INSTALL[name]}")
-    library, error = attempt(lambda: load(name))
-    devices, error = attempt(library.devices) if library else (None, error)
-    if library is None or devices is None:
+    devices, error = attempt(lambda: tuple(load(name).devices()))
+    if devices is None:
         return LibraryInfo(name, "broken", _version(name), (), f"broken: {error}")
     if not devices:
         return LibraryInfo(name, "no device", _version(name), (), "no device")
+    library = load(name)
     how = _first_line(library)
     on_cuda = [device for device in devices if device.startswith("cuda")]
     if on_cuda and hasattr(library, "why_no_kernels"):
         how += "; on CUDA few launches of CUDA kernels for a list"
-        reasons = ((device, _try_kernels(library, device)) for device in on_cuda)
-        how += "".join(f"; not on {device}: {why}" for device, why in reasons if why)
-    return LibraryInfo(name, "ok", _version(name), tuple(devices), how)
+        for device in on_cuda:
+            why, error = attempt(partial(_try_kernels, library, device))
+            how += f"; not on {device}: {why or error}" if why or error else ""
+    return LibraryInfo(name, "ok", _version(name), devices, how)
 
 
 def _try_kernels(library: Any, device: str) -> str:
     """Launch a kernel on a CUDA device; return the reason if that fails."""
-
-    def launch() -> str:
-        grad = library.asarray([[1.0, 2.0]], "float32", device)
-        with catch_warnings():
-            simplefilter("ignore")  # of the reason
-            gcx.centralize(grad)
-        return str(library.why_no_kernels(grad))
-
-    return "; ".join(filter(None, attempt(launch)))
+    grad = library.asarray([[1.0, 2.0]], "float32", device)
+    with catch_warnings():
+        simplefilter("ignore")  # of the reason
+        gcx.centralize(grad)
+    return str(library.why_no_kernels(grad))
 
 
 def _first_line(backend: Any) -> str:
@@ -145,12 +143,12 @@ def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
         error, why = None, "not finite"
     limit = _LIMITS[dtype]
     verdict = "ok" if error is not None and error <= limit else f"FAILED {why}".rstrip()
-    row = {"library": library, "device": device, "dtype": dtype}
-    return {**row, "error": error, "limit": limit, "verdict": verdict}
+    values = (library, device, dtype, error, limit, verdict)
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _largest_error(library: str, device: str, dtype: str) -> float:
-    """Centralize the gradient of each case, by itself and together with the others."""
+    """Centralize each gradient by itself and together with the others."""
     import numpy as np
 
     backend = load(library)
@@ -159,20 +157,19 @@ def _largest_error(library: str, device: str, dtype: str) -> float:
     grads = [backend.asarray(x, dtype, device) for x in values]
     layouts = [layout for _, layout, _ in _CASES]
     alone = [gcx.centralize(g, layout=layout) for g, layout in zip(grads, layouts, strict=True)]
-    together = gcx.centralize_many(grads, layouts=layouts)
+    results = [*alone, *gcx.centralize_many(grads, layouts=layouts)]
     errors = []
-    for results in (alone, together):
-        for x, grad, result, (_, _, fan_in) in zip(values, grads, results, _CASES, strict=True):
-            if (result.shape, result.dtype) != (grad.shape, grad.dtype):
-                raise ValueError(
-                    f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
-                )
-            exact = x.astype(np.float64)
-            if fan_in:
-                exact -= exact.mean(fan_in, keepdims=True)
-            largest = np.maximum(np.abs(x), np.abs(exact)).max(fan_in, keepdims=True)
-            ulp = np.spacing(largest.astype(dtype)).astype(np.float64)
-            errors.append(np.max(np.abs(backend.to_numpy(result) - exact) / ulp))
+    for x, grad, result, case in zip(values * 2, grads * 2, results, _CASES * 2, strict=True):
+        if (result.shape, result.dtype) != (grad.shape, grad.dtype):
+            raise ValueError(
+                f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
+            )
+        exact, fan_in = x.astype(np.float64), case[2]
+        if fan_in:
+            exact -= exact.mean(fan_in, keepdims=True)
+        largest = np.maximum(np.abs(x), np.abs(exact)).max(fan_in, keepdims=True)
+        ulp = np.spacing(largest.astype(dtype)).astype(np.float64)
+        errors.append(np.max(np.abs(backend.to_numpy(result) - exact) / ulp))
     return float(np.max(errors))
 
 
@@ -192,15 +189,14 @@ def _installed_lines(about: dict[str, Any], found: Sequence[LibraryInfo]) -> lis
 
 
 def _check_lines(checks: Sequence[dict[str, Any]], *, ok: bool) -> list[str]:
-    header = ("library", "device", "dtype", "error", "limit", "verdict")
     cells = [
         [f"{x:.2f}" if isinstance(x, float) else str(x or "-") for x in row.values()]
         for row in checks
     ]
-    of_ulp = "Error and limit in ulp\nof the largest magnitude in the output unit."
-    first = f"{len(_CASES)} random gradients a row, compared with float64. {of_ulp}"
+    first = f"{len(_CASES)} random gradients a row, compared with float64. Error and limit in ulp"
+    second = "of the largest magnitude in the output unit."
     last = "All is well." if ok else "FAILED: something above is wrong or broken."
-    return [first, "", *aligned([header, *cells]), "", last]
+    return [first, second, "", *aligned([_COLUMNS, *cells]), "", last]
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
@@ -227,10 +223,7 @@ def exit_after(command: Callable[[], int]) -> Never:
             raise
         # Python flushes once more when it exits, and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1 if error.errno == ENOSPC else 141
-        if code == 1:
-            with suppress(OSError):
-                print(f"cannot write: {error.strerror}", file=sys.stderr)
+        sys.exit(f"cannot write: {error.strerror}" if error.errno == ENOSPC else 141)
     sys.exit(code)
 
 

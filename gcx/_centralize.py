@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from numbers import Real
-from operator import index, is_
-from typing import Any, TypeVar
+from operator import index
+from typing import Any, NamedTuple, TypeVar
 
 from gcx._dispatch import backend_for, find_call, reshape
-from gcx._layouts import Layouts, layouts_for
-from gcx._names import flatten, leaves_like, naming, rebuild
-from gcx._outputs import Job, check_apart, check_out
+from gcx._memory import find_shared
+from gcx._names import Layouts, flatten, layouts_for, leaves_like, naming, rebuild
+from gcx.backends import Backend
 from gcx.layout import Layout, LayoutLike, as_layout
 
 OUTPUT_FIRST = Layout("o...")
@@ -62,20 +63,20 @@ def centralize(
     Raises
     ------
     TypeError
-        If `grad` is not a dense floating array; if `strength` is an array; if both `layout` and
-        `axis` are given; if `out` cannot be written to; or if `reproducible` does not support the
-        dtype, library or device, or a sharded fan-in.
+        If `grad` is not a dense floating array, `strength` is an array, both `layout` and `axis`
+        are given, `out` cannot be written to, or `reproducible` does not support the dtype,
+        library, device or a sharded fan-in.
     ValueError
-        If the layout or the axes do not fit the shape, if `out` does not match `grad`, or if
-        `strength` is not between 0 and 1.
+        If the layout or the axes do not fit the shape, `out` does not match `grad`, or `strength`
+        is not between 0 and 1.
 
     Notes
     -----
     Dtypes below 32 bits are computed in float32 and rounded once. NaN and infinity stay in their
-    own output unit. If the sum of finite numbers is too large for that dtype, their unit is right,
-    infinite or NaN, by the order in which the library sums. JAX on a CPU takes subnormal numbers
-    for zero, with `reproducible` too. In `jax.jit`, XLA may round the operations around a
-    reproducible call in its own way; in `torch.compile` the call is a graph break.
+    own output unit. If a sum of finite numbers overflows, its unit is right, infinite or NaN, by
+    the order of summation. JAX on a CPU takes subnormal numbers for zero. In `jax.jit`, XLA may
+    round the operations around a reproducible call in its own way; in `torch.compile` the call is
+    a graph break.
 
     References
     ----------
@@ -95,7 +96,7 @@ def centralize(
     if type(strength) is not float or strength != 1.0:
         strength = check_strength(strength)
     if out is not None:
-        check_out(out, grad, backend)
+        _check_out(out, grad, backend)
     if not axes:
         return _write(grad, out)
     if seen is grad:
@@ -124,7 +125,7 @@ def centralize_many(
         (``"encoder/0/kernel"``) or globs (``"*/kernel"``) to layouts, where the first match counts.
         None leaves a gradient alone. `torch.compile` can trace one layout or a list.
     out : list, tuple or dict of arrays, optional
-        Arrays for the results, built like `grads`; ``out=grads`` works in place.
+        Arrays for the results; ``out=grads`` works in place.
     strength, reproducible : optional
         As in `gcx.centralize`.
 
@@ -135,11 +136,9 @@ def centralize_many(
 
     Raises
     ------
-    TypeError
-        As in `gcx.centralize`; if `grads` is not a list, tuple or dict.
-    ValueError
-        As in `gcx.centralize`; if `layouts` does not fit the names, or an array of `out` overlaps
-        another array. Errors come before any result is written.
+    TypeError, ValueError
+        As in `gcx.centralize`, before any result is written; also if `layouts` or `out` are not
+        built like `grads`, or an array of `out` overlaps another array.
 
     Examples
     --------
@@ -168,7 +167,7 @@ def centralize_many(
         for (name, grad), layout, target in zip(named, chosen, outs, strict=True)
     ]
     if out is not None:
-        check_apart(jobs)
+        _check_apart(jobs)
     results = _run(jobs, strength, reproducible)
     if call is not None and all(job.seen is job.grad for job in jobs):
         call.remember([job.axes for job in jobs])
@@ -182,105 +181,47 @@ def see_fan_in(
     *,
     reproducible: bool = False,
 ) -> tuple[ArrayT, tuple[int, ...]]:
-    """Check a gradient as `centralize` does; return it with its axes split, and its fan-in axes."""
+    """Check a gradient as `centralize` does; return it with its axes split, and its fan-in axes.
+
+    There are none if the fan-in has one element: to subtract its mean would freeze the weight.
+    """
     backend = backend_for(grad)
     backend.check_dtype(grad)
-    shape: tuple[int, ...] = grad.shape  # type: ignore[attr-defined]
-    view, axes = _find_fan_in(shape, layout, axis)
-    seen = grad if view is shape else reshape(grad, view)
-    if reproducible and axes:
-        backend.check_reproducible(seen, axes)
-    return seen, axes
-
-
-def _make_job(
-    name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
-) -> Job:
-    if grad is None:
-        return Job(name, None, None, None, (), None)
-    seen: Any = grad
-    axes: tuple[int, ...] = ()
-    with naming(name):
-        backend = backend_for(grad)
-        if layout is not None:
-            seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
-        if writes:
-            check_out(out, grad, backend)
-    return Job(name, backend, grad, seen, axes, out)
-
-
-def _run(jobs: Sequence[Job], strength: float, reproducible: bool) -> list[Any]:
-    """Call each backend once, with all of its arrays; return the results in the order of `jobs`."""
-    results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
-    left = [k for k, job in enumerate(jobs) if job.axes]
-    while left:
-        backend = jobs[left[0]].backend
-        assert backend is not None
-        mine = [k for k in left if jobs[k].backend is backend]
-        left = [k for k in left if jobs[k].backend is not backend]
-        _, _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
-        is_whole = [*map(is_, seen, grads)]
-        targets = [out if whole else None for out, whole in zip(outs, is_whole, strict=True)]
-        done = backend.centralize_many(seen, axes, strength, targets, reproducible)
-        for k, result, whole in zip(mine, done, is_whole, strict=True):
-            shape = jobs[k].grad.shape
-            results[k] = result if whole else _write(reshape(result, shape), jobs[k].out)
-    return results
-
-
-def _write(result: ArrayT, out: ArrayT | None) -> ArrayT:
-    if out is None or out is result:
-        return result
-    out[...] = result  # type: ignore[index]
-    return out
-
-
-def _find_fan_in(
-    shape: tuple[int, ...], layout: LayoutLike, axis: int | Sequence[int] | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape with its axes split by the layout, and the fan-in axes of that shape.
-
-    There are no fan-in axes if the fan-in has fewer than two elements. The mean of one element is
-    the element itself, so subtracting it would freeze the weight.
-    """
-    view = shape
+    shape = view = tuple(grad.shape)  # type: ignore[attr-defined]
     if axis is not None:
         if layout is not OUTPUT_FIRST:
             raise TypeError("give layout or axis, not both: each says which axes are fan-in")
         axes = _check_axes(shape, axis)
     else:
         try:
-            layout = as_layout(layout)
-            if layout.is_split:
-                view, axes = layout.split(shape)
-            else:
-                axes = layout.fan_in_axes(len(shape))
+            view, axes = as_layout(layout).split(shape)
         except ValueError as error:
-            is_told = str(tuple(shape)) in str(error)
-            raise ValueError(
-                str(error) if is_told else f"{error} (gradient of shape {tuple(shape)})"
-            ) from None
-    size = 1
+            raise ValueError(f"{error} (gradient of shape {shape})") from None
+    # A size may be unknown in a lazy array, and is a symbol in a JAX export.
+    size: float = 1
     for a in axes:
-        if not isinstance(view[a], int):  # of a lazy array, or a symbol in a JAX export
-            return view, axes
-        size *= view[a]
-    return view, (() if size < 2 else axes)
+        size *= view[a] if isinstance(view[a], int) else nan
+    if size < 2:
+        axes = ()
+    seen = grad if len(view) == len(shape) else reshape(grad, view)
+    if reproducible and axes:
+        backend.check_reproducible(seen, axes)
+    return seen, axes
 
 
-def _check_axes(shape: Sequence[int], axis: int | Sequence[int]) -> tuple[int, ...]:
-    ndim = len(shape)
+def _check_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
     given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     try:
-        axes = tuple(index(a) for a in given)
+        axes = [index(a) for a in given]
     except TypeError:
         raise TypeError(f"axis is an integer or a sequence of integers, not {axis!r}") from None
-    if any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(f"axis {axis} is out of range for a gradient of shape {tuple(shape)}")
-    axes = tuple(sorted(a % ndim for a in axes))
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis {axis} names an axis twice, for a gradient of shape {tuple(shape)}")
-    return axes
+    ndim = len(shape)
+    found = sorted({a % ndim for a in axes if -ndim <= a < ndim})
+    if len(found) < len(axes):
+        raise ValueError(
+            f"axis {axis} is out of range or named twice, for a gradient of shape {shape}"
+        )
+    return tuple(found)
 
 
 def check_strength(strength: float) -> float:
@@ -295,3 +236,97 @@ def check_strength(strength: float) -> float:
             f"strength is the part of the mean to subtract, from 0 to 1, not {strength!r}"
         )
     return float(strength)
+
+
+class _Job(NamedTuple):
+    """A gradient, once checked."""
+
+    name: str
+    backend: Backend | None  # None without a gradient
+    grad: Any
+    seen: Any  # the gradient, reshaped if its layout splits an axis
+    axes: tuple[int, ...]
+    out: Any
+
+
+def _make_job(
+    name: str, grad: Any, layout: Layout | None, out: Any, *, writes: bool, reproducible: bool
+) -> _Job:
+    if grad is None:
+        return _Job(name, None, None, None, (), None)
+    seen: Any = grad
+    axes: tuple[int, ...] = ()
+    with naming(name):
+        backend = backend_for(grad)
+        if layout is not None:
+            seen, axes = see_fan_in(grad, layout, reproducible=reproducible)
+        if writes:
+            _check_out(out, grad, backend)
+    return _Job(name, backend, grad, seen, axes, out)
+
+
+def _check_out(out: Any, grad: Any, backend: Backend) -> None:
+    if out is not grad:
+        with naming("out"):
+            found = backend_for(out)
+            if found is backend:
+                backend.check_dtype(out)
+        if found is not backend:
+            raise TypeError(f"out is a {type(out).__name__}, the gradient a {type(grad).__name__}")
+    if not backend.is_writable(out, grad):
+        raise TypeError(
+            f"out cannot be written to: this {type(out).__name__} is immutable, read-only, an "
+            "inference tensor, expanded or with elements that share memory; or autograd or "
+            "torch.func watches (then use torch.no_grad(), or no out)"
+        )
+    if out is not grad:
+        check_traits("out", out, "the gradient", grad, ("shape", "dtype", "device"))
+
+
+def check_traits(what: str, x: Any, whose: str, model: Any, traits: Sequence[str]) -> None:
+    for trait in traits:
+        found: list[Any] = [getattr(array, trait, None) for array in (x, model)]
+        if found[0] != found[1]:
+            mine, theirs = [tuple(size) for size in found] if trait == "shape" else found
+            raise ValueError(f"{what} has {trait} {mine}, {whose} {theirs}")
+
+
+def _check_apart(jobs: Sequence[_Job]) -> None:
+    """Raise a ValueError if a result would be written over another array of the list."""
+    uses = [
+        (job.backend.find_memory(array), owner, array is job.out)
+        for owner, job in enumerate(jobs)
+        if job.backend is not None
+        for array in ((job.out,) if job.out is job.grad else (job.grad, job.out))
+    ]
+    for one, other in find_shared(uses):
+        raise ValueError(
+            f"the out of {jobs[one].name} or {jobs[other].name} is in the memory of the other; "
+            "give each result an array of its own"
+        )
+
+
+def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]:
+    """Call each backend once, with all of its arrays; return the results in the order of `jobs`."""
+    results = [None if job.axes else _write(job.grad, job.out) for job in jobs]
+    left = [k for k, job in enumerate(jobs) if job.axes]
+    while left:
+        backend = jobs[left[0]].backend
+        assert backend is not None
+        mine = [k for k in left if jobs[k].backend is backend]
+        left = [k for k in left if jobs[k].backend is not backend]
+        _, _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
+        targets = [
+            out if x is grad else None for x, grad, out in zip(seen, grads, outs, strict=True)
+        ]
+        done = backend.centralize_many(seen, axes, strength, targets, reproducible)
+        for k, result, x, grad, out in zip(mine, done, seen, grads, outs, strict=True):
+            results[k] = result if x is grad else _write(reshape(result, grad.shape), out)
+    return results
+
+
+def _write(result: ArrayT, out: ArrayT | None) -> ArrayT:
+    if out is None or out is result:
+        return result
+    out[...] = result  # type: ignore[index]
+    return out

@@ -16,10 +16,7 @@ LEFT_ALONE = LeaveAlone("left alone by an override")
 
 
 def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
-    """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name.
-
-    Raises a ValueError that names the parameter if the layout does not fit its shape.
-    """
+    """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name."""
     if answer is None:
         answer = left_alone_by(rule)
     if isinstance(answer, LeaveAlone):
@@ -37,7 +34,6 @@ def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> 
 
 
 def left_alone_by(rule: str) -> LeaveAlone:
-    """Give the reason for a parameter that a rule leaves alone without one."""
     return LeaveAlone(f"left alone by the rule of {rule}")
 
 
@@ -74,7 +70,6 @@ def find_overrides(
 
 
 def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
-    """Raise a ValueError that shows the plan of a model if it centralizes nothing."""
     if all(row.layout is None for row in plan):
         raise ValueError(nothing_to_centralize(plan, owner, hint=hint))
 
@@ -92,7 +87,6 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_reproducible(plan: Iterable[PlanRow], arrays: Iterable[Any]) -> None:
-    """Raise a TypeError that names the first weight without a canonical order of summation."""
     for row, array in zip(plan, arrays, strict=True):
         if row.layout is not None:
             with naming(row.name):
@@ -104,7 +98,6 @@ def already_attached(kind: str, remedy: str) -> str:
 
 
 def narrow_weight(name: str, dtype: object) -> str:
-    """Write the warning for a weight below 32 bits under ``where="update"``."""
     return (
         f"{name} is {dtype}: rounding the weights loses most of what where='update' does; keep "
         "float32 weights, or use where='gradient'"

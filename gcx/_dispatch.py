@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeVar
 
-from gcx._frameworks import hint_at_adapter, name_kind
+from gcx._frameworks import describe
 from gcx.backends import Backend
 from gcx.layout import Layout
 from gcx.plan import Plan
@@ -17,11 +17,7 @@ by_type: dict[type, Backend] = {}
 
 
 def backend_for(array: Any) -> Backend:
-    """Find the backend of an array by its type.
-
-    Only libraries that are imported already are tested, so this loads none. After the first array
-    of a type, a call costs one dictionary access.
-    """
+    """Find the backend of an array by its type, without importing another library."""
     try:
         return by_type[type(array)]
     except KeyError:
@@ -40,10 +36,7 @@ def reshape(array: ArrayT, shape: tuple[int, ...]) -> ArrayT:
 
 
 def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
-    """Find the object that repeats calls of `gcx.centralize_many`; None if this one is no repeat.
-
-    It is for lists, in place or for new results, and layouts that cannot change.
-    """
+    """Find the object that repeats a call with a list; None if this can be no repeat."""
     if type(grads) is not list or not grads or not (out is None or out is grads):
         return None
     backend: Any = by_type.get(type(grads[0]))
@@ -90,15 +83,9 @@ def _find(array: Any) -> Any:
         from gcx.backends import _array_api
 
         return _array_api
+    is_tree = isinstance(array, (list, tuple, dict))
+    hint = "; make it an array, or use gcx.centralize_many for several" if is_tree else ""
     raise TypeError(
         f"expected an array (NumPy, CuPy, torch, JAX, or any library of the array API standard), "
-        f"got {_describe(array)}"
+        f"got {describe(array)}{hint}"
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, (list, tuple, dict)):
-        name = name_kind(value)
-        return f"a {name}; make it an array, or use gcx.centralize_many for a {name} of arrays"
-    hint = hint_at_adapter(value)
-    return name_kind(value) + (hint and f"{hint}.centralize")

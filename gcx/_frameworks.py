@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Adapters by the package of a class. Keras comes first: on its torch backend, a layer is a torch
-# module too.
+# By the package of a class. Keras comes first: on torch, its layers are torch modules too.
 _ADAPTERS = {
     "keras": "keras",
     "thinc": "thinc",

@@ -11,10 +11,7 @@ from gcx.layout import LayoutLike
 
 
 def fan_in_mean(x: Any, layout: LayoutLike, *, reproducible: bool = False) -> Any:
-    """Average over the fan-in, in float32 or wider; the fan-in axes stay, with size 1.
-
-    If the layout splits an axis, so does the mean.
-    """
+    """Average over the fan-in, in float32 or wider; the axes of `see_fan_in` stay, with size 1."""
     seen, axes = see_fan_in(x, layout, reproducible=reproducible)
     return backend_for(x).fan_in_mean(seen, axes, reproducible)
 
@@ -30,10 +27,7 @@ def subtract_mean(x: Any, mean: Any, layout: LayoutLike) -> Any:
 def restore_mean(
     x: Any, mean: Any, layout: LayoutLike, *, strength: float = 1.0, reproducible: bool = False
 ) -> Any:
-    """Return `x` with its fan-in means moved back to `mean`, from `fan_in_mean` before a step.
-
-    A `strength` below 1 undoes this part of their change.
-    """
+    """Move the fan-in means of `x` back to `mean`, taken before a step, by the part `strength`."""
     moved = fan_in_mean(x, layout, reproducible=reproducible) - mean
     if strength != 1.0:
         moved = strength * moved

@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 
 class Memory(NamedTuple):
-    """The address of the first element, and the steps along each axis in bytes."""
-
-    start: int
+    start: int  # the address of the first element
     shape: Sequence[int] = ()
-    steps: Sequence[int] = ()
+    steps: Sequence[int] = ()  # along each axis, in bytes
     itemsize: int = 1
 
 

@@ -1,12 +1,18 @@
-"""Names of parameters: nested containers of arrays, and keys that are names or globs."""
+"""Names of parameters: nested containers of arrays, keys that are names or globs, and layouts."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
+
+from gcx.layout import Layout, LayoutLike, as_layout
+from gcx.plan import Plan
+
+# The argument `layouts`.
+Layouts = LayoutLike | Mapping[str, LayoutLike | None] | Sequence[Any] | Plan
 
 _GLOB = frozenset("*?[")
 _NAMES_SHOWN = 10
@@ -17,7 +23,7 @@ def match(
 ) -> dict[str, str]:
     """Find the first key that equals or matches each name; leave out names without a key.
 
-    A ``*`` matches any text; with a separator, only text without it.
+    A glob and a name have equally many separators, if one is given.
     """
     order = {key: k for k, key in reversed([*enumerate(keys)])}
     globs = [key for key in order if is_glob(key)]
@@ -36,8 +42,7 @@ def match_all(
 ) -> dict[str, str]:
     """Match as `match` does; a key without a name is a ValueError that calls the keys `what`.
 
-    At or below the paths `hidden` (``""``: anywhere) there may be parameters that are not in
-    `names`; a key for these is no error.
+    At or below the paths `hidden` (``""``: anywhere), any key may be right.
     """
     keys, names = list(keys), list(names)
     known = set(names)
@@ -54,7 +59,6 @@ def is_glob(key: str) -> bool:
 
 
 def no_match(key: str, names: Sequence[str], *, what: str) -> str:
-    """Write the error for a key of the mapping `what` that matches no name."""
     listed = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
     return f"{what}: {key!r} matches no parameter; there are: {listed or '(none)'}"
 
@@ -69,7 +73,7 @@ def _may_match(key: str, hidden: Iterable[str]) -> bool:
 
 
 def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """List the name and the value of each leaf; a name is the path, joined by ``/``."""
+    """List the path, joined by ``/``, and the value of each leaf."""
     parts = children(tree)
     if parts is None:
         return [(prefix, tree)]
@@ -93,33 +97,28 @@ def rebuild(tree: Any, leaves: Iterable[Any]) -> Any:
     left = iter(leaves)
     if isinstance(tree, dict):
         parts = {key: rebuild(value, left) for key, value in tree.items()}
-        if type(tree) is dict:
+        if type(tree) is dict:  # torch.compile does not trace a copy
             return parts
         new = copy.copy(tree)  # keeps the attributes of a subclass of dict
         new.update(parts)
         return new
     if isinstance(tree, (list, tuple)):
         items = [rebuild(value, left) for value in tree]
-        is_named = hasattr(tree, "_fields")
-        return type(tree)(*items) if is_named else type(tree)(items)
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return next(left)
 
 
 def leaves_like(
     tree: Any, other: Any, *, what: str, like: str = "the gradients", prefix: str = ""
 ) -> list[Any]:
-    """List the leaves of `other`, which must be built like `tree`, in the order of `tree`.
-
-    The ValueError if it is not calls the trees `what` and `like`, and shows the first difference.
-    """
+    """List the leaves of `other` in the order of `tree`; a ValueError unless they are alike."""
     mine, theirs = children(tree), children(other)
     if mine is None and theirs is None:
         return [other]
     if mine is None or theirs is None or mine.keys() != theirs.keys():
         differ = sorted(_join(prefix, key) for key in (mine or {}).keys() ^ (theirs or {}).keys())
-        raise ValueError(
-            f"{what} is not built like {like}: they differ in {(differ or [prefix])[0]!r}"
-        )
+        path = (differ or [prefix])[0]
+        raise ValueError(f"{what} is not built like {like}: they differ in {path!r}")
     leaves = (
         leaves_like(part, theirs[key], what=what, like=like, prefix=_join(prefix, key))
         for key, part in mine.items()
@@ -136,3 +135,37 @@ def naming(leaf: str) -> Iterator[None]:
         # type(error) may be a library's subclass with other arguments.
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{leaf}: {error}") from error
+
+
+def layouts_for(
+    named: Sequence[tuple[str, Any]], layouts: Layouts, *, like: Any
+) -> list[Layout | None]:
+    """Find the layouts of `named`, the leaves of the tree `like`; None leaves an array alone."""
+    if isinstance(layouts, (Layout, str)):
+        return [as_layout(layouts)] * len(named)
+    if isinstance(layouts, Plan):
+        return [_find_in_plan(layouts, name, array) for name, array in named]
+    if isinstance(layouts, (list, tuple)):
+        leaves = leaves_like(like, layouts, what="layouts")
+        return [None if leaf is None else as_layout(leaf) for leaf in leaves]
+    if not isinstance(layouts, Mapping):
+        kind = type(layouts).__name__
+        raise TypeError(f"layouts is a layout, list, tuple, mapping or plan, not {kind}")
+    keys = match_all(layouts, [name for name, _ in named], what="layouts")
+    parsed = {key: None if v is None else as_layout(v) for key, v in layouts.items()}
+    for name, _ in named:
+        if name not in keys:
+            raise ValueError(f"layouts: no key matches {name!r}; '*': None leaves the rest alone")
+    return [parsed[keys[name]] for name, _ in named]
+
+
+def _find_in_plan(plan: Plan, name: str, array: Any) -> Layout | None:
+    try:
+        row = plan[name]
+    except KeyError as error:
+        raise ValueError(f"layouts: {error.args[0]}") from None
+    shape = row.shape if array is None else tuple(array.shape)
+    if shape != tuple(row.shape):
+        with naming(name):
+            raise ValueError(f"the plan is for shape {row.shape}, this array has shape {shape}")
+    return row.layout

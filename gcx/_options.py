@@ -18,11 +18,7 @@ Layers = Literal["all", "conv"]
 
 @dataclass(frozen=True)
 class Options:
-    """The choice of weights, the place of the projection, and its strength.
-
-    The constructor checks each option by itself. An adapter checks the options that depend on its
-    optimizer or model, such as `decay` and the keys of `overrides`.
-    """
+    """The options, each checked by itself; an adapter checks them against optimizer and model."""
 
     where: Where = "gradient"  # or the displacement that the step causes
     decay: Decay = None  # the adapter chooses

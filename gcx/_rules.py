@@ -16,8 +16,7 @@ from gcx.plan import LeaveAlone
 Answer = LayoutLike | LeaveAlone | None
 AnswerT = TypeVar("AnswerT")
 
-# A mapping from names or globs of a layer's parameters to answers; or a function of the layer that
-# returns one.
+# A mapping from names or globs of a layer's parameters to answers; or a function that returns one.
 Rule = Mapping[str, AnswerT] | Callable[[Any], Mapping[str, AnswerT]]
 RuleT = TypeVar("RuleT", bound=Mapping[str, Any] | Callable[[Any], Mapping[str, Any]])
 
@@ -54,10 +53,9 @@ class Register(Protocol):
 
 
 class Rules(Generic[AnswerT]):
-    """The rules of one framework, searched in the order of a class's bases (MRO).
+    """The rules of one framework; the first base of a class whose rule has a name decides.
 
-    The first class whose rule has a parameter's name decides, so a subclass inherits rules. A
-    string in `table` is the qualified name of a class, or a glob of such names, for packages that
+    A string in `table` is the qualified name of a class, or a glob of such names, for packages that
     need not be imported. Entry points of `group` add rules under such names. If all layers have one
     class, a subclass says by `kind`, `is_kind` and `kinds_of` how else they are told apart.
     """
@@ -70,15 +68,14 @@ class Rules(Generic[AnswerT]):
         }
         self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
         self._group = group
-        # Names and rules, by layer type; a model has few of these.
+        # By layer type.
         self._found: dict[Any, list[tuple[str, Rule[Any]]]] = {}
 
     def is_kind(self, kind: object) -> bool:
         return isinstance(kind, type)
 
-    def checked(self, rule: Rule[AnswerT], kind: Any) -> Rule[AnswerT]:
+    def checked(self, rule: Rule[AnswerT], _kind: Any) -> Rule[AnswerT]:
         """Return a rule of a user, or one that checks its own answers."""
-        del kind
         return rule
 
     def kinds_of(self, layer: Any) -> Sequence[Any]:
@@ -91,8 +88,8 @@ class Rules(Generic[AnswerT]):
         Parameters
         ----------
         kind : type
-            The class of the layer; its subclasses follow, unless they have a rule. In gcx.thinc:
-            the forward function of the layer.
+            The class of the layer. Its subclasses follow, so register a rule for one that holds
+            its weight in another way. In gcx.thinc: the forward function of the layer.
 
         Returns
         -------
@@ -112,14 +109,10 @@ class Rules(Generic[AnswerT]):
         TypeError
             If `kind` is of another type, or the rule neither a mapping nor a function.
         ValueError
-            When gcx.torch makes a plan: for a name in the rule, unless a glob, that the layer does
-            not have.
+            When gcx.torch makes a plan, for a name that the layer does not have, unless a glob.
 
         Notes
         -----
-        A subclass of a known layer is assumed to use its weight as that layer does. Register a rule
-        for one that does not, for example a `torch.nn.Linear` that holds (in, out).
-
         A package can declare its rules without importing gcx, by entry points of the group
         ``gcx.torch.layers``, ``gcx.optax.layers``, ``gcx.keras.layers`` or ``gcx.thinc.layers``.
         Their names are the qualified names of layers, or globs of them::
@@ -147,10 +140,7 @@ class Rules(Generic[AnswerT]):
         return decorator
 
     def answer(self, layer: object, name: str) -> tuple[AnswerT | LeaveAlone | None, str]:
-        """Return the answer about a layer's parameter `name`, and the name of the rule.
-
-        A parameter that no rule knows is left alone, never guessed.
-        """
+        """Return the answer about a parameter, never a guess, and the name of the rule."""
         return self.find(layer, name) or (unknown(layer, name), type(layer).__name__)
 
     def find(self, layer: object, name: str) -> tuple[AnswerT, str] | None:
@@ -183,8 +173,7 @@ class Rules(Generic[AnswerT]):
 
 
 def _qualified(kind: Any) -> str:
-    name = getattr(kind, "__qualname__", "")  # which some callables lack
-    return f"{kind.__module__}.{name}"
+    return f"{kind.__module__}.{getattr(kind, '__qualname__', '')}"  # some callables have no name
 
 
 def _label(kind: Any) -> str:
@@ -202,9 +191,8 @@ def _load(found: EntryPoint) -> Rule[Any]:
     try:
         rule: Rule[Any] = found.load()
     except Exception as error:
-        raise ImportError(
-            f"{source}, does not load {found.value!r}: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{source}, does not load {found.value!r}: {why}") from error
     check_rule(rule, f"{source},")
     return rule
 

@@ -12,12 +12,10 @@ from gcx._centralize import OUTPUT_FIRST
 from gcx._decisions import decide_row
 from gcx._dispatch import backend_for
 from gcx._frameworks import needing
-from gcx._layouts import Layouts, layouts_for
 from gcx._means import fan_in_mean
-from gcx._names import children, flatten, naming
-from gcx._table import aligned, html_table
+from gcx._names import Layouts, children, flatten, layouts_for, naming
 from gcx.layout import Layout
-from gcx.plan import LeaveAlone, Plan, PlanRow, cells, count_centralized
+from gcx.plan import LeaveAlone, Plan, PlanRow, aligned, cells, count_centralized, html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

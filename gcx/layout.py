@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 from math import prod
 from operator import index
-from typing import Any
 
 __all__ = ["Layout", "LayoutLike"]
 
@@ -38,10 +36,8 @@ class Layout:
 
     Raises
     ------
-    TypeError
-        If `text` is not a string, or a size is not an integer.
-    ValueError
-        If `text` contains anything else, or no fan-in axis; or if a size does not fit.
+    TypeError, ValueError
+        If `text` is not such a string, has no fan-in axis, or the sizes do not settle its parts.
 
     Examples
     --------
@@ -69,8 +65,7 @@ class Layout:
             )
         if "i" not in text and _ELLIPSIS not in text:
             raise ValueError(
-                f"layout {text!r} names no fan-in axis ('i' or '...'), so there is no mean to "
-                "subtract; leave such a weight out instead"
+                f"layout {text!r} names no fan-in axis ('i' or '...'): leave such a weight out"
             )
         self._text = text
         self._sizes = _check_sizes(text, axes, sizes)
@@ -79,7 +74,7 @@ class Layout:
         place = axes.index(_ELLIPSIS) if self._is_variadic else len(axes)
         parts = [*map(_list_parts, axes)]
         self._head, self._tail = parts[:place], parts[place + 1 :]
-        # Computed once for the usual ranks, since each call of `centralize` needs it.
+        # For the usual ranks, since each call of `centralize` needs them.
         self._by_rank: dict[int, tuple[int, ...]] = {}
         for ndim in range(_USUAL_RANKS):
             with suppress(ValueError):
@@ -123,9 +118,7 @@ class Layout:
         return tuple(sizes), axes
 
     def letters(self, ndim: int) -> str:
-        """Write the layout for an array of rank `ndim`, without ``...`` and parentheses.
-
-        Each axis of `split` has one. Raises a ValueError if the layout does not fit the rank.
+        """Write one letter for each axis of `split`, for an array of rank `ndim` that it fits.
 
         >>> Layout("o...").letters(4), Layout("(bi)o...", b=2).letters(4)
         ('oiii', 'bioii')
@@ -171,46 +164,32 @@ class Layout:
     def __hash__(self) -> int:
         return hash((Layout, self._text, *sorted(self._sizes.items())))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Layout, self._text, **self._sizes), ()
-
 
 LayoutLike = Layout | str
 
 
 def _hint(text: str) -> str:
-    """Translate the names of axes that other libraries use.
-
-    >>> _hint("HWIO"), _hint("NCHW")
-    ("; 'HWIO' is '...io' here", '')
-    """
+    """Translate the names of axes that other libraries use."""
     here = re.sub("[dhw0-9]+", _ELLIPSIS, text.lower())
     is_clear = sorted(here.replace(_ELLIPSIS, "")) == ["i", "o"] and here.count(_ELLIPSIS) < 2
     return f"; {text!r} is {here!r} here" if is_clear else ""
 
 
 def _list_parts(axis: str) -> list[str]:
-    """List the letters of the parts of an axis; fan-in neighbours are one part.
-
-    >>> _list_parts("(oi...)"), _list_parts("i")
-    (['o', 'i'], ['i'])
-    """
+    """List the letters of the parts of an axis; fan-in neighbours are one part."""
     return [*re.sub("i+", "i", axis.strip("()").replace(_ELLIPSIS, "i"))]
 
 
 def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes by letter; an error if they leave a split open."""
     split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
-        if letter not in split:
+        if split.count(letter) != 1:
             raise ValueError(
-                f"layout {text!r} has no part {letter!r} in parentheses to give a size to"
+                f"layout {text!r} has {split.count(letter)} parts {letter!r} in parentheses, and a "
+                "size is of one part"
             )
-        if not hasattr(size, "__index__") or isinstance(size, bool):
-            raise TypeError(f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}")
-        if size < 1 or split.count(letter) > 1:
-            wrong = f"at least 1, not {size}" if size < 1 else "of one part, and there are several"
-            raise ValueError(f"layout {text!r}: the size of {letter!r} is {wrong}")
+        if index(size) < 1:
+            raise ValueError(f"layout {text!r}: the size of {letter!r} is at least 1, not {size}")
     for axis in axes:
         unknown = [part for part in _list_parts(axis) if part not in sizes]
         if axis[0] == "(" and len(unknown) > 1:

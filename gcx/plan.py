@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
+from html import escape
 from math import prod
 from typing import Any, NamedTuple, overload
 
-from gcx._table import aligned, html_table
 from gcx.layout import Layout
 
 __all__ = ["LeaveAlone", "Plan", "PlanRow"]
 
 
 class LeaveAlone(NamedTuple):
-    """A rule's answer that leaves a parameter alone, with the reason.
-
-    Attributes
-    ----------
-    reason : str
-        Shown in the plan.
+    """The reason to leave a parameter alone, as the answer of a rule; a plan shows it.
 
     Examples
     --------
@@ -37,14 +32,12 @@ class PlanRow(NamedTuple):
 
     Attributes
     ----------
-    name : str
-        Path in the model: ``"layer1.0.conv.weight"`` in torch, ``"Dense_0/kernel"`` in JAX.
-    shape : tuple of int
-        Shape of the parameter.
-    layout : Layout or None
-        Layout with which its gradient is centralized; None leaves it alone.
-    reason : str
-        The rule that matched, or the reason to leave it alone; ``"unknown..."`` without a rule.
+    name, shape
+        Path in the model, such as ``"layer1.0.conv.weight"`` in torch and ``"Dense_0/kernel"`` in
+        JAX, and shape of the parameter.
+    layout, reason
+        Layout of its gradient, and the rule that matched; or None, and the reason to leave it
+        alone, which begins with ``"unknown"`` if there is no rule.
 
     Examples
     --------
@@ -101,9 +94,6 @@ class Plan(Sequence[PlanRow]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[PlanRow]:
-        return iter(self._rows)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._rows == other._rows
 
@@ -111,13 +101,9 @@ class Plan(Sequence[PlanRow]):
         return hash(self._rows)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the rows by name, as plain Python values for JSON.
+        """Return ``{name: {"shape": [...], "layout": str or None, "reason": str}}`` for JSON.
 
-        Returns
-        -------
-        dict
-            ``{name: {"shape": [...], "layout": str or None, "reason": str}}``, with ``"sizes"`` if
-            the layout splits an axis: ``gcx.Layout(layout, **sizes)`` restores it.
+        For a layout that splits an axis there is ``"sizes"`` too: use ``Layout(layout, **sizes)``.
         """
         plain: dict[str, dict[str, Any]] = {}
         for name, shape, layout, reason in self:
@@ -127,7 +113,7 @@ class Plan(Sequence[PlanRow]):
         return plain
 
     def table(self) -> str:
-        """Show every row, one line per parameter, and their number."""
+        """Show one line per parameter, and their number."""
         return "\n".join([*aligned([_HEADER, *map(cells, self)]), count_centralized(self)])
 
     def summary(self) -> str:
@@ -135,15 +121,6 @@ class Plan(Sequence[PlanRow]):
 
         A star stands for the numbers in which names differ; such a name can be a key of `layouts`.
         Unknown parameters are all named.
-
-        Examples
-        --------
-        >>> from gcx.plan import Plan, PlanRow
-        >>> plan = Plan(PlanRow(f"blocks.{k}.bias", (64,), None, "bias") for k in range(12))
-        >>> print(plan.summary())
-        parameters  elements  layout  reason  names
-                12       768  -       bias    blocks.*.bias
-        0 of 12 parameters centralized
         """
         lines = aligned([_KIND_HEADER, *map(_kind_cells, self._kinds())], to_the_right=(0, 1))
         return "\n".join([*lines, count_centralized(self)])
@@ -169,15 +146,12 @@ class Plan(Sequence[PlanRow]):
         return {row.name: row for row in reversed(self._rows)}
 
     def _find(self, name: str) -> PlanRow:
-        try:
-            return self._by_name[name]
-        except KeyError:
+        if name not in self._by_name:
             from difflib import get_close_matches
 
-            near = get_close_matches(name, self._by_name, n=3) or [*self._by_name][:3]
-            raise KeyError(
-                f"the plan has no row {name!r}; the nearest are {', '.join(map(repr, near))}"
-            ) from None
+            near = ", ".join(map(repr, get_close_matches(name, self._by_name, cutoff=0)))
+            raise KeyError(f"the plan has no row {name!r}; the nearest are {near}")
+        return self._by_name[name]
 
     def _kinds(self) -> Iterable[list[PlanRow]]:
         kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}
@@ -226,3 +200,21 @@ def _merge_names(names: Iterable[str]) -> list[str]:
         "".join(parts[0] if len({*parts}) == 1 else "*" for parts in zip(*together, strict=True))
         for together in most_first
     ]
+
+
+def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()) -> list[str]:
+    """Make one line a row; each column is as wide as its widest cell."""
+    columns = []
+    for k, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        justify = str.rjust if k in to_the_right else str.ljust
+        columns.append([justify(cell, width) for cell in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -12,6 +12,11 @@ from gcx.layout import LayoutLike
 
 __all__ = ["assert_centralized"]
 
+_ADAM = (
+    ". With Adam and its kin, centralized gradients do not keep the means of weights: "
+    "check a gradient after the step (p.grad in torch), or centralize the update"
+)
+
 
 def assert_centralized(
     x: Any,
@@ -24,17 +29,16 @@ def assert_centralized(
 ) -> None:
     """Assert that the mean over the fan-in is zero in each output unit, or unchanged since `start`.
 
-    Pass a gradient; or a weight after training as `x` and before training as `start`. Steps of SGD
-    with Gradient Centralization keep the means of a weight (Corollary 4.1), so this catches a wrong
-    axis and a hook that never ran. Adam and its kin keep them only with ``where="update"``;
-    otherwise check the gradient after the step, ``p.grad`` in torch.
+    Steps of SGD with Gradient Centralization keep the means of a weight (Corollary 4.1), so this
+    catches a wrong axis and a hook that never ran. Adam and its kin keep them only with
+    ``where="update"``; otherwise check the gradient after the step, ``p.grad`` in torch.
 
     Parameters
     ----------
     x : array
-        A gradient, or a weight if `start` is given.
+        A gradient, or a weight after training if `start` is given.
     start : array, optional
-        The weight before training. It must differ from `x`, so that something was trained.
+        The weight before training. It must differ from `x`.
     layout, axis
         As in `gcx.centralize`.
     rtol : float, optional
@@ -76,17 +80,11 @@ def assert_centralized(
     relative = xp.where(scale > 0, mean / xp.where(scale > 0, scale, xp.ones_like(scale)), mean)
     worst = float(xp.max(relative))
     if not worst <= tolerance:
-        what = "a mean" if start is None else "the change of a mean"
-        msg = (
+        what, hint = ("a mean", "") if start is None else ("the change of a mean", _ADAM)
+        raise AssertionError(
             f"not centralized: {what} over axes {axes} is {worst:.3g} of the largest magnitude, "
-            f"more than {tolerance:.3g}"
+            f"more than {tolerance:.3g}{hint}"
         )
-        if start is not None:
-            msg += (
-                ". With Adam and its kin, centralized gradients do not keep the means of weights: "
-                "check a gradient after the step (p.grad in torch), or centralize the update"
-            )
-        raise AssertionError(msg)
 
 
 def _widen(array: Any, rtol: float | None) -> Any:

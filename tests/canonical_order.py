@@ -7,6 +7,8 @@ The definition is that of docs/reproducible.md. Numbers come and go in the preci
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -67,20 +69,12 @@ def scaled_mean(unit: Any, strength: float) -> Any:
 
 def canonical_sum(values: Any) -> Any:
     """Sum of a fan-in, the first axis: its segments from left to right."""
-    first, *others = (
-        halved(values[start : start + SEGMENT]) for start in range(0, len(values), SEGMENT)
-    )
-    total = first
-    for segment in others:
-        total = total + segment
-    return total
+    return reduce(add, [halved(values[k : k + SEGMENT]) for k in range(0, len(values), SEGMENT)])
 
 
 def halved(segment: Any) -> Any:
     """Sum of a segment: the second half onto the first, until one number is left."""
-    length = 1
-    while length < len(segment):
-        length *= 2
+    length = 1 << (len(segment) - 1).bit_length()
     padded = np.full((length, *segment.shape[1:]), -0.0, segment.dtype)
     padded[: len(segment)] = segment
     while len(padded) > 1:
@@ -91,19 +85,15 @@ def halved(segment: Any) -> Any:
 
 def rounded(x: Any, dtype: str) -> Any:
     """To the nearest number of `dtype`, ties to even."""
-    if dtype == "bfloat16":
-        return _rounded_to_bfloat16(x)
-    return x.astype(dtype).astype(x.dtype)
-
-
-def working_dtype(dtype: str) -> Any:
-    return np.float64 if dtype == "float64" else np.float32
-
-
-def _rounded_to_bfloat16(x: Any) -> Any:
+    if dtype != "bfloat16":
+        return x.astype(dtype).astype(x.dtype)
     # bfloat16 is the upper half of a float32. Adding just less than half of the last place that is
     # kept, and one more if that place is odd, carries into the upper half where it is to go up.
     bits = np.ascontiguousarray(x).view(np.uint32)
     is_odd = (bits >> 16) & 1
     nearest = ((bits + 0x7FFF + is_odd) & 0xFFFF0000).view(np.float32)
     return np.where(np.isnan(x), x, nearest).reshape(x.shape)
+
+
+def working_dtype(dtype: str) -> Any:
+    return np.float64 if dtype == "float64" else np.float32

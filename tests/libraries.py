@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,14 +56,11 @@ def _native(name: str) -> list[ArrayLibrary]:
     library = backends.load(name)
 
     def on(device: str) -> ArrayLibrary:
+        def from_numpy(values: Any, dtype: str) -> Any:
+            return library.asarray(values, dtype, device)
+
         kind = "cpu" if "cpu" in device.lower() else device
-        return ArrayLibrary(
-            name,
-            name,
-            kind,
-            lambda values, dtype: library.asarray(values, dtype, device),
-            library.to_numpy,
-        )
+        return ArrayLibrary(name, name, kind, from_numpy, library.to_numpy)
 
     return [on(device) for device in library.devices()]
 
@@ -104,14 +102,9 @@ def _dask() -> list[ArrayLibrary]:
 
 
 MAKERS: dict[str, Callable[[], list[ArrayLibrary]]] = {
-    "numpy": lambda: _native("numpy"),
-    "readonly": _readonly,
-    "strict": _strict,
-    "dask": _dask,
-    "torch": lambda: _native("torch"),
-    "jax": lambda: _native("jax"),
-    "cupy": lambda: _native("cupy"),
+    name: partial(_native, name) for name in ("numpy", "torch", "jax", "cupy")
 }
+MAKERS |= {"readonly": _readonly, "strict": _strict, "dask": _dask}
 
 _MODULES = {"readonly": "numpy", "strict": "array_api_strict"}
 

@@ -23,16 +23,13 @@ def assert_close(xp: ArrayLibrary, result: Any, expected: Any, eps: float = 1e-1
 
 # Shapes, options that do not fit them, and the error.
 MATRIX = (3, 4)
-NO_AXIS = r"axis .* out of range .*shape \(3, 4\)"
+NO_AXIS = r"axis .* out of range or named twice.*shape \(3, 4\)"
+AXES = (2, -3, (0, 2), (0, -3), (0, 0), (1, -1), [0, 1, -2])
 STRENGTHS = (-0.1, 1.1, float("nan"), "1", None, 1j)
 REFUSED: list[tuple[tuple[int, ...], dict[str, Any], type[Exception], str]] = [
     (MATRIX, {"strength": np.array([0.5, 0.5])}, TypeError, "strength is a Python number"),
-    *[(MATRIX, {"axis": a}, ValueError, NO_AXIS) for a in (2, -3, (0, 2), (0, -3))],
+    *[(MATRIX, {"axis": a}, ValueError, NO_AXIS) for a in AXES],
     ((), {"axis": 0}, ValueError, r"axis 0 is out of range .*shape \(\)"),
-    *[
-        (MATRIX, {"axis": a}, ValueError, r"axis .* twice.*shape \(3, 4\)")
-        for a in ((0, 0), (1, -1), [0, 1, -2])
-    ],
     *[(MATRIX, {"axis": a}, TypeError, "axis") for a in ("1", 1.0, (0, None), {0, 1}, object())],
     *[
         (MATRIX, {"layout": layout, "axis": a}, TypeError, "layout or axis, not both")
@@ -43,10 +40,7 @@ REFUSED: list[tuple[tuple[int, ...], dict[str, Any], type[Exception], str]] = [
         ((2, 3, 4), {"layout": text}, ValueError, rf"layout '{text}' .*\(2, 3, 4\)")
         for text in ("oo", "ooo", "oi", "oiii", "o...i...", "xyz", "", "oooi...")
     ],
-    *[
-        (MATRIX, {"layout": x}, TypeError, f"layout.*{type(x).__name__}")
-        for x in (None, 1, ["o", "i"])
-    ],
+    (MATRIX, {"layout": None}, TypeError, "layout.*NoneType"),
     *[
         (shape, {"strength": x}, ValueError, r"strength .* from 0 to 1")
         for x in STRENGTHS
@@ -64,12 +58,9 @@ FAN_INS: list[tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
     ((2,) * 10, {"layout": "o...o"}, tuple(range(1, 9))),
     ((5,), {"axis": 0}, (0,)),  # an axis reaches vectors
     *[((3, 4, 2), {"axis": axis}, (axis % 3,)) for axis in (1, -1, np.int64(1))],
-    ((3, 4, 2), {"axis": (0, 2)}, (0, 2)),
+    *[((3, 4, 2), {"axis": axis}, (0, 1)) for axis in ((-2, 0), [-3, 1], range(2))],
     ((3, 4, 2), {"axis": (2, 0)}, (0, 2)),
     ((3, 4, 2), {"axis": (2, 1)}, (1, 2)),
-    ((3, 4, 2), {"axis": (-2, 0)}, (0, 1)),
-    ((3, 4, 2), {"axis": [-3, 1]}, (0, 1)),
-    ((3, 4, 2), {"axis": range(1, 3)}, (1, 2)),
     ((3, 4, 2), {"axis": (0, 1, 2)}, (0, 1, 2)),
 ]
 
@@ -87,10 +78,6 @@ class TestAxes:
         with pytest.raises(error, match=message):
             gcx.centralize(xp.asarray(values(*shape)), **options)
 
-    def test_options_are_named(self, xp: ArrayLibrary) -> None:
-        with pytest.raises(TypeError, match="positional"):
-            gcx.centralize(xp.asarray(values(3, 4)), "...o")
-
 
 class TestNothingToCentralize:
     """Subtracting the mean of one number would leave 0, and freeze the weight."""
@@ -98,24 +85,14 @@ class TestNothingToCentralize:
     @pytest.mark.parametrize(
         ("shape", "options"),
         [
-            ((), {}),
-            ((5,), {}),
+            *[(shape, {}) for shape in ((), (5,), (5, 1), (3, 1, 1, 1), (3, 0), (3, 0, 2))],
+            *[((3, 4), options) for options in ({"axis": ()}, {"axis": []}, {"layout": "o...o"})],
+            *[(shape, {"layout": "...o"}) for shape in ((1, 5), (0, 3))],
             ((1,), {"layout": "i"}),
-            ((5, 1), {}),
-            ((1, 5), {"layout": "...o"}),
-            ((3, 1, 1, 1), {}),
             ((3, 4, 1), {"axis": -1}),
-            ((3, 4), {"axis": ()}),
-            ((3, 4), {"axis": []}),
-            ((3, 4), {"layout": "o...o"}),
-            ((3, 0), {}),
-            ((0, 3), {"layout": "...o"}),
-            ((3, 0, 2), {}),
         ],
     )
-    def test_same_object_comes_back(
-        self, xp: ArrayLibrary, shape: tuple[int, ...], options: dict[str, Any]
-    ) -> None:
+    def test_same_object_comes_back(self, xp: ArrayLibrary, shape: Any, options: Any) -> None:
         grad = xp.asarray(values(*shape))
         assert gcx.centralize(grad, **options) is grad
 
@@ -123,7 +100,7 @@ class TestNothingToCentralize:
         ("shape", "axis"),
         [((0, 3), -1), ((0, 2, 2), -1), ((2, 0, 3), -1), ((3, 0), 0), ((65, 0), 0)],
     )  # NumPy cuts the longest columns
-    def test_no_output_unit(self, xp: ArrayLibrary, shape: tuple[int, ...], axis: int) -> None:
+    def test_no_output_unit(self, xp: ArrayLibrary, shape: Any, axis: int) -> None:
         assert tuple(gcx.centralize(xp.asarray(values(*shape)), axis=axis).shape) == shape
 
 
@@ -152,11 +129,7 @@ class TestOutComesWhatWentIn:
         for dtype in xp.narrow_dtypes:
             grad = xp.asarray(numbers, dtype)
             wide = xp.numpy(grad).astype(np.float32)
-            mean = wide.mean(axis=axes, keepdims=True)
-            assert np.array_equal(wide - mean, centralized(wide, axes)), (
-                "float32 loses nothing here"
-            )
-            exact = wide - np.float32(strength) * mean
+            exact = wide - np.float32(strength) * wide.mean(axis=axes, keepdims=True)
             result = gcx.centralize(grad, layout=layout, strength=strength)
             assert_same_kind(result, grad)
             np.testing.assert_array_equal(xp.numpy(result), xp.numpy(xp.asarray(exact, dtype)))
@@ -168,13 +141,6 @@ class TestOutComesWhatWentIn:
             for numbers in (large, ones):
                 result = gcx.centralize(xp.asarray(numbers, dtype))
                 np.testing.assert_array_equal(xp.numpy(result).astype(np.float32), 0)
-
-    def test_input_is_left_alone(self, xp: ArrayLibrary) -> None:
-        for dtype in (*WIDE_DTYPES, *xp.narrow_dtypes):
-            grad = xp.asarray(values(3, 4), dtype)
-            before = xp.numpy(grad)
-            gcx.centralize(grad)
-            np.testing.assert_array_equal(xp.numpy(grad), before)
 
 
 def assert_same_kind(result: Any, grad: Any) -> None:
@@ -243,9 +209,7 @@ class TestNotFinite:
 class TestRefused:
     @pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "bool"])
     @pytest.mark.parametrize("shape", [(2, 3), (3,), ()])
-    def test_dtypes_that_are_not_floating(
-        self, xp: ArrayLibrary, dtype: str, shape: tuple[int, ...]
-    ) -> None:
+    def test_dtypes_that_are_not_floating(self, xp: ArrayLibrary, dtype: str, shape: Any) -> None:
         with pytest.raises(TypeError, match=f"floating dtype, not .*{dtype}; convert the array"):
             gcx.centralize(xp.asarray(np.ones(shape), dtype))
 
@@ -260,14 +224,13 @@ class TestRefused:
         ids=lambda value: type(value).__name__,
     )
     def test_what_is_no_array(self, value: object) -> None:
-        with pytest.raises(TypeError, match=rf"expected an array.*got .*{type(value).__name__}"):
+        elsewhere = ".*use gcx.centralize_many" * (type(value) in (list, tuple, dict))
+        kind = type(value).__name__
+        with pytest.raises(TypeError, match=f"expected an array.*got .*{kind}{elsewhere}"):
             gcx.centralize(value)
 
     @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-    def test_containers_and_np_matrix_are_sent_elsewhere(self) -> None:
-        for value in ([], (), {}):
-            with pytest.raises(TypeError, match=r"use gcx.centralize_many"):
-                gcx.centralize(value)
+    def test_np_matrix_is_sent_elsewhere(self) -> None:
         with pytest.raises(TypeError, match=r"np\.matrix .*np\.asarray"):
             gcx.centralize(np.matrix([[1.0, 2.0]]))
 

@@ -16,21 +16,6 @@ from reference import centralized, values
 from same_bits import assert_same_bits
 from test_centralize import WIDE_DTYPES, assert_close
 
-
-@pytest.fixture
-def writable(xp: ArrayLibrary) -> ArrayLibrary:
-    if not xp.is_writable:
-        pytest.skip("its arrays cannot be written to")
-    return xp
-
-
-@pytest.fixture
-def immutable(xp: ArrayLibrary) -> ArrayLibrary:
-    if xp.is_writable:
-        pytest.skip("its arrays can be written to")
-    return xp
-
-
 # Views that an array may be written to while it is read, and arrangements of an array in memory.
 VIEWS: dict[str, Any] = {
     "upside-down": lambda x: x[::-1],
@@ -43,6 +28,7 @@ ARRANGED: dict[str, Any] = {
     "fortran": np.asfortranarray,
     "reversed": lambda x: x[::-1, ::-1],
     "strided": lambda x: x[::2, ::3],
+    "spread": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
     "rows": lambda x: np.broadcast_to(x[0], x.shape),
     "columns": lambda x: np.broadcast_to(x[:, :1], x.shape),
     "same": lambda x: np.broadcast_to(x[:1, :1], x.shape),
@@ -86,11 +72,13 @@ class TestOut:
             np.testing.assert_array_equal(between, np.full_like(between, 7))
 
     @pytest.mark.parametrize("shape", [(3, 4), (3,)])
-    def test_is_refused_if_immutable(self, immutable: ArrayLibrary, shape: tuple[int, ...]) -> None:
-        grad = immutable.asarray(values(*shape))
+    def test_is_refused_if_immutable(self, xp: ArrayLibrary, shape: tuple[int, ...]) -> None:
+        if xp.is_writable:
+            pytest.skip("its arrays can be written to")
+        grad = xp.asarray(values(*shape))
         with pytest.raises(TypeError, match=r"out cannot be written to.*(immutable|read-only)"):
             gcx.centralize(grad, out=grad)
-        np.testing.assert_array_equal(immutable.numpy(grad), values(*shape))
+        np.testing.assert_array_equal(xp.numpy(grad), values(*shape))
 
     @pytest.mark.parametrize("shape", [(3, 4), (3,)])
     def test_has_the_shape_and_dtype(self, writable: ArrayLibrary, shape: Any) -> None:
@@ -102,11 +90,6 @@ class TestOut:
             with pytest.raises(ValueError, match=message):
                 gcx.centralize(writable.asarray(values(*shape)), out=out)
             np.testing.assert_array_equal(writable.numpy(out), 0)
-
-    @pytest.mark.parametrize("out", [[[0.0]], "out", 1.0])
-    def test_is_an_array(self, xp: ArrayLibrary, out: Any) -> None:
-        with pytest.raises(TypeError, match="array"):
-            gcx.centralize(xp.asarray(values(1, 2)), out=out)
 
     def test_is_of_the_same_library(self, xp: ArrayLibrary) -> None:
         if xp.backend == "numpy":
@@ -152,11 +135,6 @@ class TestOut:
         grad, out = writable.asarray(values(*shape)), writable.asarray(np.zeros(shape))
         assert gcx.centralize(grad, out=out) is out
         np.testing.assert_array_equal(writable.numpy(out), values(*shape))
-
-    def test_out_of_numpy_whose_elements_overlap(self) -> None:
-        out = np.lib.stride_tricks.as_strided(np.zeros(10), (3, 4), (8, 8))
-        with pytest.raises(TypeError, match="out cannot be written to"):
-            gcx.centralize(values(3, 4), out=out)
 
 
 class TestMemory:

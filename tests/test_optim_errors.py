@@ -17,8 +17,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (SGD, {"lr": math.nan}, "lr must be .* not nan"),
     (SGD, {"lr": math.inf}, "lr must be .* not inf"),
     (SGD, {"lr": "0.1"}, "lr must be .* not '0.1'"),
-    (SGD, {"lr": lambda step: 0.1 / step}, r"lr must be .* schedule use dataclasses.replace"),
-    (Adam, {"lr": np.array(0.1)}, r"lr must be .* array.* schedule use dataclasses.replace"),
+    (SGD, {"lr": lambda step: 0.1 / step}, r"lr must be .* not <function"),
+    (Adam, {"lr": np.array(0.1)}, r"lr must be .* not array"),
     (SGD, {"momentum": 1.0}, r"momentum must be a number in \[0, 1.0\), not 1.0"),
     (SGD, {"nesterov": True}, "nesterov=True needs .* not momentum=0.0"),
     (SGD, {"weight_decay": -1e-4}, "weight_decay must be .* not -0.0001"),
@@ -40,16 +40,14 @@ def test_a_wrong_hyperparameter_is_named(kind: Any, options: Any, message: str) 
 NET = problem(0)[0]
 NO_FIT: list[tuple[Any, Any, type[Exception], str]] = [
     ("x", NET, ValueError, "layout 'x' is not valid"),
-    ("HWIO", NET, ValueError, r"layout .HWIO. is not valid.*is .\.\.\.io. here"),
     ("oi", NET, ValueError, "conv: layout 'oi' is for arrays of rank 2, not 4"),
     ({"*": None}, NET, ValueError, r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None"),
     ({"*weight": "o..."}, NET, ValueError, r"'\*weight' matches no parameter"),
     ({"conv": "o..."}, NET, ValueError, "no key matches 'dense/kernel'"),
-    ({"conv": "o...", "dense": None, "scale": None}, NET, ValueError, "matches no parameter"),
     (["o..."], NET, ValueError, "layouts is not built like"),
     (7, NET, TypeError, "not int"),
     ("o...", np.ones(2), TypeError, "params is a list, tuple or dict of arrays, not numpy.ndarray"),
-    ("o...", {}, ValueError, "params holds no array"),
+    ("o...", {}, ValueError, r"centralizes no parameter.* among \(none\)"),
     ("o...", {"w": None}, TypeError, "w: expected an array"),
     ("o...", {"w": np.ones((2, 2), int)}, TypeError, "w: .* floating dtype, not int64"),
     ("o...", {"b": np.ones(2), "w": np.ones((2, 1))}, ValueError, r"centralizes no .*w \(2, 1\)"),
@@ -83,9 +81,8 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         "conv: the gradient has dtype .*float32, its parameter .*float64",
         grads={**grads, "conv": xp.asarray(np.ones((4, 3, 2, 2)), "float32")},
     )
-    with pytest.raises(TypeError, match=r"state comes from init\(params\) .* not NoneType"):
-        optimizer.update(start, grads, None)
-    refuses(r"state has \['step'\], but SGD keeps \['momentum', 'step'\]", state={"step": {}})
+    refuses(r"state comes from init\(params\) .* not NoneType", state=None)
+    refuses(r"and has \('step', 'momentum'\), not \{'step'\}", state={"step": {}})
     refuses(r"state\['momentum'\] is not built like", state={**state, "momentum": {}})
     bias = grads["dense"]["bias"]
     for each in (optimizer, Adam(layouts=LAYOUTS)):

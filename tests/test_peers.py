@@ -40,9 +40,6 @@ def test_pytorch_optimizer(make: Callable[[], nn.Module], shape: tuple[int, ...]
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-13, atol=1e-13)
 
 
-# Optimizers of the paper's authors, by their formulas.
-
-
 def centered(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 

@@ -12,15 +12,10 @@ from gcx.testing import assert_centralized
 
 from libraries import ArrayLibrary
 from reference import values
+from test_centralize import WIDE_DTYPES
 
-WIDE_DTYPES = ["float32", "float64", "complex64", "complex128"]
-EPSILON = {
-    "float16": 2**-10,
-    "complex32": 2**-10,
-    "bfloat16": 2**-7,
-    "float8_e4m3fn": 2**-3,
-    "float8_e5m2": 2**-2,
-}
+# Bits behind the leading one.
+BITS = {"float16": 10, "complex32": 10, "bfloat16": 7, "float8_e4m3fn": 3, "float8_e5m2": 2}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +34,7 @@ def test_low_precision_needs_a_tolerance(xp: ArrayLibrary) -> None:
     """64 epsilons of bfloat16 are 0.5: a default that would let through most of a mean."""
     for dtype in (*xp.narrow_dtypes, *["complex32"] * (xp.name == "torch")):
         grad = xp.asarray(values(3, 16) * (1j if dtype == "complex32" else 1), dtype)
-        rtol = EPSILON[dtype]
+        rtol = 2.0 ** -BITS[dtype]
         assert_centralized(gcx.centralize(grad), rtol=rtol)
         with pytest.raises(AssertionError, match="not centralized"):
             assert_centralized(grad, rtol=rtol)
@@ -71,11 +66,10 @@ def test_what_is_not_finite_fails(xp: ArrayLibrary, value: float) -> None:
 
 def test_rtol(xp: ArrayLibrary) -> None:
     assert_centralized(xp.asarray(np.zeros((3, 4))))
-    assert_centralized(xp.asarray([[1.0, -0.5]]), rtol=0.25)  # a mean as large as that
-    x = xp.asarray([[1.0, -0.9]])
-    assert_centralized(x, rtol=0.06)
-    with pytest.raises(AssertionError, match=r"more than 0.04"):
-        assert_centralized(x, rtol=0.04)
+    x = xp.asarray([[1.0, -0.5]])
+    assert_centralized(x, rtol=0.25)  # a mean as large as that
+    with pytest.raises(AssertionError, match=r"more than 0.24"):
+        assert_centralized(x, rtol=0.24)
 
 
 @pytest.mark.parametrize("dtype", WIDE_DTYPES)
@@ -89,7 +83,6 @@ def test_the_default_is_64_roundings(xp: ArrayLibrary, dtype: str) -> None:
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 1), (3, 0), (0, 3)])
 def test_nothing_to_check_is_an_error(xp: ArrayLibrary, shape: tuple[int, ...]) -> None:
-    """A test that looks at nothing must not pass."""
     with pytest.raises(ValueError, match=r"nothing to check.*shape \("):
         assert_centralized(xp.asarray(values(*shape)))
 

@@ -23,8 +23,8 @@ from benchmarks.command.libraries import (
 )
 from benchmarks.command.progress import track
 from gcx.__main__ import LibraryInfo, look_up
-from gcx._table import aligned
 from gcx.backends import LIBRARIES
+from gcx.plan import aligned
 
 __all__ = [
     "NEVER_PROMISED",

@@ -18,8 +18,8 @@ from benchmarks.agreement.targets import ARRAY_API, Subject, Target, missing_dty
 from benchmarks.command.libraries import LeftOut, double_precision, left_out_lines, unusable
 from benchmarks.command.progress import track
 from gcx.__main__ import look_up
-from gcx._table import aligned
 from gcx.backends import LIBRARIES
+from gcx.plan import aligned
 
 __all__ = [
     "NumbersReport",

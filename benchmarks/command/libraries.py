@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gcx.__main__ import LibraryInfo
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["LeftOut", "double_precision", "left_out_lines", "unusable"]
 

@@ -23,7 +23,7 @@ from benchmarks.coverage.more_packages import MORE_PACKAGES
 from benchmarks.coverage.packages import PACKAGES, Make
 from benchmarks.coverage.stand_ins import import_package
 from gcx.__main__ import attempt
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["SOURCES", "Coverage", "main"]
 

@@ -11,7 +11,7 @@ from statistics import mean, pstdev
 from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.demo.problem import BATCH, DTYPES
 from benchmarks.demo.training import LEARNING_RATE, MOMENTUM, Run, Trace
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["Agreement", "DemoReport", "Row", "Side", "render", "summarize"]
 

@@ -24,8 +24,8 @@ from benchmarks.command.libraries import LeftOut, double_precision, left_out_lin
 from benchmarks.command.progress import track
 from benchmarks.fuzz.trials import Gradient, Trial, draw_trial
 from gcx.__main__ import look_up
-from gcx._table import aligned
 from gcx.backends import LIBRARIES
+from gcx.plan import aligned
 
 __all__ = ["FuzzReport", "FuzzRow", "render", "run"]
 

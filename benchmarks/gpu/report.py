@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.throughput.setting import Setting, setting_lines
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["GpuReport", "Measured", "NotRunError", "Row", "judged", "render"]
 

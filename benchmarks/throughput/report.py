@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.command.libraries import LeftOut, left_out_lines
 from benchmarks.throughput.setting import Setting, setting_lines
 from benchmarks.throughput.workload import EXPRESSION
-from gcx._table import aligned
+from gcx.plan import aligned
 
 __all__ = ["BenchReport", "Row", "render"]
 

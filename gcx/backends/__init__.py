@@ -1,13 +1,10 @@
-"""One file for each library, all with the same few functions.
-
-`Backend` and `Library` describe these functions; a file says only how its own ones differ.
+"""One file for each library, all with the functions of `Backend`.
 
 `_array_api` is the reference. It uses only the array API standard, and serves every library
 without its own file. The core imports a library in that file alone, with its first array.
 The first line of each file says how it works; ``python -m gcx`` shows it.
 
 Layouts, a fan-in below 2 and an `out` of the wrong shape are handled before a backend is called.
-A backend centralizes every gradient that it is given.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from gcx._memory import Memory
 __all__ = ["LIBRARIES", "Backend", "Library", "load", "one_by_one"]
 
 ArrayT = TypeVar("ArrayT")
+Axes = tuple[int, ...]
 
 LIBRARIES = ("numpy", "torch", "jax", "cupy")
 
@@ -40,45 +38,35 @@ class Backend(Protocol):
     def check_reproducible(self, grad: Any, axes: Sequence[int], /) -> None:
         """Raise a TypeError unless this library can sum `grad` in the order of `_canonical`."""
 
-    def fan_in_mean(self, x: ArrayT, axes: tuple[int, ...], reproducible: bool, /) -> ArrayT:
+    def fan_in_mean(self, x: ArrayT, axes: Axes, reproducible: bool, /) -> ArrayT:
         """Average over `axes` in float32 or wider; the axes stay, with size 1."""
 
     def centralize(
-        self,
-        grad: ArrayT,
-        axes: tuple[int, ...],
-        strength: float,
-        out: ArrayT | None,
-        reproducible: bool,
-        /,
+        self, grad: ArrayT, axes: Axes, strength: float, out: ArrayT | None, reproducible: bool, /
     ) -> ArrayT:
         """Return ``grad - strength * mean(grad, axes)``, written to `out` unless that is None.
 
-        Dtypes narrower than 32 bits are computed in float32 and rounded once. Each mean is over at
-        least two elements. `out` may be `grad` itself. If `reproducible` is True,
-        `check_reproducible` has passed, and sums are in the order of `_canonical`.
+        Dtypes narrower than 32 bits are computed in float32 and rounded once. `out` may be `grad`
+        itself. If `reproducible` is True, `check_reproducible` has passed.
         """
 
     def centralize_many(
         self,
         grads: Sequence[ArrayT],
-        axes: Sequence[tuple[int, ...]],
+        axes: Sequence[Axes],
         strength: float,
         outs: Sequence[ArrayT | None],
         reproducible: bool,
         /,
     ) -> list[ArrayT]:
-        """Centralize several arrays, each over its own axes; see `one_by_one`.
-
-        No `out` shares memory with an array of another gradient.
-        """
+        """Centralize each over its own axes; no `out` shares memory with another gradient."""
 
 
 class Library(Backend, Protocol):
     """Further functions of a file for one library, for `python -m gcx` and the tests."""
 
     def devices(self) -> list[str]:
-        """List the names of the devices of this machine that can hold arrays."""
+        """List the devices of this machine that can hold arrays."""
 
     def asarray(self, values: Any, dtype: str, device: str, /) -> Any:
         """Make an array from a NumPy array."""
@@ -96,9 +84,7 @@ def one_by_one(centralize: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def refuse_dtype(dtype: object) -> Never:
-    raise TypeError(
-        f"expected a real or complex floating dtype, not {dtype}; convert the array first"
-    )
+    raise TypeError(f"expected a real or complex floating dtype, not {dtype}; convert the array")
 
 
 def load(library: str) -> Library:

@@ -14,11 +14,8 @@ _FLOATING = ("real floating", "complex floating")
 
 def check_dtype(grad: Any, /) -> None:
     if _compat.is_pydata_sparse_array(grad):
-        raise TypeError(
-            "expected a dense array, not a sparse one; call .todense(), or leave it out"
-        )
-    xp = _compat.array_namespace(grad)
-    if not xp.isdtype(grad.dtype, _FLOATING):
+        raise TypeError("expected a dense array, not a sparse one; call .todense()")
+    if not _compat.array_namespace(grad).isdtype(grad.dtype, _FLOATING):
         refuse_dtype(grad.dtype)
 
 
@@ -27,12 +24,10 @@ def is_writable(out: Any, _grad: Any, /) -> bool:
 
 
 def find_memory(array: Any, /) -> Memory:
-    """Return a place of its own: the standard does not tell the address."""
-    return Memory(id(array))
+    return Memory(id(array))  # the standard does not tell the address
 
 
-def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
-    del axes
+def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     _canonical.check_dtype(str(grad.dtype).rpartition(".")[2])
     raise TypeError(
         f"reproducible=True is for NumPy, CuPy, torch and JAX, not {type(grad).__module__}"
@@ -42,7 +37,6 @@ def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
 def centralize(
     grad: Any, axes: tuple[int, ...], strength: float, out: Any | None, reproducible: bool, /
 ) -> Any:
-    assert not reproducible
     xp = _compat.array_namespace(grad)
     mean = fan_in_mean(grad, axes, reproducible)
     result = xp.astype(xp.astype(grad, mean.dtype) - strength * mean, grad.dtype)
@@ -58,8 +52,7 @@ centralize_many = one_by_one(centralize)
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     """Average in double precision, and correct by the mean of the remainder.
 
-    The standard leaves the order of summation open, and a plain loop in float32 gets the second
-    digit wrong for a million equal numbers.
+    A plain loop in float32 gets the second digit wrong for a million equal numbers.
     """
     assert not reproducible
     xp = _compat.array_namespace(x)

@@ -2,12 +2,8 @@
 
 A halving tree sums the fan-in, in the order of its axes. The fan-in is padded to a power of two
 with -0.0, which changes no sum, not even a sum of zeros. Then the second half is added to the first
-until one element is left. A fan-in longer than `SEGMENT` is cut into segments of this length; the
-last may be shorter. Each segment is summed by a tree, and the sums are added from left to right.
-
-float16 and bfloat16 are summed in float32, wider dtypes in their own precision. The sum is divided
-by the number of elements with IEEE 754 rounding. The mean is multiplied by the strength, rounded,
-and subtracted, and the difference is rounded to the array's dtype.
+until one element is left. A fan-in longer than `SEGMENT` is cut into segments; the sums of their
+trees are added from left to right. docs/reproducible.md defines the roundings.
 """
 
 from __future__ import annotations
@@ -21,27 +17,17 @@ from operator import add
 from typing import Any
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
 SEGMENT = 1 << 14
-
-# Neighbours in memory to keep in one block, for speed: four pages of float32.
-_RUN = 1 << 12
+_RUN = 1 << 12  # neighbours in memory to keep in one block, for speed: four pages of float32
 
 
 def check_dtype(name: str) -> None:
-    """Raise a TypeError unless sums of this dtype have the same bits in every library."""
     if name not in DTYPES:
-        raise TypeError(
-            f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast the gradient first"
-        )
+        raise TypeError(f"reproducible=True is for {', '.join(DTYPES)}, not {name}; cast it first")
 
 
 def fan_in_mean(x: Any, axes: Sequence[int], xp: Any, block: int = sys.maxsize) -> Any:
-    """Average an array of float32 or float64 over `axes`; the axes stay, with size 1.
-
-    `xp` is the array's library. About `block` elements are handled at a time, so that the levels of
-    the tree stay in the cache.
-    """
+    """Average in float32 or float64; `block` elements at a time stay in the cache."""
     fan_in = prod([x.shape[a] for a in axes])
     units = prod([x.shape[a] for a in range(x.ndim) if a not in axes])
     # A matrix (fan-in, units): a view if the strides allow, else a copy.
@@ -60,8 +46,7 @@ def blocks(
 ) -> Iterator[tuple[slice, ...]]:
     """Cut an array into blocks of about `size` elements, each of whole output units.
 
-    A block is larger if one unit is, or if units are neighbours in memory: those stay together.
-    `steps` are the strides, in elements.
+    Units that are neighbours in memory stay together. `steps` are the strides, in elements.
     """
     lengths = list(shape)
     kept = (a for a in range(len(shape)) if a not in axes)
@@ -88,10 +73,7 @@ def _sum_segments(matrix: Any, xp: Any, block: int) -> Iterator[Any]:
 
 
 def _sum_tree(x: Any, xp: Any, block: int) -> Any:
-    """Sum over the first axis by a halving tree; in parts if `x` exceeds a block.
-
-    The elements that are 2, 4, 8 ... apart form subtrees, which can be summed by themselves.
-    """
+    """Sum a segment; if it exceeds a block, by subtrees of elements that are 2, 4, 8 ... apart."""
     parts = 1
     while prod(x.shape) > parts * block and len(x) >= 4 * parts:
         parts *= 2
@@ -99,10 +81,7 @@ def _sum_tree(x: Any, xp: Any, block: int) -> Any:
 
 
 def halve(x: Any) -> Any:
-    """Sum over the first axis by a halving tree; the axis is one segment at most.
-
-    No padding is stored: elements without a partner are carried over in `tail`.
-    """
+    """Sum a segment, the first axis; `tail` carries elements over that have no partner."""
     if len(x) == 1:
         return x[0]
     half = 1 << (len(x) - 1).bit_length() - 1

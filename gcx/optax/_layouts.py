@@ -12,8 +12,7 @@ import optax
 
 from gcx._decisions import decide_row
 from gcx._frameworks import hint_at_adapter, name_kind
-from gcx._layouts import layouts_for
-from gcx._names import match_all
+from gcx._names import layouts_for, match_all
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
 from gcx.layout import Layout, LayoutLike, as_layout

@@ -46,21 +46,14 @@ class Site:
         self.names: dict[str, set[str]] = {}
         self.too_wide: list[str] = []
         self.wrong_colours: list[str] = []
-        page.on("request", self.check_request)
-        page.on("response", self.check_response)
+        own = (address, "data:")
+        page.on("request", lambda sent: sent.url.startswith(own) or self.complain(sent.url))
+        page.on("response", lambda got: got.status >= 400 and self.complain(got.status, got.url))
         page.on("console", lambda said: said.type == "error" and self.complain(said.text))
         page.on("pageerror", self.complain)
 
     def complain(self, *what: Any) -> None:
         self.complaints.append(" ".join(map(str, (self.page.url, *what))))
-
-    def check_request(self, request: Any) -> None:
-        if not request.url.startswith((self.address, "data:")):
-            self.complain("asks for", request.url)
-
-    def check_response(self, response: Any) -> None:
-        if response.status >= 400:
-            self.complain(response.status, response.url)
 
     def crawl(self) -> None:
         waiting = {"index.html", "genindex.html", "py-modindex.html", "search.html"}

@@ -26,7 +26,7 @@ from test_centralize import (  # noqa: F401 - run on the library below
     TestRefused,
     TestStrength,
 )
-from test_centralize_memory import TestOut, immutable, writable  # noqa: F401 - likewise
+from test_centralize_memory import TestOut  # noqa: F401 - likewise
 
 
 def asarray(numbers: Any, dtype: str) -> Any:

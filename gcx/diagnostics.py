@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from math import inf, isfinite, nan, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from gcx._frameworks import needing
 from gcx._means import fan_in_mean
 from gcx._names import Layouts, children, flatten, layouts_for, naming
 from gcx.layout import Layout
-from gcx.plan import LeaveAlone, Plan, PlanRow, aligned, cells, count_centralized, html_table
+from gcx.plan import LeaveAlone, Plan, PlanRow, aligned, cells, count_centralized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,8 +173,7 @@ class EnergyReport:
         return "\n".join([*aligned(self._cells(), to_the_right=_NUMBERS), self._counts()])
 
     def _repr_html_(self) -> str:
-        header, *rows = self._cells()
-        return f"{html_table(header, rows)}<p>{self._counts()}</p>"
+        return f"<pre>{escape(str(self))}</pre>"
 
     def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [_HEADER]

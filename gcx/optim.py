@@ -332,9 +332,8 @@ def _named_params(params: Any) -> list[tuple[str, Any]]:
 
 def _check_fits(what: str, array: Any, param: Any) -> None:
     if backend_for(array) is not backend_for(param):
-        raise TypeError(
-            f"the {what} is a {type(array).__name__}, its parameter a {type(param).__name__}"
-        )
+        kinds = type(array).__name__, type(param).__name__
+        raise TypeError(f"the {what} is a {kinds[0]}, its parameter a {kinds[1]}")
     check_traits(f"the {what}", array, "its parameter", param, ("shape", "dtype"))
 
 
@@ -346,5 +345,6 @@ def _as_dtype_of(old: Any, new: Any) -> Any:
 def _as_float(name: str, value: float, below: float) -> float:
     """Check a hyperparameter; return a Python float, since a NumPy float widens float32 arrays."""
     if not (isinstance(value, Real) and 0.0 <= value < below):
-        raise ValueError(f"{name} must be a number in [0, {below}), not {value!r}")
+        wrong = f"{name} must be a number in [0, {below}), not {value!r}"
+        raise ValueError(f"{wrong}; for a schedule use dataclasses.replace at each step")
     return float(value)

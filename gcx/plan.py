@@ -134,12 +134,7 @@ class Plan(Sequence[PlanRow]):
         return f"<gcx plan: {count_centralized(self)}>"
 
     def _repr_html_(self) -> str:
-        counts = f"<p>{count_centralized(self)}</p>"
-        every_row = html_table(_HEADER, map(cells, self))
-        if len(self) <= _LONGEST_TABLE:
-            return every_row + counts
-        kinds = html_table(_KIND_HEADER, map(_kind_cells, self._kinds()))
-        return f"{kinds}{counts}<details><summary>each parameter</summary>{every_row}</details>"
+        return f"<pre>{escape(str(self))}</pre>"
 
     @cached_property
     def _by_name(self) -> dict[str, PlanRow]:
@@ -210,11 +205,3 @@ def aligned(rows: Iterable[Sequence[str]], *, to_the_right: Collection[int] = ()
         justify = str.rjust if k in to_the_right else str.ljust
         columns.append([justify(cell, width) for cell in column])
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

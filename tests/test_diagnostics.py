@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from importlib.machinery import PathFinder
 from math import inf, nan
 from pathlib import Path
@@ -248,13 +249,10 @@ def test_table(report: EnergyReport) -> None:
     assert "  0%  " in str(energy_removed([[np.array([[1.0, -1.0]])]]))
 
 
-def test_html_has_every_cell_escaped(report: EnergyReport) -> None:
+def test_html_is_the_text_escaped(report: EnergyReport) -> None:
     html = report._repr_html_()
     assert "<b>" not in html
-    assert "<td>&lt;b&gt;</td>" in html
-    assert "<td>83.3%</td>" in html
-    assert html.count("<tr>") == 1 + 4 + 1
-    assert html.endswith("<p>3 of 4 parameters centralized, 2 batches</p>")
+    assert unescape(html) == f"<pre>{report}</pre>"
 
 
 def test_chart_shows_the_shares(report: EnergyReport, tmp_path: Path) -> None:

@@ -83,25 +83,6 @@ NAMES: dict[str, dict[str, str]] = {
         "cls_token",
         "xxx": "conv/bias",
     },
-    "keras": {
-        "io": "kernel sequential/dense/kernel depthwise_head/kernel lstm/lstm_cell/kernel "
-        "lstm/lstm_cell/recurrent_kernel",
-        "iio": "multi_head_attention/attention_output/kernel",
-        "ioi": "conv1d_transpose/kernel",
-        "ioo": "depthwise_conv1d/kernel multi_head_attention/query/kernel "
-        "grouped_query_attention/key/kernel grouped_query_attention/value/kernel",
-        "iiio": "conv2d/kernel conv_transpose_block/conv2d/kernel depthwise_block/conv2d/kernel "
-        "separable_conv2d/pointwise_kernel conv_lstm2d/conv_lstm_cell/recurrent_kernel",
-        "iioi": "conv2d_transpose_1/kernel",
-        "iioo": "depthwise_conv2d/kernel expanded_conv_depthwise/kernel conv_dw_1/kernel "
-        "block1a_dwconv2/kernel stage_0_depthwise_conv/kernel separable_conv2d/depthwise_kernel",
-        "iiioi": "conv3d_transpose/kernel",
-        "x": "rms_normalization/scale",
-        "xx": "multi_head_attention/query/bias gru/gru_cell/bias embedding/embeddings "
-        "reversible_embedding/reverse_embeddings layer_normalization/gamma "
-        "layer_normalization/beta p_re_lu/alpha einsum_dense/kernel dense/lora_kernel_a",
-        "xxx": "einsum_dense_1/kernel",
-    },
 }
 PARAMETERS: list[tuple[str, str, tuple[int, ...], tuple[int, ...] | None]] = [
     (preset, name, tuple(range(2, 2 + len(letters))), fan_in or None)
@@ -207,9 +188,9 @@ FOREIGN = r"is a torch\..*OfTorch; for torch use gcx\.torch$"
 NO_LAYOUTS = (
     "layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
     "layout or None, a function of path and array, a plan, or a preset "
-    "('flax', 'haiku', 'equinox', 'keras'), not "
+    "('flax', 'haiku', 'equinox'), not "
 )
-PRESETS_ARE = "there are 'flax', 'haiku', 'equinox', 'keras'"
+PRESETS_ARE = "there are 'flax', 'haiku', 'equinox'"
 NOT_LAYOUTS: list[tuple[Any, type[Exception], str]] = [
     *[
         (x, TypeError, re.escape(NO_LAYOUTS) + name)

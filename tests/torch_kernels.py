@@ -38,7 +38,7 @@ _CACHE = TemporaryDirectory()  # for emulated kernels, which a driver cannot loa
 
 
 class Host(EmulatedDriver):
-    """A CPU as the device of kernels; see `gcx.backends.cuda.launcher.Host`."""
+    """A CPU as the device of kernels; see `gcx.backends.cuda.launcher._Host`."""
 
     current_stream, captures = 7, False
 

@@ -18,7 +18,7 @@ __all__ = ["launch_microseconds"]
 
 
 class _Host:
-    """A `gcx.backends.cuda.launcher.Host` that does nothing."""
+    """A `gcx.backends.cuda.launcher._Host` that does nothing."""
 
     def versions(self) -> tuple[int, int]:
         return 13000, 13000

@@ -112,7 +112,7 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 class Driver:
-    """CuPy's own modules; see `gcx.backends.cuda.launcher.Host`."""
+    """CuPy's own modules; see `gcx.backends.cuda.launcher._Host`."""
 
     _of_graphs: ClassVar[list[Any]] = []  # memory that lives as long as the process
     capability = staticmethod(_capability)

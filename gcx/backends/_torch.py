@@ -14,15 +14,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from gcx._memory import find_span
-from gcx.backends import (
-    _canonical,
-    _torch_blocks,
-    _torch_dtensor,
-    _torch_memory,
-    one_by_one,
-    refuse_dtype,
-)
-from gcx.backends._torch_dtensor import PLAIN, FanIn
+from gcx.backends import _canonical, _torch_dtensor, _torch_memory, one_by_one, refuse_dtype
+from gcx.backends._torch_dtensor import FanIn
+from gcx.backends._torch_memory import PLAIN
 
 _DENSE = torch.strided
 
@@ -141,7 +135,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _canonical_mean(x, axes)
     if torch.compiler.is_compiling() and x.is_cpu:  # its programs add one by one
         return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
-    for run in _torch_blocks.find_runs(x, axes):
+    for run in _torch_memory.find_runs(x, axes):
         x = x.mean(run, True)
     return x
 
@@ -217,13 +211,13 @@ def subtract_means_(
             _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
             continue
         is_alone = not grad.is_contiguous()
-        if batch and (is_alone or size >= _torch_blocks.BATCH):
-            _torch_blocks.subtract_means(batch, rate, strength)
+        if batch and (is_alone or size >= _torch_memory.BATCH):
+            _torch_memory.subtract_means(batch, rate, strength)
             batch, size = [], 0
         batch.append((grad, weight, axes))
-        size += _torch_blocks.BATCH if is_alone else grad.nbytes
+        size += _torch_memory.BATCH if is_alone else grad.nbytes
     if batch:
-        _torch_blocks.subtract_means(batch, rate, strength)
+        _torch_memory.subtract_means(batch, rate, strength)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
@@ -292,12 +286,12 @@ def _centralize_narrow(
         return of_all if strength == 1.0 else of_all * strength
 
     # Another `out` may share memory with the gradient.
-    if not _torch_blocks.is_large(grad) or (out is not None and out is not grad):
+    if not _torch_memory.is_large(grad) or (out is not None and out is not grad):
         wide = grad.to(dtype)
         wide.sub_(average(fan_in_mean, wide, weight))
         return wide.to(grad.dtype) if out is None else out.copy_(wide)
-    cut, size = _torch_blocks.find_block(grad)
-    blocks = partial(_torch_blocks.widen, size=size, cut=cut, dtype=dtype)
+    cut, size = _torch_memory.find_block(grad)
+    blocks = partial(_torch_memory.widen, size=size, cut=cut, dtype=dtype)
     mean = None
     if cut in axes:  # each block has a part of every fan-in
         mean = average(partial(_mean_of_blocks, blocks), grad, weight)
@@ -312,7 +306,7 @@ def _centralize_narrow(
 def _mean_of_blocks(
     blocks: Callable[[Tensor], Iterable[Tensor]], x: Tensor, axes: tuple[int, ...]
 ) -> Tensor:
-    total: Any = sum(_torch_blocks.sum_over(block, axes) for block in blocks(x))
+    total: Any = sum(_torch_memory.sum_over(block, axes) for block in blocks(x))
     return total / prod([x.shape[axis] for axis in axes])  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from gcx.backends.cuda.launcher import KERNEL
 
 
 class Driver:
-    """See `gcx.backends.cuda.launcher.Host`."""
+    """See `gcx.backends.cuda.launcher._Host`."""
 
     capability = staticmethod(torch.cuda.get_device_capability)
     is_capturing = staticmethod(torch.cuda.is_current_stream_capturing)

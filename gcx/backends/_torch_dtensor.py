@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from gcx.backends._torch_blocks import sum_over
+from gcx.backends._torch_memory import PLAIN, sum_over
 
 if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
 
-PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 # A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
 FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 

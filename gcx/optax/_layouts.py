@@ -55,22 +55,13 @@ PRESETS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
         (r"norm[^/]*/weight", None, "norm"),
         (r"/(weight|weight_ih|weight_hh)", "o...", "weight"),
     ),
-    "keras": (
-        (r"(query|key|value)/kernel", "ioo", "attention projection"),
-        (r"conv[^/]*_transpose[^/]*/kernel", "...oi", "transposed convolution"),
-        # keras.applications uses the second and the third name.
-        (r"(depthwise|dwconv|conv_dw)[^/]*/kernel", "...oo", "depthwise convolution"),
-        (r"/depthwise_kernel", "...oo", "depthwise convolution"),
-        (r"einsum_dense[^/]*/kernel", None, _AMBIGUOUS),
-        (r"/(kernel|pointwise_kernel|recurrent_kernel)", "...o", "kernel"),
-    ),
 }
 
 # The last rows of every preset.
 _NO_KERNELS: tuple[tuple[str, None, str], ...] = (
-    (r"/(embeddings?|reverse_embeddings)", None, "embedding"),
-    (r"/(b|bias|bias_n|beta|offset)", None, "bias"),
-    (r"/(scale|gamma)", None, "norm"),
+    (r"/embeddings?", None, "embedding"),
+    (r"/(b|bias|bias_n|offset)", None, "bias"),
+    (r"/scale", None, "norm"),
 )
 
 _PRESET_NAMES = ", ".join(map(repr, PRESETS))

@@ -98,7 +98,7 @@ def centralize(
           `layouts` returns; the first key that matches counts, the rest is left alone;
         - a function of path and array that returns a layout, None or `LeaveAlone`, and depends on
           the path, shape and dtype alone;
-        - a preset that guesses by names: ``"flax"``, ``"haiku"``, ``"equinox"`` or ``"keras"``.
+        - a preset that guesses by names: ``"flax"``, ``"haiku"`` or ``"equinox"``.
     strength : float, optional
         Fraction of the mean to subtract, a Python number from 0 to 1.
     axis_name : str, tuple of str or mapping, optional

@@ -17,8 +17,8 @@ from gcx._memory import find_shared, overlap, repeats_itself
 from gcx._names import naming
 from gcx._options import Options
 from gcx.backends import _torch
-from gcx.backends._torch_dtensor import PLAIN, FanIn
-from gcx.backends._torch_memory import count_bytes, find_memory
+from gcx.backends._torch_dtensor import FanIn
+from gcx.backends._torch_memory import PLAIN, count_bytes, find_memory
 from gcx.plan import Plan, PlanRow
 from gcx.torch._plan import HINT, Decision, decide
 

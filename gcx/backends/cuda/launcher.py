@@ -28,39 +28,25 @@ Traits = tuple[int, str, Walk]
 Prepared = tuple[Sequence[Any], int, Structure, object]
 
 
-class Host(Protocol):
+class _Host(Protocol):
     """NVRTC, the driver and the devices, by the package that comes with the arrays' library.
 
     An error is an exception with the driver's own name for it. Devices are numbers; all but
     `current` and `capability` are asked with the device current.
     """
 
-    def versions(self) -> tuple[int, int]:
-        """Return the versions of NVRTC and of the driver, such as 12010 for 12.1."""
-
-    def compile(self, source: str, options: Sequence[str], /) -> bytes:
-        """Compile a kernel for one architecture."""
-
-    def load(self, device: int, code: bytes, /) -> Any:
-        """Load a compiled kernel."""
-
-    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
-        """Launch a kernel, with the further arguments of cuLaunchKernel."""
-
-    def current(self, device: int, /) -> AbstractContextManager[object]:
-        """Make a device current."""
-
-    def capability(self, device: int, /) -> tuple[int, int]:
-        """Return the compute capability of a device, such as (9, 0)."""
-
-    def stream(self, device: int, /) -> int:
-        """Return the handle of the current stream."""
-
-    def is_capturing(self) -> bool:
-        """Return True if a CUDA graph is captured on the current stream."""
-
-    def allocate(self, device: int, size: int, /) -> tuple[int, object]:
-        """Return the address of new memory for the current stream, and its owner."""
+    # Of NVRTC and of the driver, such as 12010 for 12.1.
+    def versions(self) -> tuple[int, int]: ...
+    def compile(self, source: str, options: Sequence[str], /) -> bytes: ...
+    def load(self, device: int, code: bytes, /) -> Any: ...
+    # The further arguments are those of cuLaunchKernel.
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None: ...
+    def current(self, device: int, /) -> AbstractContextManager[object]: ...
+    def capability(self, device: int, /) -> tuple[int, int]: ...
+    def stream(self, device: int, /) -> int: ...
+    def is_capturing(self) -> bool: ...
+    # Return the address of new memory for the current stream, and its owner.
+    def allocate(self, device: int, size: int, /) -> tuple[int, object]: ...
 
 
 class Launcher:
@@ -71,8 +57,8 @@ class Launcher:
     the library's own operations do the work.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host: Host = host
+    def __init__(self, host: _Host) -> None:
+        self.host: _Host = host
         self.failures: dict[int, str] = {}
         self.takes_large: bool = min(host.versions()) >= _FIRST_LARGE
         self._kernels: dict[tuple[object, ...], Any] = {}
@@ -148,7 +134,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def find_launcher(make_host: Callable[[], Host]) -> Launcher | str:
+def find_launcher(make_host: Callable[[], _Host]) -> Launcher | str:
     """Load the driver; if it is not there, warn of the reason and return it."""
     try:
         return Launcher(make_host())
@@ -212,7 +198,7 @@ def make_options(
     return [f"--gpu-architecture=sm_{target}", "-std=c++17", "--fmad=false", *definitions]
 
 
-def load_kernel(host: Host, device: int, options: list[str]) -> Any:
+def load_kernel(host: _Host, device: int, options: list[str]) -> Any:
     """Load a kernel from the cache on disk; compile it if it is not there, or does not load."""
     source = read_source()
     text = "\n".join([str(host.versions()[0]), *options, source])

@@ -13,7 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import gcx
-from gcx.diagnostics import energy_removed
 from gcx.layout import as_layout
 from gcx.optim import SGD
 from gcx.plan import Plan, PlanRow
@@ -276,14 +275,3 @@ def test_optimizers_take_a_plan(xp: ArrayLibrary) -> None:
             assert_centralized(trained[row.name], start=params[row.name], layout=row.layout)
     with pytest.raises(ValueError, match="the plan has no row 'other'"):
         optimizer.init({"other": params["up.bias"]})
-
-
-def test_the_energy_of_a_plan_is_that_of_its_groups(xp: ArrayLibrary) -> None:
-    x = values(8, 4, 3) + 0.5
-    grads = {"up.weight": xp.asarray(x), "up.bias": xp.asarray(values(8))}
-    report = energy_removed([grads], layouts=PLAN)
-    removed = np.sum((xp.numpy(grads["up.weight"]) - by_group(x, 2)) ** 2) / np.sum(x**2)
-    assert [row.layout for row in report.rows] == [GROUPS, None]
-    share = report.rows[0].share
-    assert share is not None
-    assert share.removed == pytest.approx(removed, rel=1e-5)

@@ -50,8 +50,7 @@ def find_memory(array: Any, /) -> Memory:
     return Memory(array.ctypes.data, array.shape, array.strides, array.itemsize)
 
 
-def check_reproducible(grad: Any, axes: Sequence[int], /) -> None:
-    del axes
+def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
     _canonical.check_dtype(grad.dtype.name)
     if type(grad) not in (np.ndarray, np.memmap):
         kind = type(grad).__name__
@@ -97,8 +96,7 @@ def devices() -> list[str]:
     return ["cpu"]
 
 
-def asarray(values: Any, dtype: str, device: str, /) -> Any:
-    del device  # there is one
+def asarray(values: Any, dtype: str, _device: str, /) -> Any:
     return np.asarray(values).astype(_dtype(dtype))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from operator import attrgetter
@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_dtensor, _torch_memory, one_by_one, refuse_dtype
 from gcx.backends._torch_dtensor import FanIn
-from gcx.backends._torch_memory import PLAIN
+from gcx.backends._torch_memory import PLAIN, sum_over
 
 _DENSE = torch.strided
 
@@ -294,20 +294,14 @@ def _centralize_narrow(
     blocks = partial(_torch_memory.widen, size=size, cut=cut, dtype=dtype)
     mean = None
     if cut in axes:  # each block has a part of every fan-in
-        mean = average(partial(_mean_of_blocks, blocks), grad, weight)
+        add, count = partial(sum_over, axes=axes), prod([grad.shape[axis] for axis in axes])
+        mean = average(lambda x, _: sum(map(add, blocks(x)), torch.zeros(())) / count, grad, weight)
     result = torch.empty_like(grad) if out is None else out
     weight = grad if weight is None else weight
     parts = torch.split(weight, size, cut), torch.split(result, size, cut)
     for wide, decaying, target in zip(blocks(grad), *parts, strict=True):
         target.copy_(wide.sub_(average(fan_in_mean, wide, decaying) if mean is None else mean))
     return result
-
-
-def _mean_of_blocks(
-    blocks: Callable[[Tensor], Iterable[Tensor]], x: Tensor, axes: tuple[int, ...]
-) -> Tensor:
-    total: Any = sum(_torch_memory.sum_over(block, axes) for block in blocks(x))
-    return total / prod([x.shape[axis] for axis in axes])  # type: ignore[no-any-return]
 
 
 def subtract(x: Tensor, mean: Tensor, out: Tensor | None = None) -> Tensor:

@@ -151,7 +151,7 @@ class CentralizationInBackward:
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
-        self.plan = Plan(decision.row for decision in decisions.values())
+        self.plan: Plan = Plan(decision.row for decision in decisions.values())
         weights = weights_of(decisions.items(), reproducible=options.reproducible)
         self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]
         refuse_empty(self.plan, f"this {self._kind}", hint=HINT)

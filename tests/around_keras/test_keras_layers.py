@@ -66,23 +66,19 @@ def in_the_middle(output: Any) -> Any:
 
 
 def assert_fan_in(layer: Any, output: Callable[[], Any], *, units: int) -> None:
-    """An output depends on all of the fan-in of so many units of each weight, and on no others.
-
-    So says the preset of gcx.optax for the names of Keras, if it says anything.
-    """
-    found = {row.name: row for row in gcx.keras.plan(layer)}
+    """An output depends on all of the fan-in of so many units of each weight, and on no others."""
+    plan = gcx.keras.plan(layer)
     weights = [v for v in layer.trainable_variables if v.name.endswith("kernel")]
     assert weights
     for weight in weights:
-        layout = found[weight.path].layout
+        layout = plan[weight.path].layout
         assert layout is not None
         depends = derivative(lambda: in_the_middle(output()), weight) != 0
         axes = layout.fan_in_axes(depends.ndim)
         of_unit = depends.all(axes)
         np.testing.assert_array_equal(depends.any(axes), of_unit, err_msg=weight.path)
         assert of_unit.sum() == units < of_unit.size
-        (guess,) = gcx.optax.plan({weight.path: to_numpy(weight)}, "keras")
-        assert guess.layout is None or guess.layout.fan_in_axes(depends.ndim) == axes
+        assert gcx.optax.plan({weight.path: to_numpy(weight)}, plan)[0].layout == layout
 
 
 @pytest.mark.parametrize(("layer", "shape"), DIRECT.values(), ids=DIRECT)

@@ -27,6 +27,9 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (SGD, {"nesterov": True}, "nesterov=True needs .* not momentum=0.0"),
     (SGD, {"weight_decay": -1e-4}, "weight_decay must be .* not -0.0001"),
     (SGD, {"where": "weights"}, "where is one of .* not 'weights'"),
+    (SGD, {"layouts": "x"}, "layout 'x' is not valid"),
+    (SGD, {"strength": 2}, "strength is the part .* not 2"),
+    (SGD, {"reproducible": "yes"}, "reproducible is one of .* not 'yes'"),
     (Adam, {"betas": (0.9, 1.0)}, r"betas\[1\] must be .* not 1.0"),
     (Adam, {"betas": (-0.1, 0.9)}, r"betas\[0\] must be .* not -0.1"),
     (Adam, {"betas": (0.9,)}, r"betas must be two numbers, not \(0.9,\)"),
@@ -43,7 +46,6 @@ def test_a_wrong_hyperparameter_is_named(kind: Any, options: Any, message: str) 
 
 NET = problem(0)[0]
 NO_FIT: list[tuple[Any, Any, type[Exception], str]] = [
-    ("x", NET, ValueError, "layout 'x' is not valid"),
     ("oi", NET, ValueError, "conv: layout 'oi' is for arrays of rank 2, not 4"),
     ({"*": None}, NET, ValueError, r"centralizes no parameter.*conv \(4, 3, 2, 2\).*where=None"),
     ({"*weight": "o..."}, NET, ValueError, r"'\*weight' matches no parameter"),

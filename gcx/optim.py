@@ -128,9 +128,9 @@ class Optimizer:
         self, params: Any, grads: Any, state: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
         """List the layout, value, gradient, step and buffers of each parameter, once checked."""
-        keys = ("step", *self._buffers)
-        has = {*state} if isinstance(state, Mapping) else type(state).__name__
-        if has != {*keys}:
+        keys = ["step", *self._buffers]
+        has = [*state] if isinstance(state, Mapping) else type(state).__name__
+        if {*has} != {*keys}:
             raise ValueError(
                 f"state comes from init(params) or the last update, and has {keys}, not {has}"
             )

@@ -87,7 +87,7 @@ def test_update_refuses_what_does_not_fit(xp: Any) -> None:
         grads={**grads, "conv": xp.asarray(np.ones((4, 3, 2, 2)), "float32")},
     )
     refuses(r"state comes from init\(params\) .* not NoneType", state=None)
-    refuses(r"and has \('step', 'momentum'\), not \{'step'\}", state={"step": {}})
+    refuses(r"and has \['step', 'momentum'\], not \['step'\]", state={"step": {}})
     refuses(r"state\['momentum'\] is not built like", state={**state, "momentum": {}})
     bias = grads["dense"]["bias"]
     for each in (optimizer, Adam(layouts=LAYOUTS)):

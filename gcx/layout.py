@@ -184,8 +184,8 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
     split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
         if split.count(letter) != 1:
-            found = "several parts" if letter in split else "no part"
-            raise ValueError(f"{letter}={size!r}: layout {text!r} has {found} {letter!r} in ()")
+            found = f"{'several parts' if letter in split else 'no part'} {letter!r} in parentheses"
+            raise ValueError(f"{letter}={size!r} has no meaning: layout {text!r} has {found}")
         if not hasattr(size, "__index__") or isinstance(size, bool):
             raise TypeError(f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}")
         if size < 1:

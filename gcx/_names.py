@@ -25,7 +25,7 @@ def match(
 
     A glob and a name have equally many separators, if one is given.
     """
-    order = {key: k for k, key in reversed([*enumerate(keys)])}
+    order = {key: k for k, key in enumerate(keys)}
     globs = [key for key in order if is_glob(key)]
     found = {}
     for name in names:

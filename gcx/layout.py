@@ -184,11 +184,11 @@ def _check_sizes(text: str, axes: Iterable[str], sizes: Mapping[str, int]) -> di
     split = [part for axis in axes if axis[0] == "(" for part in _list_parts(axis)]
     for letter, size in sizes.items():
         if split.count(letter) != 1:
-            raise ValueError(
-                f"layout {text!r} has {split.count(letter)} parts {letter!r} in parentheses, and a "
-                "size is of one part"
-            )
-        if index(size) < 1:
+            found = f"{'several parts' if letter in split else 'no part'} {letter!r} in parentheses"
+            raise ValueError(f"{letter}={size!r} has no meaning: layout {text!r} has {found}")
+        if not hasattr(size, "__index__") or isinstance(size, bool):
+            raise TypeError(f"layout {text!r}: the size of {letter!r} is an integer, not {size!r}")
+        if size < 1:
             raise ValueError(f"layout {text!r}: the size of {letter!r} is at least 1, not {size}")
     for axis in axes:
         unknown = [part for part in _list_parts(axis) if part not in sizes]

@@ -60,7 +60,7 @@ class Optimizer:
         if self.where is not None and not any(self._find_layouts(params)):
             shapes = ", ".join(f"{name} {tuple(param.shape)}" for name, param in named)
             raise ValueError(
-                f"layouts={self.layouts!r} centralizes no parameter among {shapes or '(none)'}: "
+                f"layouts={self.layouts!r} centralizes no parameter among {shapes}: "
                 "give one with a fan-in of at least 2 a layout, or use where=None"
             )
         state = {"step": rebuild(params, [0] * len(named))}
@@ -128,17 +128,15 @@ class Optimizer:
         self, params: Any, grads: Any, state: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
         """List the layout, value, gradient, step and buffers of each parameter, once checked."""
-        keys = ("step", *self._buffers)
-        has = {*state} if isinstance(state, Mapping) else type(state).__name__
-        if has != {*keys}:
+        keys = ["step", *self._buffers]
+        has = [*state] if isinstance(state, Mapping) else type(state).__name__
+        if {*has} != {*keys}:
             raise ValueError(
                 f"state comes from init(params) or the last update, and has {keys}, not {has}"
             )
         names, weights = zip(*_named_params(params), strict=True)
         trees = {"grads": grads, **{f"state[{key!r}]": state[key] for key in keys}}
-        columns = [
-            leaves_like(params, tree, what=what, like="params") for what, tree in trees.items()
-        ]
+        columns = [leaves_like(params, tree, what=k, like="params") for k, tree in trees.items()]
         rows = list(zip(self._find_layouts(params), weights, *columns, strict=True))
         for name, (_, param, grad, _, *buffers) in zip(names, rows, strict=True):
             with naming(name):
@@ -324,6 +322,8 @@ def _named_params(params: Any) -> list[tuple[str, Any]]:
     if not isinstance(params, (list, tuple, dict)):
         raise TypeError(f"params is a list, tuple or dict of arrays, not {describe(params)}")
     named = flatten(params)
+    if not named:
+        raise ValueError("params holds no array")
     for name, param in named:
         with naming(name):
             backend_for(param).check_dtype(param)

@@ -259,7 +259,9 @@ class TestOut:
         ("bad", "out", "error", "message"),
         [
             (np.ones((2, 2), int), np.zeros((2, 2), int), TypeError, "^b: .*dtype, not int64"),
+            (np.ones((2, 2)), np.zeros((2, 2), int), TypeError, "^b: out: .*dtype, not int64"),
             (np.ones((2, 2)), np.zeros((2, 3)), ValueError, "^b: out has shape"),
+            (np.ones(2), np.zeros(1), ValueError, "^b: out has shape"),  # a bias
             (np.ones((2, 2)), np.zeros((2, 2), "f4"), ValueError, "^b: out has dtype"),
             *[
                 (

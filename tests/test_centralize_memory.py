@@ -122,8 +122,8 @@ class TestOut:
     @pytest.mark.parametrize("reproducible", [False, True])
     def test_may_be_shifted_in_numpy(self, shift: int, layout: str, reproducible: bool) -> None:
         """With more elements than NumPy's backend handles at a time."""
-        memory = values(400_000).astype(np.float32)
-        grad = memory[: 64 * 4096].reshape(64, 4096)
+        memory = values(500_000).astype(np.float32)
+        grad = memory[: 96 * 4096].reshape(96, 4096)
         out = memory[shift : shift + grad.size].reshape(grad.shape)
         expected = grad.astype(np.float64)
         expected -= expected.mean(gcx.Layout(layout).fan_in_axes(2), keepdims=True)

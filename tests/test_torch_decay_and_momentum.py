@@ -266,7 +266,7 @@ def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> 
     """It does not keep a checkpoint from loading."""
     optimizer = SGD(layer.parameters(), momentum=0.9)
     state, whole = optimizer.state[layer.weight], torch.ones_like(layer.weight)
-    state["momentum_buffer"] = packed = pack(whole)
+    state["momentum_buffer"] = state["exp_avg"] = packed = pack(whole)
     saved = optimizer.state_dict()
     for load in (
         lambda: gcx.torch.centralize(optimizer, layer),

@@ -172,6 +172,7 @@ def test_large_narrow_tensors_of_torch(layout: str, order: tuple[int, ...]) -> N
     x = torch.from_numpy(integers).bfloat16().permute(order)
     expected = gcx.centralize(x.double(), layout=layout).bfloat16()
     half = gcx.centralize(x.double(), layout=layout, strength=0.5).bfloat16()
-    assert torch.equal(gcx.centralize(x, layout=layout), expected)
+    with torch.device("meta"):  # the default, which has no say here
+        assert torch.equal(gcx.centralize(x, layout=layout), expected)
     assert torch.equal(gcx.centralize(x, layout=layout, strength=0.5), half)
     assert torch.equal(gcx.centralize(x, layout=layout, out=x), expected)

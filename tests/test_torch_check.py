@@ -159,3 +159,9 @@ def test_masked_layers_are_left_alone() -> None:
     plain.mask = torch.ones(5)  # of something else
     assert gcx.torch.plan(plain)[0].layout == Layout("o...")
     assert gcx.torch.plan(Masked(4), overrides={"weight": "oi"})[0].layout == Layout("oi")
+
+
+def test_the_default_device_has_no_say() -> None:
+    layer, x = nn.Linear(4, 3), torch.rand(2, 4)
+    with torch.device("meta"):
+        assert gcx.torch.check_plan(layer, x).agree == ("weight",)

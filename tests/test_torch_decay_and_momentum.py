@@ -139,9 +139,10 @@ def test_decay_outside_is_that_of_the_group_at_the_step(layer: nn.Linear) -> Non
         torch.testing.assert_close(m.weight.detach().mean(1), factor * mean)
 
 
+@pytest.mark.parametrize("kind", [Own, SGD])
 @pytest.mark.parametrize(("decay", "keeps_means"), [("inside", True), ("outside", False)])
-def test_unknown_optimizer_is_told(decay: Any, keeps_means: bool, layer: nn.Linear) -> None:
-    optimizer = attached(layer, kind=Own, decay=decay, weight_decay=0.5)
+def test_optimizer_is_told(decay: Any, keeps_means: bool, kind: Any, layer: nn.Linear) -> None:
+    optimizer = attached(layer, kind=kind, decay=decay, weight_decay=0.5)
     before, mean = layer.weight.detach().clone(), layer.weight.detach().mean(1)
     layer.weight.grad, layer.bias.grad = GRAD.clone(), torch.zeros_like(layer.bias)
     optimizer.step()
@@ -207,9 +208,13 @@ def test_update_with_decay_outside_needs_to_know_the_rule(layer: nn.Linear) -> N
 
 @pytest.mark.parametrize("layout", ["oi", "io"])
 @pytest.mark.parametrize("shape", [(4, 64), (512, 1024)], ids=str)
-def test_narrow_weights_with_decay(shape: tuple[int, int], layout: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_narrow_gradients_with_decay(
+    dtype: torch.dtype, shape: tuple[int, int], layout: str
+) -> None:
     """The mean is exact here, and rounded once."""
-    layer = nn.Linear(*shape[::-1], bias=False, dtype=torch.bfloat16)
+    layer = nn.Linear(*shape[::-1], bias=False, dtype=dtype)
+    layer.weight.grad_dtype = torch.bfloat16
     weight, grad = torch.randint(-8, 9, (2, *shape), generator=torch.manual_seed(0)).double()
     layer.weight.data.copy_(weight)
     layer.weight.grad = grad.bfloat16()
@@ -218,6 +223,7 @@ def test_narrow_weights_with_decay(shape: tuple[int, int], layout: str) -> None:
     optimizer.step()
     expected = grad - (grad + 0.5 * weight).mean(layout.index("i"), keepdim=True)
     assert torch.equal(layer.weight.grad, expected.bfloat16())
+    assert torch.equal(layer.weight.double(), weight)
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
@@ -260,7 +266,7 @@ def test_momentum_in_another_form_is_left_alone(pack: Any, layer: nn.Linear) -> 
     """It does not keep a checkpoint from loading."""
     optimizer = SGD(layer.parameters(), momentum=0.9)
     state, whole = optimizer.state[layer.weight], torch.ones_like(layer.weight)
-    state["momentum_buffer"] = packed = pack(whole)
+    state["momentum_buffer"] = state["exp_avg"] = packed = pack(whole)
     saved = optimizer.state_dict()
     for load in (
         lambda: gcx.torch.centralize(optimizer, layer),

@@ -124,9 +124,9 @@ NO_VALUE = r"^overrides: 1\.weight: a layout is a string such as 'o...' or a gcx
     [
         ({"1.w": None}, ValueError, r"'1\.w' matches no parameter; there are: 0\.weight, 1"),
         ({"*.wieght": None}, ValueError, r"'\*\.wieght' matches no parameter"),
-        ({STRANGER: None}, ValueError, "this Parameter is no parameter of the model"),
-        ({nn.Linear(4, 3): None}, ValueError, "this Linear .* the model and holds none"),
-        ({nn.ReLU(): None}, ValueError, "this ReLU .* the model and holds none"),
+        ({STRANGER: None}, ValueError, r"tensor of shape \(3, 4\) is no parameter"),
+        ({nn.Linear(4, 3): None}, ValueError, "this Linear holds no parameter of the model$"),
+        ({nn.ReLU(): None}, ValueError, "this ReLU holds no parameter of the model$"),
         *[
             (key, TypeError, "overrides is a mapping from names to layouts, not ")
             for key in ([], ["1.weight"], 0, 3, "1.weight")
@@ -148,7 +148,7 @@ def test_errors_of_other_models() -> None:
         with pytest.raises(ValueError, match=r"weight of shape \(6, 4, 3\) does not fit Layout\('"):
             gcx.torch.plan(nn.Conv1d(4, 6, 3), overrides={"weight": given})
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    with pytest.raises(ValueError, match=r"this LayerNorm .* holds none \(of two axes"):
+    with pytest.raises(ValueError, match=r"this LayerNorm holds no .* with two axes or"):
         gcx.torch.plan(model, overrides={model[1]: "oi"})
     with pytest.raises(ValueError, match=r"'\*' matches no parameter; there are: \(none\)"):
         gcx.torch.plan(nn.ReLU(), overrides={"*": None})

@@ -281,8 +281,7 @@ def _centralize_narrow(
     dtype = _WIDE[grad.dtype]
 
     def average(mean: Callable[..., Tensor], x: Tensor, decaying: Tensor | None) -> Tensor:
-        of_x = mean(x, axes)
-        of_all = of_x if rate is None else of_x + rate * mean(decaying, axes)
+        of_all = mean(x, axes) if rate is None else mean(x, axes) + rate * mean(decaying, axes)
         return of_all if strength == 1.0 else of_all * strength
 
     # Another `out` may share memory with the gradient.
@@ -294,8 +293,9 @@ def _centralize_narrow(
     blocks = partial(_torch_memory.widen, size=size, cut=cut, dtype=dtype)
     mean = None
     if cut in axes:  # each block has a part of every fan-in
-        add, count = partial(sum_over, axes=axes), prod([grad.shape[axis] for axis in axes])
-        mean = average(lambda x, _: sum(map(add, blocks(x)), torch.zeros(())) / count, grad, weight)
+        add, zero = partial(sum_over, axes=axes), torch.zeros((), device="cpu")
+        count = prod([grad.shape[axis] for axis in axes])
+        mean = average(lambda x, _: sum(map(add, blocks(x)), zero) / count, grad, weight)
     result = torch.empty_like(grad) if out is None else out
     weight = grad if weight is None else weight
     parts = torch.split(weight, size, cut), torch.split(result, size, cut)

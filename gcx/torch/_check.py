@@ -100,13 +100,13 @@ class _Uses(TorchFunctionMode):
         super().__init__()
         self.found: dict[str, str] = {}  # by weight: how a use contradicts the plan, or ""
         self._weights: dict[str, tuple[Tensor, Any]] = {}
-        # By tensor: the weights that it is made of, or _DATA.
-        self._origin: Any = WeakIdKeyDictionary()
+        self._origin: Any = WeakIdKeyDictionary()  # by tensor: weights it is made of, or _DATA
         for weight, row in weights.items():
             self._weights[row.name] = weight, row.layout
             self._origin[weight] = frozenset({row.name})
         self._mark(data, _DATA)
-        self._draws = torch.Generator().manual_seed(0)  # the global one is the user's
+        # The global generator and the default device are the user's.
+        self._draws: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -174,7 +174,7 @@ class _Uses(TorchFunctionMode):
         weight, layout = self._weights[name]
         view, axes = layout.split(tuple(weight.shape))
         letters = layout.letters(weight.ndim)
-        for k in torch.randint(len(output), (_OUTPUTS_TRIED,), generator=self._draws).tolist():
+        for k in torch.randint(len(output), (_OUTPUTS_TRIED,), **self._draws).tolist():
             grad, *others = _derivatives(output[k], [weight, *data])
             if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
                 continue
@@ -201,7 +201,7 @@ class _Uses(TorchFunctionMode):
                 )
 
     def _draw(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self._draws, dtype=like.dtype).to(like.device)
+        return torch.rand(like.shape, dtype=like.dtype, **self._draws).to(like.device)
 
 
 def _is_stack(enters: Tensor, letters: str) -> bool:

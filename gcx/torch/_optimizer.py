@@ -181,7 +181,7 @@ def centralize_momentum(
                     changed.append(weight.name)
             except (NotImplementedError, TypeError):  # such as the 8-bit state in torchao
                 unknown.append(weight.name)
-    return changed, unknown
+    return [*dict.fromkeys(changed)], [*dict.fromkeys(unknown)]
 
 
 def _buffers(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:

@@ -208,15 +208,15 @@ def _find_covered(
             f"overrides: a key is the name of a parameter, a glob, a parameter or a module, not "
             f"{key!r}; gcx.torch.register_layer is for a type of layer"
         )
-    kind, own = type(key).__name__, {key}
-    if isinstance(key, nn.Module):
+    if isinstance(key, Tensor):
+        own, problem = {key}, f"tensor of shape {tuple(key.shape)} is no parameter of the model"
+    else:
         own = {p for p in key.parameters() if leaves_alone or p.ndim > 1}  # vectors are biases
+        problem = f"{type(key).__name__} holds no parameter of the model"
+        problem += " with two axes or more" * (not leaves_alone)
     covered = [(name, p) for name, p in named if p in own]
     if not covered:
-        raise ValueError(
-            f"overrides: this {kind} is no parameter of the model and holds none (of two axes, if "
-            "the value is a layout)"
-        )
+        raise ValueError(f"overrides: this {problem}")
     return covered
 
 

@@ -276,6 +276,7 @@ def test_graph_captured_without_a_first_launch() -> None:
     """)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 def test_compiled_as_it_was() -> None:
     grad = torch.randn(64, 300, device="cuda")
     compiled: Callable[..., Any] = torch.compile(gcx.centralize, fullgraph=True)

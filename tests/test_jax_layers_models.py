@@ -99,6 +99,35 @@ def test_a_model_is_layouts_and_parameters(make: Any, eval_shape: Any, count: st
         gcx.optax.layouts(model, jnp.zeros((2, 3)))
 
 
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool, scale: Any = 1, more: Any = None) -> Any:
+        if more is not None:
+            assert isinstance(more["y"], jax.core.Tracer)
+            x = x @ (more["y"] if scale == 2 else 0)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(4, kernel_init=_traced)(x)
+
+    def encode(self, x: Any) -> Any:
+        return self(x, train=False)
+
+
+def _traced(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    value = jax.random.normal(key, shape, dtype)
+    assert isinstance(value, jax.core.Tracer)
+    return value
+
+
+def test_linen_is_traced_and_nothing_computed() -> None:
+    x = jax.ShapeDtypeStruct((2, 3), "float32")
+    names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
+    assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
+    assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
+    options = {"train": False, "scale": 2, "more": {"y": jnp.ones((3, 4))}}
+    assert gcx.optax.layouts(Noisy(), x, **options)["Dense_0/kernel"] == Layout("io")
+
+
 def test_part_of_a_model_may_be_trained() -> None:
     model = OfNnx()
     nnx.Optimizer(model, gcx.optax.centralize(model), wrt=nnx.LoRAParam)

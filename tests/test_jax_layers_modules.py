@@ -137,13 +137,23 @@ def in_several_stacks(tokens: Any) -> Any:
     return stack(made(hk.Conv1DTranspose, 4, 3, name="layer"), "b")(x)
 
 
+TRANSPOSED = made(hk.Conv2DTranspose, 4, 3, name="c")
+
+
+def another_inside(x: Any) -> Any:
+    hk.transform(TRANSPOSED).init(KEY, x)
+    return hk.Conv2D(4, 3, name="c", with_bias=False)(x)
+
+
 LINEAR, DENSE = {"bias": "bias", "kernel": "io Linear"}, {"bias": "bias", "kernel": "io Dense"}
 IS_MASKED = "masked: the mean would take in the entries behind the mask"
 MASKED = {"bias": "bias", "kernel": IS_MASKED}
 EMBEDDING = "embedding: a row is an input, not an output unit"
 STACK = "__layer_stack_no_per_layer/linear"
+BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
 # A model with its inputs, and its plan.
 MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
+    "boxed": ((nn.Dense(4, kernel_init=BOXED), X), DENSE),
     "shared scope": (
         (Adapted(), X),
         DENSE | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")},
@@ -183,6 +193,10 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
         (hk.transform(made(OwnWeight, name="own")), X),
         {"own/w": "unknown: nobody declared OwnWeight.w"}
         | {"own/linear/w": "io Linear", "own/linear/b": "bias"},
+    ),
+    "haiku, another inside": (
+        (hk.transform(another_inside), jnp.ones((1, 8, 8, 4))),
+        {"c/w": "unknown: two layers have this name, a ConvNDTranspose and a ConvND"},
     ),
     "haiku, several stacks": (
         (hk.transform(in_several_stacks), jnp.zeros((2, 5), int)),
@@ -260,35 +274,6 @@ def test_modules_in_transformations() -> None:
     }
 
 
-class Noisy(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, *, train: bool, scale: Any = 1, more: Any = None) -> Any:
-        if more is not None:
-            assert isinstance(more["y"], jax.core.Tracer)
-            x = x @ (more["y"] if scale == 2 else 0)
-        x = nn.BatchNorm(use_running_average=not train)(x)
-        x = nn.Dropout(0.5, deterministic=not train)(x)
-        return nn.Dense(4, kernel_init=_traced)(x)
-
-    def encode(self, x: Any) -> Any:
-        return self(x, train=False)
-
-
-def _traced(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    value = jax.random.normal(key, shape, dtype)
-    assert isinstance(value, jax.core.Tracer)
-    return value
-
-
-def test_linen_is_traced_and_nothing_computed() -> None:
-    x = jax.ShapeDtypeStruct((2, 3), "float32")
-    names = {"BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel"}
-    assert set(gcx.optax.layouts(Noisy(), x, train=True)) == names
-    assert set(gcx.optax.layouts(Noisy(), x, method="encode")) == names
-    options = {"train": False, "scale": 2, "more": {"y": jnp.ones((3, 4))}}
-    assert gcx.optax.layouts(Noisy(), x, **options)["Dense_0/kernel"] == Layout("io")
-
-
 class Tied(nnx.Module):
     def __init__(self, other: Callable[[], nnx.Module], name: str) -> None:
         self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
@@ -332,9 +317,6 @@ def test_modules_of_haiku_with_state_and_options() -> None:
     assert layouts["batch_norm/scale"] == LeaveAlone("norm")
     assert layouts["~/weight"] == LeaveAlone("unknown: it belongs to no module")
     assert "mlp/~/linear_0/w" not in gcx.optax.layouts(transformed, X, False)
-
-
-TRANSPOSED = made(hk.Conv2DTranspose, 4, 3, name="c")
 
 
 def lifted(x: Any) -> Any:

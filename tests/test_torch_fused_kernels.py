@@ -86,8 +86,7 @@ def test_one_launch_for_each_kind_of_kernel_in_a_group_and_dtype(case: str, devi
     ours, reference = both(case, Net(torch.float64), groups_of, fused=True)
     assert_steps_of_torch(device, ours, reference, steps=5)
     rule = "AdamW" if case == "adamw" else "SgdMomentumRate"
-    of_vectors = rule.removesuffix("Rate")
-    vectors = [(of_vectors, 5), (of_vectors, 1)]  # in float32 and float64
+    vectors = [(rule.removesuffix("Rate"), count) for count in (5, 1)]  # in float32 and float64
     assert device.runs == [(rule, 1), *vectors, (rule, 2), (rule, 1)] * 5
 
 
@@ -107,8 +106,12 @@ def test_options_turned_in_mid_training(case: str, device: Device) -> None:
                 optimizer.step(lambda: 1 / 0)
             optimizer.param_groups[0].update(change)
         train([k], ours, reference)
+    for model, optimizer in (ours, reference):
+        optimizer.param_groups[0]["centralize"] = True
+        with pytest.warns(UserWarning, match="momentum of 4 weights"):
+            step(6, model, optimizer)
     assert_close(ours[0], reference[0])
-    assert device.total == 50
+    assert device.total == 60
 
 
 @pytest.mark.parametrize("case", TYPICAL)

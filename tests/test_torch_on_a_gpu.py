@@ -1,7 +1,7 @@
 """Torch on a GPU: steps with the hooks and of gcx.torch.AdamW and SGD; graphs, streams, threads.
 
 ``python -m benchmarks gpu --check`` holds more: bits of lists of all kinds 50 times over, addresses
-that change, launches and waits, and a GPU that is busy.
+that change, steps in float32, launches and waits, and a GPU that is busy.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch_kernels import (
     IS_ON_CUDA,
     MOMENTUM,
     Device,
+    Net,
     Pair,
     assert_equal,
     both,
@@ -51,6 +52,15 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "sgd": partial(SGD, **MOMENTUM),
     "adamw": AdamW,
 }
+
+
+class LongNet(Net):
+    """Rows and columns that take several blocks each, beside short ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = nn.ConvTranspose1d(768, 96, 1)
+        self.long = nn.Linear(40000, 3)
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -87,11 +97,11 @@ def test_a_step_does_not_wait(make: Any, device: Device) -> None:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_one_launch_for_each_kind_of_kernel(kind: Any, device: Device) -> None:
-    """For rows, columns, and tensors without a fan-in."""
-    model = new_net(device)
+def test_one_launch_for_each_kind_of_kernel(kind: Any) -> None:
+    """For rows, long rows, columns, tensors without a fan-in, and two for split columns."""
+    model = LongNet().cuda()
     step(0, model, optimizer := kind(model))
-    assert on_gpu(optimizer.step) == {"gcx_kernel": 3}
+    assert on_gpu(optimizer.step) == {"gcx_kernel": 6}
 
 
 @pytest.mark.parametrize("name", ["sgd with hooks", "adamw with hooks", "sgd"])
@@ -130,6 +140,70 @@ def test_other_stream(make: Any, device: Device) -> None:
             optimizer.step()
         torch.cuda.current_stream().wait_stream(stream)
     assert_equal(model, usual[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_compiled_step(device: Device) -> None:
+    (model, optimizer), usual = two_of(AdamW, device)
+    compiled = torch.compile(optimizer.step, backend="aot_eager")
+    for k in range(3):
+        give_gradients(k, model, usual[0])
+        compiled()
+        usual[1].step()
+    assert optimizer.fallbacks == [""]
+    assert_equal(model, usual[0])
+
+
+def test_scaled_gradients(make: Any, device: Device) -> None:
+    """Steps as without a scaler, whose factors are powers of two; an infinite one is skipped."""
+    (model, optimizer), (twin, reference) = two_of(make, device)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    x, start = torch.rand(8, 70, device="cuda"), twin.head.weight.detach().clone()
+    for factor in (1, 1, torch.inf, 1, 1, 1):
+        optimizer.zero_grad()
+        scaler.scale(factor * (model.head(x) - 1).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            reference.zero_grad()
+            (twin.head(x) - 1).square().mean().backward()
+            reference.step()
+    torch.testing.assert_close(model.head.weight, twin.head.weight, rtol=1e-5, atol=1e-7)
+    assert (start - twin.head.weight).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(kind: Any, dtype: torch.dtype, device: Device) -> None:
+    """Rounded once: a step from the same numbers in float32 is at most a unit away."""
+    model = LongNet().to("cuda", dtype)
+    twin = copy.deepcopy(model).float()
+    options = {"lr": 2**-6, "weight_decay": 2**-4}
+    optimizer, reference = kind(model, **options), hooked(twin, kind, **options)
+    give_gradients(0, model)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.grad = one.grad.float()
+    optimizer.step()
+    reference.step()
+    assert optimizer.fallbacks == [""]
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (one.float() - other).abs().max() <= torch.finfo(dtype).eps * other.abs().max()
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_checkpoint_of_the_gpu_goes_on_there_and_on_the_cpu(kind: Any, device: Device) -> None:
+    """With torch's own optimizer too, whose steps are still counted on the CPU."""
+    model = new_net(device)
+    step(0, model, optimizer := kind(model))
+    plain = BASES[kind](copy.deepcopy(model).parameters())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(s["step"].is_cpu for s in plain.state.values() if "step" in s)
+    on_cpu = copy.deepcopy(model).cpu()
+    other = kind(on_cpu)
+    other.load_state_dict(optimizer.state_dict())
+    train([1], (model, optimizer), (on_cpu, other))
+    for p, cpu_p in zip(model.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), cpu_p, rtol=1e-5, atol=1e-7)
 
 
 def test_corollary_4_1_on_gradients_of_a_loss(make: Any) -> None:
@@ -171,6 +245,42 @@ def test_what_is_left_to_torch() -> None:
 
 
 # Lists of gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_rows_with_weight_decay(dtype: torch.dtype) -> None:
+    """Bits of the gradients that the hooks leave, as on the CPU; one NaN spoils one unit."""
+    model = LongNet().to("cuda", dtype)
+    on_cpu = copy.deepcopy(model).cpu()
+    give_gradients(0, model, on_cpu)
+    for net in (model, on_cpu):
+        net.long.weight.grad[1, 5] = torch.nan
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0, weight_decay=0.1)
+        gcx.torch.centralize(optimizer, net, reproducible=True)
+        optimizer.step()
+    for one, other in zip(model.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, rtol=0, atol=0, equal_nan=True)
+    assert model.long.weight.grad.isnan().sum() == 40000
+
+
+def test_graph_captured_without_a_first_launch() -> None:
+    run_beside("""
+        import pytest, torch, gcx
+        grad = torch.randn(64, 100, device="cuda")
+        kept = grad.clone()
+        graph = torch.cuda.CUDAGraph()
+        with pytest.warns(RuntimeWarning, match="before the capture"), torch.cuda.graph(graph):
+            out = gcx.centralize(grad)
+        graph.replay()
+        torch.testing.assert_close(out, kept - kept.mean(1, keepdim=True))
+    """)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_compiled_as_it_was() -> None:
+    grad = torch.randn(64, 300, device="cuda")
+    compiled: Callable[..., Any] = torch.compile(gcx.centralize, fullgraph=True)
+    torch.testing.assert_close(compiled(grad), grad - grad.mean(1, keepdim=True))
 
 
 def test_streams_at_the_same_time() -> None:

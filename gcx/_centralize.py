@@ -194,7 +194,10 @@ def see_fan_in(
         axes = _check_axes(shape, axis)
     else:
         try:
-            view, axes = as_layout(layout).split(shape)
+            if (layout := as_layout(layout)).is_split:
+                view, axes = layout.split(shape)
+            else:  # the usual case, and quick
+                axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
             raise ValueError(f"{error} (gradient of shape {shape})") from None
     # A size may be unknown in a lazy array, and is a symbol in a JAX export.

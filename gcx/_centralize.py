@@ -187,11 +187,11 @@ def see_fan_in(
     """
     backend = backend_for(grad)
     backend.check_dtype(grad)
-    shape = view = tuple(grad.shape)  # type: ignore[attr-defined]
+    shape = view = grad.shape  # type: ignore[attr-defined]
     if axis is not None:
         if layout is not OUTPUT_FIRST:
             raise TypeError("give layout or axis, not both: each says which axes are fan-in")
-        axes = _check_axes(shape, axis)
+        axes = _check_axes(tuple(shape), axis)
     else:
         try:
             if (layout := as_layout(layout)).is_split:
@@ -199,7 +199,7 @@ def see_fan_in(
             else:  # the usual case, and quick
                 axes = layout.fan_in_axes(len(shape))
         except ValueError as error:
-            raise ValueError(f"{error} (gradient of shape {shape})") from None
+            raise ValueError(f"{error} (gradient of shape {tuple(shape)})") from None
     # A size may be unknown in a lazy array, and is a symbol in a JAX export.
     size: float = 1
     for a in axes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from operator import attrgetter
@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_dtensor, _torch_memory, one_by_one, refuse_dtype
-from gcx.backends._torch_dtensor import FanIn
-from gcx.backends._torch_memory import PLAIN, sum_over
+from gcx.backends._torch_memory import PLAIN, FanIn, average, sum_over
 
 _DENSE = torch.strided
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 
 # Dtypes narrower than 32 bits, and the dtype to compute them in.
 _FLOAT8 = [getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")]
@@ -71,11 +71,18 @@ def check_reproducible(grad: Tensor, axes: Sequence[int], /) -> None:
 def centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool, /
 ) -> Tensor:
-    if grad.is_cuda and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if reproducible:  # compiled code would skip roundings
+            by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
+            return by_itself(grad, axes, strength, out, True)  # type: ignore[no-any-return]
+    elif grad.is_cuda:
         return centralize_many([grad], [axes], strength, [out], reproducible)[0]
-    if reproducible and torch.compiler.is_compiling():  # compiled code would skip roundings
-        by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
-        return by_itself(grad, axes, strength, out, reproducible)  # type: ignore[no-any-return]
+    elif type(grad) in PLAIN and grad.is_cpu and grad.dtype not in _WIDE:  # in few calls
+        if not reproducible and (out is None or out is grad) and peek_interpreter_stack() is None:
+            mean = average(grad, axes)
+            if strength != 1.0:
+                mean *= strength
+            return grad - mean if out is None else grad.sub_(mean)
     return _centralize(grad, axes, strength, out, reproducible)
 
 
@@ -135,6 +142,8 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _canonical_mean(x, axes)
     if torch.compiler.is_compiling() and x.is_cpu:  # its programs add one by one
         return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
+    if x.is_cpu and type(x) in PLAIN and peek_interpreter_stack() is None:
+        return average(x, axes)
     for run in _torch_memory.find_runs(x, axes):
         x = x.mean(run, True)
     return x
@@ -179,7 +188,7 @@ def subtract_means_(
     otherwise with torch's own operations. No gradient is expanded; `weights` are of the
     shapes of the gradients, and unused without a rate.
     """
-    left: Sequence[int] = range(len(grads))
+    left: Iterable[int] = range(len(grads))
     # The kernel needs a number, and reading it from a tensor would wait for the device.
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
         from gcx.backends import _torch_cuda
@@ -189,35 +198,48 @@ def subtract_means_(
             grads, fan_ins, strength, grads, reproducible=reproducible, decay=decay
         )
         left = [k for k, result in enumerate(done) if result is None]
-    if rate is None:
-        weights = grads
-    batch: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
-    size = 0
     for k in left:
-        grad, weight, (shape, axes) = grads[k], weights[k], fan_ins[k]
-        if reproducible or type(grad) not in PLAIN or type(weight) not in PLAIN:
-            if reproducible and rate is not None:  # as the kernels do
-                wide = _WIDE.get(grad.dtype, grad.dtype)
-                mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_ins[k], True)
-            else:
-                mean = mean_over(grad, fan_ins[k], reproducible)
-                if rate is not None:
-                    mean = mean + rate * mean_over(weight, fan_ins[k], reproducible)
-            subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_ins[k])
-            continue
-        if len(shape) != grad.ndim:
-            grad, weight = grad.view(shape), weight.view(shape)
-        if grad.dtype in _WIDE:
-            _centralize_narrow(grad, axes, strength, grad, rate=rate, weight=weight)
-            continue
-        is_alone = not grad.is_contiguous()
-        if batch and (is_alone or size >= _torch_memory.BATCH):
-            _torch_memory.subtract_means(batch, rate, strength)
-            batch, size = [], 0
-        batch.append((grad, weight, axes))
-        size += _torch_memory.BATCH if is_alone else grad.nbytes
-    if batch:
-        _torch_memory.subtract_means(batch, rate, strength)
+        job = grads[k], grads[k] if rate is None else weights[k], fan_ins[k]
+        _subtract_alone(*job, rate, strength, reproducible=reproducible)
+
+
+def are_alike(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Return True if `Workspace` can take all tensors; each check makes few calls."""
+    dtypes = {*map(_DTYPE, grads)}
+    return (
+        len(dtypes) == 1
+        and dtypes.isdisjoint(_WIDE)
+        and {*map(type, grads), *map(type, weights)}.issubset(PLAIN)
+        and all(map(_IS_CPU, grads))
+        and not is_for_kernels(grads[0])
+        and all(map(Tensor.is_contiguous, grads))
+    )
+
+
+def _subtract_alone(
+    grad: Tensor,
+    weight: Tensor,
+    fan_in: FanIn,
+    rate: float | Tensor | None,
+    strength: float,
+    *,
+    reproducible: bool,
+) -> None:
+    """Subtract a mean as `subtract_means_` does, from one gradient."""
+    is_plain = type(grad) in PLAIN and type(weight) in PLAIN
+    if is_plain and grad.dtype in _WIDE and not reproducible:
+        shape, axes = fan_in
+        seen = grad.view(shape)
+        _centralize_narrow(seen, axes, strength, seen, rate=rate, weight=weight.view(shape))
+        return
+    if reproducible and rate is not None:  # as the kernels do
+        wide = _WIDE.get(grad.dtype, grad.dtype)
+        mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_in, True)
+    else:
+        mean = mean_over(grad, fan_in, reproducible)
+        if rate is not None:
+            mean = mean + rate * mean_over(weight, fan_in, reproducible)
+    subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_in)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:

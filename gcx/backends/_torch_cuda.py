@@ -19,8 +19,8 @@ from torch.autograd.graph import increment_version
 
 from gcx._memory import overlap
 from gcx.backends._torch_driver import Driver
-from gcx.backends._torch_dtensor import FanIn, restore, see_all
-from gcx.backends._torch_memory import PLAIN, count_bytes
+from gcx.backends._torch_dtensor import restore, see_all
+from gcx.backends._torch_memory import PLAIN, FanIn, count_bytes
 from gcx.backends.cuda import launcher
 from gcx.backends.cuda.launcher import OLDEST_DEVICE, Launcher, Schedule, Traits
 from gcx.backends.cuda.tables import Axes, find_walk, is_dense

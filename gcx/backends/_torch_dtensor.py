@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-from gcx.backends._torch_memory import PLAIN, sum_over
+from gcx.backends._torch_memory import PLAIN, FanIn, sum_over
 
 if TYPE_CHECKING:  # a slow import, and nobody has a DTensor without it
     from torch.distributed.tensor import DTensor, Placement
-
-# A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
-FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +19,26 @@ from torch.nn import Parameter
 
 from gcx._memory import Memory, find_span, repeats_itself
 
+# A shape with one axis for each letter of a layout, and its fan-in axes: see `gcx.Layout.split`.
+FanIn = tuple[tuple[int, ...], tuple[int, ...]]
+
 PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 
+_DTYPE = attrgetter("dtype")
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
 # Elements of a block: half a MiB of float32.
 _BLOCK = 1 << 17
 
-# Bytes of a batch.
-BATCH = 1 << 19
+# Bytes of a batch, and most batches whose sums have memory of their own.
+_BATCH, _KEPT = 1 << 19, 1 << 10
 
 # Fewest neighbours in memory that are worth summing first.
 _VECTORS = 1 << 5
 
 
 def is_writable(out: Tensor, grad: Tensor, /) -> bool:
-    if torch.is_grad_enabled() and (out.requires_grad or grad.requires_grad):
+    if (out.requires_grad or grad.requires_grad) and torch.is_grad_enabled():
         viewed = _find_base(out)
         base = out if viewed is None else viewed
         if out is not grad or (base.is_leaf and base.requires_grad):
@@ -85,39 +90,100 @@ def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor
         yield wide
 
 
-def subtract_means(
-    batch: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]],
-    rate: float | Tensor | None,
-    strength: float,
-) -> None:
-    """Subtract means as `_torch.subtract_means_` does, in few calls, which small tensors need.
+class Totals(NamedTuple):
+    """Memory for the sums of a batch, which all lie in one tensor."""
 
-    All gradients are contiguous, or there is one.
-    """
-    grads = [grad for grad, _, _ in batch]
+    part: slice  # of the list of gradients
+    shapes: Sequence[tuple[int, ...]]
+    axes: Sequence[tuple[int, ...]]
+    runs: Sequence[Any]  # what to give to torch.sum; None if the axes are no neighbours in memory
+    whole: Tensor
+    each: list[Tensor]
+    counts: Tensor  # of the numbers in each sum
+
+
+class Workspace(dict[Any, Sequence[Totals]]):
+    """The memory for sums that an optimizer needs in each step; a copy begins anew."""
+
+    def __missing__(self, key: tuple[Sequence[FanIn], torch.dtype, str]) -> Sequence[Totals]:
+        if len(self) >= _KEPT:
+            self.clear()
+        fan_ins, dtype, _ = key
+        batches: list[Totals] = []
+        start = size = 0
+        for end, (shape, _) in enumerate(fan_ins, 1):
+            size += prod(shape) * dtype.itemsize
+            if size >= _BATCH or end == len(fan_ins):
+                batches.append(_make_totals(slice(start, end), fan_ins[start:end], dtype))
+                start, size = end, 0
+        self[key] = batches
+        return batches
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return type(self), ()
+
+    def subtract_means(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        fan_ins: tuple[FanIn, ...],
+        rate: float | Tensor | None,
+        strength: float,
+    ) -> None:
+        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike gradients."""
+        dtype = grads[0].dtype
+        batches = self[fan_ins, dtype, "of gradients"]
+        of_weights = batches if rate is None else self[fan_ins, dtype, "of weights"]
+        for totals, beside in zip(batches, of_weights, strict=True):
+            seen = _sum_each(grads[totals.part], totals)
+            if rate is not None:
+                _sum_each(_make_alike(weights[totals.part], dtype), beside)
+                if isinstance(rate, Tensor):
+                    beside.whole.mul_(rate)
+                totals.whole.add_(beside.whole, alpha=1.0 if isinstance(rate, Tensor) else rate)
+            totals.whole.div_(totals.counts)
+            if strength != 1.0:
+                totals.whole.mul_(strength)
+            torch._foreach_sub_(seen, totals.each)
+
+
+def _make_totals(part: slice, fan_ins: Sequence[FanIn], dtype: torch.dtype) -> Totals:
+    shapes, axes = zip(*fan_ins, strict=True)
+    kept = [[1 if a in run else n for a, n in enumerate(shape)] for shape, run in fan_ins]
+    sizes = [*map(prod, kept)]
+    counts = [prod([shape[a] for a in run]) for shape, run in fan_ins]
+    with torch.inference_mode(False), torch.device("cpu"):
+        whole = torch.empty(sum(sizes), dtype=dtype)
+        of_each = torch.tensor(counts, dtype=dtype).repeat_interleave(torch.tensor(sizes))
+    totals = zip(torch.split(whole, sizes), kept, strict=True)
+    each = [total.view(shape) for total, shape in totals]
+    runs = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else None for a in axes]
+    return Totals(part, shapes, axes, runs, whole, each, of_each)
+
+
+def _make_alike(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    if all(map(Tensor.is_contiguous, weights)) and {*map(_DTYPE, weights)} == {dtype}:
+        return weights
+    return [weight.to(dtype).contiguous() for weight in weights]
+
+
+def _sum_each(tensors: Sequence[Tensor], totals: Totals) -> list[Tensor]:
+    """Sum contiguous tensors; return them in the shapes of their fan-ins."""
+    pairs = zip(tensors, totals.shapes, strict=True)
+    seen = [x if len(shape) == x.ndim else x.view(shape) for x, shape in pairs]
+    for x, axes, run, total in zip(seen, totals.axes, totals.runs, totals.each, strict=True):
+        if run is None:
+            total.copy_(sum_over(x, axes))
+        else:  # the most frequent case
+            torch.sum(x, run, True, out=total)
+    return seen
+
+
+def average(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Average over `axes`, which stay with size 1, on a CPU and outside of `torch.func`."""
+    total = x.sum(axes[0], True) if len(axes) < 2 else sum_over(x, axes)
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
-    counts = [_count(grad.shape, axes, grad.dtype) for grad, _, axes in batch]
-    totals = [
-        # All axes are neighbours in memory: the most frequent case.
-        grad.sum(axes, True)
-        if axes[-1] - axes[0] < len(axes) and grad.is_contiguous()
-        else sum_over(grad, axes)
-        for grad, _, axes in batch
-    ]
-    if rate is not None:
-        of_weights = [
-            x.sum(axes, True, dtype=grad.dtype)
-            if axes[-1] - axes[0] < len(axes) and x.is_contiguous()
-            else sum_over(x.to(grad.dtype), axes)
-            for grad, x, axes in batch
-        ]
-        if isinstance(rate, Tensor):
-            of_weights = [rate * total for total in of_weights]
-        torch._foreach_add_(totals, of_weights, alpha=1.0 if isinstance(rate, Tensor) else rate)
-    torch._foreach_div_(totals, counts)
-    if strength != 1.0:
-        torch._foreach_mul_(totals, strength)
-    torch._foreach_sub_(grads, totals)
+    return total.div_(_count(x.shape, axes, x.dtype))
 
 
 def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:

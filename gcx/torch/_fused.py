@@ -120,8 +120,9 @@ class FusedOptimizer(Optimizer):
         for stage, members in by_stage.items():
             left += self._step_of_stage(group, stage, members, marked)
         if left:
-            gradients = with_gradient([marked[p] for p in left if p in marked])
-            centralize_(gradients, coupled_rate(self, group, None))
+            found = with_gradient([marked[p] for p in left if p in marked])
+            rate, workspace = coupled_rate(self, group, None), self._centralization.hooks.workspace
+            centralize_(*found, rate, workspace=workspace)
         return collect({**group, "params": left}, *lists)
 
     def _step_of_stage(
@@ -218,7 +219,7 @@ class _StepHooks(GradientHooks):
         for group in optimizer.param_groups:
             found = weights.get(id(group), [])
             if not optimizer._why_not(group):  # noqa: SLF001
-                self.marked[id(group)] = {w.parameter: w for w, _ in with_gradient(found)}
+                self.marked[id(group)] = {w.parameter: w for w in with_gradient(found)[0]}
             elif found:
                 left.append((group, found))
         return left

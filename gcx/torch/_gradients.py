@@ -84,12 +84,12 @@ def centralize_gradients(
     weights: Sequence[Weight], parameters: Iterable[Tensor], strength: float
 ) -> None:
     part_gradients(weights, parameters)
-    gradients = with_gradient(weights)
-    if not gradients:
+    weights, grads = with_gradient(weights)
+    if not grads:
         raise ValueError(
             "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
         )
-    centralize_(gradients, strength=strength)
+    centralize_(weights, grads, strength=strength)
 
 
 def centralize_in_backward(

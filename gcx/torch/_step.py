@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gcx._decisions import narrow_weight
 from gcx._options import Options
+from gcx.backends._torch_memory import Workspace
 from gcx.torch._optimizer import (
     Means,
     average_means,
@@ -108,6 +109,7 @@ class GradientHooks:
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
+        self.workspace = Workspace()
         optimizer = targets.get_optimizer()
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, options.decay)  # raises here what a step would raise
@@ -126,7 +128,7 @@ class GradientHooks:
         # An optimizer may use gradients from before its closure, or ignore the closure. A closure
         # that adds to these gradients, and clips the sum, finds them as they were.
         found = with_gradient([weight for _, weights in self._by_group() for weight in weights])
-        means = [(weight, weight.mean(grad)) for weight, grad in found]
+        means = [(weight, weight.mean(grad)) for weight, grad in zip(*found, strict=True)]
         self._centralize()
         centralize = not_compiled(torch.no_grad()(self._centralize))
 
@@ -148,13 +150,12 @@ class GradientHooks:
         groups = self._by_group()
         marked = chain.from_iterable(map(_WEIGHTS, groups))
         part_gradients(marked, self._targets.parameters)
-        by_rate: dict[Rate, list[tuple[Weight, Tensor]]] = {}
+        by_rate: dict[Rate, list[Weight]] = {}
         for group, weights in groups:
-            found = with_gradient(weights)
-            if found:
-                by_rate.setdefault(coupled_rate(optimizer, group, decay), []).extend(found)
-        for rate, gradients in by_rate.items():
-            centralize_(gradients, rate, self._options.strength)
+            by_rate.setdefault(coupled_rate(optimizer, group, decay), []).extend(weights)
+        found = [(with_gradient(weights), rate) for rate, weights in by_rate.items()]
+        for of_rate, rate in found:
+            centralize_(*of_rate, rate, self._options.strength, self.workspace)
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the weights to centralize before a step; errors come before anything changes."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-from operator import attrgetter, getitem, is_, methodcaller
+from functools import partial
+from itertools import chain, compress
+from operator import attrgetter, getitem, is_, is_not, methodcaller
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
@@ -17,8 +18,7 @@ from gcx._memory import find_shared, overlap, repeats_itself
 from gcx._names import naming
 from gcx._options import Options
 from gcx.backends import _torch
-from gcx.backends._torch_dtensor import FanIn
-from gcx.backends._torch_memory import PLAIN, count_bytes, find_memory
+from gcx.backends._torch_memory import PLAIN, FanIn, Workspace, count_bytes, find_memory
 from gcx.plan import Plan, PlanRow
 from gcx.torch._plan import HINT, Decision, decide
 
@@ -38,9 +38,12 @@ IN_BACKWARD = "call gcx.torch.centralize_in_backward(model) before the model is 
 
 _DENSE = torch.strided
 _PARAMETER: Callable[[Weight], Tensor] = attrgetter("parameter")
-_PARAMETERS, _LAYERS, _SHAPE, _NBYTES = map(
-    attrgetter, ("_parameters", "_modules", "shape", "nbytes")
+_FAN_IN: Callable[[Weight], FanIn] = attrgetter("fan_in")
+_PARAMETERS, _LAYERS, _SHAPE, _NBYTES, _GRAD, _GRADIENT, _LAYOUT = map(
+    attrgetter,
+    ("_parameters", "_modules", "shape", "nbytes", "grad", "parameter.grad", "layout"),
 )
+_is_there = partial(is_not, None)
 _VALUES = methodcaller("values")  # torch.jit has mappings of its own
 
 
@@ -250,27 +253,29 @@ def _why_missing(row: PlanRow) -> str:
     )
 
 
-def with_gradient(weights: Iterable[Weight]) -> list[tuple[Weight, Tensor]]:
-    """List the weights that have a gradient, each with its gradient.
+def with_gradient(weights: Sequence[Weight]) -> tuple[Sequence[Weight], list[Tensor]]:
+    """List the weights that have a gradient, and their gradients.
 
     Raises a TypeError if a gradient has no mean, or none with the bits that were promised.
     """
-    found = [(w, grad) for w in weights if (grad := w.parameter.grad) is not None]
-    for weight, grad in found:
-        if grad.layout is not _DENSE:
-            raise TypeError(
-                f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over the "
-                "fan-in; make it dense (sparse=False), or use where='update'"
-            )
-        if weight.reproducible:
+    grads = [*map(_GRADIENT, weights)]
+    if not all(are_there := [*map(_is_there, grads)]):
+        weights, grads = [*compress(weights, are_there)], [*compress(grads, are_there)]
+    if {*map(_LAYOUT, grads)} != {_DENSE} or weights[0].reproducible:
+        for weight, grad in zip(weights, grads, strict=True):
+            if grad.layout is not _DENSE:
+                raise TypeError(
+                    f"{weight.name} has a gradient of layout {grad.layout}, which has no mean over "
+                    "the fan-in; make it dense (sparse=False), or use where='update'"
+                )
             weight.check(grad)
-    return found
+    return weights, grads
 
 
 def part_gradients(weights: Iterable[Weight], parameters: Iterable[Tensor]) -> None:
     """Copy the gradient of a weight if it shares memory with another gradient, or a parameter."""
     marked = [*map(_PARAMETER, weights)]
-    if _are_apart([grad for p in parameters if (grad := p.grad) is not None], marked):
+    if _are_apart([*filter(_is_there, map(_GRAD, parameters))], marked):
         return
     dense = [(p, g) for p in parameters if (g := p.grad) is not None and g.layout is _DENSE]
     uses = [(find_memory(grad), k, True) for k, (_, grad) in enumerate(dense)]
@@ -299,21 +304,25 @@ def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 def centralize_(
-    gradients: Sequence[tuple[Weight, Tensor]], rate: Rate = None, strength: float = 1.0
+    weights: Sequence[Weight],
+    grads: list[Tensor],
+    rate: Rate = None,
+    strength: float = 1.0,
+    workspace: Workspace | None = None,
 ) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
-    if not gradients:
+    if not grads:
         return
-    weights, found = zip(*gradients, strict=True)
-    grads = [*found]
-    for k, grad in enumerate(found):
+    fan_ins = tuple(map(_FAN_IN, weights))
+    parameters = grads if rate is None else [*map(_PARAMETER, weights)]
+    reproducible = weights[0].reproducible
+    if not reproducible and _torch.are_alike(grads, parameters):
+        workspace = Workspace() if workspace is None else workspace
+        workspace.subtract_means(grads, parameters, fan_ins, rate, strength)
+        return
+    for k, grad in enumerate(grads):
         if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(
-        grads,
-        [weight.fan_in for weight in weights],
-        [weight.parameter for weight in weights],
-        rate,
-        strength=strength,
-        reproducible=weights[0].reproducible,
+        grads, fan_ins, parameters, rate, strength=strength, reproducible=reproducible
     )

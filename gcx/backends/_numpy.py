@@ -35,6 +35,8 @@ _SHORT_ROW, _COLUMN_RUN = 128, 24
 # Most elements of a matrix whose columns are summed faster in float64 than in runs.
 _SMALL = 1 << 13
 
+_DOUBLE = np.dtype(np.float64)
+
 
 def check_dtype(grad: Any, /) -> None:
     if grad.dtype.kind not in "fc" and not _is_ml_dtype(grad.dtype):
@@ -94,7 +96,8 @@ def centralize(
                 kernel(grad, result, len(axes), strength)
     else:  # the result of a subclass is its own choice
         result = np.subtract(grad, _scale(_average(grad, axes), strength, grad.dtype), out=out)
-    return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
+        return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
+    return result
 
 
 centralize_many = one_by_one(centralize)
@@ -216,7 +219,7 @@ def _sum_columns(matrix: NDArray) -> Any:
     if fan_in <= _COLUMN_RUN:
         return ones[:fan_in] @ matrix
     if matrix.size <= _SMALL:
-        return np.dot(_ones(np.dtype(np.float64))[:fan_in], matrix)
+        return np.dot(_ones(_DOUBLE)[:fan_in], matrix)
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
     sums = (ones[:_COLUMN_RUN] @ runs).sum(axis=0, dtype=np.float64)

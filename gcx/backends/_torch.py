@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_dtensor, _torch_memory, one_by_one, refuse_dtype
-from gcx.backends._torch_memory import PLAIN, FanIn, average, sum_over
+from gcx.backends._torch_memory import PLAIN, SMALL, FanIn, average, sum_over
 
 _DENSE = torch.strided
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
@@ -77,12 +77,17 @@ def centralize(
             return by_itself(grad, axes, strength, out, True)  # type: ignore[no-any-return]
     elif grad.is_cuda:
         return centralize_many([grad], [axes], strength, [out], reproducible)[0]
-    elif type(grad) in PLAIN and grad.is_cpu and grad.dtype not in _WIDE:  # in few calls
-        if not reproducible and (out is None or out is grad) and peek_interpreter_stack() is None:
-            mean = average(grad, axes)
+    elif type(grad) in PLAIN and grad.is_cpu and not reproducible and (out is None or out is grad):
+        wide = _WIDE.get(grad.dtype)
+        if peek_interpreter_stack() is None and (wide is None or grad.numel() <= SMALL):
+            x = grad if wide is None else grad.to(wide)  # in few calls
+            mean = average(x, axes)
             if strength != 1.0:
                 mean *= strength
-            return grad - mean if out is None else grad.sub_(mean)
+            if wide is None:
+                return x - mean if out is None else x.sub_(mean)
+            x.sub_(mean)
+            return x.to(grad.dtype) if out is None else grad.copy_(x)
     return _centralize(grad, axes, strength, out, reproducible)
 
 
@@ -307,7 +312,7 @@ def _centralize_narrow(
         return of_all if strength == 1.0 else of_all * strength
 
     # Another `out` may share memory with the gradient.
-    if not _torch_memory.is_large(grad) or (out is not None and out is not grad):
+    if grad.numel() <= SMALL or not grad.is_cpu or (out is not None and out is not grad):
         wide = grad.to(dtype)
         wide.sub_(average(fan_in_mean, wide, weight))
         return wide.to(grad.dtype) if out is None else out.copy_(wide)

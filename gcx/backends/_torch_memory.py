@@ -27,8 +27,8 @@ PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 _DTYPE = attrgetter("dtype")
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
-# Elements of a block: half a MiB of float32.
-_BLOCK = 1 << 17
+# Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
+_BLOCK, SMALL = 1 << 17, 1 << 18
 
 # Bytes of a batch, and most batches whose sums have memory of their own.
 _BATCH, _KEPT = 1 << 19, 1 << 10
@@ -67,11 +67,6 @@ def find_memory(x: Tensor) -> Memory:
 def count_bytes(x: Tensor) -> int:
     """Count the bytes from the first element of a tensor to the end of its last."""
     return find_span(Memory(0, x.shape, x.stride()))[1] * x.itemsize
-
-
-def is_large(x: Tensor) -> bool:
-    """Return True for a tensor on a CPU that is worth cutting."""
-    return x.numel() > 2 * _BLOCK and x.device.type == "cpu"
 
 
 def find_block(x: Tensor) -> tuple[int, int]:

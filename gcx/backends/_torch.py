@@ -204,47 +204,37 @@ def subtract_means_(
         )
         left = [k for k, result in enumerate(done) if result is None]
     for k in left:
-        job = grads[k], grads[k] if rate is None else weights[k], fan_ins[k]
-        _subtract_alone(*job, rate, strength, reproducible=reproducible)
+        grad, fan_in = grads[k], fan_ins[k]
+        weight = grad if rate is None else weights[k]
+        if grad.dtype in _WIDE and _are_plain(grad, weight) and not reproducible:
+            seen, decaying = grad.view(fan_in[0]), weight.view(fan_in[0])
+            _centralize_narrow(seen, fan_in[1], strength, seen, rate=rate, weight=decaying)
+            continue
+        if reproducible and rate is not None:  # as the kernels do
+            wide = _WIDE.get(grad.dtype, grad.dtype)
+            mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_in, True)
+        else:
+            mean = mean_over(grad, fan_in, reproducible)
+            if rate is not None:
+                mean = mean + rate * mean_over(weight, fan_in, reproducible)
+        subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_in)
 
 
-def are_alike(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+def are_alike(tensors: Sequence[Tensor]) -> bool:
     """Return True if `Workspace` can take all tensors; each check makes few calls."""
-    dtypes = {*map(_DTYPE, grads)}
+    dtypes = {*map(_DTYPE, tensors)}
     return (
         len(dtypes) == 1
         and dtypes.isdisjoint(_WIDE)
-        and {*map(type, grads), *map(type, weights)}.issubset(PLAIN)
-        and all(map(_IS_CPU, grads))
-        and not is_for_kernels(grads[0])
-        and all(map(Tensor.is_contiguous, grads))
+        and _are_plain(*tensors)
+        and all(map(_IS_CPU, tensors))
+        and not is_for_kernels(tensors[0])
+        and all(map(Tensor.is_contiguous, tensors))
     )
 
 
-def _subtract_alone(
-    grad: Tensor,
-    weight: Tensor,
-    fan_in: FanIn,
-    rate: float | Tensor | None,
-    strength: float,
-    *,
-    reproducible: bool,
-) -> None:
-    """Subtract a mean as `subtract_means_` does, from one gradient."""
-    is_plain = type(grad) in PLAIN and type(weight) in PLAIN
-    if is_plain and grad.dtype in _WIDE and not reproducible:
-        shape, axes = fan_in
-        seen = grad.view(shape)
-        _centralize_narrow(seen, axes, strength, seen, rate=rate, weight=weight.view(shape))
-        return
-    if reproducible and rate is not None:  # as the kernels do
-        wide = _WIDE.get(grad.dtype, grad.dtype)
-        mean = mean_over(grad.to(wide) + rate * weight.to(wide), fan_in, True)
-    else:
-        mean = mean_over(grad, fan_in, reproducible)
-        if rate is not None:
-            mean = mean + rate * mean_over(weight, fan_in, reproducible)
-    subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_in)
+def _are_plain(*tensors: Tensor) -> bool:
+    return {*map(type, tensors)}.issubset(PLAIN)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
@@ -279,8 +269,8 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_narrow = grad.dtype in _WIDE and type(grad) in PLAIN and not reproducible
-    if is_narrow and not (torch.compiler.is_compiling() or _is_recorded(grad, out)):
+    is_narrow = grad.dtype in _WIDE and _are_plain(grad) and not reproducible
+    if is_narrow and not (torch.compiler.is_compiling() or _is_watched(grad)):
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)
     if strength != 1.0:
@@ -288,11 +278,10 @@ def _centralize(
     return subtract(grad, mean, out)
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    """Return True if autograd or a transformation of functions watches one of the tensors."""
-    if peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _is_watched(x: Tensor) -> bool:
+    """Return True if autograd or a transformation of functions watches a tensor."""
+    is_recorded = torch.is_grad_enabled() and x.requires_grad
+    return is_recorded or peek_interpreter_stack() is not None
 
 
 def _centralize_narrow(

@@ -24,7 +24,6 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 
-_DTYPE = attrgetter("dtype")
 _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 
 # Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
@@ -90,8 +89,7 @@ class Totals(NamedTuple):
 
     part: slice  # of the list of gradients
     shapes: Sequence[tuple[int, ...]]
-    axes: Sequence[tuple[int, ...]]
-    runs: Sequence[Any]  # what to give to torch.sum; None if the axes are no neighbours in memory
+    runs: Sequence[Any]  # axes: a list if they are no neighbours; one as a number, which is faster
     whole: Tensor
     each: list[Tensor]
     counts: Tensor  # of the numbers in each sum
@@ -125,17 +123,15 @@ class Workspace(dict[Any, Sequence[Totals]]):
         rate: float | Tensor | None,
         strength: float,
     ) -> None:
-        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike gradients."""
+        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike tensors."""
         dtype = grads[0].dtype
         batches = self[fan_ins, dtype, "of gradients"]
         of_weights = batches if rate is None else self[fan_ins, dtype, "of weights"]
         for totals, beside in zip(batches, of_weights, strict=True):
             seen = _sum_each(grads[totals.part], totals)
             if rate is not None:
-                _sum_each(_make_alike(weights[totals.part], dtype), beside)
-                if isinstance(rate, Tensor):
-                    beside.whole.mul_(rate)
-                totals.whole.add_(beside.whole, alpha=1.0 if isinstance(rate, Tensor) else rate)
+                _sum_each(weights[totals.part], beside)
+                totals.whole.add_(beside.whole.mul_(rate))
             totals.whole.div_(totals.counts)
             if strength != 1.0:
                 totals.whole.mul_(strength)
@@ -143,33 +139,27 @@ class Workspace(dict[Any, Sequence[Totals]]):
 
 
 def _make_totals(part: slice, fan_ins: Sequence[FanIn], dtype: torch.dtype) -> Totals:
-    shapes, axes = zip(*fan_ins, strict=True)
-    kept = [[1 if a in run else n for a, n in enumerate(shape)] for shape, run in fan_ins]
+    shapes = [shape for shape, _ in fan_ins]
+    kept = [[1 if a in axes else n for a, n in enumerate(shape)] for shape, axes in fan_ins]
     sizes = [*map(prod, kept)]
-    counts = [prod([shape[a] for a in run]) for shape, run in fan_ins]
+    counts = [prod([shape[a] for a in axes]) for shape, axes in fan_ins]
     with torch.inference_mode(False), torch.device("cpu"):
         whole = torch.empty(sum(sizes), dtype=dtype)
         of_each = torch.tensor(counts, dtype=dtype).repeat_interleave(torch.tensor(sizes))
     totals = zip(torch.split(whole, sizes), kept, strict=True)
     each = [total.view(shape) for total, shape in totals]
-    runs = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else None for a in axes]
-    return Totals(part, shapes, axes, runs, whole, each, of_each)
-
-
-def _make_alike(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    if all(map(Tensor.is_contiguous, weights)) and {*map(_DTYPE, weights)} == {dtype}:
-        return weights
-    return [weight.to(dtype).contiguous() for weight in weights]
+    runs = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else [*a] for _, a in fan_ins]
+    return Totals(part, shapes, runs, whole, each, of_each)
 
 
 def _sum_each(tensors: Sequence[Tensor], totals: Totals) -> list[Tensor]:
     """Sum contiguous tensors; return them in the shapes of their fan-ins."""
     pairs = zip(tensors, totals.shapes, strict=True)
     seen = [x if len(shape) == x.ndim else x.view(shape) for x, shape in pairs]
-    for x, axes, run, total in zip(seen, totals.axes, totals.runs, totals.each, strict=True):
-        if run is None:
-            total.copy_(sum_over(x, axes))
-        else:  # the most frequent case
+    for x, run, total in zip(seen, totals.runs, totals.each, strict=True):
+        if type(run) is list:
+            total.copy_(sum_over(x, (*run,)))
+        else:
             torch.sum(x, run, True, out=total)
     return seen
 

@@ -314,9 +314,9 @@ def centralize_(
     if not grads:
         return
     fan_ins = tuple(map(_FAN_IN, weights))
-    parameters = grads if rate is None else [*map(_PARAMETER, weights)]
+    parameters = [] if rate is None else [*map(_PARAMETER, weights)]
     reproducible = weights[0].reproducible
-    if not reproducible and _torch.are_alike(grads, parameters):
+    if not reproducible and _torch.are_alike([*grads, *parameters]):
         workspace = Workspace() if workspace is None else workspace
         workspace.subtract_means(grads, parameters, fan_ins, rate, strength)
         return

@@ -21,14 +21,7 @@ from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
-from gcx.torch._weights import (
-    Weak,
-    Weight,
-    centralize_,
-    part_gradients,
-    weights_of,
-    with_gradient,
-)
+from gcx.torch._weights import Weak, Weight, centralize_, part_gradients, weights_of, with_gradient
 
 # Passes after which a weight without a gradient is reported; or changes of one without any.
 _PASSES = 8

@@ -173,8 +173,7 @@ class Launch:
         self._template = self._structure(matrices=len(jobs))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
-            fields = matrix.units, matrix.fan_in, matrix.step, tiles.shares
-            self._template.matrix[k][:] = fields
+            self._template.matrix[k][:] = matrix.units, matrix.fan_in, matrix.step, tiles.shares
             self._template.first_tile[k] = self.blocks
             self.blocks += tiles.blocks
         self.partials: int = self.blocks * tiles.partials * max(itemsize, 4)  # bytes

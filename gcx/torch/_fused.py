@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from ctypes import c_float
 from inspect import Signature, signature
 from math import sqrt
-from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -166,7 +165,7 @@ class FusedOptimizer(Optimizer):
             weights = {w.parameter: w for w in self._centralization.weights()}
         except RuntimeError as error:  # a step would raise it
             return str(error)
-        for parameter in filter(attrgetter("requires_grad"), group["params"]):
+        for parameter in [p for p in group["params"] if p.requires_grad]:
             state = self.state.get(parameter, {})
             if state and self._find_stage(group, state) is None:
                 return "the state is from another optimizer, or the steps are counted on the GPU"

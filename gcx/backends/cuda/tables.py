@@ -149,10 +149,7 @@ def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
 
 
 class Launch:
-    """Arrays for one launch, or two if their columns are split.
-
-    `places` are the positions of the arrays in their list.
-    """
+    """Arrays for one launch, or two if their columns are split; `places` are their positions."""
 
     def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job]) -> None:
         itemsize, tiles = ITEMSIZES[dtype], jobs[0][2]

@@ -143,8 +143,7 @@ def _check(library: str, device: str, dtype: str) -> dict[str, Any]:
         error, why = None, "not finite"
     limit = _LIMITS[dtype]
     verdict = "ok" if error is not None and error <= limit else f"FAILED {why}".rstrip()
-    values = (library, device, dtype, error, limit, verdict)
-    return dict(zip(_COLUMNS, values, strict=True))
+    return dict(zip(_COLUMNS, (library, device, dtype, error, limit, verdict), strict=True))
 
 
 def _largest_error(library: str, device: str, dtype: str) -> float:

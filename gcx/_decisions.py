@@ -18,7 +18,7 @@ LEFT_ALONE = LeaveAlone("left alone by an override")
 def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> PlanRow:
     """Turn the answer of a rule about one parameter into its row; `rule` is the rule's name."""
     if answer is None:
-        answer = left_alone_by(rule)
+        answer = LeaveAlone(f"left alone by the rule of {rule}")
     if isinstance(answer, LeaveAlone):
         vector = no_fan_in(shape) if answer.reason.startswith((UNDECLARED, NO_RULE)) else ""
         return PlanRow(name, shape, None, vector or answer.reason)
@@ -31,10 +31,6 @@ def decide_row(name: str, shape: tuple[int, ...], answer: Answer, rule: str) -> 
         obstacle = few_axes or f"fan-in {size}: subtracting its mean would freeze it"
         return PlanRow(name, shape, None, obstacle)
     return PlanRow(name, shape, layout, rule)
-
-
-def left_alone_by(rule: str) -> LeaveAlone:
-    return LeaveAlone(f"left alone by the rule of {rule}")
 
 
 def no_fan_in(shape: tuple[int, ...]) -> str:

@@ -77,8 +77,7 @@ def flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     parts = children(tree)
     if parts is None:
         return [(prefix, tree)]
-    nested = (flatten(value, _join(prefix, key)) for key, value in parts.items())
-    return [leaf for leaves in nested for leaf in leaves]
+    return [leaf for key, value in parts.items() for leaf in flatten(value, _join(prefix, key))]
 
 
 def children(tree: Any) -> dict[Any, Any] | None:

@@ -63,10 +63,7 @@ class Rules(Generic[AnswerT]):
     kind = "the class of a layer"
 
     def __init__(self, table: Mapping[Any, Rule[AnswerT]], group: str) -> None:
-        self._by_type: dict[Any, Rule[AnswerT]] = {
-            kind: rule for kind, rule in table.items() if isinstance(kind, type)
-        }
-        self._by_name = {name: rule for name, rule in table.items() if isinstance(name, str)}
+        self._table = dict(table)
         self._group = group
         # By layer type.
         self._found: dict[Any, list[tuple[str, Rule[Any]]]] = {}
@@ -133,7 +130,7 @@ class Rules(Generic[AnswerT]):
 
         def decorator(rule: RuleT) -> RuleT:
             check_rule(rule, f"the rule of {_label(kind)}")
-            self._by_type[kind] = self.checked(rule, kind)
+            self._table[kind] = self.checked(rule, kind)
             self._found.clear()
             return rule
 
@@ -158,13 +155,13 @@ class Rules(Generic[AnswerT]):
     def _search(self, kinds: Sequence[Any]) -> Iterator[tuple[str, Rule[Any]]]:
         for kind in kinds:
             label, qualified = _label(kind), _qualified(kind)
-            if kind in self._by_type:
-                yield label, self._by_type[kind]
+            if kind in self._table:
+                yield label, self._table[kind]
             for found in self._entry_points:
                 if fnmatchcase(qualified, found.name):
                     yield label, _load(found)
-            for name, rule in self._by_name.items():
-                if fnmatchcase(qualified, name):
+            for name, rule in self._table.items():
+                if isinstance(name, str) and fnmatchcase(qualified, name):
                     yield label, rule
 
     @cached_property

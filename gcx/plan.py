@@ -122,7 +122,10 @@ class Plan(Sequence[PlanRow]):
         A star stands for the numbers in which names differ; such a name can be a key of `layouts`.
         Unknown parameters are all named.
         """
-        lines = aligned([_KIND_HEADER, *map(_kind_cells, self._kinds())], to_the_right=(0, 1))
+        kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}
+        for row in self:
+            kinds.setdefault((row.reason, row.layout), []).append(row)
+        lines = aligned([_KIND_HEADER, *map(_kind_cells, kinds.values())], to_the_right=(0, 1))
         return "\n".join([*lines, count_centralized(self)])
 
     def __str__(self) -> str:
@@ -147,12 +150,6 @@ class Plan(Sequence[PlanRow]):
             near = ", ".join(map(repr, get_close_matches(name, self._by_name, cutoff=0)))
             raise KeyError(f"the plan has no row {name!r}; the nearest are {near}")
         return self._by_name[name]
-
-    def _kinds(self) -> Iterable[list[PlanRow]]:
-        kinds: dict[tuple[str, Layout | None], list[PlanRow]] = {}
-        for row in self:
-            kinds.setdefault((row.reason, row.layout), []).append(row)
-        return kinds.values()
 
 
 _LONGEST_TABLE = 40  # rows that a person would read

@@ -143,9 +143,7 @@ class Launches:
     rule. Gradients that the kernels do not take are left out.
     """
 
-    def __init__(
-        self, rule: str, roles: Roles, axes: Sequence[Axes], reproducible: bool = False
-    ) -> None:
+    def __init__(self, rule: str, roles: Roles, axes: Sequence[Axes], reproducible: bool) -> None:
         self._places, arrays = [], []
         for k, (grad, *others) in enumerate(zip(*roles, strict=True)):
             assert grad is not None
@@ -217,8 +215,7 @@ class Call(NamedTuple):
         if not places or is_traced() or not all(map(_is_ordinary, self.grads)):
             return
         fan_ins = pick(places, axes)
-        roles = self._find_roles(places)
-        launches = find_launches("Store", roles, fan_ins, self.reproducible)
+        launches = find_launches("Store", self._find_roles(places), fan_ins, self.reproducible)
         if launches.is_whole:  # the layouts are kept, so that no other object has their id
             remember(self._find_key(), self.grads, (self.layouts, places, fan_ins, launches))
 

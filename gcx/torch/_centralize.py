@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import copy
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from gcx._frameworks import describe
 from gcx._options import Decay, Layers, Options, Where
 from gcx.plan import Plan
 from gcx.torch._gradients import centralize_gradients
-from gcx.torch._optimizer import inner_optimizer
+from gcx.torch._optimizer import inner_optimizer, step_of
 from gcx.torch._plan import Overrides
 from gcx.torch._step import (
     GradientHooks,
@@ -183,7 +182,7 @@ def _find_optimizer(optimizer: Optimizer) -> Optimizer:
 def _check_steps(optimizer: Optimizer) -> None:
     """Raise a TypeError unless this optimizer itself moves the weights, in its step."""
     kind = type(optimizer).__name__
-    if unwrap(type(optimizer).step) is unwrap(Optimizer.step):
+    if step_of(type(optimizer)) is step_of(Optimizer):
         raise TypeError(
             f"{kind} has no step() in which to centralize (LOMO is like that): {IN_BACKWARD}"
         )

@@ -160,7 +160,7 @@ class _Uses(TorchFunctionMode):
             results = [x for x in tree_leaves(again(new)) if isinstance(x, Tensor)]
             numbers = [x.flatten() for x in results if x.is_floating_point()]
             output = torch.cat(numbers) if numbers else torch.zeros(1)
-            if not any(map(_is_any, _derivatives(output.sum(), new))):
+            if not any(map(Tensor.any, _derivatives(output.sum(), new))):
                 return True
             for name in names:
                 for problem in self._compare(name, output, new, made, use):
@@ -176,9 +176,9 @@ class _Uses(TorchFunctionMode):
         letters = layout.letters(weight.ndim)
         for k in torch.randint(len(output), (_OUTPUTS_TRIED,), **self._draws).tolist():
             grad, *others = _derivatives(output[k], [weight, *data])
-            if not any(map(_is_any, others)) or grad is None or not _is_any(grad):
+            if not any(map(Tensor.any, others)) or not grad.any():
                 continue
-            if grad.requires_grad and any(map(_is_any, _derivatives(grad.sum(), [weight]))):
+            if grad.requires_grad and _derivatives(grad.sum(), [weight])[0].any():
                 continue  # not linear: by a norm of the weight, each unit depends on all others
             enters = grad.reshape(view) != 0
             units, whole = enters.any(axes), enters.all(axes)
@@ -214,9 +214,5 @@ def _is_stack(enters: Tensor, letters: str) -> bool:
     return {letter for letter, moves in zip(letters, varies, strict=True) if moves} == {"b"}
 
 
-def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(output, inputs, create_graph=True, allow_unused=True)
-
-
-def _is_any(tensor: Tensor | None) -> bool:
-    return tensor is not None and bool((tensor != 0).any())
+def _derivatives(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, inputs, create_graph=True, materialize_grads=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from ctypes import c_float
-from inspect import Signature, signature, unwrap
+from inspect import Signature, signature
 from math import sqrt
-from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,7 +21,7 @@ from gcx.backends._torch import is_for_kernels
 from gcx.backends._torch_dtensor import see_all
 from gcx.plan import Plan
 from gcx.torch._centralize import GradientCentralization
-from gcx.torch._optimizer import State, coupled_rate
+from gcx.torch._optimizer import State, coupled_rate, step_of
 from gcx.torch._plan import Overrides
 from gcx.torch._step import GradientHooks, not_compiled
 from gcx.torch._weights import Group, Weight, centralize_, with_gradient
@@ -69,8 +68,7 @@ class FusedOptimizer(Optimizer):
         self._centralization = _CentralizationInStep(self, model, self._options)
         del vars(self._centralization)["_optimizer"]  # no cycle
         del vars(self)["__reduce_ex__"]  # copies need no warning
-        registries = [name for name in vars(self) if name.endswith("_hooks")]
-        self._own_hooks = {name: OrderedDict(vars(self)[name]) for name in registries}
+        self._own_hooks = {k: OrderedDict(v) for k, v in vars(self).items() if k.endswith("_hooks")}
 
     @property
     def plan(self) -> Plan:
@@ -167,7 +165,7 @@ class FusedOptimizer(Optimizer):
             weights = {w.parameter: w for w in self._centralization.weights()}
         except RuntimeError as error:  # a step would raise it
             return str(error)
-        for parameter in filter(attrgetter("requires_grad"), group["params"]):
+        for parameter in [p for p in group["params"] if p.requires_grad]:
             state = self.state.get(parameter, {})
             if state and self._find_stage(group, state) is None:
                 return "the state is from another optimizer, or the steps are counted on the GPU"
@@ -183,7 +181,7 @@ class FusedOptimizer(Optimizer):
 
     def _why_not(self, group: Group) -> str:
         """Say why the kernels step no parameter of a group; empty if they may step some."""
-        if unwrap(type(self).step) is not unwrap(self._kind.step):
+        if step_of(type(self)) is not step_of(self._kind):
             return f"{type(self).__name__} has a step of its own"
         if len(vars(self)["_optimizer_step_pre_hooks"]) > 1:
             return "other hooks before the step may use the gradients"

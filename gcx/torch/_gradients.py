@@ -21,14 +21,7 @@ from gcx.backends._torch_dtensor import is_dtensor
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
-from gcx.torch._weights import (
-    Weak,
-    Weight,
-    centralize_,
-    part_gradients,
-    weights_of,
-    with_gradient,
-)
+from gcx.torch._weights import Weak, Weight, centralize_, part_gradients, weights_of, with_gradient
 
 # Passes after which a weight without a gradient is reported; or changes of one without any.
 _PASSES = 8
@@ -140,17 +133,12 @@ def centralize_in_backward(
 
 
 class CentralizationInBackward:
-    """Gradient Centralization at work in backward; `gcx.torch.centralize_in_backward` returns it.
-
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter of the model.
-    """
+    """Gradient Centralization in backward; `gcx.torch.centralize_in_backward` returns it."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
+        #: The decision on each parameter of the model, as a `gcx.plan.Plan`.
         self.plan: Plan = Plan(decision.row for decision in decisions.values())
         weights = weights_of(decisions.items(), reproducible=options.reproducible)
         self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]
@@ -190,8 +178,7 @@ class CentralizationInBackward:
         for place in places:
             tensor = place.tensor()
             if tensor is not None and tensor not in self._hooked:
-                hook = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
-                self._hooked[tensor] = hook
+                self._hooked[tensor] = tensor.register_hook(place.centralize)  # type: ignore[no-untyped-call]
 
     @not_compiled
     def _count(self, model: nn.Module, *_: Any) -> None:

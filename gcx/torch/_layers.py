@@ -154,8 +154,7 @@ def owned_parameters(model: nn.Module) -> Iterator[Owned]:
 
 def _users(modules: Mapping[str, nn.Module], weight: str) -> tuple[tuple[nn.Module, str], ...]:
     steps = weight.split(".")
-    paths = [(".".join(steps[:k]), ".".join(steps[k:])) for k in range(len(steps))]
-    users = [(modules[path], name) for path, name in paths]
+    users = [(modules[".".join(steps[:k])], ".".join(steps[k:])) for k in range(len(steps))]
     return tuple([user for user in users if not isinstance(user[0], _CONTAINERS)] or users)
 
 

@@ -39,7 +39,7 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
     Returns
     -------
     Matrices
-        The parameters by name, and the plan with the reasons. Raises what `plan` raises.
+        ``.weights`` and ``.rest`` by name, and their ``.plan``. Raises what `plan` raises.
 
     Examples
     --------
@@ -64,22 +64,12 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Matrices:
-    """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it.
-
-    Attributes
-    ----------
-    plan : gcx.plan.Plan
-        The decision on each parameter; those with a layout are matrices.
-    weights : dict
-        The parameters that are matrices, by name.
-    rest : dict
-        All other parameters, by name.
-    """
+    """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it."""
 
     _model: nn.Module
-    plan: Plan
-    weights: dict[str, Tensor]
-    rest: dict[str, Tensor]
+    plan: Plan  #: The decision on each parameter; those with a layout are matrices.
+    weights: dict[str, Tensor]  #: The parameters that are matrices, by name.
+    rest: dict[str, Tensor]  #: All other parameters, by name.
 
     def split(self, name: str, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the shape of a weight to (stack, out, fan-in): a view if possible."""

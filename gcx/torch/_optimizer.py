@@ -98,13 +98,13 @@ def _couples(optimizer: Optimizer, group: Group) -> bool | None:
     """Return True if the optimizer adds weight decay to the gradient; None if that is unknown."""
     stepping = inner_optimizer(optimizer)
     # By the step itself: a subclass with a step of its own may decay as it likes.
-    known = _COUPLES.get(_step_of(type(stepping)))
+    known = _COUPLES.get(step_of(type(stepping)))
     if _DECOUPLES in group and (known is not None or not isinstance(stepping, _SET_BY_DEFAULT)):
         return not group[_DECOUPLES]
     return known
 
 
-def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
+def step_of(kind: type[Optimizer]) -> Callable[..., Any]:
     # torch wraps the step of a class when its first instance is made.
     step: Callable[..., Any] = unwrap(kind.step)
     return step
@@ -115,7 +115,7 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
 _COUPLED = "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop SGD"
 _APART = "Adafactor AdamW Muon LBFGS Rprop SparseAdam"
 _COUPLES = {
-    _step_of(getattr(torch.optim, name)): names is _COUPLED
+    step_of(getattr(torch.optim, name)): names is _COUPLED
     for names in (_COUPLED, _APART)
     for name in names.split()
 }
@@ -123,7 +123,7 @@ _COUPLES = {
 
 def moves_by_gradient_only(optimizer: Optimizer) -> bool:
     """Return True if a step without a closure leaves weights that have no gradient as they are."""
-    return _step_of(type(inner_optimizer(optimizer))) in _COUPLES
+    return step_of(type(inner_optimizer(optimizer))) in _COUPLES
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -171,10 +171,9 @@ def centralize_momentum(
     optimizer: Optimizer, weights: Iterable[Weight]
 ) -> tuple[list[str], list[str]]:
     """Centralize momentum that has a mean; list its weights, and those with another form of it."""
-    keeper = inner_optimizer(optimizer)
     changed, unknown = [], []
     for weight in weights:
-        for buffer in _buffers(keeper, weight.parameter):
+        for buffer in _buffers(inner_optimizer(optimizer), weight.parameter):
             try:
                 if _has_mean(weight, buffer):
                     weight.subtract_(buffer, weight.mean(buffer))

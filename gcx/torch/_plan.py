@@ -94,11 +94,9 @@ def decide(model: nn.Module, options: Options) -> dict[Tensor, Decision]:
     given = _find_overrides(options.overrides or {}, named)
     decisions: dict[Tensor, list[Decision]] = {}
     for owned in owned_by_all:
-        override, layer = given.get(owned.parameter), None
-        if override is None:
+        found, rule, layer = given.get(owned.parameter), "override", None
+        if found is None:
             (found, rule), layer = _ask(owned, options.layers), owned.layer
-        else:
-            found, rule = override, "override"
         decision = Decision(_row(owned, found, rule), owned.holder, owned.key, layer)
         decisions.setdefault(owned.parameter, []).append(decision)
     return {

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from ctypes import Structure, addressof, c_void_p
-from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -182,12 +181,6 @@ class Schedule:
         return sorted(left)
 
 
-@cache
-def read_source() -> str:
-    """Return the source of all kernels."""
-    return files(__package__).joinpath("kernels.cu").read_text(encoding="utf-8")
-
-
 def make_options(
     kernel: str, rule: str, dtype: str, matrices: int, capability: tuple[int, int]
 ) -> list[str]:
@@ -200,7 +193,7 @@ def make_options(
 
 def load_kernel(host: _Host, device: int, options: list[str]) -> Any:
     """Load a kernel from the cache on disk; compile it if it is not there, or does not load."""
-    source = read_source()
+    source = files(__package__).joinpath("kernels.cu").read_text(encoding="utf-8")
     text = "\n".join([str(host.versions()[0]), *options, source])
     name = f"{sha256(text.encode()).hexdigest()}.cubin"
     try:

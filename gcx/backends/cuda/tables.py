@@ -149,10 +149,7 @@ def cut(kind: str, matrix: Matrix, itemsize: int) -> Tiles:
 
 
 class Launch:
-    """Arrays for one launch, or two if their columns are split.
-
-    `places` are the positions of the arrays in their list.
-    """
+    """Arrays for one launch, or two if their columns are split; `places` are their positions."""
 
     def __init__(self, device: int, rule: str, dtype: str, jobs: Sequence[Job]) -> None:
         itemsize, tiles = ITEMSIZES[dtype], jobs[0][2]
@@ -173,8 +170,7 @@ class Launch:
         self._template = self._structure(matrices=len(jobs))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
-            fields = matrix.units, matrix.fan_in, matrix.step, tiles.shares
-            self._template.matrix[k][:] = fields
+            self._template.matrix[k][:] = matrix.units, matrix.fan_in, matrix.step, tiles.shares
             self._template.first_tile[k] = self.blocks
             self.blocks += tiles.blocks
         self.partials: int = self.blocks * tiles.partials * max(itemsize, 4)  # bytes

@@ -64,7 +64,7 @@ _NO_KERNELS: tuple[tuple[str, None, str], ...] = (
     (r"/scale", None, "norm"),
 )
 
-_PRESET_NAMES = ", ".join(map(repr, PRESETS))
+PRESET_NAMES = ", ".join(map(repr, PRESETS))
 _NO_RULE = LeaveAlone(NO_RULE), ""
 
 
@@ -191,7 +191,7 @@ def source_of(layouts: Layouts) -> Source:
     if isinstance(layouts, str):
         if layouts not in PRESETS:
             raise ValueError(
-                f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
+                f"layouts: no preset {layouts!r}; there are {PRESET_NAMES}. "
                 "To give every parameter one layout use a mapping: {'*': 'o...'}"
             )
         return lambda _: partial(_guess, layouts)
@@ -218,7 +218,7 @@ def source_of(layouts: Layouts) -> Source:
     raise TypeError(
         f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
         "layout or None, a function of path and array, a plan, or a preset "
-        f"({_PRESET_NAMES}), not {name_kind(layouts)}"
+        f"({PRESET_NAMES}), not {name_kind(layouts)}"
     )
 
 
@@ -250,7 +250,7 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
         if not isinstance(answer, Answer):
             raise TypeError(
                 f"layouts: {path!r} has a {name_kind(answer)}; a mapping is from path to layout, "
-                f"LeaveAlone or None. Or give the model, or a preset ({_PRESET_NAMES})"
+                f"LeaveAlone or None. Or give the model, or a preset ({PRESET_NAMES})"
             )
     found = {path: _as_given(answer) for path, answer in layouts.items()}
 

@@ -15,7 +15,7 @@ from gcx._centralize import check_strength
 from gcx._decisions import check_choice, refuse_empty
 from gcx._names import match_all, naming
 from gcx.backends import _canonical, _jax
-from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
+from gcx.optax._layouts import PRESET_NAMES, Layouts, Source, plan_of, source_of
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
@@ -166,8 +166,7 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     are_unknown = weights and all(row.reason.startswith("unknown") for row in weights)
     if are_unknown or not names_of(params).hidden:
         owner = "these parameters (optax.flatten hides the fan-in: put gcx.optax.centralize first)"
-        presets = ", ".join(map(repr, PRESETS))
-        hint = f"give the model, or a preset that has such names ({presets})"
+        hint = f"give the model, or a preset that has such names ({PRESET_NAMES})"
         refuse_empty(rows, owner, hint=hint)
 
 

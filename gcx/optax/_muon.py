@@ -83,9 +83,7 @@ def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
     if row.layout is None or len(row.shape) < 2:
         return None
     letters = row.layout.letters(len(row.shape))
-    reduction, output = (
-        tuple(axis for axis, found in enumerate(letters) if found == letter) for letter in "io"
-    )
+    output = tuple(axis for axis, letter in enumerate(letters) if letter == "o")
     if prod(row.shape[axis] for axis in output) < 2:
         return None
-    return optax.contrib.MuonDimensionNumbers(reduction, output)
+    return optax.contrib.MuonDimensionNumbers(row.layout.fan_in_axes(len(row.shape)), output)

@@ -317,5 +317,4 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
     remedy = "call gcx.thinc.centralize for the copy and the models that it trains"
     msg = f"the copy of this {kind.__name__} does not centralize: {remedy}"
     warnings.warn(msg, UserWarning, stacklevel=2)
-    parts: Any = object.__reduce_ex__(optimizer, 2)
-    return object.__new__, (kind,), parts[2]
+    return object.__new__, (kind,), optimizer.__getstate__()

@@ -198,11 +198,6 @@ def _devices() -> list[jax.Device]:
 
 # --- the canonical order, on a CPU, protected from the rewriting of XLA ---
 
-# XLA replaces a division by a constant with a multiplication by the reciprocal, so divisors are not
-# constants here. LLVM fuses a product with the sum after it, without rounding the product, so
-# `_round` keeps them apart. XLA drops a conversion to a narrow dtype and back, so narrow arrays
-# pass through a barrier.
-
 
 def _subtract_mean_in_order(
     grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]
@@ -210,11 +205,10 @@ def _subtract_mean_in_order(
     """Compute ``grad - strength * mean(grad, axes)``."""
     if not grad.size:
         return grad
-    is_narrow = grad.dtype.itemsize < 4
     wide = _widen(grad)
     mean = _average_in_order(wide, axes)
     result = wide - _round(mean * jnp.asarray(strength, mean.dtype))
-    return _keep_dtype(result.astype(grad.dtype)) if is_narrow else result
+    return _keep_dtype(result.astype(grad.dtype)) if grad.dtype.itemsize < 4 else result
 
 
 # Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
@@ -258,6 +252,7 @@ def _average_in_order(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     for _ in range(first):  # moving the axis would copy the array in JAX
         along = jax.vmap(along)
     total = along(merged).reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+    # XLA would multiply by the reciprocal of a constant.
     return total / jnp.where(jnp.isnan(total), total, merged.shape[first])
 
 
@@ -274,12 +269,12 @@ def _sum_segments(x: jax.Array) -> jax.Array:
 
 
 def _round(x: jax.Array) -> jax.Array:
-    """Return the numbers unchanged, but make LLVM round them if they are products."""
+    """Return the numbers unchanged, but rounded; LLVM would fuse a product with the next sum."""
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def _keep_dtype(x: jax.Array) -> Any:
-    """Return the array unchanged, but make XLA compute it in its own dtype."""
+    """Return the array unchanged; XLA would drop a conversion to a narrow dtype and back."""
     return jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
 
 

@@ -31,9 +31,7 @@ __all__ = ["GradientCentralization", "centralize", "plan", "register_layer"]
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
 Key = tuple[int, str]
 Models = tuple[Model[Any, Any], ...]
-
-# By name in the plan or glob; None and LeaveAlone leave alone.
-Overrides = Mapping[str, Answer]
+Overrides = Mapping[str, Answer]  # by name in the plan, or glob
 
 _FLAT = LeaveAlone("flat: one vector holds all weights, so the fan-in is not visible")
 _DENSE_KINDS = (

@@ -17,8 +17,8 @@ from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._names import layouts_for, match_all
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
-from gcx.layout import Layout, LayoutLike, as_layout
-from gcx.optax._models import decide, framework_of
+from gcx.layout import LayoutLike, as_layout
+from gcx.optax._models import LayerLayout, decide, framework_of
 from gcx.optax._models._parameters import SIDE_BY_SIDE
 from gcx.optax._names import Names, is_none, named_leaves, names_of
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -69,55 +69,6 @@ _NO_KERNELS: tuple[tuple[str, None, str], ...] = (
 
 PRESET_NAMES = ", ".join(map(repr, PRESETS))
 _NO_RULE = LeaveAlone(NO_RULE), ""
-
-
-def layouts(
-    model: object, /, *example_inputs: Any, **keyword_inputs: Any
-) -> dict[str, Layout | LeaveAlone]:
-    """Read the layout of each parameter off a model, by the type of the layer that owns it.
-
-    The axes of a stack of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A layer without a
-    rule is left alone.
-
-    Parameters
-    ----------
-    model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
-        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
-        or tuple of nnx or Equinox modules is a model too.
-    *example_inputs, **keyword_inputs
-        For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
-        `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
-
-    Returns
-    -------
-    dict from str to Layout or LeaveAlone
-        By path in the tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
-        ``equinox.filter(model, equinox.is_array)``, ``variables["params"]`` or Haiku's ``params``.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a model, or has example inputs that it does not need.
-
-    Examples
-    --------
-    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
-    ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
-    """
-    return {
-        name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
-        for name, row in decide(model, example_inputs, keyword_inputs).items()
-    }
-
-
-class _LayerLayout(Layout):
-    """Layout of a layer's weight; the plan shows the layer."""
-
-    __slots__ = ("layer",)
-
-    def __init__(self, layout: Layout, layer: str) -> None:
-        super().__init__(str(layout), **layout.sizes)
-        self.layer: str = layer
 
 
 def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
@@ -266,7 +217,7 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
 
 def _as_given(answer: Answer) -> Found:
     given = LeaveAlone("as given") if answer is None else answer
-    return given, given.layer if isinstance(given, _LayerLayout) else "as given"
+    return given, given.layer if isinstance(given, LayerLayout) else "as given"
 
 
 # --- the plan for Muon, which orthogonalizes matrices (fan-in, output) ---

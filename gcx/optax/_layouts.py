@@ -18,7 +18,7 @@ from gcx._names import layouts_for, match_all
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
 from gcx.layout import LayoutLike, as_layout
-from gcx.optax._models import LayerLayout, decide, framework_of
+from gcx.optax import _models
 from gcx.optax._models._parameters import SIDE_BY_SIDE
 from gcx.optax._names import Names, is_none, named_leaves, names_of
 from gcx.plan import LeaveAlone, Plan, PlanRow
@@ -104,7 +104,7 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     1 of 3 parameters centralized
     """
     if layouts is None:
-        framework = framework_of(params)
+        framework = _models.framework_of(params)
         if framework is None:
             _refuse_foreign(params, "params")
             raise TypeError("a tree of arrays has no layers: give layouts, e.g. 'flax'")
@@ -152,7 +152,7 @@ def source_of(layouts: Layouts) -> Source:
     if isinstance(layouts, Plan):
         return lambda _: partial(_look_up, layouts)
     # Before the other forms: a model may be callable, or a mapping.
-    framework = framework_of(layouts)
+    framework = _models.framework_of(layouts)
     if framework is not None:
         if framework.params is None:
             raise TypeError(
@@ -160,8 +160,7 @@ def source_of(layouts: Layouts) -> Source:
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-        rows = decide(layouts)
-        found = {n: (row.layout or LeaveAlone(row.reason), row.reason) for n, row in rows.items()}
+        found = {name: _as_given(answer) for name, answer in _models.layouts(layouts).items()}
         absent = LeaveAlone("unknown: the model has no parameter of this name"), ""
         return lambda _: lambda name, _leaf: found.get(name, absent)
     if isinstance(layouts, Mapping):
@@ -217,7 +216,7 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
 
 def _as_given(answer: Answer) -> Found:
     given = LeaveAlone("as given") if answer is None else answer
-    return given, given.layer if isinstance(given, LayerLayout) else "as given"
+    return given, given.layer if isinstance(given, _models.LayerLayout) else "as given"
 
 
 # --- the plan for Muon, which orthogonalizes matrices (fan-in, output) ---

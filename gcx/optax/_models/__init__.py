@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gcx._frameworks import describe
@@ -69,9 +69,16 @@ def layouts(
     ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
     ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
     """
+    framework = framework_of(model)
+    if framework is None:
+        kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
+        raise TypeError(f"model is {kinds}, not {describe(model, 'optax')}")
+    if framework.params and (example_inputs or keyword_inputs):
+        raise TypeError(f"a {framework.module} module needs no example inputs: give it alone")
+    rows = framework.decide(RULES, model, example_inputs, keyword_inputs)
     return {
         name: LeaveAlone(row.reason) if row.layout is None else LayerLayout(row.layout, row.reason)
-        for name, row in decide(model, example_inputs, keyword_inputs).items()
+        for name, row in rows.items()
     }
 
 
@@ -95,15 +102,3 @@ def framework_of(model: object) -> Framework | None:
         if any(isinstance(part, kinds) for part in (parts if framework.params else [model])):
             return framework
     return None
-
-
-def decide(
-    model: object, inputs: Sequence[Any] = (), keyword_inputs: Mapping[str, Any] | None = None
-) -> dict[str, PlanRow]:
-    framework = framework_of(model)
-    if framework is None:
-        kinds = "an nnx, linen or Equinox module, or the result of haiku.transform"
-        raise TypeError(f"model is {kinds}, not {describe(model, 'optax')}")
-    if framework.params and (inputs or keyword_inputs):
-        raise TypeError(f"a {framework.module} module needs no example inputs: give it alone")
-    return framework.decide(RULES, model, inputs, keyword_inputs or {})

@@ -171,19 +171,17 @@ class EnergyReport:
         return figure
 
     def __str__(self) -> str:
-        counts = f"{count_centralized(self.plan)}, {self._count_batches()}"
-        return "\n".join([*aligned(self._cells(), to_the_right=_NUMBERS), counts])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
-
-    def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [_HEADER]
         for row in self.plan:
             name, shape, layout, reason = cells(row)
             table.append((name, shape, layout, *_share_cells(self.shares.get(name)), reason))
         reason = "zero or not finite" if self.total is None else ""
-        return [*table, ("whole gradient", "", "", *_share_cells(self.total), reason)]
+        table.append(("whole gradient", "", "", *_share_cells(self.total), reason))
+        counts = f"{count_centralized(self.plan)}, {self._count_batches()}"
+        return "\n".join([*aligned(table, to_the_right=_NUMBERS), counts])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def _count_batches(self) -> str:
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"

@@ -269,7 +269,7 @@ def _sum_segments(x: jax.Array) -> jax.Array:
 
 
 def _round(x: jax.Array) -> jax.Array:
-    """Return the numbers unchanged, but rounded; LLVM would fuse a product with the next sum."""
+    """Return the numbers unchanged; LLVM would fuse a product with the next sum, unrounded."""
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 

@@ -85,8 +85,6 @@ def layouts(
 class LayerLayout(Layout):
     """Layout of a layer's weight; the plan shows the layer."""
 
-    __slots__ = ("layer",)
-
     def __init__(self, layout: Layout, layer: str) -> None:
         super().__init__(str(layout), **layout.sizes)
         self.layer: str = layer

@@ -15,6 +15,7 @@ from gcx._dispatch import backend_for
 from gcx._frameworks import needing
 from gcx._means import fan_in_mean
 from gcx._names import Layouts, children, flatten, layouts_for, naming
+from gcx.backends import load
 from gcx.layout import Layout
 from gcx.plan import LeaveAlone, Plan, PlanRow, aligned, cells, count_centralized
 
@@ -170,21 +171,17 @@ class EnergyReport:
         return figure
 
     def __str__(self) -> str:
-        return "\n".join([*aligned(self._cells(), to_the_right=_NUMBERS), self._counts()])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
-
-    def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [_HEADER]
         for row in self.plan:
             name, shape, layout, reason = cells(row)
             table.append((name, shape, layout, *_share_cells(self.shares.get(name)), reason))
         reason = "zero or not finite" if self.total is None else ""
-        return [*table, ("whole gradient", "", "", *_share_cells(self.total), reason)]
+        table.append(("whole gradient", "", "", *_share_cells(self.total), reason))
+        counts = f"{count_centralized(self.plan)}, {self._count_batches()}"
+        return "\n".join([*aligned(table, to_the_right=_NUMBERS), counts])
 
-    def _counts(self) -> str:
-        return f"{count_centralized(self.plan)}, {self._count_batches()}"
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def _count_batches(self) -> str:
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"
@@ -215,15 +212,11 @@ def _measure(grad: Any, row: PlanRow) -> _Energy:
 def _bring_to_float64(grad: Any) -> Any:
     """Bring a gradient to a place where it is whole, and where its library has float64."""
     if _compat.is_jax_array(grad):
-        from gcx.backends import _jax
-
-        return _jax.to_numpy(grad)  # JAX has float64 only if the whole process enables it
+        return load("jax").to_numpy(grad)  # JAX has float64 only if the whole process enables it
     if not _compat.is_torch_array(grad):
         return grad
-    from gcx.backends import _torch_dtensor
-
     tensor = grad.detach()
-    if _torch_dtensor.is_dtensor(tensor):  # each process would sum its own part
+    if hasattr(tensor, "full_tensor"):  # a DTensor: each process would sum its own part
         tensor = tensor.full_tensor()
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
@@ -235,19 +228,16 @@ def _report(
 ) -> EnergyReport:
     plan, shares, expected = [], {}, 0.0
     for row in rows:
-        own = energies.get(row.name, ())
-        share = None
-        if row.layout is not None:
-            by_chance = 1 / _fan_in_size(row, row.layout)
-            share = _share(own, by_chance)
-            expected += by_chance * _sum(own)[1]
-        reason = row.reason
+        own, reason = energies.get(row.name, ()), row.reason
         if infinite := sum(not isfinite(total) for _, total in own):
             reason += f"; NaN or infinity in the gradient of {infinite} of {len(own)} batches"
-        elif row.layout is not None and share is None:
-            reason += "; zero gradient" if own else "; no gradient"
-        if share is not None:
-            shares[row.name] = share
+        if row.layout is not None:
+            by_chance = 1 / _fan_in_size(row, row.layout)
+            expected += by_chance * _sum(own)[1]
+            if share := _share(own, by_chance):
+                shares[row.name] = share
+            elif not infinite:
+                reason += "; zero gradient" if own else "; no gradient"
         plan.append(row._replace(reason=reason))
     by_chance = expected / (_sum(of_batches)[1] or 1.0)
     return EnergyReport(Plan(plan), shares, _share(of_batches, by_chance), len(of_batches))

@@ -259,6 +259,8 @@ class Adam(Optimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    _buffers: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set_float("eps")
@@ -266,10 +268,6 @@ class Adam(Optimizer):
             raise ValueError(f"betas must be two numbers, not {self.betas!r}")
         betas = tuple(_as_float(f"betas[{k}]", beta, 1.0) for k, beta in enumerate(self.betas))
         object.__setattr__(self, "betas", betas)
-
-    @property
-    def _buffers(self) -> tuple[str, ...]:
-        return "first_moment", "second_moment"
 
     def _find_direction(self, grad: Any, step: Any, *buffers: Any) -> tuple[Any, ...]:
         beta1, beta2 = self.betas

@@ -31,9 +31,7 @@ __all__ = ["GradientCentralization", "centralize", "plan", "register_layer"]
 # The id of a layer and the name of its parameter, by which thinc's optimizers know a parameter.
 Key = tuple[int, str]
 Models = tuple[Model[Any, Any], ...]
-
-# By name in the plan or glob; None and LeaveAlone leave alone.
-Overrides = Mapping[str, Answer]
+Overrides = Mapping[str, Answer]  # by name in the plan, or glob
 
 _FLAT = LeaveAlone("flat: one vector holds all weights, so the fan-in is not visible")
 _DENSE_KINDS = (
@@ -317,5 +315,4 @@ def _reduce_to_plain(optimizer: Any, _protocol: int) -> Any:
     remedy = "call gcx.thinc.centralize for the copy and the models that it trains"
     msg = f"the copy of this {kind.__name__} does not centralize: {remedy}"
     warnings.warn(msg, UserWarning, stacklevel=2)
-    parts: Any = object.__reduce_ex__(optimizer, 2)
-    return object.__new__, (kind,), parts[2]
+    return object.__new__, (kind,), optimizer.__getstate__()

@@ -9,13 +9,11 @@ from gcx import _compat
 from gcx._memory import Memory
 from gcx.backends import _canonical, one_by_one, refuse_dtype
 
-_FLOATING = ("real floating", "complex floating")
-
 
 def check_dtype(grad: Any, /) -> None:
     if _compat.is_pydata_sparse_array(grad):
         raise TypeError("expected a dense array, not a sparse one; call .todense()")
-    if not _compat.array_namespace(grad).isdtype(grad.dtype, _FLOATING):
+    if not _compat.array_namespace(grad).isdtype(grad.dtype, ("real floating", "complex floating")):
         refuse_dtype(grad.dtype)
 
 

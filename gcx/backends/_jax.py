@@ -61,9 +61,8 @@ def fan_in_mean(x: jax.Array, axes: tuple[int, ...], reproducible: bool, /) -> A
 
 
 def centralize(
-    grad: jax.Array, axes: tuple[int, ...], strength: float, out: None, reproducible: bool, /
+    grad: jax.Array, axes: tuple[int, ...], strength: float, _out: None, reproducible: bool, /
 ) -> Any:
-    del out  # None, since JAX arrays are immutable
     return (
         _centralize_in_order(grad, strength, axes) if reproducible else _run(grad, axes, strength)
     )
@@ -199,23 +198,17 @@ def _devices() -> list[jax.Device]:
 
 # --- the canonical order, on a CPU, protected from the rewriting of XLA ---
 
-# XLA replaces a division by a constant with a multiplication by the reciprocal, so divisors are not
-# constants here. LLVM fuses a product with the sum after it, without rounding the product, so
-# `_round` keeps them apart. XLA drops a conversion to a narrow dtype and back, so narrow arrays
-# pass through a barrier.
-
 
 def _subtract_mean_in_order(
     grad: jax.Array, strength: jax.Array, axes: tuple[int, ...]
 ) -> jax.Array:
-    """Compute ``grad - strength * mean(grad, axes)``; compiling it for a GPU is a TypeError."""
+    """Compute ``grad - strength * mean(grad, axes)``."""
     if not grad.size:
         return grad
-    is_narrow = grad.dtype.itemsize < 4
     wide = _widen(grad)
-    mean = _divide(_sum(wide, axes), prod(grad.shape[a] for a in axes))
+    mean = _average_in_order(wide, axes)
     result = wide - _round(mean * jnp.asarray(strength, mean.dtype))
-    return _keep_dtype(result.astype(grad.dtype)) if is_narrow else result
+    return _keep_dtype(result.astype(grad.dtype)) if grad.dtype.itemsize < 4 else result
 
 
 # Of a gradient and a strength: a linear operator on the first, which equals its own transpose; JAX
@@ -241,24 +234,26 @@ _centralize_in_order = jax.jit(
 
 @partial(jax.jit, static_argnums=1)
 def _mean_in_order(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Average over `axes`, which stay with size 1; compiling it for a GPU is a TypeError."""
-    return _divide(_sum(_widen(x), axes), prod(x.shape[a] for a in axes))
+    return _average_in_order(_widen(x), axes)
 
 
 def _widen(x: jax.Array) -> jax.Array:
+    """Return an array of 32 bits or more; compiling it for a GPU is a TypeError."""
     x = _on_cpu.bind(x)  # type: ignore[no-untyped-call]
     return _round(_keep_dtype(x).astype(jnp.float32) if x.dtype.itemsize < 4 else x)
 
 
-def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum over `axes`, which stay with size 1."""
+def _average_in_order(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Average over `axes`, which stay with size 1."""
     first, stop = axes[0], axes[0] + len(axes)
     moved = jnp.moveaxis(x, axes, range(first, stop))
     merged = moved.reshape(*moved.shape[:first], -1, *moved.shape[stop:])
     along = _sum_segments
     for _ in range(first):  # moving the axis would copy the array in JAX
         along = jax.vmap(along)
-    return along(merged).reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+    total = along(merged).reshape([1 if a in axes else size for a, size in enumerate(x.shape)])
+    # XLA would multiply by the reciprocal of a constant.
+    return total / jnp.where(jnp.isnan(total), total, merged.shape[first])
 
 
 def _sum_segments(x: jax.Array) -> jax.Array:
@@ -273,17 +268,13 @@ def _sum_segments(x: jax.Array) -> jax.Array:
     return reduce(add, sums)
 
 
-def _divide(x: jax.Array, divisor: int) -> jax.Array:
-    return x / jnp.where(jnp.isnan(x), x, divisor)
-
-
 def _round(x: jax.Array) -> jax.Array:
-    """Return the numbers unchanged, but make LLVM round them if they are products."""
+    """Return the numbers unchanged; LLVM would fuse a product with the next sum, unrounded."""
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def _keep_dtype(x: jax.Array) -> Any:
-    """Return the array unchanged, but make XLA compute it in its own dtype."""
+    """Return the array unchanged; XLA would drop a conversion to a narrow dtype and back."""
     return jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
 
 
@@ -294,8 +285,7 @@ _on_cpu.def_abstract_eval(lambda x: x)  # type: ignore[no-untyped-call]
 batching.primitive_batchers[_on_cpu] = lambda args, axes: (_on_cpu.bind(*args), axes[0])  # type: ignore[no-untyped-call]
 
 
-def _refuse(context: Any, x: Any) -> Any:
-    del x
+def _refuse(context: Any, _x: Any) -> Any:
     platforms = ", ".join(context.module_context.platforms)
     raise TypeError(f"reproducible=True is for JAX on a CPU, and this is compiled for {platforms}")
 

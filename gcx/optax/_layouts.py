@@ -1,13 +1,15 @@
-"""Every form of `layouts`, read into one: a function of name and array. It makes the plan."""
+"""Every form of `layouts`, read into one function of name and array; it makes all plans."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import prod
 from typing import Any
 
+import jax
 import optax
 
 from gcx._decisions import decide_row
@@ -15,9 +17,10 @@ from gcx._frameworks import hint_at_adapter, name_kind
 from gcx._names import layouts_for, match_all
 from gcx._rules import NO_RULE, Answer
 from gcx.backends._jax import is_floating
-from gcx.layout import Layout, LayoutLike, as_layout
-from gcx.optax._models import decide, framework_of
-from gcx.optax._names import Names, named_leaves, names_of
+from gcx.layout import LayoutLike, as_layout
+from gcx.optax import _models
+from gcx.optax._models._parameters import SIDE_BY_SIDE
+from gcx.optax._names import Names, is_none, named_leaves, names_of
 from gcx.plan import LeaveAlone, Plan, PlanRow
 
 # A preset, a plan, a mapping, a function, or a model, whose framework need not be installed.
@@ -64,57 +67,8 @@ _NO_KERNELS: tuple[tuple[str, None, str], ...] = (
     (r"/scale", None, "norm"),
 )
 
-_PRESET_NAMES = ", ".join(map(repr, PRESETS))
+PRESET_NAMES = ", ".join(map(repr, PRESETS))
 _NO_RULE = LeaveAlone(NO_RULE), ""
-
-
-def layouts(
-    model: object, /, *example_inputs: Any, **keyword_inputs: Any
-) -> dict[str, Layout | LeaveAlone]:
-    """Read the layout of each parameter off a model, by the type of the layer that owns it.
-
-    The axes of a stack of layers (``scan``, ``vmap``, ``layer_stack``) are kept. A layer without a
-    rule is left alone.
-
-    Parameters
-    ----------
-    model : nnx.Module, linen.Module, equinox.Module or haiku.Transformed
-        With arrays or with shapes (``nnx.eval_shape``, ``equinox.filter_eval_shape``). A dict, list
-        or tuple of nnx or Equinox modules is a model too.
-    *example_inputs, **keyword_inputs
-        For linen and Haiku: the arguments of ``init`` after the random key, as arrays or
-        `jax.ShapeDtypeStruct`. The model is traced on their shapes; nothing is computed.
-
-    Returns
-    -------
-    dict from str to Layout or LeaveAlone
-        By path in the tree that the optimizer gets: ``nnx.state(model, nnx.Param)``,
-        ``equinox.filter(model, equinox.is_array)``, ``variables["params"]`` or Haiku's ``params``.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a model, or has example inputs that it does not need.
-
-    Examples
-    --------
-    ``gcx.optax.layouts(model, jnp.zeros((1, 28, 28, 1)))`` of a linen model may return
-    ``{"Conv_0/kernel": Layout("...o"), "Conv_0/bias": LeaveAlone("bias"), ...}``.
-    """
-    return {
-        name: LeaveAlone(row.reason) if row.layout is None else _LayerLayout(row.layout, row.reason)
-        for name, row in decide(model, example_inputs, keyword_inputs).items()
-    }
-
-
-class _LayerLayout(Layout):
-    """Layout of a layer's weight; the plan shows the layer."""
-
-    __slots__ = ("layer",)
-
-    def __init__(self, layout: Layout, layer: str) -> None:
-        super().__init__(str(layout), **layout.sizes)
-        self.layer: str = layer
 
 
 def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
@@ -150,7 +104,7 @@ def plan(params: optax.Params, layouts: Layouts | None = None) -> Plan:
     1 of 3 parameters centralized
     """
     if layouts is None:
-        framework = framework_of(params)
+        framework = _models.framework_of(params)
         if framework is None:
             _refuse_foreign(params, "params")
             raise TypeError("a tree of arrays has no layers: give layouts, e.g. 'flax'")
@@ -191,14 +145,14 @@ def source_of(layouts: Layouts) -> Source:
     if isinstance(layouts, str):
         if layouts not in PRESETS:
             raise ValueError(
-                f"layouts: no preset {layouts!r}; there are {_PRESET_NAMES}. "
+                f"layouts: no preset {layouts!r}; there are {PRESET_NAMES}. "
                 "To give every parameter one layout use a mapping: {'*': 'o...'}"
             )
         return lambda _: partial(_guess, layouts)
     if isinstance(layouts, Plan):
         return lambda _: partial(_look_up, layouts)
     # Before the other forms: a model may be callable, or a mapping.
-    framework = framework_of(layouts)
+    framework = _models.framework_of(layouts)
     if framework is not None:
         if framework.params is None:
             raise TypeError(
@@ -206,8 +160,7 @@ def source_of(layouts: Layouts) -> Source:
                 "gcx.optax.layouts(model, *example_inputs), where an example input is an array "
                 "or jax.ShapeDtypeStruct(shape, dtype)"
             )
-        rows = decide(layouts)
-        found = {n: (row.layout or LeaveAlone(row.reason), row.reason) for n, row in rows.items()}
+        found = {name: _as_given(answer) for name, answer in _models.layouts(layouts).items()}
         absent = LeaveAlone("unknown: the model has no parameter of this name"), ""
         return lambda _: lambda name, _leaf: found.get(name, absent)
     if isinstance(layouts, Mapping):
@@ -218,7 +171,7 @@ def source_of(layouts: Layouts) -> Source:
     raise TypeError(
         f"layouts is an nnx or Equinox module or a dict or list of them, a mapping from path to "
         "layout or None, a function of path and array, a plan, or a preset "
-        f"({_PRESET_NAMES}), not {name_kind(layouts)}"
+        f"({PRESET_NAMES}), not {name_kind(layouts)}"
     )
 
 
@@ -250,7 +203,7 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
         if not isinstance(answer, Answer):
             raise TypeError(
                 f"layouts: {path!r} has a {name_kind(answer)}; a mapping is from path to layout, "
-                f"LeaveAlone or None. Or give the model, or a preset ({_PRESET_NAMES})"
+                f"LeaveAlone or None. Or give the model, or a preset ({PRESET_NAMES})"
             )
     found = {path: _as_given(answer) for path, answer in layouts.items()}
 
@@ -263,4 +216,80 @@ def _read_mapping(layouts: Mapping[str, Answer]) -> Source:
 
 def _as_given(answer: Answer) -> Found:
     given = LeaveAlone("as given") if answer is None else answer
-    return given, given.layer if isinstance(given, _LayerLayout) else "as given"
+    return given, given.layer if isinstance(given, _models.LayerLayout) else "as given"
+
+
+# --- the plan for Muon, which orthogonalizes matrices (fan-in, output) ---
+
+
+def muon_dimension_numbers(
+    params: optax.Params, layouts: Layouts, *, exclude: str | Sequence[str] = ()
+) -> optax.Params:
+    """Tell `optax.contrib.muon` which axes of each weight make a matrix, and which are a stack.
+
+    The fan-in is the reduction axis, and ``o`` the output axis. Each entry of a stack (``b``) is a
+    matrix of its own. A weight that the plan leaves alone, such as an embedding, is for Adam; so is
+    one with a single output, which is a vector. Needs optax 0.2.6.
+
+    The dimension numbers cannot split an axis, so exclude convolutions in groups and weights of all
+    gates. An error names them if `layouts` is from the model. :doc:`/plans_for_others` lists the
+    gates that are one Linear or Conv to a plan. A mapping of your own, or a preset, tells neither.
+
+    Parameters
+    ----------
+    params, layouts
+        As in `plan`.
+    exclude : str or sequence of str, optional
+        Paths or globs of further weights for Adam, such as the head: ``exclude="lm_head/*"``.
+
+    Returns
+    -------
+    pytree
+        Like `params`, of `optax.contrib.MuonDimensionNumbers` or None, for the argument
+        ``muon_weight_dimension_numbers``. Muon calls whatever is callable, so a callable Equinox
+        module comes as a function that returns it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `plan`; if `exclude` matches no parameter, or a weight is a stack along part of an axis.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import gcx.optax
+    >>> params = {"experts": jnp.ones((3, 8, 4)), "bias": jnp.ones(4)}
+    >>> numbers = gcx.optax.muon_dimension_numbers(params, {"experts": "bio"})
+    >>> numbers["experts"]
+    MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
+    """
+    rows = plan(params, layouts)
+    keys: Any = exclude if isinstance(exclude, (list, tuple, set)) else [exclude]
+    excluded = match_all(keys, [row.name for row in rows], what="exclude")
+    # Matrices that are a stack along a part of an axis.
+    split = [
+        row
+        for row in rows
+        if row.layout and row.name not in excluded
+        if row.layout.is_split or row.reason.endswith(SIDE_BY_SIDE)
+    ]
+    if split:
+        weights = ", ".join(f"{row.name} ({row.layout!r}, {row.reason})" for row in split)
+        raise ValueError(
+            f"Muon's dimension numbers cannot split an axis: name in exclude= {weights}"
+        )
+    numbers = [None if row.name in excluded else _numbers(row) for row in rows]
+    tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_none), numbers)
+    return (lambda _: tree) if callable(tree) else tree
+
+
+def _numbers(row: PlanRow) -> optax.contrib.MuonDimensionNumbers | None:
+    if row.layout is None or len(row.shape) < 2:
+        return None
+    letters = row.layout.letters(len(row.shape))
+    output = tuple(axis for axis, letter in enumerate(letters) if letter == "o")
+    if prod(row.shape[axis] for axis in output) < 2:
+        return None
+    return optax.contrib.MuonDimensionNumbers(row.layout.fan_in_axes(len(row.shape)), output)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
+from optax import MaskedNode
 
 # Types that hold an array as their ``value``. By name, since Flax need not be installed.
 _BOXES = ("flax.core.*.AxisMetadata", "flax.nnx.*.Variable", "flax.nnx.*.VariableState")
@@ -36,14 +36,10 @@ class Names(NamedTuple):
 
 def names_of(tree: Any) -> Names:
     """Find the names in a tree, and the paths that `optax.masked` and its kin have hidden."""
-    leaves = named_leaves(tree, is_leaf=lambda node: is_none(node) or _is_masked(node))
-    visible = [name for name, leaf in leaves if not _is_masked(leaf)]
-    hidden = [name for name, leaf in leaves if _is_masked(leaf)]
+    leaves = named_leaves(tree, is_leaf=lambda node: is_none(node) or isinstance(node, MaskedNode))
+    visible = [name for name, leaf in leaves if not isinstance(leaf, MaskedNode)]
+    hidden = [name for name, leaf in leaves if isinstance(leaf, MaskedNode)]
     return Names(visible, hidden if leaves else [""])  # `optax.tree_map_params` passes none
-
-
-def _is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def name_of(path: tuple[Any, ...]) -> str:

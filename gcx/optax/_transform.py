@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from gcx._centralize import check_strength
 from gcx._decisions import check_choice, refuse_empty
 from gcx._names import match_all, naming
 from gcx.backends import _canonical, _jax
-from gcx.optax._layouts import PRESETS, Layouts, Source, plan_of, source_of
+from gcx.optax._layouts import PRESET_NAMES, Layouts, Source, plan_of, source_of
 from gcx.optax._names import is_none, named_leaves, names_of
 from gcx.plan import Plan, PlanRow
 
@@ -135,7 +134,6 @@ def centralize(
     planner = _Planner(source_of(layouts), _read_axis_name(axis_name))
     check_strength(strength)
     check_choice("reproducible", reproducible, (True, False))
-    centralize_one = partial(_centralize_one, strength=strength, reproducible=reproducible)
 
     def init(params: optax.Params) -> optax.OptState:
         rows, axes = planner.plan_params(params)
@@ -153,7 +151,7 @@ def centralize(
         rows, axes = planner.plan_grads(updates, params)
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
         centralized = [
-            leaf if row.layout is None else centralize_one(leaf, row, axes.get(row.name))
+            _centralize_one(leaf, row, axes.get(row.name), strength, reproducible=reproducible)
             for leaf, row in zip(leaves, rows, strict=True)
         ]
         return jax.tree.unflatten(structure, centralized), state
@@ -166,8 +164,7 @@ def _check_not_idle(params: optax.Params, rows: Plan) -> None:
     are_unknown = weights and all(row.reason.startswith("unknown") for row in weights)
     if are_unknown or not names_of(params).hidden:
         owner = "these parameters (optax.flatten hides the fan-in: put gcx.optax.centralize first)"
-        presets = ", ".join(map(repr, PRESETS))
-        hint = f"give the model, or a preset that has such names ({presets})"
+        hint = f"give the model, or a preset that has such names ({PRESET_NAMES})"
         refuse_empty(rows, owner, hint=hint)
 
 
@@ -191,11 +188,12 @@ def _read_axis_name(axis_name: AxisName) -> MeshAxes:
 
 
 def _centralize_one(
-    grad: Any, row: PlanRow, axes: tuple[str, ...] | None, *, strength: float, reproducible: bool
+    grad: Any, row: PlanRow, axes: tuple[str, ...] | None, strength: float, *, reproducible: bool
 ) -> Any:
     """Centralize a gradient whose fan-in is split over these mesh axes (None: not known)."""
     path, _, layout, _ = row
-    assert layout is not None
+    if layout is None:
+        return grad
     varying = sorted(_jax.varying_axes(grad))
     if varying and axes is None:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gcx._rules import BIAS, EMBEDDING, MASKED, NORM, Rule, Rules
@@ -41,21 +42,17 @@ def decide(
     return decide_by_calls(hk.intercept_methods, enter, init, inputs, keyword_inputs)
 
 
-def _convolution(layout: str) -> Rule[LayerAnswer]:
-    def rule(layer: Any) -> Answers:
-        is_grouped = getattr(layer, "feature_group_count", 1) > 1
-        weight = SingleLayer(layout, in_groups=is_grouped)
-        return {"w": weight if layer.mask is None else MASKED, "b": BIAS}
-
-    return rule
+def _convolution(layout: str, layer: Any) -> Answers:
+    weight = SingleLayer(layout, in_groups=getattr(layer, "feature_group_count", 1) > 1)
+    return {"w": weight if layer.mask is None else MASKED, "b": BIAS}
 
 
 RULES: dict[str, Rule[LayerAnswer]] = {
     "haiku.*.Linear": {"w": "io", "b": BIAS},
     # (kernel..., in / groups, out): a unit sees the inputs of its own group.
-    "haiku.*.ConvND": _convolution("...o"),
+    "haiku.*.ConvND": partial(_convolution, "...o"),
     "haiku.*.DepthwiseConvND": {"w": SingleLayer("...o", in_groups=True), "b": BIAS},
-    "haiku.*.ConvNDTranspose": _convolution("...oi"),
+    "haiku.*.ConvNDTranspose": partial(_convolution, "...oi"),
     "haiku.*.GRU": {"w_[ih]": SingleLayer("io", all_gates=True), "b": BIAS},
     "haiku.*.Embed": {"embeddings": EMBEDDING},
     "haiku.*.Bias": {"b": BIAS},

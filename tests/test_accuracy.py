@@ -104,6 +104,12 @@ def test_numpy_float64_in_any_order_of_memory(fan_in: int) -> None:
         assert (np.abs(gcx.centralize(grad) - exact) / ulp).max() <= 4
 
 
+@pytest.mark.parametrize("byte_order", "<>")
+def test_numpy_float64_of_equal_numbers(byte_order: str) -> None:
+    grad = np.full((100_000, 6), 0.1, byte_order + "f8")[:, ::2]
+    assert np.abs(gcx.centralize(grad, layout="...o")).max() <= 8 * np.spacing(0.1)
+
+
 @pytest.mark.parametrize("layout", ["o...", "...o"])
 def test_units_of_every_size(xp: ArrayLibrary, layout: str) -> None:
     """Each unit has its own scale: a large one beside it must not cost a small one its digits."""

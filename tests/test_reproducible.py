@@ -337,7 +337,11 @@ def test_memmap_is_an_array(tmp_path: Any) -> None:
     np.testing.assert_array_equal(grad, expected)
 
 
-def test_the_buffers_of_numpy_are_left_as_they_are() -> None:
-    size = np.getbufsize()
-    gcx.centralize(ones(2, 300), reproducible=True)
-    assert np.getbufsize() == size
+@pytest.mark.parametrize("layout", ["oi", "io"])
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_the_buffers_of_numpy_are_left_as_they_are(layout: str, reproducible: bool) -> None:
+    before = np.getbufsize(), np.geterr()
+    gcx.centralize(ones(200, 300), layout=layout, reproducible=reproducible)
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        gcx.centralize(ones(200, 300) * 3e38, layout=layout, reproducible=reproducible)
+    assert (np.getbufsize(), np.geterr()) == before

@@ -188,6 +188,39 @@ def test_complex_weights(where: Any) -> None:
     assert_centralized(change, rtol=RTOL)
 
 
+def test_conjugate_gradient() -> None:
+    layer = nn.Linear(5, 3, bias=False, dtype=torch.complex64)
+    optimizer = attached(layer, lr=1.0)
+    for _ in range(2):
+        layer.weight.grad = torch.randn(3, 5, dtype=torch.complex64).conj()
+        assert_centralized(change_of(layer, optimizer.step), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_gradients_that_come_and_go(weight_decay: float) -> None:
+    """As those of experts, in few sets that come again and many that do not."""
+    draw = torch.Generator().manual_seed(0)
+    model = nn.ModuleList(
+        [nn.Linear(4 + k, 3, bias=False) for k in range(7)]
+        + [nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), nn.Linear(600, 400, bias=False)]
+    )
+    optimizer = SGD(model.parameters(), 0.5, weight_decay=weight_decay)
+    gcx.torch.centralize(optimizer, model)
+    for step in range(100):
+        expected = []
+        dtype = torch.float64 if step == 50 else torch.float32
+        for k, p in enumerate(model.to(dtype).parameters()):
+            is_there = step % 3 or torch.rand((), generator=draw) < 0.5 + k / 100
+            p.grad = torch.rand(p.shape, generator=draw, dtype=dtype) if is_there else None
+            view, axes = ((2, 2, 3, 3), (1, 3)) if p.ndim == 3 else (p.shape, (1,))
+            change = 0 * p if p.grad is None else p.grad + weight_decay * p
+            change = change.detach().view(view)
+            change = (change - change.mean(axes, keepdim=True)).view(p.shape)
+            expected.append(p.detach() - 0.5 * change)
+        optimizer.step()
+        torch.testing.assert_close([*model.state_dict().values()], expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
 def test_step_calls_few_functions_in_few_files(options: dict[str, float]) -> None:
     found = frames_of_a_step(**options)

@@ -194,8 +194,20 @@ def test_tensors_without_numbers(dtype: Any) -> None:
         result = gcx.centralize(torch.empty(3, 4, dtype=dtype))
     assert isinstance(result, FakeTensor)
     assert (result.shape, result.dtype) == ((3, 4), dtype)
+    grad = weight(3, 4).to(dtype)
     with pytest.raises(ValueError, match="out has device meta, the gradient cpu"):
-        gcx.centralize(weight(3, 4).to(dtype), out=torch.empty(3, 4, device="meta", dtype=dtype))
+        gcx.centralize(grad, out=torch.empty(3, 4, device="meta", dtype=dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gcx.centralize(grad)
+    torch.testing.assert_close(gcx.centralize(grad), grad - grad.mean(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_with_another_fan_in() -> None:
+    traced = torch.jit.trace(gcx.centralize, weight(4, 8))
+    grad = weight(4, 9)
+    torch.testing.assert_close(traced(grad), grad - grad.mean(1, keepdim=True))
 
 
 @pytest.mark.parametrize("layout", ["o...", "...o", "io..."])

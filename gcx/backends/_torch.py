@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from gcx._memory import find_span
 from gcx.backends import _canonical, _torch_dtensor, _torch_memory, one_by_one, refuse_dtype
-from gcx.backends._torch_memory import PLAIN, SMALL, FanIn, average, sum_over
+from gcx.backends._torch_memory import PLAIN, SMALL, FanIn, average, is_simple, sum_over
 
 _DENSE = torch.strided
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
@@ -77,10 +77,10 @@ def centralize(
             return by_itself(grad, axes, strength, out, True)  # type: ignore[no-any-return]
     elif grad.is_cuda:
         return centralize_many([grad], [axes], strength, [out], reproducible)[0]
-    elif type(grad) in PLAIN and grad.is_cpu and not reproducible and (out is None or out is grad):
+    elif not reproducible and (out is None or out is grad) and is_simple(grad):
         wide = _WIDE.get(grad.dtype)
-        if peek_interpreter_stack() is None and (wide is None or grad.numel() <= SMALL):
-            x = grad if wide is None else grad.to(wide)  # in few calls
+        if wide is None or grad.numel() <= SMALL:  # in few calls
+            x = grad if wide is None else grad.to(wide)
             mean = average(x, axes)
             if strength != 1.0:
                 mean *= strength
@@ -147,7 +147,7 @@ def fan_in_mean(x: Tensor, axes: tuple[int, ...], reproducible: bool = False, /)
         return _canonical_mean(x, axes)
     if torch.compiler.is_compiling() and x.is_cpu:  # its programs add one by one
         return x.mean(axes, True, dtype=_DOUBLE.get(x.dtype)).to(x.dtype)
-    if x.is_cpu and type(x) in PLAIN and peek_interpreter_stack() is None:
+    if is_simple(x):
         return average(x, axes)
     for run in _torch_memory.find_runs(x, axes):
         x = x.mean(run, True)
@@ -204,11 +204,12 @@ def subtract_means_(
         )
         left = [k for k, result in enumerate(done) if result is None]
     for k in left:
-        grad, fan_in = grads[k], fan_ins[k]
-        weight = grad if rate is None else weights[k]
-        if grad.dtype in _WIDE and _are_plain(grad, weight) and not reproducible:
-            seen, decaying = grad.view(fan_in[0]), weight.view(fan_in[0])
-            _centralize_narrow(seen, fan_in[1], strength, seen, rate=rate, weight=decaying)
+        grad, fan_in, weight = grads[k], fan_ins[k], grads[k] if rate is None else weights[k]
+        are_plain = type(grad) in PLAIN and type(weight) in PLAIN
+        if grad.dtype in _WIDE and are_plain and not reproducible:
+            if len(fan_in[0]) != grad.ndim:
+                grad, weight = grad.view(fan_in[0]), weight.view(fan_in[0])
+            _centralize_narrow(grad, fan_in[1], strength, grad, rate=rate, weight=weight)
             continue
         if reproducible and rate is not None:  # as the kernels do
             wide = _WIDE.get(grad.dtype, grad.dtype)
@@ -221,20 +222,16 @@ def subtract_means_(
 
 
 def are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Return True if `Workspace` can take all tensors; each check makes few calls."""
+    """Return True if `subtract_means` can take all tensors; each check makes few calls."""
     dtypes = {*map(_DTYPE, tensors)}
     return (
         len(dtypes) == 1
-        and dtypes.isdisjoint(_WIDE)
-        and _are_plain(*tensors)
+        and dtypes.issubset((torch.float32, torch.float64))
+        and {*map(type, tensors)}.issubset(PLAIN)
         and all(map(_IS_CPU, tensors))
         and not is_for_kernels(tensors[0])
         and all(map(Tensor.is_contiguous, tensors))
     )
-
-
-def _are_plain(*tensors: Tensor) -> bool:
-    return {*map(type, tensors)}.issubset(PLAIN)
 
 
 def centralize_over(x: Tensor, fan_in: FanIn, strength: float, reproducible: bool) -> Tensor:
@@ -269,7 +266,7 @@ def _centralize(
     grad: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None, reproducible: bool
 ) -> Tensor:
     """Centralize with torch's own operations."""
-    is_narrow = grad.dtype in _WIDE and _are_plain(grad) and not reproducible
+    is_narrow = grad.dtype in _WIDE and type(grad) in PLAIN and not reproducible
     if is_narrow and not (torch.compiler.is_compiling() or _is_watched(grad)):
         return _centralize_narrow(grad, axes, strength, out)
     mean = fan_in_mean(grad, axes, reproducible)

@@ -6,6 +6,7 @@ Large narrow tensors are cut into blocks, small ones go together in batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from operator import attrgetter
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gcx._memory import Memory, find_span, repeats_itself
 
@@ -29,8 +32,8 @@ _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 # Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
 _BLOCK, SMALL = 1 << 17, 1 << 18
 
-# Bytes of a batch, and most batches whose sums have memory of their own.
-_BATCH, _KEPT = 1 << 19, 1 << 10
+# Bytes of a batch, and most lists of fan-ins that are remembered.
+_BATCH, _KEPT = 1 << 19, 1 << 6
 
 # Fewest neighbours in memory that are worth summing first.
 _VECTORS = 1 << 5
@@ -85,32 +88,20 @@ def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor
 
 
 class Totals(NamedTuple):
-    """Memory for the sums of a batch, which all lie in one tensor."""
+    """Memory for the sums of a batch, of which all lie in one tensor."""
 
     part: slice  # of the list of gradients
     shapes: Sequence[tuple[int, ...]]
-    runs: Sequence[Any]  # axes: a list if they are no neighbours; one as a number, which is faster
+    axes: Sequence[Any]  # a list if they are no neighbours; one as a number, which is faster
+    counts: Tensor  # of the numbers in each sum
     whole: Tensor
     each: list[Tensor]
-    counts: Tensor  # of the numbers in each sum
+    of_weights: Tensor
+    of_each_weight: list[Tensor]
 
 
 class Workspace(dict[Any, Sequence[Totals]]):
     """The memory for sums that an optimizer needs in each step; a copy begins anew."""
-
-    def __missing__(self, key: tuple[Sequence[FanIn], torch.dtype, str]) -> Sequence[Totals]:
-        if len(self) >= _KEPT:
-            self.clear()
-        fan_ins, dtype, _ = key
-        batches: list[Totals] = []
-        start = size = 0
-        for end, (shape, _) in enumerate(fan_ins, 1):
-            size += prod(shape) * dtype.itemsize
-            if size >= _BATCH or end == len(fan_ins):
-                batches.append(_make_totals(slice(start, end), fan_ins[start:end], dtype))
-                start, size = end, 0
-        self[key] = batches
-        return batches
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return type(self), ()
@@ -122,50 +113,73 @@ class Workspace(dict[Any, Sequence[Totals]]):
         fan_ins: tuple[FanIn, ...],
         rate: float | Tensor | None,
         strength: float,
-    ) -> None:
-        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike tensors."""
-        dtype = grads[0].dtype
-        batches = self[fan_ins, dtype, "of gradients"]
-        of_weights = batches if rate is None else self[fan_ins, dtype, "of weights"]
-        for totals, beside in zip(batches, of_weights, strict=True):
-            seen = _sum_each(grads[totals.part], totals)
+    ) -> bool:
+        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike tensors.
+
+        Return False, and do nothing, the first time that these fan-ins come: it may be the last.
+        """
+        key = fan_ins, grads[0].dtype
+        if key not in self:
+            if len(self) >= _KEPT:
+                self.clear()
+            self[key] = ()
+            return False
+        self[key] = batches = self[key] or [*_make_totals(*key)]
+        for totals in batches:
+            seen = _sum_each(grads, totals, totals.each)
             if rate is not None:
-                _sum_each(weights[totals.part], beside)
-                totals.whole.add_(beside.whole.mul_(rate))
+                _sum_each(weights, totals, totals.of_each_weight)
+                totals.whole.add_(totals.of_weights.mul_(rate))
             totals.whole.div_(totals.counts)
             if strength != 1.0:
                 totals.whole.mul_(strength)
             torch._foreach_sub_(seen, totals.each)
+        return True
 
 
-def _make_totals(part: slice, fan_ins: Sequence[FanIn], dtype: torch.dtype) -> Totals:
-    shapes = [shape for shape, _ in fan_ins]
-    kept = [[1 if a in axes else n for a, n in enumerate(shape)] for shape, axes in fan_ins]
-    sizes = [*map(prod, kept)]
-    counts = [prod([shape[a] for a in axes]) for shape, axes in fan_ins]
-    with torch.inference_mode(False), torch.device("cpu"):
-        whole = torch.empty(sum(sizes), dtype=dtype)
-        of_each = torch.tensor(counts, dtype=dtype).repeat_interleave(torch.tensor(sizes))
-    totals = zip(torch.split(whole, sizes), kept, strict=True)
-    each = [total.view(shape) for total, shape in totals]
-    runs = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else [*a] for _, a in fan_ins]
-    return Totals(part, shapes, runs, whole, each, of_each)
+def _make_totals(fan_ins: Sequence[FanIn], dtype: torch.dtype) -> Iterator[Totals]:
+    start = size = 0
+    for end, (shape, _) in enumerate(fan_ins, 1):
+        size += prod(shape) * dtype.itemsize
+        if size < _BATCH and end < len(fan_ins):
+            continue
+        batch = fan_ins[start:end]
+        kept = [[1 if a in axes else n for a, n in enumerate(shape)] for shape, axes in batch]
+        units = [*map(prod, kept)]
+        counts = [prod([shape[a] for a in axes]) for shape, axes in batch]
+        with _real_tensors():
+            of_each = torch.tensor(counts, dtype=dtype).repeat_interleave(torch.tensor(units))
+            sums = torch.zeros(2, sum(units), dtype=dtype)
+        each = [
+            [total.view(shape) for total, shape in zip(torch.split(x, units), kept, strict=True)]
+            for x in sums
+        ]
+        axes = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else [*a] for _, a in batch]
+        shapes = [shape for shape, _ in batch]
+        yield Totals(slice(start, end), shapes, axes, of_each, sums[0], each[0], sums[1], each[1])
+        start, size = end, 0
 
 
-def _sum_each(tensors: Sequence[Tensor], totals: Totals) -> list[Tensor]:
-    """Sum contiguous tensors; return them in the shapes of their fan-ins."""
-    pairs = zip(tensors, totals.shapes, strict=True)
+def _sum_each(tensors: Sequence[Tensor], totals: Totals, outs: Sequence[Tensor]) -> list[Tensor]:
+    """Sum the tensors of a batch; return them in the shapes of their fan-ins."""
+    pairs = zip(tensors[totals.part], totals.shapes, strict=True)
     seen = [x if len(shape) == x.ndim else x.view(shape) for x, shape in pairs]
-    for x, run, total in zip(seen, totals.runs, totals.each, strict=True):
-        if type(run) is list:
-            total.copy_(sum_over(x, (*run,)))
+    for x, axes, out in zip(seen, totals.axes, outs, strict=True):
+        if type(axes) is list:
+            out.copy_(sum_over(x, (*axes,)))
         else:
-            torch.sum(x, run, True, out=total)
+            torch.sum(x, axes, True, out=out)
     return seen
 
 
+def is_simple(x: Tensor) -> bool:
+    """Return True for a tensor on a CPU that nothing but autograd watches."""
+    is_traced = peek_interpreter_stack() is not None or _is_tracing()
+    return x.is_cpu and type(x) in PLAIN and not is_traced
+
+
 def average(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Average over `axes`, which stay with size 1, on a CPU and outside of `torch.func`."""
+    """Average a simple tensor over `axes`, which stay with size 1."""
     total = x.sum(axes[0], True) if len(axes) < 2 else sum_over(x, axes)
     # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
     return total.div_(_count(x.shape, axes, x.dtype))
@@ -198,11 +212,18 @@ def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
         return step > 1 or size < _VECTORS, -size, step
 
     # The run that leaves the least to do comes first, or one that is summed in vectors.
-    return sorted(runs, key=rank)
+    return sorted(runs, key=rank) or (axes,)
 
 
 @lru_cache(maxsize=1 << 12)
 def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Make a tensor of the number of elements in a fan-in."""
-    with torch.inference_mode(False):
-        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype, device="cpu")
+    with _real_tensors():
+        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype)
+
+
+@contextmanager
+def _real_tensors() -> Iterator[None]:
+    """Make tensors on a CPU that are right at any time, in whichever mode torch is now."""
+    with torch.inference_mode(False), torch.device("cpu"), _disable_current_modes():
+        yield

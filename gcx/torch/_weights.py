@@ -316,9 +316,12 @@ def centralize_(
     fan_ins = tuple(map(_FAN_IN, weights))
     parameters = [] if rate is None else [*map(_PARAMETER, weights)]
     reproducible = weights[0].reproducible
-    if not reproducible and _torch.are_alike([*grads, *parameters]):
-        workspace = Workspace() if workspace is None else workspace
-        workspace.subtract_means(grads, parameters, fan_ins, rate, strength)
+    if (
+        workspace is not None
+        and not reproducible
+        and _torch.are_alike([*grads, *parameters])
+        and workspace.subtract_means(grads, parameters, fan_ins, rate, strength)
+    ):
         return
     for k, grad in enumerate(grads):
         if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):

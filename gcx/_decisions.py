@@ -66,15 +66,11 @@ def find_overrides(
 
 
 def refuse_empty(plan: Plan, owner: str, *, hint: str = "") -> None:
+    """Raise a ValueError if no parameter is centralized; the hint is for unknown parameters."""
     if all(row.layout is None for row in plan):
-        raise ValueError(nothing_to_centralize(plan, owner, hint=hint))
-
-
-def nothing_to_centralize(plan: Plan, owner: str, *, hint: str = "") -> str:
-    """Write the error for an idle optimizer or model; the hint is for unknown parameters."""
-    is_unknown = any(row.reason.startswith("unknown") for row in plan)
-    hint = f"\n{hint}" if hint and is_unknown else ""
-    return f"there is nothing to centralize in {owner}:\n{plan}{hint}"
+        is_unknown = any(row.reason.startswith("unknown") for row in plan)
+        hint = f"\n{hint}" if hint and is_unknown else ""
+        raise ValueError(f"there is nothing to centralize in {owner}:\n{plan}{hint}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -133,12 +133,14 @@ def centralize_in_backward(
 
 
 class CentralizationInBackward:
-    """Gradient Centralization in backward; `gcx.torch.centralize_in_backward` returns it."""
+    """Gradient Centralization at work in backward; `gcx.torch.centralize_in_backward` returns it.
+
+    ``.plan``, a `gcx.plan.Plan`, is the decision on each parameter of the model.
+    """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         decisions = decide(model, options)
         self._kind = type(model).__name__
-        #: The decision on each parameter of the model, as a `gcx.plan.Plan`.
         self.plan: Plan = Plan(decision.row for decision in decisions.values())
         weights = weights_of(decisions.items(), reproducible=options.reproducible)
         self._places = [_Place(w, decisions[w.parameter], options.strength) for w in weights]

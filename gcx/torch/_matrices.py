@@ -64,7 +64,10 @@ def matrices(model: nn.Module, *, overrides: Overrides | None = None) -> Matrice
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Matrices:
-    """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it."""
+    """The weights of a model as matrices, and the rest; `gcx.torch.matrices` returns it.
+
+    ``.weights`` and ``.rest`` are parameters by name; ``.plan`` tells which are which, and why.
+    """
 
     _model: nn.Module
     plan: Plan  #: The decision on each parameter; those with a layout are matrices.

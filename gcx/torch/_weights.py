@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gcx._decisions import nothing_to_centralize
+from gcx._decisions import refuse_empty
 from gcx._memory import find_shared, overlap, repeats_itself
 from gcx._names import naming
 from gcx._options import Options
@@ -150,8 +150,7 @@ class Targets:
         plan = self.plan()
         if len(plan) and all(row.name == _NAMELESS for row in plan):
             raise RuntimeError(_why_missing(plan[0]))
-        kind = type(self.get_optimizer()).__name__
-        raise ValueError(nothing_to_centralize(plan, f"this {kind}", hint=HINT))
+        refuse_empty(plan, f"this {type(self.get_optimizer()).__name__}", hint=HINT)
 
     def were_bypassed(self) -> bool:
         """Return True if states are new since the last call, and the step did not make them."""

@@ -88,7 +88,7 @@ def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor
 
 
 class Totals(NamedTuple):
-    """Memory for the sums of a batch, of which all lie in one tensor."""
+    """Memory for the sums of a batch, which lie side by side in one tensor."""
 
     part: slice  # of the list of gradients
     shapes: Sequence[tuple[int, ...]]

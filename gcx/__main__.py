@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Never, TypeVar
 from warnings import catch_warnings, simplefilter
 
 import gcx
+from gcx._centralize import check_traits
 from gcx.backends import LIBRARIES, load
 from gcx.plan import aligned
 
@@ -159,10 +160,7 @@ def _largest_error(library: str, device: str, dtype: str) -> float:
     results = [*alone, *gcx.centralize_many(grads, layouts=layouts)]
     errors = []
     for x, grad, result, case in zip(values * 2, grads * 2, results, _CASES * 2, strict=True):
-        if (result.shape, result.dtype) != (grad.shape, grad.dtype):
-            raise ValueError(
-                f"{result.dtype} of shape {result.shape}, not {grad.dtype} of {grad.shape}"
-            )
+        check_traits("the result", result, "the gradient", grad, ("shape", "dtype"))
         exact, fan_in = x.astype(np.float64), case[2]
         if fan_in:
             exact -= exact.mean(fan_in, keepdims=True)

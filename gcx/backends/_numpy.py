@@ -14,6 +14,7 @@ from gcx._memory import Memory, repeats_itself
 from gcx.backends import _canonical, one_by_one, refuse_dtype
 
 NDArray = npt.NDArray[Any]
+_DOUBLE = np.dtype(np.float64)
 
 # Elements of a block: one MiB of float32. It stays in the second-level cache between the sum and
 # the subtraction, so memory is read once.
@@ -34,8 +35,6 @@ _SHORT_ROW, _COLUMN_RUN = 128, 24
 
 # Most elements of a matrix whose columns are summed faster in float64 than in runs.
 _SMALL = 1 << 13
-
-_DOUBLE = np.dtype(np.float64)
 
 
 def check_dtype(grad: Any, /) -> None:

@@ -82,8 +82,7 @@ def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor
     """Yield a copy of each block, all in one memory: it is in the cache, and new memory is not."""
     wide = x.new_empty(0)
     for part in torch.split(x, size, cut):
-        is_new = wide.shape != part.shape
-        wide = part.to(dtype, copy=True) if is_new else wide.copy_(part)
+        wide = wide.copy_(part) if wide.shape == part.shape else part.to(dtype, copy=True)
         yield wide
 
 

@@ -120,7 +120,7 @@ class FusedOptimizer(Optimizer):
         if left:
             found = with_gradient([marked[p] for p in left if p in marked])
             rate, workspace = coupled_rate(self, group, None), self._centralization.hooks.workspace
-            centralize_(*found, rate, workspace=workspace)
+            centralize_(*found, rate, 1.0, workspace)
         return collect({**group, "params": left}, *lists)
 
     def _step_of_stage(

@@ -18,6 +18,7 @@ from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
+from gcx.backends._torch_memory import Workspace
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
@@ -82,7 +83,7 @@ def centralize_gradients(
         raise ValueError(
             "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
         )
-    centralize_(weights, grads, strength=strength)
+    centralize_(weights, grads, None, strength, Workspace())
 
 
 def centralize_in_backward(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import currentframe
 from itertools import chain, repeat
-from operator import itemgetter
 from typing import Any, NamedTuple, ParamSpec
 
 import torch
@@ -50,7 +49,6 @@ Kwargs = dict[str, Any]
 # Packages whose frames can lie between a line of the user and a warning.
 _TRAINERS = "accelerate", "lightning", "pytorch_lightning", "transformers"
 _BETWEEN = frozenset({"copy", "gcx", "pickle", "torch", *_TRAINERS})
-_WEIGHTS = itemgetter(1)  # of a group
 
 
 def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
@@ -147,12 +145,10 @@ class GradientHooks:
 
     def _centralize(self) -> None:
         decay, optimizer = self._options.decay, self._targets.get_optimizer()
-        groups = self._by_group()
-        marked = chain.from_iterable(map(_WEIGHTS, groups))
-        part_gradients(marked, self._targets.parameters)
         by_rate: dict[Rate, list[Weight]] = {}
-        for group, weights in groups:
+        for group, weights in self._by_group():
             by_rate.setdefault(coupled_rate(optimizer, group, decay), []).extend(weights)
+        part_gradients(chain.from_iterable(by_rate.values()), self._targets.parameters)
         found = [(with_gradient(weights), rate) for rate, weights in by_rate.items()]
         for of_rate, rate in found:
             centralize_(*of_rate, rate, self._options.strength, self.workspace)

@@ -305,9 +305,9 @@ def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 def centralize_(
     weights: Sequence[Weight],
     grads: list[Tensor],
-    rate: Rate = None,
-    strength: float = 1.0,
-    workspace: Workspace | None = None,
+    rate: Rate,
+    strength: float,
+    workspace: Workspace,
 ) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not grads:
@@ -315,12 +315,8 @@ def centralize_(
     fan_ins = tuple(map(_FAN_IN, weights))
     parameters = [] if rate is None else [*map(_PARAMETER, weights)]
     reproducible = weights[0].reproducible
-    if (
-        workspace is not None
-        and not reproducible
-        and _torch.are_alike([*grads, *parameters])
-        and workspace.subtract_means(grads, parameters, fan_ins, rate, strength)
-    ):
+    are_alike = not reproducible and _torch.are_alike([*grads, *parameters])
+    if are_alike and workspace.subtract_means(grads, parameters, fan_ins, rate, strength):
         return
     for k, grad in enumerate(grads):
         if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):

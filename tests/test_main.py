@@ -43,13 +43,13 @@ def raising(*_: Any) -> Any:
     raise NotImplementedError("no kernel")
 
 
-OTHER, AS_GIVEN = "FAILED ValueError:", "not float32 of (32, 64)"
+RESULT, GRADIENT = "FAILED ValueError: the result has", "the gradient"
 # A fault, and the verdict on float32; that on float16 is always that it failed.
 FAULTS: list[tuple[Callable[..., Any], str]] = [
     (lambda grad, *_: grad.copy(), "FAILED"),
     (lambda grad, *_: grad * grad.dtype.type(np.nan), "FAILED not finite"),
-    (lambda *a: correct(*a).ravel(), f"{OTHER} float32 of shape (2048,), {AS_GIVEN}"),
-    (lambda *a: correct(*a).astype("float64"), f"{OTHER} float64 of shape (32, 64), {AS_GIVEN}"),
+    (lambda *a: correct(*a).ravel(), f"{RESULT} shape (2048,), {GRADIENT} (32, 64)"),
+    (lambda *a: correct(*a).astype("float64"), f"{RESULT} dtype float64, {GRADIENT} float32"),
     (raising, "FAILED NotImplementedError: no kernel"),
     (rounding_the_mean, "ok"),  # a second rounding shows in float16 alone
 ]

@@ -23,7 +23,7 @@ _BLOCK = 1 << 18
 # Elements of NumPy's buffers. NumPy copies rows shorter than a buffer, to add many at once. If the
 # rows are long, or in the cache already, this is slower than going row by row.
 _BUFFER = 1 << 8
-# For copies that stay in the first-level cache, and the fewest elements that are worth a change.
+# For short rows, whose copies stay in the first-level cache; fewest elements worth the change.
 _COPIED, _LARGE = 1 << 11, 1 << 15
 
 # Longest runs that BLAS sums in the array's dtype. Longer ones are cut, and the parts are added in
@@ -207,7 +207,7 @@ def _sum_rows(block: NDArray) -> Any:
     rest = fan_in % run
     runs = block[:, : fan_in - rest].reshape(units, -1, run)
     sums = np.vecdot(runs, ones[:run])
-    # BLAS adds in the dtype of the ones, and without pairs, which counts in float64.
+    # np.dot adds float32 in float64, as the ones are; float64 is better off added in pairs.
     sums = sums.sum(axis=1) if sums.dtype == _DOUBLE else np.dot(sums, np.ones(sums.shape[1]))
     if rest:
         sums += np.vecdot(block[:, -rest:], ones[:rest])

@@ -222,7 +222,7 @@ def subtract_means_(
 
 
 def are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Return True if `subtract_means` can take all tensors; each check makes few calls."""
+    """Return True if a `Workspace` can take all tensors; each check makes few calls."""
     dtypes = {*map(_DTYPE, tensors)}
     return (
         len(dtypes) == 1
@@ -293,14 +293,14 @@ def _centralize_narrow(
     """Centralize a copy in float32, in blocks that stay in the cache; see `subtract_means_`."""
     dtype = _WIDE[grad.dtype]
 
-    def average(mean: Callable[..., Tensor], x: Tensor, decaying: Tensor | None) -> Tensor:
+    def with_decay(mean: Callable[..., Tensor], x: Tensor, decaying: Tensor | None) -> Tensor:
         of_all = mean(x, axes) if rate is None else mean(x, axes) + rate * mean(decaying, axes)
         return of_all if strength == 1.0 else of_all * strength
 
     # Another `out` may share memory with the gradient.
     if grad.numel() <= SMALL or not grad.is_cpu or (out is not None and out is not grad):
         wide = grad.to(dtype)
-        wide.sub_(average(fan_in_mean, wide, weight))
+        wide.sub_(with_decay(fan_in_mean, wide, weight))
         return wide.to(grad.dtype) if out is None else out.copy_(wide)
     cut, size = _torch_memory.find_block(grad)
     blocks = partial(_torch_memory.widen, size=size, cut=cut, dtype=dtype)
@@ -308,12 +308,12 @@ def _centralize_narrow(
     if cut in axes:  # each block has a part of every fan-in
         add, zero = partial(sum_over, axes=axes), torch.zeros((), device="cpu")
         count = prod([grad.shape[axis] for axis in axes])
-        mean = average(lambda x, _: sum(map(add, blocks(x)), zero) / count, grad, weight)
+        mean = with_decay(lambda x, _: sum(map(add, blocks(x)), zero) / count, grad, weight)
     result = torch.empty_like(grad) if out is None else out
     weight = grad if weight is None else weight
     parts = torch.split(weight, size, cut), torch.split(result, size, cut)
     for wide, decaying, target in zip(blocks(grad), *parts, strict=True):
-        target.copy_(wide.sub_(average(fan_in_mean, wide, decaying) if mean is None else mean))
+        target.copy_(wide.sub_(with_decay(fan_in_mean, wide, decaying) if mean is None else mean))
     return result
 
 

@@ -22,16 +22,18 @@ _BLOCK = 1 << 18
 
 # Elements of NumPy's buffers. NumPy copies rows shorter than a buffer, to add many at once. If the
 # rows are long, or in the cache already, this is slower than going row by row.
-_BUFFER = 1 << 8
-# For short rows, whose copies stay in the first-level cache; fewest elements worth the change.
-_COPIED, _LARGE = 1 << 11, 1 << 15
+_BUFFER, _DEFAULT = 1 << 8, np.getbufsize()
+# Bytes of a long row where each has its own mean, and where all subtract the same.
+_LONG, _LONG_MEAN = 1 << 11, 1 << 12
+# For short rows, whose copies stay in the first-level cache; fewest elements worth each change.
+_COPIED, _LARGE, _HUGE = 1 << 11, 1 << 15, 1 << 19
 
 # Longest runs that BLAS sums in the array's dtype. Longer ones are cut, and the parts are added in
 # float64. Measured error in float32, in ulp of the largest element: at most 2 for units of mean 1e4
 # and spread 1; at most 8 for equal numbers, since all roundings go in one direction.
 _ROW_RUN = 1024
 # Shorter for products of matrix and vector: BLAS adds with fewer lanes, down a column with one.
-_SHORT_ROW, _COLUMN_RUN = 128, 24
+_SHORT_ROW, _COLUMN_RUN = 128, 32
 
 # Most elements of a matrix whose columns are summed faster in float64 than in runs.
 _SMALL = 1 << 13
@@ -85,14 +87,8 @@ def centralize(
     elif reproducible:
         for part, block, mean in _means_in_order(grad, axes):
             np.subtract(block, _scale(mean, strength, block.dtype), out=result[part])
-    elif kernel := _find_blas(grad, axes, result):
-        if grad.size < _LARGE:
-            kernel(grad, result, len(axes), strength)
-        else:
-            is_long = kernel is _centralize_rows and prod(grad.shape[axes[0] :]) >= _BUFFER
-            with np.errstate():  # restores the buffer size
-                np.setbufsize(_BUFFER if is_long else _COPIED)
-                kernel(grad, result, len(axes), strength)
+    elif (cut := _find_cut(grad, axes, result)) is not None:
+        _centralize_matrix(grad, result, cut, axes[-1] == grad.ndim - 1, strength)
     else:  # the result of a subclass is its own choice
         result = np.subtract(grad, _scale(_average(grad, axes), strength, grad.dtype), out=out)
         return result.astype(grad.dtype, copy=False)  # NumPy returns native byte order
@@ -157,38 +153,46 @@ def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
     return mean
 
 
-def _find_blas(grad: NDArray, axes: tuple[int, ...], out: NDArray) -> Any:
-    """Find the function for an array whose fan-ins are the rows or columns of a matrix; or None."""
-    is_plain = type(grad) is np.ndarray and grad.dtype.char in "fd"
-    if not (is_plain and grad.flags.c_contiguous and out.flags.c_contiguous):
+def _find_cut(grad: NDArray, axes: tuple[int, ...], out: NDArray) -> int | None:
+    """Find where to cut the axes, so that fan-ins are rows or columns for BLAS; None if nowhere."""
+    is_plain = type(grad) is np.ndarray and grad.dtype.char in "fd" and grad.flags.c_contiguous
+    if not is_plain or not (out is grad or out.flags.c_contiguous):
         return None
     # The axes are in increasing order, so one end is enough.
     if axes[0] == grad.ndim - len(axes):
-        return _centralize_rows
-    if axes[-1] == len(axes) - 1:
-        return _centralize_columns
-    return None
+        return axes[0]
+    return len(axes) if axes[-1] == len(axes) - 1 else None
 
 
-def _centralize_rows(grad: NDArray, out: NDArray, n_axes: int, strength: float) -> None:
-    fan_in = prod(grad.shape[-n_axes:])
-    units = grad.size // fan_in
-    source, target = grad.reshape(units, fan_in), out.reshape(units, fan_in)
+def _centralize_matrix(
+    grad: NDArray, out: NDArray, cut: int, in_rows: bool, strength: float
+) -> None:
+    if grad.ndim != 2 or cut != 1:
+        shape = prod(grad.shape[:cut]), prod(grad.shape[cut:])
+        grad, out = grad.reshape(shape), out.reshape(shape)
+    kernel, long = (_centralize_rows, _LONG) if in_rows else (_centralize_columns, _LONG_MEAN)
+    row = grad.shape[1]
+    size, fewest = (_COPIED, _HUGE) if row * grad.itemsize < long else (_BUFFER, _LARGE)
+    if row >= _DEFAULT or grad.size < fewest:
+        kernel(grad, out, strength)
+        return
+    with np.errstate():  # restores the buffer size
+        np.setbufsize(size)
+        kernel(grad, out, strength)
+
+
+def _centralize_rows(grad: NDArray, out: NDArray, strength: float) -> None:
+    units, fan_in = grad.shape
     step = max(1, _BLOCK // fan_in)
     for start in range(0, units, step):
-        block = source[start : start + step]
+        block = grad[start : start + step]
         mean = _scale(_sum_rows(block) / fan_in, strength, grad.dtype)
-        np.subtract(block, mean[:, None], out=target[start : start + step])
+        np.subtract(block, mean[:, None], out=out[start : start + step])
 
 
-def _centralize_columns(grad: NDArray, out: NDArray, n_axes: int, strength: float) -> None:
-    fan_in = prod(grad.shape[:n_axes])
-    units = grad.size // fan_in
-    source, target = grad.reshape(fan_in, units), out.reshape(fan_in, units)
-    if not units:
-        return
-    mean = _scale(_sum_columns(source) / fan_in, strength, grad.dtype)
-    np.subtract(source, mean, out=target)
+def _centralize_columns(grad: NDArray, out: NDArray, strength: float) -> None:
+    if grad.size:
+        np.subtract(grad, _scale(_sum_columns(grad) / len(grad), strength, grad.dtype), out=out)
 
 
 def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
@@ -223,7 +227,7 @@ def _sum_columns(matrix: NDArray) -> Any:
         return np.dot(_ones(_DOUBLE)[:fan_in], matrix)
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
-    sums = (ones[:_COLUMN_RUN] @ runs).sum(axis=0, dtype=np.float64)
+    sums = np.dot(np.ones(len(runs)), ones[:_COLUMN_RUN] @ runs)
     if rest:
         sums += ones[:rest] @ matrix[-rest:]
     return sums

@@ -194,7 +194,9 @@ def see_fan_in(
         axes = _check_axes(tuple(shape), axis)
     else:
         try:
-            if (layout := as_layout(layout)).is_split:
+            if not isinstance(layout, Layout):
+                layout = as_layout(layout)
+            if layout.is_split:
                 view, axes = layout.split(shape)
             else:  # the usual case, and quick
                 axes = layout.fan_in_axes(len(shape))
@@ -318,13 +320,13 @@ def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]
         assert backend is not None
         mine = [k for k in left if jobs[k].backend is backend]
         left = [k for k in left if jobs[k].backend is not backend]
-        _, _, grads, seen, axes, outs = zip(*[jobs[k] for k in mine], strict=True)
-        targets = [
-            out if x is grad else None for x, grad, out in zip(seen, grads, outs, strict=True)
-        ]
-        done = backend.centralize_many(seen, axes, strength, targets, reproducible)
-        for k, result, x, grad, out in zip(mine, done, seen, grads, outs, strict=True):
-            results[k] = result if x is grad else _write(reshape(result, grad.shape), out)
+        here = [jobs[k] for k in mine]
+        outs = [job.out if job.seen is job.grad else None for job in here]
+        seen, axes = [job.seen for job in here], [job.axes for job in here]
+        done = backend.centralize_many(seen, axes, strength, outs, reproducible)
+        for k, job, result in zip(mine, here, done, strict=True):
+            is_whole = job.seen is job.grad
+            results[k] = result if is_whole else _write(reshape(result, job.grad.shape), job.out)
     return results
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -125,15 +125,17 @@ def leaves_like(
     return [leaf for part in leaves for leaf in part]
 
 
-@contextmanager
-def naming(leaf: str) -> Iterator[None]:
+class naming(AbstractContextManager[None]):  # noqa: N801  # it is called like a function
     """Put the name of a leaf in front of a TypeError or ValueError from the ``with`` block."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        # type(error) may be a library's subclass with other arguments.
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{leaf}: {error}") from error
+
+    def __init__(self, leaf: str) -> None:
+        self.leaf = leaf
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            # type(error) may be a library's subclass with other arguments.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{self.leaf}: {error}") from error
 
 
 def layouts_for(

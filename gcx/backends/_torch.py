@@ -75,19 +75,16 @@ def centralize(
         if reproducible:  # compiled code would skip roundings
             by_itself = torch.compiler.disable(_centralize)  # type: ignore[no-untyped-call]
             return by_itself(grad, axes, strength, out, True)  # type: ignore[no-any-return]
-    elif grad.is_cuda:
-        return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     elif not reproducible and (out is None or out is grad) and is_simple(grad):
         wide = _WIDE.get(grad.dtype)
-        if wide is None or grad.numel() <= SMALL:  # in few calls
-            x = grad if wide is None else grad.to(wide)
-            mean = average(x, axes)
-            if strength != 1.0:
-                mean *= strength
-            if wide is None:
-                return x - mean if out is None else x.sub_(mean)
-            x.sub_(mean)
+        if wide is None:
+            return _torch_memory.subtract_average(grad, axes, strength, out)
+        if grad.numel() <= SMALL:
+            x = grad.to(wide)
+            _torch_memory.subtract_average(x, axes, strength, x)
             return x.to(grad.dtype) if out is None else grad.copy_(x)
+    elif grad.is_cuda:
+        return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     return _centralize(grad, axes, strength, out, reproducible)
 
 
@@ -193,6 +190,9 @@ def subtract_means_(
     otherwise with torch's own operations. No gradient is expanded; `weights` are of the
     shapes of the gradients, and unused without a rate.
     """
+    if not (reproducible or isinstance(rate, Tensor)) and _are_simple([*grads, *weights]):
+        _torch_memory.subtract_averages(grads, tuple(fan_ins), strength, weights, rate or None)
+        return
     left: Iterable[int] = range(len(grads))
     # The kernel needs a number, and reading it from a tensor would wait for the device.
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
@@ -221,14 +221,15 @@ def subtract_means_(
         subtract_mean_(grad, mean if strength == 1.0 else mean * strength, fan_in)
 
 
-def are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Return True if a `Workspace` can take all tensors; each check makes few calls."""
+def _are_simple(tensors: Sequence[Tensor]) -> bool:
+    """Return True for contiguous tensors of one dtype that are `is_simple`, in few calls."""
     dtypes = {*map(_DTYPE, tensors)}
     return (
         len(dtypes) == 1
         and dtypes.issubset((torch.float32, torch.float64))
         and {*map(type, tensors)}.issubset(PLAIN)
         and all(map(_IS_CPU, tensors))
+        and is_simple(tensors[0])
         and not is_for_kernels(tensors[0])
         and all(map(Tensor.is_contiguous, tensors))
     )
@@ -313,7 +314,11 @@ def _centralize_narrow(
     weight = grad if weight is None else weight
     parts = torch.split(weight, size, cut), torch.split(result, size, cut)
     for wide, decaying, target in zip(blocks(grad), *parts, strict=True):
-        target.copy_(wide.sub_(with_decay(fan_in_mean, wide, decaying) if mean is None else mean))
+        if rate is None and mean is None:
+            target.copy_(_torch_memory.subtract_average(wide, axes, strength, wide))
+        else:
+            of_block = with_decay(fan_in_mean, wide, decaying) if mean is None else mean
+            target.copy_(wide.sub_(of_block))
     return result
 
 

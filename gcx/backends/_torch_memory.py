@@ -32,8 +32,7 @@ _find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
 # Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
 _BLOCK, SMALL = 1 << 17, 1 << 18
 
-# Bytes of a batch, and most lists of fan-ins that are remembered.
-_BATCH, _KEPT = 1 << 19, 1 << 6
+_BATCH = 1 << 19  # bytes
 
 # Fewest neighbours in memory that are worth summing first.
 _VECTORS = 1 << 5
@@ -45,7 +44,7 @@ def is_writable(out: Tensor, grad: Tensor, /) -> bool:
         base = out if viewed is None else viewed
         if out is not grad or (base.is_leaf and base.requires_grad):
             return False
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         if out.is_inference() and not torch.is_inference_mode_enabled():
             return False
         if out is not grad and (
@@ -86,102 +85,99 @@ def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor
         yield wide
 
 
-class Totals(NamedTuple):
-    """Memory for the sums of a batch, which lie side by side in one tensor."""
+def is_simple(x: Tensor) -> bool:
+    """Return True for a tensor on a CPU that nothing but autograd watches."""
+    if not x.is_cpu or type(x) not in PLAIN:
+        return False
+    return peek_interpreter_stack() is None and not _is_tracing()
+
+
+def average(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Average a simple tensor over `axes`, which stay with size 1."""
+    total, count = _add_up(x, axes)
+    # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
+    return total.div_(_make_tensor(count, x.dtype))
+
+
+def subtract_average(
+    x: Tensor, axes: tuple[int, ...], strength: float, out: Tensor | None
+) -> Tensor:
+    """Centralize a simple tensor in few calls; `out` is the tensor itself, or None."""
+    total, count = _add_up(x, axes)
+    if inverse := _invert(count):
+        step = strength * inverse
+        return torch.sub(x, total, alpha=step) if out is None else x.sub_(total, alpha=step)
+    mean = total.div_(_make_tensor(count, x.dtype))
+    if strength != 1.0:
+        mean *= strength
+    return x - mean if out is None else x.sub_(mean)
+
+
+class Batch(NamedTuple):
+    """Gradients that stay in the cache together."""
 
     part: slice  # of the list of gradients
     shapes: Sequence[tuple[int, ...]]
-    axes: Sequence[Any]  # a list if they are no neighbours; one as a number, which is faster
-    counts: Tensor  # of the numbers in each sum
-    whole: Tensor
-    each: list[Tensor]
-    of_weights: Tensor
-    of_each_weight: list[Tensor]
+    axes: Sequence[Any]  # a number or a list for one sum; a tuple if they are no neighbours
+    counts: list[Tensor]  # of the numbers in each sum; empty if `step` divides
+    step: float
 
 
-class Workspace(dict[Any, Sequence[Totals]]):
-    """The memory for sums that an optimizer needs in each step; a copy begins anew."""
-
-    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
-        return type(self), ()
-
-    def subtract_means(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        fan_ins: tuple[FanIn, ...],
-        rate: float | Tensor | None,
-        strength: float,
-    ) -> bool:
-        """Subtract means as `_torch.subtract_means_` does, in few calls, from alike tensors.
-
-        Return False, and do nothing, the first time that these fan-ins come: it may be the last.
-        """
-        key = fan_ins, grads[0].dtype
-        if key not in self:
-            if len(self) >= _KEPT:
-                self.clear()
-            self[key] = ()
-            return False
-        self[key] = batches = self[key] or [*_make_totals(*key)]
-        for totals in batches:
-            seen = _sum_each(grads, totals, totals.each)
-            if rate is not None:
-                _sum_each(weights, totals, totals.of_each_weight)
-                totals.whole.add_(totals.of_weights.mul_(rate))
-            totals.whole.div_(totals.counts)
-            if strength != 1.0:
-                totals.whole.mul_(strength)
-            torch._foreach_sub_(seen, totals.each)
-        return True
+def subtract_averages(
+    tensors: Sequence[Tensor],
+    fan_ins: tuple[FanIn, ...],
+    strength: float,
+    weights: Sequence[Tensor],
+    rate: float | None,
+) -> None:
+    """Centralize simple, contiguous tensors in place; see `_torch.subtract_means_`."""
+    for batch in _cut_batches(fan_ins, tensors[0].dtype):
+        seen, totals = _sum_each(tensors, batch)
+        if rate is not None:
+            torch._foreach_add_(totals, _sum_each(weights, batch)[1], alpha=rate)
+        if batch.counts:
+            torch._foreach_div_(totals, batch.counts)
+        torch._foreach_sub_(seen, totals, alpha=strength * batch.step)
 
 
-def _make_totals(fan_ins: Sequence[FanIn], dtype: torch.dtype) -> Iterator[Totals]:
+def _sum_each(tensors: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of a batch in the shapes of their fan-ins, and their sums."""
+    pairs = zip(tensors[batch.part], batch.shapes, strict=True)
+    seen = [x if x.ndim == len(shape) else x.view(shape) for x, shape in pairs]
+    return seen, [
+        sum_over(x, axes) if type(axes) is tuple else torch.sum(x, axes, True)
+        for x, axes in zip(seen, batch.axes, strict=True)
+    ]
+
+
+@lru_cache(maxsize=1 << 6)
+def _cut_batches(fan_ins: tuple[FanIn, ...], dtype: torch.dtype) -> list[Batch]:
+    batches = []
     start = size = 0
     for end, (shape, _) in enumerate(fan_ins, 1):
         size += prod(shape) * dtype.itemsize
         if size < _BATCH and end < len(fan_ins):
             continue
-        batch = fan_ins[start:end]
-        kept = [[1 if a in axes else n for a, n in enumerate(shape)] for shape, axes in batch]
-        units = [*map(prod, kept)]
-        counts = [prod([shape[a] for a in axes]) for shape, axes in batch]
-        with _real_tensors():
-            of_each = torch.tensor(counts, dtype=dtype).repeat_interleave(torch.tensor(units))
-            sums = torch.zeros(2, sum(units), dtype=dtype)
-        each = [
-            [total.view(shape) for total, shape in zip(torch.split(x, units), kept, strict=True)]
-            for x in sums
-        ]
-        axes = [(a if a[1:] else a[0]) if a[-1] - a[0] < len(a) else [*a] for _, a in batch]
-        shapes = [shape for shape, _ in batch]
-        yield Totals(slice(start, end), shapes, axes, of_each, sums[0], each[0], sums[1], each[1])
+        shapes, all_axes = zip(*fan_ins[start:end], strict=True)
+        counts = [prod([shape[a] for a in axes]) for shape, axes in fan_ins[start:end]]
+        step = _invert(counts[0]) if len({*counts}) == 1 else 0.0
+        of_sums = [([*a] if a[1:] else a[0]) if a[-1] - a[0] < len(a) else a for a in all_axes]
+        tensors = [] if step else [_make_tensor(count, dtype) for count in counts]
+        batches.append(Batch(slice(start, end), shapes, of_sums, tensors, step or 1.0))
         start, size = end, 0
+    return batches
 
 
-def _sum_each(tensors: Sequence[Tensor], totals: Totals, outs: Sequence[Tensor]) -> list[Tensor]:
-    """Sum the tensors of a batch; return them in the shapes of their fan-ins."""
-    pairs = zip(tensors[totals.part], totals.shapes, strict=True)
-    seen = [x if len(shape) == x.ndim else x.view(shape) for x, shape in pairs]
-    for x, axes, out in zip(seen, totals.axes, outs, strict=True):
-        if type(axes) is list:
-            out.copy_(sum_over(x, (*axes,)))
-        else:
-            torch.sum(x, axes, True, out=out)
-    return seen
+def _invert(count: int) -> float:
+    """Return the inverse of a power of two, which is exact; 0 for other numbers."""
+    return 1 / count if 0 < count == count & -count else 0.0
 
 
-def is_simple(x: Tensor) -> bool:
-    """Return True for a tensor on a CPU that nothing but autograd watches."""
-    is_traced = peek_interpreter_stack() is not None or _is_tracing()
-    return x.is_cpu and type(x) in PLAIN and not is_traced
-
-
-def average(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Average a simple tensor over `axes`, which stay with size 1."""
-    total = x.sum(axes[0], True) if len(axes) < 2 else sum_over(x, axes)
-    # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
-    return total.div_(_count(x.shape, axes, x.dtype))
+def _add_up(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, int]:
+    """Sum over a fan-in, and count its elements."""
+    if len(axes) < 2:  # the usual case, and quick
+        return torch.sum(x, axes[0], True), x.shape[axes[0]]
+    return sum_over(x, axes), prod([x.shape[axis] for axis in axes])
 
 
 def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -215,10 +211,9 @@ def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _count(shape: tuple[int, ...], axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Make a tensor of the number of elements in a fan-in."""
+def _make_tensor(count: int, dtype: torch.dtype) -> Tensor:
     with _real_tensors():
-        return torch.tensor(prod([shape[a] for a in axes]), dtype=dtype)
+        return torch.tensor(count, dtype=dtype)
 
 
 @contextmanager

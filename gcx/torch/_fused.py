@@ -119,8 +119,7 @@ class FusedOptimizer(Optimizer):
             left += self._step_of_stage(group, stage, members, marked)
         if left:
             found = with_gradient([marked[p] for p in left if p in marked])
-            rate, workspace = coupled_rate(self, group, None), self._centralization.hooks.workspace
-            centralize_(*found, rate, 1.0, workspace)
+            centralize_(*found, coupled_rate(self, group, None), 1.0)
         return collect({**group, "params": left}, *lists)
 
     def _step_of_stage(

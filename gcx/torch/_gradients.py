@@ -18,7 +18,6 @@ from gcx._names import naming
 from gcx._options import Layers, Options
 from gcx.backends import _torch
 from gcx.backends._torch_dtensor import is_dtensor
-from gcx.backends._torch_memory import Workspace
 from gcx.plan import Plan
 from gcx.torch._plan import HINT, Decision, Overrides, decide
 from gcx.torch._step import find_owner, not_compiled, warn
@@ -83,7 +82,7 @@ def centralize_gradients(
         raise ValueError(
             "there is no gradient to centralize; call backward() first, and see gcx.torch.plan"
         )
-    centralize_(weights, grads, None, strength, Workspace())
+    centralize_(weights, grads, None, strength)
 
 
 def centralize_in_backward(

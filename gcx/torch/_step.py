@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from gcx._decisions import narrow_weight
 from gcx._options import Options
-from gcx.backends._torch_memory import Workspace
 from gcx.torch._optimizer import (
     Means,
     average_means,
@@ -107,7 +106,6 @@ class GradientHooks:
     def __init__(self, targets: Targets, options: Options) -> None:
         self._targets = targets
         self._options = options
-        self.workspace = Workspace()
         optimizer = targets.get_optimizer()
         for group, _ in targets.by_group():
             coupled_rate(optimizer, group, options.decay)  # raises here what a step would raise
@@ -151,7 +149,7 @@ class GradientHooks:
         part_gradients(chain.from_iterable(by_rate.values()), self._targets.parameters)
         found = [(with_gradient(weights), rate) for rate, weights in by_rate.items()]
         for of_rate, rate in found:
-            centralize_(*of_rate, rate, self._options.strength, self.workspace)
+            centralize_(*of_rate, rate, self._options.strength)
 
     def _by_group(self) -> list[tuple[Group, list[Weight]]]:
         """List the weights to centralize before a step; errors come before anything changes."""

@@ -18,7 +18,7 @@ from gcx._memory import find_shared, overlap, repeats_itself
 from gcx._names import naming
 from gcx._options import Options
 from gcx.backends import _torch
-from gcx.backends._torch_memory import PLAIN, FanIn, Workspace, count_bytes, find_memory
+from gcx.backends._torch_memory import PLAIN, FanIn, count_bytes, find_memory
 from gcx.plan import Plan, PlanRow
 from gcx.torch._plan import HINT, Decision, decide
 
@@ -303,11 +303,7 @@ def _are_apart(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 def centralize_(
-    weights: Sequence[Weight],
-    grads: list[Tensor],
-    rate: Rate,
-    strength: float,
-    workspace: Workspace,
+    weights: Sequence[Weight], grads: list[Tensor], rate: Rate, strength: float
 ) -> None:
     """Centralize gradients to which the optimizer adds `rate` times the weight, in one call."""
     if not grads:
@@ -315,9 +311,6 @@ def centralize_(
     fan_ins = tuple(map(_FAN_IN, weights))
     parameters = [] if rate is None else [*map(_PARAMETER, weights)]
     reproducible = weights[0].reproducible
-    are_alike = not reproducible and _torch.are_alike([*grads, *parameters])
-    if are_alike and workspace.subtract_means(grads, parameters, fan_ins, rate, strength):
-        return
     for k, grad in enumerate(grads):
         if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):
             grads[k] = weights[k].parameter.grad = grad.contiguous()

@@ -80,9 +80,9 @@ def centralize(
         if wide is None:
             return _torch_memory.subtract_average(grad, axes, strength, out)
         if grad.numel() <= SMALL:
-            x = grad.to(wide)
+            x = grad.type(wide)  # quicker than `to`
             _torch_memory.subtract_average(x, axes, strength, x)
-            return x.to(grad.dtype) if out is None else grad.copy_(x)
+            return x.type(grad.dtype) if out is None else grad.copy_(x)
     elif grad.is_cuda:
         return centralize_many([grad], [axes], strength, [out], reproducible)[0]
     return _centralize(grad, axes, strength, out, reproducible)

@@ -254,8 +254,9 @@ def test_switch_survives_checkpoints_that_know_it_and_that_do_not(
     optimizer.load_state_dict(new)
     assert not is_centralized(model[0].weight, optimizer, model)
     assert "centralize" not in old["param_groups"][0]
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict(SGD(model.parameters()).state_dict())
+    for groups in (new["param_groups"][:1], 2 * new["param_groups"]):
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            optimizer.load_state_dict({**new, "param_groups": groups})
 
 
 def test_groups_with_nothing_to_centralize_are_not_asked(where: Any, layer: nn.Linear) -> None:

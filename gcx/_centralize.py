@@ -194,7 +194,7 @@ def see_fan_in(
         axes = _check_axes(tuple(shape), axis)
     else:
         try:
-            if not isinstance(layout, Layout):
+            if not isinstance(layout, Layout):  # saves a call
                 layout = as_layout(layout)
             if layout.is_split:
                 view, axes = layout.split(shape)
@@ -231,7 +231,7 @@ def _check_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int,
 
 def check_strength(strength: float) -> float:
     """Return `strength` as a Python float; a ValueError unless it is from 0 to 1."""
-    if hasattr(strength, "shape") and not isinstance(strength, Real):
+    if not isinstance(strength, (float, Real)) and hasattr(strength, "shape"):
         kind = type(strength).__name__
         raise TypeError(
             f"strength is a Python number, not a {kind}: give float(strength), static in jax.jit"
@@ -324,9 +324,8 @@ def _run(jobs: Sequence[_Job], strength: float, reproducible: bool) -> list[Any]
         outs = [job.out if job.seen is job.grad else None for job in here]
         seen, axes = [job.seen for job in here], [job.axes for job in here]
         done = backend.centralize_many(seen, axes, strength, outs, reproducible)
-        for k, job, result in zip(mine, here, done, strict=True):
-            is_whole = job.seen is job.grad
-            results[k] = result if is_whole else _write(reshape(result, job.grad.shape), job.out)
+        for k, (_, _, grad, x, _, out), result in zip(mine, here, done, strict=True):
+            results[k] = result if x is grad else _write(reshape(result, grad.shape), out)
     return results
 
 

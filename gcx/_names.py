@@ -125,7 +125,7 @@ def leaves_like(
     return [leaf for part in leaves for leaf in part]
 
 
-class naming(AbstractContextManager[None]):  # noqa: N801  # it is called like a function
+class naming(AbstractContextManager["naming"]):  # noqa: N801  # it is called like a function
     """Put the name of a leaf in front of a TypeError or ValueError from the ``with`` block."""
 
     def __init__(self, leaf: str) -> None:

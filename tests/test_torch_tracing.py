@@ -86,6 +86,24 @@ class TestCompile:
         assert program(grad) is grad
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-15)
 
+    def test_in_place_of_a_result_of_autograd(self) -> None:
+        def program(g: Any) -> Any:
+            return gcx.centralize(product := 2 * g, out=product)
+
+        grad = weight(4, 3).requires_grad_()
+        found = torch.compile(program, fullgraph=True, backend="eager")(grad)
+        torch.testing.assert_close(found, program(grad), rtol=0, atol=1e-15)
+
+    def test_strength_that_changes(self) -> None:
+        def program(g: Any, strength: float) -> Any:
+            return gcx.centralize(g, strength=strength)
+
+        compiled = torch.compile(program, fullgraph=True, backend="eager")
+        for strength in (1.0, 0.5, 0.25):
+            torch.testing.assert_close(
+                compiled(weight(4, 3), strength), program(weight(4, 3), strength)
+            )
+
     def test_compiles_once_for_shapes_that_change(self) -> None:
         for options, sizes in (({}, (4, 4, 4)), ({"dynamic": True}, (3, 5, 8))):
             counter = CompileCounter()

@@ -104,6 +104,17 @@ def test_gradients(centralize: Any, dtype: torch.dtype, options: Any, new_model:
     assert_by_unit(model, gradients(model), options, lambda g: g - scaled_mean(g, strength), given)
 
 
+@pytest.mark.parametrize("fan_in", [8, 9])
+def test_equal_numbers_stay_equal(fan_in: int) -> None:
+    """A vector of a CPU rounds as the numbers behind it do."""
+    layer, numbers = nn.Linear(fan_in, 64), torch.randn(64, 1, generator=torch.Generator())
+    layer.weight.grad = numbers.repeat(1, fan_in)
+    alone = gcx.centralize(layer.weight.grad, strength=0.3)
+    gcx.torch.centralize_grads_(layer, strength=0.3)
+    for found in (alone, layer.weight.grad):
+        assert torch.equal(found, found[:, :1].expand_as(found))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_decay_is_added_before_the_mean(maximize: bool, options: Any, new_model: Any) -> None:

@@ -20,16 +20,18 @@ _DOUBLE = np.dtype(np.float64)
 # the subtraction, so memory is read once.
 _BLOCK = 1 << 18
 
-# Elements of NumPy's buffers. NumPy copies rows shorter than a buffer, to add many at once. If the
-# rows are long, or in the cache already, this is slower than going row by row.
-_BUFFER, _DEFAULT = 1 << 8, np.getbufsize()
-# Bytes of a long row where each has its own mean, and where all subtract the same.
+# NumPy copies rows shorter than its buffer, to add many at once. If the rows are long, or in the
+# cache already, this is slower than going row by row. At this length, it never copies.
+_USUAL_BUFFER = 1 << 13
+# Bytes of a long row: where each row has its own mean, and where all subtract the same.
 _LONG, _LONG_MEAN = 1 << 11, 1 << 12
-# For short rows, whose copies stay in the first-level cache; fewest elements worth each change.
-_COPIED, _LARGE, _HUGE = 1 << 11, 1 << 15, 1 << 19
+# Elements of a buffer, and of the smallest array worth the change: for long rows, and for short
+# ones, whose copies stay in the first-level cache.
+_BUFFER, _LARGE = 1 << 8, 1 << 15
+_SHORT_BUFFER, _HUGE = 1 << 11, 1 << 19
 
 # Longest runs that BLAS sums in the array's dtype. Longer ones are cut, and the parts are added in
-# float64. Measured error in float32, in ulp of the largest element: at most 2 for units of mean 1e4
+# float64. Measured error in float32, in ulp of the largest element: about 2 for units of mean 1e4
 # and spread 1; at most 8 for equal numbers, since all roundings go in one direction.
 _ROW_RUN = 1024
 # Shorter for products of matrix and vector: BLAS adds with fewer lanes, down a column with one.
@@ -63,7 +65,7 @@ def check_reproducible(grad: Any, _axes: Sequence[int], /) -> None:
 
 
 def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
-    if _is_narrow(x):
+    if x.itemsize < 4:
         x = x.astype(np.float32)
     if not reproducible:
         return _average(x, axes).astype(x.dtype, copy=False)
@@ -81,7 +83,7 @@ def centralize(
         out[...] = centralize(grad, axes, strength, None, reproducible)
         return out
     result = np.empty_like(grad) if out is None else out
-    if _is_narrow(grad):
+    if grad.itemsize < 4:
         wide = grad.astype(np.float32)
         result[...] = centralize(wide, axes, strength, wide, reproducible)
     elif reproducible:
@@ -119,10 +121,6 @@ def _dtype(name: str) -> Any:
         return np.dtype(getattr(ml_dtypes, name))
 
 
-def _is_narrow(array: NDArray) -> bool:
-    return array.dtype.itemsize < 4
-
-
 def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
     # float8_e8m0fnu is a scale, without sign and zero.
     is_float = dtype.name.startswith(("bfloat", "float")) and "e8m0" not in dtype.name
@@ -154,7 +152,7 @@ def _average(grad: NDArray, axes: tuple[int, ...]) -> NDArray:
 
 
 def _find_cut(grad: NDArray, axes: tuple[int, ...], out: NDArray) -> int | None:
-    """Find where to cut the axes, so that fan-ins are rows or columns for BLAS; None if nowhere."""
+    """Find where to cut the axes in two, so that BLAS can sum rows or columns; None if nowhere."""
     is_plain = type(grad) is np.ndarray and grad.dtype.char in "fd" and grad.flags.c_contiguous
     if not is_plain or not (out is grad or out.flags.c_contiguous):
         return None
@@ -164,21 +162,21 @@ def _find_cut(grad: NDArray, axes: tuple[int, ...], out: NDArray) -> int | None:
     return len(axes) if axes[-1] == len(axes) - 1 else None
 
 
-def _centralize_matrix(
-    grad: NDArray, out: NDArray, cut: int, in_rows: bool, strength: float
-) -> None:
-    if grad.ndim != 2 or cut != 1:
-        shape = prod(grad.shape[:cut]), prod(grad.shape[cut:])
-        grad, out = grad.reshape(shape), out.reshape(shape)
+def _centralize_matrix(x: NDArray, out: NDArray, cut: int, in_rows: bool, strength: float) -> None:
+    """Centralize rows or columns, with a buffer that suits the length of a row."""
+    if x.ndim != 2 or cut != 1:
+        shape = prod(x.shape[:cut]), prod(x.shape[cut:])
+        x, out = x.reshape(shape), out.reshape(shape)
     kernel, long = (_centralize_rows, _LONG) if in_rows else (_centralize_columns, _LONG_MEAN)
-    row = grad.shape[1]
-    size, fewest = (_COPIED, _HUGE) if row * grad.itemsize < long else (_BUFFER, _LARGE)
-    if row >= _DEFAULT or grad.size < fewest:
-        kernel(grad, out, strength)
+    row = x.shape[1]
+    is_short = row * x.itemsize < long
+    buffer, fewest = (_SHORT_BUFFER, _HUGE) if is_short else (_BUFFER, _LARGE)
+    if row >= _USUAL_BUFFER or x.size < fewest:
+        kernel(x, out, strength)
         return
     with np.errstate():  # restores the buffer size
-        np.setbufsize(size)
-        kernel(grad, out, strength)
+        np.setbufsize(buffer)
+        kernel(x, out, strength)
 
 
 def _centralize_rows(grad: NDArray, out: NDArray, strength: float) -> None:
@@ -223,11 +221,12 @@ def _sum_columns(matrix: NDArray) -> Any:
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
         return ones[:fan_in] @ matrix
-    if matrix.size <= _SMALL:
+    if matrix.size <= _SMALL and matrix.itemsize < 8:
         return np.dot(_ones(_DOUBLE)[:fan_in], matrix)
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
-    sums = np.dot(np.ones(len(runs)), ones[:_COLUMN_RUN] @ runs)
+    sums = ones[:_COLUMN_RUN] @ runs
+    sums = _sum_columns(sums) if sums.dtype == _DOUBLE else np.dot(np.ones(len(sums)), sums)
     if rest:
         sums += ones[:rest] @ matrix[-rest:]
     return sums

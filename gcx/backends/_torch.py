@@ -191,14 +191,14 @@ def subtract_means_(
     shapes of the gradients, and unused without a rate.
     """
     if not (reproducible or isinstance(rate, Tensor)) and _are_simple([*grads, *weights]):
-        _torch_memory.subtract_averages(grads, tuple(fan_ins), strength, weights, rate or None)
+        _torch_memory.subtract_averages(grads, tuple(fan_ins), strength, weights, rate)
         return
     left: Iterable[int] = range(len(grads))
     # The kernel needs a number, and reading it from a tensor would wait for the device.
     if not isinstance(rate, Tensor) and any(map(is_for_kernels, grads)):
         from gcx.backends import _torch_cuda
 
-        decay = (weights, rate) if rate else None
+        decay = None if rate is None else (weights, rate)
         done = _torch_cuda.launch(
             grads, fan_ins, strength, grads, reproducible=reproducible, decay=decay
         )
@@ -230,7 +230,7 @@ def _are_simple(tensors: Sequence[Tensor]) -> bool:
         and {*map(type, tensors)}.issubset(PLAIN)
         and all(map(_IS_CPU, tensors))
         and is_simple(tensors[0])
-        and not is_for_kernels(tensors[0])
+        and not is_for_kernels(tensors[0])  # tests hand them tensors on a CPU
         and all(map(Tensor.is_contiguous, tensors))
     )
 

@@ -5,11 +5,10 @@ Large narrow tensors are cut into blocks, small ones go together in batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +26,9 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 
-_find_base: Callable[[Tensor], Tensor | None] = attrgetter("_base")  # of a view
-
 # Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
 _BLOCK, SMALL = 1 << 17, 1 << 18
-
-_BATCH = 1 << 19  # bytes
+_BATCH = 1 << 19  # bytes, at which a batch is full
 
 # Fewest neighbours in memory that are worth summing first.
 _VECTORS = 1 << 5
@@ -40,11 +36,11 @@ _VECTORS = 1 << 5
 
 def is_writable(out: Tensor, grad: Tensor, /) -> bool:
     if (out.requires_grad or grad.requires_grad) and torch.is_grad_enabled():
-        viewed = _find_base(out)
+        viewed = getattr(out, "_base", None)
         base = out if viewed is None else viewed
         if out is not grad or (base.is_leaf and base.requires_grad):
             return False
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_compiling():
         if out.is_inference() and not torch.is_inference_mode_enabled():
             return False
         if out is not grad and (
@@ -95,8 +91,7 @@ def is_simple(x: Tensor) -> bool:
 def average(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Average a simple tensor over `axes`, which stay with size 1."""
     total, count = _add_up(x, axes)
-    # Division by a tensor takes half as long as by a number, which `Tensor.mean` does.
-    return total.div_(_make_tensor(count, x.dtype))
+    return total.div_(_make_divisor(count, x.dtype))
 
 
 def subtract_average(
@@ -104,23 +99,22 @@ def subtract_average(
 ) -> Tensor:
     """Centralize a simple tensor in few calls; `out` is the tensor itself, or None."""
     total, count = _add_up(x, axes)
-    if inverse := _invert(count):
-        step = strength * inverse
-        return torch.sub(x, total, alpha=step) if out is None else x.sub_(total, alpha=step)
-    mean = total.div_(_make_tensor(count, x.dtype))
     if strength != 1.0:
-        mean *= strength
+        total *= strength
+    if inverse := _invert(count):
+        return torch.sub(x, total, alpha=inverse) if out is None else x.sub_(total, alpha=inverse)
+    mean = total.div_(_make_divisor(count, x.dtype))
     return x - mean if out is None else x.sub_(mean)
 
 
-class Batch(NamedTuple):
-    """Gradients that stay in the cache together."""
+class _Batch(NamedTuple):
+    """Neighbours in a list of gradients that fit into the cache, and how to average them."""
 
-    part: slice  # of the list of gradients
+    part: slice  # of the list
     shapes: Sequence[tuple[int, ...]]
-    axes: Sequence[Any]  # a number or a list for one sum; a tuple if they are no neighbours
-    counts: list[Tensor]  # of the numbers in each sum; empty if `step` divides
-    step: float
+    axes: Sequence[Any]  # a number or a list for `torch.sum`; a tuple for `sum_over`
+    divisors: list[Tensor]  # none if the fan-ins are all of one size, a power of two
+    inverse: float  # of that power of two; otherwise 1
 
 
 def subtract_averages(
@@ -135,12 +129,14 @@ def subtract_averages(
         seen, totals = _sum_each(tensors, batch)
         if rate is not None:
             torch._foreach_add_(totals, _sum_each(weights, batch)[1], alpha=rate)
-        if batch.counts:
-            torch._foreach_div_(totals, batch.counts)
-        torch._foreach_sub_(seen, totals, alpha=strength * batch.step)
+        if strength != 1.0:
+            torch._foreach_mul_(totals, strength)
+        if batch.divisors:
+            torch._foreach_div_(totals, batch.divisors)
+        torch._foreach_sub_(seen, totals, alpha=batch.inverse)
 
 
-def _sum_each(tensors: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+def _sum_each(tensors: Sequence[Tensor], batch: _Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of a batch in the shapes of their fan-ins, and their sums."""
     pairs = zip(tensors[batch.part], batch.shapes, strict=True)
     seen = [x if x.ndim == len(shape) else x.view(shape) for x, shape in pairs]
@@ -151,21 +147,28 @@ def _sum_each(tensors: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], li
 
 
 @lru_cache(maxsize=1 << 6)
-def _cut_batches(fan_ins: tuple[FanIn, ...], dtype: torch.dtype) -> list[Batch]:
+def _cut_batches(fan_ins: tuple[FanIn, ...], dtype: torch.dtype) -> list[_Batch]:
     batches = []
     start = size = 0
     for end, (shape, _) in enumerate(fan_ins, 1):
         size += prod(shape) * dtype.itemsize
         if size < _BATCH and end < len(fan_ins):
             continue
-        shapes, all_axes = zip(*fan_ins[start:end], strict=True)
-        counts = [prod([shape[a] for a in axes]) for shape, axes in fan_ins[start:end]]
-        step = _invert(counts[0]) if len({*counts}) == 1 else 0.0
-        of_sums = [([*a] if a[1:] else a[0]) if a[-1] - a[0] < len(a) else a for a in all_axes]
-        tensors = [] if step else [_make_tensor(count, dtype) for count in counts]
-        batches.append(Batch(slice(start, end), shapes, of_sums, tensors, step or 1.0))
+        part = fan_ins[start:end]
+        counts = [prod([shape[a] for a in axes]) for shape, axes in part]
+        inverse = _invert(counts[0]) if len({*counts}) == 1 else 0.0
+        divisors = [] if inverse else [_make_divisor(count, dtype) for count in counts]
+        shapes, axes = [shape for shape, _ in part], [_join(axes) for _, axes in part]
+        batches.append(_Batch(slice(start, end), shapes, axes, divisors, inverse or 1.0))
         start, size = end, 0
     return batches
+
+
+def _join(axes: tuple[int, ...]) -> Any:
+    """Return neighbours as a list, or one axis as a number, for one call of `torch.sum`."""
+    if axes[-1] - axes[0] >= len(axes):
+        return axes
+    return [*axes] if axes[1:] else axes[0]  # a number is quicker
 
 
 def _invert(count: int) -> float:
@@ -211,7 +214,8 @@ def find_runs(x: Tensor, axes: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _make_tensor(count: int, dtype: torch.dtype) -> Tensor:
+def _make_divisor(count: int, dtype: torch.dtype) -> Tensor:
+    # Division by a tensor takes half as long as by a number.
     with _real_tensors():
         return torch.tensor(count, dtype=dtype)
 

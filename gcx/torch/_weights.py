@@ -311,7 +311,7 @@ def centralize_(
     fan_ins = tuple(map(_FAN_IN, weights))
     parameters = [] if rate is None else [*map(_PARAMETER, weights)]
     reproducible = weights[0].reproducible
-    for k, grad in enumerate(grads):
+    for k, grad in enumerate(grads):  # an expanded gradient cannot be written to
         if not grad.is_contiguous() and repeats_itself(grad.shape, grad.stride()):
             grads[k] = weights[k].parameter.grad = grad.contiguous()
     _torch.subtract_means_(

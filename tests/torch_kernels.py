@@ -114,6 +114,7 @@ def make_device(name: str, patch: pytest.MonkeyPatch) -> Device:
     """Make a device on which lists and hooks find kernels."""
     if name == EMULATED:
         patch.setattr(Tensor, "is_cuda", True)
+        patch.setattr(Tensor, "is_cpu", False)
     return Device(name, patch)
 
 

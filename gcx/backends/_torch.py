@@ -230,7 +230,6 @@ def _are_simple(tensors: Sequence[Tensor]) -> bool:
         and {*map(type, tensors)}.issubset(PLAIN)
         and all(map(_IS_CPU, tensors))
         and is_simple(tensors[0])
-        and not is_for_kernels(tensors[0])  # tests hand them tensors on a CPU
         and all(map(Tensor.is_contiguous, tensors))
     )
 

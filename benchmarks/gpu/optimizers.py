@@ -34,6 +34,7 @@ class _Pair(NamedTuple):
 
 
 _ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's defaults
 _SGD: dict[str, Any] = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 
 _OPTIMIZERS = {
@@ -92,13 +93,12 @@ def against_peers(gpu: Gpu) -> Iterator[Measured]:
 
 def _join(
     load: Callable[[Sequence[Any]], Callable[[list[Any]], object]],
-    fused: bool | None,
     module: nn.Module,
     model: Model,
 ) -> Call:
-    """Join GC and AdamW to one step, compiled unless `fused`, and take it once."""
+    """Join GC and torch's fused AdamW to one step, and take it once."""
     centralize = load([weight.axes for weight in model.weights])
-    optimizer = torch.optim.AdamW(module.parameters(), fused=fused, **_ADAMW)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True, **_ADAMW)
     parameters = [*module.parameters()][: len(model.weights)]
 
     def step() -> None:
@@ -106,17 +106,42 @@ def _join(
             centralize([parameter.grad for parameter in parameters])
         optimizer.step()
 
-    call: Call = step if fused else torch.compile(step)
+    step()
+    return step
+
+
+def _compile(module: nn.Module, model: Model) -> Call:
+    """Compile GC and AdamW to one program, which `Optimizer.step` cannot be, and take a step."""
+    axes = [weight.axes for weight in model.weights]
+    grads: list[Any] = [parameter.grad for parameter in module.parameters()]
+    parameters = [parameter.detach() for parameter in module.parameters()]
+    firsts, seconds = ([*map(torch.zeros_like, parameters)] for _ in range(2))
+    count = torch.zeros((), device=parameters[0].device)
+    (beta, other_beta), eps = _BETAS, _EPS
+
+    def step() -> None:
+        expression(grads[: len(axes)], axes)
+        count.add_(1)
+        torch._foreach_mul_(parameters, 1 - _ADAMW["lr"] * _ADAMW["weight_decay"])
+        torch._foreach_lerp_(firsts, grads, 1 - beta)
+        torch._foreach_mul_(seconds, other_beta)
+        torch._foreach_addcmul_(seconds, grads, grads, 1 - other_beta)
+        roots = [second.sqrt() for second in seconds]
+        torch._foreach_div_(roots, (1 - other_beta**count).sqrt())
+        torch._foreach_add_(roots, eps)
+        updates = [first / root for first, root in zip(firsts, roots, strict=True)]
+        torch._foreach_mul_(updates, _ADAMW["lr"] / (1 - beta**count))
+        torch._foreach_sub_(parameters, updates)
+
+    call: Call = torch.compile(step, fullgraph=True)
     call()
     return call
 
 
-_PEERS = {
-    "GC and AdamW in torch.compile": partial(
-        _join, lambda axes: partial(expression, axes=axes), None
-    ),
-    "the loop, then torch": partial(_join, lambda axes: partial(expression, axes=axes), True),
-    "pytorch_optimizer, then torch": partial(_join, lambda _: load_centralize_gradient(), True),
+_PEERS: dict[str, Callable[[nn.Module, Model], Call]] = {
+    "GC and AdamW in torch.compile": _compile,
+    "the loop, then torch": partial(_join, lambda axes: partial(expression, axes=axes)),
+    "pytorch_optimizer, then torch": partial(_join, lambda _: load_centralize_gradient()),
 }
 
 

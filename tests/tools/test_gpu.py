@@ -574,7 +574,7 @@ class TestOptimizers:
 
     def test_peers(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         compiled: list[Any] = []
-        monkeypatch.setattr(torch, "compile", lambda step: compiled.append(step) or step)
+        monkeypatch.setattr(torch, "compile", lambda step, **_: compiled.append(step) or step)
         monkeypatch.setattr(gpu, "_clock", lambda step, _: 1.0 if is_of_gcx(step) else 2.0)
         monkeypatch.setitem(sys.modules, PEER, None)
         part = Part("fused step", "optimizers", "against_peers")
@@ -589,7 +589,7 @@ class TestOptimizers:
     ) -> None:
         if name.startswith("pytorch_optimizer"):
             pytest.importorskip("pytorch_optimizer")
-        monkeypatch.setattr(torch, "compile", lambda step: step)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         mine, module = (optimizers.module_of(SMALL, "float32", "cpu") for _ in range(2))
         gcx.torch.AdamW(mine, **optimizers._ADAMW).step()
         optimizers._PEERS[name](module, SMALL)

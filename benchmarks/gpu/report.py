@@ -86,6 +86,7 @@ def render(report: GpuReport) -> str:
             *setting_lines(report.setting),
             ", ".join(f"{name}: {value}" for name, value in report.gpu.items()),
             f"A copy: {report.copy_gigabytes_per_second:.0f} GB/s, read and written.",
+            "Ratios are times of gcx over times of another; below 1 gcx is faster.",
             "",
             *aligned([header, *map(_cells, report.rows)], to_the_right=(2, 3)),
             "",

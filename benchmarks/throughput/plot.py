@@ -1,4 +1,4 @@
-"""The rows of a report as a bar chart: speed, and how much longer the others take."""
+"""The rows of a report as a bar chart: speed, and time over that of the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def drawn(rows: Sequence[Row]) -> Figure:
         _draw(ratio, models, _ratios(chosen), start=1)
         ratio.axhline(1, color="black", linewidth=1)
         speed.set(title=f"{kind}, {dtype}: speed of gcx", ylabel="GB/s, read and written")
-        ratio.set(title=f"{kind}, {dtype}: time of others", ylabel="times as long as gcx")
+        ratio.set(title=f"{kind}, {dtype}: time over others", ylabel="below 1 gcx is faster")
         for panel in (speed, ratio):
             panel.set_xlabel("model, all weight gradients")
             panel.grid(axis="y", alpha=0.3)
@@ -74,7 +74,7 @@ def _speeds(rows: Sequence[Row]) -> list[_Series]:
 def _ratios(rows: Sequence[Row]) -> list[_Series]:
     series = []
     for (library, device), own in _by_place(rows).items():
-        names = dict.fromkeys(name for row in own for name in row.times_as_long)
+        names = dict.fromkeys(name for row in own for name in row.ratios)
         for name, hatch in zip(names, _HATCHES, strict=False):
             label = f"{name}, {library}, {device}"
             series.append(_Series(label, _COLORS[library], hatch, _ratio_to(name), own))
@@ -82,7 +82,7 @@ def _ratios(rows: Sequence[Row]) -> list[_Series]:
 
 
 def _ratio_to(name: str) -> Callable[[Row], float | None]:
-    return lambda row: row.times_as_long.get(name)
+    return lambda row: row.ratios.get(name)
 
 
 def _by_place(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

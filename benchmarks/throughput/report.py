@@ -27,7 +27,7 @@ class Row:
     gigabytes_per_second: float  # of `bytes`
     copy_gigabytes_per_second: float  # of a copy by the same library, which took turns with gcx
     share_of_copy: float
-    times_as_long: dict[str, float]  # the time of the expression and of peers, over that of gcx
+    ratios: dict[str, float]  # the time of gcx over that of the expression and of peers
     host_microseconds: float | None  # until the call is back; None where that is when all is done
     launches: int | None  # of kernels; None where nobody counts
 
@@ -69,8 +69,8 @@ def render(report: BenchReport) -> str:
         "gcx: time to centralize all weight gradients of the model, by one call.",
         "GB/s: each gradient read once and written once. Of a copy: share of the speed of a copy.",
         "Expression, peer: g -= g.mean(fan_in) in a loop, and other packages, for each gradient;",
-        "  how many times as long they take as gcx. Only peers that are installed, and know the",
-        "  axes: those of GPT-2's weights (in, out) are known to none.",
+        "  the time of gcx over theirs, below 1 gcx is faster. Only peers that are installed, and",
+        "  know the axes: those of GPT-2's weights (in, out) are known to none.",
         "Host: until the call is back, where a GPU works on. Launches: of GPU kernels, in a call.",
         "",
         *left_out_lines(report.left_out),
@@ -89,15 +89,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         _time(row.microseconds),
         f"{row.gigabytes_per_second:.1f}",
         f"{row.share_of_copy:.0%}",
-        f"{row.times_as_long[EXPRESSION]:.2f}x",
-        ", ".join(_peers(row.times_as_long)) or "-",
+        f"{row.ratios[EXPRESSION]:.2f}",
+        ", ".join(_peers(row.ratios)) or "-",
         "-" if row.host_microseconds is None else _time(row.host_microseconds),
         "-" if row.launches is None else str(row.launches),
     )
 
 
-def _peers(times_as_long: Mapping[str, float]) -> list[str]:
-    return [f"{ratio:.2f}x {name}" for name, ratio in times_as_long.items() if name != EXPRESSION]
+def _peers(ratios: Mapping[str, float]) -> list[str]:
+    return [f"{ratio:.2f} {name}" for name, ratio in ratios.items() if name != EXPRESSION]
 
 
 def _time(microseconds: float) -> str:

@@ -161,7 +161,7 @@ def _measured(subject: _Subject, workload: Workload) -> Row:
         gigabytes_per_second=1e-9 * moved / mine,
         copy_gigabytes_per_second=1e-9 * copy,
         share_of_copy=moved / mine / copy,
-        times_as_long={name: seconds / mine for name, seconds in times.items()},
+        ratios={name: mine / seconds for name, seconds in times.items()},
         host_microseconds=None if of_host is None else 1e6 * of_host(call, _HOST_SAMPLES),
         launches=None if launches is None else launches(call),
     )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import gcx
+from benchmarks.gpu.bits import bits_of
+from gcx.backends.cuda.tables import find_walk, make_launches
 
 from canonical_order import DTYPES
 from emulated_libraries import CupyOnCpu, make
@@ -162,3 +164,20 @@ def test_captures(library: CupyOnCpu, reproducible: bool) -> None:
         library.capture(on=True)
         run(5)
     assert len(library.driver.launches) == 6 * each
+
+
+def test_what_the_check_on_a_gpu_asks(library: CupyOnCpu) -> None:
+    device = {"torch": "cpu", "cupy": "cuda:0"}[library.name]
+    rows = [*bits_of(library.name, device, (9, 144), dtypes=("float32",))]
+    assert len(rows) == 6
+    assert all(row.ok for row in rows), rows
+    assert library.driver.launches
+
+
+def test_more_tiles_than_the_kernels_count_are_left_out() -> None:
+    units = {0: 1 << 20, 1: (1 << 29) - 1}
+    walks = {k: find_walk((4, n), (n, 1), (0,), any_order=False) for k, n in units.items()}
+    given = {k: walk for k, walk in walks.items() if walk is not None}
+    assert given.keys() == walks.keys()
+    launches = make_launches(0, "Store", "float32", given, large=False)
+    assert [launch.places for launch in launches] == [[0]]

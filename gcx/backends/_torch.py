@@ -303,16 +303,17 @@ def _centralize_narrow(
         wide.sub_(with_decay(fan_in_mean, wide, weight))
         return wide.to(grad.dtype) if out is None else out.copy_(wide)
     cut, size = _torch_memory.find_block(grad)
-    blocks = partial(_torch_memory.widen, size=size, cut=cut, dtype=dtype)
+    split = partial(torch.split, split_size_or_sections=size, dim=cut)
+    widen = partial(_torch_memory.widen, dtype=dtype)
     mean = None
     if cut in axes:  # each block has a part of every fan-in
         add, zero = partial(sum_over, axes=axes), torch.zeros((), device="cpu")
         count = prod([grad.shape[axis] for axis in axes])
-        mean = with_decay(lambda x, _: sum(map(add, blocks(x)), zero) / count, grad, weight)
-    result = torch.empty_like(grad) if out is None else out
-    weight = grad if weight is None else weight
-    parts = torch.split(weight, size, cut), torch.split(result, size, cut)
-    for wide, decaying, target in zip(blocks(grad), *parts, strict=True):
+        mean = with_decay(lambda x, _: sum(map(add, widen(split(x))), zero) / count, grad, weight)
+    result, parts = torch.empty_like(grad) if out is None else out, split(grad)
+    targets = parts if result is grad else split(result)
+    weights = parts if weight is None or weight is grad else split(weight)
+    for wide, decaying, target in zip(widen(parts), weights, targets, strict=True):
         if rate is None and mean is None:
             target.copy_(_torch_memory.subtract_average(wide, axes, strength, wide))
         else:

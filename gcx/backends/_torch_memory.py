@@ -73,10 +73,10 @@ def find_block(x: Tensor) -> tuple[int, int]:
     return cut, max(1, _BLOCK * shape[cut] // x.numel())
 
 
-def widen(x: Tensor, size: int, cut: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def widen(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield a copy of each block, all in one memory: it is in the cache, and new memory is not."""
-    wide = x.new_empty(0)
-    for part in torch.split(x, size, cut):
+    wide = parts[0].new_empty(0)
+    for part in parts:
         wide = wide.copy_(part) if wide.shape == part.shape else part.to(dtype, copy=True)
         yield wide
 

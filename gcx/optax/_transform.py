@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -45,9 +44,8 @@ class _Planner:
         leaves, structure = jax.tree.flatten((grads, params))
         kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
         form = structure, *kinds
-        with suppress(TypeError):  # a static part of a module is not hashable
-            if form in self._known:
-                return self._known[form]
+        if form in self._known:
+            return self._known[form]
         ranks = self._ranks if params is None else _ranks(params)
         for name, rank in _ranks(grads).items():
             if rank > ranks.get(name, rank):
@@ -56,9 +54,7 @@ class _Planner:
                     "If these are gradients of single examples, put gcx.optax.centralize after "
                     "their average (optax.contrib.differentially_private_aggregate), or jax.vmap it"
                 )
-        planned = self._plan(grads)
-        with suppress(TypeError):
-            self._known[form] = planned
+        planned = self._known[form] = self._plan(grads)
         return planned
 
     def _plan(self, tree: Any) -> _Planned:

@@ -194,9 +194,7 @@ def see_fan_in(
         axes = _check_axes(tuple(shape), axis)
     else:
         try:
-            if not isinstance(layout, Layout):  # saves a call
-                layout = as_layout(layout)
-            if layout.is_split:
+            if (layout := as_layout(layout)).is_split:
                 view, axes = layout.split(shape)
             else:  # the usual case, and quick
                 axes = layout.fan_in_axes(len(shape))

@@ -226,6 +226,7 @@ def _sum_columns(matrix: NDArray) -> Any:
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
     sums = ones[:_COLUMN_RUN] @ runs
+    # Nothing is wider than float64, so its sums are added in runs again.
     sums = _sum_columns(sums) if sums.dtype == _DOUBLE else np.dot(np.ones(len(sums)), sums)
     if rest:
         sums += ones[:rest] @ matrix[-rest:]

@@ -165,7 +165,7 @@ def _cut_batches(fan_ins: tuple[FanIn, ...], dtype: torch.dtype) -> list[_Batch]
 
 
 def _join(axes: tuple[int, ...]) -> Any:
-    """Return neighbours as a list, or one axis as a number, for one call of `torch.sum`."""
+    """Return neighbours as a list, or one axis as a number, for `torch.sum`; others as they are."""
     if axes[-1] - axes[0] >= len(axes):
         return axes
     return [*axes] if axes[1:] else axes[0]  # a number is quicker
@@ -173,7 +173,7 @@ def _join(axes: tuple[int, ...]) -> Any:
 
 def _invert(count: int) -> float:
     """Return the inverse of a power of two, which is exact; 0 for other numbers."""
-    return 1 / count if 0 < count == count & -count else 0.0
+    return 1 / count if count.bit_count() == 1 else 0.0
 
 
 def _add_up(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, int]:

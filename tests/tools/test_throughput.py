@@ -161,9 +161,9 @@ class TestRun:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made = workload.Workload(
-            {COPY: int, GCX: int, EXPRESSION: int},
+            {COPY: int, GCX: int, EXPRESSION: float},
             copied=100,
-            clock=lambda call, _: 1.0,
+            clock=lambda call, _: 2.0 if call is float else 1.0,
             host_clock=lambda call, _: 3e-6,
             launches=lambda call: 4,
         )
@@ -173,7 +173,7 @@ class TestRun:
         ).rows
         assert (row.host_microseconds, row.launches) == (3.0, 4)
         assert row.copy_gigabytes_per_second == pytest.approx(1e-7)
-        assert row.ratios == {EXPRESSION: 1.0}
+        assert row.ratios == {EXPRESSION: 0.5}
 
     def test_large_models_wait_for_a_gpu(self) -> None:
         report = run.run(command="", dtypes=["float32"], libraries=LIBRARIES[:1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
@@ -190,7 +190,10 @@ def _centralize_rows(grad: NDArray, out: NDArray, strength: float) -> None:
 
 def _centralize_columns(grad: NDArray, out: NDArray, strength: float) -> None:
     if grad.size:
-        np.subtract(grad, _scale(_sum_columns(grad) / len(grad), strength, grad.dtype), out=out)
+        fan_in = len(grad)
+        is_small = grad.size <= _SMALL and grad.itemsize < 8 and fan_in > _COLUMN_RUN
+        mean = np.dot(_shares(fan_in), grad) if is_small else _sum_columns(grad) / fan_in
+        np.subtract(grad, _scale(mean, strength, grad.dtype), out=out)
 
 
 def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
@@ -221,8 +224,6 @@ def _sum_columns(matrix: NDArray) -> Any:
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
         return ones[:fan_in] @ matrix
-    if matrix.size <= _SMALL and matrix.itemsize < 8:
-        return np.dot(_ones(_DOUBLE)[:fan_in], matrix)
     rest = fan_in % _COLUMN_RUN
     runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
     sums = ones[:_COLUMN_RUN] @ runs
@@ -238,6 +239,11 @@ def _find_run(fan_in: int) -> int:
     """Find a length of runs that leaves no rest, if there is one near the longest."""
     fewest = -(-fan_in // _ROW_RUN)
     return next((fan_in // n for n in range(fewest, fewest + 8) if fan_in % n == 0), _ROW_RUN)
+
+
+@lru_cache
+def _shares(fan_in: int) -> NDArray:
+    return np.full(fan_in, 1 / fan_in)
 
 
 @cache

@@ -26,8 +26,8 @@ FanIn = tuple[tuple[int, ...], tuple[int, ...]]
 
 PLAIN = (Tensor, Parameter)  # types whose tensors are always on one process
 
-# Elements of a block, half a MiB of float32, and most elements that are not worth cutting.
-_BLOCK, SMALL = 1 << 17, 1 << 18
+# Elements of a block, 3/4 MiB of float32, and most elements that are not worth cutting.
+_BLOCK, SMALL = 3 << 16, 1 << 18
 _BATCH = 1 << 19  # bytes, at which a batch is full
 
 # Fewest neighbours in memory that are worth summing first.

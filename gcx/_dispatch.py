@@ -37,13 +37,12 @@ def reshape(array: ArrayT, shape: tuple[int, ...]) -> ArrayT:
 
 def find_call(grads: Any, layouts: object, out: Any, reproducible: bool) -> Any:
     """Find the object that repeats a call with a list; None if this can be no repeat."""
-    if type(grads) is not list or not grads or not (out is None or out is grads):
+    is_plain = (out is None or out is grads) and isinstance(layouts, (str, Layout, Plan))
+    if type(grads) is not list or not grads or not is_plain:
         return None
     backend: Any = by_type.get(type(grads[0]))
     is_repeatable = getattr(backend, "is_repeatable", None)
     if is_repeatable is None or not is_repeatable(grads[0]):
-        return None
-    if not isinstance(layouts, (str, Layout, Plan)):
         return None
     from gcx.backends import _torch_cuda
 

@@ -190,9 +190,8 @@ def _centralize_rows(grad: NDArray, out: NDArray, strength: float) -> None:
 
 def _centralize_columns(grad: NDArray, out: NDArray, strength: float) -> None:
     if grad.size:
-        fan_in = len(grad)
-        is_small = grad.size <= _SMALL and grad.itemsize < 8 and fan_in > _COLUMN_RUN
-        mean = np.dot(_shares(fan_in), grad) if is_small else _sum_columns(grad) / fan_in
+        is_small = grad.size <= _SMALL and grad.itemsize < 8 and len(grad) > _COLUMN_RUN
+        mean = np.dot(_shares(len(grad)), grad) if is_small else _sum_columns(grad) / len(grad)
         np.subtract(grad, _scale(mean, strength, grad.dtype), out=out)
 
 
@@ -249,6 +248,4 @@ def _shares(fan_in: int) -> NDArray:
 @cache
 def _ones(dtype: np.dtype[Any]) -> NDArray:
     """Make as many ones as the longest sum has, once for a dtype."""
-    ones = np.ones(_SMALL, dtype)
-    ones.flags.writeable = False
-    return ones
+    return np.ones(_ROW_RUN, dtype)

@@ -169,9 +169,10 @@ class Launches:
         None stands for a tensor that is left to PyTorch: all of them are if two share memory.
         """
         results: list[Tensor | None] = [None] * len(roles[0])
-        if not self._places:
+        places = self._places
+        if not places:
             return results
-        chosen: list[Any] = [pick(self._places, role) for role in roles]
+        chosen: list[Any] = [*roles] if self.is_whole else [pick(places, role) for role in roles]
         if self._is_new:
             chosen[1] = [*map(torch.empty_like, chosen[0])]
         if in_place := roles[1] is roles[0]:
@@ -182,11 +183,11 @@ class Launches:
         if 0 in every or not (self._is_new or self._are_apart(every)):
             return results
         left = self._schedule.run(addresses[:in_place] + addresses, numbers)
-        done = [n for n in range(len(self._places)) if n not in left]
+        done = [n for n in range(len(places)) if n not in left]
         written = pick(done, chosen[not in_place])
         increment_version(written)
         for n, result in zip(done, written, strict=True):
-            results[self._places[n]] = result
+            results[places[n]] = result
         return results
 
     def _are_apart(self, starts: list[int]) -> bool:

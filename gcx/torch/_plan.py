@@ -153,8 +153,7 @@ def _row(owned: Owned, found: Layout | LeaveAlone | None, rule: str) -> PlanRow:
 
 def _is_trainable(weight: Tensor) -> bool:
     """Return False for integers and floats of 8 bits."""
-    is_number = weight.is_floating_point() or weight.is_complex()
-    return is_number and weight.dtype.itemsize > 1
+    return (weight.is_floating_point() or weight.is_complex()) and weight.dtype.itemsize > 1
 
 
 def _fit(found: Answer, weight: Tensor) -> Layout | LeaveAlone | None:

@@ -156,8 +156,8 @@ def needed_kernels() -> Iterator[Kernel]:
     for rule, kernels in RULES.items():
         for dtype in DTYPES:
             for name in kernels:
-                yield Kernel(name, rule, dtype, count_matrices(rule, SMALL))
-        yield Kernel("rows", rule, "float32", count_matrices(rule, LARGE))
+                yield Kernel(name, rule, dtype, count_matrices(rule, dtype, SMALL))
+        yield Kernel("rows", rule, "float32", count_matrices(rule, "float32", LARGE))
 
 
 def bytes_of(work: Any) -> bytes:
@@ -192,7 +192,7 @@ def expected(
     """Write down the launches of arrays that fit in one, by another description of Work."""
     device, dtype, _ = arrays[0]
     variant = Variant("split columns" if len(names) > 1 else names[0], rule, dtype)
-    most = count_matrices(rule, size)
+    most = count_matrices(rule, dtype, size)
     shapes = [walk.matrices[0][1:] for *_, walk in arrays]
     work, blocks = make_work(variant, most, shapes, addresses, NUMBERS[rule])
     work.partials = partials
@@ -234,8 +234,10 @@ def split_columns(recorded: Any) -> None:
 
 def sizes(recorded: Any) -> None:
     """32 KB of parameters in one launch, or 4 KB in each of several on older drivers."""
+    counts = {count_matrices(rule, dtype, SMALL) for rule in RULES for dtype in DTYPES}
+    assert (min(counts), max(counts)) == (77, 112)
     for rule in RULES:
-        small, large = (count_matrices(rule, size) for size in (SMALL, LARGE))
+        small, large = (count_matrices(rule, "float32", size) for size in (SMALL, LARGE))
         arrays, addresses = traits("rows", [(5, 12)] * large, "float32"), addresses_of(rule, large)
         assert Schedule(Launcher(recorded), rule, arrays).run(addresses, NUMBERS[rule]) == []
         (found,) = recorded.take()

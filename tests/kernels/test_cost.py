@@ -25,7 +25,10 @@ HOUSE = str(Path(gcx.__file__).parent)
 
 
 def count_frames(device: Device, call: Callable[[], object]) -> tuple[int, int]:
-    """Count the frames of gcx that a call starts before its launch, and those around it."""
+    """Count the frames of gcx that a call starts before its launch, and those around it.
+
+    From Python 3.12 on, a comprehension has no frame of its own, so none counts.
+    """
     call()
     call()
     started = around = 0
@@ -35,8 +38,9 @@ def count_frames(device: Device, call: Callable[[], object]) -> tuple[int, int]:
         nonlocal started, around
         if event != "call" or around:
             return
-        started += frame.f_code.co_filename.startswith(HOUSE)
-        if frame.f_code is launch:
+        code = frame.f_code
+        started += code.co_filename.startswith(HOUSE) and code.co_name != "<listcomp>"
+        if code is launch:
             while frame := frame.f_back:  # type: ignore[assignment]
                 around += frame.f_code.co_filename.startswith(HOUSE)
 
@@ -53,8 +57,8 @@ def call_backend(grads: list[Tensor], out: Any) -> None:
     _torch.centralize_many(grads, [(1,)] * len(grads), 1.0, out or [None] * len(grads), False)
 
 
-# The public function does not check a list in the form of the last one again.
-@pytest.mark.parametrize(("call", "most"), [(call_backend, 24), (gcx.centralize_many, 20)])
+# The public function checks strength and finds the form of the list before it calls the backend.
+@pytest.mark.parametrize(("call", "most"), [(call_backend, 12), (gcx.centralize_many, 16)])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_frames(call: Callable[..., None], most: int, in_place: bool, device: Device) -> None:
     found = set()

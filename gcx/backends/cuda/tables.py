@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from ctypes import Structure, c_double, c_float, c_int, c_uint64
+from ctypes import Structure, c_double, c_float, c_int, c_uint64, sizeof
 from functools import cache, lru_cache
 from itertools import chain
 from math import prod
@@ -158,15 +158,13 @@ class Launch:
         self.dtype: str = dtype
         self.kernels: tuple[str, ...] = tiles.kernels
         self.threads: int = tiles.threads
-        small = count_matrices(rule, SMALL)
-        self.matrices: int = small if len(jobs) <= small else count_matrices(rule, LARGE)
+        size = SMALL if len(jobs) <= count_matrices(rule, dtype, SMALL) else LARGE
+        self.matrices: int = count_matrices(rule, dtype, size)
         self.loaded: Sequence[Any] = ()  # the kernels on the device
         self.places: list[int] = list(dict.fromkeys(place for place, _, _ in jobs))
         self._jobs = [(place, matrix.offset * itemsize) for place, matrix, _ in jobs]
         self._is_simple = self._jobs == [(place, 0) for place in self.places]
-        # float64 for SGD as well: so torch computes there.
-        number = c_double if itemsize == 8 or rule.startswith("Sgd") else c_float
-        self._structure = _make_structure(self.matrices, ROLES[rule], number)
+        self._structure = _make_structure(self.matrices, ROLES[rule], _find_numbers(rule, dtype))
         self._template = self._structure(matrices=len(jobs))
         self.blocks: int = 0
         for k, (_, matrix, tiles) in enumerate(jobs):
@@ -189,14 +187,19 @@ class Launch:
         return work
 
 
+def _find_numbers(rule: str, dtype: str) -> Any:
+    # float64 for SGD as well: so torch computes there.
+    return (c_double if dtype == "float64" or rule.startswith("Sgd") else c_float) * 9
+
+
 @cache
-def _make_structure(matrices: int, roles: int, number: Any) -> Any:
+def _make_structure(matrices: int, roles: int, numbers: Any) -> Any:
     """Make the structure Work of kernels.cu."""
     fields = [
         ("matrix", c_int * 4 * matrices),
         ("arrays", c_uint64 * matrices * roles),
         ("first_tile", c_int * matrices),
-        ("numbers", number * 9),
+        ("numbers", numbers),
         ("partials", c_uint64),
         ("matrices", c_int),
         ("padding", c_int * 3),  # in kernels.cu, the size is a multiple of 16
@@ -212,7 +215,7 @@ def make_launches(
     All matrices of an array are in one launch; an array is left out if they do not fit, or have
     more tiles than the kernels can count. `large` allows parameters of 32 KB.
     """
-    most = count_matrices(rule, LARGE if large else SMALL)
+    most = count_matrices(rule, dtype, LARGE if large else SMALL)
     by_kernel: dict[object, list[list[Job]]] = {}
     for place, walk in walks.items():
         tiles = cut(walk.kind, walk.matrices[0], ITEMSIZES[dtype])
@@ -225,9 +228,10 @@ def make_launches(
     return [Launch(device, rule, dtype, jobs) for jobs in chain.from_iterable(by_kernel.values())]
 
 
-def count_matrices(rule: str, size: int) -> int:
-    """Count the matrices for which parameters of this size have space: a multiple of four."""
-    return (size - 96) // (8 * ROLES[rule] + 20) // 4 * 4
+def count_matrices(rule: str, dtype: str, size: int) -> int:
+    """Count the matrices for which parameters of this size have space."""
+    others = sizeof(_find_numbers(rule, dtype)) + 16  # bytes, with a gap of 4
+    return (size // 16 * 16 - others) // (8 * ROLES[rule] + 20)
 
 
 def _divide_up(number: int, divisor: int) -> int:

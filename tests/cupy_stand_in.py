@@ -62,7 +62,7 @@ class StandIn(ModuleType):
 
     def empty(self, shape: Any, dtype: Any) -> Array:
         # No caller may rely on the contents.
-        return np.full(shape, np.nan if np.dtype(dtype).kind != "u" else 255, dtype).view(Array)
+        return np.full(shape, 127 if np.dtype(dtype).kind in "iu" else np.nan, dtype).view(Array)
 
     def is_available(self) -> bool:
         return True

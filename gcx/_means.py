@@ -20,8 +20,7 @@ def subtract_mean(x: Any, mean: Any, layout: LayoutLike) -> Any:
     """Subtract a mean of the form of `fan_in_mean`; the result has the shape and dtype of `x`."""
     seen, _ = see_fan_in(x, layout)
     xp = _compat.array_namespace(x)
-    result = xp.astype(xp.astype(seen, mean.dtype) - mean, x.dtype)
-    return reshape(result, tuple(x.shape))
+    return reshape(xp.astype(xp.astype(seen, mean.dtype) - mean, x.dtype), tuple(x.shape))
 
 
 def restore_mean(

@@ -73,6 +73,7 @@ class Held(nnx.Module):
         self.listed = nnx.List([nnx.Linear(4, 2, rngs=rngs), nnx.Param(jnp.zeros((2, 2)))])
         self.by_name = nnx.Dict(inner=nnx.Linear(4, 2, rngs=rngs))
         self.twice = self.by_name.inner
+        self.tree = nnx.Param({"a": jnp.zeros((1, 4)), "b": 0.5})
         self.statistics = nnx.BatchStat(jnp.zeros((2, 2)))
 
 
@@ -173,7 +174,7 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
     "nnx, lists and dicts": (
         (Held(),),
         {f"{of}/{n}": text for of in ("by_name/inner", "listed/0") for n, text in LINEAR.items()}
-        | {name: f"unknown: nobody declared Held.{name}" for name in ("listed/1", "tokens")},
+        | {n: f"unknown: nobody declared Held.{n}" for n in ("listed/1", "tokens", "tree/a")},
     ),
     "nnx, in a list": (
         ([{"a": nnx.Linear(4, 3, rngs=RNGS)}, (nnx.Param(jnp.ones((2, 2))),)],),

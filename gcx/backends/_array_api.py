@@ -58,5 +58,4 @@ def fan_in_mean(x: Any, axes: tuple[int, ...], reproducible: bool, /) -> Any:
     double = xp.complex128 if xp.isdtype(x.dtype, "complex floating") else xp.float64
     wide = xp.astype(x, double)
     mean = xp.mean(wide, axis=axes, keepdims=True)
-    mean = mean + xp.mean(wide - mean, axis=axes, keepdims=True)
-    return xp.astype(mean, dtype)
+    return xp.astype(mean + xp.mean(wide - mean, axis=axes, keepdims=True), dtype)

@@ -23,7 +23,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> list[tu
     """List the name, without the ``value`` of Flax boxes, and the value of each leaf and None."""
     nodes = tree_leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
     return [
-        (name_of(path + (inside[:-1] if inside[-1:] == _VALUE else inside)), leaf)
+        (name_of(path + (inside[1:] if inside[:1] == _VALUE else inside)), leaf)
         for path, node in nodes
         for inside, leaf in tree_leaves_with_path(node, is_leaf=is_leaf)
     ]

@@ -54,8 +54,7 @@ class _Planner:
                     "If these are gradients of single examples, put gcx.optax.centralize after "
                     "their average (optax.contrib.differentially_private_aggregate), or jax.vmap it"
                 )
-        planned = self._known[form] = self._plan(grads)
-        return planned
+        return self._known.setdefault(form, self._plan(grads))
 
     def _plan(self, tree: Any) -> _Planned:
         names = names_of(tree)

@@ -37,21 +37,24 @@ def decide_nnx(rules: Rules[LayerAnswer], model: Any, *_: Any) -> dict[str, Plan
         if isinstance(node, nnx.Module) and not isinstance(node, (Sequence, Mapping))
     }
 
-    def of(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> PlanRow:
-        answer, rule = rules.answer(layers.get(owner, model), _joined(rest))
-        return decide_in_stack(_joined((*owner, *rest)), param.shape, answer, rule)
+    rows: dict[tuple[int, str], list[PlanRow]] = {}
 
-    rows: dict[int, list[PlanRow]] = {}
+    def add(param: Any, owner: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+        for inside, leaf in named_leaves(param):
+            own = _joined((*rest, inside) if inside else rest)
+            answer, rule = rules.answer(layers.get(owner, model), own)
+            row = decide_in_stack(_joined((*owner, own)), getattr(leaf, "shape", ()), answer, rule)
+            rows.setdefault((id(param), inside), []).append(row)
+
     for path, param in nodes:
         if isinstance(param, nnx.Param):
-            above = (path[:k] for k in range(len(path), -1, -1))
-            owner = next((place for place in above if place in layers), ())
-            rows[id(param)] = [of(param, owner, path[len(owner) :])]
+            owner = next((path[:k] for k in range(len(path), 0, -1) if path[:k] in layers), ())
+            add(param, owner, path[len(owner) :])
     # Each node comes once; a tied parameter belongs to further layers.
     for owner, layer in layers.items():
         for key, param in vars(layer).items():
-            if id(param) in rows:
-                rows[id(param)].append(of(param, owner, (key,)))
+            if isinstance(param, nnx.Param):
+                add(param, owner, (key,))
     return {of_one[0].name: merge(of_one) for of_one in rows.values()}
 
 

@@ -40,6 +40,30 @@ def test_sgd_of_torch(foreach: bool, dtype: str) -> None:
     assert_same_bits(layer.weight.detach().numpy(), expected)
 
 
+def test_group_that_a_closure_switches_on() -> None:
+    torch = pytest.importorskip("torch")
+    import gcx.torch
+
+    start, grad, *_ = draw("float32")
+    model = torch.nn.Sequential(torch.nn.Linear(300, 4, bias=False), torch.nn.Linear(4, 2))
+    model[0].weight.data = torch.tensor(start)
+    off = {"params": [*model[0].parameters()], "centralize": False}
+    optimizer = torch.optim.SGD([off, {"params": [*model[1].parameters()]}], 2**-4)
+    gcx.torch.centralize(optimizer, model, where="update", reproducible=True)
+
+    def closure() -> None:
+        optimizer.param_groups[0]["centralize"] = True
+        model[0].weight.grad = torch.tensor(grad)
+
+    optimizer.step(closure)
+    moved = start - np.float32(2**-4) * grad
+    before, after = (
+        np.array([canonical_order.scaled_mean(unit, 1.0) for unit in weight])
+        for weight in (start, moved)
+    )
+    assert_same_bits(model[0].weight.detach().numpy(), moved - (after - before)[:, None])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sgd_of_optax(dtype: str) -> None:
     """Outside of jax.jit, in which XLA would join a product and a sum."""

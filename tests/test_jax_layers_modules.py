@@ -48,7 +48,8 @@ class Adapted(nn.Module):
         layer = nn.Dense(4)
         nn.share_scope(self, layer)
         low = x @ self.param("down", nn.initializers.lecun_normal(), (x.shape[-1], 2))
-        return layer(x) + low @ self.param("up", nn.initializers.zeros, (2, 4))
+        scale = self.param("scale", lambda _: 0.5)
+        return layer(x) + scale * (low @ self.param("up", nn.initializers.zeros, (2, 4)))
 
 
 class Transposed(nn.Module):
@@ -157,7 +158,9 @@ MODELS: dict[str, tuple[tuple[Any, ...], dict[str, str]]] = {
     "boxed": ((nn.Dense(4, kernel_init=BOXED), X), DENSE),
     "shared scope": (
         (Adapted(), X),
-        DENSE | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")},
+        DENSE
+        | {name: f"unknown: nobody declared Adapted.{name}" for name in ("down", "up")}
+        | {"scale": "a scalar has no fan-in"},
     ),
     "setup": (
         (ByUseOfSetup(), jnp.zeros((2, 3), int)),

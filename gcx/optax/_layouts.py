@@ -119,7 +119,7 @@ def plan_of(params: optax.Params, source: Source, axes: Mapping[str, tuple[str, 
 
 
 def _row(name: str, leaf: Any, rule: NameRule, *, is_split: bool) -> PlanRow:
-    if not hasattr(leaf, "dtype"):
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):  # JAX's own floats have a dtype
         return PlanRow(name, (), None, "not an array")
     shape = tuple(leaf.shape)
     try:

@@ -42,7 +42,7 @@ class _Planner:
     def plan_grads(self, grads: Any, params: Any) -> _Planned:
         """Plan gradients, or return the plan of earlier gradients like them."""
         leaves, structure = jax.tree.flatten((grads, params))
-        kinds = [(tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves]
+        kinds = [(tuple(getattr(x, "shape", ())), getattr(x, "dtype", None)) for x in leaves]
         form = structure, *kinds
         if form in self._known:
             return self._known[form]

@@ -78,7 +78,7 @@ def decide_linen(
                 full_name = "/".join([*module.path, name])
                 # True if this call made it, and not a call inside.
                 if name not in before and full_name not in seen:
-                    seen[full_name] = Seen(*rules.answer(module, name), leaf.shape)
+                    seen[full_name] = Seen(*rules.answer(module, name), getattr(leaf, "shape", ()))
 
         return leave
 

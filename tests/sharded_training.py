@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 STEPS = 5
 DECAY = 0.1
+EVEN, UNEVEN = 8, 7
 DATA = torch.rand(8, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TARGET = torch.rand(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 

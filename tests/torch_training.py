@@ -18,6 +18,7 @@ RTOL = 1e-9
 X = torch.rand(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 DECAYED = {"momentum": 0.9, "weight_decay": 0.1}
 GRAD = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+SEQUENCES = torch.rand(8, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def new_layer(seed: int = 0) -> nn.Linear:

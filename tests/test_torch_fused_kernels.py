@@ -27,12 +27,11 @@ from torch_kernels import (
     TYPICAL,
     Device,
     Net,
-    Pair,
     assert_close,
     assert_close_states,
     assert_equal,
+    assert_steps_of_torch,
     both,
-    distance,
     everywhere,
     give_gradients,
     hooked,
@@ -42,18 +41,6 @@ from torch_kernels import (
     train,
 )
 from torch_kernels import make_device_for_steps as make_device  # noqa: F401 - for `device`
-
-
-def assert_steps_of_torch(
-    device: Device, ours: Pair, reference: Pair, steps: int, training: Any = step
-) -> None:
-    start = copy.deepcopy(ours[0])
-    train(range(steps), ours, reference, training=training)
-    assert {*ours[1].fallbacks} == {""}
-    assert distance(ours[0], reference[0]) <= 2
-    assert distance(start, reference[0]) > 1000
-    if device.type == "cpu":  # there is no step that is counted on a GPU
-        assert_close_states(ours[1], reference[1])
 
 
 @everywhere

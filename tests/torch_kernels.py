@@ -246,3 +246,15 @@ def assert_close_states(found: Optimizer, expected: Optimizer) -> None:
         group["fused"] = group["foreach"] = None  # ours is both in its own way
     assert one["param_groups"] == other["param_groups"]
     torch.testing.assert_close(one["state"], other["state"], rtol=1e-4, atol=1e-6)
+
+
+def assert_steps_of_torch(
+    device: Device, ours: Pair, reference: Pair, steps: int, training: Any = step
+) -> None:
+    start = copy.deepcopy(ours[0])
+    train(range(steps), ours, reference, training=training)
+    assert {*ours[1].fallbacks} == {""}
+    assert distance(ours[0], reference[0]) <= 2
+    assert distance(start, reference[0]) > 1000
+    if device.type == "cpu":  # there is no step that is counted on a GPU
+        assert_close_states(ours[1], reference[1])

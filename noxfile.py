@@ -23,6 +23,7 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"
 
 ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -30,12 +31,7 @@ PYTHONS = list(dict.fromkeys([RUNNING, *nox.project.python_versions(PYPROJECT)])
 nox.options.pythons = [RUNNING]  # `nox --python 3.12` asks for another
 
 # What `pytest --backends` covers where one framework is installed, or all of them.
-BACKENDS = {
-    "numpy": "numpy,readonly,strict,dask",
-    "torch": "torch",
-    "jax": "jax",
-    "cupy": "cupy",
-}
+BACKENDS = {"numpy": "numpy,readonly,strict,dask", "torch": "torch", "jax": "jax", "cupy": "cupy"}
 ALL_BACKENDS = f"{BACKENDS['numpy']},torch,jax"
 FRAMEWORKS = ("numpy", "torch", "jax")
 
@@ -81,7 +77,6 @@ EXTRAS = {
     "keras": "keras jax scikit-learn",
     "thinc": "thinc spacy scikit-learn",
 }
-DIST = ROOT / "dist"
 
 # Where XLA compiles longer than the programs run. The flags halve that for many small kernels; JAX
 # for newer releases of Python does not know them, and would abort.
@@ -106,11 +101,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests with one framework installed, and NumPy as the reference."""
     install(session, "-e.", backend, "test" if backend == "numpy" else "core-test")
-    if backend == "cupy" and not has_gpu(session):
+    is_cupy = backend == "cupy"
+    if is_cupy and str(session.run("python", "-c", COUNT_GPUS, silent=True)).strip() == "0":
         session.warn("no GPU here: no CuPy array is computed, only what needs none is tested")
         run_pytest(session, "tests/test_cupy_backend.py", "--backends=numpy")
         return
-    if backend == "cupy":
+    if is_cupy:
         run_pytest(session, "tests/examples", "--examples=cupy", "--backends=cupy")
     session.env.setdefault("OMP_NUM_THREADS", "1")
     run_pytest(session, f"--backends={BACKENDS[backend]}", *IN_PARALLEL)
@@ -145,8 +141,7 @@ def integrations(session: nox.Session, around: str) -> None:
     if around == "torch":
         session.install("--no-deps", *TIMM, *LAYERS)
     arguments = ["tests/test_canary.py", "tests/adapters", f"tests/around_{around}"]
-    if examples:
-        arguments += [*EXAMPLES, *examples]
+    arguments += [*EXAMPLES, *examples] if examples else []
     arguments += [f"--packages={packages}", "--backends=numpy"]
     if around != "keras":
         run_pytest(session, *arguments)
@@ -169,8 +164,8 @@ def kernels(session: nox.Session) -> None:
 def xla_gpu(session: nox.Session) -> None:
     """Compile optimizer steps for a GPU that is not here, and count the bytes that they move."""
     install(session, "-e.", "jax", "core-test")
-    jaxlib = session.run("python", "-c", "import jaxlib; print(jaxlib.__version__)", silent=True)
-    version = str(jaxlib).strip()
+    ask = "import jaxlib; print(jaxlib.__version__)"
+    version = str(session.run("python", "-c", ask, silent=True)).strip()
     session.install("--no-deps", f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}")
     run_pytest(session, "tests/xla_gpu.py", "--backends=jax")
 
@@ -254,15 +249,6 @@ def demo(session: nox.Session) -> None:
     run_tool(session, "agreement", "--bits")
 
 
-@nox.session(python=PYTHONS)
-def check(session: nox.Session) -> None:
-    """Compare the frameworks on random gradients: their numbers, and the bits of reproducible."""
-    install(session, "-e.", *FRAMEWORKS)
-    session.run("python", "-m", "gcx")
-    run_tool(session, "agreement", *session.posargs)
-    run_tool(session, "agreement", "--bits", *session.posargs)
-
-
 @nox.session(python=RUNNING)
 def fuzz(session: nox.Session) -> None:
     """Call gcx with random gradients, layouts, strides and options, 20,000 times."""
@@ -310,14 +296,13 @@ def paper_tests(session: nox.Session) -> None:
 
 @nox.session(python=RUNNING)
 def tool_tests(session: nox.Session) -> None:
-    """Run the tests of the other tools, which `demo`, `check` and `bench` run."""
+    """Run the tests of the other tools, which `demo` and `bench` run."""
     install(session, "-e.", "tools")
     session.install("--no-deps", *TIMM)
     session.env["KERAS_BACKEND"] = "torch"
+    paths = ("tests/test_canary.py", "tests/tools")
     packages = f"--packages={PEERS},keras,sklearn,transformers,timm_models,mutmut"
-    run_pytest(
-        session, "tests/test_canary.py", "tests/tools", packages, "--backends=numpy,torch,jax"
-    )
+    run_pytest(session, *paths, packages, "--backends=numpy,torch,jax")
 
 
 def install(session: nox.Session, *names: str) -> None:
@@ -333,8 +318,8 @@ def build_docs(session: nox.Session, group: str) -> None:
     install(session, "-e.", *FRAMEWORKS, "around-torch", "keras", "thinc", group)
     session.env["KERAS_BACKEND"] = "torch"
     shutil.rmtree(ROOT / "docs" / "_build", ignore_errors=True)
-    strictly = ("-W", "-n", "--keep-going", "-q")
-    session.run("sphinx-build", *strictly, "-b", "html", "docs", "docs/_build/html")
+    strictly = ("-W", "-n", "--keep-going", "-q", "-b", "html")
+    session.run("sphinx-build", *strictly, "docs", "docs/_build/html")
 
 
 def run_tool(session: nox.Session, *arguments: str) -> None:
@@ -349,8 +334,7 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 
 def built_wheel() -> Path:
     """Find the wheel that the session of this name has built."""
-    (path,) = DIST.glob("*.whl")
-    return path
+    return next(DIST.glob("*.whl"))
 
 
 def description_of(wheel: Path) -> str:
@@ -364,8 +348,3 @@ def files_of_the_package() -> set[str]:
     """Find what a wheel must hold, by its paths there."""
     files = (path.relative_to(ROOT) for path in (ROOT / "gcx").rglob("*") if path.is_file())
     return {file.as_posix() for file in files if "__pycache__" not in file.parts}
-
-
-def has_gpu(session: nox.Session) -> bool:
-    """Whether CuPy finds a device."""
-    return str(session.run("python", "-c", COUNT_GPUS, silent=True)).strip() != "0"

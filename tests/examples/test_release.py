@@ -21,7 +21,7 @@ NOXFILE, PYPROJECT = read("noxfile.py"), tomllib.loads(read("pyproject.toml"))
 SESSIONS_OF_NOX = set(re.findall(r"^@nox.*\ndef (\w+)\(session", NOXFILE, re.MULTILINE))
 # `demo` compares the frameworks, too; `extras` requires `wheel`; `site` builds the docs; `mutants`
 # takes hours.
-IN_CI = SESSIONS_OF_NOX - {"check", "wheel", "docs", "mutants"}
+IN_CI = SESSIONS_OF_NOX - {"wheel", "docs", "mutants"}
 
 
 def test_ci_and_hosted_checks_run_every_session() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 from math import nan
 from typing import Any
@@ -29,11 +29,7 @@ _REPEATS = 50
 _FEW = (9, 144, 4608)  # fan-ins
 
 
-_WAYS: dict[str, Callable[[list[Any]], list[Any] | None]] = {  # the results' arrays
-    "new arrays": lambda _: None,
-    "in place": lambda grads: grads,
-    "over NaN": lambda grads: [grad * float("nan") for grad in grads],
-}
+_WAYS = ("new arrays", "in place", "over NaN")  # where the results are
 
 
 def of_torch(gpu: Gpu) -> Iterator[Measured]:
@@ -72,7 +68,7 @@ def bits_of(
     fan_ins: Sequence[int],
     *,
     dtypes: Collection[str] = DTYPES,
-    ways: Collection[str] = tuple(_WAYS),
+    ways: Collection[str] = _WAYS,
 ) -> Iterator[Measured]:
     """Gradients of these fan-ins, in every kind of numbers and place in memory.
 
@@ -88,7 +84,9 @@ def bits_of(
             ]
         for way, (access, each) in product(ways, lists.items()):
             grads, layouts = _arrays(library, device, kind, each), _layouts(each)
-            out = _WAYS[way](grads)
+            out = grads if way == "in place" else None
+            if way == "over NaN":
+                out = _arrays(library, device, kind, each, of_nan=True)
             results = gcx.centralize_many(grads, layouts=layouts, out=out, reproducible=True)
             pairs = zip(results, each, strict=True)
             count = sum(count_differing(to_numpy(r), s.expected) for r, s in pairs) if each else nan
@@ -119,11 +117,14 @@ def _fan_ins(gpu: Gpu) -> Sequence[int]:
     return FAN_INS[:4] if gpu.is_brief else FAN_INS
 
 
-def _arrays(library: str, device: str, kind: Format, found: Sequence[Subject]) -> list[Any]:
+def _arrays(
+    library: str, device: str, kind: Format, found: Sequence[Subject], *, of_nan: bool = False
+) -> list[Any]:
     backend = load(library)
 
     def make(values: Any) -> Any:  # from a copy, as torch may share its memory
-        return backend.asarray(values.copy(), kind.name, device)
+        copied = np.full_like(values, nan) if of_nan else values.copy()
+        return backend.asarray(copied, kind.name, device)
 
     return [subject.sample.lay_out(subject.sample.values, make) for subject in found]
 

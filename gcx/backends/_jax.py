@@ -92,8 +92,7 @@ def _count(grad: jax.Array, axes: tuple[int, ...], axis_names: tuple[str, ...]) 
 
 def _is_same_along(grad: jax.Array, axis: str) -> bool:
     # The index differs along its axis. If JAX does not know this, it tracks nothing here.
-    is_tracked = axis in varying_axes(jax.lax.axis_index(axis))
-    return is_tracked and axis not in varying_axes(grad)
+    return axis in varying_axes(jax.lax.axis_index(axis)) and axis not in varying_axes(grad)
 
 
 def varying_axes(grad: jax.Array, /) -> frozenset[str]:

@@ -23,8 +23,7 @@ _BLOCK = 1 << 18
 # NumPy copies rows shorter than its buffer, to add many at once. If the rows are long, or in the
 # cache already, this is slower than going row by row. At this length, it never copies.
 _USUAL_BUFFER = 1 << 13
-# Bytes of a long row: where each row has its own mean, and where all subtract the same.
-_LONG, _LONG_MEAN = 1 << 11, 1 << 12
+_LONG = 1 << 11  # bytes of a row
 # Elements of a buffer, and of the smallest array worth the change: for long rows, and for short
 # ones, whose copies stay in the first-level cache.
 _BUFFER, _LARGE = 1 << 8, 1 << 15
@@ -37,8 +36,8 @@ _ROW_RUN = 1024
 # Shorter for products of matrix and vector: BLAS adds with fewer lanes, down a column with one.
 _SHORT_ROW, _COLUMN_RUN = 128, 32
 
-# Most elements of a matrix whose columns are summed faster in float64 than in runs.
-_SMALL = 1 << 13
+# Most elements of a matrix whose columns are averaged faster in float64 than in runs.
+_SMALL = 3 << 12
 
 
 def check_dtype(grad: Any, /) -> None:
@@ -167,9 +166,9 @@ def _centralize_matrix(x: NDArray, out: NDArray, cut: int, in_rows: bool, streng
     if x.ndim != 2 or cut != 1:
         shape = prod(x.shape[:cut]), prod(x.shape[cut:])
         x, out = x.reshape(shape), out.reshape(shape)
-    kernel, long = (_centralize_rows, _LONG) if in_rows else (_centralize_columns, _LONG_MEAN)
+    kernel = _centralize_rows if in_rows else _centralize_columns
     row = x.shape[1]
-    is_short = row * x.itemsize < long
+    is_short = row * x.itemsize < _LONG
     buffer, fewest = (_SHORT_BUFFER, _HUGE) if is_short else (_BUFFER, _LARGE)
     if row >= _USUAL_BUFFER or x.size < fewest:
         kernel(x, out, strength)
@@ -190,9 +189,7 @@ def _centralize_rows(grad: NDArray, out: NDArray, strength: float) -> None:
 
 def _centralize_columns(grad: NDArray, out: NDArray, strength: float) -> None:
     if grad.size:
-        is_small = grad.size <= _SMALL and grad.itemsize < 8 and len(grad) > _COLUMN_RUN
-        mean = np.dot(_shares(len(grad)), grad) if is_small else _sum_columns(grad) / len(grad)
-        np.subtract(grad, _scale(mean, strength, grad.dtype), out=out)
+        np.subtract(grad, _scale(_average_columns(grad), strength, grad.dtype), out=out)
 
 
 def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
@@ -207,7 +204,7 @@ def _sum_rows(block: NDArray) -> Any:
     if fan_in <= _ROW_RUN:
         add = np.matmul if fan_in <= _SHORT_ROW else np.vecdot
         return add(block, ones[:fan_in])
-    run = _find_run(fan_in)
+    run = _find_run(fan_in, _ROW_RUN)
     rest = fan_in % run
     runs = block[:, : fan_in - rest].reshape(units, -1, run)
     sums = np.vecdot(runs, ones[:run])
@@ -218,31 +215,38 @@ def _sum_rows(block: NDArray) -> Any:
     return sums
 
 
-def _sum_columns(matrix: NDArray) -> Any:
+def _average_columns(matrix: NDArray) -> Any:
     fan_in, units = matrix.shape
     ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
-        return ones[:fan_in] @ matrix
-    rest = fan_in % _COLUMN_RUN
-    runs = matrix[: fan_in - rest].reshape(-1, _COLUMN_RUN, units)
-    sums = ones[:_COLUMN_RUN] @ runs
-    # Nothing is wider than float64, so its sums are added in runs again.
-    sums = _sum_columns(sums) if sums.dtype == _DOUBLE else np.dot(np.ones(len(sums)), sums)
+        return ones[:fan_in] @ matrix / fan_in
+    is_double = matrix.itemsize == 8
+    if matrix.size <= _SMALL and not is_double:
+        return np.dot(_shares(fan_in, fan_in), matrix)
+    run = _find_run(fan_in, _COLUMN_RUN)
+    rest = fan_in % run
+    sums = ones[:run] @ matrix[: fan_in - rest].reshape(-1, run, units)
+    if is_double:  # nothing is wider, so the sums are averaged in runs again
+        mean = _average_columns(sums) / (fan_in / len(sums))
+    else:
+        mean = np.dot(_shares(len(sums), fan_in), sums)
     if rest:
-        sums += ones[:rest] @ matrix[-rest:]
-    return sums
+        mean += np.dot(_shares(rest, fan_in), matrix[-rest:])
+    return mean
 
 
 @cache
-def _find_run(fan_in: int) -> int:
+def _find_run(fan_in: int, longest: int) -> int:
     """Find a length of runs that leaves no rest, if there is one near the longest."""
-    fewest = -(-fan_in // _ROW_RUN)
-    return next((fan_in // n for n in range(fewest, fewest + 8) if fan_in % n == 0), _ROW_RUN)
+    fewest = -(-fan_in // longest)
+    tried = range(fewest, 2 * fewest + 7)
+    return next((fan_in // count for count in tried if fan_in % count == 0), longest)
 
 
 @lru_cache
-def _shares(fan_in: int) -> NDArray:
-    return np.full(fan_in, 1 / fan_in)
+def _shares(count: int, fan_in: int) -> NDArray:
+    """Make weights in float64, for a part of an average."""
+    return np.full(count, 1 / fan_in)
 
 
 @cache

@@ -277,8 +277,7 @@ def _centralize(
 
 def _is_watched(x: Tensor) -> bool:
     """Return True if autograd or a transformation of functions watches a tensor."""
-    is_recorded = torch.is_grad_enabled() and x.requires_grad
-    return is_recorded or peek_interpreter_stack() is not None
+    return (torch.is_grad_enabled() and x.requires_grad) or peek_interpreter_stack() is not None
 
 
 def _centralize_narrow(

@@ -55,8 +55,7 @@ class Driver:
             self._ask_in_context(device, self._launch, kernel, *arguments)
 
     def current(self, device: int) -> AbstractContextManager[object]:
-        is_current = torch.cuda.current_device() == device
-        return nullcontext() if is_current else torch.cuda.device(device)
+        return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
 
     def stream(self, device: int) -> int:
         return torch.cuda.current_stream(device).cuda_stream

@@ -72,6 +72,35 @@ def test_failure_is_told_once(
     assert library.backend.why_no_kernels(grad) == reason
 
 
+# As the driver, the runtime and torch say it.
+CAPTURES = (
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+    "cudaErrorStreamCaptureImplicit: operation would make the legacy stream depend on a capture",
+    "CUDA error: operation not permitted when stream is capturing",
+)
+NO_MEMORY = ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("text", CAPTURES)
+def test_capture_switches_nothing_off(library: CupyOnCpu, text: str, monkeypatch: Patch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(library.driver, "launch", fail_with(RuntimeError(text)))
+        with pytest.warns(RuntimeWarning, match="make one step before the capture"):
+            run(library)
+    run(library)
+    assert library.driver.launches
+
+
+@pytest.mark.parametrize("text", NO_MEMORY)
+def test_lack_of_memory_by_any_name(library: CupyOnCpu, text: str, monkeypatch: Patch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(library.driver, "launch", fail_with(RuntimeError(text)))
+        with pytest.raises(MemoryError, match=text):
+            run(library)
+    run(library)
+    assert library.driver.launches
+
+
 @pytest.mark.parametrize("failing", ["rows", "column_sums", "split_columns"])
 def test_failure_of_some_kernels(library: CupyOnCpu, failing: str, monkeypatch: Patch) -> None:
     """Each array is centralized once: by its kernels, or by the library."""

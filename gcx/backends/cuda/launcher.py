@@ -108,9 +108,10 @@ class Launcher:
         """Warn of the reason, and launch nothing on the device from now on."""
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise error
-        if "OUT_OF_MEMORY" in str(error):  # by the driver
+        text = str(error).lower().replace("_", " ")
+        if "out of memory" in text:  # by the driver
             raise MemoryError(str(error)) from error
-        if "CAPTURE" in str(error):  # of a CUDA graph, in any thread: later calls can succeed
+        if "captur" in text:  # of a CUDA graph, in any thread: later calls can succeed
             if not self._is_warned:
                 warn(_CAPTURED, RuntimeWarning, stacklevel=3)
             self._is_warned = True

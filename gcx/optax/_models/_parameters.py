@@ -41,8 +41,7 @@ def decide_in_stack(
         rule += _IN_GROUPS * answer.in_groups + _ALL_GATES * answer.all_gates
         answer = answer.layout
     if isinstance(answer, LeaveAlone) and answer.reason.startswith("unknown"):
-        own = shape if own_shape is None else own_shape
-        answer = LeaveAlone(no_fan_in(own) or answer.reason)
+        answer = LeaveAlone(no_fan_in(shape if own_shape is None else own_shape) or answer.reason)
     if isinstance(answer, (Layout, str)):
         misfit = LeaveAlone(f"unknown: the shape is {shape}, but a {rule} has {own_shape}")
         answer = _with_stack(as_layout(answer), shape, own_shape) or misfit

@@ -65,8 +65,7 @@ def _linear(layer: Any) -> Answers:
 
 def _convolution(layer: Any) -> Answers:
     # Transposed convolutions have (out, in / groups, kernel...) too, unlike in torch.
-    per_group = layer.in_channels // layer.groups
-    shape = (layer.out_channels, per_group, *layer.kernel_size)
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     return {"weight": SingleLayer("o...", shape, in_groups=layer.groups > 1), "bias": BIAS}
 
 

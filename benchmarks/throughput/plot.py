@@ -51,8 +51,13 @@ def drawn(rows: Sequence[Row]) -> Figure:
         ratio.yaxis.set_minor_formatter(ScalarFormatter())
         _draw(ratio, models, _ratios(chosen), start=1)
         ratio.axhline(1, color="black", linewidth=1)
-        speed.set(title=f"{kind}, {dtype}: speed of gcx", ylabel="GB/s, read and written")
-        ratio.set(title=f"{kind}, {dtype}: time over others", ylabel="below 1 gcx is faster")
+        speed.set(
+            title=f"{kind}, {dtype}: speed of gcx", ylabel="GB/s read and written, more is faster"
+        )
+        ratio.set(
+            title=f"{kind}, {dtype}: time of gcx over others",
+            ylabel="time over others, below 1 gcx is faster",
+        )
         for panel in (speed, ratio):
             panel.set_xlabel("model, all weight gradients")
             panel.grid(axis="y", alpha=0.3)
@@ -126,5 +131,5 @@ def _mark_copies(panel: Axes, models: Sequence[str], series: Sequence[_Series]) 
             place = _place(models.index(row.model), k, len(series))
             panel.hlines(row.copy_gigabytes_per_second, place - half, place + half, **style)
     handles, _ = panel.get_legend_handles_labels()
-    copy = Line2D([], [], label="a copy, same library", **style)
+    copy = Line2D([], [], label="speed of a copy, same library", **style)
     panel.legend(handles=[*handles, copy], **_LEGEND)

@@ -26,7 +26,7 @@ class Row:
     microseconds: float
     gigabytes_per_second: float  # of `bytes`
     copy_gigabytes_per_second: float  # of a copy by the same library, which took turns with gcx
-    share_of_copy: float
+    over_copy: float  # the time of gcx over that of the copy
     ratios: dict[str, float]  # the time of gcx over that of the expression and of peers
     host_microseconds: float | None  # until the call is back; None where that is when all is done
     launches: int | None  # of kernels; None where nobody counts
@@ -50,7 +50,7 @@ _HEADER = (
     "device",
     "gcx",
     "GB/s",
-    "of a copy",
+    "over a copy",
     "expression",
     "peer",
     "host",
@@ -67,9 +67,10 @@ def render(report: BenchReport) -> str:
         *aligned([_HEADER, *map(_cells, report.rows)], to_the_right=_TO_THE_RIGHT),
         "",
         "gcx: time to centralize all weight gradients of the model, by one call.",
-        "GB/s: each gradient read once and written once. Of a copy: share of the speed of a copy.",
-        "Expression, peer: g -= g.mean(fan_in) in a loop, and other packages, for each gradient;",
-        "  the time of gcx over theirs, below 1 gcx is faster. Only peers that are installed, and",
+        "GB/s: each gradient read once and written once.",
+        "Over a copy, expression, peer: the time of gcx over theirs, below 1 gcx is faster.",
+        "  They are a copy of as many bytes by the same library, and for each gradient",
+        "  g -= g.mean(fan_in) in a loop and other packages. Only peers that are installed, and",
         "  know the axes: those of GPT-2's weights (in, out) are known to none.",
         "Host: until the call is back, where a GPU works on. Launches: of GPU kernels, in a call.",
         "",
@@ -88,7 +89,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.device,
         _time(row.microseconds),
         f"{row.gigabytes_per_second:.1f}",
-        f"{row.share_of_copy:.0%}",
+        f"{row.over_copy:.2f}",
         f"{row.ratios[EXPRESSION]:.2f}",
         ", ".join(_peers(row.ratios)) or "-",
         "-" if row.host_microseconds is None else _time(row.host_microseconds),

@@ -145,7 +145,7 @@ def _workload(subject: _Subject) -> Workload:
 
 def _measured(subject: _Subject, workload: Workload) -> Row:
     times = interleaved(workload.calls, seconds=_SECONDS, rounds=_ROUNDS, clock=workload.clock)
-    copy, mine = workload.copied / times.pop(COPY), times.pop(GCX)
+    copy, mine = times.pop(COPY), times.pop(GCX)
     model = MODELS[subject.model]
     moved = 2 * model.elements * DTYPES[subject.dtype]
     call = workload.calls[GCX]
@@ -159,8 +159,8 @@ def _measured(subject: _Subject, workload: Workload) -> Row:
         bytes=moved,
         microseconds=1e6 * mine,
         gigabytes_per_second=1e-9 * moved / mine,
-        copy_gigabytes_per_second=1e-9 * copy,
-        share_of_copy=moved / mine / copy,
+        copy_gigabytes_per_second=1e-9 * workload.copied / copy,
+        over_copy=mine / copy,
         ratios={name: mine / seconds for name, seconds in times.items()},
         host_microseconds=None if of_host is None else 1e6 * of_host(call, _HOST_SAMPLES),
         launches=None if launches is None else launches(call),

@@ -11,6 +11,7 @@ from benchmarks.__main__ import main
 from benchmarks.throughput import run, workload
 from benchmarks.throughput.models import MODELS
 from benchmarks.throughput.report import BenchReport, render
+from benchmarks.throughput.timing import Call
 from benchmarks.throughput.workload import COPY, EXPRESSION, GCX
 
 from small_models import CHOICES, IN_BFLOAT16, LIBRARIES, SMALL, TRANSPOSED
@@ -40,8 +41,8 @@ class TestRun:
         assert row.weights == 2
         assert row.bytes == 2 * SMALL.elements * 2
         assert row.gigabytes_per_second == pytest.approx(1e-3 * row.bytes / row.microseconds)
-        share = row.gigabytes_per_second / row.copy_gigabytes_per_second
-        assert row.share_of_copy == pytest.approx(share)
+        by_speeds = row.copy_gigabytes_per_second / row.gigabytes_per_second
+        assert row.over_copy == pytest.approx(by_speeds)
         assert row.ratios[EXPRESSION] > 0
         assert (row.host_microseconds, row.launches) == (None, None)
 
@@ -62,6 +63,20 @@ class TestRun:
         assert (row.host_microseconds, row.launches) == (3.0, 4)
         assert row.copy_gigabytes_per_second == pytest.approx(1e-7)
         assert row.ratios == {EXPRESSION: 0.5}
+
+    def test_ratios_are_below_1_where_gcx_is_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seconds: dict[Call, float] = {int: 1.0, float: 2.0, str: 8.0}
+        made = workload.Workload(
+            {COPY: int, GCX: float, EXPRESSION: str},
+            copied=2 * SMALL.elements * 4,
+            clock=lambda call, _: seconds[call],
+        )
+        monkeypatch.setattr(workload.load(LIBRARIES[0]), "workload", lambda *_: made)
+        (row,) = run.run(
+            command="", models=["resnet50"], dtypes=["float32"], libraries=LIBRARIES[:1]
+        ).rows
+        assert row.over_copy == 2.0
+        assert row.ratios == {EXPRESSION: 0.25}
 
     def test_large_models_wait_for_a_gpu(self) -> None:
         report = run.run(command="", dtypes=["float32"], libraries=LIBRARIES[:1])
@@ -127,6 +142,7 @@ class TestCommand:
         assert shown["setting"]["gcx"]
         (row,) = shown["rows"]
         assert row["model"] == "small"
+        assert row["over_copy"] > 0
 
     def test_json_is_written_beside_the_text(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

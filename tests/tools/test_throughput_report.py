@@ -26,7 +26,7 @@ ROW = Row(
     microseconds=2.5,
     gigabytes_per_second=0.4,
     copy_gigabytes_per_second=0.5,
-    share_of_copy=0.8,
+    over_copy=1.25,
     ratios={EXPRESSION: 0.1234, "pytorch_optimizer": 0.15},
     host_microseconds=1.25,
     launches=1,
@@ -38,8 +38,15 @@ class TestReport:
         (line,) = (line for line in self.text(ROW).splitlines() if line.startswith("small"))
         assert re.split("  +", line) == [
             *("small", "float32", "torch", "cuda:0"),
-            *("2.5 us", "0.4", "80%", "0.12", "0.15 pytorch_optimizer", "1.2 us", "1"),
+            *("2.5 us", "0.4", "1.25", "0.12", "0.15 pytorch_optimizer", "1.2 us", "1"),
         ]
+
+    def test_direction_of_the_ratios_is_told(self) -> None:
+        text = self.text(ROW)
+        (header,) = (line for line in text.splitlines() if line.startswith("model"))
+        assert re.split("  +", header)[6:9] == ["over a copy", "expression", "peer"]
+        told = "Over a copy, expression, peer: the time of gcx over theirs, below 1 gcx is faster."
+        assert told in text
 
     def test_what_is_not_known_is_a_dash(self) -> None:
         row = replace(ROW, ratios={EXPRESSION: 2.0}, host_microseconds=None, launches=None)
@@ -77,7 +84,10 @@ class TestPlot:
         assert len(figure.axes) == 2 * 2 * 2  # CPU and GPU, dtypes, speed and ratio
         for panel in figure.axes:
             assert panel.get_xlabel()
-            assert panel.get_ylabel() in ("GB/s, read and written", "below 1 gcx is faster")
+            assert panel.get_ylabel() in (
+                "GB/s read and written, more is faster",
+                "time over others, below 1 gcx is faster",
+            )
             assert panel.get_legend() is not None
             assert [label.get_text() for label in panel.get_xticklabels()] == ["one", "other"]
 
@@ -87,6 +97,8 @@ class TestPlot:
 
         rows = [ROW, replace(ROW, model="other"), replace(ROW, library="jax", model="other")]
         speed, _ = plot.drawn(rows).axes
+        legend = [text.get_text() for text in speed.get_legend().get_texts()]
+        assert legend == ["torch, cuda:0", "jax, cuda:0", "speed of a copy, same library"]
         assert [len(bars) for bars in speed.containers] == [2, 1]
 
     def test_nothing_to_draw(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import ceil, inf
 from shutil import which
 from subprocess import PIPE, Popen
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +20,9 @@ from benchmarks.throughput.models import Weight
 from benchmarks.throughput.on_torch import gradients
 from benchmarks.throughput.timing import Call, Clock, host_clock, interleaved, waiting_clock
 from benchmarks.throughput.workload import CACHES, COPY
+from gcx.backends import load
 
-__all__ = ["COPY", "Gpu", "centralize", "in_turn"]
+__all__ = ["COPY", "Gpu", "centralize", "in_turn", "kernels_alone"]
 
 _STATE = ("driver_version", "clocks.sm", "clocks.max.sm")  # fields of nvidia-smi
 
@@ -153,6 +157,17 @@ def centralize(weights: Sequence[Weight], grads: list[Tensor]) -> list[Tensor]:
     layouts = [weight.layout for weight in weights]
     is_one = len({*layouts}) == 1  # which gcx knows again in the next call
     return gcx.centralize_many(grads, layouts=layouts[0] if is_one else layouts, out=grads)
+
+
+@contextmanager
+def kernels_alone(library: str, device: str) -> Iterator[None]:
+    """Let it be an error if the library's own operations replace the kernels."""
+    backend: Any = load(library)
+    if reason := backend.why_no_kernels(backend.asarray([0.0], "float32", device)):
+        raise RuntimeError(f"the kernels are not used: {reason}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*CUDA kernels of gcx", RuntimeWarning)
+        yield
 
 
 def in_turn(calls: Sequence[Call]) -> Call:

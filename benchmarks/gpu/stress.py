@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import gcx
 from benchmarks.agreement.canonical import centralized
 from benchmarks.agreement.formats import FORMATS
+from benchmarks.gpu.device import kernels_alone
 from benchmarks.throughput.timing import Call
 
 __all__ = ["stress"]
@@ -71,7 +73,8 @@ def main() -> None:
     """Run as a program."""
     device, launches = sys.argv[1], int(sys.argv[2])
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
-    wrong = stress(device, launches)
+    with kernels_alone("torch", device) if device != "cpu" else nullcontext():
+        wrong = stress(device, launches)
     faulthandler.cancel_dump_traceback_later()
     sys.stdout.write(json.dumps({"launches": launches, "wrong": wrong}))
 

@@ -93,6 +93,9 @@ class TestState:
         assert device.Gpu.state(gpu) == found
 
 
+CLOCK = "1980 MHz of 1980 MHz"
+
+
 class TestCommand:
     @pytest.mark.parametrize("hip", [None, "6.4"])
     def test_there_must_be_a_gpu(
@@ -103,11 +106,18 @@ class TestCommand:
         assert main(["gpu", "--check"]) == 2
         assert ("this is ROCm" if hip else "there is no CUDA device") in capsys.readouterr().err
 
-    @pytest.mark.parametrize(("function", "code"), [("probe", 0), ("of_nothing", 1)])
+    @pytest.mark.parametrize(
+        ("function", "after"),
+        [
+            ("probe", CLOCK),
+            ("of_nothing", CLOCK),
+            ("break_it", "unknown: RuntimeError: an illegal memory access"),
+        ],
+    )
     def test_report_is_written(
         self,
         function: str,
-        code: int,
+        after: str,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
@@ -117,18 +127,29 @@ class TestCommand:
         monkeypatch.setattr(acceptance, "Gpu", lambda *, is_brief, until: StandIn(until=until))
         monkeypatch.setattr(reports, "_RESULTS", tmp_path)
         monkeypatch.setattr(acceptance, "PARTS", [Part("probe", "times", function)])
-        monkeypatch.setattr(
-            times, "probe", lambda _: [Measured("what", 1.0, 2.0, "us")], raising=False
-        )
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("an illegal memory access")
+
+        def break_it(gpu: Any) -> list[Measured]:
+            gpu.state = gpu.times = fail
+            return probe(gpu)
+
+        def probe(_: Any) -> list[Measured]:
+            return [Measured("what", 1.0, 2.0, "us")]
+
+        for made in (probe, break_it):
+            monkeypatch.setattr(times, made.__name__, made, raising=False)
         path = tmp_path / "some-gpu-check.json"
         command = ["gpu", "--check"]
+        code = 1 if function == "of_nothing" else 0
         assert main(command) == code
         shown = json.loads(path.read_text(encoding="utf-8"))
         assert shown["ok"] is (code == 0)
         assert shown["setting"]["command"] == " ".join(["python -m benchmarks", *command])
         assert shown["setting"]["devices"] == {"cpu": "Some GPU"}
         assert shown["copy_gigabytes_per_second"] > 0
-        clock = "1980 MHz of 1980 MHz"
-        assert shown["gpu"]["SM clock before"] == shown["gpu"]["SM clock after"] == clock
+        assert shown["gpu"]["SM clock before"] == CLOCK
+        assert shown["gpu"]["SM clock after"] == after
         assert len(shown["rows"]) == 1
         assert ("MISSED" in capsys.readouterr().out) is (code == 1)

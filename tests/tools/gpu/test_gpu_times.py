@@ -89,6 +89,6 @@ class TestJax:
 
     def test_jax_without_a_gpu_is_not_measured(self, gpu: StandIn) -> None:
         gpu.device = "cuda:0"
-        rows, (item,) = measure(gpu, [Part("JAX", "on_jax", "times")])
+        rows, (item,) = measure(gpu, [Part("JAX", "on_jax", "times", needs=("jax",))])
         assert rows == ()
         assert (item.ok, item.why) == (True, "the first device of JAX is cpu:0")

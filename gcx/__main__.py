@@ -201,8 +201,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
     try:
         return call(), ""
     except Exception as error:  # noqa: BLE001 - a broken library raises anything at all
-        lines = str(error).splitlines() or [""]
-        return None, f"{type(error).__name__}: {lines[0]}"
+        return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def exit_after(command: Callable[[], int]) -> Never:

@@ -160,7 +160,9 @@ def centralize_many(
         return repeated  # type: ignore[no-any-return]
     named = flatten(grads)
     chosen = layouts_for(named, layouts, like=grads)
-    outs = [None] * len(named) if out is None else leaves_like(grads, out, what="out")
+    outs = [None if out is None else grad for _, grad in named]
+    if out is not None and out is not grads:
+        outs = leaves_like(grads, out, what="out")
     # Every job is checked before the first one is run, so an error leaves `out` as it was.
     jobs = [
         _make_job(name, grad, layout, target, writes=out is not None, reproducible=reproducible)

@@ -43,13 +43,14 @@ def repeats_itself(shape: Sequence[int], steps: Sequence[int], itemsize: int = 1
 
 def overlap(starts: Sequence[int], sizes: Iterable[int]) -> bool:
     """Return True if two runs of bytes, which begin at `starts`, overlap."""
-    ends = sorted(map(add, starts, sizes))
-    return any(map(gt, ends, sorted(starts)[1:]))
+    return any(map(gt, sorted(map(add, starts, sizes)), sorted(starts)[1:]))  # ends and starts
 
 
 def find_shared(uses: Sequence[Use]) -> Iterator[tuple[int, int]]:
     """Find pairs of owners who share bytes, if one of them writes there."""
     spans = [find_span(memory) for memory, _, _ in uses]
+    if not overlap([start for start, _ in spans], [end - start for start, end in spans]):
+        return  # the usual case, and quick
     reached: list[int] = []  # uses that end behind the start of the next one
     for k in sorted(range(len(uses)), key=lambda k: spans[k]):
         start, end = spans[k]

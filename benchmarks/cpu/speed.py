@@ -17,6 +17,7 @@ Candidates = dict[str, Callable[[], object]]
 # Name, shape, seconds of rounds, calls a sample.
 SIZES = (
     ("16 KB", (64, 64), 1.0, 100),
+    ("37 KB", (64, 7 * 7 * 3), 1.0, 50),
     ("1 MB", (512, 512), 1.5, 5),
     ("1 MB", (64, 4096), 1.5, 5),
     ("9 MB", (512, 512 * 3 * 3), 1.5, 2),

@@ -24,8 +24,7 @@ _BLOCK = 1 << 18
 # cache already, this is slower than going row by row. At this length, it never copies.
 _USUAL_BUFFER = 1 << 13
 _LONG = 1 << 11  # bytes of a row
-# Elements of a buffer, and of the smallest array worth the change: for long rows, and for short
-# ones, whose copies stay in the first-level cache.
+# Elements of a buffer, and of the smallest array worth the change: for long and for short rows.
 _BUFFER, _LARGE = 1 << 8, 1 << 15
 _SHORT_BUFFER, _HUGE = 1 << 11, 1 << 19
 

@@ -173,6 +173,4 @@ def _count_maps(layer: nn.Module | None, units: int) -> int:
         return layer.groups
     if isinstance(layer, nn.MultiheadAttention):
         return int(units // layer.embed_dim)
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        return units // layer.hidden_size
-    return 1
+    return units // layer.hidden_size if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) else 1

@@ -1,4 +1,4 @@
-"""The real launcher on cuda_driver.c, as a program: `recorded_launches.py LIBRARY PACKAGE CHECK`.
+"""The real launcher on cuda_driver.c: `recorded_launches.py LIBRARY PACKAGE CHECK [FAULT]`.
 
 Kernels are compiled before the library is loaded, since NVRTC takes it for a real driver.
 """
@@ -9,7 +9,7 @@ import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from itertools import count
 from threading import Thread
@@ -150,6 +150,24 @@ class Recorded:
         assert device == self.device
         assert size < 0x100000
         return next(self.allocated), None
+
+
+class Faulty(Recorded):
+    """Another launch reaches the driver than the launcher has made, or none."""
+
+    fault = ""
+
+    def launch(self, device: int, kernel: Any, arguments: tuple[int, ...], /) -> None:
+        place, value = ARGUMENTS.get(self.fault, (0, arguments[0]))
+        if self.fault == "address":  # one byte of the first
+            before = 16 * self.kernels[int(kernel)].matrices
+            work = ctypes.c_size_t.from_address(arguments[8]).value
+            ctypes.c_ubyte.from_address(work + before).value ^= 1
+        if self.fault == "context":
+            self.set_device(device := 1 - device)
+        with suppress(*([RuntimeError] if self.fault == "status" else [])):
+            changed = (*arguments[:place], value, *arguments[place + 1 :])
+            super().launch(device, kernel, changed)  # type: ignore[misc]
 
 
 def needed_kernels() -> Iterator[Kernel]:
@@ -312,10 +330,13 @@ def errors(recorded: Any) -> None:
 
 
 CHECKS = (rules, split_columns, sizes, devices, threads, errors)
+# Each finds a fault. Some are other arguments of cuLaunchKernel: their places and values.
+FAULTS = ("address", "block", "grid", "stream", "context", "status")
+ARGUMENTS = {"block": (3, 32), "grid": (0, 1), "stream": (7, 0)}
 
 if __name__ == "__main__":
-    path, package, name = sys.argv[1:]
+    path, package, name, *fault = sys.argv[1:]
     driver = import_module(DRIVERS[package]).Driver
     (check,) = (each for each in CHECKS if each.__name__ == name)
     warnings.simplefilter("error")
-    check(type("Host", (Recorded, driver), {})(path))
+    check(type("Host", (Faulty if fault else Recorded, driver), {"fault": "".join(fault)})(path))

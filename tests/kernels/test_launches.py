@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
+CHECKS = [check.__name__ for check in recorded_launches.CHECKS]
+ASKED = [*zip(CHECKS), *zip(CHECKS, recorded_launches.FAULTS, strict=True)]
+FAILURE = r"in {}\n(?s:.*)^(AssertionError|Failed: DID NOT RAISE)"
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +34,18 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("package", ["cuda.bindings", "cupy"])
-@pytest.mark.parametrize("check", [check.__name__ for check in recorded_launches.CHECKS])
-def test_launches(driver: Path, check: str, package: str) -> None:
+@pytest.mark.parametrize("asked", ASKED, ids="-".join)
+def test_launches(driver: Path, asked: tuple[str, ...], package: str) -> None:
+    """A check passes, and fails if a fault is planted."""
     pytest.importorskip(package)
     paths = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1])))
     program = HERE / "recorded_launches.py"
     done = subprocess.run(
-        [sys.executable, program, driver, package, check],
+        [sys.executable, program, driver, package, *asked],
         env={**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(KEPT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    fails = re.search(FAILURE.format(asked[0]), done.stderr, re.MULTILINE) is not None
+    assert (done.returncode != 0) == fails == (len(asked) > 1), done.stderr

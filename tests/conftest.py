@@ -70,8 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("--backends")
     names = asked.split(",") if asked else [n for n in libraries.MAKERS if libraries.installed(n)]
     if unknown := {*names} - {*libraries.MAKERS}:
-        known = ", ".join(libraries.MAKERS)
-        raise pytest.UsageError(f"--backends knows {known}, not {min(unknown)!r}")
+        raise pytest.UsageError(f"--backends: no {min(unknown)!r}, but {[*libraries.MAKERS]}")
     config.stash[_NAMES] = names
 
 

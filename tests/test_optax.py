@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -107,14 +108,8 @@ def test_a_mapping_that_changes_later_changes_nothing() -> None:
 # --- leaves of every kind -------------------------------------------------------------------------
 
 
-class Typed(float):
-    """A number as JAX may return it: with a dtype, and without a shape."""
-
-    dtype = np.dtype("float64")
-
-
 def test_leaves_of_integers_and_none_pass() -> None:
-    params = {"kernel": normal(1, 4, 2), "seen": jnp.arange(4), "table": None, "scale": Typed(1)}
+    params = {"kernel": normal(1, 4, 2), "seen": jnp.arange(4), "table": None, "scale": 1.0}
     state = GC.init(params)
 
     def loss(p: Any) -> Any:
@@ -122,7 +117,7 @@ def test_leaves_of_integers_and_none_pass() -> None:
 
     grads = jax.grad(loss, allow_int=True)(params)
     assert grads["seen"].dtype == jax.dtypes.float0
-    grads["scale"] = Typed(2)
+    grads["scale"] = SimpleNamespace(dtype="float32")  # as JAX's own floats, without a shape
     updates, _ = GC.update(grads, state, params)
     assert updates["scale"] is grads["scale"]
     assert updates["seen"] is grads["seen"]

@@ -36,7 +36,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         current_device=lambda: found.device,
         device=select,
         current_stream=lambda device: SimpleNamespace(cuda_stream=7 + device),
-        default_stream=lambda device: SimpleNamespace(cuda_stream=0),
         is_current_stream_capturing=lambda: found.captures,
         get_device_capability=lambda device: (8, device),
     )

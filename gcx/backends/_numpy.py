@@ -216,15 +216,14 @@ def _sum_rows(block: NDArray) -> Any:
 
 def _average_columns(matrix: NDArray) -> Any:
     fan_in, units = matrix.shape
-    ones = _ones(matrix.dtype)
     if fan_in <= _COLUMN_RUN:
-        return ones[:fan_in] @ matrix / fan_in
+        return _ones(matrix.dtype)[:fan_in] @ matrix / fan_in
     is_double = matrix.itemsize == 8
     if matrix.size <= _SMALL and not is_double:
         return np.dot(_shares(fan_in, fan_in), matrix)
     run = _find_run(fan_in, _COLUMN_RUN)
     rest = fan_in % run
-    sums = ones[:run] @ matrix[: fan_in - rest].reshape(-1, run, units)
+    sums = _ones(matrix.dtype)[:run] @ matrix[: fan_in - rest].reshape(-1, run, units)
     if is_double:  # nothing is wider, so the sums are averaged in runs again
         mean = _average_columns(sums) / (fan_in / len(sums))
     else:

@@ -167,8 +167,7 @@ def _centralize_matrix(x: NDArray, out: NDArray, cut: int, in_rows: bool, streng
         x, out = x.reshape(shape), out.reshape(shape)
     kernel = _centralize_rows if in_rows else _centralize_columns
     row = x.shape[1]
-    is_short = row * x.itemsize < _LONG
-    buffer, fewest = (_SHORT_BUFFER, _HUGE) if is_short else (_BUFFER, _LARGE)
+    buffer, fewest = (_BUFFER, _LARGE) if row * x.itemsize >= _LONG else (_SHORT_BUFFER, _HUGE)
     if row >= _USUAL_BUFFER or x.size < fewest:
         kernel(x, out, strength)
         return
@@ -192,21 +191,17 @@ def _centralize_columns(grad: NDArray, out: NDArray, strength: float) -> None:
 
 
 def _scale(mean: NDArray, strength: float, dtype: np.dtype[Any]) -> NDArray:
-    if strength != 1.0:
-        mean *= strength
-    return mean.astype(dtype, copy=False)
+    return (mean if strength == 1.0 else mean * strength).astype(dtype, copy=False)
 
 
 def _sum_rows(block: NDArray) -> Any:
     units, fan_in = block.shape
     ones = _ones(block.dtype)
     if fan_in <= _ROW_RUN:
-        add = np.matmul if fan_in <= _SHORT_ROW else np.vecdot
-        return add(block, ones[:fan_in])
+        return (np.matmul if fan_in <= _SHORT_ROW else np.vecdot)(block, ones[:fan_in])
     run = _find_run(fan_in, _ROW_RUN)
     rest = fan_in % run
-    runs = block[:, : fan_in - rest].reshape(units, -1, run)
-    sums = np.vecdot(runs, ones[:run])
+    sums = np.vecdot(block[:, : fan_in - rest].reshape(units, -1, run), ones[:run])
     # np.dot adds float32 in float64, as the ones are; float64 is better off added in pairs.
     sums = sums.sum(axis=1) if sums.dtype == _DOUBLE else np.dot(sums, np.ones(sums.shape[1]))
     if rest:
@@ -216,21 +211,28 @@ def _sum_rows(block: NDArray) -> Any:
 
 def _average_columns(matrix: NDArray) -> Any:
     fan_in, units = matrix.shape
-    if fan_in <= _COLUMN_RUN:
-        return _ones(matrix.dtype)[:fan_in] @ matrix / fan_in
-    is_double = matrix.itemsize == 8
-    if matrix.size <= _SMALL and not is_double:
+    if fan_in <= _COLUMN_RUN or matrix.itemsize == 8:
+        return _sum_columns(matrix) / fan_in
+    if matrix.size <= _SMALL:
         return np.dot(_shares(fan_in, fan_in), matrix)
     run = _find_run(fan_in, _COLUMN_RUN)
     rest = fan_in % run
     sums = _ones(matrix.dtype)[:run] @ matrix[: fan_in - rest].reshape(-1, run, units)
-    if is_double:  # nothing is wider, so the sums are averaged in runs again
-        mean = _average_columns(sums) / (fan_in / len(sums))
-    else:
-        mean = np.dot(_shares(len(sums), fan_in), sums)
+    mean = np.dot(_shares(len(sums), fan_in), sums)
     if rest:
         mean += np.dot(_shares(rest, fan_in), matrix[-rest:])
     return mean
+
+
+def _sum_columns(matrix: NDArray) -> Any:
+    """Sum in runs, and their sums in runs again: nothing is wider than float64."""
+    fan_in, units = matrix.shape
+    rest = (fan_in - 1) % _COLUMN_RUN + 1
+    ones, split = _ones(matrix.dtype), fan_in - rest
+    total = ones[:rest] @ matrix[split:]
+    if split:
+        total += _sum_columns(ones[:_COLUMN_RUN] @ matrix[:split].reshape(-1, _COLUMN_RUN, units))
+    return total
 
 
 @cache

@@ -145,9 +145,10 @@ def _collect(part: Part, gpu: Gpu, found: list[Measured]) -> str:
     """Put what a part gives into `found`; return the reason if it is optional and gives none."""
     library = "cupy" if "cupy" in part.needs else "torch"
     try:
+        rows = part(gpu)  # if its packages are there
         with nullcontext() if "jax" in part.needs else kernels_alone(library, gpu.device):
             _see_that_there_is_time(gpu)
-            for measured in part(gpu):
+            for measured in rows:
                 found.append(measured)
                 _see_that_there_is_time(gpu)
     except NotRunError as reason:

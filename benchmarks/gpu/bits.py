@@ -145,6 +145,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def main() -> int:
     """Run as a program; the exit code is 0 if all bits are right."""
     device, dtypes = sys.argv[1], ("float32", "bfloat16")
+    # A CPU, as in tests, has no kernels.
     with kernels_alone("torch", device) if device != "cpu" else nullcontext():
         found = [*bits_of("torch", device, _FEW, dtypes=dtypes, ways=("in place",))]
     return 0 if all(measured.ok for measured in found) else 1

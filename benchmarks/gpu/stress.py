@@ -73,6 +73,7 @@ def main() -> None:
     """Run as a program."""
     device, launches = sys.argv[1], int(sys.argv[2])
     faulthandler.dump_traceback_later(_SECONDS, exit=True)
+    # A CPU, as in tests, has no kernels.
     with kernels_alone("torch", device) if device != "cpu" else nullcontext():
         wrong = stress(device, launches)
     faulthandler.cancel_dump_traceback_later()

@@ -23,7 +23,7 @@ _BLOCK = 1 << 18
 # NumPy copies rows shorter than its buffer, to add many at once. If the rows are long, or in the
 # cache already, this is slower than going row by row. At this length, it never copies.
 _USUAL_BUFFER = 1 << 13
-_LONG = 1 << 11  # bytes of a row
+_LONG = 1 << 11  # fewest bytes of a long row
 # Elements of a buffer, and of the smallest array worth the change: for long and for short rows.
 _BUFFER, _LARGE = 1 << 8, 1 << 15
 _SHORT_BUFFER, _HUGE = 1 << 11, 1 << 19

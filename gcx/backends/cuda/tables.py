@@ -230,7 +230,7 @@ def make_launches(
 
 def count_matrices(rule: str, dtype: str, size: int) -> int:
     """Count the matrices for which parameters of this size have space."""
-    others = sizeof(_find_numbers(rule, dtype)) + 16  # bytes, with a gap of 4
+    others = sizeof(_find_numbers(rule, dtype)) + 16  # bytes: pointer, count, a gap
     return (size // 16 * 16 - others) // (8 * ROLES[rule] + 20)
 
 

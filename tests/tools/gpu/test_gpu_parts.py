@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks.command.libraries import LeftOut
-from benchmarks.gpu import bits, graphs, launches, optimizers, programs, times
+from benchmarks.gpu import acceptance, bits, graphs, launches, optimizers, programs, times
 from benchmarks.gpu.acceptance import PARTS, Part, measure
 from benchmarks.gpu.report import Measured, NotRunError
 
@@ -67,11 +67,15 @@ class TestParts:
         assert rows == ()
         assert left_out == (LeftOut(True, "name, times.probe0", "no such tool"),)
 
-    def test_missing_package_is_named(self, gpu: StandIn) -> None:
+    def test_missing_package_is_named(self, gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         part = Part("name", "times", "of_models", needs=("os", "no_such_package"))
         rows, (item,) = measure(gpu, [part])
         assert rows == ()
         assert (item.ok, item.why) == (True, "not installed: no_such_package")
+        monkeypatch.setattr(acceptance, "find_spec", lambda _: None)
+        rows, (item,) = measure(gpu, [Part("CuPy", "times", "of_cupy", needs=("cupy",))])
+        assert rows == ()
+        assert (item.ok, item.why) == (True, "not installed: cupy")
 
     @pytest.mark.parametrize("rows_in_time", [0, 1])
     def test_nothing_goes_on_when_the_time_is_up(
